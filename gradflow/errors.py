@@ -1,0 +1,68 @@
+"""Every exception that gradflow raises on its own account.
+
+Each message says what was expected, what came, the likely cause and the fix. A finding about a model is
+never an exception: it is data in a record.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+
+class GradflowError(Exception):
+    """The base of gradflow's own exceptions."""
+
+
+class RecordFormatError(GradflowError, ValueError):
+    """The data is not a record of this format."""
+
+    @classmethod
+    def at(cls, detail: str) -> RecordFormatError:
+        return cls(
+            f"from_json: {detail}. Pass what FlowRecord.to_json() of the same version of gradflow wrote."
+        )
+
+
+class UnknownLayerError(GradflowError, KeyError):
+    """No layer, parameter or node has this name."""
+
+    @classmethod
+    def at(cls, name: str, known: Sequence[str]) -> UnknownLayerError:
+        near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.3) or list(known[:5])
+        return cls(f"no entry named {name!r}. The nearest of {len(known)} names: {', '.join(near)}.")
+
+    def __str__(self) -> str:  # KeyError shows the repr of its argument, which garbles a sentence
+        return str(self.args[0])
+
+
+class GraphUnavailableError(GradflowError, RuntimeError):
+    """The run holds no layer graph, or no flow on it."""
+
+
+class ModelInputError(GradflowError, TypeError):
+    """What was passed as a model, a batch or a loss cannot be used as one."""
+
+
+class LossError(GradflowError, ValueError):
+    """The loss is not a scalar that carries a gradient."""
+
+
+class NoTrainableParametersError(GradflowError, ValueError):
+    """The model has no parameter that requires a gradient."""
+
+
+class ModelNotCalledError(GradflowError, RuntimeError):
+    """A step ran without any layer of the model being called."""
+
+
+class OptimizerMismatchError(GradflowError, ValueError):
+    """The optimizer holds parameters that are not the model's."""
+
+
+class EmptyBatchesError(GradflowError, ValueError):
+    """There was no batch at all."""
+
+
+class ModelCallError(GradflowError, RuntimeError):
+    """The model or the loss raised; the original exception is the cause and stays visible."""
