@@ -19,6 +19,7 @@ class RecordFormatError(GradflowError, ValueError):
 
     @classmethod
     def at(cls, detail: str) -> RecordFormatError:
+        """Return the error for what `detail` says is wrong with the data."""
         return cls(
             f"from_json: {detail}. Pass what FlowRecord.to_json() of the same version of gradflow wrote."
         )
@@ -29,6 +30,7 @@ class UnknownLayerError(GradflowError, KeyError):
 
     @classmethod
     def at(cls, name: str, known: Sequence[str]) -> UnknownLayerError:
+        """Return the error for `name`, with those of the `known` names that are nearest to it."""
         near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.3) or list(known[:5])
         return cls(f"no entry named {name!r}. The nearest of {len(known)} names: {', '.join(near)}.")
 
@@ -66,3 +68,16 @@ class EmptyBatchesError(GradflowError, ValueError):
 
 class ModelCallError(GradflowError, RuntimeError):
     """The model or the loss raised; the original exception is the cause and stays visible."""
+
+
+class PipelineError(GradflowError, TypeError):
+    """What was passed as a pipeline or as a detector cannot be used as one."""
+
+
+class NotAnalyzedError(GradflowError, RuntimeError):
+    """An analyzer was asked for what it has only after a run."""
+
+    @classmethod
+    def at(cls, analyzer: str) -> NotAnalyzedError:
+        """Return the error for an analyzer of that class."""
+        return cls(f"{analyzer}: nothing was analysed yet. Call analyze(input_fn, loss_fn) first.")

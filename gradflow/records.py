@@ -74,6 +74,18 @@ class IssueSeverity(enum.Enum):
 # `attrs.frozen` compares fields with `==`, which for arrays is elementwise and has no truth value, so
 # every array field is declared with `array_field`, which compares by content (NaN equal to NaN). Frozen
 # is shallow: the converter copies and clears the write flag, and mappings become `MappingProxyType`.
+# A NaN differs from itself, and its sign depends on the processor and the operation that made it; every
+# converter puts the one object `NAN` in its place, so that records compare, and survive JSON, all the same.
+
+NAN = float("nan")
+
+
+def _float(value: float) -> float:
+    return NAN if value != value else value
+
+
+def _floats(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(_float(value) for value in values)
 
 
 def _read_only(dtype: type, nullable: bool = False) -> Any:
@@ -81,6 +93,10 @@ def _read_only(dtype: type, nullable: bool = False) -> Any:
         if value is None and nullable:
             return None
         array = np.array(value, dtype=dtype)
+        if dtype is np.float64:
+            array[np.isnan(array)] = np.nan  # one bit pattern, so that equal content is equal bytes
+        if np.issubdtype(dtype, np.floating):
+            array[np.isnan(array)] = NAN
         array.setflags(write=False)
         return array
 
@@ -94,14 +110,19 @@ def _same_array(value: Any) -> Any:
 def array_field(dtype: type = np.float64, *, nullable: bool = False) -> Any:
     """Return an attrs field for a read-only array that is compared by content."""
     if nullable:
-        return attrs.field(
-            default=None, converter=_read_only(dtype, True), eq=_same_array, repr=False
-        )
+        return attrs.field(default=None, converter=_read_only(dtype, True), eq=_same_array, repr=False)
     return attrs.field(converter=_read_only(dtype), eq=_same_array, repr=False)
 
 
+def float_field(default: float) -> Any:
+    """Return an attrs field for a float that may be NaN, and then equals another NaN."""
+    return attrs.field(default=default, converter=float, eq=lambda v: None if v != v else v)
+
+
 def _plain(value: Any) -> Any:
-    return tuple(_plain(v) for v in value) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(v) for v in value)
+    return _float(value) if isinstance(value, float) else value
 
 
 def _read_only_mapping(value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -146,7 +167,7 @@ class Issue:
     issue_type: IssueType
     severity: IssueSeverity
     description: str
-    magnitude: float
+    magnitude: float = attrs.field(converter=_float)
     recommended_actions: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
     metrics: Mapping[str, Any] = mapping_field()
 
@@ -214,6 +235,7 @@ class LayerRecord:
         output_zero_share: share of output elements that are exactly zero, NaN where not looked at.
         output_variation: ‖Y − mean row‖_F / ‖Y‖_F of the output as a matrix (rows × features): 0 where all
             samples (and positions) look alike; NaN where not looked at.
+        input_rms: root mean square of its first floating-point input; NaN where not looked at.
     """
 
     name: str
@@ -234,6 +256,7 @@ class LayerRecord:
     output_finite: Bools = array_field(np.bool_)
     output_zero_share: Floats = array_field()
     output_variation: Floats = array_field()
+    input_rms: Floats = array_field()
 
     @property
     def grad_rms(self) -> Floats:
@@ -318,8 +341,8 @@ class ActivationRecord:
     fired_share: Floats = array_field()
     saturated_share: Floats = array_field()
     input_rms: Floats = array_field()
-    never_fired: float = float("nan")
-    always_saturated: float = float("nan")
+    never_fired: float = attrs.field(default=NAN, converter=_float)
+    always_saturated: float = attrs.field(default=NAN, converter=_float)
     width: int = 0
 
 
@@ -346,8 +369,8 @@ class NumericalRecord:
     op: str
     phase: str
     value: str
-    input_min: float = float("nan")
-    input_max: float = float("nan")
+    input_min: float = attrs.field(default=NAN, converter=_float)
+    input_max: float = attrs.field(default=NAN, converter=_float)
     line: str = ""
     loss_finite: bool = True
 
@@ -461,7 +484,7 @@ class Provenance:
     mode: str = "train"
     detail: str = "cheap"
     optimizer: str = ""
-    learning_rates: tuple[float, ...] = attrs.field(default=(), converter=_tuple)
+    learning_rates: tuple[float, ...] = attrs.field(default=(), converter=_floats)
     notes: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
 
 

@@ -1,0 +1,194 @@
+"""`analyze`: measure how the gradient flows through a model, purely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradflow.errors import ModelInputError
+from gradflow.functional.batches import Source, invoke, make_objective, no_batches, prepared
+from gradflow.functional.measure import Plan, Progress, measure
+from gradflow.functional.trees import named_tensors, same_device
+from gradflow.records import FlowRecord, GraphRecord
+
+Mode = Literal["train", "eval", "keep"]
+Detail = Literal["cheap", "full"]
+Transform = Literal["auto", "fused", "vjp"]
+
+
+def analyze(
+    model: nn.Module,
+    batches: Any,
+    loss_fn: Callable[..., Any] | None = None,
+    *,
+    steps: int = 20,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int | None = None,
+    mode: Mode = "train",
+    detail: Detail = "cheap",
+    transform: Transform = "auto",
+    progress: Progress | None = None,
+    deepen: Callable[[FlowRecord], bool] | None = None,
+) -> FlowRecord:
+    """Return what a few steps on real batches show of a model's gradient flow; measurements only.
+
+    Pure: the model, its buffers, `.grad`, modes, attributes, the optimizer and every random state are
+    afterwards what they were, bit for bit, also when it raises. Each step draws one batch, calls the model
+    once and the loss once, in that order and never ahead. An exception of the model or the loss is raised
+    as it is, with a note that tells the step and the batch's shapes.
+
+    Args:
+        model: the model.
+        batches: a function of no arguments that returns the next batch, or an iterable of batches (a
+            DataLoader, a list). A batch is a tensor, called as `model(x)`, a tuple or list, `model(*x)`,
+            or a mapping, `model(**x)`. For a loss of two arguments it is the pair (inputs, target).
+        loss_fn: output → scalar, or (output, target) → scalar, or None for the loss that the model
+            computes itself (a scalar output, or its `.loss`).
+        steps: how many steps; fewer are run if the batches end, and the record says so.
+        optimizer: if given, a copy of it steps copies of the parameters after each step, so that the
+            record covers the first steps of real training. Without one the parameters stay as they are.
+        seed: seeds torch, numpy and Python for the run; None goes on from the present states.
+        mode: `train` or `eval` switches the model over if it is not in that mode (a model that is keeps
+            the modes of its parts); `keep` changes nothing.
+        detail: `cheap` probes layer outputs; `full` measures the gradient on every edge of the graph too.
+        transform: `fused` (`torch.autograd.grad`), `vjp` (`torch.func.vjp`), or `auto`.
+        progress: called as `progress(done, steps)` after every step.
+        deepen: if it returns True for the cheap record, the last step is run again in full detail.
+
+    Returns:
+        The record; its arrays have one entry per step.
+
+    Raises:
+        ModelInputError: if the model, batches, a batch or the loss cannot be used as such.
+        EmptyBatchesError: if there is no batch.
+        LossError: if the loss is no scalar or carries no gradient.
+        NoTrainableParametersError: if no parameter requires a gradient.
+        ModelNotCalledError: if the first step calls no layer of the model.
+        OptimizerMismatchError: if the optimizer holds none of the model's parameters.
+        ValueError: if `steps`, `mode`, `detail` or `transform` is none of those above.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> batch = torch.randn(16, 4), torch.randint(0, 2, (16,))
+    >>> record = analyze(model, [batch] * 3, nn.CrossEntropyLoss())
+    >>> record.steps, [layer.name for layer in record]
+    (3, ['0', '1', '2'])
+    """
+    _check_model(model)
+    objective = make_objective(loss_fn)
+    source = Source(batches)
+    device = same_device(model)
+
+    def draw(step: int) -> Any:
+        batch = source.draw()
+        if batch is None and step == 0:
+            raise no_batches(batches)
+        return None if batch is None else prepared(batch, device)
+
+    def evaluate(batch: Any, step: int) -> Any:
+        return objective.loss(invoke(model, objective.inputs(batch)), batch)
+
+    def inputs_of(batch: Any) -> dict[str, Tensor]:
+        return dict(named_tensors(objective.inputs(batch), "input"))
+
+    plan = _plan(steps, optimizer, seed, mode, detail, transform, progress, deepen)
+    return measure(model, _module(loss_fn), evaluate, draw, inputs_of, plan)
+
+
+def analyze_custom(
+    model: nn.Module,
+    forward_fn: Callable[[nn.Module, int], Any],
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    *,
+    steps: int = 20,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int | None = None,
+    mode: Mode = "train",
+    detail: Detail = "cheap",
+    transform: Transform = "auto",
+    progress: Progress | None = None,
+    deepen: Callable[[FlowRecord], bool] | None = None,
+) -> FlowRecord:
+    """Like `analyze`, for forwards that need more than `model(x)`.
+
+    Args:
+        model: the model.
+        forward_fn: (model, step) → output; draws its own data.
+        loss_fn: output → scalar; None where the output is the loss or holds it.
+        steps, optimizer, seed, mode, detail, transform, progress, deepen: as for `analyze`.
+
+    Raises:
+        As `analyze` does; ModelNotCalledError if `forward_fn` calls no layer of `model`.
+
+    >>> model, x = nn.Linear(2, 1), torch.ones(3, 2)
+    >>> record = analyze_custom(model, lambda m, step: m(x) + m(2 * x), lambda y: y.mean(), steps=2)
+    >>> [layer.name or "(model)" for layer in record]
+    ['(model)', '(model)']
+    """
+    _check_model(model)
+    if not callable(forward_fn):
+        raise ModelInputError(
+            f"forward_fn is a {type(forward_fn).__name__}; pass a function of (model, step) that returns the "
+            "output: `lambda model, step: model(x)`."
+        )
+    objective = make_objective(loss_fn)
+    if objective.takes_target:
+        raise ModelInputError(
+            "with a custom forward the loss takes the output alone; bind the target in it: "
+            "`lambda output: F.cross_entropy(output, y)`."
+        )
+
+    def evaluate(batch: Any, step: int) -> Any:
+        return objective.loss(forward_fn(model, step), None)
+
+    plan = _plan(steps, optimizer, seed, mode, detail, transform, progress, deepen)
+    return measure(model, _module(loss_fn), evaluate, lambda step: (), lambda batch: {}, plan)
+
+
+def graph_of(
+    model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = None, *, detail: Detail = "full"
+) -> GraphRecord:
+    """Return the graph's plain data for one batch; `gradflow.layer_graph` gives it its queries."""
+    record = analyze(model, [batch], loss_fn, steps=1, detail=detail)
+    assert record.graph_record is not None
+    return record.graph_record
+
+
+def _module(loss_fn: Any) -> nn.Module | None:
+    return loss_fn if isinstance(loss_fn, nn.Module) else None
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelInputError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself, built: "
+            "`MyModel()`, not the class; for a function of modules, wrap them in one."
+        )
+
+
+def _plan(
+    steps: int,
+    optimizer: torch.optim.Optimizer | None,
+    seed: int | None,
+    mode: str,
+    detail: str,
+    transform: str,
+    progress: Progress | None,
+    deepen: Callable[[FlowRecord], bool] | None,
+) -> Plan:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}.")
+    for name, value, known in (
+        ("mode", mode, ("train", "eval", "keep")),
+        ("detail", detail, ("cheap", "full")),
+        ("transform", transform, ("auto", "fused", "vjp")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+    return Plan(
+        steps=steps, optimizer=optimizer, seed=seed, mode=mode, detail=detail, transform=transform,
+        progress=progress, deepen=deepen,
+    )  # fmt: skip

@@ -1,0 +1,222 @@
+"""The autograd graph of one step, contracted to layer calls and the functional operations between them.
+
+NOTE [Which node belongs to whom]
+Autograd numbers the nodes it makes. A layer call notes the number at its start and end, so the nodes of its
+own operations are those numbered in between, and are contracted into it; the node of its probe is found by
+its site. Everything else that the walk from the loss meets is a functional operation, a node of its own. A
+layer in which other layers are called (a model that owns a class token) keeps only its probe: the operations
+in it, between its inner layers, stay operations. Nothing is put on the inputs of a layer, since an alias of an
+input would break models that write to it in place.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from gradflow.functional.probes import Probe
+from gradflow.functional.recorder import Call, Recorder
+
+LOSS = "loss"
+MODEL = "(model)"
+Node = Any  # an autograd node: a C++ one, or a BackwardCFunction
+
+
+@attrs.define(eq=False)
+class Group:
+    """A node of the contracted graph: a layer call, an operation, an input or the loss."""
+
+    name: str
+    kind: str
+    order: int
+    module: str = ""
+    type: str = ""
+    call: Call | None = None
+    shape: tuple[int, ...] = ()
+    parameters: dict[str, None] = attrs.field(factory=dict)
+
+
+@attrs.define(eq=False)
+class Structure:
+    """The contracted graph of one step, and the autograd nodes behind it in topological order."""
+
+    groups: dict[str, Group]
+    edges: dict[tuple[str, str], None]  # (source, target) in the direction of the data
+    nodes: list[Node]
+    group_of: dict[Node, str]
+    leaves: dict[Node, Tensor]  # nodes that stand for leaf tensors
+    foreign: list[Tensor]  # leaves that are neither working parameters nor tensors of the batch
+
+
+def topological(root: Node) -> list[Node]:
+    """Return the autograd nodes under `root`, consumers of a tensor before its producer."""
+    waiting: dict[Node, int] = {root: 0}
+    todo = [root]
+    while todo:
+        for child, _ in todo.pop().next_functions:
+            if child is not None:
+                if child not in waiting:
+                    waiting[child] = 0
+                    todo.append(child)
+                waiting[child] += 1
+    order, ready = [], [root]
+    while ready:
+        node = ready.pop()
+        order.append(node)
+        for child, _ in node.next_functions:
+            if child is not None:
+                waiting[child] -= 1
+                if not waiting[child]:
+                    ready.append(child)
+    return order
+
+
+def is_probe(node: Node) -> bool:
+    """Whether an autograd node is a probe."""
+    return isinstance(node, Probe._backward_cls)  # type: ignore[attr-defined]
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether an autograd node only accumulates the gradient of a leaf tensor."""
+    return hasattr(node, "variable")
+
+
+def operation(node: Node) -> str:
+    """Return the plain name of an autograd node: `AddBackward0` is `add`.
+
+    >>> import torch
+    >>> operation(torch.ones(1, requires_grad=True).log_softmax(0).grad_fn)
+    'log_softmax'
+    """
+    name = re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1]) or node.name()
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    return name.strip("_")
+
+
+class Windows:
+    """Finds the innermost call that an autograd node was made in."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self._calls = calls
+        self._starts = [call.start for call in calls]  # calls are in the order of their starts
+
+    def innermost(self, node: Node) -> Call | None:
+        """Return the innermost call that made `node`, or None."""
+        return self.at(node._sequence_nr())
+
+    def at(self, number: int) -> Call | None:
+        """Return the innermost call that was running when autograd's number was `number`."""
+        position = bisect.bisect_right(self._starts, number) - 1
+        while position >= 0:
+            call = self._calls[position]
+            if number < call.end:
+                return call
+            position = call.parent
+        return None
+
+    def layer(self, node: Node) -> Call | None:
+        """Return the layer call that `node` is contracted into, or None for a functional operation."""
+        call = self.innermost(node)
+        return call if call is not None and call.is_layer and not call.has_children else None
+
+
+def build(
+    loss: Tensor, recorder: Recorder, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+) -> Structure:
+    """Return the contracted graph of the step that ended in `loss`.
+
+    Args:
+        loss: the step's loss, with its graph.
+        recorder: the recorder of that (structural) step.
+        parameters: working parameters by qualified name.
+        inputs: tensors of the batch by name.
+    """
+    nodes = topological(loss.grad_fn)
+    windows = Windows(recorder.calls)
+    names = {id(p): n for n, p in parameters.items()}
+    input_names = {id(t): n for n, t in inputs.items()}
+    structure = Structure({}, {}, nodes, {}, {}, [])
+    taken = {c.name for c in recorder.calls} | {LOSS}
+    structure.groups[LOSS] = Group(LOSS, "loss", 2**62, type="loss")
+    inner = [n for n in nodes if not is_leaf(n)]
+    for node in sorted(inner, key=lambda n: n._sequence_nr()):
+        group = _group(node, recorder, windows, taken, structure)
+        structure.group_of[node] = group.name
+    for node in nodes:
+        if is_leaf(node):
+            _place_leaf(node, structure, names, input_names)
+    structure.edges[(structure.group_of[loss.grad_fn], LOSS)] = None
+    for source, target, _, _ in boundaries(structure):
+        structure.edges[(source, target)] = None
+    _attach_parameters(structure, names)
+    return structure
+
+
+def _group(
+    node: Node, recorder: Recorder, windows: Windows, taken: set[str], structure: Structure
+) -> Group:
+    call = recorder.calls[node.site.call] if is_probe(node) else windows.layer(node)
+    if call is not None:
+        name = call.name or MODEL
+        if name not in structure.groups:
+            order = call.start if not call.has_children else call.end
+            structure.groups[name] = Group(name, "layer", order, call.module, call.type, call, call.shape)
+        return structure.groups[name]
+    op = operation(node)
+    inside = windows.innermost(node)
+    prefix = f"{inside.name}:" if inside is not None and inside.name else ""
+    name, number = f"{prefix}{op}", 0
+    while name in taken:
+        number += 1
+        name = f"{prefix}{op}@{number}"
+    taken.add(name)
+    module = inside.module if inside is not None else ""
+    group = Group(name, "op", node._sequence_nr(), module, op, None, _shape(node))
+    structure.groups[name] = group
+    return group
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    metadata = getattr(node, "_input_metadata", None)
+    return tuple(metadata[0].shape) if metadata else ()
+
+
+def _place_leaf(
+    node: Node, structure: Structure, names: Mapping[int, str], input_names: Mapping[int, str]
+) -> None:
+    leaf = node.variable
+    structure.leaves[node] = leaf
+    if id(leaf) in names:
+        return
+    if id(leaf) in input_names:
+        name = input_names[id(leaf)]
+        structure.groups[name] = Group(name, "input", -1, type="input", shape=tuple(leaf.shape))
+        structure.group_of[node] = name
+    else:
+        structure.foreign.append(leaf)
+
+
+def boundaries(structure: Structure) -> Iterator[tuple[str, str, Node, tuple[Node, int]]]:
+    """Yield (source group, target group, node, (next node, output number)) where the groups differ."""
+    for node in structure.nodes:
+        target = structure.group_of.get(node)
+        if target is None:
+            continue
+        for child, number in node.next_functions:
+            source = structure.group_of.get(child) if child is not None else None
+            if source is not None and source != target:
+                yield source, target, node, (child, number)
+
+
+def _attach_parameters(structure: Structure, names: Mapping[int, str]) -> None:
+    for node in structure.nodes:
+        group = structure.group_of.get(node)
+        for child, _ in node.next_functions:
+            leaf = structure.leaves.get(child) if child is not None else None
+            if group is not None and leaf is not None and id(leaf) in names:
+                structure.groups[group].parameters[names[id(leaf)]] = None

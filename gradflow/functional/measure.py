@@ -1,0 +1,414 @@
+"""The run: draw a batch, call the model, call the loss, read the numbers, update; and the looks into depth."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradflow.errors import ModelNotCalledError, NoTrainableParametersError
+from gradflow.functional import numerics
+from gradflow.functional.autograd_graph import Structure
+from gradflow.functional.batches import detached_loss
+from gradflow.functional.dataflow import DataFlow
+from gradflow.functional.graph_record import Cut, HostFlows, cuts, graph_record, read_flows
+from gradflow.functional.history import (
+    History,
+    StepNumbers,
+    activation_records,
+    layer_records,
+    parameter_records,
+)
+from gradflow.functional.layers import ancestors, callable_modules, is_layer, owner
+from gradflow.functional.optimizers import copy_optimizer, learning_rates, optimized, update
+from gradflow.functional.purity import RandomState, preserved, seed_all
+from gradflow.functional.recorder import Recorder
+from gradflow.functional.step import Before, Outcome, Program, run_step
+from gradflow.functional.taps import exclusive, tapped
+from gradflow.records import FlowRecord, NumericalRecord, Provenance
+
+Progress = Callable[[int, int], None]
+_MAX_TRACES = 3  # a NaN that comes back in every step is traced no more often than this
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Plan:
+    """What a run is asked to do; see `analyze` for the meaning of each."""
+
+    steps: int = 20
+    optimizer: torch.optim.Optimizer | None = None
+    seed: int | None = None
+    mode: str = "train"
+    detail: str = "cheap"
+    transform: str = "auto"
+    progress: Progress | None = None
+    deepen: Callable[[FlowRecord], bool] | None = None
+
+
+@attrs.define(eq=False)
+class Run:
+    """The state of one run."""
+
+    program: Program
+    plan: Plan
+    history: History
+    transform: str
+    transform_reason: str
+    dataflow: DataFlow | None = None
+    structures: list[Structure] = attrs.field(factory=list)
+    severed: list[Cut] = attrs.field(factory=list)
+    flows: list[HostFlows] = attrs.field(factory=list)
+    numerics: list[NumericalRecord] = attrs.field(factory=list)
+    traces: int = 0
+    notes: list[str] = attrs.field(factory=list)
+    deep_steps: list[int] = attrs.field(factory=list)
+
+
+def measure(
+    model: nn.Module,
+    loss_module: nn.Module | None,
+    evaluate: Callable[[Any, int], Any],
+    draw: Callable[[int], Any],
+    inputs_of: Callable[[Any], dict[str, Tensor]],
+    plan: Plan,
+) -> FlowRecord:
+    """Run the plan and return what was measured; everything of the user's is put back.
+
+    Args:
+        model: the model.
+        loss_module: the loss, where it is a module.
+        evaluate: (batch, step) → loss, one call of model and loss each.
+        draw: step → the next batch, on the model's device, or None at the end.
+        inputs_of: batch → the model's input tensors by name.
+        plan: how many steps, which optimizer, ...
+    """
+    roots = [model] if loss_module is None else [model, loss_module]
+    with exclusive(model), preserved(*roots), torch.inference_mode(False), torch.enable_grad():
+        _set_mode(model, plan.mode)
+        if plan.seed is not None:
+            seed_all(plan.seed)
+        modules = callable_modules(model)
+        recorder = Recorder(modules, {name for name, module in modules.items() if is_layer(module)})
+        program = Program(model, loss_module, evaluate, recorder, inputs_of)
+        if not program.trainable:
+            raise NoTrainableParametersError(
+                f"none of the {len(program.parameters)} parameters of {type(model).__name__} requires a "
+                "gradient, so there is no flow to measure. Unfreeze the part that is meant to train: "
+                "`model.requires_grad_(True)`."
+            )
+        run = Run(program, plan, History(program), *_choose_transform(plan.transform))
+        optimizer = None
+        if plan.optimizer is not None:
+            known = {**program.parameters, **program.loss_parameters}
+            optimizer = copy_optimizer(plan.optimizer, _Both.of(model, loss_module), known)
+        with tapped(recorder):
+            return _loop(run, draw, optimizer)
+
+
+class _Both(nn.Module):
+    """The model, and the loss where it is a module, under the names that the program gives their parameters."""
+
+    @staticmethod
+    def of(model: nn.Module, loss_module: nn.Module | None) -> nn.Module:
+        return model if loss_module is None else _Both(model, loss_module)
+
+    def __init__(self, model: nn.Module, loss_module: nn.Module) -> None:
+        super().__init__()
+        self._both = (model, loss_module)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        model, loss_module = self._both
+        yield from model.named_parameters()
+        for name, parameter in loss_module.named_parameters():
+            yield f"loss_fn.{name}", parameter
+
+
+def _set_mode(model: nn.Module, mode: str) -> None:
+    """Switch to train or eval; a model that is in that mode already keeps the modes of its parts."""
+    if mode != "keep" and model.training != (mode == "train"):
+        model.train(mode == "train")
+
+
+def _choose_transform(asked: str) -> tuple[str, str]:
+    if asked != "auto":
+        return asked, "asked for"
+    stack = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)()
+    if stack:
+        return "vjp", "an outer torch.func transform is active"
+    return "fused", "no outer transform is active, and fused kernels are kept"
+
+
+def is_look(step: int) -> bool:
+    """Whether the costlier statistics are taken at a step: the first, and each power of four."""
+    return step == 0 or (step & (step - 1) == 0 and step % 3 == 1)
+
+
+# ------------------------------------------------------------------------------------ the loop
+
+
+def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer | None) -> FlowRecord:
+    program, plan = run.program, run.plan
+    batch: Any = None
+    before: Before | None = None
+    for step in range(plan.steps):
+        with program.swapped():  # closures that run the model see the parameters of this step
+            drawn = draw(step)
+            program.buffers |= program.current_buffers()
+        if drawn is None:
+            break
+        batch, before = drawn, Before.of(program)
+        outcome = _step(run, batch, step, before)
+        _check_first(run, outcome, step)
+        numbers = run.history.read(
+            outcome, look=_looks(run, step), parameters_moved=optimizer is not None
+        )
+        if step == 0:
+            _learn_structure(run, outcome, batch)
+        if outcome.flows is not None:
+            run.flows.append(read_flows(step, outcome.flows))
+            run.structures.append(outcome.structure) if outcome.structure is not None else None
+        if not numbers.finite:
+            numbers = _trace(run, batch, step, before, numbers)
+        run.history.steps.append(numbers)
+        if optimizer is not None and step < plan.steps - 1:
+            _update(run, optimizer, outcome, batch, step)
+        if plan.progress is not None:
+            plan.progress(step + 1, plan.steps)
+    record = _assemble(run)
+    if plan.deepen is not None and before is not None and plan.detail == "cheap" and plan.deepen(record):
+        return _deepened(run, batch, before, record)
+    return record
+
+
+def _looks(run: Run, step: int) -> bool:
+    return is_look(step) or run.plan.detail == "full"
+
+
+def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
+    """Run one step; the first one also shows the structure."""
+    program, full = run.program, run.plan.detail == "full" and run.transform == "fused"
+    observer = None
+    if step == 0:
+        before.buffers = {n: b.clone() for n, b in program.buffers.items()}
+        run.dataflow = observer = DataFlow(program.recorder, program.inputs_of(batch))
+    first = step == 0 and run.transform == "fused"
+    if step == 0 and run.transform == "vjp":
+        shown = run_step(
+            program, batch, step, transform="fused", structural=True, look=False, observer=observer,
+            before=before,
+        )  # fmt: skip
+        run.structures = [shown.structure] if shown.structure is not None else []
+        before.restore(program)
+        observer = None
+    outcome = run_step(
+        program, batch, step, transform=run.transform, structural=first, look=_looks(run, step), full=full,
+        observer=observer, before=before,
+    )  # fmt: skip
+    if first and outcome.structure is not None and not full:
+        run.structures = [outcome.structure]
+    if step == 0:
+        program.recorder.on_enter = program.recorder.on_exit = None
+        if first and (promoted := _promoted(program, outcome)):
+            # A parent that uses a child's parameters without calling the child is the layer: start again.
+            program.recorder.layer_names |= promoted
+            before.restore(program)
+            return _step(run, batch, step, before)
+    return outcome
+
+
+def _promoted(program: Program, outcome: Outcome) -> set[str]:
+    """Return modules that use a never-called child's parameters although they are no layers themselves."""
+    recorder = program.recorder
+    called = {call.module for call in recorder.calls}
+    promoted: set[str] = set()
+    for name, gradient in outcome.gradients.items():
+        module = owner(name, recorder.modules)
+        if gradient is None or module in called or name not in program.parameters:
+            continue
+        above = next((a for a in ancestors(module) if a in called), None)
+        if above is not None and above not in recorder.layer_names:
+            promoted.add(above)
+    return promoted
+
+
+def _check_first(run: Run, outcome: Outcome, step: int) -> None:
+    """Raise if the first step shows that there is nothing to measure."""
+    recorder = run.program.recorder
+    if step == 0 and not any(call.is_layer for call in recorder.calls):
+        raise ModelNotCalledError(
+            f"no layer of {type(run.program.model).__name__} was called in the first step. The function given "
+            "must call this very model (a copy, a compiled wrapper or another instance does not count): "
+            "`lambda model, step: model(x)`."
+        )
+    if step == 0 and all(g is None for g in outcome.gradients.values()):
+        raise detached_loss()
+
+
+def _learn_structure(run: Run, outcome: Outcome, batch: Any) -> None:
+    """Keep what the first step showed of the graph and the data flow."""
+    recorder = run.program.recorder
+    structure = run.structures[0] if run.structures else outcome.structure
+    assert run.dataflow is not None
+    run.severed = cuts(run.dataflow, structure, recorder.calls)  # type: ignore[attr-defined]
+    originals = {id(p) for p in run.program.model.parameters()}
+    if structure is not None and any(id(leaf) in originals for leaf in structure.foreign):
+        run.notes.append(
+            "The loss uses parameter tensors that were taken from the model beforehand; the gradient through "
+            "those is not counted. Take them inside the loss: `model.parameters()`."
+        )
+
+
+def _trace(run: Run, batch: Any, step: int, before: Before, numbers: StepNumbers) -> StepNumbers:
+    """Run a step with a NaN or an Inf again, every operation watched, and keep its birth certificate.
+
+    The sums of squares are taken in double precision this time: if nothing is found, only they had overflowed.
+    """
+    if run.traces >= _MAX_TRACES or run.program.reentrant:
+        return numbers
+    run.traces += 1
+    program, recorder, history = run.program, run.program.recorder, run.history
+    buffers, random = dict(program.buffers), RandomState()
+    before.restore(program)
+    recorder.exact.clear()
+    history.exact_parameters.clear()
+    tracer = numerics.Tracer(recorder)
+    inputs = program.inputs_of(batch)
+    owners = {name: owner(name, recorder.modules) for name in program.parameters}
+
+    def certify(loss: Tensor, structure: Structure | None) -> None:
+        run.numerics += numerics.certificates(
+            tracer, loss, structure, step=step, inputs=inputs, parameters=program.parameters, owners=owners
+        )  # fmt: skip
+
+    outcome = run_step(
+        program, batch, step, transform="fused", structural=True, look=False, observer=tracer, before=before,
+        inspect=certify,
+    )  # fmt: skip
+    again = history.read(outcome, look=False, parameters_moved=False)
+    program.buffers = buffers
+    random.restore()
+    for name, found in again.calls.items():
+        if name in numbers.calls:
+            numbers.calls[name].grad, numbers.calls[name].out = found.grad, found.out
+    for name, (reached, squares, _, norm) in again.parameters.items():
+        numbers.parameters[name] = (reached, squares, numbers.parameters[name][2], norm)
+    return numbers
+
+
+def _update(
+    run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, batch: Any, step: int
+) -> None:
+    program = run.program
+
+    def again() -> Tensor:
+        recorder = program.recorder
+        recorder.active = False
+        with program.swapped():
+            loss = program.loss(batch, step)
+            gradients = torch.autograd.grad(loss, list(program.trainable.values()), allow_unused=True)
+        for parameter, gradient in zip(program.trainable.values(), gradients, strict=True):
+            parameter.grad = gradient
+        return loss.detach()
+
+    trainable = program.trainable
+    update(optimizer, trainable, {n: outcome.gradients[n] for n in trainable}, again, outcome.loss)
+
+
+def _deepened(run: Run, batch: Any, before: Before, record: FlowRecord) -> FlowRecord:
+    """Measure the last step again with the flow on every edge, and return the record with it."""
+    program, step = run.program, record.steps - 1
+    before.restore(program)
+    outcome = run_step(
+        program, batch, step, transform="fused", structural=True, look=True, full=True, before=before,
+    )  # fmt: skip
+    if outcome.flows is None or outcome.structure is None:
+        return record
+    flows = [read_flows(step, outcome.flows)]
+    assert run.dataflow is not None
+    graph = graph_record(
+        [*run.structures, outcome.structure], run.severed, program.recorder, run.dataflow, flows
+    )  # type: ignore[attr-defined]
+    note = f"The flow on every edge was measured at step {step}, run again with the same batch and random state."
+    notes = (*record.provenance.notes, note)
+    return attrs.evolve(
+        record, graph_record=graph, provenance=attrs.evolve(record.provenance, notes=notes)
+    )
+
+
+# ------------------------------------------------------------------------------------ the record
+
+
+def _assemble(run: Run) -> FlowRecord:
+    program, recorder, plan = run.program, run.program.recorder, run.plan
+    history, steps = run.history, len(run.history.steps)
+    called = {call.module for _, call in history.order.values()}
+    owners = {name: owner(name, recorder.modules) for name in program.parameters}
+    owned: dict[str, list[str]] = {}
+    never: dict[str, None] = {}
+    for name, module in owners.items():
+        used = any(step.parameters[name][0] for step in history.steps)
+        user = module
+        if module not in called:
+            user = next((a for a in ancestors(module) if a in called), "") if used else module
+        owned.setdefault(user, []).append(name)
+        if module not in called and not used and program.parameters[name].requires_grad:
+            never[module] = None
+    graph = None
+    if run.structures and run.dataflow is not None:
+        graph = graph_record(
+            run.structures, run.severed, recorder, run.dataflow, run.flows
+        )  # fmt: skip
+    chosen = optimized(plan.optimizer, program.model) if plan.optimizer is not None else None
+    return FlowRecord(
+        steps=steps,
+        losses=np.array([step.loss for step in history.steps]),
+        layers=layer_records(history, owned),
+        parameters=parameter_records(history, owners, chosen),
+        activations=activation_records(history),
+        numerics=run.numerics,
+        never_called=tuple(never),
+        graph_record=graph,
+        provenance=_provenance(run, steps),
+    )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("gradient-flow")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "0"
+
+
+def _provenance(run: Run, steps: int) -> Provenance:
+    program, plan = run.program, run.plan
+    parameters = list(program.parameters.values())
+    notes = list(run.notes)
+    if steps < plan.steps:
+        notes.append(f"The batches ended after {steps} of {plan.steps} steps.")
+    return Provenance(
+        versions={
+            "gradflow": _version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        device=str(parameters[0].device),
+        dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
+        model=type(program.model).__name__,
+        num_parameters=sum(p.numel() for p in parameters),
+        seed=plan.seed,
+        requested_steps=plan.steps,
+        transform=run.transform,
+        transform_reason=run.transform_reason,
+        mode=plan.mode,
+        detail=plan.detail,
+        optimizer=type(plan.optimizer).__name__ if plan.optimizer is not None else "",
+        learning_rates=learning_rates(plan.optimizer) if plan.optimizer is not None else (),
+        notes=notes,
+    )

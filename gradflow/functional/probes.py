@@ -1,0 +1,99 @@
+"""Probes: identities whose backward pass turns a gradient into a statistic.
+
+NOTE [Statistics as cotangents]
+A probe takes `(x, slot)` and returns `x`. Its backward pass hands the gradient on unchanged for `x`, and for
+`slot`, a scalar zero, it returns the sum of squares of that gradient. So the gradient with respect to the
+slots *is* the statistic of every probed tensor: one forward and one backward pass, nothing retained, and it
+composes with `torch.func.grad`, `vjp`, `jvp` and `vmap`.
+
+The output is `x.detach()`: a new tensor over the same storage that shares the version counter. A view
+(`x.view_as(x)`) would make PyTorch refuse in-place operations on it; a tensor with a version counter of its
+own would hide an in-place change of a tensor that an earlier layer has saved for its backward pass, and the
+gradient would be silently wrong where plain PyTorch raises.
+
+NOTE [Exact and fast]
+The square of a float32 below 1e-23 underflows and of one above 1e19 overflows, so a sum of squares in
+float32 cannot tell a tiny gradient from none. A double-precision sum can, at four times the cost. A site is
+summed exactly in the first step, and afterwards wherever the step before was outside a safe range.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+
+@attrs.define(eq=False)
+class Site:
+    """Where a probe stands: output `index` of layer call number `call` of this step."""
+
+    call: int
+    index: int
+    exact: bool
+    slot: Tensor | None = None
+
+
+class Probe(torch.autograd.Function):
+    """The identity on `x`; the gradient with respect to `slot` is Σg² of the gradient of `x`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, slot: Tensor, site: Site) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.site = inputs[2]
+        ctx.slot_shape = inputs[1].shape
+        ctx.slot_dtype = inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        (g,) = grad_outputs
+        total = sum_of_squares(g, exact=ctx.site.exact).to(ctx.slot_dtype)
+        if ctx.slot_shape:  # a slot of two: the second tells "reached, and zero" from "never reached"
+            total = torch.stack([total, torch.ones_like(total)])
+        return g, total, None
+
+    @staticmethod
+    def jvp(ctx: Any, *grad_inputs: Any) -> Any:
+        return grad_inputs[0].view_as(grad_inputs[0])
+
+
+def probe(x: Tensor, slot: Tensor, site: Site) -> Tensor:
+    """Return `x` with a probe on its gradient; see NOTE [Statistics as cotangents]."""
+    return Probe.apply(x, slot, site)  # type: ignore[return-value]
+
+
+def sum_of_squares(x: Tensor, *, exact: bool) -> Tensor:
+    """Return Σ|x|² as a scalar on x's device, in one pass.
+
+    Args:
+        x: tensor of any shape, floating or complex dtype; a sparse one counts its stored values.
+        exact: sum in double precision, which neither overflows nor underflows for float32 and below.
+    """
+    if x.layout is not torch.strided:
+        x = x.coalesce().values() if x.layout is torch.sparse_coo else x.to_dense()
+    if x.is_complex():
+        x = torch.view_as_real(x)
+    if exact and x.device.type != "mps":
+        return torch.linalg.vector_norm(x, dtype=torch.float64).square()
+    if x.dtype in (torch.float32, torch.float64) and x.device.type == "cpu" and x.is_contiguous():
+        flat = x.view(-1)
+        return torch.dot(flat, flat)  # four times as fast as a norm on a CPU
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(x, dtype=wide).square()
+
+
+def is_safe(sum_squares: float, num_elements: int) -> bool:
+    """Whether the next step's sum may be taken in single precision; see NOTE [Exact and fast]."""
+    return 1e-24 < sum_squares / max(num_elements, 1) < 1e24
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of slots and statistics on a device."""
+    return torch.float32 if device.type == "mps" else torch.float64

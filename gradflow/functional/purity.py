@@ -1,0 +1,195 @@
+"""The purity contract: whatever a run does, everything of the user's is put back bit for bit.
+
+What may be changed by running a model: its module attributes (counters, stored activations, modes), the
+global random states, the grad mode and the default dtype. Parameters and buffers are never touched: the
+run works on copies that are swapped in.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import random
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def preserved(*modules: nn.Module) -> Iterator[None]:
+    """Put back, on any exit, the modules' attributes and the process's random and global states."""
+    saved_modules = _ModuleState(modules)
+    saved_random = RandomState()
+    grad_enabled, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad_enabled)
+        torch.set_default_dtype(dtype)
+        saved_random.restore()
+        saved_modules.restore()
+
+
+class RandomState:
+    """The random states of torch (every initialised device), numpy and Python."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
+        self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+        self._numpy = np.random.get_state()
+        self._python = random.getstate()
+
+    def restore(self) -> None:
+        """Put the states back."""
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        if self._mps is not None:
+            torch.mps.set_rng_state(self._mps)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
+
+
+def _cuda_in_use() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, numpy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+# NOTE [State outside buffers]
+# A module may keep a counter, a list of activations, a plain tensor or an object of its own class. All are
+# reached from its `__dict__`: shallow values are put back by restoring the dict; containers, tensors, arrays,
+# generators and objects of user classes that it refers to are remembered with their contents and restored in
+# place, so that other references to them see the old contents too. Parameters and buffers are skipped (they
+# are swapped for copies), and so are modules (each is remembered on its own), classes and functions.
+
+_ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
+_LARGE = 10_000
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
+
+
+class _ModuleState:
+    def __init__(self, roots: tuple[nn.Module, ...]) -> None:
+        self._seen: dict[int, Any] = {}  # keeps what it has seen alive, so that ids stay unique
+        self._undo: list[Any] = []
+        for root in roots:
+            for module in root.modules():
+                self._remember_module(module)
+
+    def restore(self) -> None:
+        for undo in reversed(self._undo):
+            undo()
+
+    def _new(self, value: Any) -> bool:
+        if id(value) in self._seen:
+            return False
+        self._seen[id(value)] = value
+        return True
+
+    def _remember_module(self, module: nn.Module) -> None:
+        if not self._new(module):
+            return
+        for store in (module._parameters, module._buffers):
+            for tensor in store.values():
+                if tensor is not None:
+                    self._seen[id(tensor)] = tensor
+        flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
+        self._undo.append(lambda: [p.requires_grad_(flag) for p, flag in flags if p.requires_grad != flag])
+        self._remember_dict(module.__dict__)
+
+    def _remember_dict(self, mapping: dict[Any, Any]) -> None:
+        saved = dict(mapping)
+
+        def undo() -> None:
+            if len(mapping) != len(saved) or any(
+                k not in mapping or mapping[k] is not v for k, v in saved.items()
+            ):
+                mapping.clear()
+                mapping.update(saved)
+
+        self._undo.append(undo)
+        if len(saved) > _LARGE:
+            return
+        for value in saved.values():
+            self._remember(value)
+
+    def _remember(self, value: Any) -> None:
+        if isinstance(value, _ATOMS) or isinstance(value, _CODE) or not self._new(value):
+            return
+        if isinstance(value, nn.Module):
+            for module in value.modules():
+                self._remember_module(module)
+        elif isinstance(value, Tensor):
+            self._remember_tensor(value)
+        elif isinstance(value, dict):
+            self._remember_dict(value)
+        elif isinstance(value, (list, collections.deque, set, bytearray)):
+            self._remember_container(value)
+        elif isinstance(value, (tuple, frozenset)):
+            for item in value:
+                self._remember(item)
+        else:
+            self._remember_object(value)
+
+    def _remember_tensor(self, value: Tensor) -> None:
+        if value.is_meta or value.is_inference():
+            return
+        saved, version, grad = value.detach().clone(), value._version, value.grad
+
+        def undo() -> None:
+            value.grad = grad
+            if value._version != version or not torch.equal(_bits(value), _bits(saved)):
+                with torch.no_grad():
+                    value.detach().copy_(saved)
+
+        if value.is_leaf:
+            self._undo.append(undo)
+
+    def _remember_container(self, value: Any) -> None:
+        saved = list(value)
+
+        def undo() -> None:
+            if len(value) != len(saved) or any(a is not b for a, b in zip(value, saved, strict=True)):
+                value.clear()
+                value.update(saved) if isinstance(value, set) else value.extend(saved)
+
+        self._undo.append(undo)
+        if not isinstance(value, bytearray) and len(saved) <= _LARGE:  # a data set, not state
+            for item in saved:
+                self._remember(item)
+
+    def _remember_object(self, value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            saved = value.copy()
+            self._undo.append(lambda: np.copyto(value, saved) if value.flags.writeable else None)
+        elif isinstance(value, torch.Generator):
+            state = value.get_state()
+            self._undo.append(lambda: value.set_state(state))
+        elif isinstance(value, np.random.Generator):
+            bits = value.bit_generator.state
+            self._undo.append(lambda: setattr(value.bit_generator, "state", bits))
+        elif isinstance(value, random.Random):
+            internal = value.getstate()
+            self._undo.append(lambda: value.setstate(internal))
+        elif isinstance(attributes := getattr(value, "__dict__", None), dict):
+            if not type(value).__module__.startswith(("torch.", "networkx.")):
+                self._remember_dict(attributes)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return a view in which NaN equals NaN, where the dtype has one of the same size."""
+    same = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    tensor = tensor.detach()
+    if tensor.is_complex() or tensor.layout is not torch.strided or tensor.is_quantized:
+        return tensor
+    return tensor.view(same[tensor.element_size()]) if tensor.dim() else tensor.reshape(1)

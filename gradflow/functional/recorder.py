@@ -1,0 +1,274 @@
+"""What happens in one step: layer calls as they run, probes on their outputs, statistics of the forward pass.
+
+A `Recorder` is the only mutable thing that a run shares with the tapped modules. It is told of every layer
+call by the taps (`taps.py`), and of functional operations by the watch (`watch.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from gradflow.functional.probes import Site, probe, statistics_dtype, sum_of_squares
+from gradflow.functional.trees import is_differentiable, iter_tensors, map_tensors
+
+
+@attrs.define(eq=False)
+class Call:
+    """One execution of a module in the present step."""
+
+    index: int
+    name: str
+    module: str
+    type: str
+    number: int
+    parent: int
+    is_layer: bool
+    start: int = 0  # autograd sequence numbers: the nodes made in [start, end) are this call's
+    end: int = 0
+    has_children: bool = False
+    differentiable: bool = False
+    grad_enabled: bool = True
+    shape: tuple[int, ...] = ()
+    num_elements: int = 0
+    sites: list[Site] = attrs.field(factory=list)
+
+
+@attrs.frozen(eq=False)
+class Observation:
+    """A number about a call (or an activation) that is still on its device."""
+
+    kind: str
+    key: Any
+    number: int  # of elements behind the value
+
+
+class NeedsRetry(Exception):
+    """The step must be run again, for a reason that `Recorder` has noted; never seen by a user."""
+
+
+@attrs.define(eq=False)
+class Recorder:
+    """The calls and observations of one step, and what is remembered from step to step.
+
+    Args:
+        modules: callable modules by qualified name.
+        layer_names: those of them that are layers.
+    """
+
+    modules: Mapping[str, nn.Module]
+    layer_names: set[str]
+    # remembered from step to step
+    exact: dict[tuple[str, str], bool] = attrs.field(factory=dict)
+    unprobed: set[str] = attrs.field(factory=set)
+    types: dict[str, str] = attrs.field(factory=dict)
+    num_slots: int = 0  # how many slots a step under `vjp` is given; 0 until it is known
+    # of the present step
+    active: bool = False
+    structural: bool = False  # the first step: containers and data flow are looked at as well
+    look: bool = False  # the costlier statistics are taken
+    calls: list[Call] = attrs.field(factory=list)
+    stack: list[int] = attrs.field(factory=list)
+    counts: dict[str, int] = attrs.field(factory=dict)
+    observations: list[Observation] = attrs.field(factory=list)
+    values: list[Tensor] = attrs.field(factory=list)
+    sites: list[Site] = attrs.field(factory=list)
+    given_slots: list[Tensor] | None = None
+    last_type: str = ""
+    aliases: list[tuple[str, Tensor, int]] = attrs.field(factory=list)
+    on_enter: Callable[[Call, Any], None] | None = None
+    on_exit: Callable[[Call, Any, Any], None] | None = None
+    in_backward: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        self.types = {name: type(module).__name__ for name, module in self.modules.items()}
+
+    def begin_step(
+        self, *, structural: bool, look: bool, slots: list[Tensor] | None = None
+    ) -> None:
+        """Forget the step before, and listen."""
+        self.active, self.structural, self.look = True, structural, look
+        self.in_backward = False
+        self.calls, self.stack, self.counts = [], [], {}
+        self.observations, self.values, self.sites, self.aliases = [], [], [], []
+        self.given_slots, self.last_type = slots, ""
+
+    # ------------------------------------------------------------------ calls
+
+    def run(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a module's forward as a call of this step, and return its (probed) output."""
+        if self.in_backward:
+            return self._recompute(name, forward, args, kwargs)
+        layer = name in self.layer_names
+        if not layer and not self.structural:
+            return forward(*args, **kwargs)
+        call = self._enter(name, layer, args, kwargs)
+        entering, number = self._input_squares(args, kwargs) if self.look and layer else (None, 0)
+        try:
+            output = forward(*args, **kwargs)
+        except BaseException:
+            self.stack.pop()
+            raise
+        if layer and name not in self.unprobed:
+            if entering is not None:
+                self.note("input", call.index, entering, number)
+            output = self._observe(call, output, args)
+        self._exit(call, args, output)
+        return output
+
+    def _enter(self, name: str, layer: bool, args: Any, kwargs: Any) -> Call:
+        number = self.counts.get(name, 0)
+        self.counts[name] = number + 1
+        parent = self.stack[-1] if self.stack else -1
+        call = Call(
+            index=len(self.calls),
+            name=f"{name}@{number}" if number else name,
+            module=name,
+            type=self.types[name],
+            number=number,
+            parent=parent,
+            is_layer=layer,
+        )
+        call.grad_enabled = torch.is_grad_enabled()
+        if self.structural:
+            tensors = list(iter_tensors((args, kwargs)))
+            call.differentiable = any(t.requires_grad for t in tensors)
+            call.start = sequence_number()
+            if self.on_enter is not None:
+                self.on_enter(call, (args, kwargs))
+        if parent >= 0 and layer:
+            for index in self.stack:
+                self.calls[index].has_children = True
+        self.calls.append(call)
+        self.stack.append(call.index)
+        return call
+
+    def _exit(self, call: Call, args: Any, output: Any) -> None:
+        self.stack.pop()
+        if self.structural:
+            call.end = sequence_number()
+            if self.on_exit is not None:
+                self.on_exit(call, args, output)
+
+    def _input_squares(self, args: Any, kwargs: Any) -> tuple[Tensor | None, int]:
+        """Return Σx² of the first floating-point input, taken before the layer may overwrite it."""
+        for tensor in iter_tensors((args, kwargs)):
+            if is_differentiable(tensor) and tensor.numel() and tensor.layout is torch.strided:
+                return sum_of_squares(tensor.detach(), exact=True), tensor.numel()
+        return None, 0
+
+    def _recompute(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Handle a call made by activation checkpointing during the backward pass.
+
+        The reentrant kind ran its forward without grad, so the gradient flows through this call alone: it is
+        probed as that earlier call. The other kind recomputes only to fill in saved tensors: it is left alone.
+        """
+        output = forward(*args, **kwargs)
+        if name not in self.layer_names or not torch.is_grad_enabled():
+            return output
+        for call in reversed(self.calls):
+            if call.module == name and not call.grad_enabled and not call.sites:
+                return map_tensors(lambda t: self._probe(call, t), output)
+        return output
+
+    # ----------------------------------------------------------------- outputs
+
+    def _observe(self, call: Call, output: Any, args: Any) -> Any:
+        self.last_type = call.type if call.type not in _PASSING else self.last_type
+        if isinstance(output, Tensor):
+            return self._observe_tensor(call, output, args, {})
+        memo: dict[int, Tensor] = {}
+        return map_tensors(lambda t: self._observe_tensor(call, t, args, memo), output)
+
+    def _observe_tensor(self, call: Call, y: Tensor, args: Any, memo: dict[int, Tensor]) -> Tensor:
+        if id(y) in memo:
+            return memo[id(y)]
+        if not is_differentiable(y) or y.numel() == 0 or y.layout is not torch.strided:
+            return y
+        if not call.shape:
+            call.shape = tuple(y.shape)
+        call.num_elements += y.numel()
+        self._forward_statistics(call, y.detach())
+        probed = self._probe(call, y)
+        if probed is not y and (y._is_view() or any(y is a for a in args)):
+            self.aliases.append((call.module, probed, probed._version))
+        memo[id(y)] = probed
+        return probed
+
+    def _probe(self, call: Call, y: Tensor) -> Tensor:
+        if not y.requires_grad or not is_differentiable(y):
+            return y
+        exact = self.exact.get((call.name, "grad"), True)
+        site = Site(call.index, len(call.sites), exact)
+        slot = self._slot(y.device)
+        site.slot = slot
+        call.sites.append(site)
+        self.sites.append(site)
+        return probe(y, slot, site)
+
+    def _slot(self, device: torch.device) -> Tensor:
+        if self.given_slots is None:
+            return torch.zeros((), dtype=statistics_dtype(device), device=device, requires_grad=True)
+        if len(self.sites) >= len(self.given_slots):
+            raise NeedsRetry("more layer calls than slots")
+        return self.given_slots[len(self.sites)]
+
+    def _forward_statistics(self, call: Call, y: Tensor) -> None:
+        exact = self.exact.get((call.name, "out"), True)
+        self.note("out", call.index, sum_of_squares(y, exact=exact), y.numel())
+        if self.look:
+            self.note("zeros", call.index, y.numel() - torch.count_nonzero(y), y.numel())
+            axis = unit_axis(y, call.type)
+            rows = y.numel() // max(y.shape[axis], 1) if y.dim() else 1
+            mean = y.mean([d for d in range(y.dim()) if d != axis % y.dim()]) if y.dim() > 1 else y
+            self.note("mean_row", call.index, sum_of_squares(mean, exact=exact) * rows, y.numel())
+
+    def note(self, kind: str, key: Any, value: Tensor, number: int) -> None:
+        """Keep a number, or a vector of them, that will be read when the step is over."""
+        self.observations.append(Observation(kind, key, number))
+        self.values.append(value.detach())
+
+    # ---------------------------------------------------------------- questions
+
+    def innermost_leaf(self) -> Call | None:
+        """Return the layer call that is running, if it has no child modules of its own."""
+        if not self.stack:
+            return None
+        call = self.calls[self.stack[-1]]
+        leaf = call.is_layer and not any(True for _ in self.modules[call.module].children())
+        return call if leaf else None
+
+    def check_aliases(self) -> None:
+        """Ask for a retry if a probed output that shares its storage with an input was changed in place.
+
+        Then the probe has cut the tie between the two in autograd's books, and gradients would be wrong.
+        """
+        changed = {module for module, tensor, version in self.aliases if tensor._version != version}
+        if changed:
+            self.unprobed |= changed
+            raise NeedsRetry("an output that shares its storage with an input was changed in place")
+
+
+_PASSING = frozenset(
+    "ReLU ReLU6 LeakyReLU ELU SELU CELU GELU SiLU Mish Sigmoid Tanh Softmax Softplus Hardtanh Dropout Identity "
+    "LogSoftmax Hardsigmoid Hardswish Threshold Flatten".split()
+)
+_CHANNELS_LAST = frozenset(("Linear", "LayerNorm", "Embedding", "RMSNorm", "MultiheadAttention", "LSTM", "GRU"))
+
+
+def unit_axis(y: Tensor, feeding: str) -> int:
+    """Return the axis of `y` whose indices are its units: channels behind a convolution, else features."""
+    if y.dim() <= 2 or feeding in _CHANNELS_LAST:
+        return -1
+    if feeding.startswith(("Conv", "BatchNorm", "InstanceNorm", "GroupNorm")) or "Pool" in feeding:
+        return 1
+    return 1 if y.dim() >= 4 else -1
+
+
+def sequence_number() -> int:
+    """Return the sequence number that autograd gives to the next node of this thread."""
+    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]

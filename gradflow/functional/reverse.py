@@ -1,0 +1,218 @@
+"""Reverse passes: gradients with respect to parameters and slots, and the exact flow on every edge.
+
+NOTE [Two transforms, and a third pass]
+`torch.func.vjp` differentiates the pure step under any outer transform, but loses fused kernels and rejects
+old-style autograd Functions and activation checkpointing. `torch.autograd.grad` over the very same pure step
+keeps them ("fused"). Reentrant checkpointing refuses `autograd.grad` too, and takes only `backward()`: then
+the gradients are read from the `.grad` of our own leaves, and those of leaves that are not ours are put back.
+
+NOTE [The flow on every edge]
+The norm of the cotangent that one consumer hands back is not to be had from a gradient with respect to the
+tensor, which is the sum over its consumers. The full mode therefore walks the autograd graph itself, from the
+loss back, calling each node with the gradient that has arrived: what a node returns for each of its inputs
+is the cotangent of that edge, exactly. Nothing is hooked and nothing aliased.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from gradflow.functional.autograd_graph import LOSS, Node, Structure, is_probe, topological
+from gradflow.functional.probes import sum_of_squares
+from gradflow.functional.recorder import unit_axis
+
+
+def fused(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradients of `loss` with respect to `leaves`, None where no path leads there."""
+    if loss.grad_fn is None:
+        return [None] * len(leaves)
+    try:
+        return list(torch.autograd.grad(loss, leaves, allow_unused=True))
+    except RuntimeError as error:
+        if "Checkpointing is not compatible" not in str(error):
+            raise
+    raise ReentrantCheckpoint
+
+
+class ReentrantCheckpoint(Exception):
+    """The graph holds a reentrant checkpoint, and the pass must be `accumulated`; never seen by a user."""
+
+
+def accumulated(loss: Tensor) -> None:
+    """Run `loss.backward()`, leaving the `.grad` of leaves that are not working copies as it was.
+
+    The gradients are found in the `.grad` of our own leaves, slots made while it ran included.
+    """
+    foreign = [n.variable for n in topological(loss.grad_fn) if hasattr(n, "variable")]
+    saved = [(leaf, leaf.grad) for leaf in foreign if leaf.grad is not None]
+    for leaf, grad in saved:
+        leaf.grad = grad.clone()
+    try:
+        loss.backward()
+    finally:
+        for leaf, grad in saved:
+            leaf.grad = grad
+
+
+@attrs.define(eq=False)
+class Flows:
+    """Sums of squares of one full reverse pass, still on their devices.
+
+    Args:
+        edges: Σ‖c‖² by (source, target).
+        groups: Σ‖g‖² of a group's output gradients.
+        probes: Σ‖g‖² at each probe, by the id of its site.
+        leaves: gradient of each leaf, by id.
+        ranks: effective rank of the output gradient of layers, where asked for.
+    """
+
+    edges: dict[tuple[str, str], Tensor] = attrs.field(factory=dict)
+    groups: dict[str, Tensor] = attrs.field(factory=dict)
+    probes: dict[int, Tensor] = attrs.field(factory=dict)
+    leaves: dict[int, Tensor] = attrs.field(factory=dict)
+    ranks: dict[str, float] = attrs.field(factory=dict)
+
+
+def walked(loss: Tensor, structure: Structure, *, exact: bool, ranks: bool = False) -> Flows:
+    """Return the flow on every edge; see NOTE [The flow on every edge].
+
+    Args:
+        loss: scalar loss with its graph.
+        structure: the contracted graph of the same step.
+        exact: take sums in double precision.
+        ranks: take the effective rank of every layer's output gradient as well (one SVD each).
+    """
+    flows = Flows()
+    arriving: dict[Node, dict[int, dict[str, Tensor]]] = {}
+    root = loss.grad_fn
+    arriving[root] = {0: {LOSS: torch.ones_like(loss)}}
+    with torch.no_grad():
+        for node in structure.nodes:
+            incoming = arriving.pop(node, None)
+            if incoming is not None:
+                gradients = _gather(node, incoming, structure, flows, exact, ranks)
+                for cotangent, (child, number) in zip(
+                    call_node(node, gradients), node.next_functions, strict=False
+                ):
+                    if cotangent is not None and child is not None:
+                        _send(cotangent, node, child, number, structure, arriving)
+    return flows
+
+
+def _send(
+    cotangent: Tensor,
+    node: Node,
+    child: Node,
+    number: int,
+    structure: Structure,
+    arriving: dict[Node, dict[int, dict[str, Tensor]]],
+) -> None:
+    cotangent = _validated(cotangent, child, number)
+    by_group = arriving.setdefault(child, {}).setdefault(number, {})
+    source = structure.group_of[node]
+    old = by_group.get(source)
+    by_group[source] = cotangent if old is None else old + cotangent
+
+
+def _gather(
+    node: Node,
+    incoming: dict[int, dict[str, Tensor]],
+    structure: Structure,
+    flows: Flows,
+    exact: bool,
+    ranks: bool,
+) -> dict[int, Tensor]:
+    """Sum what has arrived at a node over its consumers, noting what crossed a boundary."""
+    group = structure.group_of.get(node)
+    gradients: dict[int, Tensor] = {}
+    for number, by_group in incoming.items():
+        total: Tensor | None = None
+        for source, cotangent in by_group.items():
+            total = cotangent if total is None else total + cotangent
+            if group is not None and source != group:
+                _add(flows.edges, (group, source), sum_of_squares(cotangent, exact=exact))
+        assert total is not None
+        gradients[number] = total
+        if group is None or not (is_probe(node) or any(source != group for source in by_group)):
+            continue
+        squares = sum_of_squares(total, exact=exact)
+        if any(source != group for source in by_group):
+            _add(flows.groups, group, squares)
+        if is_probe(node):
+            flows.probes[id(node.site)] = squares
+            if ranks and group not in flows.ranks:
+                flows.ranks[group] = effective_rank(total, structure.groups[group].type)
+    if node in structure.leaves:
+        flows.leaves[id(structure.leaves[node])] = gradients[0]
+        return {}
+    return gradients
+
+
+def _add(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
+
+
+def call_node(node: Node, gradients: dict[int, Tensor]) -> Sequence[Tensor | None]:
+    """Return the cotangents that an autograd node hands to its inputs, given those of its outputs."""
+    if not gradients:
+        return ()
+    if is_probe(node):
+        return (gradients[0],)
+    metadata = getattr(node, "_input_metadata", ())
+    count = max(len(metadata), max(gradients) + 1)
+    args: list[Tensor | None] = [gradients.get(i) for i in range(count)]
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        if getattr(node, "materialize_grads", True):
+            args = [_zeros(m) if a is None else a for a, m in zip(args, metadata, strict=False)]
+        result = node.apply(*args)
+    else:
+        result = node(*args)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _zeros(metadata: Any) -> Tensor:
+    return torch.zeros(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
+
+
+def _validated(cotangent: Tensor, child: Node, number: int) -> Tensor:
+    """Return the cotangent in the shape and dtype of the tensor it belongs to, as the engine would."""
+    if hasattr(child, "variable"):
+        shape, dtype = child.variable.shape, child.variable.dtype
+    else:
+        metadata = getattr(child, "_input_metadata", None)
+        if not metadata or number >= len(metadata):
+            return cotangent
+        shape, dtype = tuple(metadata[number].shape), metadata[number].dtype
+    if cotangent.layout is torch.strided and tuple(cotangent.shape) != tuple(shape):
+        cotangent = cotangent.sum_to_size(shape)
+    return cotangent if cotangent.dtype == dtype else cotangent.to(dtype)
+
+
+def effective_rank(gradient: Tensor, layer_type: str = "Linear") -> float:
+    """Return the effective rank of a gradient as a matrix (samples × features).
+
+    exp of the entropy of the normalised squared singular values (Roy and Vetterli, 2007, with squared
+    values). 1 for a rank-one matrix, the width for an orthogonal one, NaN where it is zero or not finite.
+
+    Args:
+        gradient: output gradient of a layer, samples first.
+        layer_type: class name of the layer; tells where its features are.
+    """
+    if gradient.dim() < 2:
+        return 1.0 if bool(gradient.any()) else float("nan")
+    matrix = gradient.detach().movedim(unit_axis(gradient, layer_type), -1).flatten(0, -2)
+    matrix = matrix.to(device="cpu", dtype=torch.float64)
+    top = matrix.abs().max()
+    if not torch.isfinite(top) or top == 0:
+        return float("nan")
+    matrix = matrix / top
+    gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
+    values = torch.linalg.eigvalsh(gram).clamp(min=0)
+    shares = values / values.sum()
+    shares = shares[shares > 0]
+    return float(torch.exp(-(shares * shares.log()).sum()))

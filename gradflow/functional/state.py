@@ -1,0 +1,123 @@
+"""The model's parameters and buffers as values: working copies, and a swap that puts them in place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradflow.errors import ModelInputError
+
+Tensors = dict[str, Tensor]
+
+
+def copy_parameters(model: nn.Module) -> Tensors:
+    """Return leaf copies of the parameters by qualified name; a tied parameter appears once.
+
+    Raises:
+        ModelInputError: if a parameter has no values (lazy modules, the meta device).
+    """
+    copies: Tensors = {}
+    for name, parameter in model.named_parameters():
+        _check_has_values(name, parameter)
+        copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        copy.__dict__.update(parameter.__dict__)
+        copies[name] = copy
+    return copies
+
+
+def copy_buffers(model: nn.Module) -> Tensors:
+    """Return copies of the buffers by qualified name; a shared buffer appears once."""
+    buffers: Tensors = {}
+    for name, buffer in model.named_buffers():
+        _check_has_values(name, buffer)
+        buffers[name] = buffer.detach().clone()
+    return buffers
+
+
+def _check_has_values(name: str, tensor: Tensor) -> None:
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        raise ModelInputError(
+            f"{name!r} belongs to a lazy module that has not seen a batch yet, so it has no shape. "
+            "Run the model once on a batch before it is analysed: `model(x)`."
+        )
+    if tensor.is_meta:
+        raise ModelInputError(
+            f"{name!r} is on the meta device and has no values. Materialise the model first: "
+            "`model.to_empty(device=...)` and then its initialisation."
+        )
+
+
+class Swap:
+    """A reusable swap of a model's parameters and buffers, tied names included.
+
+    It does what `torch.func.functional_call` does, with the names resolved once for a whole run, and it
+    can be held open while the caller's closures draw a batch, so that a policy rolled out between two
+    steps acts with the parameters of that step.
+    """
+
+    def __init__(self, model: nn.Module, prefix: str = "") -> None:
+        self._places: list[tuple[dict[str, Any], str, str]] = []
+        first: dict[int, str] = {}
+        for module_name, module in model.named_modules(remove_duplicate=False):
+            for store in (module._parameters, module._buffers):
+                for key, tensor in store.items():
+                    if tensor is not None:
+                        qualified = f"{module_name}.{key}" if module_name else key
+                        name = first.setdefault(id(tensor), prefix + qualified)
+                        self._places.append((store, key, name))
+
+    @contextlib.contextmanager
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put `tensors` in place for the length of the context; names it lacks stay as they are."""
+        old = [(store, key, store[key]) for store, key, name in self._places if name in tensors]
+        try:
+            for store, key, name in self._places:
+                if name in tensors:
+                    store[key] = tensors[name]
+            yield
+        finally:
+            for store, key, tensor in old:
+                store[key] = tensor
+
+    def current(self, names: Mapping[str, Tensor]) -> Tensors:
+        """Return what stands in the places of `names` now (a model may have replaced a buffer)."""
+        found: Tensors = {}
+        for store, key, name in self._places:
+            if name in names and name not in found and store.get(key) is not None:
+                found[name] = store[key]
+        return found
+
+
+def call(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Any, Tensors]:
+    """Call a model as a pure function of its parameters and buffers.
+
+    Args:
+        model: the model; it is left as it was, its own buffers included.
+        parameters: tensors by qualified name; missing names keep the model's own.
+        buffers: tensors by qualified name. They are not changed: the model works on copies.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+
+    Returns:
+        The output, and the buffers after the call.
+
+    >>> bn = nn.BatchNorm1d(2)
+    >>> out, new = call(bn, dict(bn.named_parameters()), dict(bn.named_buffers()), (torch.ones(4, 2),))
+    >>> new["running_mean"], bn.running_mean
+    (tensor([0.1000, 0.1000]), tensor([0., 0.]))
+    """
+    swap = Swap(model)
+    working = {name: buffer.clone() for name, buffer in buffers.items()}
+    with swap({**parameters, **working}):
+        output = model(*args, **(kwargs or {}))
+        return output, swap.current(working)

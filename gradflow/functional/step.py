@@ -1,0 +1,262 @@
+"""One step as a pure function: batch in, loss and gradients out, with its statistics still on the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from gradflow.errors import GradflowError
+from gradflow.functional.autograd_graph import Structure, build
+from gradflow.functional.batches import checked_loss
+from gradflow.functional.purity import RandomState
+from gradflow.functional.recorder import NeedsRetry, Recorder
+from gradflow.functional.reverse import Flows, ReentrantCheckpoint, accumulated, fused, walked
+from gradflow.functional.state import Swap, Tensors, copy_buffers, copy_parameters
+from gradflow.functional.trees import shapes
+from gradflow.functional.watch import Watch
+
+_MAX_RETRIES = 8
+
+
+@attrs.define(eq=False)
+class Outcome:
+    """What one step gave."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor | None]
+    slots: list[Tensor | None]  # Σg² of each probe, in the order of the recorder's sites
+    structure: Structure | None = None
+    flows: Flows | None = None
+
+
+@attrs.define(eq=False)
+class Program:
+    """The user's model and loss with working copies of their state, and how a batch becomes a loss.
+
+    Args:
+        model: the model.
+        loss_module: the loss, if it is a module with a state of its own.
+        evaluate: batch, step → loss, calling the user's model and loss once each.
+        recorder: told of every layer call.
+        inputs_of: batch → the model's input tensors by name.
+    """
+
+    model: nn.Module
+    loss_module: nn.Module | None
+    evaluate: Callable[[Any, int], Any]
+    recorder: Recorder
+    inputs_of: Callable[[Any], Tensors]
+    parameters: Tensors = attrs.field(factory=dict)
+    loss_parameters: Tensors = attrs.field(factory=dict)
+    buffers: Tensors = attrs.field(factory=dict)
+    changing: set[str] = attrs.field(factory=set)  # buffers that a step was seen to change
+    reentrant: bool = False
+    _swaps: list[Swap] = attrs.field(factory=list)
+
+    def __attrs_post_init__(self) -> None:
+        self.parameters = copy_parameters(self.model)
+        self.buffers = copy_buffers(self.model)
+        self._swaps = [Swap(self.model)]
+        if self.loss_module is not None:
+            prefix = "loss_fn."
+            self.loss_parameters = {prefix + n: p for n, p in copy_parameters(self.loss_module).items()}
+            self.buffers |= {prefix + n: b for n, b in copy_buffers(self.loss_module).items()}
+            self._swaps.append(Swap(self.loss_module, prefix))
+
+    @property
+    def trainable(self) -> Tensors:
+        """All working parameters that require a gradient, the loss's own included."""
+        both = {**self.parameters, **self.loss_parameters}
+        return {name: p for name, p in both.items() if p.requires_grad}
+
+    @contextlib.contextmanager
+    def swapped(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Put the working copies (or `tensors`) in the modules for the length of the context."""
+        state = {**self.parameters, **self.loss_parameters, **self.buffers, **(tensors or {})}
+        with contextlib.ExitStack() as stack:
+            for swap in self._swaps:
+                stack.enter_context(swap(state))
+            yield
+
+    def current_buffers(self) -> Tensors:
+        """Return the buffers as they stand in the modules now."""
+        found: Tensors = {}
+        for swap in self._swaps:
+            found |= swap.current(self.buffers)
+        return found
+
+    def loss(self, batch: Any, step: int, observer: Any = None) -> Tensor:
+        """Call model and loss once; the recorder listens.
+
+        An exception of the user's code keeps its type and gets a note with the step and the batch's shapes.
+        """
+        try:
+            with Watch(self.recorder, observer):
+                return checked_loss(self.evaluate(batch, step))
+        except (NeedsRetry, GradflowError):
+            raise
+        except Exception as error:
+            where = self.recorder.calls[self.recorder.stack[-1]].name if self.recorder.stack else ""
+            place = f" in layer {where!r}" if where else ""
+            error.add_note(f"gradflow: raised at step {step}{place}; the batch holds {shapes(batch)}.")
+            raise
+
+
+@attrs.define(eq=False)
+class Before:
+    """What a step starts from, so that it can be run again: random states and buffers."""
+
+    random: RandomState
+    buffers: Tensors
+
+    @classmethod
+    def of(cls, program: Program) -> Before:
+        """Remember the present state; only buffers that a step was seen to change are copied."""
+        held = program.buffers
+        return cls(RandomState(), {n: held[n].clone() for n in program.changing if n in held})
+
+    def restore(self, program: Program) -> None:
+        """Put it back."""
+        self.random.restore()
+        for name, saved in self.buffers.items():
+            program.buffers[name] = saved.clone()
+
+
+def run_step(
+    program: Program,
+    batch: Any,
+    step: int,
+    *,
+    transform: str,
+    structural: bool,
+    look: bool,
+    full: bool = False,
+    observer: Any = None,
+    before: Before | None = None,
+    inspect: Callable[[Tensor, Structure | None], None] | None = None,
+) -> Outcome:
+    """Run one step and return its outcome; the program's buffers move on.
+
+    Args:
+        program: model, loss and working state.
+        batch: the batch, on the model's device.
+        step: its number.
+        transform: `fused` or `vjp`.
+        structural: take the contracted autograd graph too (fused only).
+        look: take the costlier statistics of the forward pass.
+        full: measure the flow on every edge (fused only).
+        observer: told of every function call, see `Watch`.
+        before: the state to return to where the step has to be run again.
+        inspect: called with the loss and the graph between the forward and the reverse pass (fused only).
+    """
+    before = before or Before.of(program)
+    for _ in range(_MAX_RETRIES):
+        try:
+            if transform == "vjp":
+                return _vjp_step(program, batch, step, look=look, observer=observer)
+            return _fused_step(
+                program, batch, step, structural=structural, look=look, full=full, observer=observer,
+                inspect=inspect,
+            )  # fmt: skip
+        except NeedsRetry:
+            before.restore(program)
+        except ReentrantCheckpoint:
+            program.reentrant = True
+            before.restore(program)
+    raise RuntimeError("gradflow could not settle on the probes of this model; please report it")
+
+
+def _fused_step(
+    program: Program,
+    batch: Any,
+    step: int,
+    *,
+    structural: bool,
+    look: bool,
+    full: bool,
+    observer: Any,
+    inspect: Callable[[Tensor, Structure | None], None] | None,
+) -> Outcome:
+    recorder = program.recorder
+    recorder.begin_step(structural=structural or full, look=look)
+    versions = {name: (b, b._version) for name, b in program.buffers.items()}
+    with program.swapped():
+        try:
+            loss = program.loss(batch, step, observer)
+            recorder.check_aliases()
+            program.buffers |= program.current_buffers()
+            for name, (buffer, version) in versions.items():
+                if program.buffers[name] is not buffer or buffer._version != version:
+                    program.changing.add(name)
+            recorder.in_backward = True
+            structure = None
+            if (structural or full) and loss.grad_fn is not None:
+                named = {**program.parameters, **program.loss_parameters}
+                structure = build(loss, recorder, named, program.inputs_of(batch))
+            if inspect is not None:
+                inspect(loss, structure)
+            return _reverse(program, loss, structure, full)
+        finally:
+            recorder.active = False
+
+
+def _reverse(program: Program, loss: Tensor, structure: Structure | None, full: bool) -> Outcome:
+    recorder, trainable = program.recorder, program.trainable
+    if full and structure is not None and not program.reentrant:
+        exact = any(site.exact for site in recorder.sites)
+        flows = walked(loss, structure, exact=exact, ranks=recorder.look)
+        found = {name: flows.leaves.get(id(p)) for name, p in trainable.items()}
+        slots = [flows.probes.get(id(site)) for site in recorder.sites]
+        return Outcome(loss.detach(), found, slots, structure, flows)
+    if program.reentrant:
+        accumulated(loss)
+        found = {name: p.grad for name, p in trainable.items()}
+        slots = [site.slot.grad if site.slot is not None else None for site in recorder.sites]
+        for p in trainable.values():
+            p.grad = None
+        return Outcome(loss.detach(), found, slots, structure)
+    leaves = [*trainable.values(), *(site.slot for site in recorder.sites if site.slot is not None)]
+    gradients = fused(loss, leaves)
+    number = len(trainable)
+    found = dict(zip(trainable, gradients[:number], strict=True))
+    return Outcome(loss.detach(), found, gradients[number:], structure)
+
+
+def _vjp_step(program: Program, batch: Any, step: int, *, look: bool, observer: Any) -> Outcome:
+    recorder = program.recorder
+    number = recorder.num_slots or 4 * len(recorder.layer_names) + 64
+    device = next(iter(program.parameters.values())).device
+    slots = [torch.zeros(2, dtype=torch.float64, device=device) for _ in range(number)]
+
+    def pure(trainable: Tensors, slots: list[Tensor]) -> tuple[Tensor, Any]:
+        recorder.begin_step(structural=False, look=look, slots=slots)
+        buffers = {name: b.clone() for name, b in program.buffers.items()}
+        with program.swapped({**trainable, **buffers}):
+            loss = program.loss(batch, step, observer)
+            current: Tensors = {}
+            for swap in program._swaps:
+                current |= swap.current(buffers)
+        recorder.active = False
+        return loss, (loss.detach(), list(recorder.values), current)
+
+    leaves = {name: p.detach() for name, p in program.trainable.items()}
+    try:
+        loss, pull, (_, values, buffers) = torch.func.vjp(pure, leaves, slots, has_aux=True)
+        recorder.values = values
+        gradients, statistics = pull(torch.ones_like(loss))
+    except NeedsRetry:
+        recorder.num_slots = 2 * number
+        raise
+    finally:
+        recorder.active = False
+    program.buffers |= buffers
+    program.changing |= set(buffers)
+    used = statistics[: len(recorder.sites)]
+    return Outcome(
+        loss.detach(), dict(gradients), [s[0] if float(s[1]) > 0 else None for s in used]
+    )  # fmt: skip
