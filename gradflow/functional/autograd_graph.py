@@ -19,7 +19,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from gradflow.functional.probes import Probe
+from gradflow.functional.probes import is_probe
 from gradflow.functional.recorder import Call, Recorder
 
 LOSS = "loss"
@@ -74,11 +74,6 @@ def topological(root: Node) -> list[Node]:
                 if not waiting[child]:
                     ready.append(child)
     return order
-
-
-def is_probe(node: Node) -> bool:
-    """Whether an autograd node is a probe."""
-    return isinstance(node, Probe._backward_cls)  # type: ignore[attr-defined]
 
 
 def is_leaf(node: Node) -> bool:

@@ -7,6 +7,7 @@ a tainted tensor has a severed edge from there.
 
 from __future__ import annotations
 
+import traceback
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -39,7 +40,6 @@ class DataFlow:
         self.edges: dict[tuple[int, str], str] = {}  # (target call, source) -> reason
         self.joins: list[tuple[Any, str, str]] = []  # (autograd node, source, reason)
         self.read: dict[str, str] = {}  # call name -> the read (`item`, ...) that took its values out
-        self.unused: set[str] = set()
         recorder.on_enter, recorder.on_exit = self._enter, self._exit
         for name, tensor in inputs.items():
             self._mark(tensor, {name: ""})
@@ -74,16 +74,17 @@ class DataFlow:
             return
         for tensor in iter_tensors(output):
             if not tensor.requires_grad:
-                self._mark(tensor, {call.name: "" if call.grad_enabled else "no_grad"})
+                self._mark(tensor, {call.name: "" if call.grad_enabled else _grad_mode()})
 
     # ------------------------------------------------------------------- functions
 
     def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a function and follow what it does to the gradient."""
         out = func(*args, **kwargs)
-        if not self.recorder.active or self.recorder.innermost_leaf() is not None:
-            return out
         name = getattr(func, "__name__", "")
+        inside = self.recorder.innermost_leaf() is not None
+        if not self.recorder.active or inside or name.endswith("_like") or name.startswith("new_"):
+            return out  # what is inside a layer is the layer's; a like-named factory takes a shape, no values
         inputs = list(iter_tensors((args, kwargs)))
         if name in _READS:
             for tensor in inputs:
@@ -108,8 +109,16 @@ class DataFlow:
 def cut_name(func: Any) -> str:
     """Return the plain name of a function that cut the gradient, `no_grad` if the grad mode did."""
     if not torch.is_grad_enabled():
-        return "no_grad"
+        return _grad_mode()
     name = getattr(func, "__name__", "function")
     if name == "__get__":
         return (resolve_name(func) or "data").removesuffix(".__get__").rsplit(".", 1)[-1]
     return name.strip("_") or name
+
+
+def _grad_mode() -> str:
+    """Return what switched the gradient off: `checkpoint (reentrant)` or `no_grad`."""
+    for frame, _ in traceback.walk_stack(None):
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return "checkpoint (reentrant)"
+    return "no_grad"

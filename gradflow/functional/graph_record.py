@@ -10,7 +10,7 @@ import numpy as np
 from gradflow.functional.autograd_graph import LOSS, MODEL, Group, Structure
 from gradflow.functional.dataflow import DataFlow
 from gradflow.functional.history import to_host
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.recorder import Call
 from gradflow.functional.reverse import Flows
 from gradflow.records import EdgeRecord, GraphRecord, NodeRecord
 
@@ -81,7 +81,7 @@ def cuts(dataflow: DataFlow, structure: Structure | None, calls: Sequence[Call])
 def graph_record(
     structures: Sequence[Structure],
     severed: Sequence[Cut],
-    recorder: Recorder,
+    calls: Sequence[Call],
     dataflow: DataFlow,
     flows: Sequence[HostFlows] = (),
 ) -> GraphRecord:
@@ -90,13 +90,13 @@ def graph_record(
     Args:
         structures: contracted graphs, one per step that was looked at.
         severed: edges that carry data and no gradient.
-        recorder: whose calls are those of a step that was looked at.
+        calls: the calls of the first step.
         dataflow: of the first step; tells why a layer is unreachable.
         flows: the measured steps.
     """
     groups, edges = merged(structures)
     reached = set(groups)
-    for call in recorder.calls:
+    for call in calls:
         name = call.name or MODEL
         if call.is_layer and name not in groups:
             groups[name] = Group(name, "layer", call.start, call.module, call.type, call, call.shape)

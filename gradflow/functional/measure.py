@@ -28,7 +28,7 @@ from gradflow.functional.history import (
 from gradflow.functional.layers import ancestors, callable_modules, is_layer, owner
 from gradflow.functional.optimizers import copy_optimizer, learning_rates, optimized, update
 from gradflow.functional.purity import RandomState, preserved, seed_all
-from gradflow.functional.recorder import Recorder
+from gradflow.functional.recorder import Call, Recorder
 from gradflow.functional.step import Before, Outcome, Program, run_step
 from gradflow.functional.taps import exclusive, tapped
 from gradflow.records import FlowRecord, NumericalRecord, Provenance
@@ -61,13 +61,13 @@ class Run:
     transform: str
     transform_reason: str
     dataflow: DataFlow | None = None
+    calls: list[Call] = attrs.field(factory=list)  # of the first step
     structures: list[Structure] = attrs.field(factory=list)
     severed: list[Cut] = attrs.field(factory=list)
     flows: list[HostFlows] = attrs.field(factory=list)
     numerics: list[NumericalRecord] = attrs.field(factory=list)
     traces: int = 0
     notes: list[str] = attrs.field(factory=list)
-    deep_steps: list[int] = attrs.field(factory=list)
 
 
 def measure(
@@ -156,6 +156,7 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
     program, plan = run.program, run.plan
     batch: Any = None
     before: Before | None = None
+    skipped = 0
     for step in range(plan.steps):
         with program.swapped():  # closures that run the model see the parameters of this step
             drawn = draw(step)
@@ -166,28 +167,31 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
         outcome = _step(run, batch, step, before)
         _check_first(run, outcome, step)
         numbers = run.history.read(
-            outcome, look=_looks(run, step), parameters_moved=optimizer is not None
+            outcome, look=is_look(step), parameters_moved=optimizer is not None
         )
-        if step == 0:
-            _learn_structure(run, outcome, batch)
         if outcome.flows is not None:
             run.flows.append(read_flows(step, outcome.flows))
-            run.structures.append(outcome.structure) if outcome.structure is not None else None
+            if outcome.structure is not None and step > 0:
+                run.structures.append(outcome.structure)
         if not numbers.finite:
             numbers = _trace(run, batch, step, before, numbers)
         run.history.steps.append(numbers)
         if optimizer is not None and step < plan.steps - 1:
-            _update(run, optimizer, outcome, batch, step)
+            if numbers.finite:
+                _update(run, optimizer, outcome, batch, step)
+            else:
+                skipped += 1
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
+    if skipped:
+        run.notes.append(
+            f"{skipped} updates with a non-finite loss or gradient were skipped, so that the steps after them "
+            "could still be measured."
+        )
     record = _assemble(run)
     if plan.deepen is not None and before is not None and plan.detail == "cheap" and plan.deepen(record):
         return _deepened(run, batch, before, record)
     return record
-
-
-def _looks(run: Run, step: int) -> bool:
-    return is_look(step) or run.plan.detail == "full"
 
 
 def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
@@ -203,15 +207,15 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
             program, batch, step, transform="fused", structural=True, look=False, observer=observer,
             before=before,
         )  # fmt: skip
-        run.structures = [shown.structure] if shown.structure is not None else []
+        _learn_structure(run, shown)
         before.restore(program)
         observer = None
     outcome = run_step(
-        program, batch, step, transform=run.transform, structural=first, look=_looks(run, step), full=full,
+        program, batch, step, transform=run.transform, structural=first, look=is_look(step), full=full,
         observer=observer, before=before,
     )  # fmt: skip
-    if first and outcome.structure is not None and not full:
-        run.structures = [outcome.structure]
+    if first:
+        _learn_structure(run, outcome)
     if step == 0:
         program.recorder.on_enter = program.recorder.on_exit = None
         if first and (promoted := _promoted(program, outcome)):
@@ -250,12 +254,13 @@ def _check_first(run: Run, outcome: Outcome, step: int) -> None:
         raise detached_loss()
 
 
-def _learn_structure(run: Run, outcome: Outcome, batch: Any) -> None:
+def _learn_structure(run: Run, outcome: Outcome) -> None:
     """Keep what the first step showed of the graph and the data flow."""
-    recorder = run.program.recorder
-    structure = run.structures[0] if run.structures else outcome.structure
-    assert run.dataflow is not None
-    run.severed = cuts(run.dataflow, structure, recorder.calls)  # type: ignore[attr-defined]
+    structure, calls = outcome.structure, run.program.recorder.calls
+    run.calls = calls
+    run.structures = [structure] if structure is not None else []
+    if run.dataflow is not None:
+        run.severed = cuts(run.dataflow, structure, calls)
     originals = {id(p) for p in run.program.model.parameters()}
     if structure is not None and any(id(leaf) in originals for leaf in structure.foreign):
         run.notes.append(
@@ -332,7 +337,7 @@ def _deepened(run: Run, batch: Any, before: Before, record: FlowRecord) -> FlowR
     flows = [read_flows(step, outcome.flows)]
     assert run.dataflow is not None
     graph = graph_record(
-        [*run.structures, outcome.structure], run.severed, program.recorder, run.dataflow, flows
+        [*run.structures, outcome.structure], run.severed, run.calls, run.dataflow, flows
     )  # type: ignore[attr-defined]
     note = f"The flow on every edge was measured at step {step}, run again with the same batch and random state."
     notes = (*record.provenance.notes, note)
@@ -362,7 +367,7 @@ def _assemble(run: Run) -> FlowRecord:
     graph = None
     if run.structures and run.dataflow is not None:
         graph = graph_record(
-            run.structures, run.severed, recorder, run.dataflow, run.flows
+            run.structures, run.severed, run.calls, run.dataflow, run.flows
         )  # fmt: skip
     chosen = optimized(plan.optimizer, program.model) if plan.optimizer is not None else None
     return FlowRecord(

@@ -17,9 +17,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.autograd_graph import Node, Structure, Windows, is_leaf, is_probe, operation
+from gradflow.functional.autograd_graph import Node, Structure, Windows, is_leaf, operation
+from gradflow.functional.probes import is_probe
 from gradflow.functional.recorder import Recorder
-from gradflow.functional.reverse import _validated, call_node
+from gradflow.functional.reverse import validated, call_node
 from gradflow.functional.trees import iter_tensors
 from gradflow.functional.watch import source_layer
 from gradflow.records import NumericalRecord
@@ -86,8 +87,8 @@ class Tracer:
         bad = _badness(tensor)
         if not bad:
             return
-        born = known
-        if bad > worst and not (bad == 1 and asked_for):
+        born = known  # a NaN made of an infinity has its origin where that was made
+        if born is None and bad > worst and not (bad == 1 and asked_for):
             born = (done, "nan" if bad == 2 else "inf")
             self.births.append(born)
         if born is not None:
@@ -210,7 +211,7 @@ def backward_birth(loss: Tensor, structure: Structure) -> tuple[Node, str] | Non
             for cotangent, (child, number) in zip(handed, node.next_functions, strict=False):
                 if cotangent is None or child is None:
                     continue
-                cotangent = _validated(cotangent, child, number)
+                cotangent = validated(cotangent, child, number)
                 after = _badness(cotangent)
                 if after > before:
                     return node, "nan" if after == 2 else "inf"

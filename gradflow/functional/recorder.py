@@ -13,7 +13,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from gradflow.functional.probes import Site, probe, statistics_dtype, sum_of_squares
+from gradflow.functional.layers import ancestors
+from gradflow.functional.probes import Site, eager_probe, probe, statistics_dtype, sum_of_squares
 from gradflow.functional.trees import is_differentiable, iter_tensors, map_tensors
 
 
@@ -66,6 +67,7 @@ class Recorder:
     exact: dict[tuple[str, str], bool] = attrs.field(factory=dict)
     unprobed: set[str] = attrs.field(factory=set)
     types: dict[str, str] = attrs.field(factory=dict)
+    leaves: set[str] = attrs.field(factory=set)  # modules without callable modules in them
     num_slots: int = 0  # how many slots a step under `vjp` is given; 0 until it is known
     # of the present step
     active: bool = False
@@ -85,6 +87,10 @@ class Recorder:
     in_backward: bool = False
 
     def __attrs_post_init__(self) -> None:
+        parents = {name.rpartition(".")[0] for name in self.modules if name}
+        for name in list(parents):
+            parents.update(ancestors(name))
+        self.leaves = set(self.modules) - parents
         self.types = {name: type(module).__name__ for name, module in self.modules.items()}
 
     def begin_step(
@@ -208,7 +214,7 @@ class Recorder:
         site.slot = slot
         call.sites.append(site)
         self.sites.append(site)
-        return probe(y, slot, site)
+        return eager_probe(y, slot, site) if self.given_slots is None else probe(y, slot, site)
 
     def _slot(self, device: torch.device) -> Tensor:
         if self.given_slots is None:
@@ -239,8 +245,7 @@ class Recorder:
         if not self.stack:
             return None
         call = self.calls[self.stack[-1]]
-        leaf = call.is_layer and not any(True for _ in self.modules[call.module].children())
-        return call if leaf else None
+        return call if call.is_layer and call.module in self.leaves else None
 
     def check_aliases(self) -> None:
         """Ask for a retry if a probed output that shares its storage with an input was changed in place.

@@ -22,8 +22,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.autograd_graph import LOSS, Node, Structure, is_probe, topological
-from gradflow.functional.probes import sum_of_squares
+from gradflow.functional.autograd_graph import LOSS, Node, Structure, topological
+from gradflow.functional.probes import is_probe, sum_of_squares
 from gradflow.functional.recorder import unit_axis
 
 
@@ -112,7 +112,7 @@ def _send(
     structure: Structure,
     arriving: dict[Node, dict[int, dict[str, Tensor]]],
 ) -> None:
-    cotangent = _validated(cotangent, child, number)
+    cotangent = validated(cotangent, child, number)
     by_group = arriving.setdefault(child, {}).setdefault(number, {})
     source = structure.group_of[node]
     old = by_group.get(source)
@@ -179,7 +179,7 @@ def _zeros(metadata: Any) -> Tensor:
     return torch.zeros(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
 
 
-def _validated(cotangent: Tensor, child: Node, number: int) -> Tensor:
+def validated(cotangent: Tensor, child: Node, number: int) -> Tensor:
     """Return the cotangent in the shape and dtype of the tensor it belongs to, as the engine would."""
     if hasattr(child, "variable"):
         shape, dtype = child.variable.shape, child.variable.dtype

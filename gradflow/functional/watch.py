@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gradflow.functional.probes import Probe, sum_of_squares
+from gradflow.functional.probes import is_probe, sum_of_squares
 from gradflow.functional.recorder import Recorder, unit_axis
 
 # name of the function -> (op, kind); see ActivationRecord
@@ -187,9 +187,8 @@ def source_calls(recorder: Recorder, x: Tensor) -> list[int]:
     seen, todo = {x.grad_fn}, [x.grad_fn]
     while todo:
         node = todo.pop()
-        site = getattr(node, "site", None) if isinstance(node, Probe._backward_cls) else None  # type: ignore[attr-defined]
-        if site is not None:
-            found.add(site.call)
+        if is_probe(node):
+            found.add(node.site.call)
             continue
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
