@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from gradflow.functional.purity import RandomState, preserved, seed_all
 from gradflow.functional.recorder import Call, Recorder
 from gradflow.functional.step import Before, Outcome, Program, run_step
 from gradflow.functional.taps import exclusive, tapped
+from gradflow.functional.watch import after_module
 from gradflow.records import FlowRecord, NumericalRecord, Provenance
 
 Progress = Callable[[int, int], None]
@@ -144,9 +146,9 @@ def _choose_transform(asked: str) -> tuple[str, str]:
     return "fused", "no outer transform is active, and fused kernels are kept"
 
 
-def is_look(step: int) -> bool:
-    """Whether the costlier statistics are taken at a step: the first, and each power of four."""
-    return step == 0 or (step & (step - 1) == 0 and step % 3 == 1)
+def is_look(step: int, steps: int) -> bool:
+    """Whether the costlier statistics are taken at a step: the first, each power of four, and the last."""
+    return step in (0, steps - 1) or (step & (step - 1) == 0 and step % 3 == 1)
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -167,8 +169,10 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
         outcome = _step(run, batch, step, before)
         _check_first(run, outcome, step)
         numbers = run.history.read(
-            outcome, look=is_look(step), parameters_moved=optimizer is not None
+            outcome, look=is_look(step, plan.steps), parameters_moved=optimizer is not None
         )
+        if step == 0:
+            _learn_activations(run)
         if outcome.flows is not None:
             run.flows.append(read_flows(step, outcome.flows))
             if outcome.structure is not None and step > 0:
@@ -211,7 +215,7 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
         before.restore(program)
         observer = None
     outcome = run_step(
-        program, batch, step, transform=run.transform, structural=first, look=is_look(step), full=full,
+        program, batch, step, transform=run.transform, structural=first, look=is_look(step, run.plan.steps), full=full,
         observer=observer, before=before,
     )  # fmt: skip
     if first:
@@ -267,6 +271,19 @@ def _learn_structure(run: Run, outcome: Outcome) -> None:
             "The loss uses parameter tensors that were taken from the model beforehand; the gradient through "
             "those is not counted. Take them inside the loss: `model.parameters()`."
         )
+
+
+def _learn_activations(run: Run) -> None:
+    """See to it that later steps are watched only if a rectifier is applied as a function.
+
+    Whether every unit of a rectifier fires at some time is followed in every step, other activations at looks.
+    """
+    recorder = run.program.recorder
+    keys = [key for key in run.history.peaks if key.kind == "rectifier"]
+    run.program.watching = any(key.functional for key in keys)
+    if not run.program.watching:
+        recorder.rectifier_ops = {key.layer.split("@")[0]: key.op for key in keys}
+        recorder.after_module = functools.partial(after_module, recorder)
 
 
 def _trace(run: Run, batch: Any, step: int, before: Before, numbers: StepNumbers) -> StepNumbers:

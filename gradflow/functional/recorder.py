@@ -65,6 +65,7 @@ class Recorder:
     layer_names: set[str]
     # remembered from step to step
     exact: dict[tuple[str, str], bool] = attrs.field(factory=dict)
+    pool: list[Tensor] = attrs.field(factory=list)  # slots, used again in every step
     unprobed: set[str] = attrs.field(factory=set)
     types: dict[str, str] = attrs.field(factory=dict)
     leaves: set[str] = attrs.field(factory=set)  # modules without callable modules in them
@@ -72,6 +73,7 @@ class Recorder:
     # of the present step
     active: bool = False
     structural: bool = False  # the first step: containers and data flow are looked at as well
+    watched: bool = True  # functions are watched, see `watch.py`
     look: bool = False  # the costlier statistics are taken
     calls: list[Call] = attrs.field(factory=list)
     stack: list[int] = attrs.field(factory=list)
@@ -82,6 +84,8 @@ class Recorder:
     given_slots: list[Tensor] | None = None
     last_type: str = ""
     aliases: list[tuple[str, Tensor, int]] = attrs.field(factory=list)
+    rectifier_ops: dict[str, str] = attrs.field(factory=dict)  # modules that only apply a rectifier -> op
+    after_module: Callable[[Call, Any], None] | None = None  # told of those, where no watch is on
     on_enter: Callable[[Call, Any], None] | None = None
     on_exit: Callable[[Call, Any, Any], None] | None = None
     in_backward: bool = False
@@ -112,18 +116,22 @@ class Recorder:
         layer = name in self.layer_names
         if not layer and not self.structural:
             return forward(*args, **kwargs)
-        call = self._enter(name, layer, args, kwargs)
-        entering, number = self._input_squares(args, kwargs) if self.look and layer else (None, 0)
+        with _unwatched():
+            call = self._enter(name, layer, args, kwargs)
+            entering, number = self._input_squares(args, kwargs) if self.look and layer else (None, 0)
         try:
             output = forward(*args, **kwargs)
         except BaseException:
             self.stack.pop()
             raise
-        if layer and name not in self.unprobed:
-            if entering is not None:
-                self.note("input", call.index, entering, number)
-            output = self._observe(call, output, args)
-        self._exit(call, args, output)
+        with _unwatched():
+            if layer and name not in self.unprobed:
+                if entering is not None:
+                    self.note("input", call.index, entering, number)
+                if not self.watched and name in self.rectifier_ops and self.after_module is not None:
+                    self.after_module(call, output)
+                output = self._observe(call, output, args)
+            self._exit(call, args, output)
         return output
 
     def _enter(self, name: str, layer: bool, args: Any, kwargs: Any) -> Call:
@@ -198,7 +206,8 @@ class Recorder:
         if not call.shape:
             call.shape = tuple(y.shape)
         call.num_elements += y.numel()
-        self._forward_statistics(call, y.detach())
+        if self.look:
+            self._forward_statistics(call, y.detach())
         probed = self._probe(call, y)
         if probed is not y and (y._is_view() or any(y is a for a in args)):
             self.aliases.append((call.module, probed, probed._version))
@@ -210,28 +219,34 @@ class Recorder:
             return y
         exact = self.exact.get((call.name, "grad"), True)
         site = Site(call.index, len(call.sites), exact)
-        slot = self._slot(y.device)
+        slot = self._slot(y, exact)
         site.slot = slot
         call.sites.append(site)
         self.sites.append(site)
         return eager_probe(y, slot, site) if self.given_slots is None else probe(y, slot, site)
 
-    def _slot(self, device: torch.device) -> Tensor:
-        if self.given_slots is None:
-            return torch.zeros((), dtype=statistics_dtype(device), device=device, requires_grad=True)
-        if len(self.sites) >= len(self.given_slots):
-            raise NeedsRetry("more layer calls than slots")
-        return self.given_slots[len(self.sites)]
+    def _slot(self, y: Tensor, exact: bool) -> Tensor:
+        position = len(self.sites)
+        if self.given_slots is not None:
+            if position >= len(self.given_slots):
+                raise NeedsRetry("more layer calls than slots")
+            return self.given_slots[position]
+        dtype = statistics_dtype(y, exact=exact)
+        if position < len(self.pool):
+            slot = self.pool[position]
+            if slot.dtype == dtype and slot.device == y.device:
+                return slot
+        slot = torch.zeros((), dtype=dtype, device=y.device, requires_grad=True)
+        self.pool[position : position + 1] = [slot]
+        return slot
 
     def _forward_statistics(self, call: Call, y: Tensor) -> None:
-        exact = self.exact.get((call.name, "out"), True)
-        self.note("out", call.index, sum_of_squares(y, exact=exact), y.numel())
-        if self.look:
-            self.note("zeros", call.index, y.numel() - torch.count_nonzero(y), y.numel())
-            axis = unit_axis(y, call.type)
-            rows = y.numel() // max(y.shape[axis], 1) if y.dim() else 1
-            mean = y.mean([d for d in range(y.dim()) if d != axis % y.dim()]) if y.dim() > 1 else y
-            self.note("mean_row", call.index, sum_of_squares(mean, exact=exact) * rows, y.numel())
+        self.note("out", call.index, sum_of_squares(y, exact=True), y.numel())
+        self.note("zeros", call.index, y.numel() - torch.count_nonzero(y), y.numel())
+        axis = unit_axis(y, call.type)
+        rows = y.numel() // max(y.shape[axis], 1) if y.dim() else 1
+        mean = y.mean([d for d in range(y.dim()) if d != axis % y.dim()]) if y.dim() > 1 else y
+        self.note("mean_row", call.index, sum_of_squares(mean, exact=True) * rows, y.numel())
 
     def note(self, kind: str, key: Any, value: Tensor, number: int) -> None:
         """Keep a number, or a vector of them, that will be read when the step is over."""
@@ -257,6 +272,8 @@ class Recorder:
             self.unprobed |= changed
             raise NeedsRetry("an output that shares its storage with an input was changed in place")
 
+
+_unwatched = torch._C.DisableTorchFunction  # the watch need not see our own operations
 
 _PASSING = frozenset(
     "ReLU ReLU6 LeakyReLU ELU SELU CELU GELU SiLU Mish Sigmoid Tanh Softmax Softplus Hardtanh Dropout Identity "

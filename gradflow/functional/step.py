@@ -55,6 +55,7 @@ class Program:
     loss_parameters: Tensors = attrs.field(factory=dict)
     buffers: Tensors = attrs.field(factory=dict)
     changing: set[str] = attrs.field(factory=set)  # buffers that a step was seen to change
+    watching: bool = True  # whether functions must be watched in steps without a look as well
     reentrant: bool = False
     _swaps: list[Swap] = attrs.field(factory=list)
 
@@ -96,6 +97,9 @@ class Program:
         An exception of the user's code keeps its type and gets a note with the step and the batch's shapes.
         """
         try:
+            self.recorder.watched = observer is not None or self.watching or self.recorder.look
+            if not self.recorder.watched:
+                return checked_loss(self.evaluate(batch, step))
             with Watch(self.recorder, observer):
                 return checked_loss(self.evaluate(batch, step))
         except (NeedsRetry, GradflowError):

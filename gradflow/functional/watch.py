@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gradflow.functional.probes import is_probe, sum_of_squares
-from gradflow.functional.recorder import Recorder, unit_axis
+from gradflow.functional.recorder import Call, Recorder, unit_axis
 
 # name of the function -> (op, kind); see ActivationRecord
 ACTIVATIONS: dict[str, tuple[str, str]] = {
@@ -56,15 +56,38 @@ class Watch(TorchFunctionMode):
         if not listening or not _is_watched(x) or bounds is None:
             run = self.observer
             return func(*args, **kwargs) if run is None else run(func, args, kwargs)
-        before = _Before(self.recorder, found[0], x, bounds)
+        with torch._C.DisableTorchFunction():
+            before = _Before(self.recorder, found[0], x, bounds)
         out = func(*args, **kwargs) if self.observer is None else self.observer(func, args, kwargs)
         if isinstance(out, Tensor) and out.numel():
-            before.note(out, kwargs.get("dim", args[1] if len(args) > 1 else -1))
+            with torch._C.DisableTorchFunction():
+                before.note(out, kwargs.get("dim", args[1] if len(args) > 1 else -1))
         return out
 
 
 def _is_watched(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad and x.numel() > 0
+
+
+def unit_rows(y: Tensor, feeding: str) -> Tensor:
+    """Return an output as a matrix, a row per unit."""
+    return y.movedim(unit_axis(y, feeding), 0).flatten(1) if y.dim() > 1 else y.reshape(-1, 1)
+
+
+def note_rectifier(recorder: Recorder, key: ActivationKey, y: Tensor) -> None:
+    """Note the largest output of every unit of a rectifier, and at looks how many elements fire."""
+    axis = unit_axis(y, recorder.last_type)
+    dims = [d for d in range(y.dim()) if d != axis % y.dim()] if y.dim() > 1 else []
+    recorder.note("peak", key, y.amax(dims) if dims else y.reshape(-1), y.numel())
+    if recorder.look:
+        recorder.note("fired", key, torch.count_nonzero(y > 0), y.numel())
+
+
+def after_module(recorder: Recorder, call: Call, output: Any) -> None:
+    """Note what a rectifier module gave, in a step without a watch."""
+    if isinstance(output, Tensor) and output.requires_grad and output.numel():
+        op = recorder.rectifier_ops[call.module]
+        note_rectifier(recorder, ActivationKey(call.name, op, "rectifier", False, call.name), output.detach())
 
 
 @attrs.frozen
@@ -106,13 +129,10 @@ class _Before:
         if self.bounds.kind == "softmax":
             self._note_softmax(y, dim)
             return
-        units = y.movedim(unit_axis(y, recorder.last_type), 0).flatten(1) if y.dim() > 1 else y.reshape(-1, 1)
         if self.bounds.kind == "rectifier":
-            recorder.note("peak", self.key, units.amax(1), y.numel())
-            if recorder.look:
-                recorder.note("fired", self.key, torch.count_nonzero(y > 0), y.numel())
+            note_rectifier(recorder, self.key, y)
         elif recorder.look:
-            flat = self.bounds.saturated(units)
+            flat = self.bounds.saturated(unit_rows(y, recorder.last_type))
             recorder.note("saturated", self.key, flat.sum(), y.numel())
             recorder.note("stuck", self.key, flat.all(1), y.numel())
         if self.input_squares is not None:
