@@ -88,6 +88,14 @@ def _floats(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(_float(value) for value in values)
 
 
+def _boxed(value: float) -> tuple[float]:
+    return (value,)  # tuples compare their members by identity first
+
+
+def _number_field(default: Any = attrs.NOTHING) -> Any:
+    return attrs.field(default=default, converter=_float, eq=_boxed)
+
+
 def _read_only(dtype: type, nullable: bool = False) -> Any:
     def convert(value: Any) -> Any:
         if value is None and nullable:
@@ -167,7 +175,7 @@ class Issue:
     issue_type: IssueType
     severity: IssueSeverity
     description: str
-    magnitude: float = attrs.field(converter=_float)
+    magnitude: float = _number_field()
     recommended_actions: tuple[str, ...] = attrs.field(default=(), converter=_tuple)
     metrics: Mapping[str, Any] = mapping_field()
 
@@ -341,8 +349,8 @@ class ActivationRecord:
     fired_share: Floats = array_field()
     saturated_share: Floats = array_field()
     input_rms: Floats = array_field()
-    never_fired: float = attrs.field(default=NAN, converter=_float)
-    always_saturated: float = attrs.field(default=NAN, converter=_float)
+    never_fired: float = _number_field(NAN)
+    always_saturated: float = _number_field(NAN)
     width: int = 0
 
 
@@ -369,8 +377,8 @@ class NumericalRecord:
     op: str
     phase: str
     value: str
-    input_min: float = attrs.field(default=NAN, converter=_float)
-    input_max: float = attrs.field(default=NAN, converter=_float)
+    input_min: float = _number_field(NAN)
+    input_max: float = _number_field(NAN)
     line: str = ""
     loss_finite: bool = True
 

@@ -126,7 +126,7 @@ def analyze_custom(
     >>> model, x = nn.Linear(2, 1), torch.ones(3, 2)
     >>> record = analyze_custom(model, lambda m, step: m(x) + m(2 * x), lambda y: y.mean(), steps=2)
     >>> [layer.name or "(model)" for layer in record]
-    ['(model)', '(model)']
+    ['(model)', '@1']
     """
     _check_model(model)
     if not callable(forward_fn):

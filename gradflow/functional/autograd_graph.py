@@ -5,8 +5,8 @@ Autograd numbers the nodes it makes. A layer call notes the number at its start 
 own operations are those numbered in between, and are contracted into it; the node of its probe is found by
 its site. Everything else that the walk from the loss meets is a functional operation, a node of its own. A
 layer in which other layers are called (a model that owns a class token) keeps only its probe: the operations
-in it, between its inner layers, stay operations. Nothing is put on the inputs of a layer, since an alias of an
-input would break models that write to it in place.
+in it, between its inner layers, stay operations. Nothing is put on the inputs of a layer, since an alias of
+an input would break models that write to it in place.
 """
 
 from __future__ import annotations
@@ -152,9 +152,7 @@ def build(
     return structure
 
 
-def _group(
-    node: Node, recorder: Recorder, windows: Windows, taken: set[str], structure: Structure
-) -> Group:
+def _group(node: Node, recorder: Recorder, windows: Windows, taken: set[str], structure: Structure) -> Group:
     call = recorder.calls[node.site.call] if is_probe(node) else windows.layer(node)
     if call is not None:
         name = call.name or MODEL

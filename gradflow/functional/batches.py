@@ -87,7 +87,9 @@ class Objective:
             return batch
         if isinstance(batch, (tuple, list)) and len(batch) == 2:
             return batch[0]
-        kind = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        kind = (
+            f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        )
         raise ModelInputError(
             f"the loss takes (output, target), so a batch must be a pair (inputs, target); got a {kind}: "
             f"{shapes(batch)}. Regroup it, `((x1, x2), y)`, or pass a loss of one argument that finds its "
@@ -111,8 +113,8 @@ def make_objective(loss_fn: Any) -> Objective:
         return Objective(None, takes_target=False)
     if not callable(loss_fn):
         raise ModelInputError(
-            f"loss_fn is a {type(loss_fn).__name__}, which cannot be called. Pass the function, not its value: "
-            "`nn.CrossEntropyLoss()`, `F.mse_loss`, or `lambda output: ...`."
+            f"loss_fn is a {type(loss_fn).__name__}, which cannot be called. Pass the function, not its "
+            "value: `nn.CrossEntropyLoss()`, `F.mse_loss`, or `lambda output: ...`."
         )
     number = _num_required(loss_fn)
     if number in (1, 2):
@@ -120,7 +122,7 @@ def make_objective(loss_fn: Any) -> Objective:
     name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
     raise ModelInputError(
         f"cannot tell how to call the loss {name}: it must take one argument (the output) or two (the output "
-        f"and the target), and this one {'takes ' + str(number) if number is not None else 'has no signature'}. "
+        f"and the target), and this one {f'takes {number}' if number is not None else 'has no signature'}. "
         "Wrap it: `loss_fn=lambda output: my_loss(output[0], output[1], extra)`."
     )
 
@@ -160,7 +162,7 @@ def own_loss(output: Any) -> Tensor:
 
 
 def invoke(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call a model on inputs: a tensor as `model(x)`, a tuple or list as `model(*x)`, a mapping as keywords."""
+    """Call a model on inputs: `model(x)` for a tensor, `model(*x)` for a tuple, `model(**x)` for a mapping."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)) and not _is_single(inputs):
@@ -174,7 +176,7 @@ def _is_single(inputs: Any) -> bool:
 
 
 def prepared(batch: Any, device: torch.device | None) -> Any:
-    """Return the batch on `device`, its tensors copied so that a model that writes to its input harms nobody."""
+    """Return the batch on `device`, its tensors copied: a model that writes to its input harms nobody."""
 
     def place(tensor: Tensor) -> Tensor:
         if tensor.requires_grad or tensor.layout is not torch.strided:
@@ -211,6 +213,6 @@ def detached_loss() -> LossError:
     """Return the error for a loss that no gradient can flow from."""
     return LossError(
         "the loss carries no gradient: no operation joins it to a parameter that requires one. Likely "
-        "causes: `.detach()`, `.data`, `.item()` or NumPy between model and loss; `torch.no_grad()` around the "
-        "call; `argmax`, `round` or a comparison as the last step; a loss of targets only."
+        "causes: `.detach()`, `.data`, `.item()` or NumPy between model and loss; `torch.no_grad()` around "
+        "the call; `argmax`, `round` or a comparison as the last step; a loss of targets only."
     )

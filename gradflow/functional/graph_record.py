@@ -127,8 +127,8 @@ def graph_record(
 def _edges(edges: dict[tuple[str, str], None], flows: Sequence[HostFlows]) -> list[EdgeRecord]:
     records = []
     for source, target in edges:
-        flow = [f.edges.get((source, target), NAN) for f in flows]
-        dead = bool(flow) and all(value == 0.0 for value in flow)
+        flow = np.array([f.edges.get((source, target), NAN) for f in flows])
+        dead = len(flow) > 0 and bool((flow == 0.0).all())
         records.append(EdgeRecord(source=source, target=target, flow=flow, severed=dead))
     return records
 
@@ -139,7 +139,7 @@ def _cut_edges(
     groups: dict[str, Group],
     flows: Sequence[HostFlows],
 ) -> list[EdgeRecord]:
-    """Return the edges that carry data and no gradient. One from an input, which needs none, is not severed."""
+    """Return the edges that carry data and no gradient; one from an input, which needs none, is not severed."""
     records = []
     for cut in severed:
         if (cut.source, cut.target) in edges or cut.source not in groups or cut.target not in groups:
@@ -149,7 +149,7 @@ def _cut_edges(
             EdgeRecord(
                 source=cut.source,
                 target=cut.target,
-                flow=[0.0 if wanted else NAN for _ in flows],
+                flow=np.array([0.0 if wanted else NAN for _ in flows]),
                 severed=wanted,
                 reason=cut.reason or ("no gradient needed" if wanted else ""),
             )
@@ -181,9 +181,9 @@ def _node(
         num_elements=int(np.prod(group.shape, dtype=np.int64)) if group.shape else 0,
         parameters=tuple(group.parameters),
         order=rank,
-        grad_norm=grads,
-        input_grad_norm=incoming,
-        effective_rank=[f.ranks.get(group.name, NAN) for f in flows],
+        grad_norm=np.array(grads),
+        input_grad_norm=np.array(incoming),
+        effective_rank=np.array([f.ranks.get(group.name, NAN) for f in flows]),
         reachable=not reason,
         reason=reason,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.probes import is_safe, sum_of_squares
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.recorder import Call
 from gradflow.functional.step import Outcome, Program
 from gradflow.functional.watch import ActivationKey
 from gradflow.records import ActivationRecord, LayerRecord, ParameterRecord
@@ -121,7 +121,7 @@ class History:
     ) -> None:
         for name, parameter in self.program.parameters.items():
             if moved or name not in self.norms:
-                scalars.append(sum_of_squares(parameter.detach(), exact=True if not self.norms else False))
+                scalars.append(sum_of_squares(parameter.detach(), exact=bool(not self.norms)))
                 places.append(("norm", name))
             gradient = outcome.gradients.get(name)
             if gradient is None:
@@ -189,6 +189,8 @@ class History:
         for name, found in step.calls.items():
             if found.reached:
                 exact[(name, "grad")] = not is_safe(found.grad, found.num_elements)
+            if found.out_elements:
+                exact[(name, "out")] = not is_safe(found.out, found.out_elements)
         for name, (reached, squares, _, _) in step.parameters.items():
             if reached:
                 size = self.program.parameters[name].numel()
@@ -235,7 +237,7 @@ def layer_records(history: History, owned: dict[str, list[str]]) -> list[LayerRe
                     reached=reached,
                     grad_norm=np.sqrt(grads),
                     grad_finite=~reached | np.isfinite(grads),
-                    num_elements=[n.num_elements if n is not None else 0 for n in numbers],
+                    num_elements=np.array([n.num_elements if n is not None else 0 for n in numbers]),
                     output_rms=np.sqrt(mean_square),
                     output_finite=~measured | np.isfinite(out),
                     output_zero_share=np.where(measured, zeros / np.maximum(sizes, 1), NAN),
@@ -266,7 +268,7 @@ def parameter_records(
                 reached=reached,
                 grad_norm=np.sqrt(squares),
                 grad_finite=~reached | np.isfinite(squares),
-                grad_zero_share=[row[2] / max(parameter.numel(), 1) for row in rows],
+                grad_zero_share=np.array([row[2] / max(parameter.numel(), 1) for row in rows]),
                 norm=np.sqrt(np.array([row[3] for row in rows])),
             )
         )

@@ -1,4 +1,4 @@
-"""The run: draw a batch, call the model, call the loss, read the numbers, update; and the looks into depth."""
+"""The run: draw a batch, call model and loss, read the numbers, update; and the looks into depth."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def measure(
 
 
 class _Both(nn.Module):
-    """The model, and the loss where it is a module, under the names that the program gives their parameters."""
+    """The model and the loss module, under the names that the program gives their parameters."""
 
     @staticmethod
     def of(model: nn.Module, loss_module: nn.Module | None) -> nn.Module:
@@ -140,7 +140,7 @@ def _set_mode(model: nn.Module, mode: str) -> None:
 def _choose_transform(asked: str) -> tuple[str, str]:
     if asked != "auto":
         return asked, "asked for"
-    stack = getattr(torch._C._functorch, "get_interpreter_stack", lambda: None)()
+    stack = getattr(torch._C, "_functorch").get_interpreter_stack()
     if stack:
         return "vjp", "an outer torch.func transform is active"
     return "fused", "no outer transform is active, and fused kernels are kept"
@@ -189,8 +189,8 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
             plan.progress(step + 1, plan.steps)
     if skipped:
         run.notes.append(
-            f"{skipped} updates with a non-finite loss or gradient were skipped, so that the steps after them "
-            "could still be measured."
+            f"{skipped} updates with a non-finite loss or gradient were skipped, so that the steps after "
+            "them could still be measured."
         )
     record = _assemble(run)
     if plan.deepen is not None and before is not None and plan.detail == "cheap" and plan.deepen(record):
@@ -215,8 +215,8 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
         before.restore(program)
         observer = None
     outcome = run_step(
-        program, batch, step, transform=run.transform, structural=first, look=is_look(step, run.plan.steps), full=full,
-        observer=observer, before=before,
+        program, batch, step, transform=run.transform, structural=first, full=full,
+        look=is_look(step, run.plan.steps), observer=observer, before=before,
     )  # fmt: skip
     if first:
         _learn_structure(run, outcome)
@@ -250,8 +250,8 @@ def _check_first(run: Run, outcome: Outcome, step: int) -> None:
     recorder = run.program.recorder
     if step == 0 and not any(call.is_layer for call in recorder.calls):
         raise ModelNotCalledError(
-            f"no layer of {type(run.program.model).__name__} was called in the first step. The function given "
-            "must call this very model (a copy, a compiled wrapper or another instance does not count): "
+            f"no layer of {type(run.program.model).__name__} was called in the first step. The function "
+            "given must call this very model (a copy, a compiled wrapper or another instance does not count): "
             "`lambda model, step: model(x)`."
         )
     if step == 0 and all(g is None for g in outcome.gradients.values()):
@@ -276,7 +276,7 @@ def _learn_structure(run: Run, outcome: Outcome) -> None:
 def _learn_activations(run: Run) -> None:
     """See to it that later steps are watched only if a rectifier is applied as a function.
 
-    Whether every unit of a rectifier fires at some time is followed in every step, other activations at looks.
+    Whether every unit of a rectifier fires at some time is followed in every step; others, at looks.
     """
     recorder = run.program.recorder
     keys = [key for key in run.history.peaks if key.kind == "rectifier"]
@@ -289,7 +289,7 @@ def _learn_activations(run: Run) -> None:
 def _trace(run: Run, batch: Any, step: int, before: Before, numbers: StepNumbers) -> StepNumbers:
     """Run a step with a NaN or an Inf again, every operation watched, and keep its birth certificate.
 
-    The sums of squares are taken in double precision this time: if nothing is found, only they had overflowed.
+    The sums of squares are in double precision this time: if nothing is found, only they had overflowed.
     """
     if run.traces >= _MAX_TRACES or run.program.reentrant:
         return numbers
@@ -323,9 +323,7 @@ def _trace(run: Run, batch: Any, step: int, before: Before, numbers: StepNumbers
     return numbers
 
 
-def _update(
-    run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, batch: Any, step: int
-) -> None:
+def _update(run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, batch: Any, step: int) -> None:
     program = run.program
 
     def again() -> Tensor:
@@ -353,14 +351,12 @@ def _deepened(run: Run, batch: Any, before: Before, record: FlowRecord) -> FlowR
         return record
     flows = [read_flows(step, outcome.flows)]
     assert run.dataflow is not None
-    graph = graph_record(
-        [*run.structures, outcome.structure], run.severed, run.calls, run.dataflow, flows
-    )  # type: ignore[attr-defined]
-    note = f"The flow on every edge was measured at step {step}, run again with the same batch and random state."
-    notes = (*record.provenance.notes, note)
-    return attrs.evolve(
-        record, graph_record=graph, provenance=attrs.evolve(record.provenance, notes=notes)
+    graph = graph_record([*run.structures, outcome.structure], run.severed, run.calls, run.dataflow, flows)  # type: ignore[attr-defined]
+    note = (
+        f"The flow on every edge was measured at step {step}, run again with the same batch and random state."
     )
+    notes = (*record.provenance.notes, note)
+    return attrs.evolve(record, graph_record=graph, provenance=attrs.evolve(record.provenance, notes=notes))
 
 
 # ------------------------------------------------------------------------------------ the record

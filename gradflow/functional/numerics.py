@@ -20,7 +20,7 @@ from torch import Tensor
 from gradflow.functional.autograd_graph import Node, Structure, Windows, is_leaf, operation
 from gradflow.functional.probes import is_probe
 from gradflow.functional.recorder import Recorder
-from gradflow.functional.reverse import validated, call_node
+from gradflow.functional.reverse import call_node, validated
 from gradflow.functional.trees import iter_tensors
 from gradflow.functional.watch import source_layer
 from gradflow.records import NumericalRecord

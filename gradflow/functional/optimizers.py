@@ -36,8 +36,8 @@ def copy_optimizer(
     ours = [p for p in held if id(p) in memo]
     if not ours:
         raise OptimizerMismatchError(
-            f"none of the optimizer's {len(held)} parameters belongs to the model. It may have been built for "
-            "another model, or before the model was replaced (`.to()` of some libraries, a deep copy). Build "
+            f"none of the optimizer's {len(held)} parameters belongs to the model. It may have been built "
+            "for another model, or before the model was replaced (`.to()` of some libraries, a deep copy). Build "
             "it on this one: `torch.optim.Adam(model.parameters())`."
         )
     clone = copy.deepcopy(optimizer, memo)
@@ -64,7 +64,7 @@ def update(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor | None],
-    again: Callable[[], Tensor],
+    again: Callable[[], Any],
     loss: Tensor,
 ) -> None:
     """Step the working copies with the gradients of the step that was measured.
@@ -80,7 +80,7 @@ def update(
         parameter.grad = gradients[name]
     first = True
 
-    def closure() -> Tensor:
+    def closure() -> Any:
         nonlocal first
         if first:
             first = False
@@ -90,7 +90,7 @@ def update(
     required = inspect.signature(type(optimizer).step).parameters.get("closure")
     try:
         if required is not None and required.default is required.empty:
-            optimizer.step(closure)
+            optimizer.step(closure)  # type: ignore[call-overload]
         else:
             optimizer.step()
     finally:

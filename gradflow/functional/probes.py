@@ -79,7 +79,21 @@ class EagerProbe(torch.autograd.Function):
 
 
 def probe(x: Tensor, slot: Tensor, site: Site) -> Tensor:
-    """Return `x` with a probe on its gradient, for use under `torch.func`; see NOTE [Statistics as cotangents]."""
+    """Return `x` with a probe on its gradient; works under `torch.func`.
+
+    See NOTE [Statistics as cotangents].
+
+    Args:
+        x: tensor of any shape and floating or complex dtype.
+        slot: a zero of shape (), or of shape (2,) to be told as well whether the gradient arrived.
+        site: where it stands, and how to sum.
+
+    >>> site = Site(0, 0, exact=True)
+    >>> x, slot = torch.tensor([3.0, 4.0]), torch.zeros((), dtype=torch.float64)
+    >>> loss = lambda x, slot: (probe(x, slot, site) * torch.tensor([3.0, 4.0])).sum()
+    >>> torch.func.grad(loss, argnums=(0, 1))(x, slot)
+    (tensor([3., 4.]), tensor(25., dtype=torch.float64))
+    """
     return Probe.apply(x, slot, site)  # type: ignore[return-value]
 
 

@@ -124,7 +124,7 @@ class _ModuleState:
             self._remember(value)
 
     def _remember(self, value: Any) -> None:
-        if isinstance(value, _ATOMS) or isinstance(value, _CODE) or not self._new(value):
+        if isinstance(value, (_ATOMS, _CODE)) or not self._new(value):
             return
         if isinstance(value, nn.Module):
             for module in value.modules():
@@ -181,9 +181,12 @@ class _ModuleState:
         elif isinstance(value, random.Random):
             internal = value.getstate()
             self._undo.append(lambda: value.setstate(internal))
-        elif isinstance(attributes := getattr(value, "__dict__", None), dict):
-            if not type(value).__module__.startswith(("torch.", "networkx.")):
-                self._remember_dict(attributes)
+        elif isinstance(attributes := getattr(value, "__dict__", None), dict) and _is_users(value):
+            self._remember_dict(attributes)
+
+
+def _is_users(value: Any) -> bool:
+    return not type(value).__module__.startswith(("torch.", "networkx."))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ call by the taps (`taps.py`), and of functional operations by the watch (`watch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -97,9 +98,7 @@ class Recorder:
         self.leaves = set(self.modules) - parents
         self.types = {name: type(module).__name__ for name, module in self.modules.items()}
 
-    def begin_step(
-        self, *, structural: bool, look: bool, slots: list[Tensor] | None = None
-    ) -> None:
+    def begin_step(self, *, structural: bool, look: bool, slots: list[Tensor] | None = None) -> None:
         """Forget the step before, and listen."""
         self.active, self.structural, self.look = True, structural, look
         self.in_backward = False
@@ -118,7 +117,8 @@ class Recorder:
             return forward(*args, **kwargs)
         with _unwatched():
             call = self._enter(name, layer, args, kwargs)
-            entering, number = self._input_squares(args, kwargs) if self.look and layer else (None, 0)
+            exact = self.exact.get((call.name, "out"), True)
+            entering, number = self._input_squares(args, kwargs, exact) if self.look and layer else (None, 0)
         try:
             output = forward(*args, **kwargs)
         except BaseException:
@@ -168,25 +168,26 @@ class Recorder:
             if self.on_exit is not None:
                 self.on_exit(call, args, output)
 
-    def _input_squares(self, args: Any, kwargs: Any) -> tuple[Tensor | None, int]:
+    def _input_squares(self, args: Any, kwargs: Any, exact: bool) -> tuple[Tensor | None, int]:
         """Return Σx² of the first floating-point input, taken before the layer may overwrite it."""
         for tensor in iter_tensors((args, kwargs)):
             if is_differentiable(tensor) and tensor.numel() and tensor.layout is torch.strided:
-                return sum_of_squares(tensor.detach(), exact=True), tensor.numel()
+                return sum_of_squares(tensor.detach(), exact=exact), tensor.numel()
         return None, 0
 
     def _recompute(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Handle a call made by activation checkpointing during the backward pass.
 
         The reentrant kind ran its forward without grad, so the gradient flows through this call alone: it is
-        probed as that earlier call. The other kind recomputes only to fill in saved tensors: it is left alone.
+        probed as that earlier call. The other kind recomputes only to fill in saved tensors: it is left
+        alone.
         """
         output = forward(*args, **kwargs)
         if name not in self.layer_names or not torch.is_grad_enabled():
             return output
         for call in reversed(self.calls):
             if call.module == name and not call.grad_enabled and not call.sites:
-                return map_tensors(lambda t: self._probe(call, t), output)
+                return map_tensors(functools.partial(self._probe, call), output)
         return output
 
     # ----------------------------------------------------------------- outputs
@@ -241,7 +242,8 @@ class Recorder:
         return slot
 
     def _forward_statistics(self, call: Call, y: Tensor) -> None:
-        self.note("out", call.index, sum_of_squares(y, exact=True), y.numel())
+        exact = self.exact.get((call.name, "out"), True)
+        self.note("out", call.index, sum_of_squares(y, exact=exact), y.numel())
         self.note("zeros", call.index, y.numel() - torch.count_nonzero(y), y.numel())
         axis = unit_axis(y, call.type)
         rows = y.numel() // max(y.shape[axis], 1) if y.dim() else 1
@@ -276,10 +278,33 @@ class Recorder:
 _unwatched = torch._C.DisableTorchFunction  # the watch need not see our own operations
 
 _PASSING = frozenset(
-    "ReLU ReLU6 LeakyReLU ELU SELU CELU GELU SiLU Mish Sigmoid Tanh Softmax Softplus Hardtanh Dropout Identity "
-    "LogSoftmax Hardsigmoid Hardswish Threshold Flatten".split()
+    [
+        "ReLU",
+        "ReLU6",
+        "LeakyReLU",
+        "ELU",
+        "SELU",
+        "CELU",
+        "GELU",
+        "SiLU",
+        "Mish",
+        "Sigmoid",
+        "Tanh",
+        "Softmax",
+        "Softplus",
+        "Hardtanh",
+        "Dropout",
+        "Identity",
+        "LogSoftmax",
+        "Hardsigmoid",
+        "Hardswish",
+        "Threshold",
+        "Flatten",
+    ]
 )
-_CHANNELS_LAST = frozenset(("Linear", "LayerNorm", "Embedding", "RMSNorm", "MultiheadAttention", "LSTM", "GRU"))
+_CHANNELS_LAST = frozenset(
+    ("Linear", "LayerNorm", "Embedding", "RMSNorm", "MultiheadAttention", "LSTM", "GRU")
+)
 
 
 def unit_axis(y: Tensor, feeding: str) -> int:

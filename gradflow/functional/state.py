@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradflow.errors import ModelInputError
@@ -24,7 +23,7 @@ def copy_parameters(model: nn.Module) -> Tensors:
     for name, parameter in model.named_parameters():
         _check_has_values(name, parameter)
         copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-        copy.__dict__.update(parameter.__dict__)
+        vars(copy).update(vars(parameter))
         copies[name] = copy
     return copies
 

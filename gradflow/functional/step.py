@@ -246,12 +246,12 @@ def _vjp_step(program: Program, batch: Any, step: int, *, look: bool, observer: 
             for swap in program._swaps:
                 current |= swap.current(buffers)
         recorder.active = False
-        return loss, (loss.detach(), list(recorder.values), current)
+        return loss, (list(recorder.values), current)
 
     leaves = {name: p.detach() for name, p in program.trainable.items()}
     try:
-        loss, pull, (_, values, buffers) = torch.func.vjp(pure, leaves, slots, has_aux=True)
-        recorder.values = values
+        result: Any = torch.func.vjp(pure, leaves, slots, has_aux=True)
+        loss, pull, (recorder.values, buffers) = result
         gradients, statistics = pull(torch.ones_like(loss))
     except NeedsRetry:
         recorder.num_slots = 2 * number

@@ -19,12 +19,12 @@ from gradflow.functional.recorder import Call, Recorder, unit_axis
 
 # name of the function -> (op, kind); see ActivationRecord
 ACTIVATIONS: dict[str, tuple[str, str]] = {
-    **{n: ("relu", "rectifier") for n in ("relu", "relu_", "threshold", "threshold_")},
+    **dict.fromkeys(("relu", "relu_", "threshold", "threshold_"), ("relu", "rectifier")),
     "relu6": ("relu6", "rectifier"),
-    **{n: ("sigmoid", "sigmoid") for n in ("sigmoid", "sigmoid_")},
-    **{n: ("tanh", "tanh") for n in ("tanh", "tanh_")},
+    **dict.fromkeys(("sigmoid", "sigmoid_"), ("sigmoid", "sigmoid")),
+    **dict.fromkeys(("tanh", "tanh_"), ("tanh", "tanh")),
     **{n: (n.rstrip("_"), "hard") for n in ("hardtanh", "hardtanh_", "hardsigmoid")},
-    **{n: ("clamp", "clamp") for n in ("clamp", "clamp_", "clip", "clip_")},
+    **dict.fromkeys(("clamp", "clamp_", "clip", "clip_"), ("clamp", "clamp")),
     "softmax": ("softmax", "softmax"),
 }
 
@@ -107,7 +107,7 @@ class _Before:
     def __init__(self, recorder: Recorder, op: str, x: Tensor, bounds: Bounds) -> None:
         self.recorder, self.op, self.bounds = recorder, op, bounds
         self.key = self._key(x)
-        self.input_squares = sum_of_squares(x.detach(), exact=True) if recorder.look else None
+        self.input_squares = sum_of_squares(x.detach(), exact=False) if recorder.look else None
         self.masked = x.detach() <= MASKED if recorder.look and op == "softmax" else None
 
     def _key(self, x: Tensor) -> ActivationKey:
@@ -204,7 +204,8 @@ def source_calls(recorder: Recorder, x: Tensor) -> list[int]:
     if not isinstance(x, Tensor) or x.grad_fn is None:
         return []
     found: set[int] = set()
-    seen, todo = {x.grad_fn}, [x.grad_fn]
+    root: Any = x.grad_fn
+    seen, todo = {root}, [root]
     while todo:
         node = todo.pop()
         if is_probe(node):
