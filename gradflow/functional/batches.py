@@ -162,7 +162,7 @@ def own_loss(output: Any) -> Tensor:
 
 
 def invoke(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call a model on inputs: `model(x)` for a tensor, `model(*x)` for a tuple, `model(**x)` for a mapping."""
+    """Call a model: `model(x)` for a tensor, `model(*x)` for a tuple, `model(**x)` for a mapping."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)) and not _is_single(inputs):

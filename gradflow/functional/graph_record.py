@@ -139,7 +139,7 @@ def _cut_edges(
     groups: dict[str, Group],
     flows: Sequence[HostFlows],
 ) -> list[EdgeRecord]:
-    """Return the edges that carry data and no gradient; one from an input, which needs none, is not severed."""
+    """Return the edges that carry data and no gradient; one from an input needs none: it is not severed."""
     records = []
     for cut in severed:
         if (cut.source, cut.target) in edges or cut.source not in groups or cut.target not in groups:

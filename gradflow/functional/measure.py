@@ -140,7 +140,7 @@ def _set_mode(model: nn.Module, mode: str) -> None:
 def _choose_transform(asked: str) -> tuple[str, str]:
     if asked != "auto":
         return asked, "asked for"
-    stack = getattr(torch._C, "_functorch").get_interpreter_stack()
+    stack = torch._C._functorch.get_interpreter_stack()  # type: ignore[attr-defined]
     if stack:
         return "vjp", "an outer torch.func transform is active"
     return "fused", "no outer transform is active, and fused kernels are kept"
@@ -251,7 +251,7 @@ def _check_first(run: Run, outcome: Outcome, step: int) -> None:
     if step == 0 and not any(call.is_layer for call in recorder.calls):
         raise ModelNotCalledError(
             f"no layer of {type(run.program.model).__name__} was called in the first step. The function "
-            "given must call this very model (a copy, a compiled wrapper or another instance does not count): "
+            "given must call this very model (a copy or another instance does not count): "
             "`lambda model, step: model(x)`."
         )
     if step == 0 and all(g is None for g in outcome.gradients.values()):

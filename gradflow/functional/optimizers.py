@@ -37,8 +37,8 @@ def copy_optimizer(
     if not ours:
         raise OptimizerMismatchError(
             f"none of the optimizer's {len(held)} parameters belongs to the model. It may have been built "
-            "for another model, or before the model was replaced (`.to()` of some libraries, a deep copy). Build "
-            "it on this one: `torch.optim.Adam(model.parameters())`."
+            "for another model, or before the model was replaced (a deep copy, say). "
+            "Build it on this one: `torch.optim.Adam(model.parameters())`."
         )
     clone = copy.deepcopy(optimizer, memo)
     # Optimizers that wrap another keep it in an attribute of their own, which `Optimizer.__getstate__` drops.

@@ -110,6 +110,7 @@ def call(
     Returns:
         The output, and the buffers after the call.
 
+    >>> import torch
     >>> bn = nn.BatchNorm1d(2)
     >>> out, new = call(bn, dict(bn.named_parameters()), dict(bn.named_buffers()), (torch.ones(4, 2),))
     >>> new["running_mean"], bn.running_mean
