@@ -368,15 +368,15 @@ def _assemble(run: Run) -> FlowRecord:
     called = {call.module for _, call in history.order.values()}
     owners = {name: owner(name, recorder.modules) for name in program.parameters}
     owned: dict[str, list[str]] = {}
-    never: dict[str, None] = {}
+    never: dict[str, bool] = {}  # whether a parameter of it is used all the same
     for name, module in owners.items():
         used = any(step.parameters[name][0] for step in history.steps)
         user = module
         if module not in called:
             user = next((a for a in ancestors(module) if a in called), "") if used else module
         owned.setdefault(user, []).append(name)
-        if module not in called and not used and program.parameters[name].requires_grad:
-            never[module] = None
+        if module not in called and program.parameters[name].requires_grad:
+            never[module] = never.get(module, False) or used
     graph = None
     if run.structures and run.dataflow is not None:
         graph = graph_record(
@@ -390,7 +390,7 @@ def _assemble(run: Run) -> FlowRecord:
         parameters=parameter_records(history, owners, chosen),
         activations=activation_records(history),
         numerics=run.numerics,
-        never_called=tuple(never),
+        never_called=tuple(name for name, used in never.items() if not used),
         graph_record=graph,
         provenance=_provenance(run, steps),
     )

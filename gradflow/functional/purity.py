@@ -124,12 +124,13 @@ class _ModuleState:
             self._remember(value)
 
     def _remember(self, value: Any) -> None:
-        if isinstance(value, (_ATOMS, _CODE)) or not self._new(value):
-            return
         if isinstance(value, nn.Module):
             for module in value.modules():
                 self._remember_module(module)
-        elif isinstance(value, Tensor):
+            return
+        if isinstance(value, (_ATOMS, _CODE)) or not self._new(value):
+            return
+        if isinstance(value, Tensor):
             self._remember_tensor(value)
         elif isinstance(value, dict):
             self._remember_dict(value)
