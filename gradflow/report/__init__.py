@@ -1,0 +1,8 @@
+"""Rendering: console text, HTML, progress. The only part of gradflow that makes things to look at."""
+
+from gradflow.report.console import report_text, summary_text
+from gradflow.report.html import report_html
+from gradflow.report.report import Report
+from gradflow.report.wording import healthy_layers
+
+__all__ = ["Report", "healthy_layers", "report_html", "report_text", "summary_text"]

@@ -1,0 +1,71 @@
+"""Plain text for a terminal: the summary of the class face, and the fuller text of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradflow.records import Cause, FlowRecord, Issue
+from gradflow.report.wording import (
+    healthy_layers,
+    layer_label,
+    loss_line,
+    measured_facts,
+    model_line,
+    severity_counts,
+    verdict,
+)
+
+RULE = "=" * 80
+MAX_DETAILS = 10  # a report's text shows this many issues whole; more would bury the causes above them
+MAX_EXPLAINED = 6
+
+
+def summary_text(issues: Sequence[Issue], *, limit: int | None = None) -> str:
+    """Return the summary of some issues: counts by severity, then each issue.
+
+    Args:
+        issues: in the order to be shown.
+        limit: how many to show whole; None shows all.
+
+    >>> print(summary_text(()))
+    [OK] No gradient issues found.
+    """
+    if not issues:
+        return "[OK] No gradient issues found."
+    lines = [f"[WARNING] Found {len(issues)} gradient issue(s):"]
+    lines += [f"{severity.value}: {count} issue(s)" for severity, count in severity_counts(issues)]
+    lines += ["", "Details:", RULE]
+    for issue in issues[:limit]:
+        lines += ["", str(issue)]
+    if limit is not None and len(issues) > limit:
+        lines += ["", f"... and {len(issues) - limit} more."]
+    return "\n".join(lines)
+
+
+def report_text(record: FlowRecord, issues: Sequence[Issue], causes: Sequence[Cause]) -> str:
+    """Return the text of a report: verdict, what was measured how, causes, issues, healthy count."""
+    lines = [f"gradflow: {verdict(issues, causes)}"]
+    facts = [("model", model_line(record)), *measured_facts(record), ("loss", loss_line(record))]
+    lines += [f"  {label:<9}{text}" for label, text in facts]
+    for number, cause in enumerate(causes, start=1):
+        lines += ["", *_cause_lines(number, cause)]
+    healthy = len(healthy_layers(record, issues))
+    lines += ["", summary_text(issues, limit=MAX_DETAILS)]
+    lines += ["", f"Healthy: {healthy} of {len(record.layers)} layer calls have no issue."]
+    return "\n".join(lines)
+
+
+def _cause_lines(number: int, cause: Cause) -> list[str]:
+    head = f"Cause {number}: {cause.issue_type.value} in {layer_label(cause.layer)}"
+    lines = [f"{head} (confidence {cause.confidence:.2f})", f"  {cause.mechanism}"]
+    if cause.reason:
+        lines.append(f"  Confidence: {cause.reason}")
+    if cause.evidence:
+        lines.append("  Evidence:")
+        lines.extend(f"    - {line}" for line in cause.evidence)
+    named = [f"{i.issue_type.value} in {layer_label(i.layer)}" for i in cause.issues[:MAX_EXPLAINED]]
+    if more := len(cause.issues) - len(named):
+        named.append(f"and {more} more")
+    if named:
+        lines.append(f"  Explains: {', '.join(named)}")
+    return lines

@@ -1,0 +1,98 @@
+"""The sentences that every rendering of a report shares: the verdict, and what was measured how.
+
+Kept apart from the renderers so that the console and the HTML page can never tell two stories.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradflow.records import Cause, FlowRecord, GraphRecord, Issue, IssueSeverity
+
+
+def layer_label(name: str) -> str:
+    """Return how a layer is shown; the model itself, whose name is empty, is `(model)`."""
+    return name or "(model)"
+
+
+def severity_counts(issues: Sequence[Issue]) -> list[tuple[IssueSeverity, int]]:
+    """Return how many issues there are of each severity present, most severe first."""
+    counts = collections.Counter(issue.severity for issue in issues)
+    return [(severity, counts[severity]) for severity in IssueSeverity if counts[severity]]
+
+
+def serious_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
+    """Return the issues of severity MEDIUM or above: those that make a model sick."""
+    return tuple(issue for issue in issues if issue.severity >= IssueSeverity.MEDIUM)
+
+
+def healthy_layers(record: FlowRecord, issues: Sequence[Issue]) -> tuple[str, ...]:
+    """Return the names of the layer calls that no issue names, in the order of execution."""
+    sick = {issue.layer for issue in issues}
+    return tuple(layer.name for layer in record if layer.name not in sick)
+
+
+def verdict(issues: Sequence[Issue], causes: Sequence[Cause]) -> str:
+    """Return the answer in one line: the first cause, or the gravest issue, or that all is well."""
+    serious = serious_issues(issues)
+    if not serious:
+        remarks = f", {len(issues)} remark(s) of LOW or INFO" if issues else ""
+        return f"no illness found{remarks}"
+    if causes:
+        first, explained = causes[0], len(causes[0].issues)
+        share = f", which explains {explained} of {len(issues)} issues" if len(issues) > 1 else ""
+        return f"{first.issue_type.value} in {layer_label(first.layer)}{share}"
+    return f"{serious[0].issue_type.value} in {layer_label(serious[0].layer)}"
+
+
+def model_line(record: FlowRecord) -> str:
+    """Return the model's name and size."""
+    provenance = record.provenance
+    return (
+        f"{provenance.model or 'model'}: {len(record.layers)} layer calls, "
+        f"{provenance.num_parameters:,} parameters"
+    )
+
+
+def loss_line(record: FlowRecord) -> str:
+    """Return the first and the last loss, and in how many steps it was not finite."""
+    if not record.steps:
+        return "none"
+    line = f"{record.losses[0]:.4g} -> {record.losses[-1]:.4g}"
+    broken = int(np.sum(~np.isfinite(record.losses)))
+    return f"{line} (not finite in {broken} of {record.steps} steps)" if broken else line
+
+
+def measured_facts(record: FlowRecord) -> list[tuple[str, str]]:
+    """Return what was measured and how, as (label, text); notes on how far to trust it come last."""
+    provenance = record.provenance
+    steps = f"{record.steps} steps"
+    if record.steps < provenance.requested_steps:
+        steps += f" (of {provenance.requested_steps} asked for: the batches ended)"
+    if provenance.optimizer:
+        rates = ", ".join(f"{rate:.4g}" for rate in provenance.learning_rates)
+        how = f"a copy of the parameters stepped by a copy of {provenance.optimizer} (lr {rates})"
+    else:
+        how = "parameters held fixed"
+    seed = "no seed" if provenance.seed is None else f"seed {provenance.seed}"
+    dtypes = ", ".join(provenance.dtypes) or "no dtype"
+    reason = f": {provenance.transform_reason}" if provenance.transform_reason else ""
+    return [
+        ("steps", f"{steps}, {how}"),
+        ("run", f"{provenance.mode} mode, {provenance.device}, {dtypes}, {seed}"),
+        ("reverse", f"{provenance.transform}{reason}; detail: {provenance.detail}"),
+        ("graph", _graph_line(record.graph_record)),
+        *(("note", note) for note in provenance.notes),
+    ]
+
+
+def _graph_line(graph: GraphRecord | None) -> str:
+    if graph is None:
+        return "not taken"
+    size = f"{len(graph.nodes)} nodes, {len(graph.edges)} edges"
+    if not graph.measured:
+        return f"topology only, {size}"
+    return f"flow on every edge in {len(graph.steps)} steps, {size}"

@@ -1,0 +1,179 @@
+"""The HTML page: well-formed, alone, escaped, and showing what the record holds."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+
+import attrs
+import numpy as np
+import pytest
+
+from gradflow.records import FlowRecord, IssueSeverity, IssueType, Provenance
+from gradflow.report import report_html
+from gradflow.report.html import MAX_ROWS
+from tests.samples import chain_record, layer_record, make_issue, parameter_record, sick_chain
+
+
+def parsed(page: str) -> ElementTree.Element:
+    """Return the page as a tree; raises if it is not well-formed."""
+    assert page.startswith("<!DOCTYPE html>\n<html ")
+    return ElementTree.fromstring(page.partition("\n")[2])
+
+
+def text_of(page: str) -> str:
+    return re.sub(r"\s+", " ", " ".join(parsed(page).itertext()))
+
+
+def rows_of(page: str, head: str) -> list[list[str]]:
+    """Return the cells of the table that has a column of this name."""
+    for table in parsed(page).iter("table"):
+        if head in ["".join(th.itertext()) for th in table.iter("th")]:
+            bodies = table.findall("tbody/tr")
+            return [["".join(td.itertext()) for td in row.findall("td")] for row in bodies]
+    raise AssertionError(f"no table with a column {head!r}")
+
+
+def test_page_tells_verdict_causes_issues_layers_and_provenance() -> None:
+    record, issues, causes = sick_chain()
+    page = report_html(record, issues, causes)
+    root = parsed(page)
+    assert root.findtext(".//h1") == "VANISHING in fc1, which explains 2 of 3 issues"
+    assert [h.text for h in root.iter("h2")] == [
+        "Causes",
+        "Gradient over depth",
+        "Issues",
+        "Layers",
+        "Where NaN and Inf were born",
+        "Parameters",
+        "What was measured, and how",
+    ]
+    text = text_of(page)
+    for expected in (
+        causes[0].mechanism,
+        causes[0].reason,
+        causes[0].evidence[1],
+        issues[1].description,
+        issues[0].recommended_actions[0],
+        "2 of 5 layer calls have no issue",
+        "train mode, cpu, float32, seed 0",
+        "torch version 2.13.0",
+        "1 CRITICAL",
+    ):
+        assert expected in text
+    assert [row[1] for row in rows_of(page, "Layer")] == ["fc1", "fc2", "fc3", "fc4", "fc5"]
+    assert [row[-1] for row in rows_of(page, "Layer")] == ["CRITICAL", "HIGH", "", "LOW", ""]
+    assert rows_of(page, "Born in")[0][:5] == ["3", "inf", "fc4", "Linear", "exp"]
+    assert len(rows_of(page, "Parameter")) == 5
+
+
+def test_page_of_a_healthy_model_says_so() -> None:
+    page = report_html(chain_record(), (), ())
+    assert parsed(page).findtext(".//h1") == "No illness found"
+    assert "HEALTHY" in text_of(page)
+    assert next(h.text for h in parsed(page).iter("h2")) == "Gradient over depth"
+
+
+def test_page_loads_nothing_from_anywhere() -> None:
+    page = report_html(*sick_chain())
+    root = parsed(page)
+    tags = {element.tag for element in root.iter()}
+    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "image", "use", "base"}
+    attributes = {name for element in root.iter() for name in element.attrib}
+    assert not attributes & {"src", "href", "srcset", "action", "data", "poster"}
+    assert not any(name.startswith("on") for name in attributes)
+    assert not re.search(r"url\(|@import|https?:|//", page)
+
+
+def test_every_text_from_outside_is_escaped() -> None:
+    given: list[str] = []
+
+    def hostile(tag: str) -> str:
+        given.append(f"""<script>{tag}("x")</script>&'`""")
+        return given[-1]
+
+    record, _, causes = sick_chain()
+    issue = make_issue(
+        hostile("issue-layer"),
+        layer_type=hostile("issue-type"),
+        description=hostile("description"),
+        recommended_actions=(hostile("action"),),
+        metrics={hostile("metric"): hostile("metric-value")},
+    )
+    cause = attrs.evolve(
+        causes[0],
+        layer=hostile("cause-layer"),
+        mechanism=hostile("mechanism"),
+        reason=hostile("reason"),
+        evidence=(hostile("evidence"),),
+        issues=(issue,),
+    )
+    numeric = attrs.evolve(
+        record.numerics[0],
+        layer=hostile("birth-layer"),
+        layer_type=hostile("birth-type"),
+        op=hostile("op"),
+        phase=hostile("phase"),
+        value=hostile("value"),
+        line=hostile("line"),
+    )
+    provenance = Provenance(
+        model=hostile("model"),
+        versions={hostile("library"): hostile("version")},
+        notes=(hostile("note"),),
+        device=hostile("device"),
+        dtypes=(hostile("dtype"),),
+        mode=hostile("mode"),
+        transform=hostile("transform"),
+        transform_reason=hostile("why"),
+    )
+    sick = FlowRecord(
+        steps=2,
+        losses=[1.0, 2.0],
+        layers=[layer_record(hostile("layer"), [1.0, 2.0], type=hostile("type"))],
+        parameters=[parameter_record(hostile("parameter"), [1.0, 2.0])],
+        numerics=[numeric],
+        never_called=(hostile("never"),),
+        provenance=provenance,
+    )
+    page = report_html(sick, [issue], [cause])
+    assert "<script" not in page
+    text = text_of(page)
+    assert [entry for entry in given if entry not in text] == []
+
+
+@pytest.mark.parametrize(
+    "grads",
+    [
+        [0.0, 0.0],
+        [np.nan, np.nan],
+        [np.inf, 1.0],
+        [1e-300, 1e300],
+        [1.0],
+        [],
+    ],
+)
+def test_any_gradient_can_be_drawn(grads: list[float]) -> None:
+    layers = [layer_record("", grads), layer_record("b", grads, shape=())]
+    parameters = [parameter_record("b.weight", grads, norm=np.zeros(len(grads)))]
+    record = FlowRecord(steps=len(grads), losses=grads, layers=layers, parameters=parameters)
+    page = report_html(record, (), ())
+    assert rows_of(page, "Layer")[0][1] == "(model)"
+    assert not re.search(r'="(nan|-?inf)', page)
+
+
+def test_an_empty_record_can_be_drawn() -> None:
+    page = report_html(FlowRecord(steps=0, losses=[], layers=(), parameters=()), (), ())
+    assert parsed(page).findtext(".//h1") == "No illness found"
+
+
+def test_a_huge_model_shows_its_sick_layers_and_says_what_is_left_out() -> None:
+    record = chain_record(depth=MAX_ROWS + 50, steps=2, decay=1.0)
+    last = f"fc{MAX_ROWS + 50}"
+    issues = [make_issue(last, IssueType.EXPLODING, IssueSeverity.HIGH)]
+    page = report_html(record, issues, ())
+    rows = rows_of(page, "Layer")
+    assert len(rows) == MAX_ROWS
+    assert (rows[-1][1], rows[-1][-1]) == (last, "HIGH")
+    assert "50 more layer calls without an issue are not shown." in text_of(page)
+    assert "50 more are not shown." in text_of(page)
