@@ -167,6 +167,8 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
             break
         batch, before = drawn, Before.of(program)
         outcome = _step(run, batch, step, before)
+        if step == 0:
+            program.host_random = before.random.host_moved()
         _check_first(run, outcome, step)
         numbers = run.history.read(
             outcome, look=is_look(step, plan.steps), parameters_moved=optimizer is not None

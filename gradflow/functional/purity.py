@@ -35,14 +35,25 @@ def preserved(*modules: nn.Module) -> Iterator[None]:
 
 
 class RandomState:
-    """The random states of torch (every initialised device), numpy and Python."""
+    """The random states of torch (every initialised device), numpy and Python.
 
-    def __init__(self) -> None:
+    Args:
+        host: whether numpy's and Python's are remembered too; a look at them costs more than at torch's.
+    """
+
+    def __init__(self, *, host: bool = True) -> None:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
         self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-        self._numpy = np.random.get_state()
-        self._python = random.getstate()
+        self._host = (np.random.get_state(), random.getstate()) if host else None
+
+    def host_moved(self) -> bool:
+        """Whether numpy's or Python's state has moved on since."""
+        if self._host is None:
+            return False
+        now: Any = np.random.get_state()
+        then: Any = self._host[0]
+        return now[2] != then[2] or not np.array_equal(now[1], then[1]) or random.getstate() != self._host[1]
 
     def restore(self) -> None:
         """Put the states back."""
@@ -51,8 +62,9 @@ class RandomState:
             torch.cuda.set_rng_state_all(self._cuda)
         if self._mps is not None:
             torch.mps.set_rng_state(self._mps)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
+        if self._host is not None:
+            np.random.set_state(self._host[0])
+            random.setstate(self._host[1])
 
 
 def _cuda_in_use() -> bool:

@@ -56,6 +56,7 @@ class Program:
     buffers: Tensors = attrs.field(factory=dict)
     changing: set[str] = attrs.field(factory=set)  # buffers that a step was seen to change
     watching: bool = True  # whether functions must be watched in steps without a look as well
+    host_random: bool = True  # whether model or loss draw from numpy's or Python's random numbers
     reentrant: bool = False
     _swaps: list[Swap] = attrs.field(factory=list)
 
@@ -122,7 +123,7 @@ class Before:
     def of(cls, program: Program) -> Before:
         """Remember the present state; only buffers that a step was seen to change are copied."""
         held = program.buffers
-        return cls(RandomState(), {n: held[n].clone() for n in program.changing if n in held})
+        return cls(RandomState(host=program.host_random), {n: held[n].clone() for n in program.changing if n in held})
 
     def restore(self, program: Program) -> None:
         """Put it back."""

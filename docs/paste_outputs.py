@@ -1,0 +1,72 @@
+"""Rewrites the outputs shown in the README and in docs/ by running what they are the outputs of.
+
+    python docs/paste_outputs.py
+
+A place for an output is a marker with a fenced block behind it. The marker names a `gradflow` or `python`
+command, or the Python block above it:
+
+    <!-- output of: gradflow diagnose examples/dead_relu.py -->
+    <!-- output of: the block above -->
+
+A test runs the same functions and compares, so the pages cannot drift from the code.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/pipelines.md", "docs/graph.md")
+ABOVE = "the block above"
+
+_PLACE = re.compile(r"<!-- output of: (?P<what>.*?) -->\n```text\n(?P<output>.*?)```\n", re.DOTALL)
+_CODE = re.compile(r"```python\n(?P<code>.*?)```\n", re.DOTALL)
+
+
+class Place(NamedTuple):
+    """A place for an output: the arguments for Python that make it, what stands there, and where."""
+
+    arguments: tuple[str, ...]
+    output: str
+    start: int
+    end: int
+
+
+def places(text: str) -> list[Place]:
+    """Return the places for outputs in a page."""
+    found = []
+    for match in _PLACE.finditer(text):
+        what = match["what"]
+        if what == ABOVE:
+            arguments = ("-c", [code["code"] for code in _CODE.finditer(text[: match.start()])][-1])
+        else:
+            program, *rest = shlex.split(what)
+            arguments = ({"gradflow": ("-m", "gradflow"), "python": ()}[program]) + tuple(rest)
+        found.append(Place(arguments, match["output"], match.start("output"), match.end("output")))
+    return found
+
+
+def fresh_output(place: Place) -> str:
+    """Return what the command prints now; raises if it fails."""
+    command = [sys.executable, *place.arguments]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Rewrite every page."""
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        for place in reversed(places(text)):
+            text = text[: place.start] + fresh_output(place) + text[place.end :]
+        path.write_text(text, encoding="utf-8")
+        print(f"{page}: {len(places(text))} outputs")
+
+
+if __name__ == "__main__":
+    main()

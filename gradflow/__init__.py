@@ -1,0 +1,151 @@
+"""gradflow tells why a PyTorch model does not train: which layer, of what, how sure, what to change.
+
+import gradflow as gf
+
+report = gf.diagnose(model, batches, loss_fn)
+print(report)
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradflow import errors as errors
+    from gradflow import functional as functional
+    from gradflow import graph as graph
+    from gradflow import pipelines as pipelines
+    from gradflow import records as records
+    from gradflow import report as report
+    from gradflow.analyzers import FlowAnalyzer, GradientFlowAnalyzer
+    from gradflow.detect import (
+        all_of,
+        bottleneck,
+        dead,
+        default_detectors,
+        detect,
+        exploding,
+        find_causes,
+        numerical,
+        only,
+        remap,
+        saturation,
+        unstable,
+        vanishing,
+        without,
+    )
+    from gradflow.diagnosis import diagnose, layer_graph
+    from gradflow.errors import GradflowError
+    from gradflow.functional.analyze import analyze, analyze_custom
+    from gradflow.functional.scale import GradientScale, gradient_scale
+    from gradflow.records import Cause, FlowRecord, Issue, IssueSeverity, IssueType
+    from gradflow.records import Issue as GradientIssue
+    from gradflow.report import Report
+
+# NOTE [Names loaded on first use]
+# `gradflow --version`, `gradflow --help` and reading a saved record need no torch, which takes seconds to
+# import. So the public names are loaded when they are first asked for, from the places below.
+# One name needs more: `gradflow.detect` is the function, yet importing the subpackage of the same name
+# makes Python set the package's attribute to the subpackage. A property on the module's class comes before
+# the module's own attributes, so the function wins whoever imports what first; the subpackage itself is
+# reached by `from gradflow.detect import ...` as always (`import gradflow.detect.x as y` cannot work).
+
+_PLACES = {
+    "gradflow.analyzers": ("FlowAnalyzer", "GradientFlowAnalyzer"),
+    "gradflow.detect": (
+        "all_of",
+        "bottleneck",
+        "dead",
+        "default_detectors",
+        "exploding",
+        "find_causes",
+        "numerical",
+        "only",
+        "remap",
+        "saturation",
+        "unstable",
+        "vanishing",
+        "without",
+    ),
+    "gradflow.diagnosis": ("diagnose", "layer_graph"),
+    "gradflow.errors": ("GradflowError",),
+    "gradflow.functional.analyze": ("analyze", "analyze_custom"),
+    "gradflow.functional.scale": ("GradientScale", "gradient_scale"),
+    "gradflow.records": ("Cause", "FlowRecord", "Issue", "IssueSeverity", "IssueType"),
+    "gradflow.report": ("Report",),
+}
+_PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
+_ALIASES = {"GradientIssue": "Issue"}
+_SUBMODULES = ("errors", "functional", "graph", "pipelines", "records", "report")
+
+try:
+    __version__ = importlib.metadata.version("gradient-flow")
+except importlib.metadata.PackageNotFoundError:  # run from a copy of the source that was not installed
+    __version__ = "0+unknown"
+
+
+class _Package(types.ModuleType):
+    """This package's module; see NOTE [Names loaded on first use]."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _SUBMODULES:
+            return importlib.import_module(f"gradflow.{name}")
+        source = _ALIASES.get(name, name)
+        if source not in _PLACE_OF:
+            raise AttributeError(f"module 'gradflow' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_PLACE_OF[source]), source)
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__, *_SUBMODULES})
+
+    @property
+    def detect(self) -> Any:
+        """The function `gradflow.detect.detect`."""
+        return importlib.import_module("gradflow.detect").detect
+
+    @detect.setter
+    def detect(self, subpackage: types.ModuleType) -> None:
+        """Ignore what the import of the subpackage sets."""
+
+
+sys.modules[__name__].__class__ = _Package
+
+__all__ = [
+    "Cause",
+    "FlowAnalyzer",
+    "FlowRecord",
+    "GradflowError",
+    "GradientFlowAnalyzer",
+    "GradientIssue",
+    "GradientScale",
+    "Issue",
+    "IssueSeverity",
+    "IssueType",
+    "Report",
+    "__version__",
+    "all_of",
+    "analyze",
+    "analyze_custom",
+    "bottleneck",
+    "dead",
+    "default_detectors",
+    "detect",
+    "diagnose",
+    "exploding",
+    "find_causes",
+    "gradient_scale",
+    "layer_graph",
+    "numerical",
+    "only",
+    "remap",
+    "saturation",
+    "unstable",
+    "vanishing",
+    "without",
+]

@@ -1,0 +1,309 @@
+"""What to change: recommended actions that fit the layer, its activation, its weights and the optimizer.
+
+Each function returns the sentences for one situation, the most likely cure first.
+"""
+
+from __future__ import annotations
+
+import math
+
+from gradflow.detect.evidence import Flow, activations_of, late, row_gain
+from gradflow.detect.wiring import layer_name, node_name
+from gradflow.records import ActivationRecord, NumericalRecord
+
+Actions = tuple[str, ...]
+
+_BOUNDED = ("sigmoid", "tanh", "hardtanh", "hardsigmoid")
+
+
+def initialisation(flow: Flow, node: str) -> str:
+    """Return the call that initialises a layer's weights for the activation it feeds.
+
+    Xavier before a bounded activation or none, Kaiming before a rectifier.
+    """
+    weight = f"{layer_name(node) or 'model'}.weight"
+    ops = {a.op for a in activations_of(flow, node)}
+    if ops & set(_BOUNDED):
+        op = next(o for o in _BOUNDED if o in ops)
+        gain = f", gain=nn.init.calculate_gain({op!r})" if op in ("sigmoid", "tanh") else ""
+        return f"nn.init.xavier_uniform_({weight}{gain})"
+    behind = {flow.layers[n].type.lower() for n in flow.wiring.after(node) if n in flow.layers}
+    if any(kind in ("rectifier",) for kind in {a.kind for a in activations_of(flow, node)}) or behind & {
+        "gelu", "silu", "leakyrelu", "elu",
+    }:  # fmt: skip
+        return f"nn.init.kaiming_normal_({weight}, nonlinearity='relu')"
+    return f"nn.init.xavier_uniform_({weight})"
+
+
+def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float) -> Actions:
+    """For a layer that gets too little, or that hands back too little."""
+    actions: list[str] = []
+    at = absorber or node
+    gain = row_gain(flow, at)
+    if flow.is_norm(at) and absorber:
+        actions.append(
+            f"Check the arguments of {layer_name(at)}: a large eps (the second argument of BatchNorm is eps, not "
+            "a width) or a tiny weight makes a norm layer shrink what it should normalise."
+        )
+    if math.isfinite(gain) and gain < 0.3:
+        actions.append(
+            f"The rows of {layer_name(at)}'s weights have rms {gain:.1e}, a usual initialisation has 0.6 to 1.4: "
+            f"{initialisation(flow, at)}."
+        )
+    saturating = sorted({a.op for n in (node, at) for a in activations_of(flow, n) if a.op in _BOUNDED})
+    if saturating:
+        actions.append(
+            f"Replace the hidden {'/'.join(saturating)} by ReLU or GELU: a sigmoid keeps at most a quarter of "
+            "the gradient, and a saturated one nothing."
+        )
+    norms = [n for n in flow.layers if flow.is_norm(n)]
+    if norms and not absorber and flow.record.provenance.optimizer:
+        rates = ", ".join(f"{r:.3g}" for r in flow.record.provenance.learning_rates)
+        actions.append(
+            f"If the norms stand on the skip path (post-norm), move them into the branch (pre-norm), or warm up "
+            f"{flow.record.provenance.optimizer} (learning rate {rates}): large first steps make post-norm cut."
+        )
+    if not norms:
+        actions.append("Add a norm layer between the layers, or a skip connection round each pair of them.")
+    return tuple(actions) or ("Add skip connections round the layers that lose the gradient.",)
+
+
+def forgetful_actions(layer: str, rate: float) -> Actions:
+    """For a plain recurrent layer that keeps nothing over its sequence."""
+    return (
+        f"Use nn.GRU or nn.LSTM for {layer}: their gates can carry a state over many steps.",
+        f"Or start its recurrent weights orthogonal, nn.init.orthogonal_({layer or 'rnn'}.weight_hh_l0): they keep "
+        f"1.0 a step, not {rate:.2g}.",
+        "Or let the loss read every step (a mean over time, attention), or shorten the sequence.",
+    )
+
+
+def exploding_actions(flow: Flow, node: str, *, calls: int) -> Actions:
+    """For a layer that amplifies."""
+    actions: list[str] = []
+    gain = row_gain(flow, node)
+    if calls > 1:
+        actions.append(
+            f"{layer_name(node)} runs {calls} times in a step, and its growth is raised to that power: gate the "
+            "state (a GRU's update), normalise it at each step, or truncate the back-propagation."
+        )
+    if math.isfinite(gain) and gain >= 2:
+        actions.append(
+            f"The rows of its weights have rms {gain:.3g}, a usual initialisation has 0.6 to 1.4: "
+            f"{initialisation(flow, node)}."
+        )
+    if not any(flow.is_norm(n) for n in flow.layers):
+        actions.append("Put a norm layer behind it, so that its scale cannot multiply.")
+    rates = ", ".join(f"{r:.3g}" for r in flow.record.provenance.learning_rates)
+    lower = f", and lower the learning rate of {flow.record.provenance.optimizer} ({rates})" if rates else ""
+    actions.append(f"Until then, clip: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0){lower}.")
+    return tuple(actions)
+
+
+def dominance_actions(layer: str, rival: str, ratio: float) -> Actions:
+    """For a head that swamps another."""
+    return (
+        f"Bring the targets of {layer} to the scale of its outputs (normalise returns or labels).",
+        f"Weigh its loss by about {1 / ratio:.1e}, or use a Huber loss, whose gradient is bounded.",
+        f"Or detach the trunk from {layer}, so that {rival} alone shapes it.",
+    )
+
+
+def never_called_actions(layer: str) -> Actions:
+    """For a module that no step runs."""
+    return (
+        f"Call {layer} in forward(), or delete it; check for a name that is overwritten or a branch never taken.",
+        "If it is an expert or a head: check that the router or the batches ever choose it.",
+    )
+
+
+_CUTS = {
+    "argmax": "argmax has no derivative: pass the probabilities on (a weighted sum of the choices), or use "
+    "torch.nn.functional.gumbel_softmax, or a straight-through estimate.",
+    "detach": "Remove detach() from the path, or compute the loss on the tensor before it.",
+    "sign": "sign has a derivative of zero: use a straight-through estimate, x + (x.sign() - x).detach(), or tanh.",
+    "round": "round has a derivative of zero: use a straight-through estimate, x + (x.round() - x).detach().",
+    "no_grad": "Move it out of torch.no_grad() (a context, or a decorator on the function that calls it).",
+    "data": ".data cuts the gradient: use the tensor itself.",
+    "checkpoint": "Use checkpoint(..., use_reentrant=False), or let its input require a gradient.",
+}
+
+
+def cut_actions(flow: Flow, node: str, why: str) -> Actions:
+    """For a layer whose output goes on without its gradient."""
+    known = [text for word, text in _CUTS.items() if word in why.lower()]
+    if known:
+        return (*known, "If it is not meant to train, say so: requires_grad_(False).")
+    name = layer_name(node) or "the model"
+    return (
+        f"Follow the output of {name} to the loss: it may go through an integer cast, .item(), NumPy or a new "
+        "tensor, or the loss may be computed on another tensor.",
+        "If it runs under reentrant checkpointing with inputs that need no gradient: use_reentrant=False.",
+        "If it is not meant to train, say so: requires_grad_(False).",
+    )
+
+
+def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
+    """For a layer whose gradient is exactly zero."""
+    here = layer_name(at) or layer_name(node)
+    if why == "rectifier":
+        bias = f"give {here} a bias of zero or a small positive one"
+        return (
+            f"Let some units of {here} fire: {initialisation(flow, at or node)}, and {bias}.",
+            "Or use LeakyReLU, ELU or GELU there, which pass a gradient below zero.",
+            *_rate(flow),
+        )
+    if why == "one alternative":
+        return (
+            f"{here} has one output, and a softmax over one number is always 1: use a sigmoid with "
+            "BCEWithLogitsLoss, or two outputs with CrossEntropyLoss.",
+        )
+    if why in ("zero weight", "zero input"):
+        return (
+            f"If two factors of a product both start at zero ({here} and its partner), start one of them at random.",
+            "If it is a zero initialisation by design, give it a few steps of the optimizer: pass optimizer=.",
+        )
+    return (
+        f"Look at what stands between {layer_name(node)} and {here}: a sign, a round, a comparison or a hard bound "
+        "has a derivative of zero.",
+    )
+
+
+def rectifier_actions(flow: Flow, activation: ActivationRecord, share: float) -> Actions:
+    """For a rectifier with units that never fire."""
+    node = node_name(activation.layer)
+    before = node if activation.functional else next(iter(flow.wiring.before(node)), node)
+    return (
+        f"Initialise what feeds it anew: {initialisation(flow, before)}, bias zero.",
+        "Use LeakyReLU, ELU or GELU there: they pass a gradient below zero, so units can come back.",
+        *_rate(flow),
+    )
+
+
+def _rate(flow: Flow) -> Actions:
+    rates = flow.record.provenance.learning_rates
+    if not rates:
+        return ("If it died in training: a lower learning rate, or a warm-up.",)
+    return (f"If it died in training: a learning rate below {max(rates):.3g}, or a warm-up.",)
+
+
+def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) -> Actions:
+    """For a saturated activation."""
+    gain = row_gain(flow, node_name(feeder)) if node_name(feeder) in flow.layers else math.nan
+    entering = late(activation.input_rms)
+    actions: list[str] = []
+    if activation.kind == "softmax":
+        joint = activation.functional and node_name(activation.layer) not in flow.layers
+        last = not flow.wiring.after(node_name(activation.layer))
+        if joint or (activation.functional and "attn" in activation.layer.lower()):
+            actions.append("Divide the attention scores by sqrt(head dimension), or normalise queries and keys.")
+        elif last:
+            actions.append(
+                "If a cross-entropy follows, leave the softmax out: it takes scores, and applies its own."
+            )
+            actions.append("If it is a policy: a stronger entropy bonus, smaller steps, normalised advantages.")
+        if entering > 10:
+            actions.append(f"What enters has rms {entering:.3g}: scale it down (a temperature, smaller weights).")
+    else:
+        if math.isfinite(gain) and gain < 3:
+            actions.append(
+                f"The weights before it are of ordinary size ({gain:.2g}), so it is their input that is large: "
+                "standardise it (divide pixels by 255), or put a norm layer before the activation."
+            )
+        elif math.isfinite(gain):
+            actions.append(f"Scale its weights down: {initialisation(flow, node_name(feeder))}.")
+        actions.append(f"Replace the {activation.op} by ReLU or GELU if it is a hidden layer.")
+        if not flow.wiring.after(node_name(activation.layer)):
+            actions.append("If it is an output: compute the loss on what enters it (BCEWithLogitsLoss).")
+    return tuple(actions) or ("Scale down what enters it.",)
+
+
+def numerical_actions(birth: NumericalRecord | None) -> Actions:
+    """For a NaN or an Inf, by the operation that bore it."""
+    if birth is None:
+        return ("Look at the loss: a division, log, sqrt or exp at the edge of its domain.",)
+    op = birth.op.lower()
+    if birth.phase == "input":
+        return ("Clean the input: torch.nan_to_num, or drop the samples that hold a NaN.",)
+    if birth.phase == "parameter":
+        return ("Its parameters are broken before the step: look at the step, or the checkpoint, before.",)
+    for word, actions in _CURES.items():
+        if word in op:
+            return actions
+    return (
+        f"Keep the arguments of {birth.op} inside its domain: clamp them before it, not after it.",
+        "Run the model in float32 there, if it runs in half precision.",
+    )
+
+
+_CURES: dict[str, Actions] = {
+    "sqrt": ("The slope of a square root at zero is infinite: torch.sqrt(x + 1e-8), with the constant inside.",
+             "Where a mask or where() hides the bad branch: make its argument safe before the root."),
+    "norm": ("A norm of zeros has no derivative: add a small constant inside, or start from values not all zero.",),
+    "softmax": ("A row that is masked throughout has no softmax: keep one key, or drop the row.",
+                "Fill the mask with a large negative number, not -inf, if such rows can occur."),
+    "attention": ("A row that is masked throughout has no softmax: keep one key, or drop the row.",),
+    "log": ("Clamp the argument from below, log(x.clamp(min=1e-8)), or compute the log directly (log_softmax, "
+            "logsigmoid).",),
+    "exp": ("Clamp the argument before exp (88 is the limit in float32, 11 in float16).",
+            "Bound what produces it: a log-variance by clamp(-20, 8), a log-ratio by a cap."),
+    "div": ("Guard the denominator: / n.clamp(min=1), or / (x + eps).",
+            "Where a mean runs over a mask: let an empty mask give zero."),
+    "mean": ("The mean of nothing is NaN: guard for an empty selection.",),
+    "pow": ("A power below 1 has an infinite slope at zero: add a small constant to the base.",),
+    "acos": ("Clamp the argument to inside (-1, 1), by 1e-7.",),
+    "where": ("where() hides a bad branch from the output and not from the gradient: make that branch's argument "
+              "safe first.",),
+    "mul": ("Infinity times a mask of zero is NaN: select with where() or indexing, or bound what is infinite.",),
+}  # fmt: skip
+
+
+def unstable_actions(flow: Flow, node: str, ratio: float) -> Actions:
+    """For a run that jumps."""
+    provenance = flow.record.provenance
+    name = layer_name(node) or "the model"
+    if provenance.optimizer and provenance.learning_rates:
+        rate = max(provenance.learning_rates)
+        return (
+            f"Lower the learning rate of {provenance.optimizer}: {rate:.3g} to about {rate / 30:.1g}, with a warm-up.",
+            "Clip the gradient: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).",
+            f"If single batches do it: look for outliers in the targets of {name}, or use a Huber loss.",
+        )
+    return (
+        f"Look for outliers in the batches: clip or rescale the targets of {name}, or use a Huber loss, whose "
+        "gradient is bounded.",
+        "Clip the gradient: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).",
+    )
+
+
+def batch_norm_actions(values: float) -> Actions:
+    """For a batch norm over a handful of values."""
+    return (
+        f"Use GroupNorm or LayerNorm, which do not depend on the batch, or more than {values:.0f} samples a batch.",
+        "Or freeze its statistics (eval mode for that layer) when fine-tuning.",
+    )
+
+
+def narrow_actions(layer: str, width: int, needed: float) -> Actions:
+    """For a waist that throttles."""
+    return (
+        f"Widen {layer}: {width} numbers for a gradient of effective rank {needed:.0f}; try {2 * round(needed)}.",
+        "Or give what lies behind another way to what lies before: attention over it, or a skip connection.",
+    )
+
+
+def rectified_actions(layer: str, width: int) -> Actions:
+    """For a rectifier in a narrow passage."""
+    return (
+        f"Leave {layer} without an activation (a linear bottleneck), or use tanh or LeakyReLU there.",
+        f"Or widen it: of {width} units all are off at once for a part of the samples.",
+    )
+
+
+def smoothing_actions(layer: str, times: int) -> Actions:
+    """For rows that have become alike."""
+    return (
+        f"Add skip connections round the mixing before {layer}, so that each row keeps what is its own.",
+        f"Mix less often: it is done {times} times; two to four are usual in graph networks.",
+        "Or normalise the differences between rows (PairNorm), or drop edges at random.",
+    )

@@ -1,0 +1,286 @@
+"""BOTTLENECK: everything must pass one place that lets too little through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import attrs
+import networkx as nx
+import numpy as np
+
+from gradflow.detect.actions import narrow_actions, rectified_actions, smoothing_actions
+from gradflow.detect.evidence import (
+    RECTIFIERS,
+    Flow,
+    activations_of,
+    flow_of,
+    heads,
+    kept_at_least,
+    late,
+    middle,
+    shares,
+)
+from gradflow.detect.wiring import LOSS
+from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+
+MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum", "mean")
+
+
+def bottleneck(
+    ratio: float = 8.0,
+    *,
+    rank_excess: float = 3.0,
+    lost_samples: float = 0.02,
+    alike: float = 1e-2,
+    alike_fall: float = 30.0,
+) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of places that let too little through.
+
+    Measured, only at layers that *every* gradient passes on its way to the layers before them (dominators of
+    the graph, seen from the loss):
+
+    1. Width: the number of features per sample, against the widest layer before and behind. A *waist* is
+       narrower than both by `ratio`. It throttles where what passes needs more: where the effective rank of
+       the gradient that arrives behind it is larger than its width by `rank_excess`.
+    2. A rectifier on a waist: from the share of its units that fire, the share of samples for which none
+       does, so that nothing passes in either direction.
+    3. Over-smoothing: the part of a layer's output that differs between rows (samples, nodes, positions).
+       Where rows are mixed again and again (attention, neighbour averages), they become alike, while the
+       norm of the gradient stays as it was.
+
+    Why this is evidence: what all gradients pass has no detour, and a rank above the width cannot pass.
+
+    Looks alike and is not: the code of an autoencoder, narrow by design (a model that gives back what has the
+    size of its input, or a gradient that needs no more than the width: INFO); a narrow side gate, a low-rank
+    adapter, a narrow block under a skip, which are no dominators; a narrow *last* layer; rows alike because
+    the gradient and the signal die out, which is `vanishing`'s, or because the input is a constant.
+
+    Args:
+        ratio: how much wider both sides must be. Pooling and the usual encoder steps reduce by 2 to 4.
+        rank_excess: effective rank needed over width. Below 3 what does not pass in one step passes in the
+            next, for its directions change.
+        lost_samples: share of samples that a rectified waist stops altogether. Each of its units is off for
+            half of the samples: a waist of 8 stops less than half a percent, one of 4 a sixteenth.
+        alike: variation between rows below which they are alike: what is left is a percent of the signal.
+        alike_fall: by how much the variation must have fallen on the way.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        flow = flow_of(record)
+        if not flow.wiring.known:  # without the graph, nothing tells a waist from a side branch
+            return []
+        passages = _passages(flow)
+        waists = _waists(flow, passages, ratio)
+        narrow = [_waist_issue(flow, waist, rank_excess, lost_samples) for waist in waists]
+        return [*(i for i in narrow if i), *_smoothing(flow, passages, alike, alike_fall)]
+
+    return detector
+
+
+@attrs.frozen(kw_only=True)
+class _Waist:
+    """A layer narrower than both sides: features per sample here, before, and behind."""
+
+    node: str
+    width: int
+    before: int
+    behind: int
+
+
+def _passages(flow: Flow) -> list[str]:
+    """The layer calls that every gradient passes which reaches any layer before them, in order.
+
+    In the tree of dominators, seen from the loss, a node is a passage if all nodes before it lie below it:
+    if it stands at or above their lowest common ancestor, which is built up along the order of the graph.
+    """
+    wires = flow.wiring
+    back = nx.DiGraph()
+    back.add_node(LOSS)
+    back.add_edges_from((node, p) for node, preds in wires.preds.items() for p in preds)
+    above = {node: up for node, up in nx.immediate_dominators(back, LOSS).items() if node != LOSS}
+    depth = {LOSS: 0}
+    for node in reversed(wires.order):
+        if node in above and above[node] in depth:
+            depth[node] = depth[above[node]] + 1
+
+    def meet(a: str, b: str) -> str:
+        while a != b:
+            if depth[a] < depth[b]:
+                a, b = b, a
+            a = above[a]
+        return a
+
+    common: dict[str, str] = {}  # of all nodes before a node
+    feeds: dict[str, bool] = {}  # whether any layer before a node is to be trained
+    found = []
+    for node in wires.order:
+        preds = [p for p in wires.preds[node] if p in depth and wires.nodes[p].kind != "input"]
+        feeds[node] = any(feeds[p] or (p in flow.layers and bool(flow.trainable(p))) for p in preds)
+        for p in (*preds, *(common[p] for p in preds if p in common)):
+            common[node] = meet(common[node], p) if node in common else p
+        layer = flow.layers.get(node)
+        if layer is None or layer.composite or node not in depth or not feeds[node]:
+            continue
+        if depth[common[node]] > depth[node] and meet(common[node], node) == node:
+            found.append(node)
+    return found
+
+
+def _width(flow: Flow, node: str) -> int:
+    shape = flow.wiring.nodes[node].shape or (flow.layers[node].shape if node in flow.layers else ())
+    return int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 0
+
+
+def _waists(flow: Flow, passages: list[str], ratio: float) -> list[_Waist]:
+    wires = flow.wiring
+    own = {node: _width(flow, node) if node in flow.layers else 0 for node in wires.order}
+    before, behind = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
+    for node in wires.order:
+        before[node] = max((max(before[p], own[p]) for p in wires.preds[node]), default=0)
+    for node in reversed(wires.order):
+        behind[node] = max((max(behind[s], own[s]) for s in wires.succs[node]), default=0)
+    return [
+        _Waist(node=node, width=own[node], before=before[node], behind=behind[node])
+        for node in passages
+        if own[node]
+        and flow.has_matrix(node)
+        and min(before[node], behind[node]) >= ratio * own[node]
+    ]
+
+
+def _waist_issue(flow: Flow, waist: _Waist, rank_excess: float, lost_samples: float) -> Issue | None:
+    layer = flow.layers[waist.node]
+    needed = _rank_behind(flow, waist.node)
+    lost, fired = _stopped(flow, waist)
+    needs_more = needed > rank_excess * waist.width and not _gives_back_its_input(flow)
+    if lost >= lost_samples:
+        severity = IssueSeverity.MEDIUM
+        why = (
+            f"a rectifier stands on it, of whose units {fired:.0%} fire, so that for about {lost:.0%} of the "
+            "samples nothing passes"
+        )
+        actions = rectified_actions(layer.name, waist.width)
+    elif needs_more:
+        severity = IssueSeverity.HIGH if needed > 2 * rank_excess * waist.width else IssueSeverity.MEDIUM
+        why = f"the gradient behind it has an effective rank of {needed:.1f}"
+        actions = narrow_actions(layer.name, waist.width, needed)
+    else:
+        severity = IssueSeverity.INFO
+        why = (
+            f"the gradient behind it has an effective rank of {needed:.1f}, which it can carry"
+            if math.isfinite(needed)
+            else "narrow by design, unless what passes needs more"
+        )
+        actions = ()
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.BOTTLENECK,
+        severity=severity,
+        description=f"Every gradient passes here, {waist.width} numbers per sample between {waist.before} before "
+        f"and {waist.behind} behind: {why}.",
+        magnitude=min(waist.before, waist.behind) / waist.width,
+        recommended_actions=actions,
+        metrics={
+            "width": waist.width,
+            "width_before": waist.before,
+            "width_behind": waist.behind,
+            "effective_rank_behind": needed,
+            "samples_stopped": lost,
+            "undecided": severity is IssueSeverity.INFO and not math.isfinite(needed),
+            "role": "waist",
+        },
+    )
+
+
+def _rank_behind(flow: Flow, node: str) -> float:
+    """Effective rank of the gradient at the nearest layers behind a waist that are wider than it."""
+    ranks, todo, seen = [], list(flow.wiring.after(node)), set[str]()
+    while todo and len(seen) < 8:
+        here = todo.pop(0)
+        if here in seen:
+            continue
+        seen.add(here)
+        rank = flow.wiring.nodes[here].effective_rank
+        if len(rank) and np.isfinite(rank).any() and _width(flow, here) > _width(flow, node):
+            ranks.append(middle(rank))
+        else:
+            todo.extend(flow.wiring.after(here))
+    return max(ranks, default=math.nan)
+
+
+def _gives_back_its_input(flow: Flow) -> bool:
+    """Whether some first layer takes as many features as some last layer gives: an autoencoder."""
+    taken = {
+        p.shape[1]
+        for node in flow.layers
+        if flow.has_matrix(node) and not flow.is_table(node) and not flow.wiring.before(node)
+        for p in flow.parameters_of(node)
+        if len(p.shape) >= 2
+    }
+    given = {flow.layers[n].shape[1 if len(flow.layers[n].shape) > 3 else -1] for n in heads(flow)
+             if flow.layers[n].shape}  # fmt: skip
+    return bool(taken & given - {1})
+
+
+def _stopped(flow: Flow, waist: _Waist) -> tuple[float, float]:
+    """The share of samples for which a rectifier on the waist lets nothing through, and the share that fires.
+
+    If units fire independently, none of n fires with probability (1 - share) ** n.
+    """
+    for activation in activations_of(flow, waist.node):
+        if activation.kind == "rectifier" and activation.op in RECTIFIERS:
+            fired = late(activation.fired_share)
+            if fired > 0:  # if nothing fires at all, it is dead
+                return (1.0 - fired) ** max(activation.num_units or waist.width, 1), fired
+    return 0.0, math.nan
+
+
+def _smoothing(flow: Flow, passages: list[str], alike: float, fall: float) -> list[Issue]:
+    """The first passage at which the rows have become alike by mixing."""
+    wires = flow.wiring
+    kept = shares(flow, kept_at_least(flow)).share
+    mixed: dict[str, int] = {}  # how often rows are mixed on the way to a node
+    most: dict[str, float] = {}  # the largest variation before a node
+    starved: dict[str, bool] = {}  # whether a layer up to a node gets too little, which is another illness
+    for node in wires.order:
+        preds = wires.preds[node]
+        mixes = wires.nodes[node].kind == "op" and _mixes(wires.nodes[node].type)
+        mixed[node] = max((mixed[p] for p in preds), default=0) + int(mixes)
+        most[node] = max((max(most[p], _variation(flow, p)) for p in preds), default=0.0)
+        starved[node] = any(starved[p] for p in preds) or (node in kept and late(kept[node]) < 1e-3)
+    for node in passages:
+        layer = flow.layers[node]
+        variation = late(layer.output_variation)
+        if not math.isfinite(variation) or len(layer.shape) < 2 or layer.shape[0] < 2:
+            continue
+        if variation > alike or variation * fall > most[node] or mixed[node] < 2 or not wires.after(node):
+            continue
+        return [] if starved[node] else [_smoothing_issue(flow, node, variation, most[node], mixed[node])]
+    return []
+
+
+def _mixes(op: str) -> bool:
+    return any(word in op.lower() for word in MIXING)
+
+
+def _variation(flow: Flow, node: str) -> float:
+    value = late(flow.layers[node].output_variation) if node in flow.layers else math.nan
+    return value if math.isfinite(value) else 0.0
+
+
+def _smoothing_issue(flow: Flow, node: str, variation: float, most: float, times: int) -> Issue:
+    layer = flow.layers[node]
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.HIGH if variation < 1e-3 else IssueSeverity.MEDIUM,
+        description=f"All rows of its output are alike: only {variation:.1e} of it differs between them, after "
+        f"{most:.2g} before. They have been mixed {times} times on the way, so what tells them apart is lost, "
+        "and no gradient can bring it back.",
+        magnitude=variation,
+        recommended_actions=smoothing_actions(layer.name, times),
+        metrics={"variation": variation, "variation_before": most, "num_mixings": times, "role": "alike"},
+    )

@@ -1,0 +1,351 @@
+"""DEAD: a part that is meant to train gets no gradient at all, by its wiring or by exact zeros."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from gradflow.detect.actions import (
+    cut_actions,
+    never_called_actions,
+    rectifier_actions,
+    zero_actions,
+)
+from gradflow.detect.evidence import RECTIFIERS, Flow, activations_of, early, flow_of, late, typical_zero
+from gradflow.detect.wiring import layer_name, node_name
+from gradflow.records import (
+    ActivationRecord,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    LayerRecord,
+    ParameterRecord,
+)
+
+
+def dead(
+    threshold: float = 0.9, *, some: float = 0.5, few: float = 0.25, min_updates: int = 3
+) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of parts that get no gradient.
+
+    Measured, for parameters that require a gradient and that the optimizer, where one is given, steps:
+
+    1. Wiring: modules that no step calls or uses, and layers that run while no path leads from the loss to
+       any of their parameters in any step.
+    2. Exact zeros: layers all of whose parameters have a gradient of exactly zero, at the end of the run
+       where an optimizer steps, in every step where none does; and what blocks it.
+    3. Rectifiers: the share of units that fired in no batch of the run.
+
+    Why this is evidence: wiring is read off the graph, and an exact zero is no rounding. Whether a zero is an
+    illness depends on what makes it. Where the weight behind is zero, as many initialisations want it, one
+    step of the optimizer ends it, two in a row of such take two; so after `min_updates` steps it is dead,
+    and without an optimizer nobody can know: INFO. A rectifier of which no unit ever fires, or a softmax
+    over one alternative, which is the constant 1, is never by design.
+
+    Looks alike and is not: frozen parameters, and those of another optimizer; a head or an expert that other
+    batches use; rows of an embedding that no token asked for; a bias under a softmax or before a batch norm,
+    whose gradient is zero but for rounding; a bounded loss that is met by most samples; a rectifier in the
+    loss (a hinge), which is meant to be off; half of the units off at a time, which is what a rectifier does.
+
+    Args:
+        threshold: share of never firing units from which the verdict is HIGH: what is left is no layer.
+        some: from which it is MEDIUM. At He's initialisation a unit fires for half of the samples, so next to
+            none is silent over a run. Only where all samples look alike to the layer (less than a fifth of
+            what feeds it differs between them) does chance decide, and switches half of its units off; there
+            three standard deviations of as many coins are added.
+        few: from which it is LOW.
+        min_updates: steps of the optimizer after which a zero by design has ended: LoRA takes one, an adaLN
+            gate behind a zero last layer two.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        flow = flow_of(record)
+        return [
+            *_never_called(flow),
+            *_cut_off(flow),
+            *_all_zero(flow, min_updates),
+            *_silent_units(flow, threshold, some, few),
+        ]
+
+    return detector
+
+
+# ---------------------------------------------------------------------------------- 1. wiring
+
+
+def _wanted(parameter: ParameterRecord) -> bool:
+    return parameter.trainable and parameter.optimized
+
+
+def _never_called(flow: Flow) -> list[Issue]:
+    """One issue for each part that no step runs; the parts of a container are told together."""
+    owned: dict[str, list[ParameterRecord]] = {}
+    for parameter in flow.record.parameters:
+        if _wanted(parameter):
+            owned.setdefault(parameter.layer, []).append(parameter)
+    idle = [name for name in flow.record.never_called if name in owned]
+    groups: dict[str, list[str]] = {}
+    for name in idle:
+        groups.setdefault(_idle_container(name, idle, flow), []).append(name)
+    issues = []
+    for container, names in groups.items():
+        number = sum(p.num_elements for name in names for p in owned[name])
+        issues.append(
+            Issue(
+                layer=container,
+                layer_type="Module",
+                issue_type=IssueType.DEAD,
+                severity=IssueSeverity.HIGH,
+                description=f"No step ran or used it, so its {number:,} parameters "
+                f"({len(names)} module(s)) never change.",
+                magnitude=float(number),
+                recommended_actions=never_called_actions(container),
+                metrics={"modules": tuple(names), "num_parameters": number, "role": "never called"},
+            )
+        )
+    return issues
+
+
+def _idle_container(name: str, idle: Sequence[str], flow: Flow) -> str:
+    """The outermost module above `name` in which nothing ran."""
+    active = {layer.module for layer in flow.layers.values()}
+    best, above = name, name
+    while above:
+        above = above.rpartition(".")[0]
+        inside = [n for n in active if n.startswith(above + ".") or n == above]
+        siblings = [n for n in idle if n.startswith(above + ".")]
+        if not above or inside or len(siblings) < 2:
+            break
+        best = above
+    return best
+
+
+def _cut_off(flow: Flow) -> list[Issue]:
+    """Layers that ran, none of whose parameters the loss reaches in any step."""
+    issues = []
+    idle = set(flow.record.never_called)
+    told: set[str] = set()
+    for node, layer in flow.layers.items():
+        wanted = [p for p in flow.trainable(node) if p.layer not in idle]
+        if not wanted or layer.module in told or any(p.reached.any() for p in wanted):
+            continue
+        told.add(layer.module)
+        issues.append(_cut_issue(flow, node, layer, wanted))
+    return issues
+
+
+def _cut_issue(flow: Flow, node: str, layer: LayerRecord, wanted: Sequence[ParameterRecord]) -> Issue:
+    known = flow.wiring.nodes.get(node)
+    reason = known.reason if known and known.reason else "its output does not lead to the loss"
+    if layer.reached.any():  # its output is reached, and still nothing in it is: the parameters are unused
+        reason = "its output leads to the loss, but they take no part in it"
+    ops = flow.wiring.cuts.get(node, ())
+    op = next((o for o in ops if o != "no gradient needed"), "")
+    # A teacher under no_grad is by design; only an optimizer that holds it says that it is meant to train.
+    by_design = "no_grad" in reason and not flow.record.provenance.optimizer
+    number = sum(p.num_elements for p in wanted)
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.DEAD,
+        severity=IssueSeverity.LOW if by_design else IssueSeverity.HIGH,
+        description=f"It ran, but no path leads from the loss to its {number:,} parameters in any of "
+        f"{flow.record.steps} steps: {reason}.",
+        magnitude=float(number),
+        recommended_actions=cut_actions(flow, node, op or reason),
+        metrics={
+            "op": op,
+            "reason": reason,
+            "num_parameters": number,
+            "parameters": tuple(p.name for p in wanted),
+            "role": "cut off",
+        },
+    )
+
+
+# ----------------------------------------------------------------------------- 2. exact zeros
+
+
+def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
+    issues = []
+    told: set[str] = set()
+    updates = flow.record.steps - 1 if flow.record.provenance.optimizer else 0
+    for node, layer in flow.layers.items():
+        wanted = [p for p in flow.trainable(node) if p.reached.any()]
+        if not wanted or layer.module in told:
+            continue
+        if not all(typical_zero(p.grad_norm, at_end=updates >= min_updates) for p in wanted):
+            continue
+        told.add(layer.module)
+        why, at = _blocked_by(flow, node)
+        if why in ("rectifier", "one alternative"):
+            severity = IssueSeverity.CRITICAL
+        else:
+            severity = IssueSeverity.HIGH if updates >= min_updates else IssueSeverity.INFO
+        issues.append(_zero_issue(flow, node, wanted, why, at, severity, updates))
+    return issues
+
+
+def _blocked_by(flow: Flow, node: str) -> tuple[str, str]:
+    """Why the gradients of a layer's parameters are zero, and the layer call that makes them so.
+
+    The gradient is followed from the layer to the first place, seen from there, that gets some.
+    """
+    here, seen = node, {node}
+    while True:
+        if not typical_zero(flow.grad[here], at_end=True):
+            source = next((u for u in flow.wiring.before(here) if _silent(flow, u)), "")
+            return ("zero input", source) if here == node else ("upstream", here)
+        for activation in activations_of(flow, here):
+            if activation.kind == "softmax" and activation.width == 1:
+                return "one alternative", here
+            if _is_dead(activation) or (
+                activation.kind == "rectifier" and late(activation.fired_share) == 0
+            ):
+                return "rectifier", here
+        behind = [n for n in flow.wiring.after(here) if n not in seen]
+        if not behind:
+            return "loss", here
+        # Where several layers take its output, all of them give zero; the one that gets some tells why.
+        live = [n for n in behind if not typical_zero(flow.grad.get(n, np.zeros(0)), at_end=True)]
+        for n in live:
+            zero = [p for p in flow.parameters_of(n) if len(p.norm) and late(p.norm) == 0]
+            return ("zero weight", n) if zero else ("operation", n)
+        here = behind[0]
+        seen.add(here)
+
+
+def _silent(flow: Flow, node: str) -> bool:
+    return node in flow.layers and late(flow.layers[node].output_rms) == 0
+
+
+def _is_dead(activation: ActivationRecord) -> bool:
+    return activation.kind == "rectifier" and activation.never_fired == 1.0
+
+
+_WHY = {
+    "rectifier": "the rectifier behind {at} lets nothing through: no unit of it fires",
+    "one alternative": "the softmax behind {at} is over one alternative, so it is the constant 1",
+    "zero weight": "the weights of {at}, which would hand it back, are zero",
+    "zero input": "its own output gets a gradient, but what enters it is zero",
+    "operation": "it is lost between here and {at}, in a functional operation",
+    "loss": "the loss hands back exactly zero",
+    "upstream": "it is lost at {at}",
+}
+
+
+def _zero_issue(
+    flow: Flow,
+    node: str,
+    wanted: Sequence[ParameterRecord],
+    why: str,
+    at: str,
+    severity: IssueSeverity,
+    updates: int,
+) -> Issue:
+    layer = flow.layers[node]
+    number = sum(p.num_elements for p in wanted)
+    told = _WHY[why].format(at=at or "it")
+    if severity is IssueSeverity.INFO:
+        after = (
+            "That may be by design (a zero initialisation ends with the first steps); pass optimizer= to "
+            "see whether it does."
+        )
+    elif updates:
+        after = f"It still is after {updates} steps of the optimizer."
+    else:
+        after = ""
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.DEAD,
+        severity=severity,
+        description=f"The gradient of its {number:,} parameters is exactly zero: {told}. {after}".rstrip(),
+        magnitude=float(number),
+        recommended_actions=zero_actions(flow, node, why, at),
+        metrics={
+            "why": why,
+            "at": layer_name(at),
+            "num_parameters": number,
+            "num_updates": updates,
+            "role": "source" if at == node else "zero",
+        },
+    )
+
+
+# ------------------------------------------------------------------------------ 3. rectifiers
+
+
+def _silent_units(flow: Flow, threshold: float, some: float, few: float) -> list[Issue]:
+    issues = []
+    for uses in _rectifiers(flow).values():
+        # A unit of a reused module is dead only if it is silent in all calls.
+        share, now = min(u.never_fired for u in uses), max(late(u.fired_share) for u in uses)
+        fires = any(np.any(u.fired_share > 0) for u in uses)
+        if share == 1 and fires:  # a NaN in one batch has spoilt the count
+            continue
+        if now == 0 and fires:  # they fired once and do no more
+            share = 1.0
+        if share >= few:
+            issues.append(_silent_issue(flow, uses[0], share, now, threshold, some))
+    return issues
+
+
+def _fed_variation(flow: Flow, activation: ActivationRecord) -> float:
+    """The part of what feeds a rectifier that differs between samples; 1 if unknown."""
+    node = node_name(activation.layer)
+    feeders = (node,) if activation.functional else flow.wiring.before(node)
+    seen = [late(flow.layers[n].output_variation) for n in feeders if n in flow.layers]
+    return max((v for v in seen if math.isfinite(v)), default=1.0)
+
+
+def _rectifiers(flow: Flow) -> dict[str, list[ActivationRecord]]:
+    """The rectifiers whose units can be judged, the calls of one module together."""
+    found: dict[str, list[ActivationRecord]] = {}
+    for activation in flow.record.activations:
+        if activation.kind != "rectifier" or activation.op not in RECTIFIERS:
+            continue
+        node = node_name(activation.layer)
+        # With no layer behind it, a rectifier that is a function is a part of the loss: a hinge.
+        if activation.functional and flow.wiring.known and not flow.wiring.after(node):
+            continue
+        layer = flow.layers.get(node)
+        if layer is not None and not layer.output_finite.all():  # a NaN does not fire either
+            continue
+        found.setdefault(re.sub(r"@\d+", "", activation.name), []).append(activation)
+    return found
+
+
+def _silent_issue(
+    flow: Flow, activation: ActivationRecord, share: float, now: float, threshold: float, some: float
+) -> Issue:
+    layer = flow.layers.get(node_name(activation.layer))
+    if share >= threshold:
+        severity = IssueSeverity.CRITICAL if share == 1 else IssueSeverity.HIGH
+    else:
+        alike = _fed_variation(flow, activation) < 0.2
+        by_chance = 1.5 / math.sqrt(max(activation.num_units, 1)) if alike else 0.0
+        severity = IssueSeverity.MEDIUM if share >= some + by_chance else IssueSeverity.LOW
+    fires = f" At the end, {now:.0%} of its elements fire." if math.isfinite(now) else ""
+    return Issue(
+        layer=activation.layer,
+        layer_type=layer.type if layer else activation.op,
+        issue_type=IssueType.DEAD,
+        severity=severity,
+        description=f"{share:.0%} of the {activation.num_units} units of its {activation.op} fire for no sample "
+        f"of {flow.record.steps} batches, so nothing passes them in either direction.{fires}",
+        magnitude=share,
+        recommended_actions=rectifier_actions(flow, activation, share),
+        metrics={
+            "never_fired": share,
+            "num_units": activation.num_units,
+            "fired_share": now,
+            "fired_at_start": early(activation.fired_share[:3]),
+            "op": activation.op,
+            "role": "silent units",
+        },
+    )

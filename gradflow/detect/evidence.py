@@ -1,0 +1,271 @@
+"""What the detectors share: what part of the gradient arrives at a layer, and what should arrive.
+
+NOTE [What should arrive]
+A gradient norm means nothing by itself: multiply the loss by ten, and all are ten times larger. So a layer
+is weighed against the layers between it and the loss. Walking the graph back from the loss, every node
+keeps the norm that should arrive there if each node on the way did what its kind does, starting from the
+norm measured at the layers nearest the loss. Where paths meet, the best one counts. The ratio of the
+measured norm to that expectation, the *share*, is then independent of the scale of the loss, the size of
+the batch and the width.
+
+What a kind of layer does to the gradient (norms, not root mean squares: with weights drawn by fan-in the
+norm is what a layer keeps, whatever its width):
+
+* a layer with a weight matrix keeps 0.4: PyTorch's default initialisation has variance 1/(3 fan_in), which
+  keeps 1/sqrt(3), and a rectifier behind it keeps 1/sqrt(2) of that. An orthogonal or He initialisation
+  keeps more; so the expectation is a modest one, and a deep stack at default initialisation is not blamed
+  for what its initialisation is known to do, unless nothing at all is left (see `vanishing`).
+* pooling, averaging or slicing n elements to m keeps sqrt(m / n).
+* a softmax over k alternatives keeps 1 / k.
+* everything else keeps 1: norms, rectifiers, sums, and sigmoids too, for what a stack of those loses is the
+  illness itself.
+
+For growth the expectation is generous in the other direction: a matrix keeps 1, a norm layer multiplies by
+its output's rms over its input's (it must: it undoes the scale of what is before it), a broadcast or a sum
+over k elements multiplies by sqrt(k) (a concatenation does not), and a node with more than four consumers
+by half their number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import attrs
+import numpy as np
+
+from gradflow.detect.wiring import LOSS, Wiring, layer_name, node_name, wiring
+from gradflow.records import ActivationRecord, Floats, FlowRecord, LayerRecord, ParameterRecord
+
+KEPT_BY_MATRIX = 0.4
+JOINS = ("cat", "stack", "pad")
+RECTIFIERS = frozenset({"relu", "relu6", "threshold", "relu_", "clamp", "clamp_min", "clip"})
+
+Keep = Callable[[str, str], float]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Flow:
+    """A record seen along its wiring.
+
+    Args:
+        record: the record.
+        wiring: who feeds whom.
+        layers: layer calls by the name of their node.
+        parameters: parameters by name.
+        grad: measured norm of the output gradient by node; NaN at steps where it was not there.
+    """
+
+    record: FlowRecord
+    wiring: Wiring
+    layers: Mapping[str, LayerRecord]
+    parameters: Mapping[str, ParameterRecord]
+    grad: Mapping[str, Floats]
+
+    def parameters_of(self, node: str) -> tuple[ParameterRecord, ...]:
+        """Return the parameters that a layer call owns."""
+        return tuple(self.parameters[n] for n in self.layers[node].parameters if n in self.parameters)
+
+    def trainable(self, node: str) -> tuple[ParameterRecord, ...]:
+        """Return the parameters of a layer call that training is meant to change."""
+        return tuple(p for p in self.parameters_of(node) if p.trainable and p.optimized)
+
+    def has_matrix(self, node: str) -> bool:
+        """Whether a layer call owns a weight matrix or kernel, and holds no other layers."""
+        if node not in self.layers or self.layers[node].composite:
+            return False
+        return any(len(p.shape) >= 2 for p in self.parameters_of(node)) and not self.is_norm(node)
+
+    def is_table(self, node: str) -> bool:
+        """Whether a layer call looks rows up in a table: nothing flows through it."""
+        return node in self.layers and "embedding" in self.layers[node].type.lower()
+
+    def is_norm(self, node: str) -> bool:
+        """Whether a layer call normalises, by the name of its class."""
+        return node in self.layers and "norm" in self.layers[node].type.lower()
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Shares:
+    """What arrives at each layer, against what should; see NOTE [What should arrive].
+
+    Args:
+        share: by node of a measured layer call, measured over expected norm, shape (steps,).
+        via: by node, the neighbour downstream that the expectation came through.
+        flow: what it was computed from.
+    """
+
+    share: Mapping[str, Floats]
+    via: Mapping[str, str]
+    flow: Flow
+
+    def path(self, node: str) -> list[str]:
+        """Return the measured layer calls from `node` to the loss along the path that should carry most."""
+        found, here = [node], node
+        while here in self.via:
+            here = self.via[here]
+            if here in self.share:
+                found.append(here)
+        return found
+
+
+def flow_of(record: FlowRecord) -> Flow:
+    """Return a record with its wiring."""
+    layers = {node_name(layer.name): layer for layer in record.layers}
+    grad = {}
+    for name, layer in layers.items():
+        known = layer.called & layer.reached & layer.grad_finite & np.isfinite(layer.grad_norm)
+        grad[name] = np.where(known, layer.grad_norm, np.nan)
+    return Flow(
+        record=record,
+        wiring=wiring(record),
+        layers=layers,
+        parameters={p.name: p for p in record.parameters},
+        grad=grad,
+    )
+
+
+def shares(flow: Flow, keep: Keep) -> Shares:
+    """Return the share of the expected gradient that arrives at each layer call.
+
+    Args:
+        flow: the record along its wiring.
+        keep: what a node keeps of the norm on its way to a neighbour upstream, by (node, neighbour).
+    """
+    order, succs = flow.wiring.order, flow.wiring.succs
+    expected: dict[str, Floats] = {}
+    via: dict[str, str] = {}
+    for node in reversed(order):
+        # Multiplying one by one, in one place, keeps this linear in the number of edges.
+        offers = [(expected[s] * keep(s, node), s) for s in succs[node] if s in expected]
+        if offers:
+            expected[node] = np.fmax.reduce([offer for offer, _ in offers])
+            via[node] = max(offers, key=lambda pair: (_middle(pair[0]), pair[1]))[1]
+        elif node in flow.grad and np.any(flow.grad[node] > 0):
+            expected[node] = flow.grad[node]
+    share = {}
+    for node, norm in flow.grad.items():
+        if node in expected and not flow.layers[node].composite:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratio = norm / expected[node]
+            share[node] = np.where(np.isfinite(ratio), ratio, np.nan)
+    return Shares(share=share, via=via, flow=flow)
+
+
+def _middle(values: Floats) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else -math.inf
+
+
+def kept_at_least(flow: Flow, *, by_matrix: float = KEPT_BY_MATRIX) -> Keep:
+    """Return what each node should keep at least: the expectation for losses."""
+    nodes = flow.wiring.nodes
+
+    def keep(node: str, upstream: str) -> float:
+        if flow.has_matrix(node):
+            return by_matrix
+        here, there = nodes[node], nodes[upstream]
+        if "softmax" in here.type.lower() and here.shape:
+            return 1.0 / max(here.shape[-1], 1)
+        if 0 < here.num_elements < there.num_elements:
+            return math.sqrt(here.num_elements / there.num_elements)
+        return 1.0
+
+    return keep
+
+
+def kept_at_most(flow: Flow) -> Keep:
+    """Return what each node may hand back at most: the expectation for growth."""
+    nodes, succs = flow.wiring.nodes, flow.wiring.succs
+    rescaled = {node: rescaling(flow, node) for node in nodes if flow.is_norm(node)}
+
+    def keep(node: str, upstream: str) -> float:
+        consumers = len(succs[upstream])
+        fan_out = consumers / 2 if consumers > 4 else 1.0
+        if node in rescaled:
+            return fan_out * rescaled[node]
+        here, there = nodes[node].num_elements, nodes[upstream].num_elements
+        if flow.has_matrix(node) or not (here and there):
+            return fan_out
+        joins = any(word in nodes[node].type.lower() for word in JOINS)
+        if (here > there and not joins) or "sum" in nodes[node].type.lower():
+            return fan_out * math.sqrt(max(here, there) / min(here, there))
+        return fan_out
+
+    return keep
+
+
+def rescaling(flow: Flow, node: str) -> float:
+    """Return rms of output over rms of input of a layer call, at least 1; 1 if unknown."""
+    layer = flow.layers[node]
+    ratio = late(layer.output_rms) / (late(layer.input_rms) or math.nan)
+    return max(ratio, 1.0) if math.isfinite(ratio) else 1.0
+
+
+def row_gain(flow: Flow, node: str, at: Callable[[Floats], float] | None = None) -> float:
+    """Return ‖W‖_F / √rows of a layer's largest weight matrix: the rms of an output per rms of an input.
+
+    1/√3 at PyTorch's default initialisation, √2 at He's, whatever the width. NaN without a matrix, or where
+    the matrix is computed from other parameters (weight norm and the like), whose size is not its own.
+
+    Args:
+        flow: the record along its wiring.
+        node: the layer call.
+        at: when, `late` (the default) or `early`.
+    """
+    matrices = [p for p in flow.parameters_of(node) if len(p.shape) >= 2 and len(p.norm)]
+    if not matrices or any("parametrizations." in p.name for p in matrices):
+        return math.nan
+    largest = max(matrices, key=lambda p: (p.num_elements, p.name))
+    return (at or late)(largest.norm) / math.sqrt(max(largest.shape[0], 1))
+
+
+def activations_of(flow: Flow, node: str) -> tuple[ActivationRecord, ...]:
+    """Return the activations that a layer call feeds, functions and modules alike."""
+    name, behind = layer_name(node), {layer_name(n) for n in flow.wiring.after(node)}
+    return tuple(
+        a for a in flow.record.activations if (a.layer == name if a.functional else a.name in behind)
+    )
+
+
+def late(values: Floats) -> float:
+    """Return the median over the last third of the known values: what the run came to. NaN if none."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known[-max(1, math.ceil(len(known) / 3)) :])) if len(known) else math.nan
+
+
+def early(values: Floats) -> float:
+    """Return the median over the first third of the known values. NaN if none."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known[: max(1, math.ceil(len(known) / 3))])) if len(known) else math.nan
+
+
+def middle(values: Floats) -> float:
+    """Return the median over the known values. NaN if none."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else math.nan
+
+
+def typical_zero(values: Floats, *, at_end: bool) -> bool:
+    """Whether norms are exactly zero wherever they are known: throughout, or over the last third of them."""
+    known = values[np.isfinite(values)]
+    if at_end and len(known):
+        known = known[-max(1, math.ceil(len(known) / 3)) :]
+    return bool(len(known)) and bool(np.all(known == 0))
+
+
+def heads(flow: Flow) -> list[str]:
+    """Return the last layer call with parameters on each way to the loss, in order of execution."""
+    found: dict[str, None] = {}
+    todo, seen = list(flow.wiring.preds.get(LOSS, ())), set[str]()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        owns = node in flow.layers and not flow.layers[node].composite and flow.parameters_of(node)
+        if owns and np.any(flow.grad[node] > 0):
+            found[node] = None
+        elif not owns:
+            todo.extend(flow.wiring.preds.get(node, ()))
+    return sorted(found, key=lambda node: flow.layers[node].order)

@@ -1,0 +1,173 @@
+"""UNSTABLE: the loss or the gradient jumps by orders of magnitude from step to step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import attrs
+import numpy as np
+
+from gradflow.detect.actions import batch_norm_actions, unstable_actions
+from gradflow.detect.evidence import Flow, flow_of, late, middle
+from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType
+
+
+def unstable(
+    cv_threshold: float = 3.0, *, jump: float = 30.0, few_values: int = 2
+) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of training that jumps.
+
+    Measured: at each step the norm of the gradient of all parameters together, over a reference: what the run
+    was used to, the geometric mean of the median of the steps before and of the whole run's, and no less
+    than the former. From these ratios the largest, and a coefficient of variation that counts only what is above the
+    reference: the root mean square of (ratio - 1). The same for the loss where it is positive throughout,
+    but of any two steps in a row the smaller one counts: a loss that has jumped away stays there, one bad
+    batch does not. Apart from this, how many values each channel of a batch norm averages over in training.
+
+    Why this is evidence: a step of plain or of momentum descent is proportional to the gradient, so a jump
+    by an order of magnitude undoes many steps at once. The reference is the run's own, so the scale of the
+    loss cancels.
+
+    Looks alike and is not: a fast fall of the loss (only what rises counts); the noise of small batches, a
+    factor of a few; a batch that is harder than a nearly solved run is used to (it stays below the start);
+    an outlier that a robust loss tames (the loss jumps, its gradient does not); steps in which the loss is
+    exactly zero (a margin that is met), which are left out.
+
+    Args:
+        cv_threshold: coefficient of variation from which the verdict is MEDIUM. Gradient norms of batches of
+            four vary by a factor of 2 to 4, which gives less than 1.
+        jump: ratio that at least one step must reach. Single batches reach ten times the usual gradient in
+            healthy runs, recurrent ones above all, and the loss does not notice; 30 is beyond that. HIGH
+            from ten times as much.
+        few_values: values per channel up to which a batch norm is unstable by itself. Over two values its
+            output is their sign, +1 and -1, whatever they are, and its gradient a spike where they are close.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        flow = flow_of(record)
+        return [*_jumps(flow, cv_threshold, jump), *_small_batch_norms(flow, few_values)]
+
+    return detector
+
+
+@attrs.frozen(kw_only=True)
+class _Jump:
+    """The rises of one series: the largest, its step, and the coefficient of variation."""
+
+    ratio: float
+    step: int
+    variation: float
+
+
+def total_gradient(record: FlowRecord) -> Floats:
+    """Return the norm of the gradient of all parameters together, shape (steps,)."""
+    if not record.parameters:
+        return np.full(record.steps, np.nan)
+    norms = np.stack([p.grad_norm for p in record.parameters if p.trainable] or [np.full(record.steps, np.nan)])
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.sqrt(np.nansum(np.square(norms), axis=0))
+    return np.where(np.isfinite(norms).any(axis=0), total, np.nan)
+
+
+def rises(values: Floats) -> _Jump | None:
+    """Return the rises of a series over its own reference; None if there is too little of it.
+
+    >>> rises(np.array([1.0, 1.0, 1.0, 1.0, 100.0, 1.0])).ratio
+    100.0
+    """
+    known = np.flatnonzero(np.isfinite(values) & (values > 0))
+    if len(known) < 5:
+        return None
+    x = values[known]
+    whole = float(np.median(x))
+    used_to = [float(np.median(x[:i])) for i in range(1, len(x))]
+    ratios = np.array([y / max(u, math.sqrt(u * whole)) for y, u in zip(x[1:], used_to, strict=True)])
+    at = int(np.argmax(ratios))
+    over = np.maximum(ratios - 1.0, 0.0)
+    return _Jump(
+        ratio=float(ratios[at]), step=int(known[at + 1]), variation=float(np.sqrt(np.mean(over * over)))
+    )
+
+
+def _jumps(flow: Flow, cv_threshold: float, jump: float) -> list[Issue]:
+    record = flow.record
+    series = {"gradient": rises(total_gradient(record))}
+    if np.all(record.losses[np.isfinite(record.losses)] >= 0):
+        series["loss"] = rises(np.minimum(record.losses[1:], record.losses[:-1]))
+    seen = {name: r for name, r in series.items() if r}
+    if not seen:
+        return []
+    name = max(seen, key=lambda key: (seen[key].variation, key))
+    found = seen[name]
+    if found.variation < cv_threshold or found.ratio < jump:
+        return []
+    severity = IssueSeverity.HIGH if found.ratio >= 10 * jump else IssueSeverity.MEDIUM
+    node = _layer_of_jump(flow, found.step)
+    layer = flow.layers[node] if node else None
+    stepped = bool(record.provenance.optimizer)
+    return [
+        Issue(
+            layer=layer.name if layer else "",
+            layer_type=layer.type if layer else record.provenance.model or "model",
+            issue_type=IssueType.UNSTABLE,
+            severity=severity,
+            description=f"At step {found.step} the {name} is {found.ratio:.3g} times what this run is used to; "
+            f"over the run, the rises above it have a coefficient of variation of {found.variation:.2g}. "
+            + ("The steps of the optimizer bring it about or fail to damp it." if stepped else
+               "The parameters were held fixed, so it is the batches that differ."),
+            magnitude=found.ratio,
+            recommended_actions=unstable_actions(flow, node, found.ratio),
+            metrics={
+                "ratio": found.ratio,
+                "variation": found.variation,
+                "step": found.step,
+                "series": name,
+                "optimizer": record.provenance.optimizer,
+                "role": "jumps",
+            },
+        )
+    ]  # fmt: skip
+
+
+def _layer_of_jump(flow: Flow, step: int) -> str:
+    """The layer whose gradient jumps most at that step; where several do alike, the one nearest the loss."""
+    ratios = {}
+    for node, layer in flow.layers.items():
+        norms = [p.grad_norm for p in flow.trainable(node)]
+        if norms and not layer.composite:
+            total = np.sqrt(np.nansum(np.square(norms), axis=0))
+            usual = middle(total)
+            ratios[node] = total[step] / usual if usual > 0 and np.isfinite(total[step]) else 0.0
+    if not ratios:
+        return ""
+    most = max(ratios.values())
+    return max((n for n in ratios if ratios[n] >= most / 3), key=lambda n: flow.layers[n].order)
+
+
+def _small_batch_norms(flow: Flow, few_values: int) -> list[Issue]:
+    if flow.record.provenance.mode != "train":
+        return []
+    issues = []
+    for node, layer in flow.layers.items():
+        if "batchnorm" not in layer.type.lower() or len(layer.shape) < 2 or not flow.trainable(node):
+            continue
+        values = late(np.where(layer.called, layer.num_elements, 0) / max(layer.shape[1], 1))
+        if not 1 <= values <= max(few_values, 4):
+            continue
+        few = values <= few_values
+        issues.append(
+            Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.UNSTABLE,
+                severity=IssueSeverity.HIGH if few else IssueSeverity.LOW,
+                description=f"Each channel is normalised over {values:.0f} values in training: "
+                + ("its output is little more than the sign of their difference, and its gradient a spike "
+                   "where they are close." if few else "its statistics are noisy."),
+                magnitude=values if math.isfinite(values) else 0.0,
+                recommended_actions=batch_norm_actions(values),
+                metrics={"values_per_channel": values, "role": "batch statistics"},
+            )
+        )  # fmt: skip
+    return issues

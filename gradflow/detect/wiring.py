@@ -1,0 +1,207 @@
+"""Who feeds whom: what the detectors need of the layer graph, and what stands in where there is none.
+
+The graph comes from `FlowRecord.graph_record`. Where the run could not take it, the order of execution
+stands in as one chain, and `Wiring.known` is False, so that verdicts can say so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+
+import attrs
+
+from gradflow.records import EdgeRecord, FlowRecord, LayerRecord, NodeRecord
+
+LOSS = "loss"
+
+
+@attrs.frozen(kw_only=True)
+class Wiring:
+    """The graph without the edges that cut the gradient, in the direction of the data.
+
+    Args:
+        nodes: every node by name; layer nodes carry the name of the layer call.
+        order: names of the nodes, each behind all that feed it.
+        preds: by name, the nodes that feed it.
+        succs: by name, the nodes that it feeds.
+        cuts: by name of a node, the reasons why an edge out of it carries no gradient.
+        sources: by name, the nodes whose data it takes, along edges that cut the gradient too.
+        known: whether this is the graph, and not the order of execution.
+    """
+
+    nodes: Mapping[str, NodeRecord]
+    order: tuple[str, ...]
+    preds: Mapping[str, tuple[str, ...]]
+    succs: Mapping[str, tuple[str, ...]]
+    cuts: Mapping[str, tuple[str, ...]]
+    sources: Mapping[str, tuple[str, ...]]
+    known: bool
+
+    def is_layer(self, name: str) -> bool:
+        """Whether a node is a layer call."""
+        return name in self.nodes and self.nodes[name].kind == "layer"
+
+    def before(self, name: str) -> tuple[str, ...]:
+        """Return the nearest layer calls upstream, across the functional ops between."""
+        return tuple(self._nearest(name, self.preds))
+
+    def after(self, name: str) -> tuple[str, ...]:
+        """Return the nearest layer calls downstream, across the functional ops between."""
+        return tuple(self._nearest(name, self.succs))
+
+    def ops_after(self, name: str) -> tuple[str, ...]:
+        """Return the types of the functional ops between a layer call and the next ones downstream."""
+        return self._ops(name, self.succs)
+
+    def ops_before(self, name: str) -> tuple[str, ...]:
+        """Return the types of the functional ops between a layer call and the next ones upstream."""
+        return self._ops(name, self.preds)
+
+    def upstream(self, name: str) -> frozenset[str]:
+        """Return all nodes that feed a node, directly or not."""
+        return _closure(name, self.preds)
+
+    def downstream(self, name: str) -> frozenset[str]:
+        """Return all nodes that a node feeds, directly or not."""
+        return _closure(name, self.succs)
+
+    def fed_by(self, name: str) -> frozenset[str]:
+        """Return all nodes whose data reaches a node, whether or not a gradient comes back."""
+        return _closure(name, self.sources)
+
+    def _nearest(self, name: str, step: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+        seen, todo = {name}, list(step.get(name, ()))
+        while todo:
+            node = todo.pop(0)
+            if node in seen:
+                continue
+            seen.add(node)
+            if self.is_layer(node):
+                yield node
+            else:
+                todo.extend(step.get(node, ()))
+
+    def _ops(self, name: str, step: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+        seen, todo, found = {name}, list(step.get(name, ())), []
+        while todo:
+            node = todo.pop(0)
+            if node in seen or self.is_layer(node) or self.nodes[node].kind != "op":
+                continue
+            seen.add(node)
+            found.append(self.nodes[node].type)
+            todo.extend(step.get(node, ()))
+        return tuple(found)
+
+
+def _closure(name: str, step: Mapping[str, tuple[str, ...]]) -> frozenset[str]:
+    seen: set[str] = set()
+    todo = list(step.get(name, ()))
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo.extend(step.get(node, ()))
+    return frozenset(seen)
+
+
+def node_name(layer: str) -> str:
+    """Return the graph's name for a layer call; the model itself, whose name is empty, is `(model)`."""
+    return layer or "(model)"
+
+
+def layer_name(node: str) -> str:
+    """Return the layer call's name for a node of the graph."""
+    return "" if node == "(model)" else node
+
+
+def wiring(record: FlowRecord) -> Wiring:
+    """Return the wiring of a record: its graph, or its order of execution where it holds none.
+
+    >>> wiring(FlowRecord(steps=0, losses=[], layers=(), parameters=())).known
+    False
+    """
+    if record.graph_record is not None and any(node.kind == LOSS for node in record.graph_record.nodes):
+        graph = record.graph_record
+        # An edge that merely carried exact zeros is still a way the gradient can take.
+        live = [(edge.source, edge.target) for edge in graph.edges if not (edge.severed and edge.reason)]
+        cut = [edge for edge in graph.edges if edge.severed and edge.reason]
+        return _assembled(graph.nodes, live, cut, known=True)
+    return _chain(record)
+
+
+def _chain(record: FlowRecord) -> Wiring:
+    """One chain in the order of execution: layers that hold others are left out, they repeat their last."""
+    calls = sorted((layer for layer in record.layers if not layer.composite), key=lambda layer: layer.order)
+    nodes = [_node(layer) for layer in calls]
+    nodes.append(NodeRecord(name=LOSS, kind=LOSS, order=len(nodes), grad_norm=[], input_grad_norm=[],
+                            effective_rank=[]))  # fmt: skip
+    live = [(a.name, b.name) for a, b in itertools.pairwise(nodes)]
+    return _assembled(nodes, live, (), known=False)
+
+
+def _node(layer: LayerRecord) -> NodeRecord:
+    sizes = layer.num_elements[layer.num_elements > 0]
+    return NodeRecord(
+        name=node_name(layer.name),
+        kind="layer",
+        layer=layer.module,
+        type=layer.type,
+        shape=layer.shape,
+        num_elements=int(sizes[-1]) if len(sizes) else 0,
+        parameters=layer.parameters,
+        order=layer.order,
+        grad_norm=[],
+        input_grad_norm=[],
+        effective_rank=[],
+        reachable=bool(layer.reached.any()),
+    )
+
+
+def _assembled(
+    nodes: Iterable[NodeRecord],
+    edges: Iterable[tuple[str, str]],
+    cut: Iterable[EdgeRecord],
+    *,
+    known: bool,
+) -> Wiring:
+    named = {node.name: node for node in nodes}
+    preds: dict[str, list[str]] = {name: [] for name in named}
+    succs: dict[str, list[str]] = {name: [] for name in named}
+    for source, target in edges:
+        if source in named and target in named:
+            preds[target].append(source)
+            succs[source].append(target)
+    cuts: dict[str, list[str]] = {}
+    sources = {name: list(found) for name, found in preds.items()}
+    for edge in cut:
+        cuts.setdefault(edge.source, []).append(edge.reason)
+        if edge.source in named and edge.target in named:
+            sources[edge.target].append(edge.source)
+    return Wiring(
+        nodes=named,
+        order=_topological(named, preds, succs),
+        preds={name: tuple(dict.fromkeys(found)) for name, found in preds.items()},
+        succs={name: tuple(dict.fromkeys(found)) for name, found in succs.items()},
+        cuts={name: tuple(dict.fromkeys(found)) for name, found in cuts.items()},
+        sources={name: tuple(dict.fromkeys(found)) for name, found in sources.items()},
+        known=known,
+    )
+
+
+def _topological(
+    nodes: Mapping[str, NodeRecord], preds: Mapping[str, list[str]], succs: Mapping[str, list[str]]
+) -> tuple[str, ...]:
+    """Kahn's order; nodes on a cycle, which a record of a real run cannot hold, come last as they stand."""
+    waiting = {name: len(set(found)) for name, found in preds.items()}
+    ready = [name for name in nodes if not waiting[name]]
+    order: list[str] = []
+    while ready:
+        node = ready.pop()
+        order.append(node)
+        for target in dict.fromkeys(succs[node]):
+            waiting[target] -= 1
+            if not waiting[target]:
+                ready.append(target)
+    done = set(order)
+    return (*order, *(name for name in nodes if name not in done))

@@ -1,0 +1,113 @@
+"""The ways in that join several parts: `diagnose` measures, judges and explains; `layer_graph` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from gradflow.detect import check_detectors, detect, explain, needs_depth
+from gradflow.functional.analyze import Detail, Mode, Transform, analyze
+from gradflow.graph import LayerGraph
+from gradflow.pipelines import Pipeline
+from gradflow.records import FlowRecord
+from gradflow.report import Report
+
+
+def diagnose(
+    model: nn.Module,
+    batches: Any,
+    loss_fn: Callable[..., Any] | None = None,
+    *,
+    steps: int = 20,
+    optimizer: Optimizer | None = None,
+    seed: int | None = None,
+    mode: Mode = "train",
+    pipeline: Any = None,
+    detail: Detail = "cheap",
+    transform: Transform = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Return what is wrong with a model's training, where it starts, and what to change.
+
+    This is `analyze`, then `detect` and `explain` on its record. Where the cheap measurements leave a
+    verdict undecided, the last step is run again in full detail. The model, the optimizer and the random
+    state are afterwards what they were.
+
+    Args:
+        model: the model.
+        batches: a zero-argument function that returns the next batch, or an iterable of batches. A batch is
+            called as `model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping.
+        loss_fn: from the model's output to a scalar; one that takes two arguments gets (output, target) from
+            (inputs, target) batches. None takes the model's own loss.
+        steps: how many batches to run at most; 20 are enough to tell a trend from noise.
+        optimizer: steps *copies* of the parameters, to cover the first steps of real training. None
+            holds the parameters fixed.
+        seed: makes dropout and the like repeatable; None draws from the global random state.
+        mode: `train`, `eval`, or `keep` for the mode that each submodule is in.
+        pipeline: a pipeline, a detector or several; None for the default detectors.
+        detail: `cheap`, or `full` to measure the flow along every edge of the layer graph; `full` also where
+            the pipeline needs it.
+        transform: the reverse pass: `auto`, `fused` or `vjp`.
+        progress: called with (steps done, steps) after every step.
+
+    Returns:
+        A `Report`; `print(report)` tells it in words, `report.ok` in one.
+
+    Raises:
+        GradflowError: those that `analyze` raises, where the model cannot be run as it was passed; what
+            the model or the loss raises comes through as it is.
+        PipelineError: if `pipeline` cannot be used as one; told before the model is run.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+    >>> report = diagnose(model, lambda: torch.randn(64, 8), lambda y: y.square().mean(), steps=5)
+    >>> report.ok, [layer.name for layer in report.record]
+    (True, ['0', '1', '2'])
+    """
+    detectors = check_detectors(pipeline)
+    if isinstance(pipeline, Pipeline) and pipeline.detail == "full":
+        detail = "full"
+
+    def undecided(record: FlowRecord) -> bool:
+        return needs_depth(record, detect(record, detectors))
+
+    record = analyze(
+        model,
+        batches,
+        loss_fn,
+        steps=steps,
+        optimizer=optimizer,
+        seed=seed,
+        mode=mode,
+        detail=detail,
+        transform=transform,
+        progress=progress,
+        deepen=undecided,
+    )
+    issues = detect(record, detectors)
+    return Report(record=record, issues=issues, causes=find_causes(record, issues))
+
+
+def layer_graph(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = None) -> LayerGraph:
+    """Return the model's graph as the gradient sees it, with the flow along every edge, from one batch.
+
+    Args:
+        model: the model; it is left as it is.
+        batch: one batch, as `diagnose` takes them.
+        loss_fn: as for `diagnose`.
+
+    Raises:
+        GradflowError: as `diagnose` does.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> graph = layer_graph(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.ones(2, 4), lambda y: y.sum())
+    >>> list(graph.nx)
+    ['input', '0', '1', 'sum', 'loss']
+    """
+    return analyze(model, [batch], loss_fn, steps=1, detail="full").graph

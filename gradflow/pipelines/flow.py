@@ -1,0 +1,87 @@
+"""`Pipeline`: what to measure and which detectors judge it; and `flow`, the one that runs by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+
+from gradflow.detect import Detector, check_detectors, default_detectors, detect
+from gradflow.errors import PipelineError
+from gradflow.records import FlowRecord, Issue
+
+DETAILS = ("cheap", "full")
+
+
+def _check_detail(instance: Any, attribute: Any, value: Any) -> None:
+    if value not in DETAILS:
+        raise PipelineError(f"Pipeline: expected detail 'cheap' or 'full', got {value!r}.")
+
+
+@attrs.frozen
+class Pipeline:
+    """A choice of measurements and detectors, immutable; itself a detector, so pipelines compose.
+
+    Args:
+        name: what it is called in reports.
+        detectors: functions from a `FlowRecord` to issues.
+        detail: the measurements it needs, as for `gradflow.analyze`: `cheap`, which costs next to nothing,
+            or `full`, with the flow on every edge of the graph.
+
+    >>> from gradflow.detect import dead, vanishing
+    >>> quick = Pipeline("quick", [dead()]) + vanishing()
+    >>> len(quick.detectors)
+    2
+    """
+
+    name: str
+    detectors: tuple[Detector, ...] = attrs.field(converter=check_detectors)
+    detail: str = attrs.field(default="cheap", validator=_check_detail)
+
+    def __call__(self, record: FlowRecord) -> tuple[Issue, ...]:
+        """Return the issues that the detectors see in a record, most severe first."""
+        return detect(record, self.detectors)
+
+    def __add__(self, other: Pipeline | Detector | Iterable[Detector]) -> Pipeline:
+        """Return a pipeline that runs these detectors and those of `other`, at the finer detail of both."""
+        added = other.detectors if isinstance(other, Pipeline) else check_detectors(other)
+        details = {self.detail, other.detail if isinstance(other, Pipeline) else "cheap"}
+        return attrs.evolve(
+            self,
+            name=f"{self.name}+{other.name}" if isinstance(other, Pipeline) else self.name,
+            detectors=(*self.detectors, *added),
+            detail="full" if "full" in details else "cheap",
+        )
+
+
+def flow(
+    *,
+    vanishing_threshold: float = 1e-6,
+    exploding_threshold: float = 10.0,
+    dead_threshold: float = 0.9,
+    unstable_cv_threshold: float = 3.0,
+    detail: str = "cheap",
+) -> Pipeline:
+    """Return the base pipeline: one detector of each of the seven types, for any model.
+
+    Args:
+        vanishing_threshold: see `gradflow.detect.vanishing`.
+        exploding_threshold: see `gradflow.detect.exploding`.
+        dead_threshold: see `gradflow.detect.dead`.
+        unstable_cv_threshold: see `gradflow.detect.unstable`.
+        detail: what to measure, `cheap` or `full`.
+
+    >>> flow().name, len(flow().detectors)
+    ('flow', 7)
+    """
+    return Pipeline(
+        "flow",
+        default_detectors(
+            vanishing_threshold=vanishing_threshold,
+            exploding_threshold=exploding_threshold,
+            dead_threshold=dead_threshold,
+            unstable_cv_threshold=unstable_cv_threshold,
+        ),
+        detail,
+    )

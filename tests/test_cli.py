@@ -1,0 +1,291 @@
+"""The command: what it prints, where it writes, and its exit status for everything that can go wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradflow import __version__
+from gradflow.cli import CommandError, main, split_target
+from gradflow.detect import compose
+from gradflow.records import IssueSeverity
+from tests.samples import make_issue
+
+FILE = '''
+import torch
+from torch import nn
+
+def build():
+    """A small healthy model."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    data = [(torch.randn(32, 8), torch.randint(0, 4, (32,))) for _ in range(8)]
+    return model, data, nn.CrossEntropyLoss()
+
+def trained():
+    model, data, loss = build()
+    return model, data, loss, torch.optim.SGD(model.parameters(), lr=0.25)
+
+def dead():
+    model, data, loss = build()
+    nn.init.zeros_(model[0].weight)
+    nn.init.constant_(model[0].bias, -1.0)
+    return model, data, loss
+
+def broken():
+    return nn.Linear(3, 4), [torch.randn(2, 8)], lambda y: y.sum()
+
+def two():
+    return nn.Linear(3, 4), []
+
+def nothing():
+    return None
+
+def raises():
+    raise OverflowError("too\\nmuch")
+
+def leaves():
+    raise SystemExit("bye")
+
+def bad_loss():
+    model, data, loss = build()
+    return model, data, lambda y, target: 1 / 0
+
+threshold = 3
+'''
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "net.py"
+    path.write_text(FILE)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Return the exit status, standard output and standard error of the command."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stop:  # how argparse ends
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_prints_the_report(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "diagnose", file)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "gradflow: no illness found"
+    assert "  model    Sequential: 3 layer calls, 420 parameters" in lines
+    assert "[OK] No gradient issues found." in lines
+    assert lines[2].startswith(
+        "  steps    8 steps (of 20 asked for: the batches ended), parameters held fixed"
+    )
+
+
+def test_an_optimizer_may_come_fourth(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "diagnose", f"{file}:trained", "--steps", 3, "--seed", 7)
+    assert status == 0
+    assert "  steps    3 steps, a copy of the parameters stepped by a copy of SGD (lr 0.25)\n" in out
+    assert ", seed 7\n" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "status"),
+    [
+        ("build", "info", 0),
+        ("dead", "CRITICAL", 1),
+        ("dead", "critical", 1),
+        ("dead", "INFO", 1),
+        ("dead", None, 0),
+    ],
+)
+def test_fail_on_is_a_gate(
+    file: Path, capsys: pytest.CaptureFixture[str], name: str, limit: str | None, status: int
+) -> None:
+    gate = [] if limit is None else ["--fail-on", limit]
+    assert run(capsys, "diagnose", f"{file}:{name}", *gate)[0] == status
+
+
+def test_fail_on_lets_through_what_is_less_severe(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mild = make_issue("0", severity=IssueSeverity.MEDIUM)
+    monkeypatch.setattr(compose, "default_detectors", lambda: (lambda record: [mild],))
+    assert run(capsys, "diagnose", file, "--fail-on", "HIGH")[0] == 0
+    assert run(capsys, "diagnose", file, "--fail-on", "MEDIUM")[0] == 1
+
+
+def test_writes_json_and_html(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, page = tmp_path / "flow.json", tmp_path / "flow.html"
+    status, out, err = run(capsys, "diagnose", f"{file}:dead", "--json", data, "--html", page, "--quiet")
+    assert (status, out, err) == (0, "", "")
+    assert json.loads(data.read_text())["issues"][0]["issue_type"] == "DEAD"
+    assert "<h1>DEAD in " in page.read_text(encoding="utf-8")
+
+
+def test_progress_is_shown_when_asked_for(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, err = run(capsys, "diagnose", file, "--steps", 2, "--progress")
+    assert err.endswith("2/2\n")
+    assert run(capsys, "diagnose", file, "--steps", 2, "--no-progress")[2] == ""
+    assert run(capsys, "diagnose", file, "--steps", 2, "--progress", "--quiet")[2] == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["diagnose"], "the following arguments are required: FILE.py[:NAME]"),
+        (["measure"], "invalid choice: 'measure'"),
+        (["diagnose", "net.py", "--steps", "0"], "expected a whole number of at least 1, got '0'"),
+        (["diagnose", "net.py", "--steps", "few"], "expected a whole number of at least 1, got 'few'"),
+        (["diagnose", "net.py", "--fail-on", "BAD"], "invalid choice: 'BAD'"),
+        (["diagnose", "net.py", "--step", "3"], "unrecognized arguments: --step 3"),
+    ],
+)
+def test_bad_usage_is_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.startswith("usage: gradflow")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (":biuld", "there is no function 'biuld' in {file}; did you mean build"),
+        (":threshold", "'threshold' in {file} is a int, not a function; did you mean "),
+        (":two", "{file}:two() must return (model, batches, loss_fn) or "
+                 "(model, batches, loss_fn, optimizer), but returned 2 values (Linear, list)"),
+        (":nothing", "but returned NoneType"),
+        (":raises", "{file}:raises() raised: OverflowError: too much (line 32 of {file})"),
+        (":leaves", "{file}:leaves() raised: SystemExit: bye"),
+        (":broken", "the model of {file}:broken() cannot be diagnosed: RuntimeError: mat1 and mat2 shapes "
+                    "cannot be multiplied (2x8 and 3x4); gradflow: raised at step 0"),
+        (":bad_loss", "ZeroDivisionError: division by zero (line 39 of {file})"),
+        (":", "expected FILE.py or FILE.py:NAME, got '{file}:'"),
+        (":a-b", "expected FILE.py or FILE.py:NAME, got '{file}:a-b'"),
+        ("x", "expected FILE.py or FILE.py:NAME, got '{file}x'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_one_clear_line(
+    file: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    status, out, err = run(capsys, "diagnose", f"{file}{name}")
+    assert (status, out) == (2, "")
+    assert err.startswith("gradflow: error: ")
+    assert err.count("\n") == 1
+    assert message.format(file=file) in err
+
+
+def test_missing_and_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "diagnose", "no/such.py")
+    assert (status, err) == (2, "gradflow: error: there is no file 'no/such.py'\n")
+    bad = tmp_path / "bad.py"
+    for text, message in (
+        ("def build(:", "SyntaxError"),
+        ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library' (line 1 of "),
+        ("raise SystemExit(0)", "cannot be imported: SystemExit: 0"),
+    ):
+        bad.write_text(text)
+        status, _, err = run(capsys, "diagnose", bad)
+        assert (status, err.count("\n")) == (2, 1)
+        assert message in err
+
+
+def test_a_folder_that_is_not_there_is_told_before_the_run(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = run(capsys, "diagnose", f"{file}:raises", "--html", tmp_path / "none" / "flow.html")
+    assert (status, out) == (2, "")
+    assert "there is no folder" in err
+    assert "OverflowError" not in err
+
+
+def test_a_file_that_cannot_be_written_is_status_2(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _, err = run(capsys, "diagnose", file, "--json", tmp_path, "--quiet")
+    assert status == 2
+    assert "cannot write the report: IsADirectoryError" in err
+
+
+def test_traceback_shows_the_whole_of_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "diagnose", f"{file}:raises", "--traceback")
+    assert status == 2
+    assert 'raise OverflowError("too\\nmuch")' in err
+    assert err.startswith("Traceback (most recent call last):")
+    assert err.splitlines()[-1].startswith("gradflow: error: ")
+    assert "Traceback" not in run(capsys, "diagnose", f"{file}:raises")[2]
+
+
+def test_the_file_may_import_its_neighbours_and_leaves_no_trace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "neighbour_of_net.py").write_text(FILE)
+    (tmp_path / "other.py").write_text("from neighbour_of_net import build\n")
+    before = list(sys.path)
+    assert run(capsys, "diagnose", tmp_path / "other.py")[0] == 0
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("target", "file", "name"),
+    [
+        ("net.py", "net.py", "build"),
+        ("net.py:sick", "net.py", "sick"),
+        ("C:\\models\\net.py", "C:\\models\\net.py", "build"),
+        ("C:\\models\\net.py:sick", "C:\\models\\net.py", "sick"),
+        ("a.py:b/net.py:sick", "a.py:b/net.py", "sick"),
+    ],
+)
+def test_targets(target: str, file: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_file", lambda self: True)
+    assert split_target(target) == (Path(file), name)
+
+
+def test_a_target_without_a_python_file_is_refused() -> None:
+    with pytest.raises(CommandError, match=r"expected FILE\.py or FILE\.py:NAME, got 'net'"):
+        split_target("net")
+
+
+def test_interruption_has_its_own_status(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gradflow.cli._report", interrupt)
+    assert run(capsys, "diagnose", file) == (130, "", "gradflow: interrupted\n")
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_version_and_help_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys\nfrom gradflow.cli import main\n"
+        "try:\n    main([sys.argv[1]])\nfinally:\n    print('torch' in sys.modules)"
+    )
+    assert python("-c", code, "--version").stdout == f"gradflow {__version__}\nFalse\n"
+    done = python("-c", code, "--help")
+    assert done.stdout.startswith("usage: gradflow ")
+    assert done.stdout.endswith("\nFalse\n")
+
+
+def test_the_module_runs_as_the_command_and_bears_a_closed_pipe(file: Path) -> None:
+    command = [sys.executable, "-m", "gradflow", "diagnose", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert python("-m", "gradflow", "--version").stdout == f"gradflow {__version__}\n"

@@ -1,0 +1,98 @@
+"""The outputs shown in the README and in docs/ are what the code prints today."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def _script() -> Any:
+    spec = importlib.util.spec_from_file_location("paste_outputs", ROOT / "docs" / "paste_outputs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+paste_outputs = _script()
+PLACES = [
+    pytest.param(place, id=f"{page}:{' '.join(place.arguments)[:50].splitlines()[0]}")
+    for page in paste_outputs.PAGES
+    for place in paste_outputs.places((ROOT / page).read_text(encoding="utf-8"))
+]
+
+
+def difference(shown: str, printed: str) -> str:
+    """Return the first line that differs, or nothing.
+
+    Words and whole numbers must be equal. Another processor sums in another order, so a number with a
+    fraction may be off by one percent, which is about the last digit shown.
+    """
+    for a, b in zip([*shown.splitlines(), ""], [*printed.splitlines(), ""], strict=False):
+        numbers = list(zip(_NUMBER.findall(a), _NUMBER.findall(b), strict=False))
+        alike = all(
+            x == y or (x.count(".") == y.count(".") == 1 and math.isclose(float(x), float(y), rel_tol=0.01))
+            for x, y in numbers
+        )
+        if _NUMBER.sub("#", a) != _NUMBER.sub("#", b) or not alike:
+            return f"{a!r} is shown, {b!r} is printed; run python docs/paste_outputs.py"
+    return "" if shown.count("\n") == printed.count("\n") else "more lines on one side"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_shown_is_what_is_printed(place: Any) -> None:
+    pytest.importorskip("sklearn")
+    assert difference(place.output, paste_outputs.fresh_output(place)) == ""
+
+
+def test_pages_have_the_outputs_they_should() -> None:
+    readme, pipelines, graph = (
+        paste_outputs.places((ROOT / page).read_text(encoding="utf-8")) for page in paste_outputs.PAGES
+    )
+    assert [place.arguments[-1] for place in readme] == [
+        "examples/vanishing_sigmoid.py",
+        "examples/exploding_linear.py",
+        "examples/dead_relu.py",
+        "examples/dead_relu.py:repaired",
+    ]
+    assert len(graph) == 2
+    (page,) = pipelines
+    assert page.arguments[1].count("\n") < 30, "a pipeline of one's own takes less than 30 lines"
+    assert "gf.Issue(" in page.arguments[1]
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("loss 2.303 -> 2.30\n", "loss 2.304 -> 2.31\n", True),
+        ("norm 4.85e-04\n", "norm 4.86e-04\n", True),
+        ("norm 4.85e-04\n", "norm 4.85e-05\n", False),
+        ("12 nodes\n", "13 nodes\n", False),
+        ("fc2.weight\n", "fc3.weight\n", False),
+        ("a\n", "a\nb\n", False),
+        ("a\nb\n", "a\n", False),
+    ],
+)
+def test_difference_forgives_the_last_digit_only(shown: str, printed: str, same: bool) -> None:
+    assert (difference(shown, printed) == "") is same
+
+
+def test_places_are_found_and_read() -> None:
+    text = (
+        "```python\nprint(1)\n```\n"
+        "<!-- output of: the block above -->\n```text\n1\n```\n"
+        "<!-- output of: gradflow diagnose 'a b.py' -->\n```text\n```\n"
+    )
+    first, second = paste_outputs.places(text)
+    assert (first.arguments, first.output) == (("-c", "print(1)\n"), "1\n")
+    assert (second.arguments, second.output) == (("-m", "gradflow", "diagnose", "a b.py"), "")
+    assert paste_outputs.fresh_output(first) == "1\n"

@@ -1,0 +1,36 @@
+"""Every example runs by itself, and finds the illness it was given and none in its repair."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+SICK = {
+    "vanishing_sigmoid": "CRITICAL VANISHING in layers.0",
+    "exploding_linear": "EXPLODING in fc2",
+    "dead_relu": "DEAD in fc2",
+}
+CAUSES = {"exploding_linear": "EXPLODING in fc2", "dead_relu": "DEAD in fc2"}
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*SICK, "digits"}
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_example_runs_by_itself(name: str) -> None:
+    pytest.importorskip("sklearn")
+    command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    sick, _, repaired = done.stdout.partition("repaired: ")
+    assert sick.startswith("sick: sick\n")
+    assert SICK[name] in sick
+    assert repaired == "no illness found\n"
+    causes = [line for line in sick.splitlines() if line.startswith("  cause: ")]
+    assert causes[0].startswith(f"  cause: {CAUSES.get(name, 'VANISHING in layers.')}")

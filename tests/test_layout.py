@@ -1,0 +1,131 @@
+"""The layout: data runs one way, so imports do too; and what needs no torch does not load it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "gradflow"
+
+# Each part may import from itself and from those above it.
+ORDER = [
+    {"errors", "records"},
+    {"functional"},
+    {"graph"},
+    {"detect"},
+    {"pipelines"},
+    {"report"},
+    {"diagnosis"},
+    {"analyzers"},
+    {"cli"},
+    {"__init__", "__main__"},
+]
+# `records` to `graph`, in the one property that is there for convenience: see FlowRecord.graph.
+EXCEPTIONS = {("records.py", "FlowRecord.graph", "gradflow.graph")}
+
+
+def rank(part: str) -> int:
+    return next(i for i, parts in enumerate(ORDER) if part in parts)
+
+
+def part_of(module: str) -> str:
+    """Return the part that a module of ours belongs to: `gradflow.detect.dead` → `detect`."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (where in the file, module of ours) for every import, deferred ones included, but for those
+    under TYPE_CHECKING, which do not run."""
+
+    def visit(node: ast.AST, where: str) -> Iterator[tuple[str, str]]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for child in node.orelse:
+                yield from visit(child, where)
+            return
+        if isinstance(node, ast.Import):
+            yield from ((where, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ["gradflow", *path.relative_to(PACKAGE).parent.parts]
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield where, module
+            if module == "gradflow":  # `from gradflow import graph` imports a part by its name
+                yield from ((where, f"gradflow.{alias.name}") for alias in node.names)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            where = f"{where}.{node.name}".lstrip(".")
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, where)
+
+    for where, module in visit(ast.parse(path.read_text(encoding="utf-8")), ""):
+        if module.split(".")[0] == "gradflow":
+            yield where, module
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    name = path.relative_to(PACKAGE)
+    own = rank(name.parts[0].removesuffix(".py"))
+    for where, module in imports_of(path):
+        if (str(name), where, module) in EXCEPTIONS:
+            continue
+        if module == "gradflow":  # the package itself: only its version and such, from the very top
+            assert own >= rank("cli"), f"{name} imports the package itself"
+            continue
+        if part_of(module) == "__version__":
+            continue
+        assert rank(part_of(module)) <= own, f"{name} ({where or 'top'}) imports {module}, which is below it"
+
+
+def test_the_exceptions_are_still_needed() -> None:
+    found = {(str(p.relative_to(PACKAGE)), where, module) for p in FILES for where, module in imports_of(p)}
+    assert found >= EXCEPTIONS
+
+
+def test_deferred_and_relative_imports_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "graph").mkdir()
+    file = tmp_path / "graph" / "x.py"
+    file.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from gradflow.cli import main\n"
+        "else:\n    import gradflow.report\n"
+        "class A:\n    def f(self):\n        from ..detect import dead\n        from . import y\n"
+        "        from gradflow import analyzers\n"
+    )
+    assert list(imports_of(file)) == [
+        ("", "gradflow.report"),
+        ("A.f", "gradflow.detect"),
+        ("A.f", "gradflow.graph"),
+        ("A.f", "gradflow"),
+        ("A.f", "gradflow.analyzers"),
+    ]
+
+
+@pytest.mark.parametrize("module", ["gradflow", "gradflow.errors", "gradflow.records", "gradflow.report"])
+def test_what_needs_no_torch_does_not_load_it(module: str) -> None:
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_every_file_says_what_it_is_for_and_only_report_and_the_command_print(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), f"{path.name} does not open with what it is for"
+    prints = [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    if path.name == "analyzers.py":
+        assert len(prints) == 1  # print_summary
+    elif path.name != "cli.py":
+        assert prints == []
