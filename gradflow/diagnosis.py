@@ -89,8 +89,8 @@ def diagnose(
         progress=progress,
         deepen=undecided,
     )
-    issues = detect(record, detectors)
-    return Report(record=record, issues=issues, causes=find_causes(record, issues))
+    issues, causes = explain(record, detect(record, detectors))
+    return Report(record=record, issues=issues, causes=causes)
 
 
 def layer_graph(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = None) -> LayerGraph:
