@@ -90,7 +90,8 @@ def diagnose(
         deepen=undecided,
     )
     issues, causes = explain(record, detect(record, detectors))
-    return Report(record=record, issues=issues, causes=causes)
+    causes_first = sorted(issues, key=lambda issue: (-issue.severity.rank, "explained_by" in issue.metrics))
+    return Report(record=record, issues=tuple(causes_first), causes=causes)
 
 
 def layer_graph(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = None) -> LayerGraph:

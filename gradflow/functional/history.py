@@ -1,9 +1,8 @@
-"""The numbers of a run, step by step, on the host; and their assembly into a record's arrays."""
+"""The numbers of a run, step by step, on the host: one transfer a step, kept as a row under a layout."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import attrs
 import numpy as np
@@ -14,56 +13,72 @@ from gradflow.functional.probes import is_safe, sum_of_squares
 from gradflow.functional.recorder import Call
 from gradflow.functional.step import Outcome, Program
 from gradflow.functional.watch import ActivationKey
-from gradflow.records import ActivationRecord, LayerRecord, ParameterRecord
+from gradflow.records import Bools, Floats
 
-NAN = float("nan")
+Place = tuple[str, Hashable]  # what a number is (`grad`, `out`, ...), and of what
 
-
-@attrs.define(eq=False)
-class CallNumbers:
-    """What one step gave for one layer call. Sums are of squares."""
-
-    num_elements: int = 0
-    grad: float = NAN
-    reached: bool = False
-    out: float = 0.0
-    out_elements: int = 0
-    zeros: float = NAN
-    mean_row: float = NAN
-    entering: float = NAN
+# Numbers whose sums were taken fast or exactly; see NOTE [Exact and fast] in probes.py.
+_SUMS = ("grad", "out", "pgrad")
 
 
-@attrs.define(eq=False)
-class StepNumbers:
-    """What one step gave."""
+@attrs.frozen(eq=False)
+class Layout:
+    """What the numbers of a row are. Steps that run alike share one.
 
-    loss: float = NAN
-    calls: dict[str, CallNumbers] = attrs.field(factory=dict)
-    parameters: dict[str, tuple[bool, float, float, float]] = attrs.field(factory=dict)
-    activations: dict[ActivationKey, dict[str, tuple[float, int]]] = attrs.field(factory=dict)
+    Args:
+        places: (kind, key) of every number.
+        calls: names of the layer calls, in the order of execution.
+    """
+
+    places: tuple[Place, ...]
+    calls: tuple[str, ...]
+    must_be_finite: Bools = attrs.field(init=False)
+    sums: Bools = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        kinds = [kind for kind, _ in self.places]
+        object.__setattr__(self, "must_be_finite", np.isin(kinds, ("loss", "grad", "pgrad")))
+        object.__setattr__(self, "sums", np.isin(kinds, _SUMS))
+
+
+@attrs.frozen(eq=False)
+class Row:
+    """The numbers of one step.
+
+    Args:
+        layout: what they are.
+        values: the numbers; sums are of squares.
+        counts: how many elements are behind each.
+        sizes: number of output elements of each layer call.
+    """
+
+    layout: Layout
+    values: Floats
+    counts: Floats
+    sizes: tuple[int, ...]
+
+    @property
+    def loss(self) -> float:
+        """The step's loss."""
+        return float(self.values[0])
 
     @property
     def finite(self) -> bool:
         """Whether the loss and every gradient is finite."""
-        grads = [c.grad for c in self.calls.values() if c.reached]
-        grads += [sq for reached, sq, _, _ in self.parameters.values() if reached]
-        return bool(np.isfinite(self.loss) and np.isfinite(grads).all())
+        return bool(np.isfinite(self.values[self.layout.must_be_finite]).all())
 
 
 def to_host(values: Sequence[Tensor]) -> list[float]:
     """Return scalars (of shape ()) that may lie on several devices as floats: one transfer a device."""
-    found: list[float] = [NAN] * len(values)
-    by_device: dict[torch.device, list[int]] = {}
+    found: list[float] = [0.0] * len(values)
+    by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}
     for i, value in enumerate(values):
-        by_device.setdefault(value.device, []).append(i)
-    for device, positions in by_device.items():
+        by_device.setdefault(value.device, {}).setdefault(value.dtype, []).append(i)
+    for device, kinds in by_device.items():
         wide = torch.float32 if device.type == "mps" else torch.float64
-        kinds: dict[torch.dtype, list[int]] = {}
-        for i in positions:
-            kinds.setdefault(values[i].dtype, []).append(i)
-        parts = [torch.stack([values[i] for i in of_kind]).to(wide) for of_kind in kinds.values()]
+        parts = [torch.stack([values[i] for i in positions]).to(wide) for positions in kinds.values()]
         numbers = (torch.cat(parts) if len(parts) > 1 else parts[0]).tolist()
-        for i, number in zip((i for of_kind in kinds.values() for i in of_kind), numbers, strict=True):
+        for i, number in zip((i for positions in kinds.values() for i in positions), numbers, strict=True):
             found[i] = number
     return found
 
@@ -73,32 +88,54 @@ class History:
     """Everything that was read off the steps so far."""
 
     program: Program
-    steps: list[StepNumbers] = attrs.field(factory=list)
-    order: dict[str, tuple[int, Call]] = attrs.field(factory=dict)
+    rows: list[Row] = attrs.field(factory=list)
+    calls: dict[str, Call] = attrs.field(factory=dict)  # by name, as last run, in the order first met
     exact_parameters: dict[str, bool] = attrs.field(factory=dict)
-    norms: dict[str, float] = attrs.field(factory=dict)
     peaks: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
     stuck: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
-    activations: dict[ActivationKey, None] = attrs.field(factory=dict)
+    _layouts: dict[tuple[tuple[Place, ...], tuple[str, ...]], Layout] = attrs.field(factory=dict)
 
-    def read(self, outcome: Outcome, *, look: bool, parameters_moved: bool) -> StepNumbers:
+    def read(self, outcome: Outcome, *, look: bool, parameters_moved: bool) -> Row:
         """Return the step's numbers: the one transfer to the host that a step makes, after it is done."""
         recorder = self.program.recorder
+        calls = [call for call in recorder.calls if call.is_layer]
         scalars: list[Tensor] = [outcome.loss]
-        places: list[tuple[str, Any]] = [("loss", None)]
+        places: list[Place] = [("loss", "")]
+        counts: list[int] = [1]
         for site, slot in zip(recorder.sites, outcome.slots, strict=True):
             if slot is not None:
-                value = slot if outcome.flows is None else sum_slot(slot)
-                scalars.append(value)
-                places.append(("grad", site.call))
+                scalars.append(slot)
+                places.append(("grad", recorder.calls[site.call].name))
+                counts.append(recorder.calls[site.call].num_elements)
         for observation, value in zip(recorder.observations, recorder.values, strict=True):
+            key = observation.key
             if observation.kind in ("peak", "stuck"):
-                self._merge(observation.kind, observation.key, value)
-            else:
-                scalars.append(value)
-                places.append((observation.kind, observation))
-        self._add_parameters(outcome, scalars, places, look, parameters_moved)
-        return self._sorted(to_host(scalars), places)
+                self._merge(observation.kind, key, value)
+                continue
+            scalars.append(value)
+            places.append((observation.kind, recorder.calls[key].name if isinstance(key, int) else key))
+            counts.append(observation.number)
+        self._add_parameters(outcome, scalars, places, counts, look, parameters_moved)
+        for call in calls:
+            self.calls[call.name] = self._merged_call(call)
+        layout = self._layout(places, calls)
+        row = Row(layout, np.array(to_host(scalars)), np.array(counts), tuple(c.num_elements for c in calls))
+        self._choose_precision(row)
+        return row
+
+    def _merged_call(self, call: Call) -> Call:
+        """Return the call with what only the first step shows."""
+        first = self.calls.get(call.name)
+        if first is not None:
+            call.differentiable, call.has_children = first.differentiable, first.has_children
+            call.shape = call.shape or first.shape
+        return call
+
+    def _layout(self, places: list[Place], calls: list[Call]) -> Layout:
+        key = tuple(places), tuple(call.name for call in calls)
+        if key not in self._layouts:
+            self._layouts[key] = Layout(*key)
+        return self._layouts[key]
 
     def _merge(self, kind: str, key: ActivationKey, units: Tensor) -> None:
         kept = self.peaks if kind == "peak" else self.stuck
@@ -115,192 +152,63 @@ class History:
         self,
         outcome: Outcome,
         scalars: list[Tensor],
-        places: list[tuple[str, Any]],
+        places: list[Place],
+        counts: list[int],
         look: bool,
         moved: bool,
     ) -> None:
         for name, parameter in self.program.parameters.items():
-            if moved or name not in self.norms:
-                scalars.append(sum_of_squares(parameter.detach(), exact=bool(not self.norms)))
+            size = parameter.numel()
+            if moved or not self.rows:
+                scalars.append(sum_of_squares(parameter.detach(), exact=not self.rows))
                 places.append(("norm", name))
+                counts.append(size)
             gradient = outcome.gradients.get(name)
             if gradient is None:
                 continue
-            exact = self.exact_parameters.get(name, True)
-            scalars.append(sum_of_squares(gradient, exact=exact))
+            scalars.append(sum_of_squares(gradient, exact=self.exact_parameters.get(name, True)))
             places.append(("pgrad", name))
+            counts.append(size)
             if look and gradient.layout is torch.strided:
-                scalars.append(gradient.numel() - torch.count_nonzero(gradient))
+                scalars.append(size - torch.count_nonzero(gradient))
                 places.append(("pzeros", name))
+                counts.append(size)
 
-    def _sorted(self, numbers: list[float], places: list[tuple[str, Any]]) -> StepNumbers:
-        recorder, step = self.program.recorder, StepNumbers()
-        calls = recorder.calls
-        for call in calls:
-            if call.is_layer:
-                step.calls[call.name] = CallNumbers(num_elements=call.num_elements)
-                if call.name not in self.order:
-                    self.order[call.name] = (len(self.order), call)
-                elif call.shape:
-                    self.order[call.name][1].shape = call.shape
-        grads: dict[str, float] = {}
-        zeros: dict[str, float] = {}
-        for (kind, key), number in zip(places, numbers, strict=True):
-            if kind == "loss":
-                step.loss = number
-            elif kind == "grad":
-                found = step.calls[calls[key].name]
-                found.grad = number + (found.grad if found.reached else 0.0)
-                found.reached = True
-            elif kind == "norm":
-                self.norms[key] = number
-            elif kind == "pgrad":
-                grads[key] = number
-            elif kind == "pzeros":
-                zeros[key] = number
-            else:
-                self._place_observation(step, kind, key, number)
-        for name in self.program.parameters:
-            step.parameters[name] = (
-                name in grads, grads.get(name, NAN), zeros.get(name, NAN), self.norms[name],
-            )  # fmt: skip
-        self._choose_precision(step)
-        return step
-
-    def _place_observation(self, step: StepNumbers, kind: str, observation: Any, number: float) -> None:
-        if isinstance(observation.key, ActivationKey):
-            self.activations.setdefault(observation.key)
-            step.activations.setdefault(observation.key, {})[kind] = (number, observation.number)
-            return
-        found = step.calls[self.program.recorder.calls[observation.key].name]
-        if kind == "out":
-            found.out += number
-            found.out_elements += observation.number
-        elif kind == "zeros":
-            found.zeros = number + (0.0 if np.isnan(found.zeros) else found.zeros)
-        elif kind == "input":
-            found.entering = number / observation.number
-        elif np.isnan(found.mean_row):  # of the first output
-            found.mean_row = number / observation.number
-
-    def _choose_precision(self, step: StepNumbers) -> None:
+    def _choose_precision(self, row: Row) -> None:
         """Choose how the next step's sums are taken; see NOTE [Exact and fast] in probes.py."""
-        exact = self.program.recorder.exact
-        for name, found in step.calls.items():
-            if found.reached:
-                exact[(name, "grad")] = not is_safe(found.grad, found.num_elements)
-            if found.out_elements:
-                exact[(name, "out")] = not is_safe(found.out, found.out_elements)
-        for name, (reached, squares, _, _) in step.parameters.items():
-            if reached:
-                size = self.program.parameters[name].numel()
-                self.exact_parameters[name] = not is_safe(squares, size)
+        exact, layout = self.program.recorder.exact, row.layout
+        unsafe = layout.sums & ~is_safe(row.values, row.counts)
+        settled = bool(self.rows) and self.rows[-1].layout is layout and not unsafe.any()
+        if settled and not any(exact.values()) and not any(self.exact_parameters.values()):
+            return
+        for kind in _SUMS:
+            for position, (found, key) in enumerate(layout.places):
+                if found == kind == "pgrad":
+                    self.exact_parameters[str(key)] = bool(unsafe[position])
+                elif found == kind:
+                    exact[(str(key), kind)] = bool(unsafe[position])
 
 
-def sum_slot(gradient: Tensor) -> Tensor:
-    """Return a slot's statistic, whatever its shape."""
-    return gradient.reshape(-1)[0]
+def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]:
+    """Return, by key, the numbers of a kind over the steps and the element counts behind them.
 
-
-# ------------------------------------------------------------------------------------ assembly
-
-
-def layer_records(history: History, owned: dict[str, list[str]]) -> list[LayerRecord]:
-    """Return a record per layer call, in the order of execution."""
-    steps, records = history.steps, []
-    for order, (name, (_, call)) in enumerate(sorted(history.order.items(), key=lambda kv: kv[1][0])):
-        numbers = [step.calls.get(name) for step in steps]
-        grads = np.array([n.grad if n is not None else NAN for n in numbers])
-        reached = np.array([n is not None and n.reached for n in numbers], dtype=bool)
-        out = np.array([n.out if n is not None else NAN for n in numbers])
-        sizes = np.array([n.out_elements if n is not None else 0 for n in numbers])
-        called = np.array([n is not None for n in numbers], dtype=bool)
-        zeros = np.array([n.zeros if n is not None else NAN for n in numbers])
-        mean_row = np.array([n.mean_row if n is not None else NAN for n in numbers])
-        entering = np.array([n.entering if n is not None else NAN for n in numbers])
-        measured = called & (sizes > 0)  # at looks
-        with np.errstate(all="ignore"):
-            mean_square = np.where(measured, out / np.maximum(sizes, 1), NAN)
-            variation = np.sqrt(np.clip(1.0 - mean_row / mean_square, 0.0, 1.0))
-            records.append(
-                LayerRecord(
-                    name=name,
-                    module=call.module,
-                    type=call.type,
-                    call=call.number,
-                    order=order,
-                    composite=call.has_children,
-                    parameters=owned.get(call.module, ()),
-                    shape=call.shape,
-                    inputs_differentiable=call.differentiable,
-                    called=called,
-                    reached=reached,
-                    grad_norm=np.sqrt(grads),
-                    grad_finite=~reached | np.isfinite(grads),
-                    num_elements=np.array([n.num_elements if n is not None else 0 for n in numbers]),
-                    output_rms=np.sqrt(mean_square),
-                    output_finite=~measured | np.isfinite(out),
-                    output_zero_share=np.where(measured, zeros / np.maximum(sizes, 1), NAN),
-                    output_variation=variation,
-                    input_rms=np.sqrt(entering),
-                )
-            )
-    return records
-
-
-def parameter_records(
-    history: History, owners: dict[str, str], optimized: set[str] | None
-) -> list[ParameterRecord]:
-    """Return a record per parameter, in the order of `model.named_parameters()`."""
-    records = []
-    for name, parameter in history.program.parameters.items():
-        rows = [step.parameters[name] for step in history.steps]
-        squares = np.array([row[1] for row in rows])
-        reached = np.array([row[0] for row in rows], dtype=bool)
-        records.append(
-            ParameterRecord(
-                name=name,
-                layer=owners[name],
-                shape=tuple(parameter.shape),
-                dtype=str(parameter.dtype).removeprefix("torch."),
-                trainable=parameter.requires_grad,
-                optimized=optimized is None or name in optimized,
-                reached=reached,
-                grad_norm=np.sqrt(squares),
-                grad_finite=~reached | np.isfinite(squares),
-                grad_zero_share=np.array([row[2] / max(parameter.numel(), 1) for row in rows]),
-                norm=np.sqrt(np.array([row[3] for row in rows])),
-            )
-        )
-    return records
-
-
-def activation_records(history: History) -> list[ActivationRecord]:
-    """Return a record per activation, in the order in which they were first seen."""
-    records = []
-    keys = dict.fromkeys([*history.peaks, *history.stuck, *history.activations])
-    for key in keys:
-        rows = [step.activations.get(key, {}) for step in history.steps]
-
-        def share(kind: str, rows: list[dict[str, tuple[float, int]]] = rows) -> np.ndarray:
-            return np.array([r[kind][0] / max(r[kind][1], 1) if kind in r else NAN for r in rows])
-
-        units = history.peaks.get(key, history.stuck.get(key))
-        peak, stuck = history.peaks.get(key), history.stuck.get(key)
-        records.append(
-            ActivationRecord(
-                name=key.name,
-                op=key.op,
-                kind=key.kind,
-                functional=key.functional,
-                layer=key.layer,
-                num_units=0 if units is None else units.numel(),
-                fired_share=share("fired"),
-                saturated_share=share("saturated"),
-                input_rms=np.sqrt(share("input")),
-                never_fired=NAN if peak is None else float((~(peak > 0)).double().mean()),
-                always_saturated=NAN if stuck is None else float(stuck.double().mean()),
-                width=int(max((r["width"][0] for r in rows if "width" in r), default=0)),
-            )
-        )
-    return records
+    Shapes (steps,). Where a step has none, the number is NaN and its count 0; several (the outputs of one
+    call) are added.
+    """
+    rows, found = history.rows, {}
+    steps_of: dict[Layout, list[int]] = {}
+    for step, row in enumerate(rows):
+        steps_of.setdefault(row.layout, []).append(step)
+    for layout, steps in steps_of.items():
+        at = np.array(steps)
+        values = np.stack([rows[s].values for s in steps])
+        counts = np.stack([rows[s].counts for s in steps])
+        for position, (of, key) in enumerate(layout.places):
+            if of != kind:
+                continue
+            if key not in found:
+                found[key] = (np.full(len(rows), np.nan), np.zeros(len(rows)))
+            total, number = found[key]
+            total[at] = np.where(number[at] > 0, total[at] + values[:, position], values[:, position])
+            number[at] = number[at] + counts[:, position]
+    return found

@@ -15,17 +15,12 @@ from torch import Tensor, nn
 
 from gradflow.errors import ModelNotCalledError, NoTrainableParametersError
 from gradflow.functional import numerics
+from gradflow.functional.assembly import activation_records, layer_records, parameter_records
 from gradflow.functional.autograd_graph import Structure
 from gradflow.functional.batches import detached_loss
 from gradflow.functional.dataflow import DataFlow
 from gradflow.functional.graph_record import Cut, HostFlows, cuts, graph_record, read_flows
-from gradflow.functional.history import (
-    History,
-    StepNumbers,
-    activation_records,
-    layer_records,
-    parameter_records,
-)
+from gradflow.functional.history import History, Row, series
 from gradflow.functional.layers import ancestors, callable_modules, is_layer, owner
 from gradflow.functional.optimizers import copy_optimizer, learning_rates, optimized, update
 from gradflow.functional.purity import RandomState, preserved, seed_all
@@ -170,7 +165,7 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
         if step == 0:
             program.host_random = before.random.host_moved()
         _check_first(run, outcome, step)
-        numbers = run.history.read(
+        row = run.history.read(
             outcome, look=is_look(step, plan.steps), parameters_moved=optimizer is not None
         )
         if step == 0:
@@ -179,11 +174,11 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
             run.flows.append(read_flows(step, outcome.flows))
             if outcome.structure is not None and step > 0:
                 run.structures.append(outcome.structure)
-        if not numbers.finite:
-            numbers = _trace(run, batch, step, before, numbers)
-        run.history.steps.append(numbers)
+        if not row.finite:
+            row = _trace(run, batch, step, before, row)
+        run.history.rows.append(row)
         if optimizer is not None and step < plan.steps - 1:
-            if numbers.finite:
+            if row.finite:
                 _update(run, optimizer, outcome, batch, step)
             else:
                 skipped += 1
@@ -288,13 +283,14 @@ def _learn_activations(run: Run) -> None:
         recorder.after_module = functools.partial(after_module, recorder)
 
 
-def _trace(run: Run, batch: Any, step: int, before: Before, numbers: StepNumbers) -> StepNumbers:
+def _trace(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
     """Run a step with a NaN or an Inf again, every operation watched, and keep its birth certificate.
 
-    The sums of squares are in double precision this time: if nothing is found, only they had overflowed.
+    The sums of squares are in double precision this time: if nothing is found, only they had overflowed. The
+    row that is returned stands in for the first one.
     """
     if run.traces >= _MAX_TRACES or run.program.reentrant:
-        return numbers
+        return row
     run.traces += 1
     program, recorder, history = run.program, run.program.recorder, run.history
     buffers, random = dict(program.buffers), RandomState()
@@ -311,18 +307,13 @@ def _trace(run: Run, batch: Any, step: int, before: Before, numbers: StepNumbers
         )  # fmt: skip
 
     outcome = run_step(
-        program, batch, step, transform="fused", structural=True, look=False, observer=tracer, before=before,
+        program, batch, step, transform="fused", structural=True, look=True, observer=tracer, before=before,
         inspect=certify,
     )  # fmt: skip
-    again = history.read(outcome, look=False, parameters_moved=False)
+    again = history.read(outcome, look=True, parameters_moved=run.plan.optimizer is not None)
     program.buffers = buffers
     random.restore()
-    for name, found in again.calls.items():
-        if name in numbers.calls:
-            numbers.calls[name].grad, numbers.calls[name].out = found.grad, found.out
-    for name, (reached, squares, _, norm) in again.parameters.items():
-        numbers.parameters[name] = (reached, squares, numbers.parameters[name][2], norm)
-    return numbers
+    return again
 
 
 def _update(run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, batch: Any, step: int) -> None:
@@ -366,13 +357,14 @@ def _deepened(run: Run, batch: Any, before: Before, record: FlowRecord) -> FlowR
 
 def _assemble(run: Run) -> FlowRecord:
     program, recorder, plan = run.program, run.program.recorder, run.plan
-    history, steps = run.history, len(run.history.steps)
-    called = {call.module for _, call in history.order.values()}
+    history, steps = run.history, len(run.history.rows)
+    called = {call.module for call in history.calls.values()}
     owners = {name: owner(name, recorder.modules) for name in program.parameters}
     owned: dict[str, list[str]] = {}
+    reached = series(history, "pgrad")
     never: dict[str, bool] = {}  # whether a parameter of it is used all the same
     for name, module in owners.items():
-        used = any(step.parameters[name][0] for step in history.steps)
+        used = name in reached
         user = module
         if module not in called:
             user = next((a for a in ancestors(module) if a in called), "") if used else module
@@ -387,7 +379,7 @@ def _assemble(run: Run) -> FlowRecord:
     chosen = optimized(plan.optimizer, program.model) if plan.optimizer is not None else None
     return FlowRecord(
         steps=steps,
-        losses=np.array([step.loss for step in history.steps]),
+        losses=np.array([row.loss for row in history.rows]),
         layers=layer_records(history, owned),
         parameters=parameter_records(history, owners, chosen),
         activations=activation_records(history),

@@ -22,8 +22,11 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
+
+from gradflow.records import Bools, Floats
 
 
 @attrs.define(eq=False)
@@ -138,9 +141,10 @@ def _flat(x: Tensor) -> Tensor | None:
     return x.view(-1) if x.is_contiguous() else None
 
 
-def is_safe(sum_squares: float, num_elements: int) -> bool:
-    """Whether the next step's sum may be taken in single precision; see NOTE [Exact and fast]."""
-    return 1e-24 < sum_squares / max(num_elements, 1) < 1e24
+def is_safe(sum_squares: Floats, num_elements: Floats) -> Bools:
+    """Return whether the next step's sum may be taken in single precision; see NOTE [Exact and fast]."""
+    mean_square = sum_squares / np.maximum(num_elements, 1)
+    return (mean_square > 1e-24) & (mean_square < 1e24)
 
 
 def statistics_dtype(x: Tensor, *, exact: bool) -> torch.dtype:

@@ -123,7 +123,9 @@ class Before:
     def of(cls, program: Program) -> Before:
         """Remember the present state; only buffers that a step was seen to change are copied."""
         held = program.buffers
-        return cls(RandomState(host=program.host_random), {n: held[n].clone() for n in program.changing if n in held})
+        return cls(
+            RandomState(host=program.host_random), {n: held[n].clone() for n in program.changing if n in held}
+        )
 
     def restore(self, program: Program) -> None:
         """Put it back."""
