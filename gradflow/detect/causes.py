@@ -225,6 +225,8 @@ def _mechanism_fits(flow: Flow, cause: _Suspect, victim: _Suspect) -> bool:
         return b.metrics.get("role") != "source" and _strong(a)
     if a.issue_type is b.issue_type is IssueType.DEAD and b.metrics.get("role") == "silent units":
         return a.metrics.get("role") == "source"
+    if a.issue_type is IssueType.DEAD and a.metrics.get("input_zero") and victim.node in cause.upstream:
+        return False  # it is silent because nothing enters it: what is before it is at fault
     if a.issue_type is IssueType.DEAD and b.issue_type is not IssueType.DEAD:
         return _strong(a)
     return True
@@ -253,7 +255,8 @@ def _travels_forward(cause: _Suspect, victim: _Suspect) -> bool:
     if cause.issue.issue_type is IssueType.DEAD:  # a silent layer starves the weights behind it of input
         silent = cause.issue.metrics.get("role") in ("silent units", "source")
         pointed = victim.issue.metrics.get("at") == cause.issue.layer
-        return pointed or (silent and victim.issue.metrics.get("why") in ("zero input", None))
+        starved = victim.issue.metrics.get("why") in ("zero input", None)
+        return pointed or (silent and (starved or bool(victim.issue.metrics.get("input_zero"))))
     return True
 
 

@@ -64,12 +64,11 @@ def dead(
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
-        return [
-            *_never_called(flow),
-            *_cut_off(flow),
-            *_all_zero(flow, min_updates),
-            *_silent_units(flow, threshold, some, few),
-        ]
+        zero = _all_zero(flow, min_updates)
+        # A layer whose gradient is zero because none of its units fires is told once.
+        told = {issue.layer for issue in zero if issue.metrics["role"] == "source"}
+        silent = [i for i in _silent_units(flow, threshold, some, few) if i.layer not in told]
+        return [*_never_called(flow), *_cut_off(flow), *zero, *silent]
 
     return detector
 
@@ -272,6 +271,7 @@ def _zero_issue(
             "at": layer_name(at),
             "num_parameters": number,
             "num_updates": updates,
+            "input_zero": late(layer.input_rms) == 0,
             "role": "source" if at == node else "zero",
         },
     )

@@ -125,21 +125,27 @@ def flow_of(record: FlowRecord) -> Flow:
     )
 
 
-def shares(flow: Flow, keep: Keep) -> Shares:
+def shares(flow: Flow, keep: Keep, *, from_peak: bool = False) -> Shares:
     """Return the share of the expected gradient that arrives at each layer call.
 
     Args:
         flow: the record along its wiring.
         keep: what a node keeps of the norm on its way to a neighbour upstream, by (node, neighbour).
+        from_peak: start the expectation anew wherever the measured norm is above it. Expectations are modest,
+            so along a deep stack they fall far below what is there, and a later loss would hide in the gap.
     """
     order, succs = flow.wiring.order, flow.wiring.succs
     expected: dict[str, Floats] = {}
+    lower_bound: dict[str, Floats] = {}
     via: dict[str, str] = {}
     for node in reversed(order):
         # Multiplying one by one, in one place, keeps this linear in the number of edges.
         offers = [(expected[s] * keep(s, node), s) for s in succs[node] if s in expected]
         if offers:
             expected[node] = np.fmax.reduce([offer for offer, _ in offers])
+            lower_bound[node] = expected[node]
+            if from_peak and node in flow.grad and not flow.layers[node].composite:
+                expected[node] = np.fmax(expected[node], flow.grad[node])
             via[node] = max(offers, key=lambda pair: (_middle(pair[0]), pair[1]))[1]
         elif node in flow.grad and np.any(flow.grad[node] > 0):
             expected[node] = flow.grad[node]
@@ -147,7 +153,7 @@ def shares(flow: Flow, keep: Keep) -> Shares:
     for node, norm in flow.grad.items():
         if node in expected and not flow.layers[node].composite:
             with np.errstate(divide="ignore", invalid="ignore"):
-                ratio = norm / expected[node]
+                ratio = norm / lower_bound.get(node, expected[node])
             share[node] = np.where(np.isfinite(ratio), ratio, np.nan)
     return Shares(share=share, via=via, flow=flow)
 

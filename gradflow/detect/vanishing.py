@@ -63,7 +63,7 @@ def vanishing(
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
-        against = shares(flow, kept_at_least(flow))
+        against = shares(flow, kept_at_least(flow), from_peak=True)
         plain = shares(flow, kept_at_least(flow, by_matrix=1.0))
         starved = _starved(against, plain, threshold, share, local_share)
         fed = _best_upstream(flow, against)
@@ -117,7 +117,7 @@ def _starved(
     found = []
     for node in sorted((n for n in seen if severity[n]), key=lambda n: (seen[n], n)):
         path = against.path(node)
-        values = [max(seen[p], 1e-300) if seen[p] == seen[p] else 1.0 for p in path]
+        values = [min(max(seen[p], 1e-300), 1.0) if seen[p] == seen[p] else 1.0 for p in path]
         if node not in blamed:
             absorber = _sole_fall(path, values, local_share)
             if absorber and not _hands_back_little(absorber, path, seen, against.flow):
