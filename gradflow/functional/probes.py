@@ -37,6 +37,7 @@ class Site:
     index: int
     exact: bool
     slot: Tensor | None = None
+    plain: bool = False  # a strided float32 or float64 tensor on a CPU, summed in its own precision
 
 
 class Probe(torch.autograd.Function):
@@ -78,7 +79,11 @@ class EagerProbe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         (g,) = grad_outputs
-        return g, sum_of_squares(g, exact=ctx.site.exact), None
+        site = ctx.site
+        if site.plain and g.is_contiguous():
+            flat = g.view(-1)
+            return g, torch.dot(flat, flat), None
+        return g, sum_of_squares(g, exact=site.exact), None
 
 
 def probe(x: Tensor, slot: Tensor, site: Site) -> Tensor:

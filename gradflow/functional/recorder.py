@@ -115,6 +115,23 @@ class Recorder:
         layer = name in self.layer_names
         if not layer and not self.structural:
             return forward(*args, **kwargs)
+        if self.structural or self.look or self.watched:
+            return self._run_closely(name, layer, forward, args, kwargs)
+        call = self._enter(name, layer, args, kwargs)
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self.stack.pop()
+        if name in self.unprobed:
+            return output
+        if name in self.rectifier_ops and self.after_module is not None:
+            self.after_module(call, output)
+        return self._observe(call, output, args)
+
+    def _run_closely(
+        self, name: str, layer: bool, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Run a call in a step that takes more than the gradients, or whose functions are watched."""
         with _unwatched():
             call = self._enter(name, layer, args, kwargs)
             exact = self.exact.get((call.name, "out"), True)
@@ -128,8 +145,6 @@ class Recorder:
             if layer and name not in self.unprobed:
                 if entering is not None:
                     self.note("input", call.index, entering, number)
-                if not self.watched and name in self.rectifier_ops and self.after_module is not None:
-                    self.after_module(call, output)
                 output = self._observe(call, output, args)
             self._exit(call, args, output)
         return output
@@ -219,9 +234,9 @@ class Recorder:
         if not y.requires_grad or not is_differentiable(y):
             return y
         exact = self.exact.get((call.name, "grad"), True)
-        site = Site(call.index, len(call.sites), exact)
+        plain = not exact and y.dtype in _PLAIN and y.device.type == "cpu"
         slot = self._slot(y, exact)
-        site.slot = slot
+        site = Site(call.index, len(call.sites), exact, slot, plain)
         call.sites.append(site)
         self.sites.append(site)
         return eager_probe(y, slot, site) if self.given_slots is None else probe(y, slot, site)
@@ -275,6 +290,7 @@ class Recorder:
             raise NeedsRetry("an output that shares its storage with an input was changed in place")
 
 
+_PLAIN = (torch.float32, torch.float64)
 _unwatched = torch._C.DisableTorchFunction  # the watch need not see our own operations
 
 _PASSING = frozenset(
