@@ -90,7 +90,7 @@ def operation(node: Node) -> str:
     """
     name = re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1]) or node.name()
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-    return name.strip("_")
+    return re.sub(r"(?<=\d)_d(?![a-z])", "d", name).strip("_")
 
 
 class Windows:

@@ -85,7 +85,8 @@ class DataFlow:
         inside = self.recorder.innermost_leaf() is not None
         if not self.recorder.active or inside or name.endswith("_like") or name.startswith("new_"):
             return out  # what is inside a layer is the layer's; a like-named factory takes a shape, no values
-        inputs = list(iter_tensors((args, kwargs)))
+        shape_only = name.endswith("_as") and len(args) > 1  # `view_as(x)` takes a shape of x, no values
+        inputs = list(iter_tensors((args[:1], kwargs) if shape_only else (args, kwargs)))
         if name in _READS:
             for tensor in inputs:
                 for index in source_calls(self.recorder, tensor):

@@ -34,24 +34,33 @@ def fused(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
     try:
         return list(torch.autograd.grad(loss, leaves, allow_unused=True))
     except RuntimeError as error:
-        if "Checkpointing is not compatible" not in str(error):
+        if not any(words in str(error) for words in _REENTRANT):
             raise
     raise ReentrantCheckpoint
+
+
+# What PyTorch says, in its older and its newer words, where a reentrant checkpoint meets `autograd.grad`.
+_REENTRANT = ("Checkpointing is not compatible", "torch.utils.checkpoint is incompatible with .grad()")
 
 
 class ReentrantCheckpoint(Exception):
     """The graph holds a reentrant checkpoint, and the pass must be `accumulated`; never seen by a user."""
 
 
-def accumulated(loss: Tensor) -> None:
-    """Run `loss.backward()`, leaving the `.grad` of leaves that are not working copies as it was.
+def accumulated(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Run `loss.backward()`, leaving the `.grad` of leaves that are not ours as it was.
 
     The gradients are found in the `.grad` of our own leaves, slots made while it ran included.
+
+    Args:
+        loss: scalar loss with its graph.
+        leaves: those that are ours: working parameters and slots.
     """
+    ours = {id(leaf) for leaf in leaves}
     foreign = [n.variable for n in topological(loss.grad_fn) if hasattr(n, "variable")]
-    saved = [(leaf, leaf.grad) for leaf in foreign if leaf.grad is not None]
-    for leaf, grad in saved:
-        leaf.grad = grad.clone()
+    saved = [(leaf, leaf.grad) for leaf in foreign if id(leaf) not in ours]
+    for leaf, _ in saved:
+        leaf.grad = None
     try:
         loss.backward()
     finally:

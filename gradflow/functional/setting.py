@@ -1,0 +1,204 @@
+"""A model held at one moment, so that it can be evaluated again and again as a pure function.
+
+Jacobian products call a model, or a part of it, many times. Each call must see the same parameters, buffers,
+modes and random numbers, whatever the user does to the model in between, and leave nothing behind.
+
+NOTE [Kernels that can be differentiated twice]
+Fused attention has no forward-mode derivative and no second one, nor have the fused recurrent kernels of
+cuDNN and oneDNN. For the length of an evaluation attention is led to PyTorch's plain kernel, the fast path
+of the transformer layers is off, and so are cuDNN and oneDNN where the model holds recurrent layers. The
+values are the same up to rounding.
+
+NOTE [BatchNorm in training]
+In training the running statistics do not take part in the output, yet they are updated in place, which the
+transforms of `torch.func` refuse. They are taken away for the length of an evaluation: the same output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from gradflow.errors import ModelInputError
+from gradflow.functional.purity import RandomState, preserved, seed_all
+from gradflow.functional.state import Swap, Tensors, copy_buffers, copy_parameters
+from gradflow.functional.taps import exclusive
+from gradflow.functional.trees import map_tensors
+
+
+@attrs.frozen(eq=False)
+class Setting:
+    """Parameters, buffers, modes and random state of a module at one moment.
+
+    Args:
+        module: what is evaluated: a model, or a layer of it.
+        model: the model that it belongs to; one thread at a time runs it.
+        others: further modules whose state is put back, such as a loss.
+        parameters: copies, by qualified name.
+        buffers: copies, by qualified name; None for statistics that are taken away.
+        modes: train (True) or eval of every module in it.
+        random: the random state that every evaluation starts from.
+    """
+
+    module: nn.Module
+    model: nn.Module
+    others: tuple[nn.Module, ...]
+    parameters: Tensors
+    buffers: dict[str, Tensor | None]
+    modes: tuple[tuple[nn.Module, bool], ...]
+    random: RandomState
+    _swap: Swap
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        model: nn.Module | None = None,
+        *others: nn.Module,
+        random: RandomState | None = None,
+        seed: int | None = None,
+    ) -> Setting:
+        """Return the present setting.
+
+        Args:
+            module: what is evaluated.
+            model: the model that it belongs to; itself by default.
+            others: further modules whose state is put back.
+            random: the random state to start from; the present one by default.
+            seed: seeds torch, numpy and Python instead.
+        """
+        if random is None:
+            with preserved():
+                if seed is not None:
+                    seed_all(seed)
+                random = RandomState()
+        with torch.inference_mode(False):
+            buffers: dict[str, Tensor | None] = dict(copy_buffers(module))
+            parameters = {name: p.detach() for name, p in copy_parameters(module).items()}
+        modes = tuple((part, part.training) for part in module.modules())
+        buffers |= dict.fromkeys(_unused_statistics(module))
+        return cls(module, model or module, others, parameters, buffers, modes, random, Swap(module))
+
+    @property
+    def trainable(self) -> Tensors:
+        """The copies of the parameters that require a gradient."""
+        required = {name for name, p in self.module.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.parameters.items() if name in required}
+
+    @contextlib.contextmanager
+    def evaluating(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Put the setting in place, `tensors` above its own, for the length of the context."""
+        buffers = {name: b if b is None else b.clone() for name, b in self.buffers.items()}
+        state: Any = {**self.parameters, **buffers, **(tensors or {})}
+        with (
+            exclusive(self.model),
+            preserved(self.module, *self.others),
+            plain_kernels(self.module),
+            self._swap(state),
+        ):
+            for part, mode in self.modes:
+                part.training = mode
+            self.random.restore()
+            yield
+
+
+def _unused_statistics(module: nn.Module) -> Iterator[str]:
+    """Yield the names of running statistics that no output depends on; see NOTE [BatchNorm in training]."""
+    for name, part in module.named_modules():
+        known = type(part).forward in (_BatchNorm.forward, _InstanceNorm.forward)
+        if isinstance(part, _NormBase) and known and part.training:
+            yield from (f"{name}.{key}" if name else key for key in part._buffers)
+
+
+@contextlib.contextmanager
+def plain_kernels(module: nn.Module) -> Iterator[None]:
+    """Use kernels with all derivatives; see NOTE [Kernels that can be differentiated twice]."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is a module whose tensors have values.
+
+    Raises:
+        ModelInputError: if it is no module, is lazy or is on the meta device.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelInputError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself, built: "
+            "`MyModel()`, not the class; for a function of modules, wrap them in one."
+        )
+
+
+def make_generator(seed: int | None) -> torch.Generator:
+    """Return a generator for probe vectors; without a seed it follows from the present random state.
+
+    Its stream is another one than the model's own random layers draw from, so that a probe and a dropout
+    mask are independent.
+    """
+    generator = torch.Generator()
+    if seed is None:
+        generator.set_state(torch.get_rng_state())
+        seed = int(torch.randint(2**62, (), generator=generator))
+    return generator.manual_seed((seed + 0x9E3779B97F4A7C15) % 2**63)
+
+
+# ------------------------------------------------------------------------------ tensors in nested values
+
+
+def map_floats(function: Any, value: Any) -> Any:
+    """Return `value` with `function(position, tensor)` applied to every floating-point tensor in it.
+
+    Packed sequences are gone into as well. Positions count from 0, in a fixed order.
+    """
+    position = -1
+
+    def apply(tensor: Tensor) -> Tensor:
+        nonlocal position
+        if not tensor.dtype.is_floating_point:
+            return tensor
+        position += 1
+        return function(position, tensor)
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, PackedSequence):
+            return value._replace(data=apply(value.data))
+        return map_tensors(apply, value)
+
+    return pytree.tree_map(leaf, value, is_leaf=lambda v: isinstance(v, PackedSequence))
+
+
+def floats(value: Any) -> list[Tensor]:
+    """Return the floating-point tensors in `value`, in the order of `map_floats`."""
+    found: list[Tensor] = []
+
+    def note(_: int, tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_floats(note, value)
+    return found
+
+
+def replaced(value: Any, positions: tuple[int, ...], new: Tensor) -> Any:
+    """Return `value` with `new` in place of the floating-point tensors at `positions`."""
+    return map_floats(lambda position, old: new if position in positions else old, value)
