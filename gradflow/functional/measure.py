@@ -122,8 +122,10 @@ class _Both(nn.Module):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         model, loss_module = self._both
         yield from model.named_parameters()
+        shared = {id(p) for p in model.parameters()}
         for name, parameter in loss_module.named_parameters():
-            yield f"loss_fn.{name}", parameter
+            if id(parameter) not in shared:
+                yield f"loss_fn.{name}", parameter
 
 
 def _set_mode(model: nn.Module, mode: str) -> None:
@@ -403,6 +405,13 @@ def _provenance(run: Run, steps: int) -> Provenance:
     notes = list(run.notes)
     if steps < plan.steps:
         notes.append(f"The batches ended after {steps} of {plan.steps} steps.")
+    if plan.detail == "full" and not run.flows:
+        why = (
+            "a reentrant activation checkpoint hides a part of the graph; `use_reentrant=False` shows it."
+            if program.reentrant
+            else "the transform `vjp` leaves no graph to walk; `fused` does."
+        )
+        notes.append(f"The flow on the edges could not be measured: {why}")
     return Provenance(
         versions={
             "gradflow": _version(),

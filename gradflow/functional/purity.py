@@ -157,16 +157,21 @@ class _ModuleState:
     def _remember_tensor(self, value: Tensor) -> None:
         if value.is_meta or value.is_inference():
             return
-        saved, version, grad = value.detach().clone(), value._version, value.grad
+        saved, version = value.detach().clone(), value._version
+        grad = value.grad if value.is_leaf else None
 
         def undo() -> None:
-            value.grad = grad
-            if value._version != version or not torch.equal(_bits(value), _bits(saved)):
+            if value.is_leaf:
+                value.grad = grad
+            same = value.shape == saved.shape and value.dtype == saved.dtype
+            if value._version != version or not same or not _same_bits(value, saved):
                 with torch.no_grad():
-                    value.detach().copy_(saved)
+                    if same:
+                        value.detach().copy_(saved)
+                    else:
+                        value.data = saved
 
-        if value.is_leaf:
-            self._undo.append(undo)
+        self._undo.append(undo)
 
     def _remember_container(self, value: Any) -> None:
         saved = list(value)
@@ -185,6 +190,9 @@ class _ModuleState:
         if isinstance(value, np.ndarray):
             saved = value.copy()
             self._undo.append(lambda: np.copyto(value, saved) if value.flags.writeable else None)
+        elif isinstance(value, np.random.RandomState):
+            legacy = value.get_state()
+            self._undo.append(lambda: value.set_state(legacy))
         elif isinstance(value, torch.Generator):
             state = value.get_state()
             self._undo.append(lambda: value.set_state(state))
@@ -200,6 +208,13 @@ class _ModuleState:
 
 def _is_users(value: Any) -> bool:
     return not type(value).__module__.startswith(("torch.", "networkx."))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype are equal bit for bit, where PyTorch can compare their kind."""
+    if a.layout is torch.sparse_coo:
+        return torch.equal(a._indices(), b._indices()) and _same_bits(a._values(), b._values())
+    return a.layout is not torch.strided or torch.equal(_bits(a), _bits(b))
 
 
 def _bits(tensor: Tensor) -> Tensor:

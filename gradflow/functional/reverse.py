@@ -56,6 +56,8 @@ def accumulated(loss: Tensor, leaves: Sequence[Tensor]) -> None:
         loss: scalar loss with its graph.
         leaves: those that are ours: working parameters and slots.
     """
+    if loss.grad_fn is None:
+        return
     ours = {id(leaf) for leaf in leaves}
     foreign = [n.variable for n in topological(loss.grad_fn) if hasattr(n, "variable")]
     saved = [(leaf, leaf.grad) for leaf in foreign if id(leaf) not in ours]
@@ -95,7 +97,12 @@ def walked(loss: Tensor, structure: Structure, *, exact: bool, ranks: bool = Fal
         structure: the contracted graph of the same step.
         exact: take sums in double precision.
         ranks: take the effective rank of every layer's output gradient as well (one SVD each).
+
+    Raises:
+        ReentrantCheckpoint: if the graph holds one, whose inside cannot be walked.
     """
+    if any(node.name() == "CheckpointFunctionBackward" for node in structure.nodes):
+        raise ReentrantCheckpoint
     flows = Flows()
     arriving: dict[Node, dict[int, dict[str, Tensor]]] = {}
     root = loss.grad_fn

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from gradflow.errors import ModelInputError
 from gradflow.functional.purity import RandomState, preserved, seed_all
-from gradflow.functional.state import Swap, Tensors, copy_buffers, copy_parameters
+from gradflow.functional.state import Swap, Tensors, _check_has_values, copy_buffers, copy_parameters
 from gradflow.functional.taps import exclusive
 from gradflow.functional.trees import map_tensors
 
@@ -65,6 +65,7 @@ class Setting:
         module: nn.Module,
         model: nn.Module | None = None,
         *others: nn.Module,
+        parameters: Tensors | None = None,
         random: RandomState | None = None,
         seed: int | None = None,
     ) -> Setting:
@@ -74,6 +75,7 @@ class Setting:
             module: what is evaluated.
             model: the model that it belongs to; itself by default.
             others: further modules whose state is put back.
+            parameters: put in the place of the module's own; copies of those by default.
             random: the random state to start from; the present one by default.
             seed: seeds torch, numpy and Python instead.
         """
@@ -84,7 +86,8 @@ class Setting:
                 random = RandomState()
         with torch.inference_mode(False):
             buffers: dict[str, Tensor | None] = dict(copy_buffers(module))
-            parameters = {name: p.detach() for name, p in copy_parameters(module).items()}
+            if parameters is None:
+                parameters = {name: p.detach() for name, p in copy_parameters(module).items()}
         modes = tuple((part, part.training) for part in module.modules())
         buffers |= dict.fromkeys(_unused_statistics(module))
         return cls(module, model or module, others, parameters, buffers, modes, random, Swap(module))
@@ -147,6 +150,8 @@ def check_model(model: Any) -> None:
             f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself, built: "
             "`MyModel()`, not the class; for a function of modules, wrap them in one."
         )
+    for name, parameter in model.named_parameters():
+        _check_has_values(name, parameter)
 
 
 def make_generator(seed: int | None) -> torch.Generator:

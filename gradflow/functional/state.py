@@ -56,11 +56,16 @@ class Swap:
     It does what `torch.func.functional_call` does, with the names resolved once for a whole run, and it
     can be held open while the caller's closures draw a batch, so that a policy rolled out between two
     steps acts with the parameters of that step.
+
+    Args:
+        model: whose parameters and buffers are swapped.
+        prefix: put before their qualified names.
+        known: names, by the tensor's id, that are taken as they are.
     """
 
-    def __init__(self, model: nn.Module, prefix: str = "") -> None:
+    def __init__(self, model: nn.Module, prefix: str = "", known: Mapping[int, str] | None = None) -> None:
         self._places: list[tuple[dict[str, Any], str, str]] = []
-        first: dict[int, str] = {}
+        first = dict(known or {})
         for module_name, module in model.named_modules(remove_duplicate=False):
             for store in (module._parameters, module._buffers):
                 for key, tensor in store.items():

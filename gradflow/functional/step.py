@@ -65,10 +65,13 @@ class Program:
         self.buffers = copy_buffers(self.model)
         self._swaps = [Swap(self.model)]
         if self.loss_module is not None:
-            prefix = "loss_fn."
-            self.loss_parameters = {prefix + n: p for n, p in copy_parameters(self.loss_module).items()}
-            self.buffers |= {prefix + n: b for n, b in copy_buffers(self.loss_module).items()}
-            self._swaps.append(Swap(self.loss_module, prefix))
+            prefix, loss = "loss_fn.", self.loss_module
+            shared = {id(p): name for name, p in self.model.named_parameters()}
+            shared |= {id(b): name for name, b in self.model.named_buffers()}
+            own = {n for n, t in (*loss.named_parameters(), *loss.named_buffers()) if id(t) not in shared}
+            self.loss_parameters = {prefix + n: p for n, p in copy_parameters(loss).items() if n in own}
+            self.buffers |= {prefix + n: b for n, b in copy_buffers(loss).items() if n in own}
+            self._swaps.append(Swap(loss, prefix, shared))
 
     @property
     def trainable(self) -> Tensors:
@@ -220,14 +223,16 @@ def _reverse(program: Program, loss: Tensor, structure: Structure | None, full: 
         found = {name: flows.leaves.get(id(p)) for name, p in trainable.items()}
         slots = [flows.probes.get(id(site)) for site in recorder.sites]
         return Outcome(loss.detach(), found, slots, structure, flows)
-    if program.reentrant:
-        accumulated(loss)
-        found = {name: p.grad for name, p in trainable.items()}
-        slots = [site.slot.grad if site.slot is not None else None for site in recorder.sites]
-        for p in trainable.values():
-            p.grad = None
-        return Outcome(loss.detach(), found, slots, structure)
     leaves = [*trainable.values(), *(site.slot for site in recorder.sites if site.slot is not None)]
+    if program.reentrant:
+        accumulated(loss, leaves)
+        found = {name: p.grad for name, p in trainable.items()}
+        own = [site.slot for site in recorder.sites]  # those made while it ran included
+        slots = [slot.grad if slot is not None else None for slot in own]
+        for leaf in (*trainable.values(), *own):
+            if leaf is not None:
+                leaf.grad = None
+        return Outcome(loss.detach(), found, slots, structure)
     gradients = fused(loss, leaves)
     number = len(trainable)
     found = dict(zip(trainable, gradients[:number], strict=True))

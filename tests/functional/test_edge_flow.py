@@ -1,6 +1,6 @@
 """Nodes and edges as drawn by hand, and the flow on every edge against autograd by hand.
 
-Each model below is written twice: as a module, and as a function in which every consumer of a tensor takes its
+Each model is written twice: as a module, and as a function in which every consumer of a tensor takes its
 own clone of it, through `edge(source, target, tensor)`. The gradient that the clone retains is what that
 consumer hands back, which is the flow that the graph must show.
 """
@@ -33,7 +33,7 @@ class Edges:
         return clone
 
     def flows(self) -> dict[tuple[str, str], float]:
-        """‖Σ c‖ where a consumer takes a tensor several times; the root of the sum of squares over tensors."""
+        """‖Σ c‖ where a consumer takes a tensor twice; the root of the sum of squares over tensors."""
         found = {}
         for edge, clones in self.kept.items():
             by_tensor: dict[int, Tensor] = {}
