@@ -52,6 +52,10 @@ class Structure:
     leaves: dict[Node, Tensor]  # nodes that stand for leaf tensors
     foreign: list[Tensor]  # leaves that are neither working parameters nor tensors of the batch
 
+    def release(self) -> None:
+        """Let go of the autograd graph, and keep the contracted one."""
+        self.nodes, self.group_of, self.leaves, self.foreign = [], {}, {}, []
+
 
 def topological(root: Node) -> list[Node]:
     """Return the autograd nodes under `root`, consumers of a tensor before its producer."""

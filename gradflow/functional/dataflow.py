@@ -39,10 +39,16 @@ class DataFlow:
         self._taints: dict[int, tuple[weakref.ref[Tensor], Taint]] = {}
         self.edges: dict[tuple[int, str], str] = {}  # (target call, source) -> reason
         self.joins: list[tuple[Any, str, str]] = []  # (autograd node, source, reason)
+        self.hooked = False  # whether the model puts a hook on a tensor, which changes gradients
         self.read: dict[str, str] = {}  # call name -> the read (`item`, ...) that took its values out
         recorder.on_enter, recorder.on_exit = self._enter, self._exit
         for name, tensor in inputs.items():
             self._mark(tensor, {name: ""})
+
+    def release(self) -> None:
+        """Let go of tensors and of the autograd graph."""
+        self._taints.clear()
+        self.joins.clear()
 
     def _mark(self, tensor: Tensor, taint: Taint) -> None:
         if taint:
@@ -87,6 +93,9 @@ class DataFlow:
             return out  # what is inside a layer is the layer's; a like-named factory takes a shape, no values
         shape_only = name.endswith("_as") and len(args) > 1  # `view_as(x)` takes a shape of x, no values
         inputs = list(iter_tensors((args[:1], kwargs) if shape_only else (args, kwargs)))
+        if name == "register_hook":
+            self.hooked = True
+            return out
         if name in _READS:
             for tensor in inputs:
                 for index in source_calls(self.recorder, tensor):

@@ -26,11 +26,11 @@ from torch.utils import _pytree as pytree
 from gradflow.errors import ModelInputError, ModelNotCalledError, UnknownLayerError
 from gradflow.functional.batches import invoke, prepared
 from gradflow.functional.layers import ancestors, callable_modules
+from gradflow.functional.products import TensorFunction
 from gradflow.functional.purity import RandomState
-from gradflow.functional.setting import Setting, floats, map_floats, replaced
+from gradflow.functional.setting import Setting, floats, replaced
 from gradflow.functional.trees import map_tensors, same_device, shapes
 
-TensorFunction = Callable[[Tensor], Tensor]
 Around = Callable[[str, int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -174,7 +174,12 @@ def observe(setting: Setting, batch: Any, places: list[Place]) -> dict[Place, Se
         return output
 
     names = {place.module for place in places}
-    with torch.inference_mode(False), torch.no_grad(), setting.evaluating(), led(setting.module, names, around):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        setting.evaluating(),
+        led(setting.module, names, around),
+    ):
         run_model(setting.module, batch)
     for place in places:
         if place not in seen:
@@ -283,9 +288,7 @@ def first_output(place: Place, output: Any) -> Tensor:
 # ------------------------------------------------------------------------------------ pure functions
 
 
-def layer_alone(
-    setting: Setting, place: Place, seen: Seen, positions: tuple[int, ...]
-) -> TensorFunction:
+def layer_alone(setting: Setting, place: Place, seen: Seen, positions: tuple[int, ...]) -> TensorFunction:
     """Return the function of a layer that calls the layer alone; see NOTE [The function of a layer]."""
 
     def function(x: Tensor) -> Tensor:
@@ -382,6 +385,3 @@ def is_reproduced(function: TensorFunction, point: Tensor, expected: Tensor) -> 
     scale = float(finite.max()) if finite.numel() else 0.0
     share = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 3e-2
     return torch.allclose(got, expected, rtol=0.0, atol=share * scale, equal_nan=True)
-
-
-__all__ = ["map_floats"]

@@ -91,6 +91,8 @@ class History:
     rows: list[Row] = attrs.field(factory=list)
     calls: dict[str, Call] = attrs.field(factory=dict)  # by name, as last run, in the order first met
     exact_parameters: dict[str, bool] = attrs.field(factory=dict)
+    out_of_range: set[Place] = attrs.field(factory=set)  # sums that were once unsafe; they stay exact
+    in_doubt: bool = False  # whether a fast sum of the last row is zero, which may be an underflow
     peaks: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
     stuck: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
     _layouts: dict[tuple[tuple[Place, ...], tuple[str, ...]], Layout] = attrs.field(factory=dict)
@@ -178,15 +180,19 @@ class History:
         """Choose how the next step's sums are taken; see NOTE [Exact and fast] in probes.py."""
         exact, layout = self.program.recorder.exact, row.layout
         unsafe = layout.sums & ~is_safe(row.values, row.counts)
+        self.in_doubt = False
         settled = bool(self.rows) and self.rows[-1].layout is layout and not unsafe.any()
         if settled and not any(exact.values()) and not any(self.exact_parameters.values()):
             return
         for kind in _SUMS:
             for position, (found, key) in enumerate(layout.places):
-                if found == kind == "pgrad":
-                    self.exact_parameters[str(key)] = bool(unsafe[position])
-                elif found == kind:
-                    exact[(str(key), kind)] = bool(unsafe[position])
+                if found != kind:
+                    continue
+                kept, name = (self.exact_parameters, key) if kind == "pgrad" else (exact, (key, kind))
+                if unsafe[position]:
+                    self.out_of_range.add((kind, key))
+                    self.in_doubt |= row.values[position] == 0 and not kept.get(name, True)  # type: ignore[arg-type]
+                kept[name] = (kind, key) in self.out_of_range  # type: ignore[index]
 
 
 def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]:

@@ -12,6 +12,7 @@ import attrs
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._functorch import pyfunctorch
 
 from gradflow.errors import ModelNotCalledError, NoTrainableParametersError
 from gradflow.functional import numerics
@@ -86,7 +87,9 @@ def measure(
         plan: how many steps, which optimizer, ...
     """
     roots = [model] if loss_module is None else [model, loss_module]
-    with exclusive(model), preserved(*roots), torch.inference_mode(False), torch.enable_grad():
+    chosen = _choose_transform(plan.transform)
+    outside = pyfunctorch.temporarily_clear_interpreter_stack()  # a record holds plain numbers
+    with exclusive(model), preserved(*roots), outside, torch.inference_mode(False), torch.enable_grad():
         _set_mode(model, plan.mode)
         if plan.seed is not None:
             seed_all(plan.seed)
@@ -99,7 +102,7 @@ def measure(
                 "gradient, so there is no flow to measure. Unfreeze the part that is meant to train: "
                 "`model.requires_grad_(True)`."
             )
-        run = Run(program, plan, History(program), *_choose_transform(plan.transform))
+        run = Run(program, plan, History(program), *chosen)
         optimizer = None
         if plan.optimizer is not None:
             known = {**program.parameters, **program.loss_parameters}
@@ -178,7 +181,11 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
                 run.structures.append(outcome.structure)
         if not row.finite:
             row = _trace(run, batch, step, before, row)
+        elif run.history.in_doubt:
+            row = _again(run, batch, step, before, row)
         run.history.rows.append(row)
+        if outcome.structure is not None:
+            outcome.structure.release()
         if optimizer is not None and step < plan.steps - 1:
             if row.finite:
                 _update(run, optimizer, outcome, batch, step)
@@ -191,6 +198,11 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
             f"{skipped} updates with a non-finite loss or gradient were skipped, so that the steps after "
             "them could still be measured."
         )
+    reached = {name for name, (_, count) in series(run.history, "grad").items() if (count > 0).any()}
+    # The inside of a reentrant checkpoint is not in the graph, but the gradient is seen to arrive there.
+    run.severed = [
+        cut for cut in run.severed if cut.source not in reached or not cut.reason.startswith("checkpoint")
+    ]
     record = _assemble(run)
     if plan.deepen is not None and before is not None and plan.detail == "cheap" and plan.deepen(record):
         return _deepened(run, batch, before, record)
@@ -203,13 +215,15 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
     observer = None
     if step == 0:
         before.buffers = {n: b.clone() for n, b in program.buffers.items()}
-        run.dataflow = observer = DataFlow(program.recorder, program.inputs_of(batch))
+        run.dataflow = observer = program.dataflow = DataFlow(program.recorder, program.inputs_of(batch))
     first = step == 0 and run.transform == "fused"
     if step == 0 and run.transform == "vjp":
         shown = run_step(
             program, batch, step, transform="fused", structural=True, look=False, observer=observer,
             before=before,
         )  # fmt: skip
+        _check_first(run, shown, step)
+        program.unreached = {name for name, gradient in shown.gradients.items() if gradient is None}
         _learn_structure(run, shown)
         before.restore(program)
         observer = None
@@ -264,6 +278,7 @@ def _learn_structure(run: Run, outcome: Outcome) -> None:
     run.structures = [structure] if structure is not None else []
     if run.dataflow is not None:
         run.severed = cuts(run.dataflow, structure, calls)
+        run.dataflow.release()
     originals = {id(p) for p in run.program.model.parameters()}
     if structure is not None and any(id(leaf) in originals for leaf in structure.foreign):
         run.notes.append(
@@ -316,6 +331,26 @@ def _trace(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
     program.buffers = buffers
     random.restore()
     return again
+
+
+def _again(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
+    """Run a step again with exact sums, where a fast one came out as zero and was not before.
+
+    Zero may mean that the squares have underflowed. A sum that this happens to is exact from then on.
+    """
+    program = run.program
+    if program.reentrant:
+        return row
+    buffers, random = dict(program.buffers), RandomState()
+    before.restore(program)
+    look = is_look(step, run.plan.steps)
+    outcome = run_step(
+        program, batch, step, transform=run.transform, structural=False, look=look, before=before
+    )
+    exact = run.history.read(outcome, look=look, parameters_moved=run.plan.optimizer is not None)
+    program.buffers = buffers
+    random.restore()
+    return exact
 
 
 def _update(run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, batch: Any, step: int) -> None:
@@ -403,6 +438,10 @@ def _provenance(run: Run, steps: int) -> Provenance:
     program, plan = run.program, run.plan
     parameters = list(program.parameters.values())
     notes = list(run.notes)
+    if run.dataflow is not None and run.dataflow.hooked and plan.detail == "full":
+        notes.append(
+            "The model puts hooks on tensors. The flow on the edges is without them; gradients are with them."
+        )
     if steps < plan.steps:
         notes.append(f"The batches ended after {steps} of {plan.steps} steps.")
     if plan.detail == "full" and not run.flows:

@@ -27,12 +27,12 @@ from gradflow.functional.probes import is_probe, sum_of_squares
 from gradflow.functional.recorder import unit_axis
 
 
-def fused(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+def fused(loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor | None]:
     """Return the gradients of `loss` with respect to `leaves`, None where no path leads there."""
     if loss.grad_fn is None:
         return [None] * len(leaves)
     try:
-        return list(torch.autograd.grad(loss, leaves, allow_unused=True))
+        return list(torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True))
     except RuntimeError as error:
         if not any(words in str(error) for words in _REENTRANT):
             raise

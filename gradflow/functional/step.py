@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradflow.errors import GradflowError
 from gradflow.functional.autograd_graph import Structure, build
 from gradflow.functional.batches import checked_loss
+from gradflow.functional.dataflow import DataFlow
 from gradflow.functional.purity import RandomState
 from gradflow.functional.recorder import NeedsRetry, Recorder
 from gradflow.functional.reverse import Flows, ReentrantCheckpoint, accumulated, fused, walked
@@ -57,7 +58,9 @@ class Program:
     changing: set[str] = attrs.field(factory=set)  # buffers that a step was seen to change
     watching: bool = True  # whether functions must be watched in steps without a look as well
     host_random: bool = True  # whether model or loss draw from numpy's or Python's random numbers
+    unreached: set[str] = attrs.field(factory=set)  # under `vjp`, which gives zeros for them: see there
     reentrant: bool = False
+    dataflow: DataFlow | None = None  # of the first step
     _swaps: list[Swap] = attrs.field(factory=list)
 
     def __attrs_post_init__(self) -> None:
@@ -217,13 +220,17 @@ def _fused_step(
 
 def _reverse(program: Program, loss: Tensor, structure: Structure | None, full: bool) -> Outcome:
     recorder, trainable = program.recorder, program.trainable
+    leaves = [*trainable.values(), *(site.slot for site in recorder.sites if site.slot is not None)]
+    hooked = program.dataflow is not None and program.dataflow.hooked
     if full and structure is not None and not program.reentrant:
+        gradients = fused(loss, leaves, retain_graph=True) if hooked else []
         exact = any(site.exact for site in recorder.sites)
         flows = walked(loss, structure, exact=exact, ranks=recorder.look)
         found = {name: flows.leaves.get(id(p)) for name, p in trainable.items()}
         slots = [flows.probes.get(id(site)) for site in recorder.sites]
+        if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
+            found, slots = dict(zip(trainable, gradients, strict=False)), gradients[len(trainable) :]
         return Outcome(loss.detach(), found, slots, structure, flows)
-    leaves = [*trainable.values(), *(site.slot for site in recorder.sites if site.slot is not None)]
     if program.reentrant:
         accumulated(loss, leaves)
         found = {name: p.grad for name, p in trainable.items()}
@@ -269,6 +276,6 @@ def _vjp_step(program: Program, batch: Any, step: int, *, look: bool, observer: 
     program.buffers |= buffers
     program.changing |= set(buffers)
     used = statistics[: len(recorder.sites)]
-    return Outcome(
-        loss.detach(), dict(gradients), [s[0] if float(s[1]) > 0 else None for s in used]
-    )  # fmt: skip
+    # A transform gives zeros where no path leads; which parameters that are, the first step has shown.
+    found = {name: None if name in program.unreached and not g.any() else g for name, g in gradients.items()}
+    return Outcome(loss.detach(), found, [s[0] if float(s[1]) > 0 else None for s in used])
