@@ -42,6 +42,7 @@ class DataFlow:
         self.hooked = False  # whether the model puts a hook on a tensor, which changes gradients
         self.read: dict[str, str] = {}  # call name -> the read (`item`, ...) that took its values out
         recorder.on_enter, recorder.on_exit = self._enter, self._exit
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         for name, tensor in inputs.items():
             self._mark(tensor, {name: ""})
 

@@ -102,7 +102,8 @@ def graph_record(
             groups[name] = Group(name, "layer", call.start, call.module, call.type, call, call.shape)
     for cut in severed:
         if cut.source not in groups and cut.source.startswith("input"):
-            groups[cut.source] = Group(cut.source, "input", -1, type="input")
+            shape = dataflow.shapes.get(cut.source, ())
+            groups[cut.source] = Group(cut.source, "input", -1, type="input", shape=shape)
     into: dict[str, list[tuple[str, str]]] = {}
     for edge in edges:
         into.setdefault(edge[1], []).append(edge)

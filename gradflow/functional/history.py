@@ -148,7 +148,7 @@ class History:
             if old.shape != units.shape:
                 kept[key] = None  # units that come and go cannot be told apart
             else:
-                kept[key] = torch.maximum(old, units) if kind == "peak" else old & units
+                kept[key] = torch.fmax(old, units) if kind == "peak" else old & units
 
     def _add_parameters(
         self,

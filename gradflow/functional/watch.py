@@ -57,7 +57,8 @@ class Watch(TorchFunctionMode):
             run = self.observer
             return func(*args, **kwargs) if run is None else run(func, args, kwargs)
         with torch._C.DisableTorchFunction():
-            before = _Before(self.recorder, found[0], x, bounds)
+            op = "relu6" if found[0] == "hardtanh" and bounds.kind == "rectifier" else found[0]
+            before = _Before(self.recorder, op, x, bounds)
         out = func(*args, **kwargs) if self.observer is None else self.observer(func, args, kwargs)
         if isinstance(out, Tensor) and out.numel():
             with torch._C.DisableTorchFunction():
@@ -191,6 +192,8 @@ def _bounds(found: tuple[str, str], args: Any, kwargs: Any) -> Bounds | None:
     high = kwargs.get(names[1], args[2] if len(args) > 2 else None)
     if op == "hardsigmoid":
         return Bounds("bounded", 0.0, 1.0)
+    if op == "hardtanh" and low == 0:  # `nn.ReLU6`: off below zero like any rectifier
+        return Bounds("rectifier")
     if op == "hardtanh":
         return Bounds("bounded", -1.0 if low is None else low, 1.0 if high is None else high)
     if isinstance(low, (int, float)) and low == 0 and high is None:
