@@ -140,7 +140,7 @@ def build(
     names = {id(p): n for n, p in parameters.items()}
     input_names = {id(t): n for n, t in inputs.items()}
     structure = Structure({}, {}, nodes, {}, {}, [])
-    taken = {c.name for c in recorder.calls} | {LOSS}
+    taken = dict.fromkeys([*(c.name for c in recorder.calls), LOSS], 1)  # name -> next number to try
     structure.groups[LOSS] = Group(LOSS, "loss", 2**62, type="loss")
     inner = [n for n in nodes if not is_leaf(n)]
     for node in sorted(inner, key=lambda n: n._sequence_nr()):
@@ -156,7 +156,7 @@ def build(
     return structure
 
 
-def _group(node: Node, recorder: Recorder, windows: Windows, taken: set[str], structure: Structure) -> Group:
+def _group(node: Node, recorder: Recorder, windows: Windows, taken: dict[str, int], structure: Structure) -> Group:
     call = recorder.calls[node.site.call] if is_probe(node) else windows.layer(node)
     if call is not None:
         name = call.name or MODEL
@@ -167,11 +167,10 @@ def _group(node: Node, recorder: Recorder, windows: Windows, taken: set[str], st
     op = operation(node)
     inside = windows.innermost(node)
     prefix = f"{inside.name}:" if inside is not None and inside.name else ""
-    name, number = f"{prefix}{op}", 0
+    name, number = f"{prefix}{op}", taken.get(f"{prefix}{op}", 0)
     while name in taken:
-        number += 1
-        name = f"{prefix}{op}@{number}"
-    taken.add(name)
+        name, number = f"{prefix}{op}@{number}", number + 1
+    taken[name] = taken[f"{prefix}{op}"] = max(number, 1)
     module = inside.module if inside is not None else ""
     group = Group(name, "op", node._sequence_nr(), module, op, None, _shape(node))
     structure.groups[name] = group

@@ -16,7 +16,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import attrs
 import torch
@@ -288,6 +288,27 @@ def first_output(place: Place, output: Any) -> Tensor:
 # ------------------------------------------------------------------------------------ pure functions
 
 
+@attrs.frozen(eq=False)
+class Held:
+    """A function with the setting that it is evaluated in.
+
+    Args:
+        function: of one tensor.
+        setting: put in place by the function itself; and by who runs a reverse pass that runs parts of it again.
+    """
+
+    function: TensorFunction
+    setting: Setting
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the function's value."""
+        return self.function(x)
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context of an evaluation."""
+        return self.setting.evaluating()
+
+
 def layer_alone(setting: Setting, place: Place, seen: Seen, positions: tuple[int, ...]) -> TensorFunction:
     """Return the function of a layer that calls the layer alone; see NOTE [The function of a layer]."""
 
@@ -306,7 +327,7 @@ def layer_alone(setting: Setting, place: Place, seen: Seen, positions: tuple[int
             setting.module(*args, **kwargs)
         return first_output(place, outputs[0])
 
-    return function
+    return Held(function, setting)
 
 
 @attrs.frozen(eq=False)
@@ -353,7 +374,7 @@ def through_model(setting: Setting, batch: Any, start: Start, target: Place) -> 
         with setting.evaluating(), led(setting.module, names, around):
             return _run_until_reached(setting.module, batch, target)
 
-    return function
+    return Held(function, setting)
 
 
 def _run_until_reached(model: nn.Module, batch: Any, target: Place) -> Tensor:
@@ -361,13 +382,9 @@ def _run_until_reached(model: nn.Module, batch: Any, target: Place) -> Tensor:
         run_model(model, batch)
     except _Reached as reached:
         return reached.value
-    _target_lost(target)
-
-
-def _target_lost(target: Place) -> NoReturn:
     raise ModelNotCalledError(
-        f"{target} was called in the first pass of the model but not in a later one, where only the tensor at "
-        "the source was changed: the model's branches depend on its values, or on state that is not put back. "
+        f"{target} was called in the first pass of the model but not in a later one, which differs in the "
+        "tensor at the source alone: the model branches on its values, or on state that is not put back. "
         "Measure layer by layer, with layer_gain or layer_spectrum."
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.jacobian_records import Gain, Spectrum
-from gradflow.functional.products import PULLS, PUSHES, TensorFunction, first_way
+from gradflow.functional.products import PULLS, PUSHES, TensorFunction, evaluating, first_way
 from gradflow.functional.setting import make_generator
 from gradflow.functional.singular import (
     MAX_DENSE_ELEMENTS,
@@ -122,7 +122,7 @@ class Jacobian:
         k: int = 5,
         *,
         method: Method = "auto",
-        tolerance: float = 1e-4,
+        tolerance: float = 1e-3,
         max_products: int = 2000,
         seed: int | None = None,
         sample: int | None = None,
@@ -237,19 +237,23 @@ class Jacobian:
         n_out, n_in = self.shape
         if not is_small(n_out, n_in):
             raise ValueError(
-                f"{what} {self}: {n_out} × {n_in} is too large to take whole (at most {MAX_DENSE_SIDE} on the "
-                f"shorter side and {MAX_DENSE_ELEMENTS} elements). {fix}"
+                f"{what} {self}: {n_out} × {n_in} is too large to take whole (at most {MAX_DENSE_SIDE} on "
+                f"the shorter side and {MAX_DENSE_ELEMENTS} elements). {fix}"
             )
 
     # ---------------------------------------------------------------------------- one sample of a batch
 
-    def sample_axis(self) -> int | None:
+    def sample_axis(self, axes: tuple[int, ...] = (0,)) -> int | None:
         """Return the axis along which J treats every sample on its own, or None.
 
-        It is 0 or 1, and is found by products: a cotangent on one sample alone must come back on that
-        sample alone, and one on all the others must leave it exactly zero.
+        It is found by products: a cotangent on one sample alone must come back on that sample alone, and one
+        on all the others must leave it exactly zero.
+
+        Args:
+            axes: those that may hold the samples, in the order they are tried. (0, 1) for a module with
+                `batch_first=False`; elsewhere axis 1 would be taken for it where it holds channels.
         """
-        for axis in (0, 1):
+        for axis in axes:
             if min(self.point.dim(), self.value.dim()) > axis:
                 size = self.point.shape[axis]
                 if size == self.value.shape[axis] and size and self._is_separate(axis, size // 2):
@@ -291,6 +295,7 @@ class Jacobian:
             before, after = point.narrow(axis, 0, index), point.narrow(axis, index + 1, size - index - 1)
             return function(torch.cat([before, x, after], axis)).narrow(axis, index, 1)
 
+        restricted.evaluating = lambda: evaluating(function)  # type: ignore[attr-defined]
         return Jacobian(restricted, point.narrow(axis, index, 1), name=self.name, type=self.type)
 
 
@@ -305,6 +310,6 @@ def _fitting(vector: Any, like: Tensor, name: str, side: str, function: str) -> 
         got = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
         raise ValueError(
             f"the {name} must be shaped as the {side} of {function}, {tuple(like.shape)}; got {got}. "
-            f"Make one with `torch.randn({', '.join(map(str, like.shape))})`, or leave it out for a random one."
+            f"Make one with `torch.randn({', '.join(map(str, like.shape))})`."
         )
     return vector.detach().to(dtype=like.dtype, device=like.device)

@@ -51,6 +51,7 @@ class LayerFunction:
     function: TensorFunction
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Return the layer's output for an input shaped as `point`."""
         return self.function(x)
 
     def __repr__(self) -> str:
@@ -170,7 +171,7 @@ def layer_vjp(
     argument: int | str | None = None,
     seed: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return a layer's output at a batch, and Jᵀ u: the gradient at its input, for the gradient u at its output.
+    """Return a layer's output at a batch, and Jᵀ u: the gradient at its input for a gradient u at its output.
 
     Like the pullback of `torch.func.vjp`, for a layer inside a model.
 
@@ -252,7 +253,7 @@ def layer_spectrum(
     k: int = 5,
     sample: int | Literal["auto", "all"] = "auto",
     method: Method = "auto",
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-3,
     max_products: int = 2000,
     seed: int | None = None,
     argument: int | str | None = None,
@@ -267,8 +268,8 @@ def layer_spectrum(
         model, layer, batch, argument: as for `layer_function`.
         k: how many, where they are found by iteration.
         sample: `auto`: the Jacobian of the first sample of the batch where the layer treats each on its own,
-            else of the whole batch; `all`: of the whole batch; or the index of a sample. Which axis holds
-            the samples, the first or the second, is found by products.
+            else of the whole batch; `all`: of the whole batch; or the index of a sample. The samples lie
+            along the first axis, or the second in a module with `batch_first=False`.
         method: `dense` takes the whole matrix, `iterative` never does, `auto` where its shorter side is at
             most 512.
         tolerance: of the residuals, as a share of the largest singular value; no less than 16 times the
@@ -296,7 +297,9 @@ def layer_spectrum(
     jacobian = layer_function(model, layer, batch, argument=argument, seed=seed).jacobian()
     index = None
     if sample != "all":
-        axis = jacobian.sample_axis()
+        parts = model.get_submodule(find_place(model, layer).module).modules()
+        second = any(getattr(part, "batch_first", True) is False for part in parts)
+        axis = jacobian.sample_axis((0, 1) if second else (0,))
         index = sample if isinstance(sample, int) else None if axis is None else 0
         if index is not None:
             jacobian = jacobian.of_sample(index, axis=axis)
@@ -368,7 +371,7 @@ def _check_order(source: Place, target: Place, source_ended: int, target_ended: 
     if source == target or source_ended < target_ended:
         return
     raise ModelInputError(
-        f"jacobian_between: the target {target} has returned before the source {source} does, so nothing flows "
-        "from source to target. Swap the two; or name a later call of the target, such as "
+        f"jacobian_between: the target {target} has returned before the source {source} does, so nothing "
+        "flows from source to target. Swap the two; or name a later call of the target, such as "
         f"{target.module + '@1'!r}."
     )

@@ -226,6 +226,9 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
         program.unreached = {name for name, gradient in shown.gradients.items() if gradient is None}
         _learn_structure(run, shown)
         before.restore(program)
+        if promoted := _promoted(program, shown):
+            program.recorder.layer_names |= promoted
+            return _step(run, batch, step, before)
         observer = None
     outcome = run_step(
         program, batch, step, transform=run.transform, structural=first, full=full,
@@ -330,6 +333,12 @@ def _trace(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
     again = history.read(outcome, look=True, parameters_moved=run.plan.optimizer is not None)
     program.buffers = buffers
     random.restore()
+    if not np.isclose(again.loss, row.loss, rtol=1e-3, equal_nan=True):
+        run.notes.append(
+            f"Step {step} gave another loss when it was run again to find its NaN or Inf: model or loss draw on "
+            "something that had moved on (an iterator, a counter). Its numbers are those of the first time."
+        )
+        return row
     return again
 
 

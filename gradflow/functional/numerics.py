@@ -26,6 +26,7 @@ from gradflow.functional.watch import source_layer
 from gradflow.records import NumericalRecord
 
 _PACKAGE = __name__.rsplit(".", 2)[0]
+_CALLER = f"{_PACKAGE}.functional.step"  # where model and loss are called
 
 
 @attrs.frozen(eq=False)
@@ -129,9 +130,14 @@ def _range(inputs: list[Tensor]) -> tuple[float, float]:
 
 
 def user_line() -> str:
-    """Return `file:line` of the innermost frame that is neither gradflow's nor torch's."""
+    """Return `file:line` of the innermost frame of the model or the loss that is neither ours nor torch's.
+
+    '' if there is none: what lies beyond our own call of the two only called us.
+    """
     for frame, number in traceback.walk_stack(None):
         module = frame.f_globals.get("__name__", "")
+        if module == _CALLER:
+            return ""
         if module.split(".")[0] not in (_PACKAGE, "torch"):
             return f"{frame.f_code.co_filename}:{number}"
     return ""

@@ -167,7 +167,7 @@ class _ModuleState:
             if value._version != version or not same or not _same_bits(value, saved):
                 with torch.no_grad():
                     if same:
-                        value.detach().copy_(saved)
+                        value.copy_(saved)
                     else:
                         value.data = saved
 
@@ -202,8 +202,26 @@ class _ModuleState:
         elif isinstance(value, random.Random):
             internal = value.getstate()
             self._undo.append(lambda: value.setstate(internal))
-        elif isinstance(attributes := getattr(value, "__dict__", None), dict) and _is_users(value):
-            self._remember_dict(attributes)
+        elif _is_users(value):
+            self._remember_slots(value)
+            if isinstance(attributes := getattr(value, "__dict__", None), dict):
+                self._remember_dict(attributes)
+
+    def _remember_slots(self, value: Any) -> None:
+        """Remember attributes without a dict, as classes of `attrs` and `dataclass(slots=True)` keep them."""
+        declared = [vars(cls).get("__slots__", ()) for cls in type(value).__mro__]
+        names = [n for names in declared for n in ([names] if isinstance(names, str) else names)]
+        saved = {n: getattr(value, n) for n in names if not n.startswith("__") and hasattr(value, n)}
+
+        def undo() -> None:
+            for name, old in saved.items():
+                if getattr(value, name, None) is not old:
+                    object.__setattr__(value, name, old)
+
+        if saved:
+            self._undo.append(undo)
+        for item in saved.values():
+            self._remember(item)
 
 
 def _is_users(value: Any) -> bool:

@@ -90,6 +90,7 @@ class Recorder:
     on_enter: Callable[[Call, Any], None] | None = None
     on_exit: Callable[[Call, Any, Any], None] | None = None
     in_backward: bool = False
+    failure: tuple[BaseException, str] | None = None  # the latest exception, and the innermost call it left
 
     def __attrs_post_init__(self) -> None:
         parents = {name.rpartition(".")[0] for name in self.modules if name}
@@ -101,7 +102,7 @@ class Recorder:
     def begin_step(self, *, structural: bool, look: bool, slots: list[Tensor] | None = None) -> None:
         """Forget the step before, and listen."""
         self.active, self.structural, self.look = True, structural, look
-        self.in_backward = False
+        self.in_backward, self.failure = False, None
         self.calls, self.stack, self.counts = [], [], {}
         self.observations, self.values, self.sites, self.aliases = [], [], [], []
         self.given_slots, self.last_type = slots, ""
@@ -120,8 +121,10 @@ class Recorder:
         call = self._enter(name, layer, args, kwargs)
         try:
             output = forward(*args, **kwargs)
-        finally:
-            self.stack.pop()
+        except BaseException as error:
+            self._failed(call, error)
+            raise
+        self.stack.pop()
         if name in self.unprobed:
             return output
         if name in self.rectifier_ops and self.after_module is not None:
@@ -138,8 +141,8 @@ class Recorder:
             entering, number = self._input_squares(args, kwargs, exact) if self.look and layer else (None, 0)
         try:
             output = forward(*args, **kwargs)
-        except BaseException:
-            self.stack.pop()
+        except BaseException as error:
+            self._failed(call, error)
             raise
         with _unwatched():
             if layer and name not in self.unprobed:
@@ -175,6 +178,12 @@ class Recorder:
         self.calls.append(call)
         self.stack.append(call.index)
         return call
+
+    def _failed(self, call: Call, error: BaseException) -> None:
+        """Leave a call that raised; the first to see an exception is the innermost."""
+        self.stack.pop()
+        if self.failure is None or self.failure[0] is not error:
+            self.failure = (error, call.name)
 
     def _exit(self, call: Call, args: Any, output: Any) -> None:
         self.stack.pop()

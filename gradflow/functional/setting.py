@@ -48,6 +48,7 @@ class Setting:
         buffers: copies, by qualified name; None for statistics that are taken away.
         modes: train (True) or eval of every module in it.
         random: the random state that every evaluation starts from.
+        plain_recurrent: whether fused recurrent kernels are avoided too.
     """
 
     module: nn.Module
@@ -57,6 +58,7 @@ class Setting:
     buffers: dict[str, Tensor | None]
     modes: tuple[tuple[nn.Module, bool], ...]
     random: RandomState
+    plain_recurrent: bool
     _swap: Swap
 
     @classmethod
@@ -68,6 +70,7 @@ class Setting:
         parameters: Tensors | None = None,
         random: RandomState | None = None,
         seed: int | None = None,
+        plain_recurrent: bool = True,
     ) -> Setting:
         """Return the present setting.
 
@@ -78,6 +81,8 @@ class Setting:
             parameters: put in the place of the module's own; copies of those by default.
             random: the random state to start from; the present one by default.
             seed: seeds torch, numpy and Python instead.
+            plain_recurrent: whether fused recurrent kernels are avoided too; first derivatives need it not,
+                and `vmap` accepts only some of the others.
         """
         if random is None:
             with preserved():
@@ -90,7 +95,9 @@ class Setting:
                 parameters = {name: p.detach() for name, p in copy_parameters(module).items()}
         modes = tuple((part, part.training) for part in module.modules())
         buffers |= dict.fromkeys(_unused_statistics(module))
-        return cls(module, model or module, others, parameters, buffers, modes, random, Swap(module))
+        return cls(
+            module, model or module, others, parameters, buffers, modes, random, plain_recurrent, Swap(module)
+        )
 
     @property
     def trainable(self) -> Tensors:
@@ -99,19 +106,26 @@ class Setting:
         return {name: p for name, p in self.parameters.items() if name in required}
 
     @contextlib.contextmanager
-    def evaluating(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-        """Put the setting in place, `tensors` above its own, for the length of the context."""
+    def evaluating(
+        self, tensors: Mapping[str, Tensor] | None = None, *, random: RandomState | None = None
+    ) -> Iterator[None]:
+        """Put the setting in place, for the length of the context.
+
+        Args:
+            tensors: parameters and buffers that go before its own.
+            random: a random state to start from instead of its own.
+        """
         buffers = {name: b if b is None else b.clone() for name, b in self.buffers.items()}
         state: Any = {**self.parameters, **buffers, **(tensors or {})}
         with (
             exclusive(self.model),
             preserved(self.module, *self.others),
-            plain_kernels(self.module),
+            plain_kernels(self.module, recurrent=self.plain_recurrent),
             self._swap(state),
         ):
             for part, mode in self.modes:
                 part.training = mode
-            self.random.restore()
+            (random or self.random).restore()
             yield
 
 
@@ -124,19 +138,21 @@ def _unused_statistics(module: nn.Module) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def plain_kernels(module: nn.Module) -> Iterator[None]:
+def plain_kernels(module: nn.Module, *, recurrent: bool) -> Iterator[None]:
     """Use kernels with all derivatives; see NOTE [Kernels that can be differentiated twice]."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(part, nn.RNNBase) for part in module.modules()):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        torch.backends.mha.set_fastpath_enabled(False)
+    recurrent = recurrent and any(isinstance(part, nn.RNNBase) for part in module.modules())
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn) if recurrent else ()
+    fast, enabled = torch.backends.mha.get_fastpath_enabled(), [library.enabled for library in libraries]
+    with sdpa_kernel(SDPBackend.MATH):
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for library in libraries:
+                library.enabled = False
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
+            for library, was in zip(libraries, enabled, strict=True):
+                library.enabled = was
 
 
 def check_model(model: Any) -> None:

@@ -67,8 +67,8 @@ def singular_values(matrix: Tensor) -> Tensor:
 # from below. Each round appends the part of Jᵀ W_last that is orthogonal to V, W_last being the columns of
 # the last block. Since Jᵀ W_rest lies in the span of V already, that part, R, gives the residual of every
 # approximate singular vector without a further product: Jᵀ J V y − σ² V y = R y_last. When V is full, it
-# is replaced by its best directions; the relation still holds, as R has been appended to them. A block
-# rather than a vector, for a Krylov space grown from one vector holds but one direction of every eigenspace,
+# is replaced by the better half of its directions; the relation still holds, as R is appended to them. Blocks
+# rather than vectors, for a Krylov space grown from one vector holds but one direction of every eigenspace,
 # and a Jacobian near an isometry has all its values in one. (Golub and Van Loan, Matrix Computations,
 # section 10.3; Wu and Simon, 2000, for the restarts.)
 
@@ -100,12 +100,13 @@ def top_singular_values(
     start = torch.stack([probe_vector(like, "gaussian", generator) for _ in range(block)], dim=1)
     basis = torch.linalg.qr(_precise(start)).Q
     image = _apply(forward, basis, like)
+    gram = image.mT @ image
     last, products = block, block
     while True:
-        if not bool(torch.isfinite(image).all()):
+        if not bool(torch.isfinite(gram).all()):
             nan = torch.full((k,), float("nan"), dtype=torch.float64)
             return TopValues(nan, nan, False, products)
-        sigma, right = _small_svd(image)
+        sigma, right = _small_svd(gram)
         pulled = _apply(reverse, image[:, -last:], like)
         products += last
         rest = _orthogonal_to(basis, pulled)
@@ -118,9 +119,11 @@ def top_singular_values(
             return found._replace(converged=True)
         new = new[:, : n_in - basis.shape[1]]
         if basis.shape[1] + new.shape[1] > limit:
-            basis, image = basis @ right[:, :block], image @ right[:, :block]
-        basis = torch.cat([basis, new], dim=1)
-        image = torch.cat([image, _apply(forward, new, like)], dim=1)
+            basis, image = basis @ right[:, : limit // 2], image @ right[:, : limit // 2]
+            gram = image.mT @ image
+        added = _apply(forward, new, like)
+        gram = _extended(gram, image.mT @ added, added.mT @ added)
+        basis, image = torch.cat([basis, new], dim=1), torch.cat([image, added], dim=1)
         last = new.shape[1]
         products += last
 
@@ -143,14 +146,14 @@ def _apply(product: Product, columns: Tensor, like: Tensor) -> Tensor:
     return _precise(torch.stack(results, dim=1))
 
 
-def _small_svd(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the singular values of a tall matrix and its right singular vectors as columns."""
-    triangle = torch.linalg.qr(image, mode="r").R if image.shape[0] > image.shape[1] else image
-    _, sigma, right = torch.linalg.svd(triangle, full_matrices=True)
-    missing = right.shape[0] - sigma.shape[0]
-    if missing > 0:
-        sigma = torch.cat([sigma, sigma.new_zeros(missing)])
-    return sigma, right.mT
+def _extended(gram: Tensor, cross: Tensor, corner: Tensor) -> Tensor:
+    return torch.cat([torch.cat([gram, cross], dim=1), torch.cat([cross.mT, corner], dim=1)])
+
+
+def _small_svd(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the singular values, descending, and right singular vectors, as columns, of W given WᵀW."""
+    squares, right = torch.linalg.eigh(gram)
+    return squares.flip(0).clamp(min=0).sqrt(), right.flip(1)
 
 
 def _orthogonal_to(basis: Tensor, columns: Tensor) -> Tensor:
@@ -160,7 +163,7 @@ def _orthogonal_to(basis: Tensor, columns: Tensor) -> Tensor:
 
 
 def _orthonormal(basis: Tensor, columns: Tensor, negligible: float) -> Tensor:
-    """Return an orthonormal basis of what the columns add to `basis`, without directions that are rounding."""
+    """Return an orthonormal basis of what the columns add to `basis`, rounding left out."""
     left, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
     kept = left[:, sizes > max(negligible * columns.shape[0] ** 0.5, torch.finfo(sizes.dtype).tiny)]
     if kept.shape[1] == 0:

@@ -112,8 +112,9 @@ class Program:
         except (NeedsRetry, GradflowError):
             raise
         except Exception as error:
-            where = self.recorder.calls[self.recorder.stack[-1]].name if self.recorder.stack else ""
-            place = f" in layer {where!r}" if where else ""
+            seen, where = self.recorder.failure or (None, "")
+            place = f" in {where!r}" if where and seen is error else ""
+            self.recorder.failure = None
             error.add_note(f"gradflow: raised at step {step}{place}; the batch holds {shapes(batch)}.")
             raise
 
