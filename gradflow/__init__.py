@@ -41,6 +41,16 @@ if TYPE_CHECKING:
     from gradflow.diagnosis import diagnose, layer_graph
     from gradflow.errors import GradflowError
     from gradflow.functional.analyze import analyze, analyze_custom
+    from gradflow.functional.gradient_field import field_jacobian, vector_field
+    from gradflow.functional.layer_jacobian import (
+        jacobian_between,
+        layer_function,
+        layer_gain,
+        layer_jvp,
+        layer_spectrum,
+        layer_vjp,
+    )
+    from gradflow.functional.per_sample import gradient_noise, per_sample_gradients
     from gradflow.functional.scale import GradientScale, gradient_scale
     from gradflow.records import Cause, FlowRecord, Issue, IssueSeverity, IssueType
     from gradflow.records import Issue as GradientIssue
@@ -74,6 +84,16 @@ _PLACES = {
     "gradflow.diagnosis": ("diagnose", "layer_graph"),
     "gradflow.errors": ("GradflowError",),
     "gradflow.functional.analyze": ("analyze", "analyze_custom"),
+    "gradflow.functional.gradient_field": ("field_jacobian", "vector_field"),
+    "gradflow.functional.layer_jacobian": (
+        "jacobian_between",
+        "layer_function",
+        "layer_gain",
+        "layer_jvp",
+        "layer_spectrum",
+        "layer_vjp",
+    ),
+    "gradflow.functional.per_sample": ("gradient_noise", "per_sample_gradients"),
     "gradflow.functional.scale": ("GradientScale", "gradient_scale"),
     "gradflow.records": ("Cause", "FlowRecord", "Issue", "IssueSeverity", "IssueType"),
     "gradflow.report": ("Report",),
@@ -138,14 +158,24 @@ __all__ = [
     "detect",
     "diagnose",
     "exploding",
+    "field_jacobian",
     "find_causes",
+    "gradient_noise",
     "gradient_scale",
+    "jacobian_between",
+    "layer_function",
+    "layer_gain",
     "layer_graph",
+    "layer_jvp",
+    "layer_spectrum",
+    "layer_vjp",
     "numerical",
     "only",
+    "per_sample_gradients",
     "remap",
     "saturation",
     "unstable",
     "vanishing",
+    "vector_field",
     "without",
 ]

@@ -42,28 +42,32 @@ def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float)
     gain = row_gain(flow, at)
     if flow.is_norm(at) and absorber:
         actions.append(
-            f"Check the arguments of {layer_name(at)}: a large eps (the second argument of BatchNorm is eps, not "
+            f"Check the arguments of {layer_name(at)}: a large eps (the second argument of BatchNorm is "
+            f"eps, not "
             "a width) or a tiny weight makes a norm layer shrink what it should normalise."
         )
     if math.isfinite(gain) and gain < 0.3:
         actions.append(
-            f"The rows of {layer_name(at)}'s weights have rms {gain:.1e}, a usual initialisation has 0.6 to 1.4: "
+            f"The rows of {layer_name(at)}'s weights have rms {gain:.1e}, a usual initialisation has 0.6 "
+            f"to 1.4: "
             f"{initialisation(flow, at)}."
         )
     saturating = sorted({a.op for n in (node, at) for a in activations_of(flow, n) if a.op in _BOUNDED})
     if saturating:
         actions.append(
-            f"Replace the hidden {'/'.join(saturating)} by ReLU or GELU: a sigmoid keeps at most a quarter of "
+            f"Replace the hidden {'/'.join(saturating)} by ReLU or GELU: a sigmoid keeps at most a quarter "
+            f"of "
             "the gradient, and a saturated one nothing."
         )
-    norms = [n for n in flow.layers if flow.is_norm(n)]
-    if norms and not absorber and flow.record.provenance.optimizer:
+    if flow.norms and not absorber and flow.record.provenance.optimizer:
         rates = ", ".join(f"{r:.3g}" for r in flow.record.provenance.learning_rates)
         actions.append(
-            f"If the norms stand on the skip path (post-norm), move them into the branch (pre-norm), or warm up "
-            f"{flow.record.provenance.optimizer} (learning rate {rates}): large first steps make post-norm cut."
+            f"If the norms stand on the skip path (post-norm), move them into the branch (pre-norm), or "
+            f"warm up "
+            f"{flow.record.provenance.optimizer} (learning rate {rates}): large first steps make post-norm "
+            f"cut."
         )
-    if not norms:
+    if not flow.norms:
         actions.append("Add a norm layer between the layers, or a skip connection round each pair of them.")
     return tuple(actions) or ("Add skip connections round the layers that lose the gradient.",)
 
@@ -72,7 +76,8 @@ def forgetful_actions(layer: str, rate: float) -> Actions:
     """For a plain recurrent layer that keeps nothing over its sequence."""
     return (
         f"Use nn.GRU or nn.LSTM for {layer}: their gates can carry a state over many steps.",
-        f"Or start its recurrent weights orthogonal, nn.init.orthogonal_({layer or 'rnn'}.weight_hh_l0): they keep "
+        f"Or start its recurrent weights orthogonal, nn.init.orthogonal_({layer or 'rnn'}.weight_hh_l0): "
+        f"they keep "
         f"1.0 a step, not {rate:.2g}.",
         "Or let the loss read every step (a mean over time, attention), or shorten the sequence.",
     )
@@ -84,7 +89,8 @@ def exploding_actions(flow: Flow, node: str, *, calls: int) -> Actions:
     gain = row_gain(flow, node)
     if calls > 1:
         actions.append(
-            f"{layer_name(node)} runs {calls} times in a step, and its growth is raised to that power: gate the "
+            f"{layer_name(node)} runs {calls} times in a step, and its growth is raised to that power: "
+            f"gate the "
             "state (a GRU's update), normalise it at each step, or truncate the back-propagation."
         )
     if math.isfinite(gain) and gain >= 2:
@@ -92,7 +98,7 @@ def exploding_actions(flow: Flow, node: str, *, calls: int) -> Actions:
             f"The rows of its weights have rms {gain:.3g}, a usual initialisation has 0.6 to 1.4: "
             f"{initialisation(flow, node)}."
         )
-    if not any(flow.is_norm(n) for n in flow.layers):
+    if not flow.norms:
         actions.append("Put a norm layer behind it, so that its scale cannot multiply.")
     rates = ", ".join(f"{r:.3g}" for r in flow.record.provenance.learning_rates)
     lower = f", and lower the learning rate of {flow.record.provenance.optimizer} ({rates})" if rates else ""
@@ -112,7 +118,8 @@ def dominance_actions(layer: str, rival: str, ratio: float) -> Actions:
 def never_called_actions(layer: str) -> Actions:
     """For a module that no step runs."""
     return (
-        f"Call {layer} in forward(), or delete it; check for a name that is overwritten or a branch never taken.",
+        f"Call {layer} in forward(), or delete it; check for a name that is overwritten or a branch never "
+        f"taken.",
         "If it is an expert or a head: check that the router or the batches ever choose it.",
     )
 
@@ -121,7 +128,8 @@ _CUTS = {
     "argmax": "argmax has no derivative: pass the probabilities on (a weighted sum of the choices), or use "
     "torch.nn.functional.gumbel_softmax, or a straight-through estimate.",
     "detach": "Remove detach() from the path, or compute the loss on the tensor before it.",
-    "sign": "sign has a derivative of zero: use a straight-through estimate, x + (x.sign() - x).detach(), or tanh.",
+    "sign": "sign has a derivative of zero: use a straight-through estimate, x + (x.sign() - x).detach(), "
+    "or tanh.",
     "round": "round has a derivative of zero: use a straight-through estimate, x + (x.round() - x).detach().",
     "no_grad": "Move it out of torch.no_grad() (a context, or a decorator on the function that calls it).",
     "data": ".data cuts the gradient: use the tensor itself.",
@@ -136,7 +144,8 @@ def cut_actions(flow: Flow, node: str, why: str) -> Actions:
         return (*known, "If it is not meant to train, say so: requires_grad_(False).")
     name = layer_name(node) or "the model"
     return (
-        f"Follow the output of {name} to the loss: it may go through an integer cast, .item(), NumPy or a new "
+        f"Follow the output of {name} to the loss: it may go through an integer cast, .item(), NumPy or a "
+        f"new "
         "tensor, or the loss may be computed on another tensor.",
         "If it runs under reentrant checkpointing with inputs that need no gradient: use_reentrant=False.",
         "If it is not meant to train, say so: requires_grad_(False).",
@@ -160,11 +169,14 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
         )
     if why in ("zero weight", "zero input"):
         return (
-            f"If two factors of a product both start at zero ({here} and its partner), start one of them at random.",
-            "If it is a zero initialisation by design, give it a few steps of the optimizer: pass optimizer=.",
+            f"If two factors of a product both start at zero ({here} and its partner), start one of them "
+            f"at random.",
+            "If it is a zero initialisation by design, give it a few steps of the optimizer: pass "
+            "optimizer=.",
         )
     return (
-        f"Look at what stands between {layer_name(node)} and {here}: a sign, a round, a comparison or a hard bound "
+        f"Look at what stands between {layer_name(node)} and {here}: a sign, a round, a comparison or a "
+        f"hard bound "
         "has a derivative of zero.",
     )
 
@@ -196,18 +208,25 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
         joint = activation.functional and node_name(activation.layer) not in flow.layers
         last = not flow.wiring.after(node_name(activation.layer))
         if joint or (activation.functional and "attn" in activation.layer.lower()):
-            actions.append("Divide the attention scores by sqrt(head dimension), or normalise queries and keys.")
+            actions.append(
+                "Divide the attention scores by sqrt(head dimension), or normalise queries and keys."
+            )
         elif last:
             actions.append(
                 "If a cross-entropy follows, leave the softmax out: it takes scores, and applies its own."
             )
-            actions.append("If it is a policy: a stronger entropy bonus, smaller steps, normalised advantages.")
+            actions.append(
+                "If it is a policy: a stronger entropy bonus, smaller steps, normalised advantages."
+            )
         if entering > 10:
-            actions.append(f"What enters has rms {entering:.3g}: scale it down (a temperature, smaller weights).")
+            actions.append(
+                f"What enters has rms {entering:.3g}: scale it down (a temperature, smaller weights)."
+            )
     else:
         if math.isfinite(gain) and gain < 3:
             actions.append(
-                f"The weights before it are of ordinary size ({gain:.2g}), so it is their input that is large: "
+                f"The weights before it are of ordinary size ({gain:.2g}), so it is their input that is "
+                f"large: "
                 "standardise it (divide pixels by 255), or put a norm layer before the activation."
             )
         elif math.isfinite(gain):
@@ -216,6 +235,15 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
         if not flow.wiring.after(node_name(activation.layer)):
             actions.append("If it is an output: compute the loss on what enters it (BCEWithLogitsLoss).")
     return tuple(actions) or ("Scale down what enters it.",)
+
+
+def gate_actions(layer: str, entering: float) -> Actions:
+    """For a recurrent layer whose input shuts or opens all of its gates."""
+    return (
+        f"Standardise what enters {layer or 'it'} (rms {entering:.3g}): subtract the mean, divide by the standard "
+        "deviation, feature by feature.",
+        "Or put a norm layer before it.",
+    )
 
 
 def numerical_actions(birth: NumericalRecord | None) -> Actions:
@@ -237,13 +265,16 @@ def numerical_actions(birth: NumericalRecord | None) -> Actions:
 
 
 _CURES: dict[str, Actions] = {
-    "sqrt": ("The slope of a square root at zero is infinite: torch.sqrt(x + 1e-8), with the constant inside.",
+    "sqrt": ("The slope of a square root at zero is infinite: torch.sqrt(x + 1e-8), with the constant "
+    "inside.",
              "Where a mask or where() hides the bad branch: make its argument safe before the root."),
-    "norm": ("A norm of zeros has no derivative: add a small constant inside, or start from values not all zero.",),
+    "norm": ("A norm of zeros has no derivative: add a small constant inside, or start from values not all "
+    "zero.",),
     "softmax": ("A row that is masked throughout has no softmax: keep one key, or drop the row.",
                 "Fill the mask with a large negative number, not -inf, if such rows can occur."),
     "attention": ("A row that is masked throughout has no softmax: keep one key, or drop the row.",),
-    "log": ("Clamp the argument from below, log(x.clamp(min=1e-8)), or compute the log directly (log_softmax, "
+    "log": ("Clamp the argument from below, log(x.clamp(min=1e-8)), or compute the log directly "
+    "(log_softmax, "
             "logsigmoid).",),
     "exp": ("Clamp the argument before exp (88 is the limit in float32, 11 in float16).",
             "Bound what produces it: a log-variance by clamp(-20, 8), a log-ratio by a cap."),
@@ -252,9 +283,11 @@ _CURES: dict[str, Actions] = {
     "mean": ("The mean of nothing is NaN: guard for an empty selection.",),
     "pow": ("A power below 1 has an infinite slope at zero: add a small constant to the base.",),
     "acos": ("Clamp the argument to inside (-1, 1), by 1e-7.",),
-    "where": ("where() hides a bad branch from the output and not from the gradient: make that branch's argument "
+    "where": ("where() hides a bad branch from the output and not from the gradient: make that branch's "
+    "argument "
               "safe first.",),
-    "mul": ("Infinity times a mask of zero is NaN: select with where() or indexing, or bound what is infinite.",),
+    "mul": ("Infinity times a mask of zero is NaN: select with where() or indexing, or bound what is "
+    "infinite.",),
 }  # fmt: skip
 
 
@@ -265,12 +298,14 @@ def unstable_actions(flow: Flow, node: str, ratio: float) -> Actions:
     if provenance.optimizer and provenance.learning_rates:
         rate = max(provenance.learning_rates)
         return (
-            f"Lower the learning rate of {provenance.optimizer}: {rate:.3g} to about {rate / 30:.1g}, with a warm-up.",
+            f"Lower the learning rate of {provenance.optimizer}: {rate:.3g} to about {rate / 30:.1g}, with "
+            f"a warm-up.",
             "Clip the gradient: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).",
             f"If single batches do it: look for outliers in the targets of {name}, or use a Huber loss.",
         )
     return (
-        f"Look for outliers in the batches: clip or rescale the targets of {name}, or use a Huber loss, whose "
+        f"Look for outliers in the batches: clip or rescale the targets of {name}, or use a Huber loss, "
+        f"whose "
         "gradient is bounded.",
         "Clip the gradient: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).",
     )
@@ -279,7 +314,8 @@ def unstable_actions(flow: Flow, node: str, ratio: float) -> Actions:
 def batch_norm_actions(values: float) -> Actions:
     """For a batch norm over a handful of values."""
     return (
-        f"Use GroupNorm or LayerNorm, which do not depend on the batch, or more than {values:.0f} samples a batch.",
+        f"Use GroupNorm or LayerNorm, which do not depend on the batch, or more than {values:.0f} samples "
+        f"a batch.",
         "Or freeze its statistics (eval mode for that layer) when fine-tuning.",
     )
 
@@ -287,7 +323,8 @@ def batch_norm_actions(values: float) -> Actions:
 def narrow_actions(layer: str, width: int, needed: float) -> Actions:
     """For a waist that throttles."""
     return (
-        f"Widen {layer}: {width} numbers for a gradient of effective rank {needed:.0f}; try {2 * round(needed)}.",
+        f"Widen {layer}: {width} numbers for a gradient of effective rank {needed:.0f}; try "
+        f"{2 * round(needed)}.",
         "Or give what lies behind another way to what lies before: attention over it, or a skip connection.",
     )
 

@@ -52,9 +52,10 @@ def bottleneck(
     Why this is evidence: what all gradients pass has no detour, and a rank above the width cannot pass.
 
     Looks alike and is not: the code of an autoencoder, narrow by design (a model that gives back what has the
-    size of its input, or a gradient that needs no more than the width: INFO); a narrow side gate, a low-rank
-    adapter, a narrow block under a skip, which are no dominators; a narrow *last* layer; rows alike because
-    the gradient and the signal die out, which is `vanishing`'s, or because the input is a constant.
+    size of its input, or a gradient that needs no more than the width: INFO); what a generator or an actor
+    hands to a critic, as wide as the data (INFO too); a narrow side gate, a low-rank adapter, a narrow block
+    under a skip, which are no dominators; a narrow *last* layer; rows alike because the gradient and the
+    signal die out, which is `vanishing`'s, or because the input is a constant.
 
     Args:
         ratio: how much wider both sides must be. Pooling and the usual encoder steps reduce by 2 to 4.
@@ -63,7 +64,8 @@ def bottleneck(
         lost_samples: share of samples that a rectified waist stops altogether. Each of its units is off for
             half of the samples: a waist of 8 stops less than half a percent, one of 4 a sixteenth.
         alike: variation between rows below which they are alike: what is left is a percent of the signal.
-        alike_fall: by how much the variation must have fallen on the way.
+        alike_fall: by how much the variation must have fallen on the way, from at least as many times
+            `alike`.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
@@ -89,7 +91,8 @@ class _Waist:
 
 
 def _passages(flow: Flow) -> list[str]:
-    """The layer calls that every gradient passes which reaches any layer before them, in order.
+    """The layer calls that every gradient passes which reaches any layer before them, in order; and a first
+    layer that is the only one that the data enter.
 
     In the tree of dominators, seen from the loss, a node is a passage if all nodes before it lie below it:
     if it stands at or above their lowest common ancestor, which is built up along the order of the graph.
@@ -111,6 +114,8 @@ def _passages(flow: Flow) -> list[str]:
             a = above[a]
         return a
 
+    entries = [n for n in wires.order if n in flow.layers and n in depth and not wires.before(n)]
+    only_entry = entries if len({flow.layers[n].module for n in entries}) == 1 else []
     common: dict[str, str] = {}  # of all nodes before a node
     feeds: dict[str, bool] = {}  # whether any layer before a node is to be trained
     found = []
@@ -120,9 +125,12 @@ def _passages(flow: Flow) -> list[str]:
         for p in (*preds, *(common[p] for p in preds if p in common)):
             common[node] = meet(common[node], p) if node in common else p
         layer = flow.layers.get(node)
-        if layer is None or layer.composite or node not in depth or not feeds[node]:
+        if layer is None or layer.composite or node not in depth:
             continue
-        if depth[common[node]] > depth[node] and meet(common[node], node) == node:
+        if node not in common:
+            if node in only_entry:
+                found.append(node)
+        elif feeds[node] and depth[common[node]] > depth[node] and meet(common[node], node) == node:
             found.append(node)
     return found
 
@@ -132,20 +140,27 @@ def _width(flow: Flow, node: str) -> int:
     return int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 0
 
 
+def _taken(flow: Flow, node: str) -> int:
+    """The number of features that a plain layer takes."""
+    matrices = [p for p in flow.parameters_of(node) if len(p.shape) == 2]
+    return matrices[0].shape[1] if matrices and not flow.is_table(node) else 0
+
+
 def _waists(flow: Flow, passages: list[str], ratio: float) -> list[_Waist]:
     wires = flow.wiring
     own = {node: _width(flow, node) if node in flow.layers else 0 for node in wires.order}
+    taken = {node: _taken(flow, node) for node in passages}  # what a first layer takes is what is before it
     before, behind = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
     for node in wires.order:
         before[node] = max((max(before[p], own[p]) for p in wires.preds[node]), default=0)
+        if not before[node]:
+            before[node] = taken.get(node, 0)
     for node in reversed(wires.order):
         behind[node] = max((max(behind[s], own[s]) for s in wires.succs[node]), default=0)
     return [
         _Waist(node=node, width=own[node], before=before[node], behind=behind[node])
         for node in passages
-        if own[node]
-        and flow.has_matrix(node)
-        and min(before[node], behind[node]) >= ratio * own[node]
+        if own[node] and flow.has_matrix(node) and min(before[node], behind[node]) >= ratio * own[node]
     ]
 
 
@@ -153,7 +168,9 @@ def _waist_issue(flow: Flow, waist: _Waist, rank_excess: float, lost_samples: fl
     layer = flow.layers[waist.node]
     needed = _rank_behind(flow, waist.node)
     lost, fired = _stopped(flow, waist)
-    needs_more = needed > rank_excess * waist.width and not _gives_back_its_input(flow)
+    # One number is narrow by no design: it cannot tell more than two sides apart.
+    by_design = waist.width > 1 and (_gives_back_its_input(flow) or _takes_data_too(flow, waist.node))
+    needs_more = needed > rank_excess * waist.width and not by_design
     if lost >= lost_samples:
         severity = IssueSeverity.MEDIUM
         why = (
@@ -178,7 +195,8 @@ def _waist_issue(flow: Flow, waist: _Waist, rank_excess: float, lost_samples: fl
         layer_type=layer.type,
         issue_type=IssueType.BOTTLENECK,
         severity=severity,
-        description=f"Every gradient passes here, {waist.width} numbers per sample between {waist.before} before "
+        description=f"Every gradient passes here, {waist.width} numbers per sample between {waist.before} "
+        f"before "
         f"and {waist.behind} behind: {why}.",
         magnitude=min(waist.before, waist.behind) / waist.width,
         recommended_actions=actions,
@@ -208,6 +226,15 @@ def _rank_behind(flow: Flow, node: str) -> float:
         else:
             todo.extend(flow.wiring.after(here))
     return max(ranks, default=math.nan)
+
+
+def _takes_data_too(flow: Flow, node: str) -> bool:
+    """Whether what stands behind a waist is also called on something that does not come through it: a critic
+    or a discriminator, which sees the data and its imitation. The data then set the width."""
+    behind = {flow.layers[n].module for n in flow.wiring.after(node) if n in flow.layers}
+    calls = [n for n, layer in flow.layers.items() if layer.module in behind]
+    same = {n for n, layer in flow.layers.items() if layer.module == flow.layers[node].module}
+    return any(not (same & flow.wiring.upstream(n)) for n in calls)
 
 
 def _gives_back_its_input(flow: Flow) -> bool:
@@ -255,7 +282,9 @@ def _smoothing(flow: Flow, passages: list[str], alike: float, fall: float) -> li
         variation = late(layer.output_variation)
         if not math.isfinite(variation) or len(layer.shape) < 2 or layer.shape[0] < 2:
             continue
-        if variation > alike or variation * fall > most[node] or mixed[node] < 2 or not wires.after(node):
+        if variation > alike or most[node] < fall * max(variation, alike):
+            continue
+        if mixed[node] < 2 or not wires.after(node):
             continue
         return [] if starved[node] else [_smoothing_issue(flow, node, variation, most[node], mixed[node])]
     return []
@@ -277,8 +306,10 @@ def _smoothing_issue(flow: Flow, node: str, variation: float, most: float, times
         layer_type=layer.type,
         issue_type=IssueType.BOTTLENECK,
         severity=IssueSeverity.HIGH if variation < 1e-3 else IssueSeverity.MEDIUM,
-        description=f"All rows of its output are alike: only {variation:.1e} of it differs between them, after "
-        f"{most:.2g} before. They have been mixed {times} times on the way, so what tells them apart is lost, "
+        description=f"All rows of its output are alike: only {variation:.1e} of it differs between them, "
+        f"after "
+        f"{most:.2g} before. They have been mixed {times} times on the way, so what tells them apart is "
+        f"lost, "
         "and no gradient can bring it back.",
         magnitude=variation,
         recommended_actions=smoothing_actions(layer.name, times),

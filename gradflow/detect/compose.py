@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import attrs
 
@@ -169,7 +169,7 @@ def check_detectors(pipeline: Any) -> tuple[Detector, ...]:
             f"{pipeline.__name__}(...)."
         )
     if callable(pipeline):
-        return (pipeline,)
+        return (cast(Detector, pipeline),)
     if isinstance(pipeline, (str, Mapping)) or not isinstance(pipeline, Iterable):
         raise PipelineError(
             "detect: expected a pipeline, a detector (a function from a FlowRecord to issues) or an iterable "
@@ -211,7 +211,7 @@ def _predicate(layers: Any) -> Callable[[str], bool]:
         globs = tuple(layers)
         return lambda name: any(fnmatch.fnmatchcase(name, glob) for glob in globs)
     if callable(layers):
-        return layers
+        return cast(Callable[[str], bool], layers)
     raise PipelineError(
         "only: expected a glob, a sequence of globs or a predicate on the layer's name, got "
         f"{type(layers).__name__}. Write, for instance, only(detector, 'encoder.*')."

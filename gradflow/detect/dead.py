@@ -14,7 +14,7 @@ from gradflow.detect.actions import (
     rectifier_actions,
     zero_actions,
 )
-from gradflow.detect.evidence import RECTIFIERS, Flow, activations_of, early, flow_of, late, typical_zero
+from gradflow.detect.evidence import RECTIFIERS, Flow, activations_of, flow_of, late, typical_zero
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
     ActivationRecord,
@@ -54,9 +54,9 @@ def dead(
     Args:
         threshold: share of never firing units from which the verdict is HIGH: what is left is no layer.
         some: from which it is MEDIUM. At He's initialisation a unit fires for half of the samples, so next to
-            none is silent over a run. Only where all samples look alike to the layer (less than a fifth of
-            what feeds it differs between them) does chance decide, and switches half of its units off; there
-            three standard deviations of as many coins are added.
+            none is silent over a run. Only where all samples look alike to the layer (less than half of what
+            feeds it differs between them) does chance decide, and switches half of its units off; there
+            four standard deviations of as many coins are added.
         few: from which it is LOW.
         min_updates: steps of the optimizer after which a zero by design has ended: LoRA takes one, an adaLN
             gate behind a zero last layer two.
@@ -112,14 +112,11 @@ def _never_called(flow: Flow) -> list[Issue]:
 def _idle_container(name: str, idle: Sequence[str], flow: Flow) -> str:
     """The outermost module above `name` in which nothing ran."""
     active = {layer.module for layer in flow.layers.values()}
-    best, above = name, name
-    while above:
+    best, above = name, name.rpartition(".")[0]
+    while above and not any(n == above or n.startswith(f"{above}.") for n in active):
+        if sum(n.startswith(f"{above}.") for n in idle) > 1:
+            best = above
         above = above.rpartition(".")[0]
-        inside = [n for n in active if n.startswith(above + ".") or n == above]
-        siblings = [n for n in idle if n.startswith(above + ".")]
-        if not above or inside or len(siblings) < 2:
-            break
-        best = above
     return best
 
 
@@ -202,9 +199,7 @@ def _blocked_by(flow: Flow, node: str) -> tuple[str, str]:
         for activation in activations_of(flow, here):
             if activation.kind == "softmax" and activation.width == 1:
                 return "one alternative", here
-            if _is_dead(activation) or (
-                activation.kind == "rectifier" and late(activation.fired_share) == 0
-            ):
+            if _is_dead(activation) or (activation.kind == "rectifier" and late(activation.fired_share) == 0):
                 return "rectifier", here
         behind = [n for n in flow.wiring.after(here) if n not in seen]
         if not behind:
@@ -272,6 +267,7 @@ def _zero_issue(
             "num_parameters": number,
             "num_updates": updates,
             "input_zero": late(layer.input_rms) == 0,
+            "alive_at_start": any(np.any(p.grad_norm > 0) for p in wanted),
             "role": "source" if at == node else "zero",
         },
     )
@@ -296,11 +292,11 @@ def _silent_units(flow: Flow, threshold: float, some: float, few: float) -> list
 
 
 def _fed_variation(flow: Flow, activation: ActivationRecord) -> float:
-    """The part of what feeds a rectifier that differs between samples; 1 if unknown."""
+    """The least part of what feeds a rectifier that differs between samples in the run; 1 if unknown."""
     node = node_name(activation.layer)
     feeders = (node,) if activation.functional else flow.wiring.before(node)
-    seen = [late(flow.layers[n].output_variation) for n in feeders if n in flow.layers]
-    return max((v for v in seen if math.isfinite(v)), default=1.0)
+    seen = [flow.layers[n].output_variation for n in feeders if n in flow.layers]
+    return max((float(v[np.isfinite(v)].min()) for v in seen if np.isfinite(v).any()), default=1.0)
 
 
 def _rectifiers(flow: Flow) -> dict[str, list[ActivationRecord]]:
@@ -327,8 +323,8 @@ def _silent_issue(
     if share >= threshold:
         severity = IssueSeverity.CRITICAL if share == 1 else IssueSeverity.HIGH
     else:
-        alike = _fed_variation(flow, activation) < 0.2
-        by_chance = 1.5 / math.sqrt(max(activation.num_units, 1)) if alike else 0.0
+        alike = _fed_variation(flow, activation) < 0.5
+        by_chance = 2.0 / math.sqrt(max(activation.num_units, 1)) if alike else 0.0
         severity = IssueSeverity.MEDIUM if share >= some + by_chance else IssueSeverity.LOW
     fires = f" At the end, {now:.0%} of its elements fire." if math.isfinite(now) else ""
     return Issue(
@@ -336,7 +332,8 @@ def _silent_issue(
         layer_type=layer.type if layer else activation.op,
         issue_type=IssueType.DEAD,
         severity=severity,
-        description=f"{share:.0%} of the {activation.num_units} units of its {activation.op} fire for no sample "
+        description=f"{share:.0%} of the {activation.num_units} units of its {activation.op} fire for no "
+        f"sample "
         f"of {flow.record.steps} batches, so nothing passes them in either direction.{fires}",
         magnitude=share,
         recommended_actions=rectifier_actions(flow, activation, share),
@@ -344,7 +341,7 @@ def _silent_issue(
             "never_fired": share,
             "num_units": activation.num_units,
             "fired_share": now,
-            "fired_at_start": early(activation.fired_share[:3]),
+            "alive_at_start": bool(np.any(activation.fired_share > 0)) and share == 1,
             "op": activation.op,
             "role": "silent units",
         },

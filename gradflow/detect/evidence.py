@@ -11,16 +11,20 @@ the batch and the width.
 What a kind of layer does to the gradient (norms, not root mean squares: with weights drawn by fan-in the
 norm is what a layer keeps, whatever its width):
 
-* a layer with a weight matrix keeps 0.4: PyTorch's default initialisation has variance 1/(3 fan_in), which
-  keeps 1/sqrt(3), and a rectifier behind it keeps 1/sqrt(2) of that. An orthogonal or He initialisation
-  keeps more; so the expectation is a modest one, and a deep stack at default initialisation is not blamed
-  for what its initialisation is known to do, unless nothing at all is left (see `vanishing`).
+* a layer with a weight matrix keeps the rms of its rows, ‖W‖_F / sqrt(rows), over sqrt(2) for a rectifier
+  behind it: exactly what a matrix of independent entries does to a gradient on average. But at least 0.4,
+  for small weights are no excuse, and that is what PyTorch's default initialisation keeps (variance
+  1/(3 fan_in), hence 1/sqrt(3)): a deep stack of it is not blamed for what it is known to do, unless nothing
+  at all is left (see `vanishing`); and at most 1, for large ones promise nothing. Recurrent layers, whose
+  matrices hold several gates, keep 0.4.
 * pooling, averaging or slicing n elements to m keeps sqrt(m / n).
 * a softmax over k alternatives keeps 1 / k.
 * everything else keeps 1: norms, rectifiers, sums, and sigmoids too, for what a stack of those loses is the
   illness itself.
 
-For growth the expectation is generous in the other direction: a matrix keeps 1, a norm layer multiplies by
+For growth the expectation is generous in the other direction: a matrix keeps 1 (before a bounded activation
+the rms of its rows, if that is more: what large weights amplify there, the saturation they cause has taken
+before, and `saturation` tells it), a norm layer multiplies by
 its output's rms over its input's (it must: it undoes the scale of what is before it), a broadcast or a sum
 over k elements multiplies by sqrt(k) (a concatenation does not), and a node with more than four consumers
 by half their number.
@@ -54,6 +58,8 @@ class Flow:
         layers: layer calls by the name of their node.
         parameters: parameters by name.
         grad: measured norm of the output gradient by node; NaN at steps where it was not there.
+        norms: the layer calls that normalise.
+        summed: by name of a sum, the layer call whose output goes into it and nowhere else.
     """
 
     record: FlowRecord
@@ -61,6 +67,8 @@ class Flow:
     layers: Mapping[str, LayerRecord]
     parameters: Mapping[str, ParameterRecord]
     grad: Mapping[str, Floats]
+    norms: frozenset[str]
+    summed: Mapping[str, str]
 
     def parameters_of(self, node: str) -> tuple[ParameterRecord, ...]:
         """Return the parameters that a layer call owns."""
@@ -82,7 +90,7 @@ class Flow:
 
     def is_norm(self, node: str) -> bool:
         """Whether a layer call normalises, by the name of its class."""
-        return node in self.layers and "norm" in self.layers[node].type.lower()
+        return node in self.norms
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -100,12 +108,17 @@ class Shares:
     flow: Flow
 
     def path(self, node: str) -> list[str]:
-        """Return the measured layer calls from `node` to the loss along the path that should carry most."""
+        """Return the measured layer calls from `node` to the loss along the path that should carry most.
+
+        A sum on the path stands for the layer that ends in it: both have the same gradient, so a residual
+        stream, which is a path of sums, is seen block by block.
+        """
         found, here = [node], node
         while here in self.via:
             here = self.via[here]
-            if here in self.share:
-                found.append(here)
+            seen = here if here in self.share else self.flow.summed.get(here, "")
+            if seen in self.share and seen != found[-1]:
+                found.append(seen)
         return found
 
 
@@ -116,13 +129,32 @@ def flow_of(record: FlowRecord) -> Flow:
     for name, layer in layers.items():
         known = layer.called & layer.reached & layer.grad_finite & np.isfinite(layer.grad_norm)
         grad[name] = np.where(known, layer.grad_norm, np.nan)
+    wires = wiring(record)
     return Flow(
         record=record,
-        wiring=wiring(record),
+        wiring=wires,
+        summed=_summed(wires, layers),
         layers=layers,
         parameters={p.name: p for p in record.parameters},
         grad=grad,
+        norms=frozenset(name for name, layer in layers.items() if "norm" in layer.type.lower()),
     )
+
+
+def _summed(wires: Wiring, layers: Mapping[str, LayerRecord]) -> dict[str, str]:
+    found = {}
+    for node, record in wires.nodes.items():
+        if record.kind == "op" and record.type.lower() in ("add", "add_", "sub"):
+            for source in wires.preds[node]:
+                alike = wires.nodes[source].num_elements == record.num_elements
+                if (
+                    source in layers
+                    and alike
+                    and wires.succs[source] == (node,)
+                    and layers[source].parameters
+                ):
+                    found[node] = source
+    return found
 
 
 def shares(flow: Flow, keep: Keep, *, from_peak: bool = False) -> Shares:
@@ -152,7 +184,7 @@ def shares(flow: Flow, keep: Keep, *, from_peak: bool = False) -> Shares:
     share = {}
     for node, norm in flow.grad.items():
         if node in expected and not flow.layers[node].composite:
-            with np.errstate(divide="ignore", invalid="ignore"):
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 ratio = norm / lower_bound.get(node, expected[node])
             share[node] = np.where(np.isfinite(ratio), ratio, np.nan)
     return Shares(share=share, via=via, flow=flow)
@@ -163,13 +195,21 @@ def _middle(values: Floats) -> float:
     return float(np.median(known)) if len(known) else -math.inf
 
 
-def kept_at_least(flow: Flow, *, by_matrix: float = KEPT_BY_MATRIX) -> Keep:
-    """Return what each node should keep at least: the expectation for losses."""
+def kept_at_least(flow: Flow, *, by_matrix: float | None = None) -> Keep:
+    """Return what each node should keep at least: the expectation for losses.
+
+    Args:
+        flow: the record along its wiring.
+        by_matrix: what every layer with a weight matrix should keep; None for what its own weights promise.
+    """
     nodes = flow.wiring.nodes
+    promised = {
+        n: _promised(flow, n) if by_matrix is None else by_matrix for n in nodes if flow.has_matrix(n)
+    }
 
     def keep(node: str, upstream: str) -> float:
-        if flow.has_matrix(node):
-            return by_matrix
+        if node in promised:
+            return promised[node]
         here, there = nodes[node], nodes[upstream]
         if "softmax" in here.type.lower() and here.shape:
             return 1.0 / max(here.shape[-1], 1)
@@ -180,18 +220,31 @@ def kept_at_least(flow: Flow, *, by_matrix: float = KEPT_BY_MATRIX) -> Keep:
     return keep
 
 
+def _promised(flow: Flow, node: str) -> float:
+    plain = flow.layers[node].type.lower().startswith(("linear", "conv1d", "conv2d", "conv3d"))
+    gain = row_gain(flow, node) / math.sqrt(2.0) if plain else math.nan
+    return min(max(gain, KEPT_BY_MATRIX), 1.0) if math.isfinite(gain) else KEPT_BY_MATRIX
+
+
 def kept_at_most(flow: Flow) -> Keep:
     """Return what each node may hand back at most: the expectation for growth."""
     nodes, succs = flow.wiring.nodes, flow.wiring.succs
     rescaled = {node: rescaling(flow, node) for node in nodes if flow.is_norm(node)}
+    bounded = {a.layer if a.functional else a.name for a in flow.record.activations if a.kind != "rectifier"}
+
+    def feeds_bounded(node: str) -> bool:
+        return any(layer_name(n) in bounded for n in (node, *succs[node]))
 
     def keep(node: str, upstream: str) -> float:
         consumers = len(succs[upstream])
         fan_out = consumers / 2 if consumers > 4 else 1.0
         if node in rescaled:
             return fan_out * rescaled[node]
+        if flow.has_matrix(node):
+            gain = row_gain(flow, node) if feeds_bounded(node) else 1.0
+            return fan_out * max(gain if math.isfinite(gain) else 1.0, 1.0)
         here, there = nodes[node].num_elements, nodes[upstream].num_elements
-        if flow.has_matrix(node) or not (here and there):
+        if not (here and there):
             return fan_out
         joins = any(word in nodes[node].type.lower() for word in JOINS)
         if (here > there and not joins) or "sum" in nodes[node].type.lower():

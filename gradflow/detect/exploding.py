@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -45,9 +46,9 @@ def exploding(
     time step grows a thousandfold in ten.
 
     Looks alike and is not: large gradients everywhere (a summed loss, a large batch); the gradient before a
-    norm layer, which undoes the small scale of an embedding; one layer of gain 10 by itself; an auxiliary head
-    of small weight, which is outweighed by design, while the outputs of the main one are of the size of its
-    targets.
+    norm layer, which undoes the small scale of an embedding; one layer of gain 10 by itself; an auxiliary
+    head of small weight, which is outweighed by design, while the outputs of the main one are of the size of
+    its targets; large weights before a bounded activation, which `saturation` tells.
 
     Args:
         threshold: growth across one layer that is out of its kind's range: the largest usual gain is 1.5,
@@ -89,6 +90,8 @@ def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
         return []
     path = seen.path(peak)
     amplifiers = _amplifiers(flow, path, grown)
+    if not amplifiers:
+        return []
     strong = [a for a in amplifiers if a.largest >= threshold] or [
         a for a in amplifiers if a.growth >= 0.25 * max(b.growth for b in amplifiers)
     ]
@@ -111,13 +114,14 @@ def _severity(total: float, threshold: float) -> IssueSeverity:
 
 
 def _amplifiers(flow: Flow, path: Sequence[str], grown: dict[str, float]) -> list[_Amplifier]:
-    """Each step of the path, booked to the layer that the gradient went through, by module."""
+    """Each step of the path, booked to the layer that the gradient went through, by module; or, if the weights
+    there are too small for it, to the layer whose output feeds the operations between."""
     booked: dict[str, list[tuple[float, str]]] = {}
-    for before, node in zip(path, path[1:], strict=False):
+    for before, node in itertools.pairwise(path):
         if grown[before] > 0 and grown[node] > 0:
-            booked.setdefault(flow.layers[node].module, []).append(
-                (math.log(grown[before] / grown[node]), node)
-            )
+            growth = grown[before] / grown[node]
+            at = node if _amplifies(flow, node, growth) or not flow.wiring.ops_after(before) else before
+            booked.setdefault(flow.layers[at].module, []).append((math.log(growth), at))
     return [
         _Amplifier(
             module=module,
@@ -128,6 +132,13 @@ def _amplifiers(flow: Flow, path: Sequence[str], grown: dict[str, float]) -> lis
         for module, steps in booked.items()
         if sum(step for step, _ in steps) > 0
     ]
+
+
+def _amplifies(flow: Flow, node: str, growth: float) -> bool:
+    """Whether a layer's own weights can have made the gradient grow so much: by five times their rms at most,
+    which is about what the largest singular value of a random matrix is above the rms of its rows."""
+    gain = row_gain(flow, node)
+    return flow.is_norm(node) or growth <= 5.0 * max(1.0, gain if math.isfinite(gain) else 1.0)
 
 
 def _issue(
@@ -176,7 +187,8 @@ def _forward_growth(flow: Flow, path: Sequence[str]) -> float:
 
 
 def _runaway(flow: Flow, threshold: float) -> list[Issue]:
-    """Plain recurrent layers whose weights multiply the state at every step. A tanh would bound the output by 1."""
+    """Plain recurrent layers whose weights multiply the state at every step. A tanh would bound the output by
+    1."""
     issues = []
     for node, layer in flow.layers.items():
         kept = memory(flow, node)
@@ -189,7 +201,8 @@ def _runaway(flow: Flow, threshold: float) -> list[Issue]:
                 issue_type=IssueType.EXPLODING,
                 severity=_severity(kept.kept, threshold),
                 description=f"Over {kept.steps} steps its recurrent weights multiply signal and gradient by "
-                f"{kept.kept:.3g} ({kept.rate:.3g} a step); its output has rms {middle(layer.output_rms):.3g}.",
+                f"{kept.kept:.3g} ({kept.rate:.3g} a step); its output has rms "
+                f"{middle(layer.output_rms):.3g}.",
                 magnitude=kept.kept,
                 recommended_actions=exploding_actions(flow, node, calls=kept.steps),
                 metrics={"growth": kept.kept, "kept_per_step": kept.rate, "num_steps": kept.steps},
@@ -277,7 +290,8 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
             layer_type=layer.type,
             issue_type=IssueType.EXPLODING,
             severity=IssueSeverity.HIGH,
-            description=f"Its gradient is {ratio:.3g} times that of {rival}, with which it shares layers, so it "
+            description=f"Its gradient is {ratio:.3g} times that of {rival}, with which it shares layers, "
+            f"so it "
             f"alone steers them; its outputs are far from the scale of its targets (loss over gradient times "
             f"output: {off:.3g}).",
             magnitude=ratio,

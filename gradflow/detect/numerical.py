@@ -110,8 +110,8 @@ def _range(birth: NumericalRecord) -> str:
 
 
 def _unborn(flow: Flow, broken: Bools) -> Issue:
-    """Without a birth certificate: the first layer whose output is not finite, else the last whose gradient is
-    not, for that is the one nearest the loss."""
+    """Without a birth certificate: the first layer whose output is not finite, else the last whose gradient
+    is not, for that is the one nearest the loss."""
     step = int(np.argmax(broken))
     calls = sorted((c for c in flow.layers.values() if not c.composite), key=lambda c: c.order)
     forward = [c for c in calls if not c.output_finite[step]]
@@ -128,7 +128,8 @@ def _unborn(flow: Flow, broken: Bools) -> Issue:
         layer_type=at.type if at else "model",
         issue_type=IssueType.NUMERICAL,
         severity=_severity(broken),
-        description=f"{where}, first at step {step}; {int(broken.sum())} of {len(broken)} steps are not finite.",
+        description=f"{where}, first at step {step}; {int(broken.sum())} of {len(broken)} steps are not "
+        f"finite.",
         magnitude=float(broken.mean()),
         recommended_actions=numerical_actions(None),
         metrics={"phase": phase, "step": step, "loss_finite": bool(np.isfinite(flow.record.losses[step]))},

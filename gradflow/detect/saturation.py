@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from gradflow.detect.actions import saturation_actions
+import attrs
+
+from gradflow.detect.actions import gate_actions, saturation_actions
 from gradflow.detect.evidence import Flow, early, flow_of, late, middle, row_gain
+from gradflow.detect.recurrent import gate_drive
 from gradflow.detect.wiring import node_name
 from gradflow.records import ActivationRecord, FlowRecord, Issue, IssueSeverity, IssueType
 
@@ -26,6 +29,9 @@ def saturation(
     gradient alone could have many reasons, and a large weight gradient in front may hide it: inputs of 0 to
     255 saturate a sigmoid and enlarge the gradient of the weights before it.
 
+    The gates of a fused recurrent layer are out of sight; there the rms of its input times that of the rows
+    of its input weights tells what enters them (`gradflow.detect.recurrent`).
+
     Looks alike and is not: the few percent of any healthy tanh; gates that are closed for part of their
     units; a softmax over many alternatives that gives each of them little; an output that is confident
     because it has learned to be (its loss has fallen by more than half within the run: LOW); a softmax over
@@ -41,13 +47,11 @@ def saturation(
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
-        found: dict[str, Issue] = {}
+        found: dict[str, list[Issue]] = {}
         for activation in record.activations:
-            issue = _issue(flow, activation, share, severe_share, stuck_share)
-            module = re.sub(r"@\d+", "", activation.name)
-            if issue and (module not in found or issue.magnitude > found[module].magnitude):
-                found[module] = issue  # of several calls of a module, the worst
-        return list(found.values())
+            if issue := _issue(flow, activation, share, severe_share, stuck_share):
+                found.setdefault(re.sub(r"@\d+", "", activation.name), []).append(issue)
+        return [*(_worst(calls) for calls in found.values()), *_driven_gates(flow, share)]
 
     return detector
 
@@ -55,7 +59,12 @@ def saturation(
 def _issue(
     flow: Flow, activation: ActivationRecord, share: float, severe_share: float, stuck_share: float
 ) -> Issue | None:
-    if activation.kind not in ("bounded", "softmax") or (activation.kind == "softmax" and activation.width == 1):
+    if activation.kind not in ("bounded", "softmax") or (
+        activation.kind == "softmax" and activation.width == 1
+    ):
+        return None
+    layer = flow.layers.get(node_name(activation.layer))
+    if layer and layer.type == "ReLU6":  # a rectifier with a ceiling: zeros are what it is for
         return None
     seen = late(activation.saturated_share)
     stuck = activation.always_saturated
@@ -66,7 +75,6 @@ def _issue(
     learned = _has_learned(flow, activation, first, seen)
     if learned:
         severity = IssueSeverity.LOW
-    layer = flow.layers.get(node_name(activation.layer))
     unit = "rows" if activation.kind == "softmax" else "elements"
     stuck_text = f", {stuck:.0%} of its units for every sample" if stuck >= stuck_share else ""
     trend = f" It was {first:.0%} in the first steps." if seen > first + 0.2 else ""
@@ -92,6 +100,35 @@ def _issue(
             "feeder_row_gain": row_gain(flow, node_name(feeder)) if feeder in _names(flow) else math.nan,
         },
     )
+
+
+def _worst(calls: Sequence[Issue]) -> Issue:
+    """Of several calls of one module, the worst, which then speaks for all."""
+    worst = max(calls, key=lambda issue: issue.magnitude)
+    return attrs.evolve(worst, metrics={**worst.metrics, "num_calls": len(calls)})
+
+
+def _driven_gates(flow: Flow, share: float) -> list[Issue]:
+    """Fused recurrent layers, whose gates are out of sight: by what must enter them."""
+    issues = []
+    for node, layer in flow.layers.items():
+        drive = gate_drive(flow, node)
+        if drive is None or drive.saturated < share or not flow.trainable(node):
+            continue
+        issues.append(
+            Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.SATURATION,
+                severity=IssueSeverity.HIGH,
+                description=f"Its input of rms {drive.entering:.3g} drives its gates with rms {drive.rms:.3g}, so "
+                f"that about {drive.saturated:.0%} of them are saturated.",
+                magnitude=drive.saturated,
+                recommended_actions=gate_actions(layer.name, drive.entering),
+                metrics={"saturated_share": drive.saturated, "input_rms": drive.entering, "drive": drive.rms},
+            )
+        )
+    return issues
 
 
 def _names(flow: Flow) -> frozenset[str]:

@@ -20,10 +20,11 @@ def unstable(
 
     Measured: at each step the norm of the gradient of all parameters together, over a reference: what the run
     was used to, the geometric mean of the median of the steps before and of the whole run's, and no less
-    than the former. From these ratios the largest, and a coefficient of variation that counts only what is above the
-    reference: the root mean square of (ratio - 1). The same for the loss where it is positive throughout,
-    but of any two steps in a row the smaller one counts: a loss that has jumped away stays there, one bad
-    batch does not. Apart from this, how many values each channel of a batch norm averages over in training.
+    than the former. From these ratios the largest, and a coefficient of variation that counts only what is
+    above the reference: the root mean square of (ratio - 1). The same for the loss where it is positive
+    throughout, but of any two steps in a row the smaller one counts: a loss that has jumped away stays there,
+    one bad batch does not. Apart from this, how many values each channel of a batch norm averages over in
+    training.
 
     Why this is evidence: a step of plain or of momentum descent is proportional to the gradient, so a jump
     by an order of magnitude undoes many steps at once. The reference is the run's own, so the scale of the
@@ -64,7 +65,9 @@ def total_gradient(record: FlowRecord) -> Floats:
     """Return the norm of the gradient of all parameters together, shape (steps,)."""
     if not record.parameters:
         return np.full(record.steps, np.nan)
-    norms = np.stack([p.grad_norm for p in record.parameters if p.trainable] or [np.full(record.steps, np.nan)])
+    norms = np.stack(
+        [p.grad_norm for p in record.parameters if p.trainable] or [np.full(record.steps, np.nan)]
+    )
     with np.errstate(over="ignore", invalid="ignore"):
         total = np.sqrt(np.nansum(np.square(norms), axis=0))
     return np.where(np.isfinite(norms).any(axis=0), total, np.nan)
@@ -77,12 +80,15 @@ def rises(values: Floats) -> _Jump | None:
     100.0
     """
     known = np.flatnonzero(np.isfinite(values) & (values > 0))
-    if len(known) < 5:
+    if len(known) < 2:
         return None
     x = values[known]
     whole = float(np.median(x))
     used_to = [float(np.median(x[:i])) for i in range(1, len(x))]
-    ratios = np.array([y / max(u, math.sqrt(u * whole)) for y, u in zip(x[1:], used_to, strict=True)])
+    # Ten times the run's median caps the ratio: where the first steps were low by chance, nothing has jumped.
+    ratios = np.array(
+        [min(y / max(u, math.sqrt(u * whole)), 10 * y / whole) for y, u in zip(x[1:], used_to, strict=True)]
+    )
     at = int(np.argmax(ratios))
     over = np.maximum(ratios - 1.0, 0.0)
     return _Jump(
@@ -112,7 +118,8 @@ def _jumps(flow: Flow, cv_threshold: float, jump: float) -> list[Issue]:
             layer_type=layer.type if layer else record.provenance.model or "model",
             issue_type=IssueType.UNSTABLE,
             severity=severity,
-            description=f"At step {found.step} the {name} is {found.ratio:.3g} times what this run is used to; "
+            description=f"At step {found.step} the {name} is {found.ratio:.3g} times what this run is used "
+            f"to; "
             f"over the run, the rises above it have a coefficient of variation of {found.variation:.2g}. "
             + ("The steps of the optimizer bring it about or fail to damp it." if stepped else
                "The parameters were held fixed, so it is the batches that differ."),

@@ -23,6 +23,7 @@ from gradflow.detect.recurrent import memory
 from gradflow.detect.wiring import layer_name
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
+_SHAPES = ("view", "reshape", "expand", "transpose", "permute", "squeeze", "clone", "split", "select")
 LOCAL = 1e-2  # what a layer must fall short of its kind to be named: out of any usual initialisation's range
 
 
@@ -38,8 +39,8 @@ def vanishing(
     of gradient that training has cured does not count, and one that training has brought about does.
 
     Why this is evidence: the loss, the batch and the width cancel in a ratio of norms on one path. The
-    gradient of the *weights* is not looked at: large inputs enlarge it, and a uniform decay makes all weights'
-    gradients alike. What each layer keeps, against its kind, shows uniform decay too.
+    gradient of the *weights* is not looked at: large inputs enlarge it, and a uniform decay makes those of
+    all weights alike. What each layer keeps, against its kind, shows uniform decay too.
 
     A fused plain recurrent layer whose last step alone is read is judged by its recurrent weights, see
     `gradflow.detect.recurrent`.
@@ -87,6 +88,7 @@ class _Starved:
         local: what passes the absorber, against its kind.
         before: the layer that the absorber hands to.
         at_once: whether most is lost between two neighbours on the path, at a layer or at an operation.
+        part: the part of the model in which most of the loss on its path happens.
         num_starved: layers with a weight matrix on the path, itself included, that get too little.
     """
 
@@ -100,6 +102,7 @@ class _Starved:
     before: str
     at_once: bool
     num_starved: int
+    part: str
 
 
 def _starved(
@@ -113,34 +116,51 @@ def _starved(
     seen = {node: late(values) for node, values in against.share.items()}
     arriving = {node: late(plain.share[node]) if node in plain.share else seen[node] for node in seen}
     severity = {node: _severity(seen[node], arriving[node], threshold, share) for node in seen}
-    blamed: dict[str, str] = {}
+    # How many layers, and how many starved ones with a weight matrix, stand between a node and the loss.
+    depth, num_starved = _counts(against, severity)
+    blamed: dict[str, tuple[_Fall, bool]] = {}
     found = []
     for node in sorted((n for n in seen if severity[n]), key=lambda n: (seen[n], n)):
-        path = against.path(node)
-        values = [min(max(seen[p], 1e-300), 1.0) if seen[p] == seen[p] else 1.0 for p in path]
         if node not in blamed:
-            absorber = _sole_fall(path, values, local_share)
-            if absorber and not _hands_back_little(absorber, path, seen, against.flow):
-                absorber = ""
-            for here in path:
-                blamed.setdefault(here, absorber)
-        absorber = blamed[node] if blamed[node] in path[1:] else ""
-        at = path.index(absorber) if absorber else 0
+            path = against.path(node)
+            fall = _sole_fall(path, seen, local_share, against.flow)
+            end = path.index(fall.node) if fall.node else 0
+            for i, here in enumerate(path):
+                blamed.setdefault(here, (fall, i < end))
+        fall, ahead = blamed[node]
+        absorber = fall.node if ahead and fall.to_blame else ""
         found.append(
             _Starved(
                 node=node,
                 share=seen[node],
                 arriving=arriving[node],
                 severity=severity[node] or IssueSeverity.MEDIUM,
-                num_layers=len(path),
+                num_layers=depth[node],
                 absorber=absorber,
-                local=values[at - 1] / values[at] if absorber else math.nan,
-                before=path[at - 1] if absorber else "",
-                at_once=bool(_sole_fall(path, values, local_share)),
-                num_starved=sum(bool(severity[p]) and against.flow.has_matrix(p) for p in path),
+                local=fall.kept if absorber else math.nan,
+                before=fall.before if absorber else "",
+                at_once=ahead,
+                num_starved=num_starved[node],
+                part=fall.part,
             )
         )
     return found
+
+
+def _counts(
+    against: Shares, severity: Mapping[str, IssueSeverity | None]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """By node, the measured layers from it to the loss, and those of them with a matrix that are starved."""
+    depth: dict[str, int] = {}
+    starved: dict[str, int] = {}
+    for node in reversed(against.flow.wiring.order):
+        behind = against.via.get(node, "")
+        seen = node if node in against.share else against.flow.summed.get(node, "")
+        measured = node in against.share or (seen in against.share and behind != seen)
+        bad = measured and severity[seen] is not None and against.flow.has_matrix(seen)
+        depth[node] = depth.get(behind, 0) + int(measured)
+        starved[node] = starved.get(behind, 0) + int(bad)
+    return depth, starved
 
 
 def _by_the_way(s: _Starved, fed: float, bypass: float) -> bool:
@@ -148,19 +168,56 @@ def _by_the_way(s: _Starved, fed: float, bypass: float) -> bool:
     return fed > bypass * s.share and (s.at_once or s.num_starved <= 2)
 
 
-def _sole_fall(path: Sequence[str], values: Sequence[float], local_share: float) -> str:
-    """The layer on the loss's side of the one fall that accounts for most of the loss on a path, or ""."""
-    falls = [(values[i] / values[i + 1], path[i + 1]) for i in range(len(path) - 1)]
-    least, node = min(falls, default=(1.0, ""))
-    sole = least <= LOCAL and math.log(least) <= local_share * math.log(max(values[0], 1e-300))
-    return node if sole else ""
+@attrs.frozen(kw_only=True)
+class _Fall:
+    """The one place on a path that accounts for most of its loss; none if `node` is empty.
+
+    Args:
+        node: the layer on the loss's side of it.
+        before: the layer on the other side.
+        kept: what passes, against the layer's kind.
+        to_blame: whether it is the layer itself: none of the layers right before it gets its due. If one
+            does, the operations on the way to the others are to blame.
+        part: the part of the model in which most of the loss happens: a prefix of names.
+    """
+
+    node: str = ""
+    before: str = ""
+    kept: float = 1.0
+    to_blame: bool = False
+    part: str = ""
 
 
-def _hands_back_little(node: str, path: Sequence[str], seen: Mapping[str, float], flow: Flow) -> bool:
-    """Whether none of the layers right before a layer gets its due; if one does, it is not the layer that is to
-    blame, but the operations on the way to the others."""
+def _sole_fall(path: Sequence[str], seen: Mapping[str, float], local_share: float, flow: Flow) -> _Fall:
+    values = [min(max(_known(seen[node]), 1e-300), 1.0) for node in path]
+    falls = [(values[i] / values[i + 1], i) for i in range(len(path) - 1)]
+    least, i = min(falls, default=(1.0, 0))
+    part = _part(flow, path, values)
+    if least > LOCAL or math.log(least) > local_share * math.log(max(values[0], 1e-300)):
+        return _Fall(part=part)
+    node = path[i + 1]
+    if not flow.has_matrix(node) and not flow.is_norm(node) and not _saturates(flow, path[i]):
+        return _Fall(node=node, before=path[i], kept=least, part=part)
     handed = max((_known(seen.get(n, 0.0)) for n in flow.wiring.before(node)), default=0.0)
-    return max(handed, _known(seen[path[path.index(node) - 1]])) <= LOCAL * 10 * _known(seen[node])
+    little = max(handed, values[i]) <= 10 * LOCAL * values[i + 1]
+    return _Fall(node=node, before=path[i], kept=least, to_blame=little, part=part)
+
+
+def _part(flow: Flow, path: Sequence[str], values: Sequence[float]) -> str:
+    """The part of the model, by the first component in which names differ, that loses most on a path."""
+    names = [flow.layers[node].module.split(".") for node in path]
+    level = 0
+    while all(len(n) > level + 1 for n in names) and len({n[level] for n in names}) == 1:
+        level += 1
+    lost: dict[str, float] = {}
+    for i in range(len(path) - 1):
+        part = ".".join(names[i + 1][: level + 1]) if len(names[i + 1]) > level + 1 else ""
+        lost[part] = lost.get(part, 0.0) + math.log(values[i + 1] / values[i])
+    return max(lost, key=lambda part: (lost[part], part), default="")
+
+
+def _saturates(flow: Flow, node: str) -> bool:
+    return any(late(a.saturated_share) > 0.5 for a in activations_of(flow, node))
 
 
 def _severity(seen: float, arriving: float, threshold: float, share: float) -> IssueSeverity | None:
@@ -190,9 +247,7 @@ def _known(value: float) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _issues(
-    flow: Flow, plain: Shares, starved: Sequence[_Starved], fed: Mapping[str, float]
-) -> list[Issue]:
+def _issues(flow: Flow, plain: Shares, starved: Sequence[_Starved], fed: Mapping[str, float]) -> list[Issue]:
     """One issue for each starved module, at its first starved call, and one for each layer that absorbs."""
     told: dict[str, _Starved] = {}
     worst: dict[str, _Starved] = {}
@@ -237,6 +292,7 @@ def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float) -> Issue:
             "row_gain": row_gain(flow, s.node),
             "first_steps": first,
             "side_branch": fed > 3 * s.share,
+            "elsewhere": bool(s.part) and not layer.module.startswith(f"{s.part}."),
         },
     )
 
@@ -244,21 +300,16 @@ def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float) -> Issue:
 def _absorber_issue(flow: Flow, s: _Starved) -> Issue:
     """The verdict on the layer that loses the gradient, or on what stands between it and the next one."""
     node, gain = s.absorber, row_gain(flow, s.absorber)
-    op, at = "", node
-    # A weight of ordinary size did not do it: then a saturated activation on the way did, if there is one.
-    if not gain < 0.1:
-        for activation in activations_of(flow, s.before):
-            if late(activation.saturated_share) > 0.5:
-                op, at = activation.op, s.before if activation.functional else node
+    op, at = _operation(flow, s) if gain >= 0.1 else ("", node)
     layer = flow.layers[at]
     return Issue(
         layer=layer.name,
         layer_type=layer.type,
         issue_type=IssueType.VANISHING,
         severity=s.severity,
-        description=f"Hands back only {s.local:.1e} of the gradient that a layer of its kind should"
-        + (f" (its {op} is saturated)" if op else "")
+        description=f"Only {s.local:.1e} of the gradient that should comes back through it"
         + (f"; the rms of its weights' rows is {gain:.1e}" if gain < 0.1 else "")
+        + (f": it is lost in what its output goes through ({op})" if op else "")
         + f". Upstream, {s.arriving:.1e} of the gradient arrives at {s.node}.",
         magnitude=s.local,
         recommended_actions=vanishing_actions(flow, at, absorber=node, per_layer=s.local),
@@ -280,10 +331,23 @@ def _forgetful(flow: Flow, threshold: float) -> list[Issue]:
                 issue_type=IssueType.VANISHING,
                 severity=IssueSeverity.MEDIUM if kept.kept >= threshold**2 else IssueSeverity.HIGH,
                 description=f"Over {kept.steps} steps back in time it keeps at most {kept.kept:.1e} of the "
-                f"gradient: only its last step is read, and its recurrent weights keep {kept.rate:.2g} a step.",
+                f"gradient: only its last step is read, and its recurrent weights keep {kept.rate:.2g} a "
+                f"step.",
                 magnitude=kept.kept,
                 recommended_actions=forgetful_actions(layer.name, kept.rate),
                 metrics={"kept_per_step": kept.rate, "num_steps": kept.steps, "absorbs": node},
             )
         )
     return issues
+
+
+def _operation(flow: Flow, s: _Starved) -> tuple[str, str]:
+    """What loses the gradient between two layers whose weights do not, and the layer at fault: a saturated
+    activation, else the operations that the first one's output goes through, else the second one itself."""
+    for activation in activations_of(flow, s.before):
+        if late(activation.saturated_share) > 0.5:
+            return activation.op, s.before if activation.functional else s.absorber
+    ops = [op for op in flow.wiring.ops_after(s.before) if not any(word in op for word in _SHAPES)]
+    if ops and flow.has_matrix(s.absorber):
+        return ", ".join(dict.fromkeys(ops)), s.before
+    return "", s.absorber

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
+import numpy as np
 
 from gradflow.records import EdgeRecord, FlowRecord, LayerRecord, NodeRecord
 
@@ -134,8 +135,17 @@ def _chain(record: FlowRecord) -> Wiring:
     """One chain in the order of execution: layers that hold others are left out, they repeat their last."""
     calls = sorted((layer for layer in record.layers if not layer.composite), key=lambda layer: layer.order)
     nodes = [_node(layer) for layer in calls]
-    nodes.append(NodeRecord(name=LOSS, kind=LOSS, order=len(nodes), grad_norm=[], input_grad_norm=[],
-                            effective_rank=[]))  # fmt: skip
+    nothing = np.empty(0)
+    nodes.append(
+        NodeRecord(
+            name=LOSS,
+            kind=LOSS,
+            order=len(nodes),
+            grad_norm=nothing,
+            input_grad_norm=nothing,
+            effective_rank=nothing,
+        )
+    )
     live = [(a.name, b.name) for a, b in itertools.pairwise(nodes)]
     return _assembled(nodes, live, (), known=False)
 
@@ -151,9 +161,9 @@ def _node(layer: LayerRecord) -> NodeRecord:
         num_elements=int(sizes[-1]) if len(sizes) else 0,
         parameters=layer.parameters,
         order=layer.order,
-        grad_norm=[],
-        input_grad_norm=[],
-        effective_rank=[],
+        grad_norm=np.empty(0),
+        input_grad_norm=np.empty(0),
+        effective_rank=np.empty(0),
         reachable=bool(layer.reached.any()),
     )
 

@@ -111,10 +111,10 @@ def activation_records(history: History) -> list[ActivationRecord]:
     steps = len(history.rows)
     nothing = (np.full(steps, NAN), np.ones(steps))
     found = {kind: series(history, kind) for kind in ("fired", "saturated", "input", "width")}
+    layouts = dict.fromkeys(row.layout for row in history.rows)
+    in_order = [key for layout in layouts for _, key in layout.places]
     keys = dict.fromkeys(
-        key
-        for key in [*history.peaks, *history.stuck, *(k for of_kind in found.values() for k in of_kind)]
-        if isinstance(key, ActivationKey)
+        key for key in [*in_order, *history.peaks, *history.stuck] if isinstance(key, ActivationKey)
     )
 
     def share(kind: str, key: ActivationKey) -> Floats:

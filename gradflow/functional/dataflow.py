@@ -99,10 +99,10 @@ class DataFlow:
             return out
         if name in _READS:
             for tensor in inputs:
-                for index in source_calls(self.recorder, tensor):
-                    self.read[self.recorder.calls[index].name] = name
+                for origin in self._sources(tensor, name):
+                    self.read[origin] = name.strip("_")
             return out
-        for tensor in iter_tensors(out):
+        for tensor in iter_tensors(args[0] if name == "__setitem__" else out):
             if tensor.requires_grad:
                 if tensor.grad_fn is not None:
                     for source in inputs:
@@ -110,7 +110,7 @@ class DataFlow:
                             for origin, reason in self.taint(source).items():
                                 self.joins.append((tensor.grad_fn, origin, reason))
                 continue
-            taint: Taint = {}
+            taint = dict(self.taint(tensor))  # one that was written to has it already
             for source in inputs:
                 taint |= self._sources(source, cut_name(func)) if source is not tensor else {}
             self._mark(tensor, taint)

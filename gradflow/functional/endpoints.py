@@ -15,7 +15,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -31,7 +31,10 @@ from gradflow.functional.purity import RandomState
 from gradflow.functional.setting import Setting, floats, replaced
 from gradflow.functional.trees import map_tensors, same_device, shapes
 
-Around = Callable[[str, int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Forward = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Around = Callable[[str, int, Forward, Args, Kwargs], Any]
 
 
 @attrs.frozen
@@ -86,7 +89,7 @@ def led(model: nn.Module, names: set[str], around: Around) -> Iterator[None]:
     counts: dict[str, int] = {}
     swapped: list[tuple[nn.Module, Any]] = []
 
-    def lead(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def lead(name: str, forward: Forward) -> Forward:
         @functools.wraps(forward)
         def forward_led(*args: Any, **kwargs: Any) -> Any:
             number = counts[name] = counts.get(name, -1) + 1
@@ -123,7 +126,7 @@ class Seen:
         ended: likewise.
     """
 
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    arguments: tuple[Args, Kwargs]
     output: Any
     random: RandomState
     began: int
@@ -158,9 +161,7 @@ def observe(setting: Setting, batch: Any, places: list[Place]) -> dict[Place, Se
     clock = 0
     counts: dict[str, int] = {}
 
-    def around(
-        name: str, number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def around(name: str, number: int, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
         nonlocal clock
         counts[name] = number + 1
         here = [place for place in places if place.is_at(name, number)]
@@ -254,12 +255,10 @@ def varied_positions(
     return tuple(i for i, tensor in enumerate(floats((args, kwargs))) if tensor is candidates[0])
 
 
-def _bound(
-    place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], argument: int | str
-) -> Any:
+def _bound(place: Place, module: nn.Module, args: Args, kwargs: Kwargs, argument: int | str) -> Any:
     if isinstance(argument, int) and 0 <= argument < len(args):
         return args[argument]
-    named: dict[str, Any] = dict(kwargs)
+    named = dict(kwargs)
     with contextlib.suppress(TypeError, ValueError):
         named |= inspect.signature(module.forward).bind(*args, **kwargs).arguments
     if argument in named:
@@ -294,7 +293,7 @@ class Held:
 
     Args:
         function: of one tensor.
-        setting: put in place by the function itself; and by who runs a reverse pass that runs parts of it again.
+        setting: put in place by the function itself, and for a reverse pass that runs parts of it again.
     """
 
     function: TensorFunction
@@ -309,21 +308,20 @@ class Held:
         return self.setting.evaluating()
 
 
-def layer_alone(setting: Setting, place: Place, seen: Seen, positions: tuple[int, ...]) -> TensorFunction:
+def layer_alone(setting: Setting, place: Place, seen: Seen, positions: tuple[int, ...]) -> Held:
     """Return the function of a layer that calls the layer alone; see NOTE [The function of a layer]."""
+    held = seen.arguments
 
     def function(x: Tensor) -> Tensor:
         outputs: list[Any] = []
 
-        def around(
-            name: str, number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> Any:
-            args, kwargs = replaced(_copied(seen.arguments), positions, x.clone())
+        def around(name: str, number: int, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+            args, kwargs = replaced(_copied(held), positions, x.clone())
             outputs.append(forward(*args, **kwargs))
             return outputs[0]
 
         with setting.evaluating(), led(setting.module, {""}, around):
-            args, kwargs = _copied(seen.arguments)
+            args, kwargs = _copied(held)
             setting.module(*args, **kwargs)
         return first_output(place, outputs[0])
 
@@ -353,13 +351,11 @@ class _Reached(BaseException):
         self.value = value
 
 
-def through_model(setting: Setting, batch: Any, start: Start, target: Place) -> TensorFunction:
+def through_model(setting: Setting, batch: Any, start: Start, target: Place) -> Held:
     """Return the function from a tensor at `start` to the output of `target`, by running the model."""
 
     def function(x: Tensor) -> Tensor:
-        def around(
-            name: str, number: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> Any:
+        def around(name: str, number: int, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
             here = start.place.is_at(name, number)
             if here and start.side == "input":
                 args, kwargs = replaced((args, kwargs), start.positions, x.clone())

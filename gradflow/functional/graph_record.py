@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import attrs
 import numpy as np
@@ -84,6 +84,7 @@ def graph_record(
     calls: Sequence[Call],
     dataflow: DataFlow,
     flows: Sequence[HostFlows] = (),
+    arrived: Collection[str] = (),
 ) -> GraphRecord:
     """Return the graph's plain data.
 
@@ -93,9 +94,10 @@ def graph_record(
         calls: the calls of the first step.
         dataflow: of the first step; tells why a layer is unreachable.
         flows: the measured steps.
+        arrived: names of calls at whose output a gradient was seen, in the graph or not.
     """
     groups, edges = merged(structures)
-    reached = set(groups)
+    reached = {*groups, *arrived}
     for call in calls:
         name = call.name or MODEL
         if call.is_layer and name not in groups:

@@ -47,6 +47,7 @@ class Jacobian:
     def __init__(self, function: TensorFunction, point: Tensor, *, name: str = "f", type: str = "") -> None:
         self.function = function
         self.name, self.type = name, type
+        self._shown = name or "the model"
         with torch.inference_mode(False):
             self.point = point.detach().clone()
             with torch.no_grad():
@@ -55,7 +56,7 @@ class Jacobian:
         self._pull: TensorFunction | None = None
 
     def __repr__(self) -> str:
-        return f"Jacobian({self.name}, {tuple(self.point.shape)} -> {tuple(self.value.shape)})"
+        return f"Jacobian({self._shown}, {tuple(self.point.shape)} -> {tuple(self.value.shape)})"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,10 +70,10 @@ class Jacobian:
             ValueError: if the tangent has another shape.
             ModelCallError: if the function cannot be differentiated.
         """
-        tangent = _fitting(tangent, self.point, "tangent", "input", self.name)
+        tangent = _fitting(tangent, self.point, "tangent", "input", self._shown)
         with torch.inference_mode(False), torch.enable_grad():
             if self._push is None:
-                self._push, product = first_way(PUSHES, self.function, self.point, tangent, self.name)
+                self._push, product = first_way(PUSHES, self.function, self.point, tangent, self._shown)
             else:
                 product = self._push(tangent)
         return product.detach()
@@ -84,10 +85,10 @@ class Jacobian:
             ValueError: if the cotangent has another shape.
             ModelCallError: if the function cannot be differentiated.
         """
-        cotangent = _fitting(cotangent, self.value, "cotangent", "output", self.name)
+        cotangent = _fitting(cotangent, self.value, "cotangent", "output", self._shown)
         with torch.inference_mode(False), torch.enable_grad():
             if self._pull is None:
-                self._pull, product = first_way(PULLS, self.function, self.point, cotangent, self.name)
+                self._pull, product = first_way(PULLS, self.function, self.point, cotangent, self._shown)
             else:
                 product = self._pull(cotangent)
         return product.detach()

@@ -62,6 +62,7 @@ class Run:
     calls: list[Call] = attrs.field(factory=list)  # of the first step
     structures: list[Structure] = attrs.field(factory=list)
     severed: list[Cut] = attrs.field(factory=list)
+    arrived: set[str] = attrs.field(factory=set)  # names of calls at whose output a gradient was seen
     flows: list[HostFlows] = attrs.field(factory=list)
     numerics: list[NumericalRecord] = attrs.field(factory=list)
     traces: int = 0
@@ -198,10 +199,10 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
             f"{skipped} updates with a non-finite loss or gradient were skipped, so that the steps after "
             "them could still be measured."
         )
-    reached = {name for name, (_, count) in series(run.history, "grad").items() if (count > 0).any()}
     # The inside of a reentrant checkpoint is not in the graph, but the gradient is seen to arrive there.
+    run.arrived = {str(name) for name, (_, n) in series(run.history, "grad").items() if (n > 0).any()}
     run.severed = [
-        cut for cut in run.severed if cut.source not in reached or not cut.reason.startswith("checkpoint")
+        cut for cut in run.severed if cut.source not in run.arrived or not cut.reason.startswith("checkpoint")
     ]
     record = _assemble(run)
     if plan.deepen is not None and before is not None and plan.detail == "cheap" and plan.deepen(record):
@@ -330,6 +331,7 @@ def _trace(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
         program, batch, step, transform="fused", structural=True, look=True, observer=tracer, before=before,
         inspect=certify,
     )  # fmt: skip
+    recorder.on_probe = None
     again = history.read(outcome, look=True, parameters_moved=run.plan.optimizer is not None)
     program.buffers = buffers
     random.restore()
@@ -390,7 +392,8 @@ def _deepened(run: Run, batch: Any, before: Before, record: FlowRecord) -> FlowR
         return record
     flows = [read_flows(step, outcome.flows)]
     assert run.dataflow is not None
-    graph = graph_record([*run.structures, outcome.structure], run.severed, run.calls, run.dataflow, flows)  # type: ignore[attr-defined]
+    structures = [*run.structures, outcome.structure]
+    graph = graph_record(structures, run.severed, run.calls, run.dataflow, flows, run.arrived)
     note = (
         f"The flow on every edge was measured at step {step}, run again with the same batch and random state."
     )
@@ -420,7 +423,7 @@ def _assemble(run: Run) -> FlowRecord:
     graph = None
     if run.structures and run.dataflow is not None:
         graph = graph_record(
-            run.structures, run.severed, run.calls, run.dataflow, run.flows
+            run.structures, run.severed, run.calls, run.dataflow, run.flows, run.arrived
         )  # fmt: skip
     chosen = optimized(plan.optimizer, program.model) if plan.optimizer is not None else None
     return FlowRecord(

@@ -43,13 +43,23 @@ class Operation:
 
 
 class Tracer:
-    """Observes every function of one step, for `Watch`."""
+    """Observes every function of one step, for `Watch`.
+
+    Args:
+        recorder: the step's recorder; its `on_probe` is set to this.
+    """
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
         self.operations: list[Operation] = []
         self.births: list[tuple[Operation, str]] = []
         self._born: dict[int, tuple[weakref.ref[Tensor], tuple[Operation, str]]] = {}
+        recorder.on_probe = self._carry_over
+
+    def _carry_over(self, old: Tensor, new: Tensor) -> None:
+        """Follow what is not finite from a layer's output to the probe that stands in for it."""
+        if (born := self.birth(old)) is not None:
+            self._born[id(new)] = (weakref.ref(new), born)
 
     def birth(self, tensor: Tensor) -> tuple[Operation, str] | None:
         """Return the operation that made what is not finite in a tensor, with `nan` or `inf`."""

@@ -155,7 +155,7 @@ def per_sample_gradients(
             [[3., 4., 5.]]])
     """
     program = _SampleLosses.of(model, batch, loss_fn, method=method, seed=seed)
-    chunks = list(program.gradients(chunk_size or program.num_samples))
+    chunks = list(program.gradients(program.num_samples if chunk_size is None else chunk_size))
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in program.trainable}
 
 
@@ -200,7 +200,9 @@ def gradient_noise(
     means: Tensors = {}
     scatter = dict.fromkeys(program.trainable, 0.0)  # Σ|g_i − ḡ|²
     done = 0
-    for chunk in program.gradients(chunk_size or min(number, max(1, _CHUNK_ELEMENTS // size))):
+    if chunk_size is None:
+        chunk_size = min(number, max(1, _CHUNK_ELEMENTS // size))
+    for chunk in program.gradients(chunk_size):
         for name, gradients in chunk.items():
             scatter[name] += _merge(means, name, gradients, done)
         done += len(next(iter(chunk.values())))
@@ -335,8 +337,8 @@ class _SampleLosses:
                 f"per_sample_gradients: vmap rejects {type(self.setting.module).__name__}: {error} The model "
                 "runs on one sample alone, so the cause is something that vmap cannot do for all of them at "
                 "once: a branch on a tensor's value, `.item()`, an in-place write to a tensor that was not "
-                "made from the input, a custom autograd Function without `vmap`, nn.GRU or nn.RNN. Pass `method='loop'` to run "
-                "the samples one by one."
+                "made from the input, nn.GRU or nn.RNN, a custom autograd Function without `vmap`. Pass "
+                "`method='loop'` to run the samples one by one."
             ) from error
 
     def _looped(self, chunk: list[Tensor]) -> Tensors:

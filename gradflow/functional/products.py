@@ -133,7 +133,7 @@ def first_way(
         except (RuntimeError, TypeError) as error:
             errors.append(error)
     raise ModelCallError(
-        f"no derivative of {name or 'the model'} can be taken: {errors[0]} An operation in it lacks the derivative that "
+        f"no derivative of {name} can be taken: {errors[0]} An operation in it lacks the derivative that "
         "this product needs, in forward mode and in reverse. Give a custom autograd Function its `jvp`, and "
         "a `backward` of differentiable operations; or choose layers that leave this operation out."
     ) from errors[0]

@@ -89,6 +89,7 @@ class Recorder:
     after_module: Callable[[Call, Any], None] | None = None  # told of those, where no watch is on
     on_enter: Callable[[Call, Any], None] | None = None
     on_exit: Callable[[Call, Any, Any], None] | None = None
+    on_probe: Callable[[Tensor, Tensor], None] | None = None  # told of an output and what stands in for it
     in_backward: bool = False
     failure: tuple[BaseException, str] | None = None  # the latest exception, and the innermost call it left
 
@@ -234,6 +235,8 @@ class Recorder:
         if self.look:
             self._forward_statistics(call, y.detach())
         probed = self._probe(call, y)
+        if self.on_probe is not None:
+            self.on_probe(y, probed)
         if probed is not y and (y._is_view() or any(y is a for a in args)):
             self.aliases.append((call.module, probed, probed._version))
         memo[id(y)] = probed

@@ -1,0 +1,46 @@
+"""docs/detectors.md states the thresholds that the factories have, and each docstring gives their reasons."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradflow.detect import bottleneck, dead, exploding, numerical, saturation, unstable, vanishing
+
+PAGE = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text(encoding="utf-8")
+FACTORIES = [bottleneck, dead, exploding, numerical, saturation, unstable, vanishing]
+
+
+def defaults(factory: Callable[..., Any]) -> dict[str, float]:
+    return {name: p.default for name, p in inspect.signature(factory).parameters.items()}
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
+def test_the_page_states_the_defaults(factory: Callable[..., Any]) -> None:
+    section = PAGE.split(f"\n## {factory.__name__.upper()}\n")[1].split("\n## ")[0]
+    stated = re.findall(r"^\| `(\w+)` \| ([\d.e+-]+) \| (.+) \|$", section, re.M)
+    assert {name: float(value) for name, value, _ in stated} == defaults(factory)
+    assert all(len(reason) > 3 for _, _, reason in stated)
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
+def test_the_docstring_tells_measure_reason_and_look_alikes(factory: Callable[..., Any]) -> None:
+    text = inspect.getdoc(factory) or ""
+    for part in ("Measured", "Why this is evidence", "Looks alike and is not"):
+        assert part in text, part
+    for name in defaults(factory):
+        assert re.search(rf"^    {name}: ", text, re.M), name
+
+
+def test_the_thresholds_of_the_default_detectors_are_those_of_the_factories() -> None:
+    from gradflow.detect import default_detectors
+
+    named = {"vanishing": vanishing, "exploding": exploding, "dead": dead, "unstable_cv": unstable}
+    for name, value in defaults(default_detectors).items():
+        factory = named[name.removesuffix("_threshold")]
+        assert value == next(iter(defaults(factory).values()))

@@ -1,0 +1,101 @@
+"""Everything that a run could have changed, as plain values that compare."""
+
+from __future__ import annotations
+
+import collections
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device)
+
+
+def content(value: Any, seen: dict[int, str] | None = None, path: str = "") -> Any:
+    """Return what a value holds, to any depth, with the identity of every mutable object in it.
+
+    What was met before is told by the path to it alone, so that cycles end.
+    """
+    seen = {} if seen is None else seen
+    if isinstance(value, _ATOMS):
+        return (type(value).__name__, repr(value))
+    if id(value) in seen:
+        return ("seen", seen[id(value)])
+    seen[id(value)] = path
+    if isinstance(value, Tensor):
+        return _tensor(value, seen, path)
+    if isinstance(value, np.ndarray):
+        return ("array", id(value), value.shape, str(value.dtype), value.tobytes())
+    if isinstance(value, torch.Generator):
+        return ("generator", id(value), bytes(value.get_state().numpy()))
+    if isinstance(value, np.random.Generator):
+        return ("generator", id(value), repr(value.bit_generator.state))
+    if isinstance(value, np.random.RandomState):
+        return ("generator", id(value), repr([np.asarray(v).tolist() for v in value.get_state()]))
+    if isinstance(value, random.Random):
+        return ("generator", id(value), hash(value.getstate()))
+    if isinstance(value, dict):
+        items = [(repr(k), content(v, seen, f"{path}[{k!r}]")) for k, v in value.items()]
+        return ("dict", id(value), items)
+    if isinstance(value, (list, tuple, collections.deque)):
+        return (
+            type(value).__name__,
+            id(value),
+            [content(v, seen, f"{path}[{i}]") for i, v in enumerate(value)],
+        )
+    if isinstance(value, (set, frozenset)):
+        return (type(value).__name__, id(value), sorted(map(repr, value)))
+    if isinstance(slots := getattr(type(value), "__slots__", None), tuple) and slots:
+        return ("slots", id(value), [content(getattr(value, n, None), seen, f"{path}.{n}") for n in slots])
+    inner = getattr(value, "__dict__", None)
+    if isinstance(value, nn.Module) or (isinstance(inner, dict) and not callable(value)):
+        return (type(value).__name__, id(value), content(inner, seen, f"{path}.__dict__"))
+    return (type(value).__name__, id(value))
+
+
+def _tensor(value: Tensor, seen: dict[int, str], path: str) -> Any:
+    held = value.detach()
+    parts = [held._indices(), held._values()] if held.is_sparse else [held]
+    # a clone, since a tensor that was once seen by NumPy can no longer be resized
+    raw = [p.contiguous().clone().view(-1).view(torch.uint8).numpy().tobytes() for p in parts]
+    grad = content(value.grad, seen, f"{path}.grad") if value.is_leaf else None
+    own = content(vars(value), seen, f"{path}.__dict__")[2]
+    return ("tensor", id(value), tuple(value.shape), str(value.dtype), raw, value.requires_grad, grad, own)
+
+
+def process() -> dict[str, Any]:
+    """Return the global states: random numbers, grad mode, default dtype."""
+    return {
+        "torch": bytes(torch.get_rng_state().numpy()),
+        "numpy": repr([np.asarray(v).tolist() for v in np.random.get_state()]),
+        "python": random.getstate(),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "dtype": torch.get_default_dtype(),
+    }
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+    """Return everything of a model, an optimizer and the process that must be as before."""
+    found = {"model": content(model), "process": process()}
+    for name, p in (*model.named_parameters(), *model.named_buffers()):
+        found[f"version of {name}"] = p._version
+    if optimizer is not None:
+        states = [(id(p), content(state)) for p, state in optimizer.state.items()]
+        found["optimizer"] = (states, content(optimizer.param_groups), sorted(vars(optimizer)))
+    return found
+
+
+def difference(a: Any, b: Any, path: str = "") -> str:
+    """Return where two snapshots differ first, '' if nowhere."""
+    if type(a) is type(b) and isinstance(a, dict):
+        if a.keys() != b.keys():
+            return f"{path}: {sorted(map(str, a.keys() ^ b.keys()))}"
+        return next((d for k in a if (d := difference(a[k], b[k], f"{path}/{k}"))), "")
+    if type(a) is type(b) and isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return f"{path}: {str(a)[:300]} became {str(b)[:300]}"
+        return next((d for i, (x, y) in enumerate(zip(a, b, strict=True)) if (d := difference(x, y, f"{path}/{i}"))), "")
+    return "" if a == b else f"{path}: {str(a)[:200]} became {str(b)[:200]}"

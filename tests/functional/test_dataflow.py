@@ -1,0 +1,384 @@
+"""Where the data goes on and the gradient does not: severed edges, unreachable layers, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gradflow.functional import analyze
+from gradflow.records import EdgeRecord, FlowRecord, GraphRecord, NodeRecord
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
+
+
+class Cut(nn.Module):
+    """`a` feeds `b` and a way round it; what becomes of `b`'s output is up to the function."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b, self.c, self.function = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2), function
+        with torch.no_grad():
+            self.b.weight.mul_(5.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.c(self.function(self.b(h), h))
+
+
+def mean_square(y: Tensor) -> Tensor:
+    return y.square().mean()
+
+
+def graph(record: FlowRecord) -> GraphRecord:
+    assert record.graph_record is not None
+    return record.graph_record
+
+
+def severed(record: FlowRecord) -> dict[tuple[str, str], EdgeRecord]:
+    return {(e.source, e.target): e for e in graph(record).edges if e.severed}
+
+
+def unreachable(record: FlowRecord) -> dict[str, str]:
+    return {n.name: n.reason for n in graph(record).nodes if not n.reachable}
+
+
+def node(record: FlowRecord, name: str) -> NodeRecord:
+    (found,) = [n for n in graph(record).nodes if n.name == name]
+    return found
+
+
+def without_grad(z: Tensor, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        z = torch.tanh(z)
+    return z + h
+
+
+def in_a_slice(z: Tensor, h: Tensor) -> Tensor:
+    out = torch.zeros(5, 4)
+    out[:, :2] = z.detach()[:, :2] * 2  # reason: the first cut on the way, not what came after it
+    return out + h
+
+
+def in_place(z: Tensor, h: Tensor) -> Tensor:
+    out = z.detach() * 2
+    out += 1.0
+    out.mul_(torch.ones(4)).clamp_(-9, 9)
+    return out + h
+
+
+def in_a_slice_of_what_has_a_gradient(z: Tensor, h: Tensor) -> Tensor:
+    h = h.clone()
+    h[:, 0] = z.detach()[:, 0]
+    return h
+
+
+# name -> (function, op named as the reason, consumer at which the edge ends)
+CUTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str]] = {
+    "detach": (lambda z, h: z.detach() + h, "detach", "add"),
+    "data": (lambda z, h: z.data * 2 + h, "data", "add"),
+    "argmax": (lambda z, h: F.one_hot(z.argmax(-1), 4).float() + h, "argmax", "add"),
+    "argmax of max": (lambda z, h: h.gather(1, z.max(-1, keepdim=True).indices.expand(-1, 4)), "max", "gather"),
+    "topk": (lambda z, h: h.gather(1, z.topk(4).indices), "topk", "gather"),
+    "argsort": (lambda z, h: h[:, z.argsort(-1)[0]], "argsort", "index"),
+    "int": (lambda z, h: z.int().float() + h, "int", "add"),
+    "long": (lambda z, h: z.long() * h, "long", "mul"),
+    "to an integer": (lambda z, h: z.to(torch.int32) * h, "to", "mul"),
+    "comparison": (lambda z, h: (z > 0) * h, "gt", "mul"),
+    "comparison in where": (lambda z, h: torch.where(z > 0, h, 2 * h), "gt", "where"),
+    "sampling": (lambda z, h: torch.multinomial(z.softmax(-1), 4) * h, "multinomial", "mul"),
+    "no_grad": (without_grad, "no_grad", "add"),
+    "detach and more": (lambda z, h: z.detach().exp().sqrt() + h, "detach", "add"),
+    "detach in a slice": (in_a_slice, "detach", "add"),
+    "detach in place": (in_place, "detach", "add"),
+    "detach in a slice of another": (in_a_slice_of_what_has_a_gradient, "detach", "copy_slices"),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("detail", ["cheap", "full"])
+@pytest.mark.parametrize("transform", ["fused", "vjp"])
+def test_the_cut_is_an_edge_that_names_the_operation(name: str, detail: Any, transform: Any) -> None:
+    function, reason, target = CUTS[name]
+    record = analyze(Cut(function), [X] * 2, mean_square, steps=2, detail=detail, transform=transform)
+    edges = severed(record)
+    assert set(edges) == {("b", target)}
+    edge = edges["b", target]
+    assert edge.reason == reason
+    assert edge.flow.tolist() == ([0.0, 0.0] if detail == "full" and transform == "fused" else [])
+    why = f"its output goes on without its gradient: {reason} before {target}"
+    assert unreachable(record) == {"b": why}
+    assert not record["b"].reached.any()
+    assert record["a"].reached.all()
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_no_gradient_is_lost_where_autograd_has_one(name: str) -> None:
+    """The naive version: autograd, asked for the gradient of `b`'s output."""
+    model = Cut(CUTS[name][0])
+    kept: list[Tensor] = []
+    handle = model.b.register_forward_hook(lambda module, args, output: kept.append(output))
+    loss = mean_square(model(X))
+    (gradient,) = torch.autograd.grad(loss, kept, allow_unused=True)
+    handle.remove()
+    assert gradient is None
+
+
+def test_a_cut_before_a_layer_ends_at_the_layer() -> None:
+    record = analyze(Cut(lambda z, h: z.detach()), [X], mean_square)
+    assert set(severed(record)) == {("b", "c")}
+    assert unreachable(record) == {
+        "b": "its output goes on without its gradient: detach before c",
+        "a": "its output does not lead to the loss",
+    }
+
+
+def test_a_cut_in_the_loss_ends_at_the_losss_operation() -> None:
+    class Teacher(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student, self.teacher = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.student(x), self.teacher(x)
+
+    record = analyze(Teacher(), [X], lambda out: F.mse_loss(out[0], out[1].detach()))
+    assert {edge: e.reason for edge, e in severed(record).items()} == {("teacher", "mse_loss"): "detach"}
+
+
+def test_two_cuts_of_one_layer_are_both_there() -> None:
+    record = analyze(Cut(lambda z, h: z.detach() + h * z.argmax(-1, keepdim=True)), [X], mean_square)
+    assert {edge: e.reason for edge, e in severed(record).items()} == {("b", "add"): "detach", ("b", "mul"): "argmax"}
+    assert "detach before add" in unreachable(record)["b"]
+    assert "argmax before mul" in unreachable(record)["b"]
+
+
+def test_a_cut_beside_a_way_that_is_open_leaves_the_layer_reachable() -> None:
+    record = analyze(Cut(lambda z, h: z + h.detach() * 2), [X], mean_square, detail="full")
+    assert {edge: e.reason for edge, e in severed(record).items()} == {("a", "add"): "detach"}
+    assert unreachable(record) == {}
+    straight_through = analyze(Cut(lambda z, h: z + (z.round() - z).detach() + h), [X], mean_square, detail="full")
+    assert severed(straight_through) == {}  # the edge itself carries a gradient
+    assert unreachable(straight_through) == {}
+
+
+READS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
+    "item": (lambda z, h: torch.tensor(z.mean().item()) * h, "item"),
+    "tolist": (lambda z, h: torch.tensor(z.tolist()) + h, "tolist"),
+    "numpy": (lambda z, h: torch.from_numpy(z.detach().numpy() * 2) + h, "numpy"),
+    "float": (lambda z, h: float(z.mean().detach()) * h, "float"),
+    "int": (lambda z, h: int(z.detach().abs().sum()) * h, "int"),
+    "bool": (lambda z, h: h if bool((z > 1e9).any()) else 2 * h, "bool"),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_values_that_are_read_out_and_built_in_again(name: str) -> None:
+    function, read = READS[name]
+    record = analyze(Cut(function), [X], mean_square)
+    assert unreachable(record) == {"b": f"its values were read out with {read}, which ends the gradient"}
+
+
+def test_a_value_that_is_read_for_a_log_makes_nothing_unreachable() -> None:
+    log: list[float] = []
+
+    def function(z: Tensor, h: Tensor) -> Tensor:
+        log.append(z.mean().item())
+        return z + h
+
+    record = analyze(Cut(function), [X], mean_square)
+    assert log
+    assert unreachable(record) == {}
+    assert severed(record) == {}
+
+
+# an operation whose derivative is zero keeps its graph: the flow is exactly zero, and not cut
+ZERO: dict[str, Callable[[Tensor], Tensor]] = {
+    "sign": torch.sign,
+    "round": torch.round,
+    "floor": torch.floor,
+    "ceil": torch.ceil,
+    "trunc": torch.trunc,
+    "zeros": lambda z: z * 0.0,
+}
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_an_operation_of_zero_derivative_shows_as_exactly_zero_flow(name: str) -> None:
+    op = "mul" if name == "zeros" else name
+    record = analyze(Cut(lambda z, h: ZERO[name](z) + h), [X] * 2, mean_square, steps=2, detail="full")
+    edges = {(e.source, e.target): e for e in graph(record).edges}
+    assert edges["b", op].flow.tolist() == [0.0, 0.0]
+    assert edges["b", op].severed
+    assert edges["b", op].reason == ""
+    assert (edges[op, "add"].flow > 0).all()
+    assert edges["a", "b"].severed  # what comes of nothing is nothing
+    assert not edges["a", "add"].severed
+    assert unreachable(record) == {}
+    assert record["b"].reached.all()
+    assert record["b"].grad_zero.all()
+    cheap = analyze(Cut(lambda z, h: ZERO[name](z) + h), [X] * 2, mean_square, steps=2)
+    assert cheap["b"].grad_zero.all()
+    assert severed(cheap) == {}  # not known without the flow
+
+
+def test_an_edge_that_carries_something_in_one_step_is_not_severed() -> None:
+    batches = [(X, torch.tensor(0.0)), (X, torch.tensor(1.0)), (X, torch.tensor(0.0))]
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return self.c(self.a(x) * gate)
+
+    record = analyze(Gated(), batches, mean_square, steps=3, detail="full")
+    (edge,) = [e for e in graph(record).edges if (e.source, e.target) == ("a", "mul")]
+    assert (edge.flow == 0).tolist() == [True, False, True]
+    assert not edge.severed
+
+
+# ------------------------------------------------------------------------------- layers, whole
+
+
+def test_a_reentrant_checkpoint_hides_its_layers_and_cuts_none() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(checkpoint(self.b, self.a(x), use_reentrant=True))
+
+    record = analyze(Model(), [X], mean_square)
+    assert record["b"].reached.all()
+    assert severed(record) == {}
+    assert unreachable(record) == {}
+
+
+def test_a_reentrant_checkpoint_whose_input_needs_no_gradient_cuts_what_is_in_it() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(checkpoint(self.b, x, use_reentrant=True))  # no input requires a gradient
+
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        record = analyze(Model(), [X], mean_square)
+    assert not record["b"].reached.any()
+    assert not record.parameter("b.weight").reached.any()
+    assert {edge: e.reason for edge, e in severed(record).items()} == {("b", "c"): "checkpoint (reentrant)"}
+    assert "checkpoint (reentrant) before c" in unreachable(record)["b"]
+
+
+def test_a_layer_under_no_grad() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            with torch.no_grad():
+                z = self.b(h)
+                self.c(z)  # and this leads nowhere
+            return self.c(z + h)
+
+    record = analyze(Model(), [X], mean_square)
+    reasons = unreachable(record)
+    assert reasons["b"] == "its output goes on without its gradient: no_grad before c, no_grad before add"
+    assert reasons["c"] == "it ran under no_grad"
+    assert node(record, "c@1").reachable
+
+
+def test_a_frozen_backbone_needs_no_gradient_and_is_no_fault() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[:2].requires_grad_(False)
+    record = analyze(model, [X], mean_square)
+    assert {edge: e.reason for edge, e in severed(record).items()} == {
+        ("0", "1"): "no gradient needed", ("1", "2"): "no gradient needed",
+    }  # fmt: skip
+    assert unreachable(record) == dict.fromkeys(("0", "1"), "nothing in it or before it requires a gradient")
+    assert not record["1"].inputs_differentiable
+    assert record["2"].reached.all()
+
+
+def test_a_frozen_layer_behind_a_trained_one_is_passed_through() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].requires_grad_(False)
+    record = analyze(model, [X], mean_square)
+    assert severed(record) == {}
+    assert record["1"].inputs_differentiable
+
+
+def test_edges_from_inputs_are_no_cuts() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, bias: Tensor, index: Tensor) -> Tensor:
+            return (self.a(x) + bias)[index]
+
+    record = analyze(Two(), [(X, torch.ones(4), torch.tensor([0, 1]))], mean_square, detail="full")
+    edges = {(e.source, e.target): e for e in graph(record).edges}
+    for edge in (("input.0", "a"), ("input.1", "add"), ("input.2", "index")):
+        assert not edges[edge].severed
+        assert edges[edge].reason == ""
+        assert np.isnan(edges[edge].flow).all()
+    assert unreachable(record) == {}
+
+
+def test_a_layer_whose_output_is_not_used() -> None:
+    record = analyze(Cut(lambda z, h: h * 2), [X], mean_square)
+    assert unreachable(record) == {"b": "its output does not lead to the loss"}
+    assert severed(record) == {}
+
+
+def test_the_shape_of_a_tensor_is_none_of_its_values() -> None:
+    def function(z: Tensor, h: Tensor) -> Tensor:
+        return h + torch.zeros_like(z) + z.new_ones(4) + h.view_as(z) + torch.randn_like(z)
+
+    record = analyze(Cut(function), [X], mean_square)
+    assert unreachable(record) == {"b": "its output does not lead to the loss"}
+    assert severed(record) == {}
+
+
+def test_modules_that_are_never_called_are_named() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.forgotten, self.borrowed = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.frozen = nn.Linear(4, 4).requires_grad_(False)
+            self.parts = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+            self.late = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, late: Tensor) -> Tensor:
+            h = self.used(x) @ self.borrowed.weight
+            return self.late(h) if late else h
+
+    batches = [(X, torch.tensor(flag)) for flag in (False, True)]
+    for transform in ("fused", "vjp"):
+        record = analyze(Model(), batches, mean_square, steps=2, transform=transform)
+        assert record.never_called == ("forgotten", "parts.0"), transform
+    assert analyze(Model(), batches[:1], mean_square, steps=1).never_called == ("forgotten", "parts.0", "late")
+
+
+def test_parameters_taken_beforehand_are_noted() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    taken = list(model.parameters())
+    record = analyze(model, [X], lambda y: mean_square(y) + sum(p.square().sum() for p in taken))
+    (note,) = [n for n in record.provenance.notes if "taken from the model beforehand" in n]
+    assert "`model.parameters()`" in note
+    clean = analyze(model, [X], lambda y: mean_square(y) + sum(p.square().sum() for p in model.parameters()))
+    assert not any("beforehand" in n for n in clean.provenance.notes)
