@@ -45,7 +45,9 @@ def squares(output: Tensor) -> Tensor:
 class FunctionalMLP(nn.Module):
     """Linear layers with activations applied as functions."""
 
-    def __init__(self, activation: Callable[[Tensor], Tensor], widths: tuple[int, ...] = (6, 12, 8, 3)) -> None:
+    def __init__(
+        self, activation: Callable[[Tensor], Tensor], widths: tuple[int, ...] = (6, 12, 8, 3)
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
         self.activation = activation

@@ -32,7 +32,8 @@ from gradflow.functional.singular import Distribution, probe_vector
 class LayerFunction:
     """What a layer computes at a batch, as a pure function of its input tensor.
 
-    Call it: `function(x)`. It may be given to any transform of `torch.func`. It works on copies of the
+    Call it: `function(x)`. It may be given to `torch.func.jvp`, `vjp`, `grad` and `jacrev`, and to `vmap` and
+    `jacfwd` where PyTorch can batch the layer (it cannot, for recurrent ones). It works on copies of the
     layer's parameters and buffers of the moment it was made, in the modes of that moment and from the same
     random state each time, and leaves the model as it is.
 

@@ -194,20 +194,32 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
                 skipped += 1
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
+    _conclude(run, skipped)
+    record = _assemble(run)
+    if plan.deepen is not None and before is not None and plan.detail == "cheap" and plan.deepen(record):
+        return _deepened(run, batch, before, record)
+    return record
+
+
+def _conclude(run: Run, skipped: int) -> None:
+    """Note what a reader must know, and where the gradient was seen to arrive."""
+    unprobed, history = run.program.recorder.unprobed, run.history
     if skipped:
         run.notes.append(
             f"{skipped} updates with a non-finite loss or gradient were skipped, so that the steps after "
             "them could still be measured."
         )
+    run.notes += [
+        f"No gradient could be measured at the output of {name!r}: it shares its storage with the layer's "
+        "input, and is changed in place afterwards."
+        for name in sorted(unprobed)
+    ]
     # The inside of a reentrant checkpoint is not in the graph, but the gradient is seen to arrive there.
-    run.arrived = {str(name) for name, (_, n) in series(run.history, "grad").items() if (n > 0).any()}
+    run.arrived = {str(name) for name, (_, n) in series(history, "grad").items() if (n > 0).any()}
     run.severed = [
         cut for cut in run.severed if cut.source not in run.arrived or not cut.reason.startswith("checkpoint")
     ]
-    record = _assemble(run)
-    if plan.deepen is not None and before is not None and plan.detail == "cheap" and plan.deepen(record):
-        return _deepened(run, batch, before, record)
-    return record
+    run.arrived |= {name for name, call in history.calls.items() if call.module in unprobed}
 
 
 def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:

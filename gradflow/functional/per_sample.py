@@ -353,7 +353,6 @@ class _SampleLosses:
 
     def _check_loss(self) -> None:
         """Run the first sample once: what the user's code raises is raised as it is, with a note."""
-        start = self.stream.random
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 leaves = {name: p.clone().requires_grad_() for name, p in self.trainable.items()}
@@ -366,8 +365,6 @@ class _SampleLosses:
                 f"one ({', '.join(str([1, *t.shape[1:]]) for t in self.split)})."
             )
             raise
-        finally:
-            self.stream.random = start
         if not loss.requires_grad:
             raise detached_loss()
 

@@ -7,6 +7,7 @@ call by the taps (`taps.py`), and of functional operations by the watch (`watch.
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ class Call:
     has_children: bool = False
     differentiable: bool = False
     grad_enabled: bool = True
+    segment: int = 0  # tells the reentrant checkpoint that it runs in from others of the step
     shape: tuple[int, ...] = ()
     num_elements: int = 0
     sites: list[Site] = attrs.field(factory=list)
@@ -67,7 +69,7 @@ class Recorder:
     # remembered from step to step
     exact: dict[tuple[str, str], bool] = attrs.field(factory=dict)
     pool: list[Tensor] = attrs.field(factory=list)  # slots, used again in every step
-    unprobed: set[str] = attrs.field(factory=set)
+    unprobed: set[str] = attrs.field(factory=set)  # see `check_aliases`
     types: dict[str, str] = attrs.field(factory=dict)
     leaves: set[str] = attrs.field(factory=set)  # modules without callable modules in them
     num_slots: int = 0  # how many slots a step under `vjp` is given; 0 until it is known
@@ -126,8 +128,6 @@ class Recorder:
             self._failed(call, error)
             raise
         self.stack.pop()
-        if name in self.unprobed:
-            return output
         if name in self.rectifier_ops and self.after_module is not None:
             self.after_module(call, output)
         return self._observe(call, output, args)
@@ -146,7 +146,7 @@ class Recorder:
             self._failed(call, error)
             raise
         with _unwatched():
-            if layer and name not in self.unprobed:
+            if layer:
                 if entering is not None:
                     self.note("input", call.index, entering, number)
                 output = self._observe(call, output, args)
@@ -167,6 +167,7 @@ class Recorder:
             is_layer=layer,
         )
         call.grad_enabled = torch.is_grad_enabled()
+        call.segment = 0 if call.grad_enabled else checkpoint_segment()
         if self.structural:
             tensors = list(iter_tensors((args, kwargs)))
             call.differentiable = any(t.requires_grad for t in tensors)
@@ -210,10 +211,13 @@ class Recorder:
         output = forward(*args, **kwargs)
         if name not in self.layer_names or not torch.is_grad_enabled():
             return output
-        for call in reversed(self.calls):
-            if call.module == name and not call.grad_enabled and not call.sites:
-                return map_tensors(functools.partial(self._probe, call), output)
-        return output
+        waiting = [c for c in self.calls if c.module == name and not c.grad_enabled and not c.sites]
+        waiting = [c for c in waiting if c.segment] or waiting
+        # Checkpoints are recomputed from the last to the first, but what is in one runs in its old order.
+        call = next((c for c in waiting if c.segment == waiting[-1].segment), None)
+        if call is None:
+            return output
+        return map_tensors(functools.partial(self._probe, call), output)
 
     # ----------------------------------------------------------------- outputs
 
@@ -234,7 +238,7 @@ class Recorder:
         call.num_elements += y.numel()
         if self.look:
             self._forward_statistics(call, y.detach())
-        probed = self._probe(call, y)
+        probed = y if call.module in self.unprobed else self._probe(call, y)
         if self.on_probe is not None:
             self.on_probe(y, probed)
         if probed is not y and (y._is_view() or any(y is a for a in args)):
@@ -342,6 +346,14 @@ def unit_axis(y: Tensor, feeding: str) -> int:
     if feeding.startswith(("Conv", "BatchNorm", "InstanceNorm", "GroupNorm")) or "Pool" in feeding:
         return 1
     return 1 if y.dim() >= 4 else -1
+
+
+def checkpoint_segment() -> int:
+    """Return what tells the running reentrant checkpoint from others, 0 if none is running."""
+    for frame, _ in traceback.walk_stack(None):
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint" and "ctx" in frame.f_locals:
+            return id(frame.f_locals["ctx"])
+    return 0
 
 
 def sequence_number() -> int:

@@ -183,8 +183,8 @@ def call_node(node: Node, gradients: dict[int, Tensor]) -> Sequence[Tensor | Non
     count = max(len(metadata), max(gradients) + 1)
     args: list[Tensor | None] = [gradients.get(i) for i in range(count)]
     if isinstance(node, torch.autograd.function.BackwardCFunction):
-        if getattr(node, "materialize_grads", True):
-            args = [_zeros(m) if a is None else a for a, m in zip(args, metadata, strict=False)]
+        # Whether it asked for None instead, by `set_materialize_grads`, cannot be read; zeros mean the same.
+        args = [_zeros(m) if a is None else a for a, m in zip(args, metadata, strict=False)]
         result = node.apply(*args)
     else:
         result = node(*args)

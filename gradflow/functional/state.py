@@ -108,7 +108,8 @@ def call(
     Args:
         model: the model; it is left as it was, its own buffers included.
         parameters: tensors by qualified name; missing names keep the model's own.
-        buffers: tensors by qualified name. They are not changed: the model works on copies.
+        buffers: tensors by qualified name; missing names take the model's own. Neither are changed: the
+            model works on copies.
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
 
@@ -122,7 +123,7 @@ def call(
     (tensor([0.1000, 0.1000]), tensor([0., 0.]))
     """
     swap = Swap(model)
-    working = {name: buffer.clone() for name, buffer in buffers.items()}
+    working = {name: buffer.clone() for name, buffer in {**dict(model.named_buffers()), **buffers}.items()}
     with swap({**parameters, **working}):
         output = model(*args, **(kwargs or {}))
         return output, swap.current(working)

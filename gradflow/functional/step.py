@@ -274,9 +274,12 @@ def _vjp_step(program: Program, batch: Any, step: int, *, look: bool, observer: 
         raise
     finally:
         recorder.active = False
-    program.buffers |= buffers
+    # Detached, since a leaf of the user's that requires a gradient joins all of it to autograd's graph.
+    program.buffers |= {name: b.detach() for name, b in buffers.items()}
     program.changing |= set(buffers)
-    used = statistics[: len(recorder.sites)]
+    used = [s.detach() for s in statistics[: len(recorder.sites)]]
     # A transform gives zeros where no path leads; which parameters that are, the first step has shown.
-    found = {name: None if name in program.unreached and not g.any() else g for name, g in gradients.items()}
+    found = {
+        name: None if name in program.unreached and not g.any() else g.detach() for name, g in gradients.items()
+    }
     return Outcome(loss.detach(), found, [s[0] if float(s[1]) > 0 else None for s in used])

@@ -97,5 +97,8 @@ def difference(a: Any, b: Any, path: str = "") -> str:
     if type(a) is type(b) and isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return f"{path}: {str(a)[:300]} became {str(b)[:300]}"
-        return next((d for i, (x, y) in enumerate(zip(a, b, strict=True)) if (d := difference(x, y, f"{path}/{i}"))), "")
+        return next(
+            (d for i, (x, y) in enumerate(zip(a, b, strict=True)) if (d := difference(x, y, f"{path}/{i}"))),
+            "",
+        )
     return "" if a == b else f"{path}: {str(a)[:200]} became {str(b)[:200]}"

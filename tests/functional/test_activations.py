@@ -21,7 +21,9 @@ class Behind(nn.Module):
 
     def __init__(self, activation: Any, width: int, *, convolution: bool = False) -> None:
         super().__init__()
-        self.layer = nn.Conv2d(width, width, 1, bias=False) if convolution else nn.Linear(width, width, bias=False)
+        self.layer = (
+            nn.Conv2d(width, width, 1, bias=False) if convolution else nn.Linear(width, width, bias=False)
+        )
         with torch.no_grad():
             self.layer.weight.copy_(torch.eye(width).view_as(self.layer.weight))
         if isinstance(activation, nn.Module):
@@ -33,8 +35,12 @@ class Behind(nn.Module):
         return self.act(h) if hasattr(self, "act") else self.function(h)
 
 
-def measured(activation: Any, *batches: Tensor, convolution: bool = False, **options: Any) -> ActivationRecord:
-    model = Behind(activation, batches[0].shape[1] if convolution else batches[0].shape[-1], convolution=convolution)
+def measured(
+    activation: Any, *batches: Tensor, convolution: bool = False, **options: Any
+) -> ActivationRecord:
+    model = Behind(
+        activation, batches[0].shape[1] if convolution else batches[0].shape[-1], convolution=convolution
+    )
     record = analyze(model, list(batches), lambda y: y.square().mean(), steps=len(batches), **options)
     (found,) = record.activations
     return found
@@ -100,7 +106,10 @@ def test_what_is_saturated(name: str) -> None:
     inside, eps = (low + high) / 2, 1e-2
     # columns: never, just inside, just outside below and above, outside in one sample only
     x = torch.tensor(
-        [[inside, low + eps, low - eps, high + eps, high + 9], [inside, high - eps, high + eps, low - eps, inside]]
+        [
+            [inside, low + eps, low - eps, high + eps, high + 9],
+            [inside, high - eps, high + eps, low - eps, inside],
+        ]
     )
     found = measured(activation, x)
     assert found.saturated_share.tolist() == [pytest.approx(5 / 10)]
@@ -137,11 +146,15 @@ def test_units_are_channels_behind_a_convolution_and_features_elsewhere(convolut
         sequence = x[:, :, 0, :]  # samples × positions × features, behind a linear layer
         found = measured(F.relu, sequence)
         assert (found.num_units, found.never_fired) == (2, 0.0)
-    assert found.fired_share.tolist() == [pytest.approx(float((x > 0).double().mean()) if convolution else 2 * 2 / 12)]
+    assert found.fired_share.tolist() == [
+        pytest.approx(float((x > 0).double().mean()) if convolution else 2 * 2 / 12)
+    ]
 
 
 def test_behind_a_norm_and_a_pool_units_are_channels_still() -> None:
-    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.MaxPool1d(2), nn.ReLU(), nn.Flatten(), nn.ReLU())
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3), nn.MaxPool1d(2), nn.ReLU(), nn.Flatten(), nn.ReLU()
+    )
     record = analyze(model, [torch.randn(4, 2, 8)], lambda y: y.square().mean())
     assert [a.num_units for a in record.activations] == [3, 12]
 

@@ -153,9 +153,7 @@ def test_a_batch_is_unpacked_as_its_kind_says(batch: Any, with_target: bool) -> 
         record = analyze(Pair(), [batch], lambda y: F.mse_loss(y, Y))
     np.testing.assert_allclose(record.losses, float(expected.loss), rtol=1e-6)
     for parameter in record.parameters:
-        np.testing.assert_allclose(
-            parameter.grad_norm, expected.parameter_norm(parameter.name), rtol=1e-6
-        )
+        np.testing.assert_allclose(parameter.grad_norm, expected.parameter_norm(parameter.name), rtol=1e-6)
 
 
 def test_a_packed_sequence_is_one_input() -> None:
@@ -193,7 +191,12 @@ def test_what_is_no_tensor_in_a_batch_is_passed_on_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     "loss",
-    [nn.CrossEntropyLoss(), F.cross_entropy, nn.NLLLoss(), lambda output, target: F.cross_entropy(output, target)],
+    [
+        nn.CrossEntropyLoss(),
+        F.cross_entropy,
+        nn.NLLLoss(),
+        lambda output, target: F.cross_entropy(output, target),
+    ],
     ids=["module", "function", "another module", "lambda"],
 )
 def test_a_loss_of_two_arguments_takes_pairs(loss: Callable[..., Tensor]) -> None:
@@ -252,7 +255,9 @@ def test_without_a_loss_the_models_own_is_taken(kind: str) -> None:
     record = analyze(model, [X])
     expected = naive_step(linear(), X, mean_square)
     np.testing.assert_allclose(record.losses, float(expected.loss), rtol=1e-6)
-    np.testing.assert_allclose(record.parameter("weight").grad_norm, expected.parameter_norm("weight"), rtol=1e-6)
+    np.testing.assert_allclose(
+        record.parameter("weight").grad_norm, expected.parameter_norm("weight"), rtol=1e-6
+    )
 
 
 def test_the_own_loss_of_a_mapping_batch_with_labels() -> None:
@@ -263,7 +268,9 @@ def test_the_own_loss_of_a_mapping_batch_with_labels() -> None:
             return HuggingFaceLike(loss, logits)
 
     assert analyze(Model(3, 2), [{"x": X, "labels": T}]).steps == 1
-    with pytest.raises(LossError, match=r"its output holds none: HuggingFaceLike with .*float32\[6, 2\].*labels"):
+    with pytest.raises(
+        LossError, match=r"its output holds none: HuggingFaceLike with .*float32\[6, 2\].*labels"
+    ):
         analyze(Model(3, 2), [{"x": X}])
 
 
@@ -280,7 +287,10 @@ def test_a_loss_of_one_element_is_a_scalar() -> None:
     [
         (X, r"batches is one Tensor, which looks like a single batch\. Wrap it in a list"),
         ({"x": X}, r"batches is one dict, which looks like a single batch"),
-        ((X, T), r"batches is a tuple of tensors \(0: float32\[6, 3\], 1: int64\[6\]\), .* Wrap it: `\[batch\]`"),
+        (
+            (X, T),
+            r"batches is a tuple of tensors \(0: float32\[6, 3\], 1: int64\[6\]\), .* Wrap it: `\[batch\]`",
+        ),
         (7, r"batches is a int\. Pass a function that returns the next batch"),
         (None, r"batches is a NoneType\. Pass a function"),
         (lambda: None, r"the batch drawn is None\. Pass a function that returns the next batch"),
@@ -293,7 +303,9 @@ def test_batches_that_are_none(batches: Any, message: str) -> None:
         analyze(linear(), batches, mean_square)
 
 
-@pytest.mark.parametrize("empty", [[], iter([]), (), DataLoader([])], ids=["list", "iterator", "tuple", "loader"])
+@pytest.mark.parametrize(
+    "empty", [[], iter([]), (), DataLoader([])], ids=["list", "iterator", "tuple", "loader"]
+)
 def test_no_batch_at_all(empty: Any) -> None:
     name = type(empty).__name__
     with pytest.raises(EmptyBatchesError, match=rf"batches \({name}\) gave no batch at all.*used up before"):
@@ -343,7 +355,10 @@ def test_losses_that_cannot_be_called(loss: Any, message: str) -> None:
         (lambda y: y.mean().item(), r"the loss is a float, not a tensor\. .*no `\.item\(\)`"),
         (lambda y: None, r"the loss is a NoneType, not a tensor"),
         (lambda y: (y > 0).sum(), r"the loss has dtype torch\.int64; a gradient needs a floating-point loss"),
-        (lambda y: y.detach().mean(), r"the loss carries no gradient: .*`\.detach\(\)`, `\.data`, `\.item\(\)`"),
+        (
+            lambda y: y.detach().mean(),
+            r"the loss carries no gradient: .*`\.detach\(\)`, `\.data`, `\.item\(\)`",
+        ),
         (lambda y: y.argmax(1).float().mean(), r"the loss carries no gradient: .*`argmax`"),
         (lambda y: torch.zeros(()), r"the loss carries no gradient: .*a loss of targets only"),
         (lambda y: y.new_empty(0), r"the loss has shape \(0,\), not one number"),
@@ -356,7 +371,9 @@ def test_losses_that_are_none(loss: Any, message: str, transform: Any) -> None:
 
 
 def test_a_model_whose_output_holds_no_loss() -> None:
-    with pytest.raises(LossError, match=r"loss_fn=None means .* its output holds none: Tensor with float32\[6, 2\]"):
+    with pytest.raises(
+        LossError, match=r"loss_fn=None means .* its output holds none: Tensor with float32\[6, 2\]"
+    ):
         analyze(linear(), [X])
 
 
@@ -369,7 +386,9 @@ def test_a_loss_that_loses_its_gradient_later_is_data_and_no_error() -> None:
 
 def test_a_model_that_is_none() -> None:
     for model, name in ((nn.Linear, "type"), (lambda x: x, "function"), (None, "NoneType")):
-        with pytest.raises(ModelInputError, match=rf"model is a {name}, not a torch\.nn\.Module\. Pass the module"):
+        with pytest.raises(
+            ModelInputError, match=rf"model is a {name}, not a torch\.nn\.Module\. Pass the module"
+        ):
             analyze(model, [X], mean_square)  # type: ignore[arg-type]
         with pytest.raises(ModelInputError, match=r"not a torch\.nn\.Module"):
             analyze_custom(model, lambda m, step: m(X), mean_square)  # type: ignore[arg-type]
@@ -377,7 +396,9 @@ def test_a_model_that_is_none() -> None:
 
 def test_a_model_without_trainable_parameters() -> None:
     frozen = linear().requires_grad_(False)
-    with pytest.raises(NoTrainableParametersError, match=r"none of the 2 parameters of Linear .*requires_grad_\(True\)"):
+    with pytest.raises(
+        NoTrainableParametersError, match=r"none of the 2 parameters of Linear .*requires_grad_\(True\)"
+    ):
         analyze(frozen, [X], mean_square)
     with pytest.raises(NoTrainableParametersError, match=r"none of the 0 parameters of ReLU"):
         analyze(nn.ReLU(), [X], mean_square)
@@ -385,7 +406,9 @@ def test_a_model_without_trainable_parameters() -> None:
 
 def test_a_closure_that_calls_another_model() -> None:
     other = linear()
-    with pytest.raises(ModelNotCalledError, match=r"no layer of Linear was called .*must call this very model"):
+    with pytest.raises(
+        ModelNotCalledError, match=r"no layer of Linear was called .*must call this very model"
+    ):
         analyze_custom(linear(), lambda model, step: other(X), mean_square)
 
 
@@ -423,12 +446,12 @@ def test_an_exception_of_the_model_keeps_its_type_and_tells_where_it_was() -> No
             return self.check(self.fc(x)) if number == 2 else self.fc(x)
 
     batches = [(X, torch.tensor(k)) for k in range(4)]
-    with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied \(6x3 and 4x2\)") as caught:
+    with pytest.raises(
+        RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied \(6x3 and 4x2\)"
+    ) as caught:
         analyze(Picky(), batches, mean_square)
     (note,) = caught.value.__notes__
-    assert note == (
-        "gradflow: raised at step 2 in 'check'; the batch holds 0: float32[6, 3], 1: int64[]."
-    )
+    assert note == ("gradflow: raised at step 2 in 'check'; the batch holds 0: float32[6, 3], 1: int64[].")
     assert any(entry.name == "forward" and "Picky" not in entry.name for entry in caught.traceback)
 
 
@@ -474,7 +497,9 @@ def test_an_exception_of_the_loss_keeps_its_type_and_tells_the_shapes() -> None:
 
 
 def test_a_shape_mismatch_in_the_loss_shows_both() -> None:
-    with pytest.raises(ValueError, match=r"Expected input batch_size \(6\) to match target batch_size \(5\)") as caught:
+    with pytest.raises(
+        ValueError, match=r"Expected input batch_size \(6\) to match target batch_size \(5\)"
+    ) as caught:
         analyze(linear(), [(X, T[:5])], nn.CrossEntropyLoss())
     assert "1: int64[5]" in caught.value.__notes__[0]
 

@@ -85,7 +85,11 @@ CUTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str, str]] = {
     "detach": (lambda z, h: z.detach() + h, "detach", "add"),
     "data": (lambda z, h: z.data * 2 + h, "data", "add"),
     "argmax": (lambda z, h: F.one_hot(z.argmax(-1), 4).float() + h, "argmax", "add"),
-    "argmax of max": (lambda z, h: h.gather(1, z.max(-1, keepdim=True).indices.expand(-1, 4)), "max", "gather"),
+    "argmax of max": (
+        lambda z, h: h.gather(1, z.max(-1, keepdim=True).indices.expand(-1, 4)),
+        "max",
+        "gather",
+    ),
     "topk": (lambda z, h: h.gather(1, z.topk(4).indices), "topk", "gather"),
     "argsort": (lambda z, h: h[:, z.argsort(-1)[0]], "argsort", "index"),
     "int": (lambda z, h: z.int().float() + h, "int", "add"),
@@ -155,7 +159,10 @@ def test_a_cut_in_the_loss_ends_at_the_losss_operation() -> None:
 
 def test_two_cuts_of_one_layer_are_both_there() -> None:
     record = analyze(Cut(lambda z, h: z.detach() + h * z.argmax(-1, keepdim=True)), [X], mean_square)
-    assert {edge: e.reason for edge, e in severed(record).items()} == {("b", "add"): "detach", ("b", "mul"): "argmax"}
+    assert {edge: e.reason for edge, e in severed(record).items()} == {
+        ("b", "add"): "detach",
+        ("b", "mul"): "argmax",
+    }
     assert "detach before add" in unreachable(record)["b"]
     assert "argmax before mul" in unreachable(record)["b"]
 
@@ -164,7 +171,9 @@ def test_a_cut_beside_a_way_that_is_open_leaves_the_layer_reachable() -> None:
     record = analyze(Cut(lambda z, h: z + h.detach() * 2), [X], mean_square, detail="full")
     assert {edge: e.reason for edge, e in severed(record).items()} == {("a", "add"): "detach"}
     assert unreachable(record) == {}
-    straight_through = analyze(Cut(lambda z, h: z + (z.round() - z).detach() + h), [X], mean_square, detail="full")
+    straight_through = analyze(
+        Cut(lambda z, h: z + (z.round() - z).detach() + h), [X], mean_square, detail="full"
+    )
     assert severed(straight_through) == {}  # the edge itself carries a gradient
     assert unreachable(straight_through) == {}
 
@@ -371,7 +380,11 @@ def test_modules_that_are_never_called_are_named() -> None:
     for transform in ("fused", "vjp"):
         record = analyze(Model(), batches, mean_square, steps=2, transform=transform)
         assert record.never_called == ("forgotten", "parts.0"), transform
-    assert analyze(Model(), batches[:1], mean_square, steps=1).never_called == ("forgotten", "parts.0", "late")
+    assert analyze(Model(), batches[:1], mean_square, steps=1).never_called == (
+        "forgotten",
+        "parts.0",
+        "late",
+    )
 
 
 def test_parameters_taken_beforehand_are_noted() -> None:

@@ -85,7 +85,9 @@ def test_first_step_equals_plain_backward_to_the_bit(name: str) -> None:
     # the first step is summed in double precision: bit-equal gradients have norms equal to rounding
     case = CASES[name]
     model, batch = case.build(), case.batch()
-    rtol = 1e-7 if name == "sparse" else 1e-12  # repeated rows of a sparse gradient are added in another order
+    rtol = (
+        1e-7 if name == "sparse" else 1e-12
+    )  # repeated rows of a sparse gradient are added in another order
     check_against(measured(case, model, batch), expected(case, batch), rtol=rtol, steps=range(1))
 
 
@@ -242,7 +244,9 @@ def test_a_tiny_gradient_is_not_zero_and_a_zero_one_is(transform: str, detail: s
         (exact,) = torch.autograd.grad(squares(model(x)), [model.first.bias])
         if scale:
             assert 0 < float(exact.double().norm()) < 1e-28
-            np.testing.assert_allclose(record.parameter("first.bias").grad_norm, exact.double().norm(), rtol=1e-5)
+            np.testing.assert_allclose(
+                record.parameter("first.bias").grad_norm, exact.double().norm(), rtol=1e-5
+            )
             assert (record["first"].grad_norm > 0).all()
             assert (record["first"].grad_norm < 1e-28).all()
         else:
@@ -365,7 +369,9 @@ def test_zero_share_of_a_parameter_gradient_counts_exact_zeros() -> None:
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]]))
         model[2].weight.fill_(1.0)
-    x = torch.tensor([[1.0, 2.0, 0.0], [3.0, 1.0, 0.0]])  # units 0 and 2 fire, 1 and 3 do not; input 2 is zero
+    x = torch.tensor(
+        [[1.0, 2.0, 0.0], [3.0, 1.0, 0.0]]
+    )  # units 0 and 2 fire, 1 and 3 do not; input 2 is zero
     record = analyze(model, [x], lambda y: y.mean(), steps=1)
     assert record.parameter("0.weight").grad_zero_share.tolist() == [pytest.approx(8 / 12)]
     assert record.parameter("2.weight").grad_zero_share.tolist() == [pytest.approx(2 / 4)]

@@ -224,7 +224,9 @@ class Experts(nn.Module):
         out, behind = torch.zeros(len(x), 3, dtype=x.dtype), ""
         marks = (("index", "select", "index@1", "unsqueeze", "mul", "index_add"),
                  ("index@2", "select@1", "index@3", "unsqueeze@1", "mul@1", "index_add@1"))  # fmt: skip
-        for k, (rows, (take, column, share, wide, mul, add)) in enumerate(zip((rows0, rows1), marks, strict=True)):
+        for k, (rows, (take, column, share, wide, mul, add)) in enumerate(
+            zip((rows0, rows1), marks, strict=True)
+        ):
             y = self.experts[k](e(take, f"experts.{k}", e("inp", take, h)[rows]))
             weight = e(column, share, e("softmax", column, p)[:, k])[rows]
             weight = e(wide, mul, e(share, wide, weight).unsqueeze(-1))
@@ -366,7 +368,9 @@ def test_nodes_carry_the_gradient_of_their_output_and_what_they_hand_on(name: st
     for node in record.nodes:
         handed = [hand.flow(edge) ** 2 for edge in hand.copies if edge[1] == node.name]
         if handed:
-            np.testing.assert_allclose(node.input_grad_norm, np.sqrt(sum(handed)), rtol=1e-5, err_msg=node.name)
+            np.testing.assert_allclose(
+                node.input_grad_norm, np.sqrt(sum(handed)), rtol=1e-5, err_msg=node.name
+            )
         else:
             assert np.isnan(node.input_grad_norm).all()
     assert nodes["loss"].grad_norm.tolist() == [1.0]
@@ -418,7 +422,9 @@ def test_effective_ranks_are_those_of_the_retained_gradients(name: str) -> None:
         if nodes[source].kind == "layer":
             gradient = tensors[0].grad
             assert gradient is not None
-            matrix = gradient.movedim(1, -1).flatten(0, -2) if gradient.dim() == 4 else gradient.flatten(0, -2)
+            matrix = (
+                gradient.movedim(1, -1).flatten(0, -2) if gradient.dim() == 4 else gradient.flatten(0, -2)
+            )
             shares = torch.linalg.svdvals(matrix).square()
             shares = shares[shares > 0] / shares.sum()
             expected = float(torch.exp(-(shares * shares.log()).sum()))
@@ -442,9 +448,7 @@ def test_topology_alone_is_the_same_graph_without_numbers() -> None:
 
 def test_the_graph_of_vjp_is_that_of_fused() -> None:
     model, batch, _ = built("GPT block")
-    graphs = [
-        analyze(model, [batch], mean_square, transform=t).graph_record for t in ("fused", "vjp")
-    ]
+    graphs = [analyze(model, [batch], mean_square, transform=t).graph_record for t in ("fused", "vjp")]
     assert graphs[0] == graphs[1]
 
 

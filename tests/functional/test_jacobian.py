@@ -192,6 +192,17 @@ def test_an_operation_without_a_batching_rule_is_taken_row_by_row() -> None:
     torch.testing.assert_close(jacobian.dense(), 3 * torch.eye(4))
 
 
+def test_samples_that_mix_in_either_direction_are_not_told_apart() -> None:
+    x = torch.randn(5, 2)
+    assert Jacobian(torch.tanh, x).sample_axis() == 0
+    assert Jacobian(lambda x: x + x[2], x).sample_axis() is None  # all others look at the one in the middle
+    assert Jacobian(lambda x: x.index_add(0, torch.tensor([2]), x[:1]), x).sample_axis() is None
+    assert Jacobian(lambda x: x.sum(0), x).sample_axis() is None
+    assert Jacobian(lambda x: x - x.mean(0), x).sample_axis((0, 1)) == 1
+    with pytest.raises(ValueError, match="mixes the samples of the batch"):
+        Jacobian(lambda x: x + x[2], x).of_sample(0)
+
+
 def test_values_that_are_not_finite_are_reported_as_such() -> None:
     for method in ("dense", "iterative"):
         found = Jacobian(torch.sqrt, torch.tensor([0.0, 1.0])).spectrum(2, method=method)

@@ -121,6 +121,31 @@ def test_results_are_the_same_for_the_same_seed() -> None:
     assert float(gf.layer_vjp(nn.Identity(), "", x)[1].norm()) == pytest.approx(1.0)
 
 
+def test_the_model_runs_once_and_then_the_layer_alone() -> None:
+    class Counted(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            runs.append(1)
+            return super().forward(x)
+
+    runs: list[int] = []
+    model = Counted(nn.Dropout(0.5), nn.Linear(4, 4), nn.Dropout(0.5))
+    gf.layer_spectrum(model, "2", torch.ones(2, 4))
+    assert len(runs) == 1
+
+
+def test_probes_come_from_a_stream_of_their_own() -> None:
+    from gradflow.functional.setting import make_generator
+
+    for seed in (0, 7, 2**62):
+        own, model = make_generator(seed), torch.Generator().manual_seed(seed)
+        assert not torch.equal(torch.rand(8, generator=own), torch.rand(8, generator=model))
+    own, again = make_generator(None), make_generator(None)
+    drawn = torch.rand(8, generator=own)
+    assert torch.equal(drawn, torch.rand(8, generator=again))
+    assert not torch.equal(drawn, torch.rand(8))
+    assert not torch.equal(drawn, torch.rand(8, generator=make_generator(None)))
+
+
 def test_probes_are_independent_of_the_dropout_masks() -> None:
     model, x = nn.Sequential(nn.Dropout(0.5)), torch.ones(1, 4000)
     for seed in range(3):

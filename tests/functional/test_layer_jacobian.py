@@ -80,6 +80,22 @@ def test_jvp_equals_central_differences(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
+def test_a_function_takes_every_transform(case: str) -> None:
+    make, layer, shape = CASES[case]
+    function = gf.layer_function(make(), layer, torch.randn(shape))
+    jacobian = function.jacobian()
+    expected = jacobian.dense()
+    v = torch.randn_like(function.point)
+    jacobian.jvp(v)  # torch warns of its own deprecated calls where a process begins with torch.func.jvp
+    pushed: Any = torch.func.jvp(function, (function.point,), (v,))[1]
+    torch.testing.assert_close(pushed.reshape(-1), expected @ v.reshape(-1), rtol=1e-4, atol=1e-4)
+    if layer == "layer":
+        return  # vmap has no rule for recurrent layers
+    batched: Any = torch.func.vmap(function, randomness="same")(torch.stack([function.point, function.point]))
+    torch.testing.assert_close(batched[1], function.value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_gain_is_the_frobenius_norm(case: str) -> None:
     make, layer, shape = CASES[case]
     model, x = make(), torch.randn(shape)

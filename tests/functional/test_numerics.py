@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradflow.functional import analyze
@@ -142,7 +141,12 @@ def test_a_parameter_that_is_not_finite_is_told_as_such() -> None:
     with torch.no_grad():
         model.second.weight[1, 1] = -INF
     found = born(analyze(model, [X], mean_square))
-    assert (found.layer, found.op, found.phase, found.value) == ("second", "second.weight", "parameter", "inf")
+    assert (found.layer, found.op, found.phase, found.value) == (
+        "second",
+        "second.weight",
+        "parameter",
+        "inf",
+    )
 
 
 def test_weight_norm_of_zeros() -> None:

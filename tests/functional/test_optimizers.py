@@ -125,7 +125,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-def train(model: nn.Module, optimizer: Any, data: list[Any], start: int = 0) -> tuple[list[float], list[list[float]]]:
+def train(
+    model: nn.Module, optimizer: Any, data: list[Any], start: int = 0
+) -> tuple[list[float], list[list[float]]]:
     """Train for real; return the losses, and the parameters' norms before each step."""
     losses, norms = [], []
     torch.manual_seed(11)
@@ -151,7 +153,9 @@ def test_the_record_covers_real_training_step_by_step(name: str, transform: Any)
     model = make_net()
     optimizer = OPTIMIZERS[name](model)
     before = snapshot(model, optimizer if isinstance(optimizer, Optimizer) else optimizer.inner)
-    record = analyze(model, batches(), squares, steps=STEPS, optimizer=optimizer, seed=11, transform=transform)
+    record = analyze(
+        model, batches(), squares, steps=STEPS, optimizer=optimizer, seed=11, transform=transform
+    )
     after = snapshot(model, optimizer if isinstance(optimizer, Optimizer) else optimizer.inner)
     assert difference(before, after) == ""
     losses, norms = train(model, optimizer, batches())
@@ -357,11 +361,15 @@ def test_the_parameters_of_a_loss_module_are_stepped_too() -> None:
 def test_an_optimizer_of_another_model() -> None:
     model = make_net()
     other = torch.optim.Adam(copy.deepcopy(model).parameters())
-    with pytest.raises(OptimizerMismatchError, match=r"none of the optimizer's 9 parameters .* deep copy.*Adam\("):
+    with pytest.raises(
+        OptimizerMismatchError, match=r"none of the optimizer's 9 parameters .* deep copy.*Adam\("
+    ):
         analyze(model, batches(), squares, optimizer=other)
 
 
 @pytest.mark.parametrize("thing", [1e-3, "adam", torch.optim.Adam])
 def test_what_is_no_optimizer(thing: Any) -> None:
-    with pytest.raises(OptimizerMismatchError, match=rf"optimizer is a {type(thing).__name__}, not a torch\.optim"):
+    with pytest.raises(
+        OptimizerMismatchError, match=rf"optimizer is a {type(thing).__name__}, not a torch\.optim"
+    ):
         analyze(make_net(), batches(), squares, optimizer=thing)

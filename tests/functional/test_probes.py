@@ -115,7 +115,9 @@ def test_a_change_in_place_of_what_backward_needs_raises_as_plain_pytorch_does(k
 
 
 @pytest.mark.parametrize("kind", PROBES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
+)
 @pytest.mark.parametrize("exact", [True, False])
 def test_the_statistic_is_the_sum_of_squares_and_the_gradient_passes_unchanged(
     kind: str, dtype: torch.dtype, exact: bool
@@ -318,7 +320,11 @@ def test_it_is_of_samples_by_features_wherever_the_features_are() -> None:
 
 
 def test_it_is_nan_where_there_is_none() -> None:
-    values: list[Any] = [torch.zeros(3, 2), torch.tensor([[1.0, float("nan")]]), torch.full((2, 2), float("inf"))]
+    values: list[Any] = [
+        torch.zeros(3, 2),
+        torch.tensor([[1.0, float("nan")]]),
+        torch.full((2, 2), float("inf")),
+    ]
     assert all(math.isnan(effective_rank(v)) for v in values)
     assert effective_rank(torch.randn(5)) == 1.0
     assert math.isnan(effective_rank(torch.zeros(5)))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -118,7 +118,7 @@ HABITS: dict[str, Habit] = {
     "registers a hook": lambda m, h: m.act.register_forward_hook(lambda *_: None) and None,
     "writes its input": lambda m, h: None,  # before the first layer takes it
 }
-# torch.func refuses to write to captured tensors; then the run raises, and must be pure all the same
+# torch.func refuses to write to captured tensors, and to freeze; then the run raises, and must be pure all the same
 RAISES_IN_VJP = {name for name in HABITS if name.startswith("write")} | {
     "resizes a plain tensor", "updates an object",
 }  # fmt: skip
