@@ -1,0 +1,14 @@
+"""The zoo: labelled models that are sick, each with its repair, and healthy ones that look suspicious."""
+
+from importlib import import_module
+
+from .registry import BFLOAT16, CASES, DTYPES, FLOAT32, TYPES, Case, Setup, call
+
+_FAMILIES = """
+    mlp mlp_training mlp_healthy cnn cnn_healthy rnn transformer transformer_healthy gan vae graph moe rl
+    finetune metric detection diffusion
+"""
+for _name in _FAMILIES.split():
+    import_module(f"{__name__}.{_name}")  # its cases register themselves
+
+__all__ = ["BFLOAT16", "CASES", "DTYPES", "FLOAT32", "TYPES", "Case", "Setup", "call"]
