@@ -35,7 +35,12 @@ from zoo import CASES, FLOAT32, TYPES, Case
 ROOT = Path(__file__).resolve().parents[2]
 
 # Why gradflow misses what it misses, and alarms where it does. A figure belongs nowhere in here.
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "mlp-constant-initialisation": "All units of a layer are copies, so its *output* has rank one, while the "
+    "gradient that arrives keeps the rank of the head's random weights; ranks are taken of gradients only.",
+    "transformer-attention-only": "The positions *of one sample* become alike, and samples still differ; how "
+    "much rows differ is taken over samples and positions together.",
+}
 
 
 @dataclass(frozen=True)

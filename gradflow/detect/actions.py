@@ -115,6 +115,17 @@ def dominance_actions(layer: str, rival: str, ratio: float) -> Actions:
     )
 
 
+def far_actions(layer: str, rates: tuple[float, ...]) -> Actions:
+    """For a head whose targets are far from its outputs."""
+    rate = f" than {max(rates):.3g}" if rates else ""
+    return (
+        f"Bring the targets of {layer or 'the model'} to the scale of its outputs: standardise them, or "
+        "train on their logarithm.",
+        "Use a Huber or an absolute error, whose gradient does not grow with the distance.",
+        f"Or a much lower learning rate{rate}, with clipping, until the output has found its scale.",
+    )
+
+
 def never_called_actions(layer: str) -> Actions:
     """For a module that no step runs."""
     return (
@@ -167,6 +178,8 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
             f"{here} has one output, and a softmax over one number is always 1: use a sigmoid with "
             "BCEWithLogitsLoss, or two outputs with CrossEntropyLoss.",
         )
+    if why == "one feature":
+        return (f"Normalise what enters {here}, which has more features, or leave the norm out.",)
     if why in ("zero weight", "zero input"):
         return (
             f"If two factors of a product both start at zero ({here} and its partner), start one of them "
@@ -240,8 +253,8 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
 def gate_actions(layer: str, entering: float) -> Actions:
     """For a recurrent layer whose input shuts or opens all of its gates."""
     return (
-        f"Standardise what enters {layer or 'it'} (rms {entering:.3g}): subtract the mean, divide by the standard "
-        "deviation, feature by feature.",
+        f"Standardise what enters {layer or 'it'} (rms {entering:.3g}): subtract the mean, divide by the "
+        "standard deviation, feature by feature.",
         "Or put a norm layer before it.",
     )
 

@@ -42,7 +42,8 @@ def bottleneck(
 
     1. Width: the number of features per sample, against the widest layer before and behind. A *waist* is
        narrower than both by `ratio`. It throttles where what passes needs more: where the effective rank of
-       the gradient that arrives behind it is larger than its width by `rank_excess`.
+       the gradient that arrives behind it is larger than its width by `rank_excess`, or where it is a single
+       number and more than two come out at the end.
     2. A rectifier on a waist: from the share of its units that fire, the share of samples for which none
        does, so that nothing passes in either direction.
     3. Over-smoothing: the part of a layer's output that differs between rows (samples, nodes, positions).
@@ -52,10 +53,10 @@ def bottleneck(
     Why this is evidence: what all gradients pass has no detour, and a rank above the width cannot pass.
 
     Looks alike and is not: the code of an autoencoder, narrow by design (a model that gives back what has the
-    size of its input, or a gradient that needs no more than the width: INFO); what a generator or an actor
-    hands to a critic, as wide as the data (INFO too); a narrow side gate, a low-rank adapter, a narrow block
-    under a skip, which are no dominators; a narrow *last* layer; rows alike because the gradient and the
-    signal die out, which is `vanishing`'s, or because the input is a constant.
+    size of its input, or a gradient that needs no more than the width: INFO, but for a single number); what a
+    generator or an actor hands to a critic, as wide as the data (INFO too); a narrow side gate, a low-rank
+    adapter, a narrow block under a skip, which are no dominators; a narrow *last* layer; rows alike because
+    the gradient and the signal die out, which is `vanishing`'s, or because the input is a constant.
 
     Args:
         ratio: how much wider both sides must be. Pooling and the usual encoder steps reduce by 2 to 4.
@@ -168,9 +169,10 @@ def _waist_issue(flow: Flow, waist: _Waist, rank_excess: float, lost_samples: fl
     layer = flow.layers[waist.node]
     needed = _rank_behind(flow, waist.node)
     lost, fired = _stopped(flow, waist)
-    # One number is narrow by no design: it cannot tell more than two sides apart.
-    by_design = waist.width > 1 and (_gives_back_its_input(flow) or _takes_data_too(flow, waist.node))
+    by_design = _gives_back_its_input(flow) or _takes_data_too(flow, waist.node)
     needs_more = needed > rank_excess * waist.width and not by_design
+    # One number is narrow by no design, unless no more comes out: it can put things in a row, and no more.
+    single = waist.width == 1 and max((_width(flow, n) for n in heads(flow)), default=0) > 2
     if lost >= lost_samples:
         severity = IssueSeverity.MEDIUM
         why = (
@@ -178,6 +180,10 @@ def _waist_issue(flow: Flow, waist: _Waist, rank_excess: float, lost_samples: fl
             "samples nothing passes"
         )
         actions = rectified_actions(layer.name, waist.width)
+    elif single:
+        severity = IssueSeverity.MEDIUM
+        why = "a single number, which can put what passes in a row and tell no more of it"
+        actions = narrow_actions(layer.name, waist.width, max(needed, 2.0) if needed > 0 else 2.0)
     elif needs_more:
         severity = IssueSeverity.HIGH if needed > 2 * rank_excess * waist.width else IssueSeverity.MEDIUM
         why = f"the gradient behind it has an effective rank of {needed:.1f}"

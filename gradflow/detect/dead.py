@@ -14,10 +14,19 @@ from gradflow.detect.actions import (
     rectifier_actions,
     zero_actions,
 )
-from gradflow.detect.evidence import RECTIFIERS, Flow, activations_of, flow_of, late, typical_zero
+from gradflow.detect.evidence import (
+    RECTIFIERS,
+    Flow,
+    activations_of,
+    flow_of,
+    largest_gradient,
+    late,
+    typical_zero,
+)
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
     ActivationRecord,
+    Floats,
     FlowRecord,
     Issue,
     IssueSeverity,
@@ -44,7 +53,8 @@ def dead(
     illness depends on what makes it. Where the weight behind is zero, as many initialisations want it, one
     step of the optimizer ends it, two in a row of such take two; so after `min_updates` steps it is dead,
     and without an optimizer nobody can know: INFO. A rectifier of which no unit ever fires, or a softmax
-    over one alternative, which is the constant 1, is never by design.
+    over one alternative, which is the constant 1, or a norm over one feature, which is its bias, is never
+    by design.
 
     Looks alike and is not: frozen parameters, and those of another optimizer; a head or an expert that other
     batches use; rows of an embedding that no token asked for; a bias under a softmax or before a batch norm,
@@ -170,15 +180,16 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
     issues = []
     told: set[str] = set()
     updates = flow.record.steps - 1 if flow.record.provenance.optimizer else 0
+    scale = largest_gradient(flow)
     for node, layer in flow.layers.items():
         wanted = [p for p in flow.trainable(node) if p.reached.any()]
         if not wanted or layer.module in told:
             continue
-        if not all(typical_zero(p.grad_norm, at_end=updates >= min_updates) for p in wanted):
+        if not all(typical_zero(p.grad_norm, scale, at_end=updates >= min_updates) for p in wanted):
             continue
         told.add(layer.module)
-        why, at = _blocked_by(flow, node)
-        if why in ("rectifier", "one alternative"):
+        why, at = _blocked_by(flow, node, scale)
+        if why in ("rectifier", "one alternative", "one feature"):
             severity = IssueSeverity.CRITICAL
         else:
             severity = IssueSeverity.HIGH if updates >= min_updates else IssueSeverity.INFO
@@ -186,14 +197,14 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
     return issues
 
 
-def _blocked_by(flow: Flow, node: str) -> tuple[str, str]:
+def _blocked_by(flow: Flow, node: str, scale: Floats) -> tuple[str, str]:
     """Why the gradients of a layer's parameters are zero, and the layer call that makes them so.
 
     The gradient is followed from the layer to the first place, seen from there, that gets some.
     """
     here, seen = node, {node}
     while True:
-        if not typical_zero(flow.grad[here], at_end=True):
+        if not typical_zero(flow.grad[here], scale, at_end=True):
             source = next((u for u in flow.wiring.before(here) if _silent(flow, u)), "")
             return ("zero input", source) if here == node else ("upstream", here)
         for activation in activations_of(flow, here):
@@ -205,8 +216,14 @@ def _blocked_by(flow: Flow, node: str) -> tuple[str, str]:
         if not behind:
             return "loss", here
         # Where several layers take its output, all of them give zero; the one that gets some tells why.
-        live = [n for n in behind if not typical_zero(flow.grad.get(n, np.zeros(0)), at_end=True)]
+        live = [n for n in behind if n in flow.grad and not typical_zero(flow.grad[n], scale, at_end=True)]
         for n in live:
+            if (
+                flow.is_norm(n)
+                and flow.layers[n].shape[-1:] == (1,)
+                and "batch" not in flow.layers[n].type.lower()
+            ):
+                return "one feature", here
             zero = [p for p in flow.parameters_of(n) if len(p.norm) and late(p.norm) == 0]
             return ("zero weight", n) if zero else ("operation", n)
         here = behind[0]
@@ -224,6 +241,7 @@ def _is_dead(activation: ActivationRecord) -> bool:
 _WHY = {
     "rectifier": "the rectifier behind {at} lets nothing through: no unit of it fires",
     "one alternative": "the softmax behind {at} is over one alternative, so it is the constant 1",
+    "one feature": "the norm layer behind {at} is over one feature, so what it gives does not depend on it",
     "zero weight": "the weights of {at}, which would hand it back, are zero",
     "zero input": "its own output gets a gradient, but what enters it is zero",
     "operation": "it is lost between here and {at}, in a functional operation",

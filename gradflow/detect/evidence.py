@@ -42,6 +42,9 @@ from gradflow.detect.wiring import LOSS, Wiring, layer_name, node_name, wiring
 from gradflow.records import ActivationRecord, Floats, FlowRecord, LayerRecord, ParameterRecord
 
 KEPT_BY_MATRIX = 0.4
+ROUNDING = (
+    1e-3  # of the largest gradient of a step: float32 rounds at 1e-7, and a norm multiplies that by up to 300
+)
 JOINS = ("cat", "stack", "pad")
 RECTIFIERS = frozenset({"relu", "relu6", "threshold", "relu_", "clamp", "clamp_min", "clip"})
 
@@ -305,12 +308,24 @@ def middle(values: Floats) -> float:
     return float(np.median(known)) if len(known) else math.nan
 
 
-def typical_zero(values: Floats, *, at_end: bool) -> bool:
-    """Whether norms are exactly zero wherever they are known: throughout, or over the last third of them."""
-    known = values[np.isfinite(values)]
-    if at_end and len(known):
-        known = known[-max(1, math.ceil(len(known) / 3)) :]
-    return bool(len(known)) and bool(np.all(known == 0))
+def typical_zero(values: Floats, scale: Floats, *, at_end: bool) -> bool:
+    """Whether norms are zero wherever they are known: throughout, or over the last third of them.
+
+    Zero in most steps, that is, and nothing but rounding in the others: what a subtraction of equal numbers
+    leaves in some steps, against `scale`, the largest gradient of each step.
+    """
+    known = np.isfinite(values)
+    found, largest = values[known], scale[known]
+    if at_end and len(found):
+        last = max(1, math.ceil(len(found) / 3))
+        found, largest = found[-last:], largest[-last:]
+    return len(found) > 0 and bool(np.median(found) == 0) and bool(np.all(found <= ROUNDING * largest))
+
+
+def largest_gradient(flow: Flow) -> Floats:
+    """Return the largest norm of an output gradient at each step, shape (steps,); 0 where there is none."""
+    norms = [np.nan_to_num(norm) for norm in flow.grad.values()]
+    return np.max(norms, axis=0) if norms else np.zeros(flow.record.steps)
 
 
 def heads(flow: Flow) -> list[str]:
@@ -328,3 +343,15 @@ def heads(flow: Flow) -> list[str]:
         elif not owns:
             todo.extend(flow.wiring.preds.get(node, ()))
     return sorted(found, key=lambda node: flow.layers[node].order)
+
+
+def total_gradient(record: FlowRecord) -> Floats:
+    """Return the norm of the gradient of all parameters together, shape (steps,)."""
+    if not record.parameters:
+        return np.full(record.steps, np.nan)
+    norms = np.stack(
+        [p.grad_norm for p in record.parameters if p.trainable] or [np.full(record.steps, np.nan)]
+    )
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.sqrt(np.nansum(np.square(norms), axis=0))
+    return np.where(np.isfinite(norms).any(axis=0), total, np.nan)

@@ -286,15 +286,18 @@ def _prior(flow: Flow, cause: Suspect, victim: Suspect) -> bool:
     a, b = cause.issue, victim.issue
     if a.issue_type is b.issue_type:
         if a.issue_type is IssueType.EXPLODING:
-            return (_decade(a), -_order(flow, cause)) > (_decade(b), -_order(flow, victim))
+            return _grows(flow, cause) > _grows(flow, victim)
         return (a.severity.rank, _order(flow, cause)) > (b.severity.rank, _order(flow, victim))
     return PRECEDENCE[a.issue_type] < PRECEDENCE[b.issue_type]
 
 
-def _decade(issue: Issue) -> int:
-    """How much an issue's layer amplifies, to the power of ten: like ones are told where it shows most, at the
-    one furthest from the loss."""
-    return math.floor(math.log10(max(issue.metrics.get("growth", 1.0), 1.0)))
+def _grows(flow: Flow, s: Suspect) -> tuple[int, bool, int]:
+    """Larger where growth shows more: by the power of ten; like ones are told in the part of the model that
+    grows most, at the layer furthest from the loss. Far targets come first: they were there before a step."""
+    metrics = s.issue.metrics
+    far = metrics.get("role") == "far targets"
+    decade = 999 if far else math.floor(math.log10(max(metrics.get("growth", 1.0), 1.0)))
+    return (decade, not metrics.get("elsewhere"), -_order(flow, s))
 
 
 # Where two types could each explain the other: what is the more basic event.

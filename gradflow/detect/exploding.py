@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import attrs
 import numpy as np
 
-from gradflow.detect.actions import dominance_actions, exploding_actions
+from gradflow.detect.actions import dominance_actions, exploding_actions, far_actions
 from gradflow.detect.evidence import (
     Flow,
     Shares,
@@ -22,10 +22,11 @@ from gradflow.detect.evidence import (
     middle,
     row_gain,
     shares,
+    total_gradient,
 )
 from gradflow.detect.recurrent import memory
 from gradflow.detect.wiring import layer_name
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType
 
 
 def exploding(
@@ -39,7 +40,7 @@ def exploding(
     rows, ‖W‖_F / √rows: by how much a layer blows up the signal. (3) Where two heads share a trunk, the
     norms of the gradients that the heads' outputs receive, and |loss| / (‖gradient‖ ‖output‖) of the stronger
     one: for a squared error that is half of (error / output), so how far its outputs are from its targets,
-    in units of the outputs.
+    in units of the outputs. (4) The same ratio at the first step of a run that its steps blow up.
 
     Why this is evidence: growth is a ratio of norms along one path, free of the scale of the loss. A healthy
     layer at any usual initialisation multiplies the gradient by 0.4 to 1.5; what doubles per layer or per
@@ -58,7 +59,8 @@ def exploding(
             moves the trunk by a percent.
         off_scale: |loss| / (‖gradient‖ ‖output‖) from which on the stronger head's outputs are far from its
             targets' scale. A regression that starts from zero-mean outputs and targets of the same size has
-            about 1 to 5.
+            about 1 to 5. Squared, from which far targets explain a run that blows up: a few hundred are
+            common, and most optimizers cope.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
@@ -67,7 +69,9 @@ def exploding(
         issues = _growth(flow, seen, threshold)
         if not issues:
             issues = _dominating_heads(flow, dominance, off_scale)
-        return [*issues, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
+        far = _far_targets(flow, off_scale)
+        grown = [issue for issue in issues if not any(issue.layer == other.layer for other in far)]
+        return [*grown, *far, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
 
     return detector
 
@@ -97,7 +101,8 @@ def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
     ]
     severity = _severity(total, threshold)
     start = early(seen.share[peak][:3])
-    return [_issue(flow, a, path, total, start, severity) for a in strong]
+    part = _part(amplifiers)
+    return [_issue(flow, a, path, total, start, severity, part) for a in strong]
 
 
 def _typical(values: np.ndarray) -> float:
@@ -114,8 +119,8 @@ def _severity(total: float, threshold: float) -> IssueSeverity:
 
 
 def _amplifiers(flow: Flow, path: Sequence[str], grown: dict[str, float]) -> list[_Amplifier]:
-    """Each step of the path, booked to the layer that the gradient went through, by module; or, if the weights
-    there are too small for it, to the layer whose output feeds the operations between."""
+    """Each step of the path, booked to the layer that the gradient went through, by module; or, if its
+    weights are too small for it, to the layer whose output feeds the operations between."""
     booked: dict[str, list[tuple[float, str]]] = {}
     for before, node in itertools.pairwise(path):
         if grown[before] > 0 and grown[node] > 0:
@@ -134,6 +139,15 @@ def _amplifiers(flow: Flow, path: Sequence[str], grown: dict[str, float]) -> lis
     ]
 
 
+def _part(amplifiers: Sequence[_Amplifier]) -> str:
+    """The part of the model, by the first component of its names, in which the gradient grows most."""
+    grown: dict[str, float] = {}
+    for a in amplifiers:
+        part = a.module.partition(".")[0] if "." in a.module else ""
+        grown[part] = grown.get(part, 0.0) + a.growth
+    return max(grown, key=lambda part: (grown[part], part), default="")
+
+
 def _amplifies(flow: Flow, node: str, growth: float) -> bool:
     """Whether a layer's own weights can have made the gradient grow so much: by five times their rms at most,
     which is about what the largest singular value of a random matrix is above the rms of its rows."""
@@ -148,6 +162,7 @@ def _issue(
     total: float,
     start: float,
     severity: IssueSeverity,
+    part: str,
 ) -> Issue:
     calls = len(amplifier.nodes)
     # The growth of a first call has nothing before it to show in; it is still the module that amplifies.
@@ -175,6 +190,7 @@ def _issue(
             "row_gain": row_gain(flow, node),
             "forward_growth": forward,
             "growth_at_start": start,
+            "elsewhere": bool(part) and not layer.module.startswith(f"{part}."),
             "role": "amplifies",
         },
     )
@@ -279,9 +295,7 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
     rival = max(rivals, key=lambda node: (strength[node], node))
     ratio = strength[strongest] / strength[rival]
     layer = flow.layers[strongest]
-    size = layer.output_rms * np.sqrt(np.maximum(layer.num_elements, 1))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        off = middle(np.abs(flow.record.losses) / (flow.grad[strongest] * size))
+    off = middle(_off_scale(flow, strongest))
     if not (ratio >= dominance and off >= off_scale):
         return []
     return [
@@ -297,5 +311,43 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
             magnitude=ratio,
             recommended_actions=dominance_actions(layer.name, layer_name(rival), ratio),
             metrics={"dominance": ratio, "off_scale": off, "rival": layer_name(rival), "role": "dominates"},
+        )
+    ]
+
+
+def _off_scale(flow: Flow, node: str) -> Floats:
+    """|loss| / (‖gradient‖ ‖output‖) of a head, shape (steps,): for a squared error half of error/output."""
+    layer = flow.layers[node]
+    size = layer.output_rms * np.sqrt(np.maximum(layer.num_elements, 1))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.abs(flow.record.losses) / (flow.grad[node] * size)
+
+
+def _far_targets(flow: Flow, off_scale: float) -> list[Issue]:
+    """A head whose targets are so far from its outputs that the first steps blow it up.
+
+    Far targets alone are common, and harmless where the optimizer takes steps of its own size; it takes both.
+    """
+    record, norms = flow.record, total_gradient(flow.record)
+    ends = heads(flow)
+    if not record.provenance.optimizer or not ends or not len(norms) or not norms[0] > 0:
+        return []
+    blown = np.any(~np.isfinite(record.losses)) or np.nanmax(norms) >= 1e3 * norms[0]
+    head = max(ends, key=lambda node: (np.nan_to_num(flow.grad[node][0]), node))
+    off = float(_off_scale(flow, head)[0])
+    if not blown or not off_scale**2 <= off < math.inf:
+        return []
+    layer = flow.layers[head]
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.CRITICAL,
+            description="Its targets are far from the scale of its outputs (loss over gradient times output: "
+            f"{off:.3g} at the first step), and the steps that follow blow it up.",
+            magnitude=off,
+            recommended_actions=far_actions(layer.name, record.provenance.learning_rates),
+            metrics={"off_scale": off, "role": "far targets"},
         )
     ]

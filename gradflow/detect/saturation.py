@@ -121,8 +121,8 @@ def _driven_gates(flow: Flow, share: float) -> list[Issue]:
                 layer_type=layer.type,
                 issue_type=IssueType.SATURATION,
                 severity=IssueSeverity.HIGH,
-                description=f"Its input of rms {drive.entering:.3g} drives its gates with rms {drive.rms:.3g}, so "
-                f"that about {drive.saturated:.0%} of them are saturated.",
+                description=f"Its input of rms {drive.entering:.3g} drives its gates with rms "
+                f"{drive.rms:.3g}, so that about {drive.saturated:.0%} of them are saturated.",
                 magnitude=drive.saturated,
                 recommended_actions=gate_actions(layer.name, drive.entering),
                 metrics={"saturated_share": drive.saturated, "input_rms": drive.entering, "drive": drive.rms},

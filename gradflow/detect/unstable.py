@@ -9,12 +9,18 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
-from gradflow.detect.evidence import Flow, flow_of, late, middle
+from gradflow.detect.evidence import Flow, flow_of, late, middle, total_gradient
 from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType
 
 
 def unstable(
-    cv_threshold: float = 3.0, *, jump: float = 30.0, few_values: int = 2
+    cv_threshold: float = 3.0,
+    *,
+    jump: float = 30.0,
+    restless: float = 3.0,
+    restless_jump: float = 10.0,
+    risen: float = 3.0,
+    few_values: int = 2,
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of training that jumps.
 
@@ -23,8 +29,8 @@ def unstable(
     than the former. From these ratios the largest, and a coefficient of variation that counts only what is
     above the reference: the root mean square of (ratio - 1). The same for the loss where it is positive
     throughout, but of any two steps in a row the smaller one counts: a loss that has jumped away stays there,
-    one bad batch does not. Apart from this, how many values each channel of a batch norm averages over in
-    training.
+    one bad batch does not. With an optimizer, where loss and gradient end, over where they started. Apart
+    from this, how many values each channel of a batch norm averages over in training.
 
     Why this is evidence: a step of plain or of momentum descent is proportional to the gradient, so a jump
     by an order of magnitude undoes many steps at once. The reference is the run's own, so the scale of the
@@ -41,36 +47,34 @@ def unstable(
         jump: ratio that at least one step must reach. Single batches reach ten times the usual gradient in
             healthy runs, recurrent ones above all, and the loss does not notice; 30 is beyond that. HIGH
             from ten times as much.
+        restless: usual change from one step to the next, as a factor, from which a run is restless: healthy
+            noise changes the gradient by a factor of 1.5 to 2.5 (the median), heavy tails by more.
+        restless_jump: what `jump` is for a restless run: one order of magnitude.
+        risen: how far above its start both loss and gradient must end. Training lowers the loss; batches vary
+            by less.
         few_values: values per channel up to which a batch norm is unstable by itself. Over two values its
             output is their sign, +1 and -1, whatever they are, and its gradient a spike where they are close.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
-        return [*_jumps(flow, cv_threshold, jump), *_small_batch_norms(flow, few_values)]
+        return [
+            *(_jumps(flow, cv_threshold, jump, restless, restless_jump) or _risen(flow, risen)),
+            *_small_batch_norms(flow, few_values),
+        ]
 
     return detector
 
 
 @attrs.frozen(kw_only=True)
 class _Jump:
-    """The rises of one series: the largest, its step, and the coefficient of variation."""
+    """The rises of one series: the largest, its step, the coefficient of variation, and the usual change from
+    one step to the next, as a factor."""
 
     ratio: float
     step: int
     variation: float
-
-
-def total_gradient(record: FlowRecord) -> Floats:
-    """Return the norm of the gradient of all parameters together, shape (steps,)."""
-    if not record.parameters:
-        return np.full(record.steps, np.nan)
-    norms = np.stack(
-        [p.grad_norm for p in record.parameters if p.trainable] or [np.full(record.steps, np.nan)]
-    )
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = np.sqrt(np.nansum(np.square(norms), axis=0))
-    return np.where(np.isfinite(norms).any(axis=0), total, np.nan)
+    change: float
 
 
 def rises(values: Floats) -> _Jump | None:
@@ -92,11 +96,16 @@ def rises(values: Floats) -> _Jump | None:
     at = int(np.argmax(ratios))
     over = np.maximum(ratios - 1.0, 0.0)
     return _Jump(
-        ratio=float(ratios[at]), step=int(known[at + 1]), variation=float(np.sqrt(np.mean(over * over)))
+        ratio=float(ratios[at]),
+        step=int(known[at + 1]),
+        variation=float(np.sqrt(np.mean(over * over))),
+        change=float(np.exp(np.median(np.abs(np.diff(np.log(x)))))),
     )
 
 
-def _jumps(flow: Flow, cv_threshold: float, jump: float) -> list[Issue]:
+def _jumps(
+    flow: Flow, cv_threshold: float, jump: float, restless: float, restless_jump: float
+) -> list[Issue]:
     record = flow.record
     series = {"gradient": rises(total_gradient(record))}
     if np.all(record.losses[np.isfinite(record.losses)] >= 0):
@@ -106,7 +115,8 @@ def _jumps(flow: Flow, cv_threshold: float, jump: float) -> list[Issue]:
         return []
     name = max(seen, key=lambda key: (seen[key].variation, key))
     found = seen[name]
-    if found.variation < cv_threshold or found.ratio < jump:
+    needed = restless_jump if found.change >= restless else jump
+    if found.variation < cv_threshold or found.ratio < needed:
         return []
     severity = IssueSeverity.HIGH if found.ratio >= 10 * jump else IssueSeverity.MEDIUM
     node = _layer_of_jump(flow, found.step)
@@ -128,6 +138,7 @@ def _jumps(flow: Flow, cv_threshold: float, jump: float) -> list[Issue]:
             metrics={
                 "ratio": found.ratio,
                 "variation": found.variation,
+                "usual_change": found.change,
                 "step": found.step,
                 "series": name,
                 "optimizer": record.provenance.optimizer,
@@ -135,6 +146,39 @@ def _jumps(flow: Flow, cv_threshold: float, jump: float) -> list[Issue]:
             },
         )
     ]  # fmt: skip
+
+
+def _risen(flow: Flow, risen: float) -> list[Issue]:
+    """A run whose steps have made things worse: loss and gradient end far above where they started."""
+    record, gradient = flow.record, total_gradient(flow.record)
+    known = np.isfinite(record.losses) & np.isfinite(gradient)
+    losses, norms = record.losses[known], gradient[known]
+    if not record.provenance.optimizer or len(losses) < 5 or losses.min() <= 0 or norms[0] <= 0:
+        return []
+    ratio = float(late(losses) / losses[0])
+    if ratio < risen or late(norms) < risen * norms[0]:
+        return []
+    node = _layer_of_jump(flow, int(np.flatnonzero(known)[-1]))
+    layer = flow.layers[node] if node else None
+    return [
+        Issue(
+            layer=layer.name if layer else "",
+            layer_type=layer.type if layer else record.provenance.model or "model",
+            issue_type=IssueType.UNSTABLE,
+            severity=IssueSeverity.MEDIUM,
+            description=f"The loss ends {ratio:.3g} times above where it started, and the gradient "
+            f"{late(norms) / norms[0]:.3g} times: the steps of the optimizer are too large.",
+            magnitude=ratio,
+            recommended_actions=unstable_actions(flow, node, ratio),
+            metrics={
+                "ratio": ratio,
+                "series": "loss",
+                "step": 1,
+                "optimizer": record.provenance.optimizer,
+                "role": "jumps",
+            },
+        )
+    ]
 
 
 def _layer_of_jump(flow: Flow, step: int) -> str:

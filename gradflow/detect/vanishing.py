@@ -45,6 +45,10 @@ def vanishing(
     A fused plain recurrent layer whose last step alone is read is judged by its recurrent weights, see
     `gradflow.detect.recurrent`.
 
+    Where one layer accounts for half of the loss on a path, in logarithms, it is named, or the operation that
+    its input goes through. Where none does, the loss is told where it shows most, in the part of the model
+    that loses most.
+
     Looks alike and is not: a branch beside a path that carries the gradient (zero or tiny gates, LayerScale);
     the modest decay of a stack at PyTorch's default initialisation; the fall behind a pooling; a small last
     layer (policy heads at gain 0.01); exact zeros, which are `dead`'s.

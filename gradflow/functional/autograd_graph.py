@@ -156,7 +156,9 @@ def build(
     return structure
 
 
-def _group(node: Node, recorder: Recorder, windows: Windows, taken: dict[str, int], structure: Structure) -> Group:
+def _group(
+    node: Node, recorder: Recorder, windows: Windows, taken: dict[str, int], structure: Structure
+) -> Group:
     call = recorder.calls[node.site.call] if is_probe(node) else windows.layer(node)
     if call is not None:
         name = call.name or MODEL

@@ -39,7 +39,7 @@ class DataFlow:
         self._taints: dict[int, tuple[weakref.ref[Tensor], Taint]] = {}
         self.edges: dict[tuple[int, str], str] = {}  # (target call, source) -> reason
         self.joins: list[tuple[Any, str, str]] = []  # (autograd node, source, reason)
-        # whether the model puts hooks on tensors (those of its modules' backward included), which change gradients
+        # whether there are hooks on tensors (those of the modules' backward included), which change gradients
         self.hooked = any(m._backward_hooks or m._backward_pre_hooks for m in recorder.modules.values())
         self.read: dict[str, str] = {}  # call name -> the read (`item`, ...) that took its values out
         recorder.on_enter, recorder.on_exit = self._enter, self._exit

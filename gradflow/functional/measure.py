@@ -27,7 +27,7 @@ from gradflow.functional.optimizers import copy_optimizer, learning_rates, optim
 from gradflow.functional.purity import RandomState, preserved, seed_all
 from gradflow.functional.recorder import Call, Recorder
 from gradflow.functional.step import Before, Outcome, Program, run_step
-from gradflow.functional.taps import exclusive, tapped
+from gradflow.functional.taps import exclusive, tapped, uncompiled
 from gradflow.functional.watch import after_module
 from gradflow.records import FlowRecord, NumericalRecord, Provenance
 
@@ -90,7 +90,8 @@ def measure(
     roots = [model] if loss_module is None else [model, loss_module]
     chosen = _choose_transform(plan.transform)
     outside = pyfunctorch.temporarily_clear_interpreter_stack()  # a record holds plain numbers
-    with exclusive(model), preserved(*roots), outside, torch.inference_mode(False), torch.enable_grad():
+    grad = torch.enable_grad()
+    with exclusive(model), preserved(*roots), outside, uncompiled(), torch.inference_mode(False), grad:
         _set_mode(model, plan.mode)
         if plan.seed is not None:
             seed_all(plan.seed)
@@ -349,8 +350,8 @@ def _trace(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
     random.restore()
     if not np.isclose(again.loss, row.loss, rtol=1e-3, equal_nan=True):
         run.notes.append(
-            f"Step {step} gave another loss when it was run again to find its NaN or Inf: model or loss draw on "
-            "something that had moved on (an iterator, a counter). Its numbers are those of the first time."
+            f"Step {step} gave another loss when it was run again to find its NaN or Inf: model or loss draw "
+            "on something that had moved on (an iterator, a counter). Its numbers are those of the first run."
         )
         return row
     return again

@@ -75,6 +75,7 @@ class Recorder:
     num_slots: int = 0  # how many slots a step under `vjp` is given; 0 until it is known
     # of the present step
     active: bool = False
+    level: int = 0  # of torch.func transforms that the step itself runs in; see `transform_level`
     structural: bool = False  # the first step: containers and data flow are looked at as well
     watched: bool = True  # functions are watched, see `watch.py`
     look: bool = False  # the costlier statistics are taken
@@ -109,11 +110,14 @@ class Recorder:
         self.calls, self.stack, self.counts = [], [], {}
         self.observations, self.values, self.sites, self.aliases = [], [], [], []
         self.given_slots, self.last_type = slots, ""
+        self.level = transform_level()
 
     # ------------------------------------------------------------------ calls
 
     def run(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a module's forward as a call of this step, and return its (probed) output."""
+        if transform_level() > self.level:
+            return forward(*args, **kwargs)
         if self.in_backward:
             return self._recompute(name, forward, args, kwargs)
         layer = name in self.layer_names
@@ -354,6 +358,16 @@ def checkpoint_segment() -> int:
         if frame.f_globals.get("__name__") == "torch.utils.checkpoint" and "ctx" in frame.f_locals:
             return id(frame.f_locals["ctx"])
     return 0
+
+
+def transform_level() -> int:
+    """Return how deep in transforms of `torch.func` we are.
+
+    What a model runs in transforms of its own (a derivative by its input, samples in a `vmap`) holds tensors
+    that mean nothing outside of them. It is left alone; the gradients of its parameters are as exact as ever.
+    """
+    top = torch._C._functorch.peek_interpreter_stack()
+    return 0 if top is None else top.level()
 
 
 def sequence_number() -> int:

@@ -222,12 +222,12 @@ def effective_rank(gradient: Tensor, layer_type: str = "Linear") -> float:
     if gradient.dim() < 2:
         return 1.0 if bool(gradient.any()) else float("nan")
     matrix = gradient.detach().movedim(unit_axis(gradient, layer_type), -1).flatten(0, -2)
-    matrix = matrix.to(device="cpu", dtype=torch.float64)
+    matrix = matrix.to(device="cpu", dtype=torch.complex128 if matrix.is_complex() else torch.float64)
     top = matrix.abs().max()
     if not torch.isfinite(top) or top == 0:
         return float("nan")
     matrix = matrix / top
-    gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
+    gram = matrix.mH @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mH
     values = torch.linalg.eigvalsh(gram).clamp(min=0)
     shares = values / values.sum()
     shares = shares[shares > 0]

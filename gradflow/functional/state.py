@@ -22,7 +22,11 @@ def copy_parameters(model: nn.Module) -> Tensors:
     copies: Tensors = {}
     for name, parameter in model.named_parameters():
         _check_has_values(name, parameter)
-        copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        values, kind = parameter.detach().clone(), type(parameter)
+        if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
+            copy = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        else:  # a class of the user's
+            copy = Tensor._make_subclass(kind, values, parameter.requires_grad)
         vars(copy).update(vars(parameter))
         copies[name] = copy
     return copies

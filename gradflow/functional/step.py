@@ -280,6 +280,7 @@ def _vjp_step(program: Program, batch: Any, step: int, *, look: bool, observer: 
     used = [s.detach() for s in statistics[: len(recorder.sites)]]
     # A transform gives zeros where no path leads; which parameters that are, the first step has shown.
     found = {
-        name: None if name in program.unreached and not g.any() else g.detach() for name, g in gradients.items()
+        name: None if name in program.unreached and not g.any() else g.detach()
+        for name, g in gradients.items()
     }
     return Outcome(loss.detach(), found, [s[0] if float(s[1]) > 0 else None for s in used])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,6 +30,13 @@ def exclusive(model: nn.Module) -> Iterator[None]:
         lock = _busy.setdefault(model, threading.RLock())
     with lock:
         yield
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Let models of `torch.compile` run as they were written: a compiler cannot see past our taps."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager

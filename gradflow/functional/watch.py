@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gradflow.functional.probes import is_probe, sum_of_squares
-from gradflow.functional.recorder import Call, Recorder, unit_axis
+from gradflow.functional.recorder import Call, Recorder, transform_level, unit_axis
 
 # name of the function -> (op, kind); see ActivationRecord
 ACTIVATIONS: dict[str, tuple[str, str]] = {
@@ -45,6 +45,8 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if transform_level() > self.recorder.level:
+            return func(*args, **kwargs)
         found = ACTIVATIONS.get(getattr(func, "__name__", ""))
         if found is None:
             if self.observer is None:

@@ -188,6 +188,10 @@ def activation(name: str, layer: str, op: str, kind: str, **fields: Any) -> Acti
     return ActivationRecord(name=name, op=op, kind=kind, layer=layer, **{**values, **fields})
 
 
-def decaying(depth: int, keep: float, **fields: Any) -> FlowRecord:
-    """Return a chain `fc0` ... whose gradient shrinks by `keep` at every layer on its way back."""
-    return flow_record(*(Layer(name=f"fc{i}", grad=keep ** (depth - 1 - i)) for i in range(depth)), **fields)
+def decaying(depth: int, keep: float, *, gain: float = 0.577, **fields: Any) -> FlowRecord:
+    """Return a chain `fc0` ... whose gradient shrinks by `keep` at every layer on its way back.
+
+    The weights are by default those of PyTorch's initialisation.
+    """
+    layers = [Layer(name=f"fc{i}", grad=keep ** (depth - 1 - i), gain=gain) for i in range(depth)]
+    return flow_record(*layers, **fields)

@@ -57,6 +57,33 @@ def test_an_autoencoder_is_narrow_by_design() -> None:
     assert seen(hourglass(2, rank=30.0, out=20))["waist"].severity is IssueSeverity.INFO
 
 
+@pytest.mark.parametrize(("out", "severity"), [(10, IssueSeverity.MEDIUM), (1, IssueSeverity.INFO)])
+def test_a_single_number_is_too_little_unless_no_more_comes_out(out: int, severity: IssueSeverity) -> None:
+    assert seen(hourglass(1, rank=1.0, out=out))["waist"].severity is severity
+
+
+def test_a_first_layer_that_all_data_enter_can_be_a_waist() -> None:
+    record = flow_record(sized("first", 1, 20), sized("b", 64, 1), sized("head", 10, 64))
+    assert seen(record)["first"].severity is IssueSeverity.MEDIUM
+    two = flow_record(
+        sized("first", 1, 20),
+        sized("other", 64, 20),
+        sized("b", 64, 65),
+        sized("head", 10, 64),
+        edges=[("first", "b"), ("other", "b"), ("b", "head"), ("head", "loss")],
+    )
+    assert not seen(two)
+
+
+def test_the_calls_of_a_siamese_waist_are_no_data_of_their_own() -> None:
+    calls = [f"{name}{call}" for call in ("", "@1") for name in ("a", "waist", "b")]
+    edges = [(x, y) for x, y in zip(calls, calls[1:], strict=False) if y != "a@1"]
+    widths = {"a": (64, 20), "waist": (2, 64), "b": (64, 2)}
+    layers = [sized(name, *widths[name.partition("@")[0]], rank=30.0) for name in calls]
+    record = flow_record(*layers, edges=[*edges, ("b", "loss"), ("b@1", "loss")])
+    assert seen(record)["waist"].severity >= IssueSeverity.MEDIUM
+
+
 def test_what_a_generator_hands_to_a_critic_is_as_wide_as_the_data() -> None:
     record = flow_record(
         sized("gen.0", 64, 8),

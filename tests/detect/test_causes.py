@@ -190,6 +190,31 @@ def test_steps_that_are_too_large_explain_what_was_not_there_before() -> None:
     assert len(causes(fixed)) == 2
 
 
+def test_growth_is_told_in_the_part_that_grows_most() -> None:
+    record = flow_record(
+        Layer(name="embed", grad=12.0**5, op="mm"),
+        *(Layer(name=f"layers.{i}", grad=12.0 ** (4 - i), op="mm") for i in range(5)),
+        Layer(name="head"),
+    )
+    assert causes(record)[0][:2] == ("layers.0", "EXPLODING")
+
+
+def test_saturation_at_one_call_speaks_for_the_module() -> None:
+    full = np.full(STEPS, 0.95)
+    record = flow_record(
+        Layer(name="gate", op="sigmoid", grad=1e-6),
+        Layer(name="gate@1", op="sigmoid", grad=1e-6),
+        Layer(name="head"),
+        edges=[("gate", "op:gate"), ("op:gate", "gate@1"), ("gate@1", "op:gate@1"), ("op:gate@1", "head"),
+               ("head", "loss")],
+        activations=[
+            activation("gate:sigmoid", "gate", "sigmoid", "bounded", saturated_share=full),
+            activation("gate@1:sigmoid", "gate@1", "sigmoid", "bounded", saturated_share=full * 0.9),
+        ],
+    )  # fmt: skip
+    assert [c[:2] for c in causes(record)] == [("gate", "SATURATION")]
+
+
 def test_the_gravest_cause_comes_first() -> None:
     record = decaying(4, 1.0)
     issues = [

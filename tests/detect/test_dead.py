@@ -137,6 +137,21 @@ def test_a_softmax_over_one_alternative_is_never_by_design() -> None:
     assert "sigmoid" in issue.recommended_actions[0]
 
 
+def test_a_norm_over_one_feature_is_never_by_design() -> None:
+    """Its gradient is zero in most steps, and rounding in the others."""
+    rounding = np.where(np.arange(STEPS) % 4 == 3, 1e-6, 0.0)
+    one = {"type": "LayerNorm", "shape": (32, 1)}
+    record = flow_record(Layer(name="score", grad=rounding), Layer(name="norm", fields=one), optimizer="Adam")
+    issue = seen(record)["score"]
+    assert (issue.severity, issue.metrics["why"]) == (IssueSeverity.CRITICAL, "one feature")
+
+
+def test_a_loss_that_is_met_by_most_batches_is_no_death() -> None:
+    rare = np.where(np.arange(STEPS) % 4 == 3, 1.0, 0.0)
+    record = flow_record(Layer(name="a", grad=rare), Layer(name="b", grad=rare), optimizer="Adam")
+    assert not seen(record)
+
+
 def test_two_factors_that_both_start_at_zero() -> None:
     record = flow_record(
         Layer(name="base"),

@@ -147,3 +147,39 @@ def test_a_runaway_recurrent_layer() -> None:
         record, graph_record=attrs.evolve(graph, nodes=nodes), parameters=[weight, record.parameters[1]]
     )
     assert seen(record) == {"rnn": IssueSeverity.CRITICAL}
+
+
+def test_growth_beyond_the_weights_is_booked_to_what_feeds_the_operation() -> None:
+    record = flow_record(
+        Layer(name="a", grad=1e6, op="bmm"), Layer(name="b", grad=1e3, op="bmm"), Layer(name="c", gain=0.6)
+    )
+    assert set(seen(record)) == {"a", "b"}
+
+
+def test_growth_along_a_residual_stream_is_booked_to_the_blocks() -> None:
+    names = [f"blocks.{i}" for i in range(6)]
+    edges = [("stem", names[0]), ("stem", "op:blocks.0")]
+    for i, name in enumerate(names):
+        behind = names[i + 1] if i < 5 else "head"
+        edges += [(name, f"op:{name}"), (f"op:{name}", behind)]
+        if i < 5:
+            edges.append((f"op:{name}", f"op:{behind}"))
+    record = flow_record(
+        Layer(name="stem", grad=3.0**6),
+        *(Layer(name=name, grad=3.0 ** (5 - i), op="add") for i, name in enumerate(names)),
+        Layer(name="head"),
+        edges=[*edges, ("head", "loss")],
+    )
+    assert all(layer.startswith("blocks.") for layer in seen(record))
+
+
+@pytest.mark.parametrize(("blows_up", "loss"), [(True, 1e6), (False, 1e6), (True, 5.0)])
+def test_far_targets_explain_a_run_that_blows_up(blows_up: bool, loss: float) -> None:
+    grad = np.geomspace(1.0, 1e8, 8) if blows_up else np.ones(8)
+    losses = loss * grad**2 if blows_up else np.full(8, loss)
+    size = {"output_rms": np.full(8, 0.1)}
+    record = flow_record(
+        Layer(name="fc", grad=grad), Layer(name="out", grad=grad, fields=size), losses=losses, optimizer="SGD"
+    )
+    found = [i for i in detect(record, exploding()) if i.metrics["role"] == "far targets"]
+    assert [i.layer for i in found] == (["out"] if blows_up and loss > 10 else [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 
@@ -101,3 +102,28 @@ def test_an_attention_module_is_named_and_told_to_scale() -> None:
         activations=[activation("attn:softmax", "attn", "softmax", "softmax", saturated_share=share(0.9))],
     )
     assert "sqrt" in seen(record)["attn"].recommended_actions[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "entering", "sick"), [("LSTM", 4000.0, True), ("LSTM", 1.0, False), ("Linear", 4000.0, False)]
+)
+def test_the_gates_of_a_recurrent_layer_go_by_what_enters_them(
+    kind: str, entering: float, sick: bool
+) -> None:
+    fields = {"type": kind, "input_rms": np.full(STEPS, entering), "parameters": ("rnn.weight_ih_l0",)}
+    record = flow_record(Layer(name="rnn", gain=0.6, fields=fields), Layer(name="head"))
+    weight = attrs.evolve(record.parameters[0], name="rnn.weight_ih_l0", layer="rnn")
+    record = attrs.evolve(record, parameters=[weight, record.parameters[1]])
+    assert ("rnn" in seen(record)) is sick
+
+
+def test_a_rectified_recurrence_has_no_gates() -> None:
+    fields = {
+        "type": "RNN",
+        "input_rms": np.full(STEPS, 4000.0),
+        "output_rms": np.full(STEPS, 900.0),
+        "parameters": ("rnn.weight_ih_l0",),
+    }
+    record = flow_record(Layer(name="rnn", gain=0.6, fields=fields), Layer(name="head"))
+    weight = attrs.evolve(record.parameters[0], name="rnn.weight_ih_l0", layer="rnn")
+    assert not seen(attrs.evolve(record, parameters=[weight, record.parameters[1]]))

@@ -78,6 +78,22 @@ def test_scale_of_the_loss_changes_nothing(factor: float, height: float) -> None
     assert seen(record) == seen(scaled)
 
 
+def test_a_restless_run_needs_smaller_jumps() -> None:
+    tails = np.array([1, 30, 2, 60, 1, 9, 40, 3, 200, 1, 12, 2, 90, 1, 25, 3, 150, 2, 30, 1.0])
+    found = rises(tails)
+    assert found is not None
+    assert found.change > 3
+    assert seen(run(tails)) == {"b": IssueSeverity.MEDIUM}
+
+
+@pytest.mark.parametrize(
+    ("grad", "optimizer", "sick"), [(6.0, "Adam", True), (1.0, "Adam", False), (6.0, "", False)]
+)
+def test_a_run_that_ends_far_above_its_start(grad: float, optimizer: str, sick: bool) -> None:
+    grads, losses = np.linspace(1.0, grad, STEPS), np.linspace(3.0, 12.0, STEPS)
+    assert bool(seen(run(grads, losses=losses, optimizer=optimizer))) is sick
+
+
 def test_too_short_a_run_tells_nothing() -> None:
     assert rises(np.array([1.0])) is None
     assert rises(np.array([np.nan, 0.0, 2.0])) is None

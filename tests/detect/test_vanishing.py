@@ -38,6 +38,12 @@ def test_decay_of_the_default_initialisation_is_not_blamed(depth: int) -> None:
     assert not seen(decaying(depth, 0.41))
 
 
+def test_weights_that_promise_more_are_held_to_it() -> None:
+    """He's initialisation keeps the gradient: if less is left at each layer, something else takes it."""
+    assert not seen(decaying(9, 0.4))
+    assert seen(decaying(9, 0.4, gain=2**0.5))["fc0"] >= IssueSeverity.MEDIUM
+
+
 def test_whatever_the_kinds_nothing_left_is_an_illness() -> None:
     assert seen(decaying(20, 0.41))["fc0"] is IssueSeverity.MEDIUM
 
@@ -170,3 +176,35 @@ def test_a_plain_recurrent_layer_read_at_its_last_step(gain: float, sick: bool) 
         record, graph_record=attrs.evolve(graph, nodes=nodes), parameters=[weight, *record.parameters[1:]]
     )
     assert ("rnn" in seen(record)) is sick
+
+
+def test_the_part_that_loses_it_is_told_from_what_it_starves() -> None:
+    record = flow_record(
+        Layer(name="stem", grad=0.1**5),
+        *(Layer(name=f"blocks.{i}", grad=0.1 ** (5 - i), gain=1.4) for i in range(6)),
+        Layer(name="head"),
+    )
+    found = {i.layer: i.metrics["elsewhere"] for i in detect(record, vanishing())}
+    assert found["stem"]
+    assert not found["blocks.0"]
+
+
+def test_a_residual_stream_is_seen_block_by_block() -> None:
+    """The sums of the stream stand for the blocks that end in them."""
+    names = [f"blocks.{i}" for i in range(6)]
+    edges = [("stem", names[0]), ("stem", "op:blocks.0")]
+    for i, name in enumerate(names):
+        edges.append((name, f"op:{name}"))
+        behind = names[i + 1] if i < 5 else "head"
+        edges.append((f"op:{name}", behind))
+        if i < 5:
+            edges.append((f"op:{name}", f"op:{behind}"))
+    record = flow_record(
+        Layer(name="stem", grad=0.02**6),
+        *(Layer(name=name, grad=0.02 ** (5 - i), op="add") for i, name in enumerate(names)),
+        Layer(name="head"),
+        edges=[*edges, ("head", "loss")],
+    )
+    issues = {i.layer: i for i in detect(record, vanishing())}
+    assert issues["stem"].metrics["num_layers_to_loss"] >= 7
+    assert "head" not in issues

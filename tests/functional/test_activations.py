@@ -210,7 +210,10 @@ def test_a_number_of_units_that_changes_cannot_be_told_apart() -> None:
 @pytest.mark.parametrize(
     "softmax",
     [
-        nn.Softmax(-1), lambda h: F.softmax(h, -1), lambda h: h.softmax(dim=-1), lambda h: torch.softmax(h, dim=1),
+        nn.Softmax(-1),
+        lambda h: F.softmax(h, -1),
+        lambda h: h.softmax(dim=-1),
+        lambda h: torch.softmax(h, dim=1),
     ],
     ids=["module", "function", "method", "torch"],
 )  # fmt: skip

@@ -69,8 +69,7 @@ def test_cheap_norms_are_those_of_a_plain_backward_pass(name: str) -> None:
     model, batch = case.build(), case.batch()
     record, naive = measured(case, model, batch), expected(case, batch)
     assert record.provenance.transform == "fused"
-    # buffers of a batch norm and the vectors of a spectral norm move on with every step; outputs do not follow
-    # them in train mode, except those of the spectral norm
+    # the vectors of a spectral norm move on with every step, and its output with them
     steps = range(1) if name == "parametrized" else range(3)
     check_against(record, naive, rtol=2e-6, steps=steps)
     layers = {call for call in naive.outputs if is_layer(call, model)}

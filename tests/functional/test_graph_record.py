@@ -68,8 +68,7 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.inp(x)
         h = h + torch.tanh(self.a(h))
-        h = h + torch.tanh(self.b(h))
-        return h
+        return h + torch.tanh(self.b(h))
 
     def by_hand(self, e: Hand, x: Tensor) -> Tensor:
         h = self.inp(x)

@@ -203,6 +203,35 @@ def test_a_module_of_its_own_is_the_layer_of_its_operations() -> None:
     assert line_of(found).endswith("x.std(0)")
 
 
+class Faulty(torch.autograd.Function):
+    """Divides by zero in its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad / 0.0
+
+
+def test_a_function_of_the_users_whose_backward_fails_is_told_by_its_name() -> None:
+    found = born(analyze(Between(lambda h: torch.tanh(Faulty.apply(h.sin()))), [X], mean_square))
+    assert (found.layer, found.op, found.phase, found.value) == ("first", "faulty", "backward", "inf")
+    assert found.line == ""
+
+
+def test_a_backward_birth_inside_a_layer_is_that_layers() -> None:
+    class Root(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sqrt(x * 0) + x
+
+    model = nn.Sequential(nn.Linear(4, 4), Root(), nn.Linear(4, 2))
+    found = born(analyze(model, [X], mean_square))
+    assert (found.layer, found.layer_type, found.op, found.phase) == ("1", "Root", "sqrt", "backward")
+    assert line_of(found).strip().startswith("return torch.sqrt")
+
+
 @pytest.mark.parametrize("transform", ["fused", "vjp"])
 def test_one_bad_batch_of_twenty_leaves_the_other_nineteen_as_they_are(transform: Any) -> None:
     def function(h: Tensor) -> Tensor:

@@ -118,9 +118,9 @@ HABITS: dict[str, Habit] = {
     "registers a hook": lambda m, h: m.act.register_forward_hook(lambda *_: None) and None,
     "writes its input": lambda m, h: None,  # before the first layer takes it
 }
-# torch.func refuses to write to captured tensors, and to freeze; then the run raises, and must be pure all the same
+# torch.func refuses to write to captured tensors and to freeze; the run raises, and must be pure all the same
 RAISES_IN_VJP = {name for name in HABITS if name.startswith("write")} | {
-    "resizes a plain tensor", "updates an object",
+    "resizes a plain tensor", "updates an object", "freezes itself",
 }  # fmt: skip
 
 
@@ -296,8 +296,8 @@ def test_everything_is_as_before(options: dict[str, Any]) -> None:
 
 
 PLAIN: dict[str, Any] = {
-    "failure": None, "optimizer": None, "transform": "fused", "detail": "cheap", "mode": "train", "seed": None,
-    "around": "", "graded": True, "frozen": False, "evaluated": set(),
+    "failure": None, "optimizer": None, "transform": "fused", "detail": "cheap", "mode": "train",
+    "seed": None, "around": "", "graded": True, "frozen": False, "evaluated": set(),
 }  # fmt: skip
 
 
@@ -504,3 +504,53 @@ def test_a_leaf_of_the_users_that_is_no_parameter_gets_no_gradient() -> None:
         analyze(model, [x], lambda y: (y * scale).mean(), steps=1, detail=detail)
     assert scale.grad is None
     assert x.grad is None
+
+
+def test_attributes_of_odd_kinds_are_left_alone() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 1)
+            self.meta = torch.ones(2, device="meta")
+            with torch.inference_mode():
+                self.inference = torch.ones(2)
+            self.complex = torch.tensor([complex("nan"), 1j])
+            self.nans = torch.tensor([float("nan"), 1.0])
+            self.scalar = torch.tensor(float("nan"))
+            self.rows = torch.eye(2).to_sparse()
+            self.graph = self.fc(torch.ones(3))  # with a graph of its own
+            self.large = {i: [i] for i in range(10_001)}
+            self.raw, self.frozen, self.pair = bytearray(b"ab"), frozenset({1}), ([1], {2})
+            self.myself = [self]
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.large[-1] = [0]
+            self.raw.extend(b"c")
+            self.pair[0].append(2)
+            self.pair[1].add(3)
+            return self.fc(x)
+
+    model = Odd()
+    tensors = {
+        name: (value, value._version) for name, value in vars(model).items() if name in ("complex", "nans")
+    }
+    analyze(model, [X] * 2, mean_square, steps=2)
+    assert len(model.large) == 10_001
+    assert (model.raw, model.pair) == (bytearray(b"ab"), ([1], {2}))
+    assert model.myself[0] is model
+    assert torch.equal(model.nans.isnan(), torch.tensor([True, False]))
+    assert model.nans is tensors["nans"][0]
+    assert (
+        model.nans._version == tensors["nans"][1]
+    )  # it was not written to, so a graph that needs it is good
+    model.graph.sum().backward()
+    assert model.fc.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_a_scripted_part_is_run_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 1))
+    record = analyze(model, [X], mean_square)
+    gradient = torch.autograd.grad(mean_square(model(X)), [model[0].weight])[0]
+    np.testing.assert_allclose(record.parameter("0.weight").grad_norm, gradient.norm(), rtol=1e-6)
+    assert record.parameter("1.weight").reached.all()

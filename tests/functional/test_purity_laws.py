@@ -68,8 +68,18 @@ def snapshot(model: Net, optimizer: torch.optim.Optimizer | None) -> dict[str, A
         "python": random.getstate(),
         "grad mode": torch.is_grad_enabled(),
         "dtype": torch.get_default_dtype(),
-        "own": (model.torch_rng.get_state(), model.numpy_rng.bit_generator.state, model.python_rng.getstate()),
-        "state": (model.calls, list(map(id, model.kept)), dict(model.table), model.total.clone(), id(model.total)),
+        "own": (
+            model.torch_rng.get_state(),
+            model.numpy_rng.bit_generator.state,
+            model.python_rng.getstate(),
+        ),
+        "state": (
+            model.calls,
+            list(map(id, model.kept)),
+            dict(model.table),
+            model.total.clone(),
+            id(model.total),
+        ),
         "notes": (id(model.notes), list(model.notes.seen), model.notes.best),
         "later": hasattr(model, "later"),
     }
@@ -79,7 +89,12 @@ def snapshot(model: Net, optimizer: torch.optim.Optimizer | None) -> dict[str, A
     for name, b in model.named_buffers():
         found[f"buffer {name}"] = (id(b), b.clone(), b._version)
     for name, m in model.named_modules():
-        found[f"module {name}"] = (m.training, sorted(m.__dict__), "forward" in m.__dict__, len(m._forward_hooks))
+        found[f"module {name}"] = (
+            m.training,
+            sorted(m.__dict__),
+            "forward" in m.__dict__,
+            len(m._forward_hooks),
+        )
     if optimizer is not None:
         found["optimizer"] = copy.deepcopy(optimizer.state_dict())
         found["held"] = [id(p) for g in optimizer.param_groups for p in g["params"]]
@@ -115,8 +130,10 @@ def same(a: Any, b: Any) -> bool:
     swaps_buffer=st.booleans(),
 )
 def test_everything_is_as_before(
-    frozen: bool, graded: bool, evaluated: tuple[str, ...], optimizer: str | None, transform: Any, detail: Any,
-    fails: str | None, nan: bool, grad: bool, mode: Any, seed: int | None, writes_weights: bool, swaps_buffer: bool,
+    frozen: bool, graded: bool, evaluated: tuple[str, ...], optimizer: str | None, transform: Any,
+    detail: Any,
+    fails: str | None, nan: bool, grad: bool, mode: Any, seed: int | None,
+    writes_weights: bool, swaps_buffer: bool,
 ) -> None:  # fmt: skip
     torch.manual_seed(3)
     writes = transform != "vjp"  # torch.func refuses to write in place to what is no argument

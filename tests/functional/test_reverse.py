@@ -1,4 +1,4 @@
-"""Reverse passes: checkpointing, foreign leaves, old-style functions, hooks, and the pass through every edge."""
+"""Reverse passes: checkpointing, foreign leaves, functions of the users, hooks, retries."""
 
 from __future__ import annotations
 
@@ -96,6 +96,27 @@ def test_a_reentrant_checkpoint_in_full_detail_falls_back_and_says_so() -> None:
     deepened = analyze(Checkpointed(True), [X] * 2, squares, steps=2, deepen=lambda record: True)
     assert deepened.graph_record is not None
     assert deepened.graph_record.steps == ()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_modules_that_hold_others(reentrant: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self, reentrant: bool | None) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.reentrant = nn.Linear(4, 4), reentrant
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4)))
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            h = self.a(x)
+            if self.reentrant is None:
+                return self.body(h) * scale
+            return checkpoint(self.body, h, use_reentrant=self.reentrant) * scale
+
+    batches = [(X, torch.tensor(s)) for s in (1.0, 1.0, 0.0, 1.0)]
+    record, plain = (analyze(Model(kind), batches, mean_square, steps=4) for kind in (reentrant, None))
+    assert_same(record, plain)
+    assert record["body.1.1"].grad_zero.tolist() == [False, False, True, False]
 
 
 def test_a_layer_that_ran_without_a_gradient_elsewhere_is_not_taken_for_a_checkpointed_call() -> None:

@@ -112,11 +112,17 @@ def test_the_swap_puts_back_after_an_exception_and_nests() -> None:
     model = nn.Linear(3, 2)
     weight = model.weight
     swap, one, two = Swap(model), torch.ones(2, 3), torch.zeros(2, 3)
-    with pytest.raises(ZeroDivisionError), swap({"weight": one}):
+    with swap({"weight": one}):
         with swap({"weight": two}):
             assert model.weight is two
         assert model.weight is one
-        raise ZeroDivisionError
+
+    def failing() -> None:
+        with swap({"weight": one}):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
     assert model.weight is weight
 
 

@@ -39,8 +39,12 @@ VALUE: dict[str, Any] = {"a": [A, (B, None)], "p": Point(A, 3), "o": Output(A, (
 def test_tensors_are_named_by_their_path_in_order() -> None:
     named = [(name, t.shape) for name, t in named_tensors(VALUE, "in")]
     assert named == [
-        ("in.a.0", (2,)), ("in.a.1.0", (3,)), ("in.p.x", (2,)), ("in.o.logits", (2,)), ("in.o.hidden.0", (3,)),
-    ]  # fmt: skip
+        ("in.a.0", (2,)),
+        ("in.a.1.0", (3,)),
+        ("in.p.x", (2,)),
+        ("in.o.logits", (2,)),
+        ("in.o.hidden.0", (3,)),
+    ]
     assert [name for name, _ in named_tensors(A, "in")] == ["in"]
     assert [name for name, _ in named_tensors((A, A))] == ["0", "1"]
     assert list(named_tensors(None)) == list(named_tensors(3.5, "in")) == []

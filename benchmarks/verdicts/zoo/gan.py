@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from .claims import every, fading, flat, no_gradient, not_finite, tiny
-from .data import Setup, adam, frozen, normal, seeded, setup, stack, trained
+from .data import Setup, adam, frozen, normal, seeded, setup, sgd, stack, trained
 from .registry import FLOAT32, healthy, sick
 
 NOISE, SIZE = 4, 8
@@ -103,6 +103,7 @@ def fakes_detached(sick: bool, width: int) -> Setup:
     allow=["VANISHING", "DEAD"],
     source="https://arxiv.org/abs/1701.04862",
     dtypes=(FLOAT32,),
+    steps=200,
 )
 def discriminator_has_won(sick: bool, width: int) -> Setup:
     """The generator minimises log(1 - D) against a discriminator that is sure of every fake: nothing comes
@@ -121,7 +122,7 @@ def discriminator_has_won(sick: bool, width: int) -> Setup:
     def losing(output: tuple[Tensor, Tensor], target: None) -> Tensor:
         return torch.log(1 - torch.sigmoid(output[0]) + 1e-8).mean()
 
-    return setup(Pair(gen, frozen(disc)), noise_and_real, losing if sick else fooled, 2e-3)
+    return setup(Pair(gen, frozen(disc)), noise_and_real, losing if sick else fooled, sgd(0.1, 0.9))
 
 
 @sick(
