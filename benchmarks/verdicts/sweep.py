@@ -146,9 +146,7 @@ def main() -> None:
                 for issue in report.issues:
                     if issue.severity > gf.IssueSeverity.LOW:
                         bad[kind] += 1
-                        print(
-                            f"{kind}, seed {seed}, {'Adam' if adam else 'fixed'}: {str(issue).splitlines()[0]}"
-                        )
+                        print(f"{kind}, seed {seed}, Adam {adam}: {str(issue).splitlines()[0]}")
             print(
                 f"{kind:7} {'twenty Adam steps' if adam else 'parameters fixed':18} {seeds} seeds", flush=True
             )

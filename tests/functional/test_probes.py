@@ -312,6 +312,13 @@ def test_it_lies_between_one_and_the_smaller_side_and_is_that_of_the_svd(
     assert rank == pytest.approx(expected, rel=1e-6)
 
 
+def test_complex_gradients_have_a_rank_too() -> None:
+    u, v = torch.randn(9, 1, dtype=torch.complex128), torch.randn(1, 5, dtype=torch.complex128)
+    assert effective_rank(u @ v) == pytest.approx(1.0, abs=1e-9)
+    q = torch.linalg.qr(torch.randn(9, 4, dtype=torch.complex128))[0]
+    assert effective_rank(q) == pytest.approx(4.0)
+
+
 def test_it_is_of_samples_by_features_wherever_the_features_are() -> None:
     g = torch.randn(3, 2, 4, 4)  # channels behind a convolution, features last in a sequence
     assert effective_rank(g, "Conv2d") == pytest.approx(effective_rank(g.movedim(1, -1).reshape(-1, 2)))

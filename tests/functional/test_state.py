@@ -160,6 +160,28 @@ def test_call_copies_buffers_that_it_is_not_given() -> None:
     torch.testing.assert_close(2 * (output), functional_call(model, {"scale": torch.full((3,), 2.0)}, (X,)))
 
 
+def test_parameters_of_a_class_of_the_users_keep_their_class() -> None:
+    class Marked(nn.Parameter):
+        pass
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = Marked(torch.randn(3, 2), requires_grad=True)
+            self.frozen = Marked(torch.randn(2), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert type(self.weight) is type(self.frozen) is Marked
+            return x @ self.weight + self.frozen
+
+    model = Model()
+    copies = copy_parameters(model)
+    assert [p.requires_grad for p in copies.values()] == [True, False]
+    record = analyze(model, [X], lambda y: y.square().mean())
+    (gradient,) = torch.autograd.grad(model(X).square().mean(), [model.weight])
+    assert record.parameter("weight").grad_norm == pytest.approx(float(gradient.norm()))
+
+
 def test_call_composes_with_grad_and_vmap() -> None:
     models = [nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)) for _ in range(3)]
     stacked, _ = stack_module_state(models)  # type: ignore[arg-type]
