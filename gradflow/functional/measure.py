@@ -236,13 +236,13 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
             program, batch, step, transform="fused", structural=True, look=False, observer=observer,
             before=before,
         )  # fmt: skip
-        _check_first(run, shown, step)
-        program.unreached = {name for name, gradient in shown.gradients.items() if gradient is None}
-        _learn_structure(run, shown)
         before.restore(program)
         if promoted := _promoted(program, shown):
             program.recorder.layer_names |= promoted
             return _step(run, batch, step, before)
+        _check_first(run, shown, step)
+        program.unreached = {name for name, gradient in shown.gradients.items() if gradient is None}
+        _learn_structure(run, shown)
         observer = None
     outcome = run_step(
         program, batch, step, transform=run.transform, structural=first, full=full,

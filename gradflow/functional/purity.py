@@ -83,7 +83,8 @@ def seed_all(seed: int) -> None:
 # reached from its `__dict__`: shallow values are put back by restoring the dict; containers, tensors, arrays,
 # generators and objects of user classes that it refers to are remembered with their contents and restored in
 # place, so that other references to them see the old contents too. Parameters and buffers are skipped (they
-# are swapped for copies), and so are modules (each is remembered on its own), classes and functions.
+# are swapped for copies) unless an attribute holds them as well; so are modules (each is remembered on its
+# own), classes and functions.
 
 _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
 _LARGE = 10_000
@@ -94,6 +95,7 @@ class _ModuleState:
     def __init__(self, roots: tuple[nn.Module, ...]) -> None:
         self._seen: dict[int, Any] = {}  # keeps what it has seen alive, so that ids stay unique
         self._undo: list[Any] = []
+        self._stores: set[int] = set()  # dicts of parameters and buffers: the dicts alone are remembered
         for root in roots:
             for module in root.modules():
                 self._remember_module(module)
@@ -111,10 +113,7 @@ class _ModuleState:
     def _remember_module(self, module: nn.Module) -> None:
         if not self._new(module):
             return
-        for store in (module._parameters, module._buffers):
-            for tensor in store.values():
-                if tensor is not None:
-                    self._seen[id(tensor)] = tensor
+        self._stores |= {id(module._parameters), id(module._buffers)}
         flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
         self._undo.append(lambda: [p.requires_grad_(flag) for p, flag in flags if p.requires_grad != flag])
         self._remember_dict(module.__dict__)
@@ -130,7 +129,7 @@ class _ModuleState:
                 mapping.update(saved)
 
         self._undo.append(undo)
-        if len(saved) > _LARGE:
+        if len(saved) > _LARGE or id(mapping) in self._stores:
             return
         for value in saved.values():
             self._remember(value)
@@ -158,10 +157,13 @@ class _ModuleState:
         if value.is_meta or value.is_inference():
             return
         saved, version = value.detach().clone(), value._version
-        grad = value.grad if value.is_leaf else None
+        leaf, flag, grad = value.is_leaf, value.requires_grad, value.grad if value.is_leaf else None
 
         def undo() -> None:
+            if leaf and not value.is_leaf and not value._is_view():
+                value.detach_()  # an operation in place had joined it to a graph
             if value.is_leaf:
+                value.requires_grad_(flag)
                 value.grad = grad
             same = value.shape == saved.shape and value.dtype == saved.dtype
             if value._version != version or not same or not _same_bits(value, saved):

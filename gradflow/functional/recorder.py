@@ -366,7 +366,7 @@ def transform_level() -> int:
     What a model runs in transforms of its own (a derivative by its input, samples in a `vmap`) holds tensors
     that mean nothing outside of them. It is left alone; the gradients of its parameters are as exact as ever.
     """
-    top = torch._C._functorch.peek_interpreter_stack()
+    top = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
     return 0 if top is None else top.level()
 
 

@@ -96,6 +96,11 @@ HABITS: dict[str, Habit] = {
     "clears a list": lambda m, h: m.full.clear(),
     "writes a plain tensor": lambda m, h: m.tally.add_(1.0),
     "writes a plain tensor's data": lambda m, h: m.tally.data.mul_(2.0),
+    "joins a plain tensor to the graph": lambda m, h: m.joined.add_(h.mean()),
+    "asks a plain tensor for a gradient": lambda m, h: m.tally.requires_grad_(),
+    "writes a parameter that it holds": lambda m, h: m.held["bias"].data.add_(1.0),
+    "writes a buffer that it holds": lambda m, h: m.held["mean"].add_(1.0),
+    "freezes a parameter that it holds": lambda m, h: m.held["bias"].requires_grad_(False),
     "resizes a plain tensor": lambda m, h: m.resized.resize_(5).zero_(),
     "writes a tensor in a tuple": lambda m, h: m.pair[0].add_(1.0),
     "writes an array": lambda m, h: np.add(m.array, 1, out=m.array),
@@ -138,6 +143,7 @@ class Creature(nn.Module):
         self.kept, self.last, self.seen = [], collections.deque([1.0], maxlen=3), {-1}
         self.table, self.full = {"deep": {"list": [0]}}, [1, [2], 3]
         self.tally, self.resized, self.pair = torch.ones(3), torch.ones(2), (torch.ones(2), 1)
+        self.joined, self.held = torch.zeros(()), {"bias": self.out.bias, "mean": self.mean}
         self.array, self.adjacency = np.arange(3), torch.eye(2).to_sparse()
         self.meter, self.slotted = Meter(), Slotted()
         self.torch_random = torch.Generator().manual_seed(1)
