@@ -180,21 +180,43 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
     issues = []
     told: set[str] = set()
     updates = flow.record.steps - 1 if flow.record.provenance.optimizer else 0
-    scale = largest_gradient(flow)
+    scale, muted = largest_gradient(flow), _muted(flow)
     for node, layer in flow.layers.items():
         wanted = [p for p in flow.trainable(node) if p.reached.any()]
         if not wanted or layer.module in told:
             continue
-        if not all(typical_zero(p.grad_norm, scale, at_end=updates >= min_updates) for p in wanted):
+        if not all(
+            typical_zero(p.grad_norm, scale, at_end=updates >= min_updates, muted=node in muted)
+            for p in wanted
+        ):
             continue
         told.add(layer.module)
-        why, at = _blocked_by(flow, node, scale)
+        why, at = ("one feature", muted[node]) if node in muted else _blocked_by(flow, node, scale)
         if why in ("rectifier", "one alternative", "one feature"):
             severity = IssueSeverity.CRITICAL
         else:
             severity = IssueSeverity.HIGH if updates >= min_updates else IssueSeverity.INFO
         issues.append(_zero_issue(flow, node, wanted, why, at, severity, updates))
     return issues
+
+
+def _muted(flow: Flow) -> dict[str, str]:
+    """Nodes whose every way to the loss goes through a norm over one feature, which gives its bias whatever
+    comes in, with the node before it."""
+    wires = flow.wiring
+    constant = {
+        n
+        for n in flow.norms
+        if flow.layers[n].type == "LayerNorm"
+        and flow.layers[n].shape[-1:] == (1,)
+        and all(p.num_elements == 1 for p in flow.parameters_of(n))
+    }
+    found: dict[str, str] = {}
+    for node in reversed(wires.order) if constant else ():
+        behind = wires.succs[node]
+        if behind and all(s in constant or s in found for s in behind):
+            found[node] = next((found[s] for s in behind if s in found), node)
+    return found
 
 
 def _blocked_by(flow: Flow, node: str, scale: Floats) -> tuple[str, str]:
@@ -218,12 +240,6 @@ def _blocked_by(flow: Flow, node: str, scale: Floats) -> tuple[str, str]:
         # Where several layers take its output, all of them give zero; the one that gets some tells why.
         live = [n for n in behind if n in flow.grad and not typical_zero(flow.grad[n], scale, at_end=True)]
         for n in live:
-            if (
-                flow.is_norm(n)
-                and flow.layers[n].shape[-1:] == (1,)
-                and "batch" not in flow.layers[n].type.lower()
-            ):
-                return "one feature", here
             zero = [p for p in flow.parameters_of(n) if len(p.norm) and late(p.norm) == 0]
             return ("zero weight", n) if zero else ("operation", n)
         here = behind[0]

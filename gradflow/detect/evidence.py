@@ -308,18 +308,20 @@ def middle(values: Floats) -> float:
     return float(np.median(known)) if len(known) else math.nan
 
 
-def typical_zero(values: Floats, scale: Floats, *, at_end: bool) -> bool:
+def typical_zero(values: Floats, scale: Floats, *, at_end: bool, muted: bool = False) -> bool:
     """Whether norms are zero wherever they are known: throughout, or over the last third of them.
 
     Zero in most steps, that is, and nothing but rounding in the others: what a subtraction of equal numbers
-    leaves in some steps, against `scale`, the largest gradient of each step.
+    leaves in some steps, against `scale`, the largest gradient of each step. Where it is known to be zero by
+    mathematics (`muted`), rounding may be all there is.
     """
     known = np.isfinite(values)
     found, largest = values[known], scale[known]
     if at_end and len(found):
         last = max(1, math.ceil(len(found) / 3))
         found, largest = found[-last:], largest[-last:]
-    return len(found) > 0 and bool(np.median(found) == 0) and bool(np.all(found <= ROUNDING * largest))
+    exact = muted or (len(found) > 0 and bool(np.median(found) == 0))
+    return len(found) > 0 and exact and bool(np.all(found <= ROUNDING * largest))
 
 
 def largest_gradient(flow: Flow) -> Floats:

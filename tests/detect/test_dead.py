@@ -138,12 +138,20 @@ def test_a_softmax_over_one_alternative_is_never_by_design() -> None:
 
 
 def test_a_norm_over_one_feature_is_never_by_design() -> None:
-    """Its gradient is zero in most steps, and rounding in the others."""
-    rounding = np.where(np.arange(STEPS) % 4 == 3, 1e-6, 0.0)
-    one = {"type": "LayerNorm", "shape": (32, 1)}
-    record = flow_record(Layer(name="score", grad=rounding), Layer(name="norm", fields=one), optimizer="Adam")
-    issue = seen(record)["score"]
+    """Its gradient is zero by mathematics, and rounding in fact."""
+    rounding = np.full(STEPS, 1e-6)
+    norm = {"type": "LayerNorm", "shape": (32, 1)}
+    layers = [Layer(name="score", grad=rounding), Layer(name="norm", fields=norm, weight={"shape": (1,)})]
+    issue = seen(flow_record(*layers, optimizer="Adam"))["score"]
     assert (issue.severity, issue.metrics["why"]) == (IssueSeverity.CRITICAL, "one feature")
+    wide = [layers[0], Layer(name="norm", fields=norm, weight={"shape": (64, 1)})]
+    assert not seen(flow_record(*wide, optimizer="Adam"))
+
+
+def test_zero_in_most_steps_and_rounding_in_the_others_is_zero() -> None:
+    rounding = np.where(np.arange(STEPS) % 4 == 3, 1e-6, 0.0)
+    record = flow_record(Layer(name="a", grad=rounding, op="sub"), Layer(name="b"), optimizer="Adam")
+    assert seen(record)["a"].severity is IssueSeverity.HIGH
 
 
 def test_a_loss_that_is_met_by_most_batches_is_no_death() -> None:
