@@ -162,8 +162,9 @@ class _ModuleState:
         def undo() -> None:
             if leaf and not value.is_leaf and not value._is_view():
                 value.detach_()  # an operation in place had joined it to a graph
-            if value.is_leaf and value.requires_grad != flag:
-                value.requires_grad_(flag)
+            if value.is_leaf:
+                if value.requires_grad != flag:
+                    value.requires_grad_(flag)
                 value.grad = grad
             same = value.shape == saved.shape and value.dtype == saved.dtype
             if value._version != version or not same or not _same_bits(value, saved):

@@ -215,29 +215,44 @@ def test_a_scheduler_on_the_optimizer_does_not_step_and_is_not_stepped(kind: str
 
 @pytest.mark.parametrize("name", ["lbfgs", "sharpness"])
 def test_optimizers_that_evaluate_the_loss_again(name: str) -> None:
-    model = CASES["sigmoid functions"].build()
-    batch = CASES["sigmoid functions"].batch()
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 3))
+    batch, evaluations = torch.randn(5, 6), 0
     optimizer: Any
     if name == "lbfgs":
-        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
     else:
         optimizer = Sharpness(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+
+    def loss_fn(output: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return squares(output)
+
     before = snapshot(model, optimizer)
-    record = analyze(model, [batch] * 4, squares, steps=4, optimizer=optimizer)
+    record = analyze(model, [batch] * 4, loss_fn, steps=4, optimizer=optimizer, seed=11)
     assert difference(before, snapshot(model, optimizer)) == ""
-    losses = []
+    measured, evaluations = evaluations, 0
+    losses: list[float] = []
+    firsts: list[bool] = []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = squares(model(batch))
+        loss = loss_fn(model(batch))
         loss.backward()
+        if not firsts:  # the first evaluation of a step is the one that is measured
+            losses.append(loss.item())
+        firsts.append(True)
         return loss
 
-    for _ in range(4):
-        losses.append(float(squares(model(batch)).detach()))
+    torch.manual_seed(11)  # so that the same elements drop out, as long as evaluations are as many
+    for _ in range(3):
+        firsts.clear()
         optimizer.step(closure)
+    losses.append(float(loss_fn(model(batch)).detach()))
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(record.losses, losses, rtol=1e-5)
+    assert measured == evaluations > 4
 
 
 def test_a_parameter_that_no_gradient_reaches_in_a_step_is_not_stepped_then() -> None:

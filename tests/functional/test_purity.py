@@ -100,6 +100,8 @@ HABITS: dict[str, Habit] = {
     "asks a plain tensor for a gradient": lambda m, h: m.asked.requires_grad_(),
     "writes a parameter that it holds": lambda m, h: m.held["bias"].data.add_(1.0),
     "writes a buffer that it holds": lambda m, h: m.held["mean"].add_(1.0),
+    "drops a gradient that it holds": lambda m, h: setattr(m.held["bias"], "grad", None),
+    "leaves a gradient on a tensor": lambda m, h: setattr(m.tally, "grad", torch.ones_like(m.tally)),
     "freezes a parameter that it holds": lambda m, h: m.held["bias"].requires_grad_(False),
     "resizes a plain tensor": lambda m, h: m.resized.resize_(5).zero_(),
     "writes a tensor in a tuple": lambda m, h: m.pair[0].add_(1.0),

@@ -194,6 +194,28 @@ def test_buffers_move_on_from_step_to_step_within_a_run_and_not_beyond() -> None
         assert torch.equal(model[1].running_mean, torch.zeros(3))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("transform", ["fused", "vjp"])
+def test_buffers_that_are_bound_anew_move_on_too(transform: Any) -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc = nn.Linear(4, 3)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.fc(x)
+            self.mean = 0.5 * self.mean + 0.5 * h.detach().mean(0)
+            return h - self.mean
+
+    batches = [X, X + 1.0, X - 2.0, X]
+    model, real = Centred(), Centred()
+    record = analyze(model, batches, mean_square, steps=4, transform=transform)
+    expected = [float(mean_square(real(x)).detach()) for x in batches]
+    np.testing.assert_allclose(record.losses, expected, rtol=1e-6)
+    assert torch.equal(model.mean, torch.zeros(3))
+
+
 # ---------------------------------------------------------------------------------- depth on demand
 
 
