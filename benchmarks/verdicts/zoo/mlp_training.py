@@ -85,7 +85,6 @@ def batch_norm_over_pairs(sick: bool, width: int) -> Setup:
     [("UNSTABLE", "*")],
     jumps(30.0),
     allow=["EXPLODING"],
-    source="https://arxiv.org/abs/1909.00193",
 )
 def insurance_claims(sick: bool, width: int) -> Setup:
     """Claims with a heavy tail under a squared error: one policy in a hundred sets the gradient; take
