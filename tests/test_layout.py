@@ -26,7 +26,7 @@ ORDER = [
     {"__init__", "__main__"},
 ]
 # `records` to `graph`, in the one property that is there for convenience: see FlowRecord.graph.
-EXCEPTIONS = {("records.py", "FlowRecord.graph", "gradflow.graph")}
+EXCEPTIONS = {("records/flow.py", "FlowRecord.graph", "gradflow.graph")}
 
 
 def rank(part: str) -> int:

@@ -1,0 +1,39 @@
+"""The immutable records that every part of gradflow hands to the next, and the two enums.
+
+A record holds numbers and names, never a tensor and never a verdict, with two exceptions that are
+verdicts by definition: `Issue` and `Cause`. Arrays are read-only NumPy arrays whose first axis is the
+step; a value that was not measured at a step is NaN. Nothing here imports torch.
+"""
+
+from gradflow.records.fields import NAN, Bools, Floats, Ints, array_field, float_field, mapping_field
+from gradflow.records.flow import FlowRecord, Provenance
+from gradflow.records.graph import EdgeRecord, GraphRecord, NodeRecord
+from gradflow.records.issues import Cause, Issue, IssueSeverity, IssueType
+from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
+from gradflow.records.plain import FORMAT_VERSION, from_plain, to_plain
+
+__all__ = [
+    "FORMAT_VERSION",
+    "NAN",
+    "ActivationRecord",
+    "Bools",
+    "Cause",
+    "EdgeRecord",
+    "Floats",
+    "FlowRecord",
+    "GraphRecord",
+    "Ints",
+    "Issue",
+    "IssueSeverity",
+    "IssueType",
+    "LayerRecord",
+    "NodeRecord",
+    "NumericalRecord",
+    "ParameterRecord",
+    "Provenance",
+    "array_field",
+    "float_field",
+    "from_plain",
+    "mapping_field",
+    "to_plain",
+]

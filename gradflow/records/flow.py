@@ -1,0 +1,166 @@
+"""`FlowRecord`: everything that one run measured, and where the numbers come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
+
+from gradflow.errors import RecordFormatError, UnknownLayerError
+from gradflow.records.fields import Floats, array_field, mapping_field, to_floats, to_tuple
+from gradflow.records.graph import GraphRecord
+from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
+from gradflow.records.plain import FORMAT_VERSION, from_plain, to_plain, write
+
+if TYPE_CHECKING:  # the one name that points down the layout: see FlowRecord.graph
+    from gradflow.graph import LayerGraph
+
+
+@attrs.frozen(kw_only=True)
+class Provenance:
+    """Where the numbers come from.
+
+    Args:
+        versions: of gradflow, torch, numpy and python.
+        device: the device of the model's first parameter.
+        dtypes: dtypes of the parameters.
+        model: class name of the model.
+        num_parameters: number of elements of all parameters.
+        seed: the seed given, or None.
+        requested_steps: the number of steps asked for; `FlowRecord.steps` is what was run.
+        transform: `fused` or `vjp`, and why it was chosen.
+        mode: `train`, `eval` or `keep`.
+        detail: `cheap` or `full`.
+        optimizer: class name of the optimizer whose copy stepped, or `""`.
+        learning_rates: of its parameter groups.
+        notes: what a reader must know to trust the numbers.
+    """
+
+    versions: Mapping[str, str] = mapping_field()
+    device: str = "cpu"
+    dtypes: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
+    model: str = ""
+    num_parameters: int = 0
+    seed: int | None = None
+    requested_steps: int = 0
+    transform: str = "fused"
+    transform_reason: str = ""
+    mode: str = "train"
+    detail: str = "cheap"
+    optimizer: str = ""
+    learning_rates: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
+    notes: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
+
+
+@attrs.frozen(kw_only=True, repr=False)
+class FlowRecord:
+    """Everything that one run measured; no verdicts.
+
+    Iterating gives the layer calls in the order of execution; `record["encoder.0"]` gives one of them;
+    `record.graph` is the layer graph.
+
+    Args:
+        steps: number of steps that ran (fewer than asked for if the batches ended).
+        losses: the loss of each step, shape (steps,).
+        layers: one record per layer call, in the order of execution.
+        parameters: one record per parameter, in the order of `model.named_parameters()`.
+        activations: one record per activation, module or functional.
+        numerics: birth certificates of NaN and Inf, in the order of steps.
+        never_called: qualified names of modules with parameters that no step ran or used.
+        graph_record: the graph's data, or None if it could not be taken.
+        provenance: where the numbers come from.
+    """
+
+    format_version: ClassVar[int] = FORMAT_VERSION
+
+    steps: int
+    losses: Floats = array_field()
+    layers: tuple[LayerRecord, ...] = attrs.field(converter=to_tuple)
+    parameters: tuple[ParameterRecord, ...] = attrs.field(converter=to_tuple)
+    activations: tuple[ActivationRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    numerics: tuple[NumericalRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    never_called: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
+    graph_record: GraphRecord | None = None
+    provenance: Provenance = attrs.field(factory=Provenance)
+
+    def __iter__(self) -> Iterator[LayerRecord]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __contains__(self, name: object) -> bool:
+        return any(layer.name == name for layer in self.layers)
+
+    def __getitem__(self, name: str) -> LayerRecord:
+        """Return the layer call of that name.
+
+        Raises:
+            UnknownLayerError: if there is none; the message lists the nearest names.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise UnknownLayerError.at(name, [layer.name for layer in self.layers])
+
+    def parameter(self, name: str) -> ParameterRecord:
+        """Return the parameter of that qualified name.
+
+        Raises:
+            UnknownLayerError: if there is none; the message lists the nearest names.
+        """
+        for parameter in self.parameters:
+            if parameter.name == name:
+                return parameter
+        raise UnknownLayerError.at(name, [p.name for p in self.parameters])
+
+    def parameters_of(self, layer: LayerRecord) -> tuple[ParameterRecord, ...]:
+        """Return the records of the parameters that a layer call owns."""
+        names = set(layer.parameters)
+        return tuple(p for p in self.parameters if p.name in names)
+
+    @property
+    def graph(self) -> LayerGraph:
+        """The layer graph, ready for queries.
+
+        Raises:
+            GraphUnavailableError: if the run could not take the graph.
+        """
+        # The only import against the direction of the layout: a record's data knows nothing of the
+        # graph's queries, and is usable without them; this line is the convenience of `record.graph`.
+        from gradflow.graph import LayerGraph
+
+        return LayerGraph.from_record(self)
+
+    def __repr__(self) -> str:
+        p = self.provenance
+        head = (
+            f"FlowRecord({p.model or 'model'}: {len(self.layers)} layer calls, "
+            f"{len(self.parameters)} parameters, {self.steps} steps, {p.transform}, {p.device})"
+        )
+        last = f"{self.losses[0]:.4g} -> {self.losses[-1]:.4g}" if self.steps else "none"
+        rows = [f"  {layer}" for layer in self.layers[:40]]
+        if len(self.layers) > 40:
+            rows.append(f"  ... {len(self.layers) - 40} more")
+        return "\n".join([head, f"  loss {last}", *rows])
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the record as strict JSON, and write it to `path` where one is given."""
+        return write(to_plain(self), path)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> FlowRecord:
+        """Return the record from JSON text, or from a `Path` to a file of it.
+
+        Raises:
+            RecordFormatError: if the text is not a record of this format.
+        """
+        text = source.read_text() if isinstance(source, Path) else source
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RecordFormatError.at(f"the text is not JSON: {error}") from error
+        return from_plain(cls, data)
