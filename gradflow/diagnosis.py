@@ -70,8 +70,10 @@ def diagnose(
     (True, ['0', '1', '2'])
     """
     detectors = check_detectors(pipeline)
-    if isinstance(pipeline, Pipeline) and pipeline.detail == "full":
+    pipelines = [part for part in (pipeline, *detectors) if isinstance(part, Pipeline)]
+    if any(part.detail == "full" for part in pipelines):
         detail = "full"
+    measurements = [m for part in pipelines for m in part.measurements]
 
     def undecided(record: FlowRecord) -> bool:
         return needs_depth(record, detect(record, detectors))
@@ -88,6 +90,7 @@ def diagnose(
         transform=transform,
         progress=progress,
         deepen=undecided,
+        measurements=measurements,
     )
     issues, causes = explain(record, detect(record, detectors))
     causes_first = sorted(issues, key=lambda issue: (-issue.severity.rank, "explained_by" in issue.metrics))

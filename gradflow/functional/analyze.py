@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import attrs
 import torch
 from torch import Tensor, nn
 
 from gradflow.errors import ModelInputError
 from gradflow.functional.batches import Source, invoke, make_objective, no_batches, prepared
 from gradflow.functional.measure import Plan, Progress, measure
+from gradflow.functional.measurement import Measurement
 from gradflow.functional.trees import named_tensors, same_device
 from gradflow.records import FlowRecord, GraphRecord
 
@@ -32,6 +34,7 @@ def analyze(
     transform: Transform = "auto",
     progress: Progress | None = None,
     deepen: Callable[[FlowRecord], bool] | None = None,
+    measurements: Iterable[Measurement] = (),
 ) -> FlowRecord:
     """Return what a few steps on real batches show of a model's gradient flow; measurements only.
 
@@ -57,6 +60,7 @@ def analyze(
         transform: `fused` (`torch.autograd.grad`), `vjp` (`torch.func.vjp`), or `auto`.
         progress: called as `progress(done, steps)` after every step.
         deepen: if it returns True for the cheap record, the last step is run again in full detail.
+        measurements: what else to measure, such as `attention()`; see `gradflow.functional.measurement`.
 
     Returns:
         The record; its arrays have one entry per step.
@@ -94,7 +98,8 @@ def analyze(
     def inputs_of(batch: Any) -> dict[str, Tensor]:
         return dict(named_tensors(objective.inputs(batch), "input"))
 
-    plan = _plan(steps, optimizer, seed, mode, detail, transform, progress, deepen)
+    plan = _plan(steps, optimizer, seed, mode, detail, transform, progress, deepen, measurements)
+    plan = attrs.evolve(plan, num_batches=source.length)
     return measure(model, _module(loss_fn), evaluate, draw, inputs_of, plan)
 
 
@@ -111,6 +116,7 @@ def analyze_custom(
     transform: Transform = "auto",
     progress: Progress | None = None,
     deepen: Callable[[FlowRecord], bool] | None = None,
+    measurements: Iterable[Measurement] = (),
 ) -> FlowRecord:
     """Like `analyze`, for forwards that need more than `model(x)`.
 
@@ -118,7 +124,8 @@ def analyze_custom(
         model: the model.
         forward_fn: (model, step) → output; draws its own data.
         loss_fn: output → scalar; None where the output is the loss or holds it.
-        steps, optimizer, seed, mode, detail, transform, progress, deepen: as for `analyze`.
+        steps, optimizer, seed, mode, detail, transform, progress, deepen, measurements: as for
+            `analyze`.
 
     Raises:
         As `analyze` does; ModelNotCalledError if `forward_fn` calls no layer of `model`.
@@ -144,7 +151,7 @@ def analyze_custom(
     def evaluate(batch: Any, step: int) -> Any:
         return objective.loss(forward_fn(model, step), None)
 
-    plan = _plan(steps, optimizer, seed, mode, detail, transform, progress, deepen)
+    plan = _plan(steps, optimizer, seed, mode, detail, transform, progress, deepen, measurements)
     return measure(model, _module(loss_fn), evaluate, lambda step: (), lambda batch: {}, plan)
 
 
@@ -169,6 +176,17 @@ def _check_model(model: Any) -> None:
         )
 
 
+def _checked(measurements: Any) -> tuple[Measurement, ...]:
+    found = tuple(measurements) if isinstance(measurements, Iterable) else (measurements,)
+    for entry in found:
+        if isinstance(entry, type) or not callable(getattr(entry, "start", None)):
+            raise ModelInputError(
+                f"measurements holds {entry!r}, which is no measurement. A factory must be called first: "
+                "`measurements=[attention()]`."
+            )
+    return tuple(dict.fromkeys(found))
+
+
 def _plan(
     steps: int,
     optimizer: torch.optim.Optimizer | None,
@@ -178,6 +196,7 @@ def _plan(
     transform: str,
     progress: Progress | None,
     deepen: Callable[[FlowRecord], bool] | None,
+    measurements: Iterable[Measurement],
 ) -> Plan:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}.")
@@ -190,5 +209,5 @@ def _plan(
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
     return Plan(
         steps=steps, optimizer=optimizer, seed=seed, mode=mode, detail=detail, transform=transform,
-        progress=progress, deepen=deepen,
+        progress=progress, deepen=deepen, measurements=_checked(measurements),
     )  # fmt: skip

@@ -41,6 +41,8 @@ class Source:
         else:
             raise ModelInputError(f"batches is a {type(batches).__name__}. {_SHOW}")
 
+        self.length = _length(batches) if self._iterator is not None else None
+
     def draw(self) -> Any:
         """Return the next batch, or None at the end."""
         try:
@@ -55,6 +57,14 @@ class Source:
                 "Pass the iterator itself: `batches=make_batches()`."
             )
         return batch
+
+
+def _length(batches: Any) -> int | None:
+    """Return how many batches there are; None where that is not known before they are drawn."""
+    try:
+        return len(batches)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def no_batches(source: object) -> EmptyBatchesError:

@@ -23,6 +23,7 @@ from gradflow.functional.dataflow import DataFlow
 from gradflow.functional.graph_record import Cut, HostFlows, cuts, graph_record, read_flows
 from gradflow.functional.history import History, Row, series
 from gradflow.functional.layers import ancestors, callable_modules, is_layer, owner
+from gradflow.functional.measurement import Measurement, Session
 from gradflow.functional.optimizers import copy_optimizer, learning_rates, optimized, update
 from gradflow.functional.purity import RandomState, preserved, seed_all
 from gradflow.functional.recorder import Call, Recorder
@@ -47,6 +48,13 @@ class Plan:
     transform: str = "auto"
     progress: Progress | None = None
     deepen: Callable[[FlowRecord], bool] | None = None
+    measurements: tuple[Measurement, ...] = ()
+    num_batches: int | None = None  # how many there are, if that is known
+
+    def is_look(self, step: int) -> bool:
+        """Whether the costlier statistics are taken at a step: the first, each power of four, the last."""
+        last = self.steps if self.num_batches is None else min(self.steps, self.num_batches)
+        return step in (0, last - 1) or (step & (step - 1) == 0 and step % 3 == 1)
 
 
 @attrs.define(eq=False)
@@ -67,6 +75,7 @@ class Run:
     numerics: list[NumericalRecord] = attrs.field(factory=list)
     traces: int = 0
     notes: list[str] = attrs.field(factory=list)
+    sessions: list[Session] = attrs.field(factory=list)
 
 
 def measure(
@@ -105,6 +114,7 @@ def measure(
                 "`model.requires_grad_(True)`."
             )
         run = Run(program, plan, History(program), *chosen)
+        run.sessions = [m.start(model, modules) for m in plan.measurements]
         optimizer = None
         if plan.optimizer is not None:
             known = {**program.parameters, **program.loss_parameters}
@@ -148,11 +158,6 @@ def _choose_transform(asked: str) -> tuple[str, str]:
     return "fused", "no outer transform is active, and fused kernels are kept"
 
 
-def is_look(step: int, steps: int) -> bool:
-    """Whether the costlier statistics are taken at a step: the first, each power of four, and the last."""
-    return step in (0, steps - 1) or (step & (step - 1) == 0 and step % 3 == 1)
-
-
 # ------------------------------------------------------------------------------------ the loop
 
 
@@ -172,9 +177,7 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
         if step == 0:
             program.host_random = before.random.host_moved()
         _check_first(run, outcome, step)
-        row = run.history.read(
-            outcome, look=is_look(step, plan.steps), parameters_moved=optimizer is not None
-        )
+        row = run.history.read(outcome, look=plan.is_look(step), parameters_moved=optimizer is not None)
         if step == 0:
             _learn_activations(run)
         if outcome.flows is not None:
@@ -234,7 +237,7 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
     if step == 0 and run.transform == "vjp":
         shown = run_step(
             program, batch, step, transform="fused", structural=True, look=False, observer=observer,
-            before=before,
+            before=before, sessions=run.sessions,
         )  # fmt: skip
         before.restore(program)
         if promoted := _promoted(program, shown):
@@ -244,9 +247,10 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
         program.unreached = {name for name, gradient in shown.gradients.items() if gradient is None}
         _learn_structure(run, shown)
         observer = None
+    look = run.plan.is_look(step)
     outcome = run_step(
-        program, batch, step, transform=run.transform, structural=first, full=full,
-        look=is_look(step, run.plan.steps), observer=observer, before=before,
+        program, batch, step, transform=run.transform, structural=first, full=full, look=look,
+        observer=observer, before=before, sessions=run.sessions if look else (),
     )  # fmt: skip
     if first:
         _learn_structure(run, outcome)
@@ -367,7 +371,7 @@ def _again(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
         return row
     buffers, random = dict(program.buffers), RandomState()
     before.restore(program)
-    look = is_look(step, run.plan.steps)
+    look = run.plan.is_look(step)
     outcome = run_step(
         program, batch, step, transform=run.transform, structural=False, look=look, before=before
     )
@@ -449,6 +453,7 @@ def _assemble(run: Run) -> FlowRecord:
         never_called=tuple(name for name, used in never.items() if not used),
         graph_record=graph,
         provenance=_provenance(run, steps),
+        **{name: value for session in run.sessions for name, value in session.fields().items()},
     )
 
 
@@ -462,7 +467,7 @@ def _version() -> str:
 def _provenance(run: Run, steps: int) -> Provenance:
     program, plan = run.program, run.plan
     parameters = list(program.parameters.values())
-    notes = list(run.notes)
+    notes = [*run.notes, *(note for session in run.sessions for note in session.notes())]
     if run.dataflow is not None and run.dataflow.hooked and plan.detail == "full":
         notes.append(
             "The model puts hooks on tensors. The flow on the edges is without them; gradients are with them."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -93,6 +93,7 @@ class Recorder:
     on_enter: Callable[[Call, Any], None] | None = None
     on_exit: Callable[[Call, Any, Any], None] | None = None
     on_probe: Callable[[Tensor, Tensor], None] | None = None  # told of an output and what stands in for it
+    sessions: Sequence[Any] = ()  # those that listen to this step, see `measurement.py`
     in_backward: bool = False
     failure: tuple[BaseException, str] | None = None  # the latest exception, and the innermost call it left
 
@@ -121,7 +122,7 @@ class Recorder:
         if self.in_backward:
             return self._recompute(name, forward, args, kwargs)
         layer = name in self.layer_names
-        if not layer and not self.structural:
+        if not layer and not self.structural and not self.sessions:
             return forward(*args, **kwargs)
         if self.structural or self.look or self.watched:
             return self._run_closely(name, layer, forward, args, kwargs)
@@ -144,6 +145,9 @@ class Recorder:
             call = self._enter(name, layer, args, kwargs)
             exact = self.exact.get((call.name, "out"), True)
             entering, number = self._input_squares(args, kwargs, exact) if self.look and layer else (None, 0)
+            for session in self.sessions:
+                with torch.no_grad():
+                    session.entered(call, args, kwargs)
         try:
             output = forward(*args, **kwargs)
         except BaseException as error:
@@ -154,6 +158,9 @@ class Recorder:
                 if entering is not None:
                     self.note("input", call.index, entering, number)
                 output = self._observe(call, output, args)
+            for session in self.sessions:
+                with torch.no_grad():
+                    session.left(call, output)
             self._exit(call, args, output)
         return output
 

@@ -47,6 +47,16 @@ class ReentrantCheckpoint(Exception):
     """The graph holds a reentrant checkpoint, and the pass must be `accumulated`; never seen by a user."""
 
 
+def check_walkable(structure: Structure) -> None:
+    """Raise if the graph holds a reentrant checkpoint.
+
+    `autograd.grad` refuses one on the way to a leaf, but passes by one whose leaves are all inside: their
+    gradients would look as if no path led there.
+    """
+    if any(node.name() == "CheckpointFunctionBackward" for node in structure.nodes):
+        raise ReentrantCheckpoint
+
+
 def accumulated(loss: Tensor, leaves: Sequence[Tensor]) -> None:
     """Run `loss.backward()`, leaving the `.grad` of leaves that are not ours as it was.
 
@@ -101,8 +111,7 @@ def walked(loss: Tensor, structure: Structure, *, exact: bool, ranks: bool = Fal
     Raises:
         ReentrantCheckpoint: if the graph holds one, whose inside cannot be walked.
     """
-    if any(node.name() == "CheckpointFunctionBackward" for node in structure.nodes):
-        raise ReentrantCheckpoint
+    check_walkable(structure)
     flows = Flows()
     arriving: dict[Node, dict[int, dict[str, Tensor]]] = {}
     root = loss.grad_fn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -14,9 +14,10 @@ from gradflow.errors import GradflowError
 from gradflow.functional.autograd_graph import Structure, build
 from gradflow.functional.batches import checked_loss
 from gradflow.functional.dataflow import DataFlow
+from gradflow.functional.measurement import Session
 from gradflow.functional.purity import RandomState
 from gradflow.functional.recorder import NeedsRetry, Recorder
-from gradflow.functional.reverse import Flows, ReentrantCheckpoint, accumulated, fused, walked
+from gradflow.functional.reverse import Flows, ReentrantCheckpoint, accumulated, check_walkable, fused, walked
 from gradflow.functional.state import Swap, Tensors, copy_buffers, copy_parameters
 from gradflow.functional.trees import shapes
 from gradflow.functional.watch import Watch
@@ -153,6 +154,7 @@ def run_step(
     observer: Any = None,
     before: Before | None = None,
     inspect: Callable[[Tensor, Structure | None], None] | None = None,
+    sessions: Sequence[Session] = (),
 ) -> Outcome:
     """Run one step and return its outcome; the program's buffers move on.
 
@@ -167,6 +169,7 @@ def run_step(
         observer: told of every function call, see `Watch`.
         before: the state to return to where the step has to be run again.
         inspect: called with the loss and the graph between the forward and the reverse pass (fused only).
+        sessions: that listen to the step (fused only).
     """
     before = before or Before.of(program)
     for _ in range(_MAX_RETRIES):
@@ -175,7 +178,7 @@ def run_step(
                 return _vjp_step(program, batch, step, look=look, observer=observer)
             return _fused_step(
                 program, batch, step, structural=structural, look=look, full=full, observer=observer,
-                inspect=inspect,
+                inspect=inspect, sessions=sessions,
             )  # fmt: skip
         except NeedsRetry:
             before.restore(program)
@@ -195,9 +198,13 @@ def _fused_step(
     full: bool,
     observer: Any,
     inspect: Callable[[Tensor, Structure | None], None] | None,
+    sessions: Sequence[Session],
 ) -> Outcome:
     recorder = program.recorder
     recorder.begin_step(structural=structural or full, look=look)
+    recorder.sessions = sessions
+    for session in sessions:
+        session.begin(step, recorder)
     versions = {name: (b, b._version) for name, b in program.buffers.items()}
     with program.swapped():
         try:
@@ -214,13 +221,20 @@ def _fused_step(
                 structure = build(loss, recorder, named, program.inputs_of(batch))
             if inspect is not None:
                 inspect(loss, structure)
-            return _reverse(program, loss, structure, full)
+            for session in sessions:
+                session.differentiate(loss)
+            outcome = _reverse(program, loss, structure, full)
         finally:
-            recorder.active = False
+            recorder.active, recorder.sessions = False, ()
+    for session in sessions:
+        session.end()
+    return outcome
 
 
 def _reverse(program: Program, loss: Tensor, structure: Structure | None, full: bool) -> Outcome:
     recorder, trainable = program.recorder, program.trainable
+    if structure is not None and not program.reentrant:
+        check_walkable(structure)
     leaves = [*trainable.values(), *(site.slot for site in recorder.sites if site.slot is not None)]
     hooked = program.dataflow is not None and program.dataflow.hooked
     if full and structure is not None and not program.reentrant:

@@ -45,8 +45,21 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if transform_level() > self.recorder.level:
+        recorder = self.recorder
+        if transform_level() > recorder.level:
             return func(*args, **kwargs)
+        if not recorder.sessions or not recorder.active or recorder.in_backward:
+            return self._run(func, args, kwargs)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            ends = [session.function(func, args, kwargs) for session in recorder.sessions]
+        out = self._run(func, args, kwargs)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for end in ends:
+                if end is not None:
+                    end(out)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         found = ACTIVATIONS.get(getattr(func, "__name__", ""))
         if found is None:
             if self.observer is None:

@@ -9,6 +9,7 @@ import attrs
 
 from gradflow.detect import Detector, check_detectors, default_detectors, detect
 from gradflow.errors import PipelineError
+from gradflow.functional.measurement import Measurement
 from gradflow.records import FlowRecord, Issue
 
 DETAILS = ("cheap", "full")
@@ -28,6 +29,7 @@ class Pipeline:
         detectors: functions from a `FlowRecord` to issues.
         detail: the measurements it needs, as for `gradflow.analyze`: `cheap`, which costs next to nothing,
             or `full`, with the flow on every edge of the graph.
+        measurements: what else it needs measured, such as `gradflow.functional.attention()`.
 
     >>> from gradflow.detect import dead, vanishing
     >>> quick = Pipeline("quick", [dead()]) + vanishing()
@@ -38,20 +40,21 @@ class Pipeline:
     name: str
     detectors: tuple[Detector, ...] = attrs.field(converter=check_detectors)
     detail: str = attrs.field(default="cheap", validator=_check_detail)
+    measurements: tuple[Measurement, ...] = attrs.field(default=(), converter=tuple)
 
     def __call__(self, record: FlowRecord) -> tuple[Issue, ...]:
         """Return the issues that the detectors see in a record, most severe first."""
         return detect(record, self.detectors)
 
     def __add__(self, other: Pipeline | Detector | Iterable[Detector]) -> Pipeline:
-        """Return a pipeline that runs these detectors and those of `other`, at the finer detail of both."""
-        added = other.detectors if isinstance(other, Pipeline) else check_detectors(other)
-        details = {self.detail, other.detail if isinstance(other, Pipeline) else "cheap"}
-        return attrs.evolve(
-            self,
-            name=f"{self.name}+{other.name}" if isinstance(other, Pipeline) else self.name,
-            detectors=(*self.detectors, *added),
-            detail="full" if "full" in details else "cheap",
+        """Return a pipeline that runs these detectors and those of `other`, with what either measures."""
+        if not isinstance(other, Pipeline):
+            return attrs.evolve(self, detectors=(*self.detectors, *check_detectors(other)))
+        return Pipeline(
+            name=f"{self.name}+{other.name}",
+            detectors=(*self.detectors, *other.detectors),
+            detail="full" if "full" in (self.detail, other.detail) else "cheap",
+            measurements=tuple(dict.fromkeys((*self.measurements, *other.measurements))),
         )
 
 

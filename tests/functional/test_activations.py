@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradflow.functional import analyze
-from gradflow.functional.measure import is_look
+from gradflow.functional.measure import Plan
 from gradflow.records import ActivationRecord
 
 
@@ -163,12 +163,12 @@ def test_behind_a_norm_and_a_pool_units_are_channels_still() -> None:
 @pytest.mark.parametrize("transform", ["fused", "vjp"])
 def test_a_unit_that_fires_in_one_batch_of_ten_is_alive(activation: Any, transform: Any) -> None:
     batches = [-torch.ones(3, 4) for _ in range(10)]
-    assert not is_look(6, 10)  # a step in which shares are not taken; firing is followed all the same
+    assert not Plan(steps=10).is_look(6)  # shares are not taken; firing is followed all the same
     batches[6][2, 1] = 0.5
     batches[0][0, 3] = 0.5
     found = measured(activation, *batches, transform=transform)
     assert found.never_fired == 2 / 4
-    looked = [is_look(step, 10) for step in range(10)]
+    looked = [Plan(steps=10).is_look(step) for step in range(10)]
     assert (~np.isnan(found.fired_share)).tolist() == looked
     assert found.fired_share[0] == pytest.approx(1 / 12)
     assert found.fired_share[9] == 0.0
@@ -184,8 +184,17 @@ def test_a_unit_saturated_in_all_samples_but_one_is_not_always_so() -> None:
 
 
 def test_looks_are_the_first_the_last_and_each_power_of_four() -> None:
-    assert [step for step in range(100) if is_look(step, 100)] == [0, 1, 4, 16, 64, 99]
-    assert is_look(0, 1)
+    plan = Plan(steps=100)
+    assert [step for step in range(100) if plan.is_look(step)] == [0, 1, 4, 16, 64, 99]
+    assert Plan(steps=1).is_look(0)
+
+
+def test_the_last_look_is_at_the_last_batch_where_there_are_fewer_than_steps() -> None:
+    plan = Plan(steps=20, num_batches=12)
+    assert [step for step in range(12) if plan.is_look(step)] == [0, 1, 4, 11]
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    record = analyze(model, [torch.ones(3, 2)] * 12, lambda y: y.square().mean())
+    assert np.flatnonzero(~np.isnan(record["0"].output_rms)).tolist() == [0, 1, 4, 11]
 
 
 def test_a_number_of_units_that_changes_cannot_be_told_apart() -> None:

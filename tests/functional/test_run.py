@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradflow.functional import analyze, analyze_custom, graph_of
 from gradflow.functional.history import to_host
-from gradflow.functional.measure import is_look
+from gradflow.functional.measure import Plan
 from gradflow.records import FlowRecord
 from tests.functional.naive import naive_step
 from tests.models import CASES, squares
@@ -128,7 +128,7 @@ def test_options_of_a_few_words(option: str, known: str) -> None:
 
 def test_costly_statistics_are_taken_at_looks_alone() -> None:
     record = analyze(CASES["relu modules"].build(), lambda: torch.randn(5, 6), squares, steps=20)
-    looked = [is_look(step, 20) for step in range(20)]
+    looked = [Plan(steps=20).is_look(step) for step in range(20)]
     assert sum(looked) == 5
     for layer in record:
         for values in (layer.output_rms, layer.output_zero_share, layer.output_variation, layer.input_rms):

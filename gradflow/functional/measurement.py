@@ -1,0 +1,104 @@
+"""What a pipeline measures beyond the base: a `Measurement` is chosen, a `Session` listens to one run.
+
+NOTE [Measured steps]
+A session is told of what happens in the steps that are looked at closely: the first, each power of four, and
+the last (under `vjp`, of the first alone, which is run once more under plain autograd to show its structure).
+In such a step it hears, in this order:
+
+1. `begin`, before the forward pass (again, if the step has to be run again: it then forgets what it heard);
+2. `entered` and `left` for every module call, and `function` for every call of a PyTorch function, with the
+   tensors that the model itself computes with, so that gradients with respect to them can be asked for;
+3. `differentiate`, between the forward and the backward pass, with the loss and its whole graph at hand;
+4. `end`, when the step has gone well.
+
+It must leave no trace: no random numbers drawn (or put back), nothing written to a tensor that it was shown,
+no tensor held after `end`. What it says at last, `fields`, becomes fields of the `FlowRecord`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.reverse import ReentrantCheckpoint, fused
+
+
+class Session:
+    """Listens to the measured steps of one run; see NOTE [Measured steps]. Here, every method does nothing.
+
+    All but `differentiate` are called without grad mode, and with functions unwatched.
+    """
+
+    def begin(self, step: int, recorder: Recorder) -> None:
+        """Start a measured step.
+
+        Args:
+            step: its number.
+            recorder: of this step. `recorder.calls[i]` for `i` in `recorder.stack` are the module calls that
+                are running, outermost first, containers included.
+        """
+
+    def entered(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Hear that a module call starts, with its arguments."""
+
+    def left(self, call: Call, output: Any) -> None:
+        """Hear that a module call has ended, with the output that its caller gets."""
+
+    def function(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[Any], None] | None:
+        """Hear that a PyTorch function is called; what is returned is called with its output."""
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Take gradients of the loss: `gradients(loss, tensors)` keeps the graph for the pass to come."""
+
+    def end(self) -> None:
+        """Keep the numbers of the step, and let go of its tensors."""
+
+    def fields(self) -> Mapping[str, Any]:
+        """Return what was measured, as fields of the `FlowRecord`."""
+        return {}
+
+    def notes(self) -> Sequence[str]:
+        """Return what a reader must know to trust the numbers."""
+        return ()
+
+
+class Measurement(Protocol):
+    """A choice of what else to measure: immutable and hashable, so that pipelines can be joined."""
+
+    def start(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> Session:
+        """Return the session of one run.
+
+        Args:
+            model: the model, in the mode that it is run in.
+            modules: its callable modules by qualified name.
+        """
+        ...
+
+
+def gradients(
+    loss: Tensor, tensors: Sequence[Tensor], cotangent: Tensor | None = None
+) -> list[Tensor | None]:
+    """Return the gradients of a tensor with respect to others, with the graph kept; None where no path leads.
+
+    Args:
+        loss: a tensor with its graph.
+        tensors: tensors that it was computed from, leaves or not; those without a graph give None.
+        cotangent: ∂L/∂loss, of its shape; None where it is the scalar loss itself.
+    """
+    known = [t for t in tensors if t.requires_grad]
+    if loss.grad_fn is None or not known:
+        return [None] * len(tensors)
+    try:
+        if cotangent is None:
+            found = iter(fused(loss, known, retain_graph=True))
+        else:
+            found = iter(torch.autograd.grad(loss, known, cotangent, retain_graph=True, allow_unused=True))
+    except ReentrantCheckpoint:
+        return [None] * len(tensors)
+    return [next(found) if t.requires_grad else None for t in tensors]
