@@ -1,186 +1,309 @@
 """Cost of a step of gradflow over a plain forward, loss and backward pass, side by side in one run.
 
-    python benchmarks/overhead.py [--pairs 15] [--threads 1 2] [--only NAME]
+    python benchmarks/overhead.py [--steps 20] [--threads 1 2] [--only NAME ...] [--write]
 
-For each workload the variants run in turn, step by step in one process, and the median of each is divided by
-the median of the plain step. `cheap` is the default of `diagnose`, `full` measures the flow on every edge,
-`vjp` takes the reverse pass by `torch.func.vjp`, and `hooks` is a monitor written by hand: a full backward
-hook on every layer that reads a norm with `.item()`.
+gradflow draws a batch before each of its steps; the plain step is run and timed there, on a copy of the
+model, so that every step has a plain one next to it. A *step* is the median ratio over the pairs, the steps
+that are looked at closely (the first, each power of four, the last) left out; a *run* is all that a call of
+so many steps takes, building the record included, over as many plain steps. The other tools are timed in the
+same way, step by step in turn with plain ones. Memory is the peak resident size of a process of its own.
+`--write` puts the tables into docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
+import importlib.util
+import io
 import itertools
+import os
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from workloads import DESCRIPTIONS, WORKLOADS, Workload, build
 
 import gradflow as gf
+from gradflow.functional.measure import Plan
 
-Workload = tuple[nn.Module, Any, Callable[[Any], Tensor]]
-
-
-def classification(num_classes: int, rows: int) -> Callable[[Tensor], Tensor]:
-    target = torch.randint(0, num_classes, (rows,))
-    return lambda output: F.cross_entropy(output.reshape(-1, num_classes), target)
-
-
-def mlp() -> Workload:
-    widths = [784, 512, 512, 512, 10]
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise(widths):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1]), torch.randn(64, 784), classification(10, 64)
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+GRADFLOW: dict[str, dict[str, Any]] = {
+    "cheap": {},
+    "full": {"detail": "full"},
+    "cheap, vjp": {"transform": "vjp"},
+}
 
 
-class Block(nn.Module):
-    """A basic block of ResNet (He et al., 2016)."""
+class Cost(NamedTuple):
+    """Ratios to the plain step, and the plain step itself in seconds."""
 
-    def __init__(self, inner: int, outer: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inner, outer, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(outer), nn.BatchNorm2d(outer)
-        self.skip: nn.Module = nn.Identity()
-        if stride > 1 or inner != outer:
-            self.skip = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(h + self.skip(x))
+    step: float
+    run: float
+    plain: float
 
 
-def resnet18() -> Workload:
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    inner = 64
-    for outer, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
-        layers += [Block(inner, outer, stride), Block(outer, outer, 1)]
-        inner = outer
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)]
-    return nn.Sequential(*layers), torch.randn(16, 3, 32, 32), classification(10, 16)
-
-
-def encoder() -> Workload:
-    layer = nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True)
-    model = nn.Sequential(nn.TransformerEncoder(layer, 6, enable_nested_tensor=False), nn.Linear(256, 10))
-    return model, torch.randn(8, 64, 256), classification(10, 512)
-
-
-class Tagger(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(64, 256, 2, batch_first=True), nn.Linear(256, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0])
-
-
-def lstm() -> Workload:
-    return Tagger(), torch.randn(16, 64, 64), classification(10, 1024)
-
-
-def gpt2() -> Workload:
-    from transformers import GPT2Config, GPT2LMHeadModel  # type: ignore[import-not-found]
-
-    tokens = torch.randint(0, 50257, (1, 256))
-    return GPT2LMHeadModel(GPT2Config()), {"input_ids": tokens, "labels": tokens}, lambda output: output.loss
-
-
-WORKLOADS = {"mlp": mlp, "resnet18": resnet18, "encoder": encoder, "lstm": lstm, "gpt2": gpt2}
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    return model(**batch) if isinstance(batch, dict) else model(batch)
-
-
-def plain(work: Workload) -> Iterator[None]:
-    model, batch, loss_fn = work
-    while True:
-        model.zero_grad()
-        loss_fn(call(model, batch)).backward()
-        yield
+# ------------------------------------------------------------------------------- the other tools
 
 
 def hooks(work: Workload) -> Iterator[None]:
-    model, batch, loss_fn = work
+    """A monitor written by hand: a hook on every layer that reads a norm with `.item()`."""
     norms: dict[str, float] = {}
-    while True:
-        handles = [
-            module.register_full_backward_hook(
-                lambda m, gi, go, n=name: norms.__setitem__(
-                    n, go[0].norm().item() if go[0] is not None else 0.0
-                )
-            )
-            for name, module in model.named_modules()
-            if not any(True for _ in module.children())
-        ]
-        model.zero_grad()
-        loss_fn(call(model, batch)).backward()
+
+    def hook(name: str) -> Callable[..., None]:
+        def read(module: Any, grad_input: Any, grad_output: Any) -> None:
+            norms[name] = grad_output[0].norm().item() if grad_output[0] is not None else 0.0
+
+        return read
+
+    leaves = [(n, m) for n, m in work.model.named_modules() if not any(True for _ in m.children())]
+    handles = [module.register_full_backward_hook(hook(name)) for name, module in leaves]
+    try:
+        while True:
+            work.plain_step()
+            yield
+    finally:
         for handle in handles:
             handle.remove()
+
+
+def torchmortem(work: Workload) -> Iterator[None]:
+    from torchmortem import Autopsy  # type: ignore[import-not-found]
+
+    optimizer = torch.optim.SGD(work.model.parameters(), lr=0.0)
+    with Autopsy(work.model, optimizer=optimizer) as autopsy:
+        while True:
+            autopsy.step(loss=work.plain_step().item())
+            yield
+
+
+def torchdiag(work: Workload) -> Iterator[None]:
+    """Its two checks that tell of gradients and units; dead units take another forward pass."""
+    import torchdiag as tool  # type: ignore[import-not-found]
+
+    while True:
+        with contextlib.redirect_stdout(io.StringIO()):
+            work.plain_step()
+            tool.check_gradients(work.model)
+            if not isinstance(work.batch, dict):
+                tool.check_dead_neurons(work.model, work.batch)
         yield
 
 
-def seconds_per_step(work: Workload, steps: int, **options: Any) -> list[float]:
-    """Return the seconds of each step of a run but the first, which also takes the graph."""
-    model, batch, loss_fn = work
-    marks = [time.perf_counter()]
+OTHERS = {"hooks": hooks, "torchmortem": torchmortem, "torchdiag": torchdiag}
+
+
+def installed(tool: str) -> bool:
+    return tool == "hooks" or importlib.util.find_spec(tool) is not None
+
+
+# ------------------------------------------------------------------------------------- time
+
+
+def cost_of_gradflow(work: Workload, steps: int, options: dict[str, Any]) -> Cost:
+    """Time a run of gradflow with a plain step before each of its own."""
+    twin = Workload(copy.deepcopy(work.model), work.batch, work.loss_fn)
+    plain, marks = [], []
+
+    def draw() -> Any:
+        start = time.perf_counter()
+        twin.plain_step()
+        marks.append(time.perf_counter())
+        plain.append(marks[-1] - start)
+        return work.batch
+
+    ends: list[float] = []
+    start = time.perf_counter()
     gf.analyze(
-        model,
-        lambda: batch,
-        loss_fn,
-        steps=steps + 1,
-        progress=lambda *_: marks.append(time.perf_counter()),
+        work.model,
+        draw,
+        work.loss_fn,
+        steps=steps,
+        progress=lambda *_: ends.append(time.perf_counter()),
         **options,
     )
-    return [b - a for a, b in itertools.pairwise(marks)][1:]
+    total = time.perf_counter() - start
+    took = [end - mark for mark, end in zip(marks, ends, strict=True)]
+    ordinary = [step for step in range(steps) if not Plan(steps=steps).is_look(step)]
+    return Cost(
+        step=statistics.median(took[s] / plain[s] for s in ordinary),
+        run=(total - sum(plain)) / sum(plain),
+        plain=statistics.median(plain),
+    )
 
 
-def measure(work: Workload, pairs: int) -> dict[str, float]:
-    """Return the median seconds per step of every variant."""
-    times: dict[str, list[float]] = {name: [] for name in ("plain", "hooks", "cheap", "full", "vjp")}
-    steppers = {"plain": plain(work), "hooks": hooks(work)}
-    chunk = 5
-    for _ in range(-(-pairs // chunk)):
-        for name, stepper in steppers.items():
-            for _ in range(chunk):
-                start = time.perf_counter()
-                next(stepper)
-                times[name].append(time.perf_counter() - start)
-        work[0].zero_grad()
-        times["cheap"] += seconds_per_step(work, chunk)
-        times["full"] += seconds_per_step(work, chunk, detail="full")
-        times["vjp"] += seconds_per_step(work, chunk, transform="vjp")
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+def cost_of_other(work: Workload, pairs: int, tool: Callable[[Workload], Iterator[None]]) -> Cost:
+    """Time another tool's steps in turn with plain ones."""
+    twin = Workload(copy.deepcopy(work.model), work.batch, work.loss_fn)
+    stepper = tool(Workload(copy.deepcopy(work.model), work.batch, work.loss_fn))
+    next(stepper)
+    twin.plain_step()
+    plain, took = [], []
+    for _ in range(pairs):
+        start = time.perf_counter()
+        twin.plain_step()
+        middle = time.perf_counter()
+        next(stepper)
+        plain.append(middle - start)
+        took.append(time.perf_counter() - middle)
+    stepper.close()  # type: ignore[attr-defined]
+    ratio = statistics.median(t / p for t, p in zip(took, plain, strict=True))
+    return Cost(ratio, sum(took) / sum(plain), statistics.median(plain))
+
+
+def time_table(names: list[str], threads: int, steps: int) -> dict[str, dict[str, Cost]]:
+    """Return the cost of every variant on every workload."""
+    torch.set_num_threads(threads)
+    found: dict[str, dict[str, Cost]] = {}
+    for name in names:
+        work = build(name)
+        work.plain_step()
+        row: dict[str, Cost] = {}
+        for variant, options in GRADFLOW.items():
+            row[variant] = cost_of_gradflow(work, steps, options)
+        for tool, stepper in OTHERS.items():
+            if installed(tool):
+                row[tool] = cost_of_other(work, max(15, steps - 5), stepper)
+        found[name] = row
+        print(f"{name:10} {threads} thread(s): " + show_row(row), flush=True)
+    return found
+
+
+def show_row(row: dict[str, Cost]) -> str:
+    plain = statistics.median(cost.plain for cost in row.values())
+    ratios = [f"{variant} {cost.step:.2f} (run {cost.run:.2f})" for variant, cost in row.items()]
+    return f"plain {plain * 1e3:.1f} ms; " + ", ".join(ratios)
+
+
+# ------------------------------------------------------------------------------------- memory
+
+
+def peak_memory(name: str, variant: str, steps: int) -> float:
+    """Return the peak resident size of a process of its own that does so many steps, in MiB."""
+    command = [sys.executable, __file__, "--only", name, "--steps", str(steps), "--peak-of", variant]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return float(done.stdout.split()[-1])
+
+
+def print_peak(name: str, variant: str, steps: int) -> None:
+    """Do the steps, and print this process's peak resident size in MiB."""
+    work, analyze = build(name), gf.analyze  # all imports are done in every process, the plain one too
+    if variant == "plain":
+        for _ in range(steps):
+            work.plain_step()
+    elif variant in GRADFLOW:
+        analyze(work.model, lambda: work.batch, work.loss_fn, steps=steps, **GRADFLOW[variant])
+    else:
+        for _ in itertools.islice(OTHERS[variant](work), steps):
+            pass
+    status = Path("/proc/self/status").read_text()  # `ru_maxrss` would count the process that forked this one
+    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)  # type: ignore[index]
+
+
+def memory_table(names: list[str], steps: int) -> dict[str, dict[str, float]]:
+    """Return peak MiB by workload and variant; `cheap, long` is a run of three times as many steps."""
+    found: dict[str, dict[str, float]] = {}
+    for name in names:
+        row = {v: peak_memory(name, v, steps) for v in ("plain", "cheap", "full")}
+        row["cheap, long"] = peak_memory(name, "cheap", 3 * steps)
+        row |= {tool: peak_memory(name, tool, steps) for tool in OTHERS if installed(tool)}
+        found[name] = row
+        print(f"{name:10} peak MiB: " + ", ".join(f"{v} {mib:.0f}" for v, mib in row.items()), flush=True)
+    return found
+
+
+# ------------------------------------------------------------------------------------- the page
+
+_INTRO = """# Performance
+
+What measuring costs, as a ratio to the same plain steps without it: forward pass, loss and backward pass. All
+figures are from one run of
+
+```
+python benchmarks/overhead.py --write
+```
+
+on {machine}. {how}
+
+{workloads}
+"""
+
+_MEMORY = """Peak resident size of a process of its own that makes {steps} steps, in MiB, PyTorch's own
+included (one thread). gradflow works on a copy of the parameters, since a model may write to them; that copy
+is what is left of the difference. *Long* is a run of three times as many steps: nothing grows with them but
+the record.
+"""
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] + ["---:"] * (len(head) - 1)) + " |"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def page(
+    times: dict[int, dict[str, dict[str, Cost]]], memory: dict[str, dict[str, float]], steps: int
+) -> str:
+    machine = f"{os.cpu_count()} CPU cores, PyTorch {torch.__version__}"
+    parts = [
+        _INTRO.format(
+            machine=machine,
+            how=" ".join((__doc__ or "").split("\n\n")[2].split()).rpartition(" `--write`")[0],
+            workloads="\n".join(f"- {name}: {text}" for name, text in DESCRIPTIONS.items() if name in memory),
+        )
+    ]
+    for threads, table in times.items():
+        variants = list(next(iter(table.values())))
+        parts.append(f"## Time, {threads} thread{'s' if threads > 1 else ''}")
+        head = ["", "plain step, ms", *(f"{v} step" for v in variants), *(f"{v} run" for v in GRADFLOW)]
+        rows = [
+            [
+                name,
+                f"{statistics.median(c.plain for c in row.values()) * 1e3:.1f}",
+                *(f"{row[v].step:.2f}" if v in row else "" for v in variants),
+                *(f"{row[v].run:.2f}" for v in GRADFLOW),
+            ]
+            for name, row in table.items()
+        ]
+        medians = [statistics.median(row[v].step for row in table.values()) for v in variants]
+        runs = [statistics.median(row[v].run for row in table.values()) for v in GRADFLOW]
+        rows.append(["median", "", *(f"{m:.2f}" for m in medians), *(f"{m:.2f}" for m in runs)])
+        parts.append(markdown(head, rows))
+    if memory:
+        variants = list(next(iter(memory.values())))
+        parts += ["## Memory", _MEMORY.format(steps=steps)]
+        ratios = [
+            [name, f"{row['plain']:.0f}", *(f"{row[v] / row['plain']:.2f}" for v in variants[1:])]
+            for name, row in memory.items()
+        ]
+        parts.append(markdown(["", "plain, MiB", *variants[1:]], ratios))
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
-    parser.add_argument("--only", choices=WORKLOADS)
+    parser.add_argument("--only", nargs="*", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    print(f"{'workload':10} {'threads':>7} {'plain ms':>9} {'hooks':>6} {'cheap':>6} {'full':>6} {'vjp':>6}")
-    for name, make in WORKLOADS.items():
-        if args.only not in (None, name):
-            continue
-        for threads in args.threads:
-            torch.set_num_threads(threads)
-            torch.manual_seed(0)
-            try:
-                work = make()
-            except ImportError as error:
-                print(f"{name:10} skipped: {error}")
-                break
-            found = measure(work, args.pairs)
-            ratios = " ".join(f"{found[k] / found['plain']:6.2f}" for k in ("hooks", "cheap", "full", "vjp"))
-            print(f"{name:10} {threads:7} {found['plain'] * 1e3:9.2f} {ratios}", flush=True)
+    if args.peak_of:
+        print_peak(args.only[0], args.peak_of, args.steps)
+        return
+    times = {threads: time_table(args.only, threads, args.steps) for threads in args.threads}
+    memory = {} if args.no_memory else memory_table(args.only, args.steps)
+    text = page(times, memory, args.steps)
+    if args.write:
+        PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/pipelines.md", "docs/graph.md", "docs/jacobians.md")
+PAGES = (
+    "README.md",
+    "docs/pipelines.md",
+    "docs/graph.md",
+    "docs/jacobians.md",
+    "docs/recurrent.md",
+    "docs/policy.md",
+)
 ABOVE = "the block above"
 
 _PLACE = re.compile(r"<!-- output of: (?P<what>.*?) -->\n```text\n(?P<output>.*?)```\n", re.DOTALL)

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from gradflow import pipelines as pipelines
     from gradflow import records as records
     from gradflow import report as report
-    from gradflow.analyzers import FlowAnalyzer, GradientFlowAnalyzer
+    from gradflow.analyzers import (
+        FlowAnalyzer,
+        GradientFlowAnalyzer,
+        RecurrentAnalyzer,
+        RLPolicyAnalyzer,
+        TransformerAnalyzer,
+    )
     from gradflow.detect import (
         all_of,
         bottleneck,
@@ -38,9 +44,10 @@ if TYPE_CHECKING:
         vanishing,
         without,
     )
-    from gradflow.diagnosis import diagnose, layer_graph
+    from gradflow.diagnosis import diagnose, diagnose_custom, layer_graph
     from gradflow.errors import GradflowError
     from gradflow.functional.analyze import analyze, analyze_custom
+    from gradflow.functional.attention import attention_weights
     from gradflow.functional.gradient_field import field_jacobian, vector_field
     from gradflow.functional.layer_jacobian import (
         jacobian_between,
@@ -51,7 +58,10 @@ if TYPE_CHECKING:
         layer_vjp,
     )
     from gradflow.functional.per_sample import gradient_noise, per_sample_gradients
+    from gradflow.functional.policy_gradients import head_gradients
+    from gradflow.functional.policy_statistics import action_entropy
     from gradflow.functional.scale import GradientScale, gradient_scale
+    from gradflow.functional.unroll import hidden_gradients
     from gradflow.records import Cause, FlowRecord, Issue, IssueSeverity, IssueType
     from gradflow.records import Issue as GradientIssue
     from gradflow.report import Report
@@ -65,7 +75,13 @@ if TYPE_CHECKING:
 # reached by `from gradflow.detect import ...` as always (`import gradflow.detect.x as y` cannot work).
 
 _PLACES = {
-    "gradflow.analyzers": ("FlowAnalyzer", "GradientFlowAnalyzer"),
+    "gradflow.analyzers": (
+        "FlowAnalyzer",
+        "GradientFlowAnalyzer",
+        "RLPolicyAnalyzer",
+        "RecurrentAnalyzer",
+        "TransformerAnalyzer",
+    ),
     "gradflow.detect": (
         "all_of",
         "bottleneck",
@@ -81,9 +97,10 @@ _PLACES = {
         "vanishing",
         "without",
     ),
-    "gradflow.diagnosis": ("diagnose", "layer_graph"),
+    "gradflow.diagnosis": ("diagnose", "diagnose_custom", "layer_graph"),
     "gradflow.errors": ("GradflowError",),
     "gradflow.functional.analyze": ("analyze", "analyze_custom"),
+    "gradflow.functional.attention": ("attention_weights",),
     "gradflow.functional.gradient_field": ("field_jacobian", "vector_field"),
     "gradflow.functional.layer_jacobian": (
         "jacobian_between",
@@ -94,7 +111,10 @@ _PLACES = {
         "layer_vjp",
     ),
     "gradflow.functional.per_sample": ("gradient_noise", "per_sample_gradients"),
+    "gradflow.functional.policy_gradients": ("head_gradients",),
+    "gradflow.functional.policy_statistics": ("action_entropy",),
     "gradflow.functional.scale": ("GradientScale", "gradient_scale"),
+    "gradflow.functional.unroll": ("hidden_gradients",),
     "gradflow.records": ("Cause", "FlowRecord", "Issue", "IssueSeverity", "IssueType"),
     "gradflow.report": ("Report",),
 }
@@ -147,21 +167,29 @@ __all__ = [
     "Issue",
     "IssueSeverity",
     "IssueType",
+    "RLPolicyAnalyzer",
+    "RecurrentAnalyzer",
     "Report",
+    "TransformerAnalyzer",
     "__version__",
+    "action_entropy",
     "all_of",
     "analyze",
     "analyze_custom",
+    "attention_weights",
     "bottleneck",
     "dead",
     "default_detectors",
     "detect",
     "diagnose",
+    "diagnose_custom",
     "exploding",
     "field_jacobian",
     "find_causes",
     "gradient_noise",
     "gradient_scale",
+    "head_gradients",
+    "hidden_gradients",
     "jacobian_between",
     "layer_function",
     "layer_gain",

@@ -5,15 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import attrs
 from torch import nn
 from torch.optim import Optimizer
 
-from gradflow.diagnosis import diagnose
-from gradflow.errors import NotAnalyzedError
+from gradflow.diagnosis import diagnose, diagnose_custom
+from gradflow.errors import NotAnalyzedError, check_one_source
 from gradflow.functional.analyze import analyze, analyze_custom
-from gradflow.pipelines import flow
-from gradflow.records import FlowRecord, Issue, LayerRecord
-from gradflow.report import healthy_layers, summary_text
+from gradflow.pipelines import flow, policy, recurrent, transformer
+from gradflow.records import (
+    AttentionStats,
+    FlowRecord,
+    Issue,
+    LayerRecord,
+    PolicyDistributionStats,
+    ReservoirDynamics,
+)
+from gradflow.report import Report, attention_text, dynamics_text, healthy_layers, policy_text, summary_text
+
+
+def _say(text: str) -> None:
+    print(text)  # noqa: T201 - printing is what `print_summary` is for
 
 
 class _LastRecord:
@@ -39,7 +51,8 @@ class GradientFlowAnalyzer(_LastRecord):
     Args:
         model: the model; it is left as it is.
         name: how to call it; the class name of the model by default.
-        enable_rnn_analyzer: accepted for recurrent models, which need no switch yet.
+        enable_rnn_analyzer: also measure and judge gradient, state and gates through time in recurrent
+            layers, as `gradflow.pipelines.recurrent` does.
         enable_circular_flow_analyser: also measure the flow along every edge of the layer graph, for
             divergence, circulation and curl; slower.
         vanishing_threshold: see `gradflow.detect.vanishing`.
@@ -72,13 +85,14 @@ class GradientFlowAnalyzer(_LastRecord):
         self.model = model
         self.name = name or type(model).__name__
         self.enable_rnn_analyzer = enable_rnn_analyzer
-        self.pipeline = flow(
+        base = flow(
             vanishing_threshold=vanishing_threshold,
             exploding_threshold=exploding_threshold,
             dead_threshold=dead_threshold,
             unstable_cv_threshold=unstable_cv_threshold,
             detail="full" if enable_circular_flow_analyser else "cheap",
         )
+        self.pipeline = recurrent(base) if enable_rnn_analyzer else base
 
     def analyze(
         self,
@@ -108,7 +122,7 @@ class GradientFlowAnalyzer(_LastRecord):
 
     def print_summary(self, issues: Sequence[Issue]) -> None:
         """Print how many issues there are of each severity, then each of them."""
-        print(summary_text(issues))  # noqa: T201 - printing is what it is for
+        _say(summary_text(issues))
 
     def get_healthy_layers(self, issues: Sequence[Issue]) -> list[str]:
         """Return the names of the layer calls of the last run that no issue names, in order of execution.
@@ -172,3 +186,241 @@ class FlowAnalyzer(_LastRecord):
         """
         self._record = analyze_custom(self.model, forward_fn, loss_fn, steps=steps, optimizer=optimizer)
         return {layer.name: layer for layer in self._record}
+
+
+@attrs.frozen(kw_only=True)
+class TransformerResults:
+    """What `TransformerAnalyzer.analyze` returns.
+
+    Args:
+        attention_stats: every attention layer in plain numbers, by its qualified name.
+        gradient_issues: most severe first.
+        report: the whole report, with the record and the causes.
+    """
+
+    attention_stats: Mapping[str, AttentionStats]
+    gradient_issues: tuple[Issue, ...]
+    report: Report
+
+
+class TransformerAnalyzer(_LastRecord):
+    """Finds what is wrong with the attention and the gradient flow of a transformer.
+
+    Args:
+        model: any model with attention; it is left as it is.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> analyzer = TransformerAnalyzer(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    >>> results = analyzer.analyze(lambda: torch.randn(8, 6, 16), lambda y: y[..., 0].square().mean(), steps=3)
+    >>> analyzer.print_summary(results)
+    [OK] No gradient issues found.
+    <BLANKLINE>
+    attention  entropy  share  largest  heads differ  residual in    out  branch
+    self_attn    1.687  0.942    0.289         0.219        0.904  0.434       -
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def analyze(
+        self,
+        input_fn: Any,
+        loss_fn: Callable[..., Any] | None,
+        steps: int = 20,
+        optimizer: Optimizer | None = None,
+    ) -> TransformerResults:
+        """Run the model and return what its attention is like, and what is wrong.
+
+        Args:
+            input_fn: a zero-argument function that returns the next batch, or an iterable of batches.
+            loss_fn: from the model's output to a scalar; None takes the model's own loss.
+            steps: how many batches to run at most.
+            optimizer: steps copies of the parameters; None holds them fixed.
+        """
+        pipeline = transformer()
+        report = diagnose(self.model, input_fn, loss_fn, steps=steps, optimizer=optimizer, pipeline=pipeline)
+        self._record = report.record
+        return TransformerResults(
+            attention_stats=report.record.transformer.stats,
+            gradient_issues=report.issues,
+            report=report,
+        )
+
+    def print_summary(self, results: TransformerResults) -> None:
+        """Print the issues, then a line for each attention layer."""
+        _say(f"{summary_text(results.gradient_issues)}\n\n{attention_text(results.attention_stats)}")
+
+
+@attrs.frozen(kw_only=True)
+class PolicyResults:
+    """What `RLPolicyAnalyzer.analyze` returns.
+
+    Args:
+        policy_distribution_stats: the action distribution and the gradients through heads in plain numbers.
+        gradient_issues: most severe first.
+        report: the whole report, with the record and the causes; `report.record.policy` has every step.
+    """
+
+    policy_distribution_stats: PolicyDistributionStats
+    gradient_issues: tuple[Issue, ...]
+    report: Report
+
+
+class RLPolicyAnalyzer(_LastRecord):
+    """Finds what is wrong with a policy: its action distribution, and the gradients through policy and value.
+
+    Args:
+        model: an actor-critic or any model that gives a distribution of actions; it is left as it is.
+        policy_head_name: qualified name of the module that gives the policy, or several; found if None.
+        value_head_name: of the module that gives the value, or several; found if None.
+        shared_backbone_name: of the module whose parameters both share, or several; found if None.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> analyzer = RLPolicyAnalyzer(nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2)))
+    >>> states, gains = torch.randn(32, 4), torch.randn(32)
+    >>> loss = lambda y: -(y.log_softmax(-1)[:, 0] * gains).mean()
+    >>> results = analyzer.analyze(lambda: states, loss, steps=3)
+    >>> 0.6 < results.policy_distribution_stats.mean_entropy < 0.7
+    True
+    >>> analyzer.print_summary(results)  # doctest: +ELLIPSIS
+    [OK] No gradient issues found.
+    <BLANKLINE>
+    Policy:
+      entropy                     0.6... nats
+    ...
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy_head_name: str | Sequence[str] | None = None,
+        value_head_name: str | Sequence[str] | None = None,
+        shared_backbone_name: str | Sequence[str] | None = None,
+    ) -> None:
+        self.model = model
+        self.pipeline = policy(
+            policy_head_name=policy_head_name,
+            value_head_name=value_head_name,
+            shared_backbone_name=shared_backbone_name,
+        )
+
+    def analyze(
+        self,
+        input_fn: Any = None,
+        loss_fn: Callable[..., Any] | None = None,
+        steps: int = 20,
+        optimizer: Optimizer | None = None,
+        forward_fn: Callable[[Any, int], Any] | None = None,
+    ) -> PolicyResults:
+        """Run the model and return what its policy is like, and what is wrong.
+
+        Args:
+            input_fn: a zero-argument function that returns the next batch, or an iterable of batches.
+            loss_fn: from the model's output to a scalar; None takes the model's own loss.
+            steps: how many batches to run at most.
+            optimizer: steps copies of the parameters; None holds them fixed.
+            forward_fn: instead of `input_fn`, for what is not `model(batch)`: called with (model, step), it
+                returns what `loss_fn` takes, `model.evaluate_actions(observations, actions)` for instance.
+
+        Raises:
+            UnknownLayerError: if the model has no module of a name that was given.
+            ModelInputError: if neither or both of `input_fn` and `forward_fn` are given.
+        """
+        check_one_source(input_fn, forward_fn)
+        how: Any = {"steps": steps, "optimizer": optimizer, "pipeline": self.pipeline}
+        if forward_fn is not None:
+            report = diagnose_custom(self.model, forward_fn, loss_fn, **how)
+        else:
+            report = diagnose(self.model, input_fn, loss_fn, **how)
+        self._record = report.record
+        assert report.record.policy is not None
+        return PolicyResults(
+            policy_distribution_stats=report.record.policy.statistics(),
+            gradient_issues=report.issues,
+            report=report,
+        )
+
+    def print_summary(self, results: PolicyResults) -> None:
+        """Print the issues, then the policy in numbers."""
+        _say(f"{summary_text(results.gradient_issues)}\n\n{policy_text(results.policy_distribution_stats)}")
+
+
+@attrs.frozen(kw_only=True)
+class RecurrentResults:
+    """What `RecurrentAnalyzer.analyze` returns.
+
+    Args:
+        reservoir_dynamics: state and gradient through time, of the model and of each recurrent layer; without
+            numbers where nothing was measured.
+        gradient_issues: most severe first.
+        report: the whole report, with the record and the causes.
+    """
+
+    reservoir_dynamics: ReservoirDynamics
+    gradient_issues: tuple[Issue, ...]
+    report: Report
+
+
+class RecurrentAnalyzer(_LastRecord):
+    """Finds what is wrong with gradient and state of a recurrent network over time.
+
+    Args:
+        model: any model with recurrent layers, or with loops over recurrent cells; it is left as it is.
+        enable_rnn_analyzer: measure and judge what happens through time; False leaves `flow`, which any model
+            can have, and `reservoir_dynamics` without numbers.
+        track_hidden_states: also measure the rms of h, and of c, at every step, for
+            `results.report.record.recurrences`; the dynamics and the issues do not depend on it.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> analyzer = RecurrentAnalyzer(nn.GRU(4, 16))
+    >>> results = analyzer.analyze(lambda: torch.randn(20, 8, 4), lambda y: y[0].square().mean(), steps=3)
+    >>> results.reservoir_dynamics.gradient_profile.shape
+    (20,)
+    >>> analyzer.print_summary(results)
+    [OK] No gradient issues found.
+    <BLANKLINE>
+    recurrent    radius  lyapunov     steps    memory    recall      lost
+    (model)       0.6...    -0.5...        20        20        10    -0.3...
+    """
+
+    def __init__(
+        self, model: nn.Module, enable_rnn_analyzer: bool = True, track_hidden_states: bool = True
+    ) -> None:
+        self.model = model
+        with_time = recurrent(track_hidden_states=track_hidden_states)
+        self.pipeline = with_time if enable_rnn_analyzer else flow()
+
+    def analyze(
+        self,
+        input_fn: Any,
+        loss_fn: Callable[..., Any] | None,
+        steps: int = 20,
+        optimizer: Optimizer | None = None,
+    ) -> RecurrentResults:
+        """Run the model and return what its recurrent layers do over time, and what is wrong.
+
+        Args:
+            input_fn: a zero-argument function that returns the next batch, or an iterable of batches.
+            loss_fn: from the model's output to a scalar; None takes the model's own loss.
+            steps: how many batches to run at most.
+            optimizer: steps copies of the parameters; None holds them fixed.
+        """
+        report = diagnose(
+            self.model, input_fn, loss_fn, steps=steps, optimizer=optimizer, pipeline=self.pipeline
+        )
+        self._record = report.record
+        return RecurrentResults(
+            reservoir_dynamics=ReservoirDynamics.of(report.record.recurrences),
+            gradient_issues=report.issues,
+            report=report,
+        )
+
+    def print_summary(self, results: RecurrentResults) -> None:
+        """Print the issues, then a line for each level of each recurrent layer."""
+        _say(f"{summary_text(results.gradient_issues)}\n\n{dynamics_text(results.reservoir_dynamics)}")

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from gradflow import __version__
 from gradflow.errors import GradflowError
-from gradflow.records import IssueSeverity
 
 if TYPE_CHECKING:  # importing these for real imports torch, which takes seconds; see `_report`
     from gradflow.report import Report
 
+# Those of IssueSeverity; the records load numpy, which help and version need not wait for.
+SEVERITIES = ("CRITICAL", "HIGH", "MEDIUM", "LOW", "INFO")
 DEFAULT_NAME = "build"
 OK, SICK, FAILED, INTERRUPTED = 0, 1, 2, 130
 _TARGET = re.compile(r"(?P<file>.*\.py)(?::(?P<name>.*))?", re.DOTALL)
@@ -80,13 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, metavar="N", help="make dropout and the like repeatable")
     add("--json", type=Path, metavar="PATH", help="write the report as JSON")
     add("--html", type=Path, metavar="PATH", help="write the report as one HTML file")
-    names = [severity.value for severity in IssueSeverity]
     add(
         "--fail-on",
         type=str.upper,
-        choices=names,
+        choices=SEVERITIES,
         metavar="SEVERITY",
-        help=f"exit with status 1 if an issue is as severe or more: {', '.join(names)}",
+        help=f"exit with status 1 if an issue is as severe or more: {', '.join(SEVERITIES)}",
     )
     add(
         "--progress",
@@ -124,6 +124,8 @@ def _diagnose(options: argparse.Namespace) -> int:
             report.to_html(options.html)
     if options.fail_on is None:
         return OK
+    from gradflow.records import IssueSeverity
+
     limit = IssueSeverity(options.fail_on)
     return SICK if any(issue.severity >= limit for issue in report.issues) else OK
 

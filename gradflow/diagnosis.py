@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from gradflow.detect import check_detectors, detect, explain, needs_depth
-from gradflow.functional.analyze import Detail, Mode, Transform, analyze
+from gradflow.detect import Detector, check_detectors, detect, explain, needs_depth
+from gradflow.functional.analyze import Detail, Mode, Transform, analyze, analyze_custom
 from gradflow.graph import LayerGraph
 from gradflow.pipelines import Pipeline
 from gradflow.records import FlowRecord
@@ -70,14 +70,6 @@ def diagnose(
     (True, ['0', '1', '2'])
     """
     detectors = check_detectors(pipeline)
-    pipelines = [part for part in (pipeline, *detectors) if isinstance(part, Pipeline)]
-    if any(part.detail == "full" for part in pipelines):
-        detail = "full"
-    measurements = [m for part in pipelines for m in part.measurements]
-
-    def undecided(record: FlowRecord) -> bool:
-        return needs_depth(record, detect(record, detectors))
-
     record = analyze(
         model,
         batches,
@@ -86,12 +78,72 @@ def diagnose(
         optimizer=optimizer,
         seed=seed,
         mode=mode,
-        detail=detail,
         transform=transform,
         progress=progress,
-        deepen=undecided,
-        measurements=measurements,
+        **_wanted(detectors, detail),
     )
+    return _judged(record, detectors)
+
+
+def diagnose_custom(
+    model: nn.Module,
+    forward_fn: Callable[[nn.Module, int], Any],
+    loss_fn: Callable[[Any], Any] | None = None,
+    *,
+    steps: int = 20,
+    optimizer: Optimizer | None = None,
+    seed: int | None = None,
+    mode: Mode = "train",
+    pipeline: Any = None,
+    detail: Detail = "cheap",
+    transform: Transform = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Like `diagnose`, for forwards that need more than `model(x)`.
+
+    Args:
+        model: the model.
+        forward_fn: (model, step) → output; draws its own data.
+        loss_fn: output → scalar; None where the output is the loss or holds it.
+        steps, optimizer, seed, mode, pipeline, detail, transform, progress: as for `diagnose`.
+
+    Raises:
+        GradflowError: those that `analyze_custom` raises.
+        PipelineError: if `pipeline` cannot be used as one; told before the model is run.
+
+    >>> import torch
+    >>> _ = torch.manual_seed(0)
+    >>> model, x = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1)), torch.randn(32, 4)
+    >>> diagnose_custom(model, lambda m, step: m(x) - m(-x), lambda y: y.square().mean(), steps=3).ok
+    True
+    """
+    detectors = check_detectors(pipeline)
+    record = analyze_custom(
+        model,
+        forward_fn,
+        loss_fn,
+        steps=steps,
+        optimizer=optimizer,
+        seed=seed,
+        mode=mode,
+        transform=transform,
+        progress=progress,
+        **_wanted(detectors, detail),
+    )
+    return _judged(record, detectors)
+
+
+def _wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:
+    """Return what detectors need measured, as arguments of `analyze`."""
+    pipelines = [part for part in detectors if isinstance(part, Pipeline)]
+    return {
+        "detail": "full" if any(part.detail == "full" for part in pipelines) else detail,
+        "deepen": lambda record: needs_depth(record, detect(record, detectors)),
+        "measurements": [m for part in pipelines for m in part.measurements],
+    }
+
+
+def _judged(record: FlowRecord, detectors: Sequence[Detector]) -> Report:
     issues, causes = explain(record, detect(record, detectors))
     causes_first = sorted(issues, key=lambda issue: (-issue.severity.rank, "explained_by" in issue.metrics))
     return Report(record=record, issues=tuple(causes_first), causes=causes)

@@ -81,3 +81,16 @@ class NotAnalyzedError(GradflowError, RuntimeError):
     def at(cls, analyzer: str) -> NotAnalyzedError:
         """Return the error for an analyzer of that class."""
         return cls(f"{analyzer}: nothing was analysed yet. Call analyze(input_fn, loss_fn) first.")
+
+
+def check_one_source(input_fn: object, forward_fn: object) -> None:
+    """Check that a run is given either batches or a forward of its own.
+
+    Raises:
+        ModelInputError: if it is given neither or both.
+    """
+    if (input_fn is None) == (forward_fn is None):
+        raise ModelInputError(
+            f"analyze was given {'both' if input_fn is not None else 'neither'} of input_fn and forward_fn, "
+            "and needs one: the batches the model is called with, or a function of (model, step) that calls it."
+        )

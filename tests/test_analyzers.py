@@ -8,6 +8,7 @@ from torch import nn
 
 import gradflow as gf
 from gradflow.errors import GradflowError, NotAnalyzedError
+from gradflow.pipelines import flow
 from gradflow.report import summary_text
 
 
@@ -85,7 +86,7 @@ def test_circular_flow_is_measured_when_switched_on() -> None:
 
 def test_thresholds_reach_the_detectors(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, object] = {}
-    monkeypatch.setattr("gradflow.analyzers.flow", lambda **given: seen.update(given))
+    monkeypatch.setattr("gradflow.analyzers.flow", lambda **given: seen.update(given) or flow())
     analyzer = gf.GradientFlowAnalyzer(
         healthy(),
         name="mine",
@@ -96,6 +97,7 @@ def test_thresholds_reach_the_detectors(monkeypatch: pytest.MonkeyPatch) -> None
         unstable_cv_threshold=0.25,
     )
     assert analyzer.name == "mine"
+    assert analyzer.pipeline.name == "flow+recurrent"
     assert seen == {
         "vanishing_threshold": 1e-3,
         "exploding_threshold": 2.0,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gradflow import __version__
-from gradflow.cli import CommandError, main, split_target
+from gradflow.cli import SEVERITIES, CommandError, main, split_target
 from gradflow.detect import compose
 from gradflow.records import IssueSeverity
 from tests.samples import make_issue
@@ -268,6 +268,10 @@ def test_interruption_has_its_own_status(
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_severities_are_those_of_the_records() -> None:
+    assert tuple(severity.value for severity in IssueSeverity) == SEVERITIES
 
 
 def test_version_and_help_do_not_wait_for_torch() -> None:

@@ -55,7 +55,7 @@ def test_what_is_shown_is_what_is_printed(place: Any) -> None:
 
 
 def test_pages_have_the_outputs_they_should() -> None:
-    readme, pipelines, graph, jacobians = (
+    readme, pipelines, graph, jacobians, *kinds = (
         paste_outputs.places((ROOT / page).read_text(encoding="utf-8")) for page in paste_outputs.PAGES
     )
     assert [place.arguments[-1] for place in readme] == [
@@ -66,6 +66,7 @@ def test_pages_have_the_outputs_they_should() -> None:
     ]
     assert len(graph) == 2
     assert jacobians
+    assert all(kinds)
     (page,) = pipelines
     assert page.arguments[1].count("\n") < 30, "a pipeline of one's own takes less than 30 lines"
     assert "gf.Issue(" in page.arguments[1]

@@ -107,6 +107,7 @@ graphs = st.builds(
             name=names,
             kind=names,
             shape=shapes,
+            taken=shapes,
             grad_norm=floats,
             input_grad_norm=floats,
             effective_rank=floats,

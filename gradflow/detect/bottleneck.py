@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable
 
 import attrs
-import networkx as nx
 import numpy as np
 
 from gradflow.detect.actions import narrow_actions, rectified_actions, smoothing_actions
@@ -22,6 +21,7 @@ from gradflow.detect.evidence import (
     shares,
 )
 from gradflow.detect.wiring import LOSS
+from gradflow.graph.dominators import immediate_dominators
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
 MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum", "mean")
@@ -99,10 +99,7 @@ def _passages(flow: Flow) -> list[str]:
     if it stands at or above their lowest common ancestor, which is built up along the order of the graph.
     """
     wires = flow.wiring
-    back = nx.DiGraph()
-    back.add_node(LOSS)
-    back.add_edges_from((node, p) for node, preds in wires.preds.items() for p in preds)
-    above = {node: up for node, up in nx.immediate_dominators(back, LOSS).items() if node != LOSS}
+    above = immediate_dominators(wires.preds, LOSS)
     depth = {LOSS: 0}
     for node in reversed(wires.order):
         if node in above and above[node] in depth:

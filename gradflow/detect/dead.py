@@ -56,6 +56,10 @@ def dead(
     over one alternative, which is the constant 1, or a norm over one feature, which is its bias, is never
     by design.
 
+    A module that no step runs is HIGH where it is forgotten: nothing that ran names it. Where the code that
+    ran would call it on a branch not taken, it may belong to another kind of batch, such as a vision tower
+    without images, and only an optimizer that holds it says that it is meant to train on these: LOW without.
+
     Looks alike and is not: frozen parameters, and those of another optimizer; a head or an expert that other
     batches use; rows of an embedding that no token asked for; a bias under a softmax or before a batch norm,
     whose gradient is zero but for rounding; a bounded loss that is met by most samples; a rectifier in the
@@ -103,17 +107,25 @@ def _never_called(flow: Flow) -> list[Issue]:
     issues = []
     for container, names in groups.items():
         number = sum(p.num_elements for name in names for p in owned[name])
+        aside = set(names) <= set(flow.record.passed_by)
+        branch = " It is called on a branch that these batches do not take." if aside else ""
+        by_design = aside and not flow.record.provenance.optimizer
         issues.append(
             Issue(
                 layer=container,
                 layer_type="Module",
                 issue_type=IssueType.DEAD,
-                severity=IssueSeverity.HIGH,
+                severity=IssueSeverity.LOW if by_design else IssueSeverity.HIGH,
                 description=f"No step ran or used it, so its {number:,} parameters "
-                f"({len(names)} module(s)) never change.",
+                f"({len(names)} module(s)) never change.{branch}",
                 magnitude=float(number),
                 recommended_actions=never_called_actions(container),
-                metrics={"modules": tuple(names), "num_parameters": number, "role": "never called"},
+                metrics={
+                    "modules": tuple(names),
+                    "num_parameters": number,
+                    "passed_by": aside,
+                    "role": "never called",
+                },
             )
         )
     return issues

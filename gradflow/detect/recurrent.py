@@ -1,10 +1,11 @@
-"""What cannot be seen inside a fused recurrent layer, by its weights: its memory, and the state of its gates.
+"""The memory of a recurrent layer, and the state of its gates: by its weights, or as it was measured.
 
 A fused layer (`nn.RNN`) is one call: the norm of its output gradient does not tell what is lost or blown up
 inside it, over time. For the plain kind the weights do. One step multiplies the gradient by the recurrent
 matrix, whose spectral radius is ‖W‖_F / √h for independent entries (the circular law), and for orthogonal
 ones and multiples of the identity too; the activation's slope, at most 1, only takes from it. Gated layers
-keep what their gates say, which the weights do not tell, so they are left out.
+keep what their gates say, which the weights do not tell, so they are left out. Where `recurrence()` has
+measured the layer, its numbers stand in for those of the weights.
 
 What enters the gates (or the tanh) is W_ih x + W_hh h + b, and |h| < 1; so where the input is large, its rms
 times that of the rows of W_ih is the rms of what enters.
@@ -15,8 +16,11 @@ from __future__ import annotations
 import math
 
 import attrs
+import numpy as np
 
 from gradflow.detect.evidence import Flow, late, middle
+from gradflow.detect.wiring import layer_name
+from gradflow.records import Floats, RecurrenceRecord, RecurrentLevelRecord
 
 _TAKES_ONE = ("select", "squeeze", "index", "slice", "unbind")
 
@@ -45,6 +49,9 @@ def memory(flow: Flow, node: str) -> Memory | None:
     None for other layers, and where every step is read: then each step has a gradient of its own.
     """
     layer = flow.layers[node]
+    measured = next((r for r in flow.record.recurrences if r.name == layer_name(node)), None)
+    if layer.type == "RNN" and measured is not None:
+        return _measured_memory(measured)
     if layer.type != "RNN" or not flow.wiring.known:
         return None
     matrices = [p for p in flow.parameters_of(node) if "weight_hh" in p.name and p.shape[0] == p.shape[1]]
@@ -55,7 +62,46 @@ def memory(flow: Flow, node: str) -> Memory | None:
     if not matrices or not readers or not one or not sizes or whole <= max(sizes):
         return None
     rate = max(late(p.norm) / math.sqrt(p.shape[0]) for p in matrices)
-    return Memory(rate=rate, steps=whole // max(sizes) - 1) if math.isfinite(rate) else None
+    steps = whole // max(sizes)
+    # Where it is known which step is read, what is behind that one (padding) need not be remembered.
+    read = [r.taken[1] if len(r.taken) == 3 and r.taken[2] == steps else steps - 1 for r in readers]
+    return Memory(rate=rate, steps=max(read)) if math.isfinite(rate) else None
+
+
+def _measured_memory(record: RecurrenceRecord) -> Memory | None:
+    """Return what was measured of the level that keeps most; None where most steps are read."""
+    if late(record.read_share) > 0.5:
+        return None
+    best = None
+    for level in record.levels:
+        profile = late_profile(level.readout_profile)
+        if len(profile) > 1 and profile[-1] > 0:
+            steps = len(profile) - 1
+            kept = max(float(profile[0] / profile[-1]), 1e-300)
+            found = Memory(rate=kept ** (1 / steps), steps=steps)
+            best = found if best is None or found.kept > best.kept else best
+    return best
+
+
+def late_profile(profiles: Floats) -> Floats:
+    """Return the profile that a run came to: the median over the last third of the measured steps, (steps,).
+
+    Steps that none of these has are left out.
+    """
+    if profiles.ndim != 2 or not profiles.size:
+        return np.empty(0)
+    rows = profiles[-max(1, math.ceil(len(profiles) / 3)) :]
+    rows = rows[:, np.isfinite(rows).any(axis=0)]
+    return np.nanmedian(rows, axis=0) if rows.size else np.empty(0)
+
+
+def growth_of(level: RecurrentLevelRecord) -> Floats:
+    """Return the largest entry of the readout profile over its last, (measured steps,); NaN if that is 0."""
+    profiles = level.readout_profile
+    if profiles.ndim != 2 or not profiles.size:
+        return np.empty(0)
+    last = np.where(profiles[:, -1] > 0, profiles[:, -1], np.nan)
+    return np.nan_to_num(profiles).max(axis=1) / last
 
 
 @attrs.frozen(kw_only=True)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 import attrs
+import numpy as np
 
 from gradflow.detect.actions import gate_actions, saturation_actions
 from gradflow.detect.evidence import Flow, early, flow_of, late, middle, row_gain
@@ -35,7 +36,8 @@ def saturation(
     Looks alike and is not: the few percent of any healthy tanh; gates that are closed for part of their
     units; a softmax over many alternatives that gives each of them little; an output that is confident
     because it has learned to be (its loss has fallen by more than half within the run: LOW); a softmax over
-    one alternative, which is `dead`'s.
+    one alternative, which is `dead`'s; a sigmoid of scores of which those not chosen were set to minus
+    infinity, which is off for them by intent (an infinity that was not meant is `numerical`'s).
 
     Args:
         share: saturated share from which the verdict is MEDIUM. With inputs of unit variance a tanh has 0.3
@@ -65,6 +67,8 @@ def _issue(
         return None
     layer = flow.layers.get(node_name(activation.layer))
     if layer and layer.type == "ReLU6":  # a rectifier with a ceiling: zeros are what it is for
+        return None
+    if activation.kind == "bounded" and not np.isfinite(activation.input_rms).any():
         return None
     seen = late(activation.saturated_share)
     stuck = activation.always_saturated

@@ -1,6 +1,15 @@
 """The only code that calls a model: pure calls, probes, per-layer gradients, and the run over batches."""
 
 from gradflow.functional.analyze import analyze, analyze_custom, graph_of
+from gradflow.functional.attention import attention, attention_weights
+from gradflow.functional.attention_statistics import (
+    HeadStatistics,
+    attention_entropy,
+    attention_statistics,
+    head_distances,
+    position_residual,
+)
+from gradflow.functional.cells import Cell, Level, level_of_cell, levels_of
 from gradflow.functional.gradient_field import VectorField, field_jacobian, vector_field
 from gradflow.functional.jacobian import Jacobian
 from gradflow.functional.jacobian_records import Gain, Spectrum
@@ -20,28 +29,48 @@ from gradflow.functional.per_sample import (
     gradient_noise,
     per_sample_gradients,
 )
+from gradflow.functional.policy import policy_heads
+from gradflow.functional.policy_gradients import HeadGradients, head_gradients
+from gradflow.functional.policy_statistics import ActionStatistics, action_entropy, action_statistics
 from gradflow.functional.probes import probe
+from gradflow.functional.recurrent import recurrence
 from gradflow.functional.reverse import effective_rank
 from gradflow.functional.scale import GradientScale, gradient_scale
 from gradflow.functional.state import call
+from gradflow.functional.transition import lyapunov_exponents, spectral_radii, state_jacobians
+from gradflow.functional.unroll import hidden_gradients, unroll
 
 __all__ = [
+    "ActionStatistics",
+    "Cell",
     "Gain",
     "GradientNoise",
     "GradientScale",
+    "HeadGradients",
+    "HeadStatistics",
     "Jacobian",
     "LayerFunction",
     "LayerNoise",
+    "Level",
     "Spectrum",
     "VectorField",
+    "action_entropy",
+    "action_statistics",
     "analyze",
     "analyze_custom",
+    "attention",
+    "attention_entropy",
+    "attention_statistics",
+    "attention_weights",
     "call",
     "effective_rank",
     "field_jacobian",
     "gradient_noise",
     "gradient_scale",
     "graph_of",
+    "head_distances",
+    "head_gradients",
+    "hidden_gradients",
     "jacobian_between",
     "layer_function",
     "layer_gain",
@@ -49,7 +78,16 @@ __all__ = [
     "layer_spectrum",
     "layer_vjp",
     "layers",
+    "level_of_cell",
+    "levels_of",
+    "lyapunov_exponents",
     "per_sample_gradients",
+    "policy_heads",
+    "position_residual",
     "probe",
+    "recurrence",
+    "spectral_radii",
+    "state_jacobians",
+    "unroll",
     "vector_field",
 ]

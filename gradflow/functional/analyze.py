@@ -40,7 +40,8 @@ def analyze(
 
     Pure: the model, its buffers, `.grad`, modes, attributes, the optimizer and every random state are
     afterwards what they were, bit for bit, also when it raises. Each step draws one batch, calls the model
-    once and the loss once, in that order and never ahead. An exception of the model or the loss is raised
+    once and the loss once, in that order and never ahead. Threads that analyse wait for one another, and no
+    other thread may use the model meanwhile. An exception of the model or the loss is raised
     as it is, with a note that tells the step and the batch's shapes.
 
     Args:
@@ -57,7 +58,8 @@ def analyze(
         mode: `train` or `eval` switches the model over if it is not in that mode (a model that is keeps
             the modes of its parts); `keep` changes nothing.
         detail: `cheap` probes layer outputs; `full` measures the gradient on every edge of the graph too.
-        transform: `fused` (`torch.autograd.grad`), `vjp` (`torch.func.vjp`), or `auto`.
+        transform: `fused` (`torch.autograd.grad`), `vjp` (`torch.func.vjp`), or `auto`. `vjp` takes fewer
+            models, and other kernels for some layers, so that dropout inside attention drops other elements.
         progress: called as `progress(done, steps)` after every step.
         deepen: if it returns True for the cheap record, the last step is run again in full detail.
         measurements: what else to measure, such as `attention()`; see `gradflow.functional.measurement`.

@@ -52,7 +52,7 @@ def layer_records(history: History, owned: Mapping[str, Sequence[str]]) -> list[
                     num_elements=np.maximum(sizes[name], 0),
                     output_rms=np.sqrt(mean_square),
                     output_finite=~looked | np.isfinite(out),
-                    output_zero_share=np.where(looked, numbers["zeros"][0] / count, NAN),
+                    output_zero_share=np.where(np.isfinite(out), numbers["zeros"][0] / count, NAN),
                     output_variation=np.sqrt(np.clip(1.0 - mean_row / mean_square, 0.0, 1.0)),
                     input_rms=np.sqrt(entering),
                 )
@@ -99,7 +99,9 @@ def parameter_records(
                 reached=count > 0,
                 grad_norm=np.sqrt(squares),
                 grad_finite=(count == 0) | np.isfinite(squares),
-                grad_zero_share=zeros.get(name, nothing)[0] / max(parameter.numel(), 1),
+                grad_zero_share=np.where(
+                    np.isfinite(squares), zeros.get(name, nothing)[0] / max(parameter.numel(), 1), NAN
+                ),
                 norm=np.sqrt(norm),
             )
         )

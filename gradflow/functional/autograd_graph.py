@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -39,6 +39,7 @@ class Group:
     call: Call | None = None
     shape: tuple[int, ...] = ()
     parameters: dict[str, None] = attrs.field(factory=dict)
+    taken: tuple[int, ...] = ()
 
 
 @attrs.define(eq=False)
@@ -125,7 +126,10 @@ class Windows:
 
 
 def build(
-    loss: Tensor, recorder: Recorder, parameters: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+    loss: Tensor,
+    recorder: Recorder,
+    parameters: Mapping[str, Tensor],
+    inputs: Callable[[], Mapping[str, Tensor]],
 ) -> Structure:
     """Return the contracted graph of the step that ended in `loss`.
 
@@ -133,12 +137,11 @@ def build(
         loss: the step's loss, with its graph.
         recorder: the recorder of that (structural) step.
         parameters: working parameters by qualified name.
-        inputs: tensors of the batch by name.
+        inputs: gives the tensors of the batch by name; asked only if the graph holds a leaf of another kind.
     """
     nodes = topological(loss.grad_fn)
     windows = Windows(recorder.calls)
     names = {id(p): n for n, p in parameters.items()}
-    input_names = {id(t): n for n, t in inputs.items()}
     structure = Structure({}, {}, nodes, {}, {}, [])
     taken = dict.fromkeys([*(c.name for c in recorder.calls), LOSS], 1)  # name -> next number to try
     structure.groups[LOSS] = Group(LOSS, "loss", 2**62, type="loss")
@@ -146,9 +149,11 @@ def build(
     for node in sorted(inner, key=lambda n: n._sequence_nr()):
         group = _group(node, recorder, windows, taken, structure)
         structure.group_of[node] = group.name
-    for node in nodes:
-        if is_leaf(node):
-            _place_leaf(node, structure, names, input_names)
+    leaves = [node for node in nodes if is_leaf(node)]
+    others = any(id(node.variable) not in names for node in leaves)
+    input_names = {id(t): n for n, t in inputs().items()} if others else {}
+    for node in leaves:
+        _place_leaf(node, structure, names, input_names)
     structure.edges[(structure.group_of[loss.grad_fn], LOSS)] = None
     for source, target, _, _ in boundaries(structure):
         structure.edges[(source, target)] = None
@@ -174,7 +179,7 @@ def _group(
         name, number = f"{prefix}{op}@{number}", number + 1
     taken[name] = taken[f"{prefix}{op}"] = max(number, 1)
     module = inside.module if inside is not None else ""
-    group = Group(name, "op", node._sequence_nr(), module, op, None, _shape(node))
+    group = Group(name, "op", node._sequence_nr(), module, op, None, _shape(node), taken=_taken(node))
     structure.groups[name] = group
     return group
 
@@ -182,6 +187,16 @@ def _group(
 def _shape(node: Node) -> tuple[int, ...]:
     metadata = getattr(node, "_input_metadata", None)
     return tuple(metadata[0].shape) if metadata else ()
+
+
+def _taken(node: Node) -> tuple[int, ...]:
+    """Return (axis, index from 0, size of the axis) where the node takes one slice of an axis, else ()."""
+    sizes, axis, index = (getattr(node, f"_saved_{key}", None) for key in ("self_sym_sizes", "dim", "index"))
+    if not isinstance(index, int) or not isinstance(axis, int) or not sizes:
+        return ()
+    axis, index = (v - 2**64 if v >= 2**63 else v for v in (axis, index))  # negative ones come unsigned
+    size = int(sizes[axis])
+    return (axis % len(sizes), index % size, size) if size else ()
 
 
 def _place_leaf(
@@ -209,6 +224,41 @@ def boundaries(structure: Structure) -> Iterator[tuple[str, str, Node, tuple[Nod
             source = structure.group_of.get(child) if child is not None else None
             if source is not None and source != target:
                 yield source, target, node, (child, number)
+
+
+def bypassed(structure: Structure) -> list[str]:
+    """Return the layer calls that some gradient enters elsewhere than at the probe on what they returned.
+
+    Their output is (also) kept on an attribute, returned inside an object of an unknown class, or the like.
+    """
+    found: dict[str, None] = {}
+    for source, _, _, (child, _) in boundaries(structure):
+        call = structure.groups[source].call
+        if call is not None and not call.has_children and not is_probe(child):
+            found[call.name] = None
+    return list(found)
+
+
+def capturable(structure: Structure) -> set[str]:
+    """Return the layer calls whose outputs are all used, and behind their probes alone.
+
+    The whole gradient of such an output is that of what was returned. One that the call itself goes on with,
+    or that nobody takes, gathers other gradients as well.
+    """
+    consumers: dict[tuple[Node, int], int] = {}
+    behind: dict[str, list[tuple[Node, int]]] = {}  # group -> what its probes stand on
+    for node in structure.nodes:
+        for child, number in node.next_functions:
+            if child is not None:
+                consumers[child, number] = consumers.get((child, number), 0) + 1
+        if is_probe(node):
+            behind.setdefault(structure.group_of[node], []).append(node.next_functions[0])
+    found = set()
+    for name, edges in behind.items():
+        call = structure.groups[name].call
+        if call is not None and len(edges) == len(call.sites) and all(consumers[e] == 1 for e in edges):
+            found.add(call.name)
+    return found
 
 
 def _attach_parameters(structure: Structure, names: Mapping[int, str]) -> None:

@@ -39,8 +39,12 @@ class DataFlow:
         self._taints: dict[int, tuple[weakref.ref[Tensor], Taint]] = {}
         self.edges: dict[tuple[int, str], str] = {}  # (target call, source) -> reason
         self.joins: list[tuple[Any, str, str]] = []  # (autograd node, source, reason)
-        # whether there are hooks on tensors (those of the modules' backward included), which change gradients
-        self.hooked = any(m._backward_hooks or m._backward_pre_hooks for m in recorder.modules.values())
+        # hooks on tensors, those of the modules' backward and of parameters included, change gradients
+        recorder.hooked = any(
+            owner._backward_hooks or getattr(owner, "_backward_pre_hooks", None)
+            for module in recorder.modules.values()
+            for owner in (module, *module.parameters(recurse=False))
+        )
         self.read: dict[str, str] = {}  # call name -> the read (`item`, ...) that took its values out
         recorder.on_enter, recorder.on_exit = self._enter, self._exit
         self.shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
@@ -95,9 +99,6 @@ class DataFlow:
             return out  # what is inside a layer is the layer's; a like-named factory takes a shape, no values
         shape_only = name.endswith("_as") and len(args) > 1  # `view_as(x)` takes a shape of x, no values
         inputs = list(iter_tensors((args[:1], kwargs) if shape_only else (args, kwargs)))
-        if name == "register_hook":
-            self.hooked = True
-            return out
         if name in _READS:
             for tensor in inputs:
                 for origin in self._sources(tensor, name):

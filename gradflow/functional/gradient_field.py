@@ -179,7 +179,7 @@ def _field(
     players = _players(losses)
     calls = {name: _loss_call(model, name, loss, batch) for name, (loss, _) in players.items()}
     others = tuple(loss for loss, _ in players.values() if isinstance(loss, nn.Module))
-    setting = Setting.of(model, None, *others, seed=seed)
+    setting = Setting.of(model, *others, seed=seed)
     if not setting.trainable:
         raise no_trainable(model)
     owned = _owned({name: patterns for name, (_, patterns) in players.items()}, setting.trainable)

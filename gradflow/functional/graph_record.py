@@ -183,6 +183,7 @@ def _node(
         shape=group.shape,
         num_elements=int(np.prod(group.shape, dtype=np.int64)) if group.shape else 0,
         parameters=tuple(group.parameters),
+        taken=group.taken,
         order=rank,
         grad_norm=np.array(grads),
         input_grad_norm=np.array(incoming),

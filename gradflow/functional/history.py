@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.functional.probes import is_safe, sum_of_squares
+from gradflow.functional.probes import is_safe, num_nonzero, sum_of_squares
 from gradflow.functional.recorder import Call
 from gradflow.functional.step import Outcome, Program
 from gradflow.functional.watch import ActivationKey
@@ -34,11 +34,13 @@ class Layout:
     calls: tuple[str, ...]
     must_be_finite: Bools = attrs.field(init=False)
     sums: Bools = attrs.field(init=False)
+    least_peaks: tuple[int, ...] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         kinds = [kind for kind, _ in self.places]
         object.__setattr__(self, "must_be_finite", np.isin(kinds, ("loss", "grad", "pgrad")))
         object.__setattr__(self, "sums", np.isin(kinds, _SUMS))
+        object.__setattr__(self, "least_peaks", tuple(i for i, k in enumerate(kinds) if k == "least_peak"))
 
 
 @attrs.frozen(eq=False)
@@ -68,8 +70,13 @@ class Row:
         return bool(np.isfinite(self.values[self.layout.must_be_finite]).all())
 
 
+_EXACT_AS_FLOAT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 def to_host(values: Sequence[Tensor]) -> list[float]:
     """Return scalars (of shape ()) that may lie on several devices as floats: one transfer a device."""
+    if len({(value.device, value.dtype) for value in values}) == 1 and values[0].dtype in _EXACT_AS_FLOAT:
+        return torch.stack(list(values)).tolist()
     found: list[float] = [0.0] * len(values)
     by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}
     for i, value in enumerate(values):
@@ -94,6 +101,8 @@ class History:
     out_of_range: set[Place] = attrs.field(factory=set)  # sums that were once unsafe; they stay exact
     in_doubt: bool = False  # whether a fast sum of the last row is zero, which may be an underflow
     peaks: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
+    settled: set[ActivationKey] = attrs.field(factory=set)  # rectifiers of which every unit has fired
+    settling: bool = False  # whether the last step has settled any
     stuck: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
     _layouts: dict[tuple[tuple[Place, ...], tuple[str, ...]], Layout] = attrs.field(factory=dict)
 
@@ -104,6 +113,7 @@ class History:
         scalars: list[Tensor] = [outcome.loss]
         places: list[Place] = [("loss", "")]
         counts: list[int] = [1]
+        touched: dict[ActivationKey, str] = {}
         for site, slot in zip(recorder.sites, outcome.slots, strict=True):
             if slot is not None:
                 scalars.append(slot)
@@ -112,18 +122,34 @@ class History:
         for observation, value in zip(recorder.observations, recorder.values, strict=True):
             key = observation.key
             if observation.kind in ("peak", "stuck"):
-                self._merge(observation.kind, key, value)
+                if key not in self.settled:
+                    self._merge(observation.kind, key, value)
+                    touched[key] = observation.kind
                 continue
             scalars.append(value)
             places.append((observation.kind, recorder.calls[key].name if isinstance(key, int) else key))
             counts.append(observation.number)
+        for key, kind in touched.items():
+            if kind == "peak" and (peak := self.peaks[key]) is not None:
+                scalars.append(peak.min())
+                places.append(("least_peak", key))
+                counts.append(1)
         self._add_parameters(outcome, scalars, places, counts, look, parameters_moved)
         for call in calls:
             self.calls[call.name] = self._merged_call(call)
         layout = self._layout(places, calls)
         row = Row(layout, np.array(to_host(scalars)), np.array(counts), tuple(c.num_elements for c in calls))
         self._choose_precision(row)
+        self._settle(row)
         return row
+
+    def _settle(self, row: Row) -> None:
+        """Stop following rectifiers of which every unit has fired: nothing more can come of it."""
+        before = len(self.settled)
+        for position in row.layout.least_peaks:
+            if row.values[position] > 0:
+                self.settled.add(row.layout.places[position][1])  # type: ignore[arg-type]
+        self.settling = len(self.settled) > before
 
     def _merged_call(self, call: Call) -> Call:
         """Return the call with what only the first step shows."""
@@ -172,7 +198,7 @@ class History:
             places.append(("pgrad", name))
             counts.append(size)
             if look and gradient.layout is torch.strided:
-                scalars.append(size - torch.count_nonzero(gradient))
+                scalars.append(size - num_nonzero(gradient))
                 places.append(("pzeros", name))
                 counts.append(size)
 

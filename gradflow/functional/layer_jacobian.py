@@ -110,7 +110,7 @@ def layer_function(
     module = model.get_submodule(place.module)
     positions = varied_positions(place, module, seen, argument)
     point, value = floats(seen.arguments)[positions[0]], first_output(place, seen.output)
-    function = layer_alone(Setting.of(module, model, random=seen.random), place, seen, positions)
+    function = layer_alone(Setting.of(module, random=seen.random), place, seen, positions)
     if not is_reproduced(function, point, value):
         setting = Setting.of(model, random=setting.random)
         function = through_model(setting, batch, Start(place, positions, "input"), place)

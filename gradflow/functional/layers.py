@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import types
+from collections.abc import Collection, Iterator, Mapping
 
 import torch.nn.utils.parametrize as parametrize
 from torch import nn
@@ -68,3 +70,55 @@ def ancestors(name: str) -> list[str]:
         name = name.rpartition(".")[0]
         found.append(name)
     return found
+
+
+def passed_by(idle: Collection[str], called: Collection[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return those of the modules that did not run which the code of a module that ran would call.
+
+    A part that is forgotten is named nowhere in the forward of the module that holds it. One that belongs to
+    another kind of input (a vision tower, attention to an encoder's output) is, behind a condition. A part
+    of a list counts only if nothing of the list ran: naming the list is not naming its parts.
+
+    Args:
+        idle: names of modules that did not run.
+        called: names of those that did, containers included.
+        modules: the callable modules by qualified name.
+
+    >>> class Model(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.used, self.other, self.forgotten = (nn.Linear(1, 1) for _ in range(3))
+    ...     def forward(self, x, y=None):
+    ...         return self.used(x) if y is None else self.other(y)
+    >>> passed_by(["other", "forgotten"], ["", "used"], callable_modules(Model()))
+    ['other']
+    """
+    found = []
+    for name in idle:
+        above = next((a for a in ancestors(name) if a in called), None)
+        if above is None or above not in modules:
+            continue
+        attribute = name.removeprefix(above).lstrip(".").partition(".")[0]
+        whole = f"{above}.{attribute}" if above else attribute
+        if not any(c == whole or c.startswith(f"{whole}.") for c in called):
+            found += [name] if attribute in _names_in_forward(type(modules[above])) else []
+    return found
+
+
+def _names_in_forward(kind: type[nn.Module]) -> set[str]:
+    """Return the names of attributes in the code of a class's forward, and of the methods that it names."""
+    names: set[str] = set()
+    methods = ["forward"]
+    while methods:
+        function = inspect.unwrap(getattr(kind, methods.pop(), None) or (lambda: None))
+        new = set(_names_in(function.__code__)) - names if hasattr(function, "__code__") else set()
+        names |= new
+        methods += [name for name in new if callable(getattr(kind, name, None))]
+    return names
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):  # a comprehension, a function within
+            yield from _names_in(constant)

@@ -14,20 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import pyfunctorch
 
-from gradflow.errors import ModelNotCalledError, NoTrainableParametersError
+from gradflow.errors import ModelInputError, ModelNotCalledError, NoTrainableParametersError
 from gradflow.functional import numerics
 from gradflow.functional.assembly import activation_records, layer_records, parameter_records
-from gradflow.functional.autograd_graph import Structure
+from gradflow.functional.autograd_graph import Structure, bypassed, capturable
 from gradflow.functional.batches import detached_loss
 from gradflow.functional.dataflow import DataFlow
 from gradflow.functional.graph_record import Cut, HostFlows, cuts, graph_record, read_flows
 from gradflow.functional.history import History, Row, series
-from gradflow.functional.layers import ancestors, callable_modules, is_layer, owner
+from gradflow.functional.layers import ancestors, callable_modules, is_layer, owner, passed_by
 from gradflow.functional.measurement import Measurement, Session
 from gradflow.functional.optimizers import copy_optimizer, learning_rates, optimized, update
-from gradflow.functional.purity import RandomState, preserved, seed_all
+from gradflow.functional.purity import ModuleState, RandomState, preserved, seed_all
 from gradflow.functional.recorder import Call, Recorder
 from gradflow.functional.step import Before, Outcome, Program, run_step
+from gradflow.functional.supported import check_supported, distributed, standing_notes
 from gradflow.functional.taps import exclusive, tapped, uncompiled
 from gradflow.functional.watch import after_module
 from gradflow.records import FlowRecord, NumericalRecord, Provenance
@@ -70,6 +71,8 @@ class Run:
     calls: list[Call] = attrs.field(factory=list)  # of the first step
     structures: list[Structure] = attrs.field(factory=list)
     severed: list[Cut] = attrs.field(factory=list)
+    bypassed: set[str] = attrs.field(factory=set)  # names of calls; see `autograd_graph.bypassed`
+    capturable: set[str] = attrs.field(factory=set)  # the like
     arrived: set[str] = attrs.field(factory=set)  # names of calls at whose output a gradient was seen
     flows: list[HostFlows] = attrs.field(factory=list)
     numerics: list[NumericalRecord] = attrs.field(factory=list)
@@ -97,11 +100,15 @@ def measure(
         plan: how many steps, which optimizer, ...
     """
     roots = [model] if loss_module is None else [model, loss_module]
+    check_supported(model)
     chosen = _choose_transform(plan.transform)
     outside = pyfunctorch.temporarily_clear_interpreter_stack()  # a record holds plain numbers
     grad = torch.enable_grad()
-    with exclusive(model), preserved(*roots), outside, uncompiled(), torch.inference_mode(False), grad:
+    with exclusive(), preserved(*roots), outside, uncompiled(), torch.inference_mode(False), grad:
         _set_mode(model, plan.mode)
+        for part in distributed(model):  # processes need not run in step; put back as any attribute is
+            part.require_backward_grad_sync = part.require_forward_param_sync = False
+            part.find_unused_parameters = part.static_graph = False
         if plan.seed is not None:
             seed_all(plan.seed)
         modules = callable_modules(model)
@@ -179,6 +186,8 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
         _check_first(run, outcome, step)
         row = run.history.read(outcome, look=plan.is_look(step), parameters_moved=optimizer is not None)
         if step == 0:
+            program.recorder.captured = _captured(run)
+        if plan.is_look(step) or run.history.settling:
             _learn_activations(run)
         if outcome.flows is not None:
             run.flows.append(read_flows(step, outcome.flows))
@@ -196,6 +205,7 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
                 _update(run, optimizer, outcome, batch, step)
             else:
                 skipped += 1
+        del outcome  # its gradients would lie beside those of the next step
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
     _conclude(run, skipped)
@@ -218,12 +228,24 @@ def _conclude(run: Run, skipped: int) -> None:
         "input, and is changed in place afterwards."
         for name in sorted(unprobed)
     ]
+    run.notes += [
+        f"Some gradient enters {name or '(model)'!r} elsewhere than by what it returned (its output is kept "
+        "on an attribute, or is of an unknown class). It is no part of the output gradient measured there."
+        for name in sorted(run.bypassed)
+        if history.calls[name].module not in unprobed
+    ]
+    if run.program.held and run.plan.optimizer is not None:
+        run.notes.append(
+            f"{', '.join(map(repr, run.program.held))}: used past the module as well (a list, a closure or "
+            "the loss holds the parameter itself), where it stays as it is while copies are stepped."
+        )
     # The inside of a reentrant checkpoint is not in the graph, but the gradient is seen to arrive there.
     run.arrived = {str(name) for name, (_, n) in series(history, "grad").items() if (n > 0).any()}
     run.severed = [
         cut for cut in run.severed if cut.source not in run.arrived or not cut.reason.startswith("checkpoint")
     ]
     run.arrived |= {name for name, call in history.calls.items() if call.module in unprobed}
+    run.arrived |= run.bypassed
 
 
 def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
@@ -232,7 +254,8 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
     observer = None
     if step == 0:
         before.buffers = {n: b.clone() for n, b in program.buffers.items()}
-        run.dataflow = observer = program.dataflow = DataFlow(program.recorder, program.inputs_of(batch))
+        before.modules = ModuleState([m for m in (program.model, program.loss_module) if m is not None])
+        run.dataflow = observer = DataFlow(program.recorder, program.inputs_of(batch))
     first = step == 0 and run.transform == "fused"
     if step == 0 and run.transform == "vjp":
         shown = run_step(
@@ -244,8 +267,13 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
             program.recorder.layer_names |= promoted
             return _step(run, batch, step, before)
         _check_first(run, shown, step)
-        program.unreached = {name for name, gradient in shown.gradients.items() if gradient is None}
         _learn_structure(run, shown)
+        if program.held:
+            raise ModelInputError(
+                f"{next(iter(program.held))!r} is used past the module that it belongs to: a list, a closure "
+                "or the loss holds the parameter itself, taken beforehand, which the transform `vjp` cannot "
+                "follow. Take it from its module when it is used, or pass `transform='fused'`."
+            )
         observer = None
     look = run.plan.is_look(step)
     outcome = run_step(
@@ -300,25 +328,37 @@ def _learn_structure(run: Run, outcome: Outcome) -> None:
     if run.dataflow is not None:
         run.severed = cuts(run.dataflow, structure, calls)
         run.dataflow.release()
-    originals = {id(p) for p in run.program.model.parameters()}
-    if structure is not None and any(id(leaf) in originals for leaf in structure.foreign):
-        run.notes.append(
-            "The loss uses parameter tensors that were taken from the model beforehand; the gradient through "
-            "those is not counted. Take them inside the loss: `model.parameters()`."
-        )
+    run.bypassed = set(bypassed(structure)) if structure is not None else set()
+    run.capturable = capturable(structure) if structure is not None else set()
 
 
 def _learn_activations(run: Run) -> None:
-    """See to it that later steps are watched only if a rectifier is applied as a function.
+    """See to it that later steps are watched only while a rectifier applied as a function has units to come.
 
-    Whether every unit of a rectifier fires at some time is followed in every step; others, at looks.
+    Whether every unit of a rectifier fires at some time is followed in every step, until all have; other
+    activations, at looks.
     """
-    recorder = run.program.recorder
-    keys = [key for key in run.history.peaks if key.kind == "rectifier"]
+    recorder, settled = run.program.recorder, run.history.settled
+    keys = [key for key in run.history.peaks if key.kind == "rectifier" and key not in settled]
     run.program.watching = any(key.functional for key in keys)
-    if not run.program.watching:
-        recorder.rectifier_ops = {key.layer.split("@")[0]: key.op for key in keys}
-        recorder.after_module = functools.partial(after_module, recorder)
+    recorder.rectifier_ops = {key.layer.split("@")[0]: key.op for key in keys if not key.functional}
+    recorder.after_module = functools.partial(after_module, recorder)
+
+
+def _captured(run: Run) -> set[str]:
+    """Return the calls whose output gradients are captured: the smallest, as far as memory goes.
+
+    They may hold a million elements (some megabytes) or 1 percent of what the parameters do.
+    """
+    left = max(2**20, sum(p.numel() for p in run.program.parameters.values()) // 100)
+    chosen = set()
+    suited = [call for name, call in run.history.calls.items() if name in run.capturable - run.bypassed]
+    for call in sorted(suited, key=lambda call: call.num_elements):
+        left -= call.num_elements
+        if left < 0:
+            break
+        chosen.add(call.name)
+    return chosen
 
 
 def _trace(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
@@ -352,13 +392,18 @@ def _trace(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
     again = history.read(outcome, look=True, parameters_moved=run.plan.optimizer is not None)
     program.buffers = buffers
     random.restore()
-    if not np.isclose(again.loss, row.loss, rtol=1e-3, equal_nan=True):
+    return again if _is_same(run, step, row.loss, again.loss) else row
+
+
+def _is_same(run: Run, step: int, loss: float, again: float) -> bool:
+    """Whether a step that was run again gave the same loss; a note is made if not."""
+    same = bool(np.isclose(again, loss, rtol=1e-3, equal_nan=True))
+    if not same:
         run.notes.append(
-            f"Step {step} gave another loss when it was run again to find its NaN or Inf: model or loss draw "
-            "on something that had moved on (an iterator, a counter). Its numbers are those of the first run."
+            f"Step {step} gave another loss when it was run again for a closer look: model or loss draw on "
+            "something that had moved on (an iterator, a counter). Its numbers are those of the first run."
         )
-        return row
-    return again
+    return same
 
 
 def _again(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
@@ -378,7 +423,7 @@ def _again(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
     exact = run.history.read(outcome, look=look, parameters_moved=run.plan.optimizer is not None)
     program.buffers = buffers
     random.restore()
-    return exact
+    return exact if _is_same(run, step, row.loss, exact.loss) else row
 
 
 def _update(run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, batch: Any, step: int) -> None:
@@ -407,6 +452,8 @@ def _deepened(run: Run, batch: Any, before: Before, record: FlowRecord) -> FlowR
     )  # fmt: skip
     if outcome.flows is None or outcome.structure is None:
         return record
+    run.notes.clear()
+    _is_same(run, step, float(record.losses[-1]), float(outcome.loss))
     flows = [read_flows(step, outcome.flows)]
     assert run.dataflow is not None
     structures = [*run.structures, outcome.structure]
@@ -414,7 +461,7 @@ def _deepened(run: Run, batch: Any, before: Before, record: FlowRecord) -> FlowR
     note = (
         f"The flow on every edge was measured at step {step}, run again with the same batch and random state."
     )
-    notes = (*record.provenance.notes, note)
+    notes = (*record.provenance.notes, note, *run.notes)
     return attrs.evolve(record, graph_record=graph, provenance=attrs.evolve(record.provenance, notes=notes))
 
 
@@ -443,6 +490,7 @@ def _assemble(run: Run) -> FlowRecord:
             run.structures, run.severed, run.calls, run.dataflow, run.flows, run.arrived
         )  # fmt: skip
     chosen = optimized(plan.optimizer, program.model) if plan.optimizer is not None else None
+    idle = [name for name, used in never.items() if not used]
     return FlowRecord(
         steps=steps,
         losses=np.array([row.loss for row in history.rows]),
@@ -450,7 +498,8 @@ def _assemble(run: Run) -> FlowRecord:
         parameters=parameter_records(history, owners, chosen),
         activations=activation_records(history),
         numerics=run.numerics,
-        never_called=tuple(name for name, used in never.items() if not used),
+        never_called=idle,
+        passed_by=passed_by(idle, called | {call.module for call in run.calls}, recorder.modules),
         graph_record=graph,
         provenance=_provenance(run, steps),
         **{name: value for session in run.sessions for name, value in session.fields().items()},
@@ -465,10 +514,11 @@ def _version() -> str:
 
 
 def _provenance(run: Run, steps: int) -> Provenance:
-    program, plan = run.program, run.plan
+    program, plan, recorder = run.program, run.plan, run.program.recorder
     parameters = list(program.parameters.values())
-    notes = [*run.notes, *(note for session in run.sessions for note in session.notes())]
-    if run.dataflow is not None and run.dataflow.hooked and plan.detail == "full":
+    notes = [*run.notes, *standing_notes(program.model, plan.optimizer)]
+    notes += [note for session in run.sessions for note in session.notes()]
+    if recorder.hooked and plan.detail == "full":
         notes.append(
             "The model puts hooks on tensors. The flow on the edges is without them; gradients are with them."
         )

@@ -289,7 +289,7 @@ class _SampleLosses:
         _check_no_batch_norm(model)
         batch = private_batch(model, batch)
         others = (loss_fn,) if isinstance(loss_fn, nn.Module) else ()
-        setting = Setting.of(model, None, *others, seed=seed, plain_recurrent=False)
+        setting = Setting.of(model, *others, seed=seed, plain_recurrent=False)
         if not setting.trainable:
             raise no_trainable(model)
         tensors = list(iter_tensors(objective.inputs(batch))) + list(iter_tensors(batch))

@@ -11,7 +11,7 @@ import collections
 import contextlib
 import random
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 @contextlib.contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
     """Put back, on any exit, the modules' attributes and the process's random and global states."""
-    saved_modules = _ModuleState(modules)
+    saved_modules = ModuleState(modules)
     saved_random = RandomState()
     grad_enabled, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
@@ -91,8 +91,14 @@ _LARGE = 10_000
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
 
-class _ModuleState:
-    def __init__(self, roots: tuple[nn.Module, ...]) -> None:
+class ModuleState:
+    """All that the modules below some roots hold outside their parameters and buffers.
+
+    Args:
+        roots: the modules.
+    """
+
+    def __init__(self, roots: Sequence[nn.Module]) -> None:
         self._seen: dict[int, Any] = {}  # keeps what it has seen alive, so that ids stay unique
         self._undo: list[Any] = []
         self._stores: set[int] = set()  # dicts of parameters and buffers: the dicts alone are remembered
@@ -101,6 +107,7 @@ class _ModuleState:
                 self._remember_module(module)
 
     def restore(self) -> None:
+        """Put it back; may be done again."""
         for undo in reversed(self._undo):
             undo()
 
@@ -172,7 +179,7 @@ class _ModuleState:
                     if same:
                         value.copy_(saved)
                     else:
-                        value.data = saved
+                        value.data = saved.clone()
 
         self._undo.append(undo)
 

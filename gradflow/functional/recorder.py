@@ -14,9 +14,18 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.layers import ancestors
-from gradflow.functional.probes import Site, eager_probe, probe, statistics_dtype, sum_of_squares
+from gradflow.functional.probes import (
+    Site,
+    eager_probe,
+    in_place_probe,
+    num_nonzero,
+    probe,
+    statistics_dtype,
+    sum_of_squares,
+)
 from gradflow.functional.trees import is_differentiable, iter_tensors, map_tensors
 
 
@@ -39,6 +48,7 @@ class Call:
     segment: int = 0  # tells the reentrant checkpoint that it runs in from others of the step
     shape: tuple[int, ...] = ()
     num_elements: int = 0
+    versions: list[int] = attrs.field(factory=list)  # of the positional arguments, before it ran
     sites: list[Site] = attrs.field(factory=list)
 
 
@@ -72,11 +82,15 @@ class Recorder:
     unprobed: set[str] = attrs.field(factory=set)  # see `check_aliases`
     types: dict[str, str] = attrs.field(factory=dict)
     leaves: set[str] = attrs.field(factory=set)  # modules without callable modules in them
+    captured: set[str] = attrs.field(factory=set)  # calls of small outputs: NOTE [Captured gradients]
+    hooked: bool = False  # whether there are hooks on tensors, as far as was seen
     num_slots: int = 0  # how many slots a step under `vjp` is given; 0 until it is known
     # of the present step
     active: bool = False
     level: int = 0  # of torch.func transforms that the step itself runs in; see `transform_level`
     structural: bool = False  # the first step: containers and data flow are looked at as well
+    capturing: bool = False  # in steps that take no more than the gradients
+    edges: set[tuple[int, int]] = attrs.field(factory=set)  # that are captured
     watched: bool = True  # functions are watched, see `watch.py`
     look: bool = False  # the costlier statistics are taken
     calls: list[Call] = attrs.field(factory=list)
@@ -102,7 +116,7 @@ class Recorder:
         for name in list(parents):
             parents.update(ancestors(name))
         self.leaves = set(self.modules) - parents
-        self.types = {name: type(module).__name__ for name, module in self.modules.items()}
+        self.types = {name: type_name(module) for name, module in self.modules.items()}
 
     def begin_step(self, *, structural: bool, look: bool, slots: list[Tensor] | None = None) -> None:
         """Forget the step before, and listen."""
@@ -111,6 +125,7 @@ class Recorder:
         self.calls, self.stack, self.counts = [], [], {}
         self.observations, self.values, self.sites, self.aliases = [], [], [], []
         self.given_slots, self.last_type = slots, ""
+        self.edges = set()
         self.level = transform_level()
 
     # ------------------------------------------------------------------ calls
@@ -127,6 +142,8 @@ class Recorder:
         if self.structural or self.look or self.watched:
             return self._run_closely(name, layer, forward, args, kwargs)
         call = self._enter(name, layer, args, kwargs)
+        if self.capturing:
+            call.start = sequence_number()
         try:
             output = forward(*args, **kwargs)
         except BaseException as error:
@@ -179,11 +196,12 @@ class Recorder:
         )
         call.grad_enabled = torch.is_grad_enabled()
         call.segment = 0 if call.grad_enabled else checkpoint_segment()
+        if layer:
+            call.versions = [version(a) for a in args]
         if self.structural:
-            tensors = list(iter_tensors((args, kwargs)))
-            call.differentiable = any(t.requires_grad for t in tensors)
             call.start = sequence_number()
-            if self.on_enter is not None:
+            if self.on_enter is not None:  # the first step
+                call.differentiable = any(t.requires_grad for t in iter_tensors((args, kwargs)))
                 self.on_enter(call, (args, kwargs))
         if parent >= 0 and layer:
             for index in self.stack:
@@ -249,24 +267,45 @@ class Recorder:
         call.num_elements += y.numel()
         if self.look:
             self._forward_statistics(call, y.detach())
-        probed = y if call.module in self.unprobed else self._probe(call, y)
+        if self.capturing and call.name in self.captured and self._capture(call, y):
+            memo[id(y)] = y
+            return y
+        given = [was for a, was in zip(args, call.versions, strict=False) if a is y]
+        in_place = bool(given) and given[0] != version(y) and not y._is_view()
+        probed = y if call.module in self.unprobed else self._probe(call, y, in_place=in_place)
         if self.on_probe is not None:
             self.on_probe(y, probed)
-        if probed is not y and (y._is_view() or any(y is a for a in args)):
+        if probed is not y and (y._is_view() or given):
             self.aliases.append((call.module, probed, probed._version))
         memo[id(y)] = probed
         return probed
 
-    def _probe(self, call: Call, y: Tensor) -> Tensor:
-        if not y.requires_grad or not is_differentiable(y):
-            return y
+    def _probe(self, call: Call, y: Tensor, *, in_place: bool = False) -> Tensor:
+        if not y.requires_grad or not is_differentiable(y) or not torch.is_grad_enabled():
+            return y  # without grad mode a probe would cut off what has a graph already
         exact = self.exact.get((call.name, "grad"), True)
         plain = not exact and y.dtype in _PLAIN and y.device.type == "cpu"
         slot = self._slot(y, exact)
         site = Site(call.index, len(call.sites), exact, slot, plain)
         call.sites.append(site)
         self.sites.append(site)
+        if in_place:
+            return in_place_probe(y, slot, site)
         return eager_probe(y, slot, site) if self.given_slots is None else probe(y, slot, site)
+
+    def _capture(self, call: Call, y: Tensor) -> bool:
+        """Have the gradient of an output handed out by its edge, if the call made it."""
+        node = y.grad_fn
+        if node is None or node._sequence_nr() < call.start:  # type: ignore[attr-defined]
+            return False
+        edge = GradientEdge(node, y.output_nr)
+        if (id(node), y.output_nr) in self.edges:
+            return False
+        self.edges.add((id(node), y.output_nr))
+        site = Site(call.index, len(call.sites), self.exact.get((call.name, "grad"), True), edge=edge)
+        call.sites.append(site)
+        self.sites.append(site)
+        return True
 
     def _slot(self, y: Tensor, exact: bool) -> Tensor:
         position = len(self.sites)
@@ -286,7 +325,7 @@ class Recorder:
     def _forward_statistics(self, call: Call, y: Tensor) -> None:
         exact = self.exact.get((call.name, "out"), True)
         self.note("out", call.index, sum_of_squares(y, exact=exact), y.numel())
-        self.note("zeros", call.index, y.numel() - torch.count_nonzero(y), y.numel())
+        self.note("zeros", call.index, y.numel() - num_nonzero(y), y.numel())
         axis = unit_axis(y, call.type)
         rows = y.numel() // max(y.shape[axis], 1) if y.dim() else 1
         mean = y.mean([d for d in range(y.dim()) if d != axis % y.dim()]) if y.dim() > 1 else y
@@ -357,6 +396,16 @@ def unit_axis(y: Tensor, feeding: str) -> int:
     if feeding.startswith(("Conv", "BatchNorm", "InstanceNorm", "GroupNorm")) or "Pool" in feeding:
         return 1
     return 1 if y.dim() >= 4 else -1
+
+
+def type_name(module: nn.Module) -> str:
+    """Return the name of a module's class; of the class that it was made from, where it is TorchScript."""
+    return module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
+
+
+def version(value: Any) -> int:
+    """Return how often a tensor has been written to; -1 for what keeps no count."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else -1
 
 
 def checkpoint_segment() -> int:

@@ -15,24 +15,30 @@ is the cotangent of that edge, exactly. Nothing is hooked and nothing aliased.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from gradflow.functional.autograd_graph import LOSS, Node, Structure, topological
+from gradflow.functional.autograd_graph import LOSS, Node, Structure, is_leaf, topological
 from gradflow.functional.probes import is_probe, sum_of_squares
 from gradflow.functional.recorder import unit_axis
 
 
-def fused(loss: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor | None]:
+def fused(
+    loss: Tensor, leaves: Sequence[Tensor | GradientEdge], *, retain_graph: bool = False
+) -> list[Tensor | None]:
     """Return the gradients of `loss` with respect to `leaves`, None where no path leads there."""
     if loss.grad_fn is None:
         return [None] * len(leaves)
     try:
-        return list(torch.autograd.grad(loss, leaves, retain_graph=retain_graph, allow_unused=True))
+        inputs: Any = leaves
+        return list(torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True))
     except RuntimeError as error:
         if not any(words in str(error) for words in _REENTRANT):
             raise
@@ -44,7 +50,8 @@ _REENTRANT = ("Checkpointing is not compatible", "torch.utils.checkpoint is inco
 
 
 class ReentrantCheckpoint(Exception):
-    """The graph holds a reentrant checkpoint, and the pass must be `accumulated`; never seen by a user."""
+    """The graph holds a reentrant checkpoint, or another function whose backward runs a reverse pass of its
+    own, and the pass must be `accumulated`; never seen by a user."""
 
 
 def check_walkable(structure: Structure) -> None:
@@ -57,7 +64,9 @@ def check_walkable(structure: Structure) -> None:
         raise ReentrantCheckpoint
 
 
-def accumulated(loss: Tensor, leaves: Sequence[Tensor]) -> None:
+def accumulated(
+    loss: Tensor, leaves: Sequence[Any], wanted: Collection[int] = ()
+) -> dict[int, Tensor | None]:
     """Run `loss.backward()`, leaving the `.grad` of leaves that are not ours as it was.
 
     The gradients are found in the `.grad` of our own leaves, slots made while it ran included.
@@ -65,19 +74,58 @@ def accumulated(loss: Tensor, leaves: Sequence[Tensor]) -> None:
     Args:
         loss: scalar loss with its graph.
         leaves: those that are ours: working parameters and slots.
+        wanted: ids of leaves of the user's whose gradients are asked for.
+
+    Returns:
+        The gradients of those of `wanted` that were met, by id.
     """
     if loss.grad_fn is None:
-        return
+        return {}
     ours = {id(leaf) for leaf in leaves}
-    foreign = [n.variable for n in topological(loss.grad_fn) if hasattr(n, "variable")]
-    saved = [(leaf, leaf.grad) for leaf in foreign if id(leaf) not in ours]
-    for leaf, _ in saved:
-        leaf.grad = None
+    saved: dict[int, tuple[weakref.ref[Tensor], Tensor | None]] = {}  # weak: some are a checkpoint's own
+
+    def note(root: Node) -> None:
+        nodes = topological(root)
+        slots = {node.next_functions[1][0] for node in nodes if is_probe(node)}  # made in a checkpoint
+        for leaf in (n.variable for n in nodes if is_leaf(n) and n not in slots):
+            known = saved.get(id(leaf))
+            if id(leaf) not in ours and (known is None or known[0]() is not leaf):
+                saved[id(leaf)] = (weakref.ref(leaf), leaf.grad)
+                leaf.grad = None
+
+    note(loss.grad_fn)
     try:
-        loss.backward()
+        with _told_of_inner_passes(note):
+            loss.backward()
+        met = {key: reference() for key, (reference, _) in saved.items() if key in wanted}
+        return {key: leaf.grad for key, leaf in met.items() if leaf is not None}
     finally:
-        for leaf, grad in saved:
-            leaf.grad = grad
+        for reference, grad in saved.values():
+            if (leaf := reference()) is not None:
+                leaf.grad = grad
+
+
+@contextlib.contextmanager
+def _told_of_inner_passes(note: Callable[[Node], None]) -> Iterator[None]:
+    """Have `note` told of every graph that is differentiated inside a backward pass, before it is.
+
+    A reentrant checkpoint builds its graph, with leaves that no walk over the loss's graph can have met, and
+    calls `torch.autograd.backward` on it.
+    """
+    plain = torch.autograd.backward
+
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # inside a pass, and not another thread's own
+            for tensor in (tensors,) if isinstance(tensors, Tensor) else tensors:
+                if tensor.grad_fn is not None:
+                    note(tensor.grad_fn)
+        plain(tensors, *args, **kwargs)
+
+    torch.autograd.backward = backward
+    try:
+        yield
+    finally:
+        torch.autograd.backward = plain
 
 
 @attrs.define(eq=False)
@@ -157,15 +205,18 @@ def _gather(
     gradients: dict[int, Tensor] = {}
     for number, by_group in incoming.items():
         total: Tensor | None = None
+        squares: Tensor | None = None
         for source, cotangent in by_group.items():
             total = cotangent if total is None else total + cotangent
             if group is not None and source != group:
-                _add(flows.edges, (group, source), sum_of_squares(cotangent, exact=exact))
+                squares = sum_of_squares(cotangent, exact=exact)
+                _add(flows.edges, (group, source), squares)
         assert total is not None
         gradients[number] = total
         if group is None or not (is_probe(node) or any(source != group for source in by_group)):
             continue
-        squares = sum_of_squares(total, exact=exact)
+        if squares is None or len(by_group) > 1:
+            squares = sum_of_squares(total, exact=exact)
         if any(source != group for source in by_group):
             _add(flows.groups, group, squares)
         if is_probe(node):

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 from gradflow.errors import ModelInputError
 from gradflow.functional.purity import RandomState, preserved, seed_all
 from gradflow.functional.state import Swap, Tensors, _check_has_values, copy_buffers, copy_parameters
+from gradflow.functional.supported import check_supported
 from gradflow.functional.taps import exclusive
 from gradflow.functional.trees import map_tensors
 
@@ -42,7 +43,6 @@ class Setting:
 
     Args:
         module: what is evaluated: a model, or a layer of it.
-        model: the model that it belongs to; one thread at a time runs it.
         others: further modules whose state is put back, such as a loss.
         parameters: copies, by qualified name.
         buffers: copies, by qualified name; None for statistics that are taken away.
@@ -52,7 +52,6 @@ class Setting:
     """
 
     module: nn.Module
-    model: nn.Module
     others: tuple[nn.Module, ...]
     parameters: Tensors
     buffers: dict[str, Tensor | None]
@@ -65,7 +64,6 @@ class Setting:
     def of(
         cls,
         module: nn.Module,
-        model: nn.Module | None = None,
         *others: nn.Module,
         parameters: Tensors | None = None,
         random: RandomState | None = None,
@@ -76,7 +74,6 @@ class Setting:
 
         Args:
             module: what is evaluated.
-            model: the model that it belongs to; itself by default.
             others: further modules whose state is put back.
             parameters: put in the place of the module's own; copies of those by default.
             random: the random state to start from; the present one by default.
@@ -95,9 +92,7 @@ class Setting:
                 parameters = {name: p.detach() for name, p in copy_parameters(module).items()}
         modes = tuple((part, part.training) for part in module.modules())
         buffers |= dict.fromkeys(_unused_statistics(module))
-        return cls(
-            module, model or module, others, parameters, buffers, modes, random, plain_recurrent, Swap(module)
-        )
+        return cls(module, others, parameters, buffers, modes, random, plain_recurrent, Swap(module))
 
     @property
     def trainable(self) -> Tensors:
@@ -118,7 +113,7 @@ class Setting:
         buffers = {name: b if b is None else b.clone() for name, b in self.buffers.items()}
         state: Any = {**self.parameters, **buffers, **(tensors or {})}
         with (
-            exclusive(self.model),
+            exclusive(),
             preserved(self.module, *self.others),
             plain_kernels(self.module, recurrent=self.plain_recurrent),
             self._swap(state),
@@ -166,6 +161,7 @@ def check_model(model: Any) -> None:
             f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself, built: "
             "`MyModel()`, not the class; for a function of modules, wrap them in one."
         )
+    check_supported(model)
     for name, parameter in model.named_parameters():
         _check_has_values(name, parameter)
 

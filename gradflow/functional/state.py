@@ -28,6 +28,9 @@ def copy_parameters(model: nn.Module) -> Tensors:
         else:  # a class of the user's
             copy = Tensor._make_subclass(kind, values, parameter.requires_grad)
         vars(copy).update(vars(parameter))
+        if copy.requires_grad:
+            for hook in (parameter._backward_hooks or {}).values():  # which act on the gradient
+                copy.register_hook(hook)
         copies[name] = copy
     return copies
 

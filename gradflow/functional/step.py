@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from gradflow.errors import GradflowError
 from gradflow.functional.autograd_graph import Structure, build
 from gradflow.functional.batches import checked_loss
-from gradflow.functional.dataflow import DataFlow
 from gradflow.functional.measurement import Session
-from gradflow.functional.purity import RandomState
+from gradflow.functional.probes import arrival, sum_of_squares
+from gradflow.functional.purity import ModuleState, RandomState
 from gradflow.functional.recorder import NeedsRetry, Recorder
 from gradflow.functional.reverse import Flows, ReentrantCheckpoint, accumulated, check_walkable, fused, walked
 from gradflow.functional.state import Swap, Tensors, copy_buffers, copy_parameters
@@ -59,15 +59,16 @@ class Program:
     changing: set[str] = attrs.field(factory=set)  # buffers that a step was seen to change
     watching: bool = True  # whether functions must be watched in steps without a look as well
     host_random: bool = True  # whether model or loss draw from numpy's or Python's random numbers
-    unreached: set[str] = attrs.field(factory=set)  # under `vjp`, which gives zeros for them: see there
+    held: Tensors = attrs.field(factory=dict)  # parameters that are used past their modules: see `_reverse`
     reentrant: bool = False
-    dataflow: DataFlow | None = None  # of the first step
     _swaps: list[Swap] = attrs.field(factory=list)
+    _originals: dict[int, str] = attrs.field(factory=dict)  # names of the user's parameters, by id
 
     def __attrs_post_init__(self) -> None:
         self.parameters = copy_parameters(self.model)
         self.buffers = copy_buffers(self.model)
         self._swaps = [Swap(self.model)]
+        self._originals = {id(p): name for name, p in self.model.named_parameters()}
         if self.loss_module is not None:
             prefix, loss = "loss_fn.", self.loss_module
             shared = {id(p): name for name, p in self.model.named_parameters()}
@@ -76,6 +77,7 @@ class Program:
             self.loss_parameters = {prefix + n: p for n, p in copy_parameters(loss).items() if n in own}
             self.buffers |= {prefix + n: b for n, b in copy_buffers(loss).items() if n in own}
             self._swaps.append(Swap(loss, prefix, shared))
+            self._originals |= {id(p): prefix + n for n, p in loss.named_parameters() if n in own}
 
     @property
     def trainable(self) -> Tensors:
@@ -105,7 +107,11 @@ class Program:
         An exception of the user's code keeps its type and gets a note with the step and the batch's shapes.
         """
         try:
-            self.recorder.watched = observer is not None or self.watching or self.recorder.look
+            recorder = self.recorder
+            # in a step in full detail, a hook on a tensor must be seen
+            recorder.watched = observer is not None or self.watching or recorder.look or recorder.structural
+            plain = not (recorder.watched or self.reentrant)
+            self.recorder.capturing = plain and self.recorder.given_slots is None
             if not self.recorder.watched:
                 return checked_loss(self.evaluate(batch, step))
             with Watch(self.recorder, observer):
@@ -122,10 +128,13 @@ class Program:
 
 @attrs.define(eq=False)
 class Before:
-    """What a step starts from, so that it can be run again: random states and buffers."""
+    """What a step starts from, so that it can be run again: random states, buffers, and in the first step,
+    which is run again most often, what modules hold outside of them (a counter, a part that they replace).
+    """
 
     random: RandomState
     buffers: Tensors
+    modules: ModuleState | None = None
 
     @classmethod
     def of(cls, program: Program) -> Before:
@@ -137,6 +146,8 @@ class Before:
 
     def restore(self, program: Program) -> None:
         """Put it back."""
+        if self.modules is not None:
+            self.modules.restore()
         self.random.restore()
         for name, saved in self.buffers.items():
             program.buffers[name] = saved.clone()
@@ -218,12 +229,14 @@ def _fused_step(
             structure = None
             if (structural or full) and loss.grad_fn is not None:
                 named = {**program.parameters, **program.loss_parameters}
-                structure = build(loss, recorder, named, program.inputs_of(batch))
+                structure = build(loss, recorder, named, lambda: program.inputs_of(batch))
+                names = program._originals
+                program.held |= {names[id(p)]: p for p in structure.foreign if id(p) in names}
             if inspect is not None:
                 inspect(loss, structure)
             for session in sessions:
                 session.differentiate(loss)
-            outcome = _reverse(program, loss, structure, full)
+            outcome = _told(batch, step, lambda: _reverse(program, loss, structure, full))
         finally:
             recorder.active, recorder.sessions = False, ()
     for session in sessions:
@@ -231,24 +244,49 @@ def _fused_step(
     return outcome
 
 
+def _told(batch: Any, step: int, reverse: Callable[[], Outcome]) -> Outcome:
+    """Run the reverse pass; what is raised in it (by a hook, a custom function) is told the step."""
+    try:
+        return reverse()
+    except ReentrantCheckpoint:
+        raise
+    except Exception as error:
+        where = f"raised at step {step} in the backward pass"
+        error.add_note(f"gradflow: {where}; the batch holds {shapes(batch)}.")
+        raise
+
+
 def _reverse(program: Program, loss: Tensor, structure: Structure | None, full: bool) -> Outcome:
     recorder, trainable = program.recorder, program.trainable
     if structure is not None and not program.reentrant:
         check_walkable(structure)
-    leaves = [*trainable.values(), *(site.slot for site in recorder.sites if site.slot is not None)]
-    hooked = program.dataflow is not None and program.dataflow.hooked
+    # A parameter that the model also keeps in a list, or its loss in a closure, is there without the swap.
+    held = list(program.held.values())
+    leaves = [
+        *trainable.values(),
+        *held,
+        *(source for s in recorder.sites if (source := s.edge or s.slot) is not None),
+    ]
+    number = len(trainable) + len(held)
+    hooked = recorder.hooked
     if full and structure is not None and not program.reentrant:
         gradients = fused(loss, leaves, retain_graph=True) if hooked else []
         exact = any(site.exact for site in recorder.sites)
         flows = walked(loss, structure, exact=exact, ranks=recorder.look)
-        found = {name: flows.leaves.get(id(p)) for name, p in trainable.items()}
+        _check_flat(program, leaves)
         slots = [flows.probes.get(id(site)) for site in recorder.sites]
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
-            found, slots = dict(zip(trainable, gradients, strict=False)), gradients[len(trainable) :]
-        return Outcome(loss.detach(), found, slots, structure, flows)
+            slots = gradients[number:]
+        else:
+            gradients = [flows.leaves.get(id(p)) for p in (*trainable.values(), *held)]
+        return Outcome(loss.detach(), _by_name(program, gradients), slots, structure, flows)
     if program.reentrant:
-        accumulated(loss, leaves)
+        ours = [leaf for leaf in leaves if id(leaf) not in program._originals]
+        outside = accumulated(loss, ours, program._originals)
         found = {name: p.grad for name, p in trainable.items()}
+        for key, gradient in outside.items():
+            name = program._originals[key]
+            found[name] = _sum(found[name], gradient)
         own = [site.slot for site in recorder.sites]  # those made while it ran included
         slots = [slot.grad if slot is not None else None for slot in own]
         for leaf in (*trainable.values(), *own):
@@ -256,9 +294,41 @@ def _reverse(program: Program, loss: Tensor, structure: Structure | None, full: 
                 leaf.grad = None
         return Outcome(loss.detach(), found, slots, structure)
     gradients = fused(loss, leaves)
-    number = len(trainable)
-    found = dict(zip(trainable, gradients[:number], strict=True))
-    return Outcome(loss.detach(), found, gradients[number:], structure)
+    _check_flat(program, leaves)
+    found = _by_name(program, gradients[:number])
+    slots = [
+        g if site.edge is None or g is None else sum_of_squares(g, exact=site.exact)
+        for site, g in zip(recorder.sites, gradients[number:], strict=True)
+    ]
+    return Outcome(loss.detach(), found, slots, structure)
+
+
+def _check_flat(program: Program, leaves: Sequence[Any]) -> None:
+    """Raise if the reverse pass ran another one inside, as a reversible layer of its own making does.
+
+    What that one found is in the `.grad` of our leaves, and the calls that it probed are new.
+    """
+    sites, trainable = program.recorder.sites, program.trainable.values()
+    if len(sites) + len(trainable) + len(program.held) > len(leaves) or any(
+        p.grad is not None for p in trainable
+    ):
+        for leaf in (*trainable, *(site.slot for site in sites)):
+            if leaf is not None:
+                leaf.grad = None
+        raise ReentrantCheckpoint
+
+
+def _by_name(program: Program, gradients: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    """Return the gradients of the working parameters by name, with those of `program.held` added."""
+    names = list(program.trainable)
+    found = dict(zip(names, gradients, strict=False))
+    for name, other in zip(program.held, gradients[len(names) : len(names) + len(program.held)], strict=True):
+        found[name] = _sum(found[name], other)
+    return found
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _vjp_step(program: Program, batch: Any, step: int, *, look: bool, observer: Any) -> Outcome:
@@ -266,9 +336,12 @@ def _vjp_step(program: Program, batch: Any, step: int, *, look: bool, observer: 
     number = recorder.num_slots or 4 * len(recorder.layer_names) + 64
     device = next(iter(program.parameters.values())).device
     slots = [torch.zeros(2, dtype=torch.float64, device=device) for _ in range(number)]
+    # A transform gives zeros where no path leads; whether one does is told by a second argument.
+    arrived = {name: torch.zeros((), dtype=torch.float64, device=device) for name in program.trainable}
 
-    def pure(trainable: Tensors, slots: list[Tensor]) -> tuple[Tensor, Any]:
+    def pure(trainable: Tensors, arrived: Tensors, slots: list[Tensor]) -> tuple[Tensor, Any]:
         recorder.begin_step(structural=False, look=look, slots=slots)
+        trainable = {name: arrival(p, arrived[name]) for name, p in trainable.items()}
         buffers = {name: b.clone() for name, b in program.buffers.items()}
         with program.swapped({**trainable, **buffers}):
             loss = program.loss(batch, step, observer)
@@ -280,11 +353,18 @@ def _vjp_step(program: Program, batch: Any, step: int, *, look: bool, observer: 
 
     leaves = {name: p.detach() for name, p in program.trainable.items()}
     try:
-        result: Any = torch.func.vjp(pure, leaves, slots, has_aux=True)
+        result: Any = torch.func.vjp(pure, leaves, arrived, slots, has_aux=True)
         loss, pull, (recorder.values, buffers) = result
-        gradients, statistics = pull(torch.ones_like(loss))
+        gradients, arrivals, statistics = pull(torch.ones_like(loss))
     except NeedsRetry:
         recorder.num_slots = 2 * number
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, GradflowError):
+            error.add_note(
+                "gradflow: raised under the transform `vjp`, which takes fewer models than plain autograd: "
+                "`transform='fused'`."
+            )
         raise
     finally:
         recorder.active = False
@@ -292,9 +372,20 @@ def _vjp_step(program: Program, batch: Any, step: int, *, look: bool, observer: 
     program.buffers |= {name: b.detach() for name, b in buffers.items()}
     program.changing |= set(buffers)
     used = [s.detach() for s in statistics[: len(recorder.sites)]]
-    # A transform gives zeros where no path leads; which parameters that are, the first step has shown.
+    marks = [*(s[1] for s in used), *(s.detach() for s in arrivals.values())]
+    seen = [mark > 0 for mark in torch.stack(marks).tolist()] if marks else []  # one transfer
     found = {
-        name: None if name in program.unreached and not g.any() else g.detach()
-        for name, g in gradients.items()
+        name: _after_hooks(program.parameters.get(name), g.detach()) if there else None
+        for (name, g), there in zip(gradients.items(), seen[len(used) :], strict=True)
     }
-    return Outcome(loss.detach(), found, [s[0] if float(s[1]) > 0 else None for s in used])
+    return Outcome(
+        loss.detach(), found, [s[0] if there else None for s, there in zip(used, seen, strict=False)]
+    )
+
+
+def _after_hooks(parameter: Tensor | None, gradient: Tensor) -> Tensor:
+    """Return a parameter's gradient as its own hooks leave it."""
+    for hook in (getattr(parameter, "_backward_hooks", None) or {}).values():
+        changed = hook(gradient)
+        gradient = gradient if changed is None else changed
+    return gradient

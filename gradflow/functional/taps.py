@@ -10,7 +10,6 @@ import contextlib
 import functools
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,16 +18,20 @@ from torch import nn
 
 from gradflow.functional.recorder import Recorder
 
-_busy: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_busy_guard = threading.Lock()
+# NOTE [One run at a time]
+# A run depends on states that all threads of a process share: the random generators of torch, numpy and
+# Python, the default dtype, the stance of `torch.compile`, and the very modules of the model, into which
+# its working copies are swapped. Two runs at once would draw each other's random numbers and put back each
+# other's states. So one thread at a time runs, whatever its model, and the others wait; a run within a run
+# (of a loss that analyses something itself) goes on. What other threads do with those states in the
+# meantime, or with the model, cannot be kept apart: do not train or call a model while it is analysed.
+_running = threading.RLock()
 
 
 @contextlib.contextmanager
-def exclusive(model: nn.Module) -> Iterator[None]:
-    """Let one thread at a time analyse a model; another one waits."""
-    with _busy_guard:
-        lock = _busy.setdefault(model, threading.RLock())
-    with lock:
+def exclusive() -> Iterator[None]:
+    """Let one thread at a time run; see NOTE [One run at a time]."""
+    with _running:
         yield
 
 
@@ -46,8 +49,6 @@ def tapped(recorder: Recorder) -> Iterator[None]:
     swapped: list[tuple[nn.Module, Any]] = []
     try:
         for name, module in recorder.modules.items():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
             swapped.append((module, module.__dict__.get("forward", missing)))
             module.__dict__["forward"] = _tapped_forward(recorder, name, module.forward)
         yield

@@ -44,9 +44,12 @@ def iter_tensors(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in `value`, in order."""
     if isinstance(value, Tensor):
         yield value
-        return
-    for _, tensor in named_tensors(value):
-        yield tensor
+    elif type(value) in (tuple, list, dict):  # most are, and PyTorch's own trees are slow
+        for item in value.values() if type(value) is dict else value:
+            yield from iter_tensors(item)
+    else:
+        for _, tensor in named_tensors(value):
+            yield tensor
 
 
 def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

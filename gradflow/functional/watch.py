@@ -60,8 +60,10 @@ class Watch(TorchFunctionMode):
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        found = ACTIVATIONS.get(getattr(func, "__name__", ""))
+        name = getattr(func, "__name__", "")
+        found = ACTIVATIONS.get(name)
         if found is None:
+            self.recorder.hooked |= name == "register_hook"
             if self.observer is None:
                 return func(*args, **kwargs)
             return self.observer(func, args, kwargs)

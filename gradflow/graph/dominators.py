@@ -1,15 +1,19 @@
-"""Where the gradient must pass: dominators between the loss and the layers, and cuts between them."""
+"""Where the gradient must pass: dominators between the loss and the layers, and cuts between them.
+
+networkx takes longer to import than the rest of gradflow together, so it is imported where it is needed.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import TypeVar
 
 import attrs
-import networkx as nx
 
 from gradflow.graph.table import FlowTable
 
+_N = TypeVar("_N", bound=Hashable)
 _ROOT = -1  # stands before the loss (or before all ends of a graph without one)
 MAX_REGION = 2_000  # nodes between two dominators up to which their min cut is computed
 
@@ -48,24 +52,62 @@ class DominatorTree:
         return nodes
 
 
-def dominator_tree(table: FlowTable) -> DominatorTree:
-    """Return the dominator tree of the reversed graph; near-linear on graphs as networks have them.
+def immediate_dominators(successors: Mapping[_N, Iterable[_N]], root: _N) -> dict[_N, _N]:
+    """Return the last node that every way from the root to a node passes, for each node but the root.
 
-    K. D. Cooper, T. J. Harvey, K. Kennedy, "A simple, fast dominance algorithm", Rice University 2001.
+    Near-linear on graphs as networks have them: K. D. Cooper, T. J. Harvey, K. Kennedy, "A simple, fast
+    dominance algorithm", Rice University 2001.
+
+    Args:
+        successors: the nodes next to each node; a node without an entry has none.
+        root: where the ways start. Nodes that it does not reach are left out.
+
+    >>> immediate_dominators({"loss": ["add"], "add": ["fc", "x"], "fc": ["x"]}, "loss")
+    {'add': 'loss', 'fc': 'add', 'x': 'add'}
     """
+    before: dict[_N, list[_N]] = {root: []}
+    order: list[_N] = []  # each node after all that are reached from it, but for cycles
+    stack = [(root, iter(successors.get(root, ())))]
+    while stack:
+        node, rest = stack[-1]
+        for after in rest:
+            if after in before:
+                before[after].append(node)
+                continue
+            before[after] = [node]
+            stack.append((after, iter(successors.get(after, ()))))
+            break
+        else:
+            order.append(node)
+            stack.pop()
+    rank = {node: i for i, node in enumerate(order)}
+    above = {root: root}
+    changed = True
+    while changed:
+        changed = False
+        for node in reversed(order[:-1]):
+            a, *others = (p for p in before[node] if p in above)
+            for b in others:
+                while a != b:
+                    if rank[a] < rank[b]:
+                        a = above[a]
+                    else:
+                        b = above[b]
+            if above.get(node) != a:
+                above[node], changed = a, True
+    return {node: above[node] for node in before if node != root}
+
+
+def dominator_tree(table: FlowTable) -> DominatorTree:
+    """Return the dominator tree of the reversed graph."""
     num = len(table.nodes)
-    walk = nx.DiGraph()
-    walk.add_edges_from((_ROOT, root) for root in table.roots())
-    walk.add_edges_from(
-        (v, u)
-        for u, v, cut in zip(table.source.tolist(), table.target.tolist(), table.cut.tolist(), strict=True)
-        if not cut
-    )
-    walk.add_node(_ROOT)
+    back: dict[int, list[int]] = {_ROOT: list(table.roots())}
+    for u, v, cut in zip(table.source.tolist(), table.target.tolist(), table.cut.tolist(), strict=True):
+        if not cut:
+            back.setdefault(v, []).append(u)
     parent: list[int | None] = [None] * num
-    for node, above in nx.immediate_dominators(walk, _ROOT).items():
-        if node != _ROOT:  # some versions list the start, some do not
-            parent[node] = above
+    for node, above in immediate_dominators(back, _ROOT).items():
+        parent[node] = above
     order = _down(parent)
     inside = [0] * num
     for node in order:
@@ -172,6 +214,8 @@ def _min_cut(
     table: FlowTable, nodes: list[int], near: int, far: int, capacity: Callable[[int], float]
 ) -> float:
     """Return the min cut between two dominators over the nodes between them; infinite if none is finite."""
+    import networkx as nx
+
     members = {near, far, *nodes}
     network = nx.DiGraph()
     network.add_nodes_from([("out", far), ("in", near)])

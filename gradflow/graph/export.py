@@ -1,4 +1,7 @@
-"""The graph for others: networkx, node-link JSON, GraphML and DOT, with plain attributes."""
+"""The graph for others: networkx, node-link JSON, GraphML and DOT, with plain attributes.
+
+networkx takes longer to import than the rest of gradflow together, so it is imported where it is needed.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
-
 if TYPE_CHECKING:
+    import networkx as nx
+
     from gradflow.graph.layer_graph import LayerGraph
 
 
@@ -23,6 +26,8 @@ def networkx_graph(graph: LayerGraph) -> nx.DiGraph:
         The graph: nodes in the order of execution, with the attributes of `Node`; edges with `flow`,
         `omega`, `cyclic`, `severed` and `reason`. Means over the measured steps.
     """
+    import networkx as nx
+
     result = nx.DiGraph(level=graph.level, steps=" ".join(map(str, graph.record.steps)))
     for node in graph.node_values():
         node["shape"] = "x".join(map(str, node["shape"]))
@@ -66,6 +71,7 @@ def to_graphml(graph: LayerGraph, path: str | Path) -> None:
         path: where to write it; an existing file is replaced.
 
     >>> import tempfile
+    >>> import networkx as nx
     >>> from gradflow.graph import LayerGraph
     >>> graph = LayerGraph.from_flows({"fc": 2.0, "loss": 1.0}, {("fc", "loss"): 2.0})
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -73,6 +79,8 @@ def to_graphml(graph: LayerGraph, path: str | Path) -> None:
     ...     nx.read_graphml(f"{folder}/graph.graphml").edges["fc", "loss"]["flow"]
     2.0
     """
+    import networkx as nx
+
     lines = nx.generate_graphml(graph.nx)
     text = '<?xml version="1.0" encoding="utf-8"?>\n' + "\n".join(lines)
     Path(path).write_text(text, encoding="utf-8")

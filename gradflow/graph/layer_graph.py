@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
-import networkx as nx
 import numpy as np
 
 from gradflow.errors import GraphUnavailableError, UnknownLayerError
@@ -16,6 +15,9 @@ from gradflow.graph.flow import FlowNumbers, arithmetic_mean, flow_numbers, log_
 from gradflow.graph.hodge import HodgeDecomposition, column, hodge_decomposition
 from gradflow.graph.table import FlowTable, flow_table
 from gradflow.records import EdgeRecord, Floats, FlowRecord, GraphRecord, NodeRecord
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 @attrs.frozen(kw_only=True)

@@ -5,22 +5,38 @@ verdicts by definition: `Issue` and `Cause`. Arrays are read-only NumPy arrays w
 step; a value that was not measured at a step is NaN. Nothing here imports torch.
 """
 
+from gradflow.records.attention import AttentionRecord, AttentionStats, BranchRecord, TransformerRecord
 from gradflow.records.fields import NAN, Bools, Floats, Ints, array_field, float_field, mapping_field
 from gradflow.records.flow import FlowRecord, Provenance
 from gradflow.records.graph import EdgeRecord, GraphRecord, NodeRecord
 from gradflow.records.issues import Cause, Issue, IssueSeverity, IssueType
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.plain import FORMAT_VERSION, from_plain, to_plain
+from gradflow.records.policy import ActionDistribution, PolicyDistributionStats, PolicyRecord
+from gradflow.records.recurrent import (
+    GateRecord,
+    RecurrenceRecord,
+    RecurrentLevelRecord,
+    ReservoirDynamics,
+    decay_rate,
+    depth,
+    mean_profile,
+)
 
 __all__ = [
     "FORMAT_VERSION",
     "NAN",
+    "ActionDistribution",
     "ActivationRecord",
+    "AttentionRecord",
+    "AttentionStats",
     "Bools",
+    "BranchRecord",
     "Cause",
     "EdgeRecord",
     "Floats",
     "FlowRecord",
+    "GateRecord",
     "GraphRecord",
     "Ints",
     "Issue",
@@ -30,10 +46,19 @@ __all__ = [
     "NodeRecord",
     "NumericalRecord",
     "ParameterRecord",
+    "PolicyDistributionStats",
+    "PolicyRecord",
     "Provenance",
+    "RecurrenceRecord",
+    "RecurrentLevelRecord",
+    "ReservoirDynamics",
+    "TransformerRecord",
     "array_field",
+    "decay_rate",
+    "depth",
     "float_field",
     "from_plain",
     "mapping_field",
+    "mean_profile",
     "to_plain",
 ]

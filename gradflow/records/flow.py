@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, ClassVar
 import attrs
 
 from gradflow.errors import RecordFormatError, UnknownLayerError
+from gradflow.records.attention import TransformerRecord
 from gradflow.records.fields import Floats, array_field, mapping_field, to_floats, to_tuple
 from gradflow.records.graph import GraphRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.plain import FORMAT_VERSION, from_plain, to_plain, write
+from gradflow.records.policy import PolicyRecord
+from gradflow.records.recurrent import RecurrenceRecord
 
 if TYPE_CHECKING:  # the one name that points down the layout: see FlowRecord.graph
     from gradflow.graph import LayerGraph
@@ -70,8 +73,12 @@ class FlowRecord:
         activations: one record per activation, module or functional.
         numerics: birth certificates of NaN and Inf, in the order of steps.
         never_called: qualified names of modules with parameters that no step ran or used.
+        passed_by: those of them that code which ran would call on a branch that it did not take.
         graph_record: the graph's data, or None if it could not be taken.
+        transformer: what `attention()` measured; empty without it.
         provenance: where the numbers come from.
+        recurrences: what `recurrence()` measured of recurrent layers over time.
+        policy: what `policy_heads()` measured of a policy; None without it.
     """
 
     format_version: ClassVar[int] = FORMAT_VERSION
@@ -83,8 +90,12 @@ class FlowRecord:
     activations: tuple[ActivationRecord, ...] = attrs.field(default=(), converter=to_tuple)
     numerics: tuple[NumericalRecord, ...] = attrs.field(default=(), converter=to_tuple)
     never_called: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
+    passed_by: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     graph_record: GraphRecord | None = None
+    transformer: TransformerRecord = attrs.field(factory=TransformerRecord)
     provenance: Provenance = attrs.field(factory=Provenance)
+    recurrences: tuple[RecurrenceRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    policy: PolicyRecord | None = None
 
     def __iter__(self) -> Iterator[LayerRecord]:
         return iter(self.layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 
@@ -76,6 +77,27 @@ def test_idle_modules_of_a_container_are_told_together() -> None:
     found = seen(record)
     assert set(found) == {"experts"}
     assert found["experts"].metrics["modules"] == ("experts.1.fc", "experts.2.fc")
+
+
+@pytest.mark.parametrize(
+    ("passed_by", "optimizer", "severity"),
+    [
+        ((), "", IssueSeverity.HIGH),  # nothing that ran names it: forgotten
+        (("tower",), "", IssueSeverity.LOW),
+        (("tower",), "Adam", IssueSeverity.HIGH),
+    ],
+)
+def test_a_part_for_other_batches_is_a_remark_unless_an_optimizer_holds_it(
+    passed_by: tuple[str, ...], optimizer: str, severity: IssueSeverity
+) -> None:
+    record = flow_record(
+        Layer(name="head"), Layer(name="tower", grad=LOST), edges=[("head", "loss")], optimizer=optimizer
+    )
+    layers = [layer for layer in record.layers if layer.name == "head"]
+    record = attrs.evolve(record, layers=layers, never_called=("tower",), passed_by=passed_by)
+    issue = seen(record)["tower"]
+    assert issue.severity is severity
+    assert ("on a branch that these batches do not take" in issue.description) is bool(passed_by)
 
 
 def test_parameters_that_take_no_part_though_the_output_does() -> None:

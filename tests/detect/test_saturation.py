@@ -44,6 +44,12 @@ def test_units_that_are_stuck_for_every_sample() -> None:
     assert "60% of its units for every sample" in issue.description
 
 
+def test_scores_that_are_masked_by_an_infinity_are_off_by_intent() -> None:
+    masked = {"input_rms": np.full(STEPS, np.inf)}
+    assert not seen(saturated("sigmoid", "bounded", 0.75, **masked))
+    assert seen(saturated("sigmoid", "bounded", 0.75))
+
+
 def test_what_feeds_it_decides_the_cure() -> None:
     raw = seen(saturated("sigmoid", "bounded", 0.95, gain=0.6))["fc"]
     big = seen(saturated("sigmoid", "bounded", 0.95, gain=60.0))["fc"]

@@ -178,6 +178,29 @@ def test_a_plain_recurrent_layer_read_at_its_last_step(gain: float, sick: bool) 
     assert ("rnn" in seen(record)) is sick
 
 
+@pytest.mark.parametrize(
+    ("taken", "sick"),
+    [((1, 59, 60), True), ((1, 5, 60), False), ((2, 5, 16), True), ((), True)],
+    ids=["last", "sixth", "another axis", "unknown"],
+)
+def test_steps_behind_the_one_that_is_read_need_not_be_remembered(taken: tuple[int, ...], sick: bool) -> None:
+    fields = {"type": "RNN", "shape": (32, 60, 16), "parameters": ("rnn.weight_hh_l0",)}
+    record = flow_record(
+        Layer(name="rnn", gain=0.577, op="select", fields=fields),
+        Layer(name="head"),
+        nodes={"op:rnn": {}},
+    )
+    graph = record.graph_record
+    assert graph is not None
+    read = {"shape": (32, 16), "num_elements": 512, "taken": taken}
+    nodes = [attrs.evolve(n, **read) if n.kind == "op" else n for n in graph.nodes]
+    weight = attrs.evolve(record.parameters[0], name="rnn.weight_hh_l0", layer="rnn")
+    record = attrs.evolve(
+        record, graph_record=attrs.evolve(graph, nodes=nodes), parameters=[weight, *record.parameters[1:]]
+    )
+    assert ("rnn" in seen(record)) is sick
+
+
 def test_the_part_that_loses_it_is_told_from_what_it_starves() -> None:
     record = flow_record(
         Layer(name="stem", grad=0.1**5),

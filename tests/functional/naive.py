@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Naive:
 
     def output_norm(self, name: str) -> float:
         """Return the norm of the gradient of a call's outputs; NaN where none arrived."""
-        grads = [t.grad.double() for t in self.outputs[name] if t.grad is not None]
+        grads = [wide(t.grad) for t in self.outputs[name] if t.grad is not None]
         return float(torch.cat([g.flatten() for g in grads]).norm()) if grads else float("nan")
 
     def parameter_norm(self, name: str) -> float:
@@ -35,12 +36,36 @@ class Naive:
         grad = self.parameters[name]
         if grad is None:
             return float("nan")
-        return float((grad.to_dense() if grad.is_sparse else grad).double().norm())
+        return float(wide(grad.to_dense() if grad.is_sparse else grad).norm())
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return a tensor in double precision."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
+def map_nested(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return `value` with `function` applied to the tensors in it, in containers of every kind."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, nn.utils.rnn.PackedSequence):
+        return value._replace(data=function(value.data))
+    if isinstance(value, Mapping):  # the `ModelOutput` of Hugging Face, a dataclass, takes names too
+        return type(value)(**{k: map_nested(function, v) for k, v in value.items()})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{k: map_nested(function, v) for k, v in parts.items()})
+    if isinstance(value, (tuple, list)):
+        parts = [map_nested(function, v) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
+    if isinstance(batch, nn.utils.rnn.PackedSequence):
+        return model(batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
@@ -68,19 +93,21 @@ def naive_step(model: nn.Module, batch: Any, loss_fn: Callable[[Any], Tensor]) -
             kept: dict[int, Tensor] = {}
             mine = outputs.setdefault(names.pop(), [])
 
-            def keep(value: Any) -> Any:
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    if id(value) not in kept:
-                        if value.requires_grad:
-                            value.retain_grad()
-                        mine.append(value)
-                        kept[id(value)] = value.clone()
-                    return kept[id(value)]
-                if isinstance(value, tuple):
-                    return tuple(keep(v) for v in value)
-                return {k: keep(v) for k, v in value.items()} if isinstance(value, dict) else value
+            def keep(value: Tensor) -> Tensor:
+                if not (value.is_floating_point() or value.is_complex()):
+                    return value
+                if not torch.is_grad_enabled():  # a copy would have no graph
+                    mine.append(value.detach())
+                    return value
+                if id(value) not in kept:
+                    watched = value.clone()  # what arrives at it by what was returned, and not otherwise
+                    if watched.requires_grad:
+                        watched.retain_grad()
+                    mine.append(watched)
+                    kept[id(value)] = watched.clone()
+                return kept[id(value)]
 
-            return keep(output)
+            return map_nested(keep, output)
 
         handles.extend((module.register_forward_pre_hook(before), module.register_forward_hook(after)))
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gradflow.errors import ModelInputError
 from gradflow.functional import analyze
 from gradflow.records import EdgeRecord, FlowRecord, GraphRecord, NodeRecord
 
@@ -380,18 +381,28 @@ def test_modules_that_are_never_called_are_named() -> None:
     for transform in ("fused", "vjp"):
         record = analyze(Model(), batches, mean_square, steps=2, transform=transform)
         assert record.never_called == ("forgotten", "parts.0"), transform
-    assert analyze(Model(), batches[:1], mean_square, steps=1).never_called == (
-        "forgotten",
-        "parts.0",
-        "late",
-    )
+    record = analyze(Model(), batches[:1], mean_square, steps=1)
+    assert record.never_called == ("forgotten", "parts.0", "late")
+    assert record.passed_by == ("late",)
 
 
-def test_parameters_taken_beforehand_are_noted() -> None:
+def test_the_gradient_through_parameters_taken_beforehand_is_counted() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     taken = list(model.parameters())
-    record = analyze(model, [X], lambda y: mean_square(y) + sum(p.square().sum() for p in taken))
-    (note,) = [n for n in record.provenance.notes if "taken from the model beforehand" in n]
-    assert "`model.parameters()`" in note
-    clean = analyze(model, [X], lambda y: mean_square(y) + sum(p.square().sum() for p in model.parameters()))
-    assert not any("beforehand" in n for n in clean.provenance.notes)
+
+    def held(y: Tensor) -> Tensor:
+        return mean_square(y) + sum(p.square().sum() for p in taken)
+
+    def asked(y: Tensor) -> Tensor:
+        return mean_square(y) + sum(p.square().sum() for p in model.parameters())
+
+    clean = analyze(model, [X] * 2, asked, steps=2)
+    for detail in ("cheap", "full"):
+        record = analyze(model, [X] * 2, held, steps=2, detail=detail)
+        for p, q in zip(record.parameters, clean.parameters, strict=True):
+            np.testing.assert_allclose(p.grad_norm, q.grad_norm, rtol=1e-6, err_msg=p.name)
+    stepped = analyze(model, [X] * 2, held, steps=2, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert [n for n in stepped.provenance.notes if "'0.weight'" in n and "stays as it is" in n]
+    with pytest.raises(ModelInputError, match=r"is used past .* beforehand.*transform='fused'"):
+        analyze(model, [X], held, transform="vjp")
+    assert all(p.grad is None for p in taken)

@@ -518,3 +518,18 @@ def test_ops_in_submodules_carry_the_name_of_where_they_ran() -> None:
     assert {"blocks.0:mul", "blocks.0:add", "blocks.1:mul", "blocks.1:add", "mul"} <= set(nodes)
     assert nodes["blocks.1:add"].layer == "blocks.1"
     assert nodes["mul"].layer == ""
+
+
+def test_the_slice_that_an_operation_takes_is_told() -> None:
+    class Slices(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.fc(x)
+            return y[:, -1].sum() + y[:, 2].sum() + y.select(-2, 0).sum() + y[:, 1:3].sum() + y.sum()
+
+    nodes = by_name(graph_of(Slices(), torch.randn(2, 7, 3), lambda loss: loss)).values()
+    taken = [node.taken for node in nodes if node.taken]
+    assert taken == [(1, 6, 7), (1, 2, 7), (1, 0, 7)]

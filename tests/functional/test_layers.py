@@ -130,3 +130,27 @@ def test_a_model_that_is_a_layer_itself_has_the_empty_name() -> None:
     record = analyze(Owning(), [torch.randn(5, 3)], lambda y: y.square().mean())
     assert [(layer.name, layer.composite) for layer in record] == [("", True), ("fc", False)]
     assert record[""].parameters == ("scale",)
+
+
+def test_what_the_code_that_ran_would_call_is_passed_by_and_what_it_forgets_is_not() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.tower, self.forgotten = (nn.Sequential(nn.Linear(2, 2)) for _ in range(3))
+            self.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+            self.spare = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+
+        def see(self, image: Tensor) -> Tensor:
+            return self.tower(image)
+
+        def helper_of_nobody(self) -> Tensor:
+            return self.forgotten(torch.ones(2))
+
+        def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
+            if image is not None:
+                x = x + self.see(image) + sum(part(x) for part in self.spare)
+            return self.experts[0](self.used(x))
+
+    record = analyze(Model(), [torch.ones(3, 2)], lambda y: y.sum())
+    assert set(record.never_called) == {"tower.0", "forgotten.0", "experts.1", "spare.0", "spare.1"}
+    assert set(record.passed_by) == {"tower.0", "spare.0", "spare.1"}

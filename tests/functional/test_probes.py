@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 from gradflow.functional import effective_rank, probe
-from gradflow.functional.probes import Site, eager_probe, is_probe, is_safe, statistics_dtype, sum_of_squares
+from gradflow.functional.probes import (
+    Site,
+    eager_probe,
+    is_probe,
+    is_safe,
+    num_nonzero,
+    statistics_dtype,
+    sum_of_squares,
+)
 
 
 def slot(*shape: int) -> Tensor:
@@ -335,3 +343,33 @@ def test_it_is_nan_where_there_is_none() -> None:
     assert all(math.isnan(effective_rank(v)) for v in values)
     assert effective_rank(torch.randn(5)) == 1.0
     assert math.isnan(effective_rank(torch.zeros(5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (700, 900)])
+def test_elements_that_are_not_zero_are_counted(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.relu(torch.randn(shape, generator=generator)).to(dtype)
+    for view in (x, x.mT) if x.dim() == 2 else (x,):
+        assert float(num_nonzero(view)) == float((view != 0).sum())
+
+
+def test_tiny_numbers_are_not_zero() -> None:
+    assert float(num_nonzero(torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1e38]))) == 3
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-20, 1.0, 1e19, 1e30])
+@pytest.mark.parametrize("size", [100, 20_000, 600_000])
+def test_exact_sums_of_squares_neither_underflow_nor_overflow(size: int, scale: float) -> None:
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0)) * scale
+    expected = float(x.double().square().sum())
+    assert float(sum_of_squares(x, exact=True)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [100, 20_000])
+def test_exact_sums_of_squares_of_zeros_and_of_what_is_not_finite(size: int) -> None:
+    x = torch.zeros(size)
+    assert float(sum_of_squares(x, exact=True)) == 0.0
+    for value in (float("nan"), float("inf")):
+        x[size // 2] = value
+        assert not np.isfinite(float(sum_of_squares(x, exact=True)))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradflow.graph import LayerGraph
-from gradflow.graph.dominators import cut_capacities, dominator_tree
+from gradflow.graph.dominators import cut_capacities, dominator_tree, immediate_dominators
 from gradflow.records import GraphRecord
 from tests.graph.dags import edge, edges_of, network, node
 
@@ -28,6 +28,15 @@ def chain(widths, *, gains=None, ranks=None):
         num_elements=dict(zip(names, widths, strict=True)),
         effective_ranks=dict(zip(names, ranks, strict=True)) if ranks else None,
     )
+
+
+@given(st.dictionaries(st.integers(0, 9), st.lists(st.integers(0, 9), max_size=4), max_size=10))
+def test_immediate_dominators_against_networkx(successors):
+    graph = nx.DiGraph()
+    graph.add_node(0)
+    graph.add_edges_from((a, b) for a, after in successors.items() for b in after)
+    theirs = {node: above for node, above in nx.immediate_dominators(graph, 0).items() if node != 0}
+    assert immediate_dominators(successors, 0) == theirs
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,96 @@
+"""What the detectors of policies share: where an issue stands, and what is by design."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import attrs
+
+from gradflow.detect.evidence import early, late
+from gradflow.records import ActionDistribution, FlowRecord, Issue, IssueSeverity, IssueType, LayerRecord
+
+Detector = Callable[[FlowRecord], Iterable[Issue]]
+
+
+def has_imitated(record: FlowRecord, distribution: ActionDistribution) -> bool:
+    """Whether a policy has learned a teacher's actions: its cross-entropy has fallen by half within the run.
+
+    The loss of a policy gradient tells nothing of the kind. Where returns are positive it falls whenever the
+    policy becomes sure of the actions that it takes itself, whatever they bring.
+    """
+    taught = distribution.evidence.startswith(("cross_entropy", "nll_loss"))
+    alone = record.policy is not None and not record.policy.value_heads
+    start, end = early(record.losses), late(record.losses)
+    return taught and alone and 0 <= end <= 0.5 * start
+
+
+def sparing_policies(detector: Detector) -> Detector:
+    """Return a detector that thinks no harm of what policies are like by design.
+
+    Actor and critic may have losses of their own (SAC, TD3, DDPG), so a value or target network that a loss
+    of the policy does not run is no illness; and an action has few numbers, so a critic behind an actor sees
+    it through a narrow layer. Those issues are LOW.
+
+    Args:
+        detector: any; only its DEAD issues of modules that were never called, and its BOTTLENECK issues at
+            policy heads, are changed.
+    """
+
+    def spared(record: FlowRecord) -> Iterator[Issue]:
+        p = record.policy
+        for issue in detector(record):
+            why = ""
+            if p is not None and issue.issue_type is IssueType.BOTTLENECK and _is_in(issue, p.policy_heads):
+                why = "An action has few numbers, by design."
+            elif p is not None and issue.metrics.get("role") == "never called" and _is_in(issue, p.others):
+                why = "By its name it is a value or a target network, which may have a loss of its own."
+            yield _weakened(issue, why) if why else issue
+
+    return spared
+
+
+def _weakened(issue: Issue, why: str) -> Issue:
+    severity = min(issue.severity, IssueSeverity.LOW)
+    return attrs.evolve(issue, severity=severity, description=f"{issue.description} {why}")
+
+
+def _is_in(issue: Issue, modules: Sequence[str]) -> bool:
+    return _is_part(issue.layer.partition("@")[0], modules)
+
+
+def _is_part(module: str, modules: Sequence[str]) -> bool:
+    return any(not name or module == name or module.startswith(f"{name}.") for name in modules)
+
+
+def _layer(record: FlowRecord, heads: Sequence[str]) -> LayerRecord | None:
+    """Return the last layer call in modules, a first call if there are several."""
+    inside = [
+        layer
+        for layer in record.layers
+        if not layer.composite and layer.call == 0 and layer.parameters and _is_part(layer.module, heads)
+    ]
+    return max(inside, key=lambda layer: layer.order, default=None)
+
+
+def policy_issue(
+    record: FlowRecord,
+    heads: Sequence[str],
+    issue_type: IssueType,
+    severity: IssueSeverity,
+    description: str,
+    magnitude: float,
+    actions: tuple[str, ...],
+    metrics: dict[str, object],
+) -> Issue:
+    """Return an issue at the last layer of some heads; the other arguments are those of `Issue`."""
+    layer = _layer(record, heads)
+    return Issue(
+        layer=layer.name if layer else (heads[-1] if heads else ""),
+        layer_type=layer.type if layer else record.provenance.model,
+        issue_type=issue_type,
+        severity=severity,
+        description=description,
+        magnitude=magnitude,
+        recommended_actions=actions,
+        metrics=metrics,
+    )

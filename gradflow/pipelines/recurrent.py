@@ -1,0 +1,26 @@
+"""The pipeline for recurrent networks: gradient, state and gates through time, besides what `flow` judges."""
+
+from __future__ import annotations
+
+from gradflow.detect.through_time import amplifying, fading, gated
+from gradflow.functional.recurrent import recurrence
+from gradflow.pipelines.flow import Pipeline, flow
+
+
+def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True) -> Pipeline:
+    """Return the pipeline for models with recurrent layers, or loops over recurrent cells.
+
+    Args:
+        base: what is judged besides; `flow()` by default.
+        track_hidden_states: also measure the rms of h and c at every step.
+
+    >>> pipeline = recurrent()
+    >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
+    ('flow+recurrent', 10, 1)
+    """
+    through_time = Pipeline(
+        "recurrent",
+        (fading(), amplifying(), gated()),
+        measurements=(recurrence(states=track_hidden_states),),
+    )
+    return (base or flow()) + through_time

@@ -1,0 +1,37 @@
+"""`transformer`: the base pipeline, with what attention and residual branches show."""
+
+from __future__ import annotations
+
+from gradflow.detect import (
+    collapsed_attention,
+    collapsed_rank,
+    growing_logits,
+    idle_branches,
+    redundant_heads,
+    saturated_attention,
+    unbalanced_attention,
+)
+from gradflow.functional.attention import attention
+from gradflow.pipelines.flow import Pipeline, flow
+
+
+def transformer(base: Pipeline | None = None) -> Pipeline:
+    """Return the pipeline for models with attention: what attention and residual branches show besides.
+
+    Args:
+        base: what is judged besides; `flow()` by default.
+
+    >>> pipeline = transformer()
+    >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
+    ('flow+transformer', 14, 1)
+    """
+    attentive = (
+        collapsed_attention(),
+        saturated_attention(),
+        growing_logits(),
+        collapsed_rank(),
+        redundant_heads(),
+        unbalanced_attention(),
+        idle_branches(),
+    )
+    return (base or flow()) + Pipeline("transformer", attentive, measurements=(attention(),))

@@ -1,0 +1,167 @@
+"""Threads: runs of several give what they give alone, and leave the states that threads share alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradflow as gf
+from gradflow.functional import layer_gain
+from tests.functional.snapshots import difference, process, snapshot
+from tests.models import CASES as MODELS
+from tests.models import squares
+
+
+class Slow(nn.Module):
+    """Draws random numbers of every kind, and gives other threads a chance between them."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b, self.calls = nn.Linear(6, 6), nn.Linear(6, 2), 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.count += 1
+        h = nn.functional.dropout(self.a(x), 0.5) + float(np.random.rand())
+        time.sleep(0.002)
+        return self.b(nn.functional.dropout(h, 0.5)) * (1 + torch.rand(()))
+
+
+def together(*runs: Callable[[], Any]) -> list[Any]:
+    """Run functions in a thread each, started at one moment, and return what they return or raise."""
+    results: list[Any] = [None] * len(runs)
+    start = threading.Barrier(len(runs))
+
+    def run(i: int) -> None:
+        start.wait()
+        try:
+            results[i] = runs[i]()
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(runs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return results
+
+
+BATCH = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+
+
+def run_of(model: nn.Module, **options: Any) -> Callable[[], gf.FlowRecord]:
+    return lambda: gf.analyze(model, [BATCH] * 6, squares, steps=6, **options)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("transform", ["fused", "vjp"])
+@pytest.mark.parametrize("detail", ["cheap", "full"])
+def test_two_models_in_two_threads_give_what_they_give_alone(seed: Any, transform: Any, detail: Any) -> None:
+    options = {"seed": seed, "transform": transform, "detail": detail}
+    models = [Slow(1), Slow(2), Slow(3)]
+    torch.manual_seed(5)
+    alone = [run_of(model, **options)() for model in models]
+    before = [snapshot(model) for model in models]
+    at_once = together(*(run_of(model, **options) for model in models))
+    assert at_once == alone
+    for model, was in zip(models, before, strict=True):
+        assert difference(was, snapshot(model)) == ""
+
+
+@pytest.mark.parametrize("detail", ["cheap", "full"])
+def test_one_model_in_several_threads_gives_one_record(detail: Any) -> None:
+    model = Slow(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    torch.manual_seed(5)
+    alone = run_of(model, detail=detail, optimizer=optimizer)()
+    before = snapshot(model, optimizer)
+    assert together(*[run_of(model, detail=detail, optimizer=optimizer)] * 4) == [alone] * 4
+    assert difference(before, snapshot(model, optimizer)) == ""
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_a_run_that_fails_does_not_hold_up_the_others() -> None:
+    class Failing(Slow):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            if self.calls == 3:
+                raise ValueError("on the way")
+            return y
+
+    torch.manual_seed(5)
+    alone, before = run_of(Slow(1))(), process()
+    torch.manual_seed(5)
+    failed, record = together(run_of(Failing(2)), run_of(Slow(1)))
+    torch.manual_seed(5)
+    assert isinstance(failed, ValueError)
+    assert before["grad mode"] == process()["grad mode"]
+    # each thread starts from the one global state, which the runs leave as it was
+    assert record == alone
+
+
+def test_ways_in_of_different_kinds_wait_for_one_another() -> None:
+    model, other = Slow(1), MODELS["cnn"].build()
+    batch = MODELS["cnn"].batch()
+    torch.manual_seed(5)
+    runs = [
+        run_of(model),
+        lambda: gf.diagnose(other, [batch] * 3, squares, steps=3).record,
+        lambda: layer_gain(model, "b", BATCH, seed=1),
+    ]
+    alone = [run() for run in runs]
+    assert together(*runs) == alone
+
+
+def test_what_threads_share_is_left_as_it_was() -> None:
+    compiled: Any = torch.compile(nn.Linear(6, 2), backend="eager")
+    stance = torch._dynamo.eval_frame._stance.stance  # type: ignore[attr-defined]
+    runs = [run_of(model) for model in (Slow(1), compiled, Slow(2), compiled)]
+    before = process()
+    together(*runs)
+    assert difference(before, process()) == ""
+    assert torch._dynamo.eval_frame._stance.stance == stance  # type: ignore[attr-defined]
+
+
+def test_grad_and_inference_mode_are_each_threads_own() -> None:
+    torch.manual_seed(5)
+    model = Slow(1)
+    alone = run_of(model)()
+
+    def inside(mode: Any) -> Callable[[], Any]:
+        def run() -> Any:
+            with mode():
+                record = run_of(model)()
+                return record, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+        return run
+
+    found = together(inside(torch.no_grad), inside(torch.enable_grad), inside(torch.inference_mode))
+    assert [f[0] for f in found] == [alone] * 3
+    assert [f[1:] for f in found] == [(False, False), (True, False), (False, True)]
+
+
+def test_a_run_within_a_run_of_one_thread_goes_on() -> None:
+    inner, outer = Slow(1), Slow(2)
+    records: list[gf.FlowRecord] = []
+    torch.manual_seed(5)
+    alone = run_of(outer, seed=4)()
+
+    def loss(y: Tensor) -> Tensor:
+        records.append(run_of(inner, seed=3)())
+        return squares(y)
+
+    record = gf.analyze(outer, [BATCH] * 6, loss, steps=6, seed=4)
+    assert all(r == records[0] for r in records)
+    np.testing.assert_array_equal(record.losses, alone.losses)
+    assert [layer.grad_norm.tolist() for layer in record] == [layer.grad_norm.tolist() for layer in alone]
