@@ -188,7 +188,13 @@ def show_row(row: dict[str, Cost]) -> str:
 def peak_memory(name: str, variant: str, steps: int) -> float:
     """Return the peak resident size of a process of its own that does so many steps, in MiB."""
     command = [sys.executable, __file__, "--only", name, "--steps", str(steps), "--peak-of", variant]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_ARENA_MAX": "1",
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(done.stdout.split()[-1])
 

@@ -64,7 +64,8 @@ class Net(nn.Module):
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(inputs, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh())
         self.pi, self.v, self.cut = nn.Linear(WIDTH, actions), nn.Linear(WIDTH, 1), cut
-        for layer, gain in ((self.trunk[0], 2**0.5), (self.trunk[2], 2**0.5), (self.pi, 0.01), (self.v, 1.0)):
+        for layer in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            gain = {self.pi: 0.01, self.v: 1.0}.get(layer, 2**0.5)
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
 
@@ -187,11 +188,10 @@ def main() -> None:
         ends = " ".join(f"{seen[-1, 3]:.2f}" for seen, _ in runs)
         sure = max(seen[:, 4].max() for seen, _ in runs)
         name = case.algorithm + (" standard." if case.standardised else "")
-        print(
-            f"{case.env:11}  {name:13}  x{case.scale:<6.0f}  {'cut' if case.cut else 'shared':6}  {returns:29}  "
-            f"{medians(0):15}  {medians(1):15}  {min(cosines):5.2f} {max(cosines):5.2f}  {ends}  {sure:.2f}",
-            flush=True,
-        )
+        trunk = "cut" if case.cut else "shared"
+        what = f"{case.env:11}  {name:13}  x{case.scale:<6.0f}  {trunk:6}  {returns:29}"
+        angle = f"{min(cosines):5.2f} {max(cosines):5.2f}"
+        print(f"{what}  {medians(0):15}  {medians(1):15}  {angle}  {ends}  {sure:.2f}", flush=True)
 
 
 if __name__ == "__main__":

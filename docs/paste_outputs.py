@@ -28,6 +28,7 @@ PAGES = (
     "docs/jacobians.md",
     "docs/recurrent.md",
     "docs/policy.md",
+    "docs/transformer.md",
 )
 ABOVE = "the block above"
 

@@ -91,7 +91,7 @@ def build() -> tuple:
     """Return the sick model."""
     torch.manual_seed(0)
     model = ActorCritic()
-    return model, rollouts(model), greedy_loss, torch.optim.Adam(model.parameters(), 0.1)
+    return model, rollouts(model), greedy_loss, torch.optim.Adam(model.parameters(), 0.2)
 
 
 def repaired() -> tuple:
@@ -102,18 +102,17 @@ def repaired() -> tuple:
 
 
 def learned(builder: Callable[[], tuple]) -> float:
-    """Train for a hundred updates, and return how long the pole stood on average in the last five batches."""
+    """Train for a hundred updates, and return how many times as long the pole stands in the end as it did."""
     model, batches, loss_fn, optimizer = builder()
-    episodes = 0
-    for update in range(100):
+    falls = []
+    for _ in range(100):
         states, (actions, returns) = next(batches)
+        falls.append(int((returns == returns.min()).sum()))  # the last step of an episode brings one
         loss = loss_fn(model(states), (actions, returns))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if update >= 95:  # the last step of an episode, or of the batch, has a return of one
-            episodes += int((returns == 0.1).sum())
-    return 5 * STEPS / episodes
+    return sum(falls[:5]) / sum(falls[-5:])
 
 
 def main() -> None:
@@ -124,11 +123,11 @@ def main() -> None:
         results = analyzer.analyze(batches, loss_fn, steps=UPDATES, optimizer=optimizer)
         print(f"{name}: {'no illness found' if results.report.ok else 'sick'}")
         for cause in results.report.causes:
-            print(f"  cause: {cause.issue_type.value} in {cause.layer}: {cause.mechanism}")
+            print(f"  cause: {cause.issue_type.value} in {cause.layer}")
         found = results.policy_distribution_stats
-        print(f"  entropy {found.first_entropy:.2f} -> {found.last_entropy:.2f} nats")
-        print(f"  largest action probability {found.max_action_prob:.2f} on average")
-        print(f"  after 100 updates the pole stands for {learned(builder):.0f} steps")
+        print(f"  entropy {found.first_entropy:.1f} -> {found.last_entropy:.1f} nats")
+        longer = "longer" if learned(builder) > 2 else "no longer"
+        print(f"  after 100 updates the pole stands {longer} than at the start")
 
 
 if __name__ == "__main__":

@@ -213,7 +213,8 @@ class TransformerAnalyzer(_LastRecord):
     >>> from torch import nn
     >>> _ = torch.manual_seed(0)
     >>> analyzer = TransformerAnalyzer(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
-    >>> results = analyzer.analyze(lambda: torch.randn(8, 6, 16), lambda y: y[..., 0].square().mean(), steps=3)
+    >>> loss_fn = lambda y: y[..., 0].square().mean()
+    >>> results = analyzer.analyze(lambda: torch.randn(8, 6, 16), loss_fn, steps=3)
     >>> analyzer.print_summary(results)
     [OK] No gradient issues found.
     <BLANKLINE>

@@ -92,5 +92,5 @@ def check_one_source(input_fn: object, forward_fn: object) -> None:
     if (input_fn is None) == (forward_fn is None):
         raise ModelInputError(
             f"analyze was given {'both' if input_fn is not None else 'neither'} of input_fn and forward_fn, "
-            "and needs one: the batches the model is called with, or a function of (model, step) that calls it."
+            "and needs one: batches to call the model with, or a function of (model, step) that calls it."
         )

@@ -16,13 +16,19 @@ SICK = {
     "dead_relu": "DEAD in fc2",
     "forgetful_lstm": "cause: VANISHING in lstm",
     "greedy_policy": "SATURATION in actor",
+    "collapsed_attention": "SATURATION in blocks.1.attention",
 }
-NUMBERS = ("forgetful_lstm", "greedy_policy")  # tells more than its verdicts; a test of its own looks at that
+NUMBERS = (
+    "forgetful_lstm",
+    "greedy_policy",
+    "collapsed_attention",
+)  # tells more than its verdicts; a test of its own looks at that
 CAUSES = {
     "exploding_linear": "EXPLODING in fc2",
     "dead_relu": "DEAD in fc2",
     "forgetful_lstm": "VANISHING in lstm",
     "greedy_policy": "SATURATION in actor",
+    "collapsed_attention": "SATURATION in blocks.0.attention",
 }
 
 

@@ -107,9 +107,9 @@ def saturated_attention(
                 layer_type=layer.type,
                 issue_type=IssueType.SATURATION,
                 severity=IssueSeverity.LOW if learned else severity,
-                description=f"Its softmax passes less than 1% of the gradient that it can pass to queries and "
-                f"keys in {seen:.0%} of the rows: one key has next to all of the weight (mean of the largest "
-                f"{largest:.3g}).{_history(first, seen, learned)}",
+                description=f"Its softmax passes less than 1% of the gradient that it can pass to queries "
+                f"and keys in {seen:.0%} of the rows: one key has next to all of the weight (mean of the "
+                f"largest {largest:.3g}).{_history(first, seen, learned)}",
                 magnitude=seen,
                 recommended_actions=_calmer(layer, record),
                 metrics={
@@ -143,10 +143,10 @@ def growing_logits(
     to `severe_std` (LOW).
 
     Args:
-        std: standard deviation from which scores are too large: at 10 the largest of 16 random scores has
-            all the weight but for a hundredth in nine rows of ten.
+        std: standard deviation from which scores are too large: random scores of 10 leave a tenth of the
+            entropy that equal weights have, whatever the number of keys.
         growth: by how much they must have grown in the run.
-        severe_std: from which it is HIGH, and no fall of the loss excuses it.
+        severe_std: from which it is HIGH, and no fall of the loss excuses it: 2 percent are left.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:

@@ -84,7 +84,7 @@ def idle_branches(
     tells, and only a branch that has not grown is told; without one it is INFO.
 
     Args:
-        share: below which a branch carries nothing. A GPT-2 of 48 layers starts at 0.02.
+        share: below which a branch carries nothing. Hugging Face's models start above 0.005.
         min_updates: steps of the optimizer from which a branch is judged: two may pass before a branch behind
             two zeros starts.
         growth: a branch that has grown by this factor since the first look is on its way.

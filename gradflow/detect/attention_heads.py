@@ -32,8 +32,8 @@ def redundant_heads(
 
     Args:
         dead: share of the strongest head below which a head is dead. At the end of a float32's digits.
-        alike: share of the distance of independent heads below which two are duplicates. Scores that share
-            their bias by position, and differ in content by little, still have ten times as much.
+        alike: share of the distance of independent heads below which two are duplicates. Heads that share
+            a bias by position have the share that content has in their scores, usually above a tenth.
         some: share of dead or duplicate heads from which it is MEDIUM; below, the layer works with the rest.
         sharp: entropy share below which heads are not compared.
     """
@@ -139,7 +139,7 @@ def unbalanced_attention(
     a detector of its own.
 
     Args:
-        ratio: between queries and keys, from which it is MEDIUM. Healthy layers have 1 to 3.
+        ratio: between queries and keys, from which it is MEDIUM. Healthy layers have 1 to 4.
         starved: between values and the larger of the other two, from which it is LOW.
         merged: residual of the input's positions below which they are not judged.
         spread: standard deviation from which scores are of ordinary size.

@@ -36,7 +36,7 @@ def collapsed_policy(
 
     Args:
         share: entropy as a share of its maximum from which the verdict is MEDIUM. Between two actions 0.05 is
-            a probability of 0.994. PPO and A2C that learn CartPole end above 0.8 after a hundred thousand
+            a probability of 0.994. PPO and A2C that learn CartPole end above 0.75 after a hundred thousand
             steps, PPO that solves Acrobot at 0.3 to 0.4; A2C that collapses there ends at 0.04, and never
             reaches the goal (`benchmarks/policy_runs.py`).
         severe_share: from which it is HIGH: a probability of 0.999 of two.

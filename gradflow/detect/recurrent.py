@@ -101,7 +101,8 @@ def growth_of(level: RecurrentLevelRecord) -> Floats:
     if profiles.ndim != 2 or not profiles.size:
         return np.empty(0)
     last = np.where(profiles[:, -1] > 0, profiles[:, -1], np.nan)
-    return np.nan_to_num(profiles).max(axis=1) / last
+    with np.errstate(over="ignore"):
+        return np.minimum(np.nan_to_num(profiles).max(axis=1) / last, 1e300)
 
 
 @attrs.frozen(kw_only=True)

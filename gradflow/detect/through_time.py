@@ -229,7 +229,7 @@ def _amplifying_issue(
     profile = np.nanmedian(level.readout_profile, axis=0)
     back = max(len(profile) - 1 - int(np.nanargmax(profile)), 1)
     rate = growth ** (1 / back)
-    doubling = math.ceil(math.log(2) / math.log(rate))
+    doubling = max(math.ceil(math.log(2) / math.log(rate)), 1)
     exponent, radius = late(level.lyapunov), late(level.spectral_radius)
     chaotic = f", and states that are near part (Lyapunov exponent {exponent:.2g})" if exponent > 0 else ""
     return Issue(

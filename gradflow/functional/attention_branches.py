@@ -68,9 +68,9 @@ class Branches:
         )
         if min(inside) <= start or not _comes_from(branch.grad_fn, stream.grad_fn):
             return None
-        share = torch.linalg.vector_norm(branch.detach().double()) / torch.linalg.vector_norm(
-            stream.detach().double()
-        )
+        wide = torch.float32 if branch.device.type == "mps" else torch.float64
+        share = torch.linalg.vector_norm(branch.detach(), dtype=wide)
+        share = share / torch.linalg.vector_norm(stream.detach(), dtype=wide)
         call = self._call(branch.grad_fn)
         return Branch(call.name, call.type, start, share)
 

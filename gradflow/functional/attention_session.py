@@ -203,8 +203,8 @@ class AttentionSession(Session):
     def notes(self) -> tuple[str, ...]:
         """Name the modules that are called attention, and in which none was seen."""
         return tuple(
-            f"No attention was seen in {name or '(model)'!r} ({kind}), so nothing is told of it. It is seen in "
-            "scaled_dot_product_attention, nn.MultiheadAttention, and a softmax multiplied with values."
+            f"No attention was seen in {name or '(model)'!r} ({kind}), so nothing is told of it. It is seen "
+            "in scaled_dot_product_attention, nn.MultiheadAttention, and a softmax multiplied with values."
             for name, kind in self._capture.unseen()
         )
 
@@ -228,7 +228,7 @@ def _weight_numbers(seen: Seen) -> dict[str, Any]:
         if seen.projection and seen.scored is not None:
             values = seen.scored.value[start // queries : start // queries + len(part.weights)]
             context = part.weights @ values.detach().to(part.weights.dtype)
-            own = context.double().square().sum((0, 2, 3))
+            own = _norms_by_head(context, 1, heads).square()
             squares = own if squares is None else squares + own
         start += number
     assert total is not None

@@ -213,9 +213,9 @@ class Follower:
     def _passed(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> End | None:
         found = self._find(args[:2], self._weights) if name in _PASSING else None
         if found is not None and found.weights is not None:
-            in_place = name.endswith("_") or kwargs.get("inplace", len(args) > 3 and args[3] is True)
+            in_place = name.endswith("_") or kwargs.get("inplace", args[3:4] == (True,))
             kept = attrs.evolve(found, weights=found.weights.clone()) if in_place else found
-            if name.startswith("masked_fill") and found is self._weights.get(_key(args[0])):
+            if name.startswith("masked_fill") and self._find(args[:1], self._weights) is found:
                 kept = _hidden(found, args[1] if len(args) > 1 else kwargs.get("mask"))
 
             def follow(out: Any) -> None:

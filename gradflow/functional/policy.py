@@ -150,24 +150,30 @@ class PolicySession(Session):
             return
         with torch.no_grad():
             if self._heads is None or not (self._heads.policy or self._heads.value):
-                self._heads = find_heads(
-                    scene, seer, loss, policy=self._asked.policy, value=self._asked.value
-                )  # fmt: skip
+                asked = self._asked
+                self._heads = find_heads(scene, seer, loss, policy=asked.policy, value=asked.value)
             parameters = dict(self._model.named_parameters())
             found: dict[Any, tuple[Component, list[ActionStatistics]]] = {}
             made = components(scene, seer, self._heads.policy, parameters) if self._heads.policy else []
             for component in made:
-                numbers = action_statistics(component.distribution, part_dims=component.part_dims)
-                found.setdefault(component.key, (component, []))[1].append(numbers)
+                numbers = self._statistics(component)
+                if numbers is not None:
+                    found.setdefault(component.key, (component, []))[1].append(numbers)
             self._current = _Step(self._number, found)
             self._take_gradients(loss, parameters, [leaf for c in made for leaf in c.parameters])
+
+    def _statistics(self, component: Component) -> ActionStatistics | None:
+        """Return a distribution in numbers; None where its own code, which may be the user's, fails."""
+        try:
+            return action_statistics(component.distribution, part_dims=component.part_dims)
+        except Exception as error:
+            what = f"{family(component.distribution)} of {listed(component.heads)}"
+            self._say(f"The numbers of the {what} could not be had: {type(error).__name__}: {error}.")
+            return None
 
     def end(self) -> None:
         """Keep the numbers of the step, and let go of its tensors."""
         if self._current is not None:
-            for key, (component, numbers) in self._current.distributions.items():
-                bare = attrs.evolve(component, tensors=())
-                self._current.distributions[key] = bare, numbers
             self._steps.append(self._current)
         self._scene, self._seer, self._current = None, Seer(), None
 

@@ -39,7 +39,6 @@ class Component:
         place: tells it from others made of the same heads.
         heads: modules that it is made of.
         parameters: names of parameters that enter it beside them.
-        tensors: what it was made of, with their graphs.
         distribution: a copy without a graph.
         given, evidence, assumed, normalised_twice: see `gradflow.records.ActionDistribution`.
         part_dims: how many of its last batch dimensions are parts of one action.
@@ -48,7 +47,6 @@ class Component:
     place: int = 0
     heads: tuple[str, ...]
     parameters: tuple[str, ...] = ()
-    tensors: tuple[Tensor, ...]
     distribution: Distribution
     given: str
     evidence: str
@@ -131,9 +129,7 @@ class _Builder:
         raw = next((seen.given[n] for n in ("logits", "probs", "loc") if n in seen.given), None)
         twice = "logits" in seen.given and is_discrete(own) and is_normalised(seen.given["logits"])
         said = f"torch.distributions.{type(own).__name__} was made of it"
-        return self._component(
-            seen.tensors(), own, given, said, twice=twice == "probabilities", raw=raw
-        )  # fmt: skip
+        return self._component(seen.tensors(), own, given, said, twice=twice == "probabilities", raw=raw)
 
     def of_uses(self, uses: Sequence[Use]) -> list[Component]:
         """Make some of functions that were applied."""
@@ -171,7 +167,7 @@ class _Builder:
             if mean is not None and mean.dim() and "std" in role(name) and p.shape[-1:] == mean.shape[-1:]:
                 found.setdefault(role(name), p)
         spread = found.get("log std", found.get("std"))
-        if mean is None or spread is None:
+        if mean is None or spread is None or not _fits(spread, mean):
             return []
         log = "log std" in found or not bool((spread > 0).all())
         std = spread.detach().exp() if log else spread.detach()
@@ -190,9 +186,15 @@ class _Builder:
         return [attrs.evolve(self._component(wide, own, "logits", said), assumed=True)]
 
     def _component(
-        self, tensors: Sequence[Tensor], own: Distribution, given: str, evidence: str, *,
-        twice: bool = False, raw: Tensor | None = None,
-    ) -> Component:  # fmt: skip
+        self,
+        tensors: Sequence[Tensor],
+        own: Distribution,
+        given: str,
+        evidence: str,
+        *,
+        twice: bool = False,
+        raw: Tensor | None = None,
+    ) -> Component:
         calls, leaves = self.scene.sources(tensors)
         heads = self.scene.within(calls, self.heads) or tuple(self.heads)
         outputs = [t for i in sorted(calls) for t in self.scene.outputs.get(i, [])] or self.outputs
@@ -201,13 +203,18 @@ class _Builder:
             place=column(raw, outputs) if raw is not None else 0,
             heads=heads,
             parameters=tuple(name for name, p in self.parameters.items() if id(p) in used),
-            tensors=tuple(tensors),
             distribution=own,
             given=given,
             evidence=evidence,
             normalised_twice=twice,
             part_dims=_part_dims(own, outputs),
         )
+
+
+def _fits(small: Tensor, large: Tensor) -> bool:
+    """Whether a tensor can be broadcast to the shape of another."""
+    pairs = zip(reversed(small.shape), reversed(large.shape), strict=False)
+    return small.dim() <= large.dim() and all(a in (1, b) for a, b in pairs)
 
 
 def _made(given: str, x: Tensor) -> Distribution:

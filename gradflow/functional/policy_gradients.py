@@ -16,14 +16,13 @@ on which y is the head nearest to the loss.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
 from gradflow.functional.measurement import gradients
-from gradflow.functional.policy_scene import nodes_under
+from gradflow.functional.policy_scene import children, nodes_under
 
 Tensors = dict[str, Tensor]
 
@@ -118,7 +117,7 @@ def _last(outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> lis
     found = list(cotangents)
     for at, i in reversed(list(enumerate(order))):
         before = order[:at]
-        below = nodes_under(_children(outputs[i]))
+        below = nodes_under(children(outputs[i]))
         if found[i] is None or not before or not any(node in fns for node in below):
             continue
         more = gradients_of([outputs[i]], [found[i]], [outputs[j] for j in before])
@@ -131,11 +130,6 @@ def _minus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if a is None or b is None else a - b
 
 
-def _children(tensor: Tensor) -> list[Any]:
-    assert tensor.grad_fn is not None
-    return [child for child, _ in tensor.grad_fn.next_functions if child is not None]
-
-
 def _with_graph(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list({id(t): t for t in tensors if t.grad_fn is not None}.values())
 
@@ -144,4 +138,5 @@ def _leaves(outputs: Sequence[Tensor], stop: Sequence[Tensor]) -> set[int]:
     """Return the ids of the leaves that outputs are computed from, past none of `stop`."""
     ends = {t.grad_fn for t in stop}
     roots = [t.grad_fn for t in outputs if t.grad_fn not in ends]
-    return {id(n.variable) for n in nodes_under(roots, ends) if n not in ends and hasattr(n, "variable")}
+    below = nodes_under(roots, ends.__contains__)
+    return {id(n.variable) for n in below if n not in ends and hasattr(n, "variable")}

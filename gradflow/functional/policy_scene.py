@@ -13,7 +13,7 @@ is told in the record's `assumptions`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -140,26 +140,15 @@ class Scene:
                 leaves.append(tensor)
             elif tensor.layout is torch.strided:
                 calls |= {self._storages.get(tensor.untyped_storage().data_ptr(), -1)} - {-1}
-        for node, stops in self._walk(todo):
-            if stops:
+        for node in nodes_under(todo, self._is_of_source):
+            if self._is_of_source(node):
                 calls.add(node.site.call)
             elif hasattr(node, "variable"):
                 leaves.append(node.variable)
         return calls, leaves
 
-    def _walk(self, todo: list) -> Iterable[tuple]:
-        """Yield the nodes under others with whether it is the probe of a source, behind which none is met."""
-        seen = set(todo)
-        while todo:
-            node = todo.pop()
-            stops = is_probe(node) and self.is_source(self.recorder.calls[node.site.call])
-            yield node, stops
-            if stops:
-                continue
-            for child, _ in node.next_functions:
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    todo.append(child)
+    def _is_of_source(self, node: Any) -> bool:
+        return is_probe(node) and self.is_source(self.recorder.calls[node.site.call])
 
     def descends(self, tensors: Iterable[Tensor], outputs: Iterable[Tensor]) -> bool:
         """Whether tensors are computed from others, by autograd's graph."""
@@ -182,14 +171,10 @@ class Scene:
             if self.is_source(c) and any(t.requires_grad for t in self.outputs.get(c.index, ()))
         ]
         for call in filter(takers, calls):
-            below = [
-                child
-                for tensor in self.outputs[call.index]
-                if tensor.grad_fn is not None
-                for child, _ in tensor.grad_fn.next_functions
-                if child is not None
-            ]
-            taken |= {node.site.call for node, stops in self._walk(below) if stops}
+            below = nodes_under(
+                [n for t in self.outputs[call.index] for n in children(t)], self._is_of_source
+            )
+            taken |= {node.site.call for node in below if self._is_of_source(node)}
         return [c for c in calls if c.index not in taken]
 
     def calls_of(self, names: Iterable[str]) -> list[Call]:
@@ -203,14 +188,19 @@ class Scene:
         return tuple(dict.fromkeys(m for m in found if any(inside(m, name) for name in names)))
 
 
-def nodes_under(roots: Iterable[Any], stop: Collection[Any] = ()) -> Iterator[Any]:
-    """Yield the autograd nodes under others, themselves included, not going on from those in `stop`."""
+def children(tensor: Tensor) -> list[Any]:
+    """Return the autograd nodes that a tensor's own takes."""
+    return [] if tensor.grad_fn is None else [n for n, _ in tensor.grad_fn.next_functions if n is not None]
+
+
+def nodes_under(roots: Iterable[Any], stops: Callable[[Any], bool] = lambda node: False) -> Iterator[Any]:
+    """Yield the autograd nodes under others, themselves included, not going on from where it `stops`."""
     todo = list(dict.fromkeys(roots))
     seen = set(todo)
     while todo:
         node = todo.pop()
         yield node
-        if node in stop:
+        if stops(node):
             continue
         for child, _ in node.next_functions:
             if child is not None and child not in seen:

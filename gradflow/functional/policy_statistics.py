@@ -91,6 +91,8 @@ def action_statistics(distribution: Distribution, *, part_dims: int = 0) -> Acti
         parts = math.prod(entropy.shape[entropy.dim() - part_dims :]) if part_dims else 1
         joint = entropy.flatten(-part_dims).sum(-1) if part_dims else entropy
         values: dict[str, Any] = {"num_samples": joint.numel(), "entropy": float(joint.mean())}
+        if not joint.numel():
+            return ActionStatistics(discrete=is_discrete(distribution), num_parts=parts, **values)
         base, joined = _unwrapped(distribution)
         if is_discrete(base):
             return ActionStatistics(discrete=True, num_parts=parts * joined, **values, **_discrete(base))
@@ -171,7 +173,8 @@ def family(distribution: Distribution) -> str:
         inner = [type(t).__name__ for t in _flat(distribution.transforms)]
         return f"{name}({', '.join([family(distribution.base_dist), *inner])})"
     if isinstance(distribution, (distributions.Independent, distributions.MixtureSameFamily)):
-        return f"{name}({', '.join(family(v) for v in vars(distribution).values() if isinstance(v, Distribution))})"
+        inner = [family(v) for v in vars(distribution).values() if isinstance(v, Distribution)]
+        return f"{name}({', '.join(inner)})"
     return name
 
 

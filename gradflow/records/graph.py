@@ -20,8 +20,8 @@ class NodeRecord:
         shape: shape of its output, if known.
         num_elements: number of elements of its output; 0 if unknown.
         parameters: names of the parameters that enter here.
-        taken: for an op that takes one slice of an axis (`x[:, -1]`): the axis, the index from 0, and the size
-            of the axis; empty for others.
+        taken: for an op that takes one slice of an axis (`x[:, -1]`): the axis, the index from 0, and the
+            size of the axis; empty for others.
         order: position in the order of execution; the loss has the largest.
         grad_norm: ‖g_v‖ of its output; empty if only the topology was taken.
         input_grad_norm: ‖c_v‖, all of its input cotangents together (parameters excluded).

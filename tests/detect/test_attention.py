@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -26,8 +29,8 @@ from gradflow.functional import attention
 from gradflow.pipelines import transformer
 from gradflow.records import AttentionRecord, BranchRecord, FlowRecord, Provenance, TransformerRecord
 from tests.functional.attention_models import (
-    HUGGING_FACE,
     GPT,
+    HUGGING_FACE,
     Attention,
     gpt,
     hugging_face,
@@ -217,7 +220,7 @@ def serious(
     model: nn.Module, batch: Any, loss: Any = token_loss, **options: Any
 ) -> list[tuple[str, str, str]]:
     options = {"steps": 6, "seed": 0, **options}
-    report = gf.diagnose(model, lambda: batch, loss, pipeline=list(OWN) + [transformer()], **options)
+    report = gf.diagnose(model, lambda: batch, loss, pipeline=[*list(OWN), transformer()], **options)
     return [
         (i.issue_type.value, i.layer, str(i.metrics.get("role")))
         for i in gf.detect(report.record, list(OWN))
@@ -410,3 +413,24 @@ def test_pytorch_layers_are_healthy(first: bool) -> None:
 def test_fields_of_the_record_made_by_hand_are_all_fields() -> None:
     assert {f.name for f in attrs.fields(AttentionRecord)} <= {f.name for f in attrs.fields(type(layer()))}
     assert attention() in transformer().measurements
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text(encoding="utf-8")
+FACTORIES = [
+    collapsed_attention, saturated_attention, growing_logits, collapsed_rank, redundant_heads,
+    unbalanced_attention, idle_branches,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
+def test_page_and_docstring_tell_measure_reason_and_thresholds(factory: Callable[..., Any]) -> None:
+    section = PAGE.split(f"\n### {factory.__name__}\n")[1].split("\n### ")[0].split("\n## ")[0]
+    stated = re.findall(r"^\| `(\w+)` \| ([\d.e+-]+) \| (.+) \|$", section, re.M)
+    defaults = {name: p.default for name, p in inspect.signature(factory).parameters.items()}
+    assert {name: float(value) for name, value, _ in stated} == defaults
+    text = inspect.getdoc(factory) or ""
+    for part in ("Measured", "Why this is evidence", "Looks alike and is not"):
+        assert part in text
+        assert f"*{part.replace('this', 'it')}*" in section
+    for name in defaults:
+        assert re.search(rf"^    {name}: ", text, re.M), name

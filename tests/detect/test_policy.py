@@ -110,7 +110,8 @@ def test_nothing_is_said_of_a_healthy_policy_or_without_one(factory: Any) -> Non
     assert list(factory()(record())) == []
     assert list(factory()(record(gaussian()))) == []
     assert list(factory()(attrs.evolve(record(), policy=None))) == []
-    empty = PolicyRecord(**{name: [] for name in ARRAYS})
+    nothing: Any = {name: [] for name in ARRAYS}
+    empty = PolicyRecord(**nothing)
     assert list(factory()(attrs.evolve(record(), policy=empty))) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -391,6 +392,9 @@ def test_profiles_of_a_run() -> None:
     level = diagnosed(Reader(rnn(nn.GRU)), 12, steps=6).record.recurrences[0].levels[0]
     assert late_profile(level.readout_profile).shape == (12,)
     assert growth_of(level).shape == (4,)  # steps 0, 1, 4, 5
+    burst = attrs.evolve(level, readout_profile=[[math.inf, 1e-3], [2.0, 1.0], [2.0, 0.0]])
+    assert growth_of(burst)[:2].tolist() == [1e300, 2.0]
+    assert math.isnan(growth_of(burst)[2])
     empty = attrs.evolve(level, readout_profile=())
     assert late_profile(empty.readout_profile).size == growth_of(empty).size == 0
 

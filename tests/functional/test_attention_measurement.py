@@ -189,7 +189,12 @@ def test_hugging_face_models_have_all_numbers(name: str, implementation: str) ->
         exact = attention_statistics(weights[key], allowed=weights[key] > 0)
         assert layer.mean_entropy == pytest.approx(float(exact.entropy.mean()), abs=1e-5)
         assert layer.max_attention == pytest.approx(float(exact.max_weight.mean()), abs=1e-5)
+        # the figures in the docstrings of `unbalanced_attention` and `idle_branches`
+        assert 0.25 < layer.query_grad_norm / layer.key_grad_norm < 4
+        if name in ("gpt2", "bert"):
+            assert 50 < layer.value_grad_norm / layer.query_grad_norm < 500
     assert len(record.transformer.branches) == (10 if name == "t5" else 4)
+    assert min(float(branch.share[0]) for branch in record.transformer.branches) > 0.005
 
 
 def test_one_record_per_look_and_json_keeps_it() -> None:

@@ -144,12 +144,13 @@ def test_low_precision_changes_little(dtype: torch.dtype) -> None:
 
 
 def test_scores_of_growing_spread_use_ever_fewer_keys() -> None:
-    """The figures in the docstring of `collapsed_attention`."""
+    """The figures in the docstrings of `collapsed_attention` and `growing_logits`."""
     g = torch.Generator().manual_seed(0)
-    for keys, bounds in ((16, (0.84, 0.40, 0.13)), (1000, (0.92, 0.47, 0.11))):
+    for keys, bounds in ((16, (0.84, 0.40, 0.13, 0.1, 0.01)), (1000, (0.92, 0.47, 0.11, 0.09, 0.005))):
         scores = torch.randn(2000, keys, generator=g)
         shares = [
-            float(attention_statistics((s * scores).softmax(-1)[None, None]).entropy_share) for s in (1, 3, 8)
+            float(attention_statistics((s * scores).softmax(-1)[None, None]).entropy_share)
+            for s in (1, 3, 8, 10, 50)
         ]
         assert all(low < share < low + 0.04 for low, share in zip(bounds, shares, strict=True)), shares
     peaked = torch.full((1, 1, 1, 16), 0.01 / 15)
@@ -184,6 +185,13 @@ def test_equal_heads_have_distance_0_and_rows_of_zeros_do_not_count() -> None:
     full = head_distances(two)
     padded = torch.cat([two, torch.zeros(2, 2, 4, 5, dtype=two.dtype)], 2)
     torch.testing.assert_close(head_distances(padded), full)
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.2, 0.5])
+def test_independent_heads_differ_by_half_the_spread_of_their_scores(spread: float) -> None:
+    """What `redundant_heads` weighs distances against."""
+    weights, _ = drawn(4, 2, 200, 64, sharp=spread)
+    assert float(head_distances(weights)[0, 1]) == pytest.approx(spread / 2, rel=0.06)
 
 
 def test_residual_of_positions() -> None:

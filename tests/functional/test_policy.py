@@ -39,10 +39,8 @@ from tests.policies import (
 Categorical, Normal = distributions.Categorical, distributions.Normal
 
 
-def measured(model: nn.Module, loss: Any, *, steps: int = 2, **names: Any) -> PolicyRecord:
-    record = gf.analyze(
-        model, lambda: batch().states, loss, steps=steps, measurements=[policy_heads(**names)]
-    )
+def measured(model: nn.Module, loss: Any, **names: Any) -> PolicyRecord:
+    record = gf.analyze(model, lambda: batch().states, loss, steps=2, measurements=[policy_heads(**names)])
     assert record.policy is not None
     assert gf.FlowRecord.from_json(record.to_json()) == record
     return record.policy
@@ -610,3 +608,58 @@ def test_the_rest_of_the_record_is_as_without_it() -> None:
 def test_the_measurement_is_a_value() -> None:
     assert policy_heads(policy_head_name="a") == policy_heads(policy_head_name=["a"])
     assert hash(policy_heads()) == hash(policy_heads())
+
+
+@pytest.mark.parametrize("reentrant", [False])
+def test_a_checkpoint_that_shows_its_graph_changes_nothing(reentrant: bool) -> None:
+    model, data = ActorCritic(), batch()
+    plain = measured(model, actor_critic_loss(data))
+    record = gf.analyze_custom(
+        model,
+        lambda m, step: checkpoint(m, data.states, use_reentrant=reentrant),
+        actor_critic_loss(data),
+        steps=2,
+        measurements=[policy_heads()],
+    )
+    assert record.policy is not None
+    np.testing.assert_allclose(record.policy.policy_grad_norm, plain.policy_grad_norm, rtol=1e-6)
+    np.testing.assert_allclose(record.policy.value_grad_norm, plain.value_grad_norm, rtol=1e-6)
+
+
+class Broken(Normal):
+    """A distribution of the user's own whose entropy fails."""
+
+    def entropy(self) -> Tensor:
+        raise ZeroDivisionError("not today")
+
+
+def test_a_distribution_that_fails_is_told_and_not_raised() -> None:
+    model, data = Gaussian(lambda mean, log_std: Broken(mean, log_std.exp())), batch()
+    found = measured(model, gaussian_loss(data))
+    assert found.policy_heads == ("actor.2",)
+    assert found.distributions == ()
+    assert any(
+        "Broken of actor.2 could not be had: ZeroDivisionError: not today" in a for a in found.assumptions
+    )
+    assert (found.policy_grad_norm > 0).all()
+
+
+def test_names_that_do_not_fit_make_no_gaussian() -> None:
+    model = Gaussian(lambda mean, log_std: mean)
+    model.log_std = nn.Parameter(torch.zeros(3, 5, 2))
+    found = measured(model, lambda out: out[0].square().mean() + out[1].mean(), policy_head_name="actor")
+    assert [d.family for d in found.distributions] == ["Categorical"]
+    assert found.distributions[0].assumed
+
+
+def test_an_empty_batch_has_no_numbers() -> None:
+    data = batch(samples=0)
+    record = gf.analyze(
+        ActorCritic(),
+        [data.states],
+        lambda out: Categorical(out[0]).entropy().sum() + out[1].sum(),
+        measurements=[policy_heads()],
+    )
+    assert record.policy is not None
+    assert record.policy.distributions[0].num_samples.tolist() == [0]
+    assert np.isnan(record.policy.entropy).all()

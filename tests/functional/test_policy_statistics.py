@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
-from scipy import integrate, stats
+from scipy import integrate
 from torch.distributions import (
     AffineTransform,
     Bernoulli,
@@ -30,6 +31,13 @@ from torch.distributions import (
 
 from gradflow.functional import action_entropy, action_statistics
 from gradflow.functional.policy_statistics import family, is_bounded
+
+stats: Any = scipy.stats
+
+
+def state_of_numpy() -> Any:
+    found: Any = np.random.get_state()
+    return found[1]
 
 
 def logits(*shape: int) -> torch.Tensor:
@@ -188,7 +196,7 @@ def test_a_mixtures_entropy_is_estimated() -> None:
     ids=family,
 )
 def test_distribution_and_random_state_are_left_alone(d: Distribution) -> None:
-    before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
+    before = (torch.get_rng_state(), state_of_numpy().tolist(), random.getstate())
 
     def held(d: Distribution) -> Any:
         inner = [held(v) for v in vars(d).values() if isinstance(v, Distribution)]
@@ -200,7 +208,7 @@ def test_distribution_and_random_state_are_left_alone(d: Distribution) -> None:
     action_entropy(d)
     assert held(d) == kept
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+    assert (state_of_numpy().tolist(), random.getstate()) == before[1:]
 
 
 def test_low_precision_is_summed_in_double() -> None:
