@@ -202,8 +202,9 @@ def working_heads(layer: AttentionRecord) -> Bools:
 
 
 def has_learned(record: FlowRecord) -> bool:
-    """Whether the loss fell by a fifth over the run, and ended no higher than it had been."""
-    start, end = early(record.losses), late(record.losses)
+    """Whether the loss fell by a fifth over the run, from its first value and from those that followed."""
+    end = late(record.losses)
+    start = min(early(record.losses), record.losses[0]) if record.steps else math.nan
     return bool(record.provenance.optimizer) and 0 <= end <= 0.8 * start
 
 

@@ -53,8 +53,8 @@ class Branches:
             if tensor.grad_fn is not None:
                 self._outputs[id(tensor.grad_fn)] = (tensor.grad_fn, call.index)
 
-    def summed(self, args: tuple[Any, ...]) -> Branch | None:
-        """Return the branch that ends in a sum of `args`, if one does."""
+    def summed(self, args: tuple[Any, ...], alpha: float = 1.0) -> Branch | None:
+        """Return the branch that ends in a sum of `args`, the second times `alpha`, if one does."""
         if len(args) < 2 or not all(_may_be_stream(t) for t in args[:2]) or args[0].shape != args[1].shape:
             return None
         a, b = args[:2]
@@ -71,6 +71,7 @@ class Branches:
         wide = torch.float32 if branch.device.type == "mps" else torch.float64
         share = torch.linalg.vector_norm(branch.detach(), dtype=wide)
         share = share / torch.linalg.vector_norm(stream.detach(), dtype=wide)
+        share = share * abs(alpha) if branch is b else share / abs(alpha)
         call = self._call(branch.grad_fn)
         return Branch(call.name, call.type, start, share)
 

@@ -104,7 +104,7 @@ class AttentionSession(Session):
         """Look whether a function is attention, or ends a residual branch."""
         if getattr(func, "__name__", "") in SUMS:
             assert self._branches is not None
-            if (branch := self._branches.summed(args)) is not None:
+            if (branch := self._branches.summed(args, kwargs.get("alpha", 1.0))) is not None:
                 self._found.setdefault((branch.name, branch.type), branch.share)
                 for pending in self._pending:
                     if not pending.branched and pending.seen.call > branch.start:

@@ -123,6 +123,7 @@ def test_collapse_that_came_with_a_falling_loss_may_be_learning() -> None:
     assert found(collapsed_attention(), sharper, losses=FALLING) == [("attn", "LOW")]
     assert found(collapsed_attention(), sharper) == [("attn", "HIGH")]
     assert found(collapsed_attention(), sharper, losses=FALLING, optimizer="") == [("attn", "HIGH")]
+    assert found(collapsed_attention(), sharper, losses=(2.5, 90.0, 3.0, 2.5)) == [("attn", "HIGH")]
     assert found(collapsed_attention(), layer(entropy_share=0.01), losses=FALLING) == [("attn", "HIGH")]
 
 

@@ -342,6 +342,27 @@ def test_positions_that_are_added_to_an_embedding_and_sums_of_projections_are_no
     assert [b.name for b in found.branches] == ["c"]
 
 
+@pytest.mark.parametrize("stream_first", [True, False])
+def test_a_factor_of_the_sum_counts(stream_first: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self, alpha: float) -> None:
+            super().__init__()
+            self.inp, self.f, self.alpha = nn.Linear(8, 8), nn.Linear(8, 8), alpha
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inp(x)
+            pair = (x, self.f(x)) if stream_first else (self.f(x), x)
+            return torch.add(*pair, alpha=self.alpha)
+
+    x = torch.randn(2, 5, 8)
+    shares = []
+    for alpha in (1.0, 0.1):
+        torch.manual_seed(0)
+        (branch,) = measured(Block(alpha), x, lambda y: y.square().mean()).transformer.branches
+        shares.append(float(branch.share[0]))
+    assert shares[1] / shares[0] == pytest.approx(0.1 if stream_first else 10.0)
+
+
 def test_a_branch_is_named_after_what_is_before_its_dropout() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
