@@ -163,10 +163,7 @@ class AttentionSession(Session):
     def end(self) -> None:
         """Read the numbers of the step, and let go of its tensors."""
         look = len(self._steps)
-        if self._step in self._steps:  # a step that was run again counts once
-            look = self._steps.index(self._step)
-        else:
-            self._steps.append(self._step)
+        self._steps.append(self._step)
         for pending in self._pending:
             seen, call = (
                 pending.seen,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import attrs
@@ -267,6 +267,7 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
             program.recorder.layer_names |= promoted
             return _step(run, batch, step, before)
         _check_first(run, shown, step)
+        _end(run.sessions)
         _learn_structure(run, shown)
         if program.held:
             raise ModelInputError(
@@ -276,9 +277,10 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
             )
         observer = None
     look = run.plan.is_look(step)
+    listening = run.sessions if look and run.transform == "fused" else []
     outcome = run_step(
         program, batch, step, transform=run.transform, structural=first, full=full, look=look,
-        observer=observer, before=before, sessions=run.sessions if look else (),
+        observer=observer, before=before, sessions=listening,
     )  # fmt: skip
     if first:
         _learn_structure(run, outcome)
@@ -289,7 +291,14 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
             program.recorder.layer_names |= promoted
             before.restore(program)
             return _step(run, batch, step, before)
+    _end(listening)
     return outcome
+
+
+def _end(sessions: Iterable[Session]) -> None:
+    """Have the sessions keep what they heard of a step, which now counts."""
+    for session in sessions:
+        session.end()
 
 
 def _promoted(program: Program, outcome: Outcome) -> set[str]:

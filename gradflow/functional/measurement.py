@@ -9,7 +9,7 @@ In such a step it hears, in this order:
 2. `entered` and `left` for every module call, and `function` for every call of a PyTorch function, with the
    tensors that the model itself computes with, so that gradients with respect to them can be asked for;
 3. `differentiate`, between the forward and the backward pass, with the loss and its whole graph at hand;
-4. `end`, when the step has gone well.
+4. `end`, once, when the step has gone well and will not be run again.
 
 It must leave no trace: no random numbers drawn (or put back), nothing written to a tensor that it was shown,
 no tensor held after `end`. What it says at last, `fields`, becomes fields of the `FlowRecord`.

@@ -180,7 +180,7 @@ def run_step(
         observer: told of every function call, see `Watch`.
         before: the state to return to where the step has to be run again.
         inspect: called with the loss and the graph between the forward and the reverse pass (fused only).
-        sessions: that listen to the step (fused only).
+        sessions: that listen to the step (fused only); who runs it ends them, once it counts.
     """
     before = before or Before.of(program)
     for _ in range(_MAX_RETRIES):
@@ -236,12 +236,9 @@ def _fused_step(
                 inspect(loss, structure)
             for session in sessions:
                 session.differentiate(loss)
-            outcome = _told(batch, step, lambda: _reverse(program, loss, structure, full))
+            return _told(batch, step, lambda: _reverse(program, loss, structure, full))
         finally:
             recorder.active, recorder.sessions = False, ()
-    for session in sessions:
-        session.end()
-    return outcome
 
 
 def _told(batch: Any, step: int, reverse: Callable[[], Outcome]) -> Outcome:

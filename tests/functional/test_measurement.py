@@ -142,6 +142,26 @@ def test_full_detail_and_an_optimizer(detail: Any) -> None:
     assert norms[0] != norms[2]
 
 
+class Holder(nn.Module):
+    """Uses the parameters of a child without calling it, so it is the layer: found out in the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.inner.weight)
+
+
+@pytest.mark.parametrize("transform", ["fused", "vjp"])
+def test_a_first_step_that_is_run_again_ends_once(transform: Any) -> None:
+    torch.manual_seed(0)
+    heard: list[Any] = []
+    model = nn.Sequential(Holder(), nn.Linear(4, 2))
+    gf.analyze(model, [torch.randn(8, 4)], loss_of, measurements=[Ear(heard)], transform=transform)
+    assert [h[:2] for h in heard if h[0] in ("begin", "end")] == [("begin", 0), ("begin", 0), ("end",)]
+
+
 def test_under_vjp_the_first_step_is_heard() -> None:
     model, x = model_and_batch()
     heard: list[Any] = []
