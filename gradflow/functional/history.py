@@ -113,7 +113,7 @@ class History:
         scalars: list[Tensor] = [outcome.loss]
         places: list[Place] = [("loss", "")]
         counts: list[int] = [1]
-        touched: dict[ActivationKey, str] = {}
+        risen: dict[ActivationKey, None] = {}  # rectifiers with units that have not fired yet
         for site, slot in zip(recorder.sites, outcome.slots, strict=True):
             if slot is not None:
                 scalars.append(slot)
@@ -124,13 +124,14 @@ class History:
             if observation.kind in ("peak", "stuck"):
                 if key not in self.settled:
                     self._merge(observation.kind, key, value)
-                    touched[key] = observation.kind
+                    if observation.kind == "peak":
+                        risen[key] = None
                 continue
             scalars.append(value)
             places.append((observation.kind, recorder.calls[key].name if isinstance(key, int) else key))
             counts.append(observation.number)
-        for key, kind in touched.items():
-            if kind == "peak" and (peak := self.peaks[key]) is not None:
+        for key in risen:
+            if (peak := self.peaks[key]) is not None:
                 scalars.append(peak.min())
                 places.append(("least_peak", key))
                 counts.append(1)

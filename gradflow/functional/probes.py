@@ -45,7 +45,6 @@ class Site:
     index: int
     exact: bool
     slot: Tensor | None = None
-    plain: bool = False  # a strided float32 or float64 tensor on a CPU, summed in its own precision
     edge: GradientEdge | None = None  # in the place of a slot: see NOTE [Captured gradients]
 
 
@@ -88,11 +87,7 @@ class EagerProbe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         (g,) = grad_outputs
-        site = ctx.site
-        if site.plain and g.is_contiguous():
-            flat = g.view(-1)
-            return g, torch.dot(flat, flat), None
-        return g, sum_of_squares(g, exact=site.exact), None
+        return g, sum_of_squares(g, exact=ctx.site.exact), None
 
 
 class InPlaceProbe(Probe):
@@ -186,22 +181,18 @@ def sum_of_squares(x: Tensor, *, exact: bool) -> Tensor:
         x: tensor of any shape, floating or complex dtype; a sparse one counts its stored values.
         exact: sum in double precision, which neither overflows nor underflows for float32 and below.
     """
-    if not exact and x.dtype in _PLAIN and x.is_cpu and x.layout is torch.strided and x.is_contiguous():
-        flat = x.view(-1)
-        return torch.dot(flat, flat)
     if x.layout is not torch.strided:
         x = x.coalesce().values() if x.layout is torch.sparse_coo else x.to_dense()
+    if not exact and (flat := _flat_plain(x)) is not None:
+        return torch.dot(flat, flat)  # four times as fast as a norm on a CPU
     if x.is_complex():
-        x = torch.view_as_real(x.resolve_conj())
+        return sum_of_squares(torch.view_as_real(x.resolve_conj()), exact=exact)
     if exact and x.device.type != "mps":
         if x.numel() <= _LARGE:
             return torch.linalg.vector_norm(x, dtype=torch.float64).square()
-        pieces = (_flat(x) if _flat(x) is not None else x.reshape(-1)).split(_LARGE)  # type: ignore[union-attr]
-        return torch.stack([torch.linalg.vector_norm(p, dtype=torch.float64) for p in pieces]).square().sum()
-    if x.dtype in _PLAIN and x.is_cpu:
         flat = _flat(x)
-        if flat is not None:
-            return torch.dot(flat, flat)  # four times as fast as a norm on a CPU
+        pieces = (x.reshape(-1) if flat is None else flat).split(_LARGE)
+        return torch.stack([torch.linalg.vector_norm(p, dtype=torch.float64) for p in pieces]).square().sum()
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.linalg.vector_norm(x, dtype=wide).square()
 
@@ -212,7 +203,7 @@ def num_nonzero(x: Tensor) -> Tensor:
     On a CPU the squares of the signs are summed, a piece at a time, which is ten times as fast as
     `count_nonzero`.
     """
-    flat = _flat(x) if x.dtype in _PLAIN and x.is_cpu and x.layout is torch.strided else None
+    flat = _flat_plain(x)
     if flat is None:
         return torch.count_nonzero(x)
     if flat.numel() <= _PIECE:
@@ -224,6 +215,11 @@ def num_nonzero(x: Tensor) -> Tensor:
 _PLAIN = (torch.float32, torch.float64)
 _LARGE = 2**20  # elements; on a CPU a norm in double precision copies what it is taken of
 _PIECE = 2**18  # elements: they stay in the cache, and their number is exact in single precision
+
+
+def _flat_plain(x: Tensor) -> Tensor | None:
+    """Return the elements as a vector, without a copy, of a tensor that a CPU's fast sums take; else None."""
+    return _flat(x) if x.dtype in _PLAIN and x.is_cpu and x.layout is torch.strided else None
 
 
 def _flat(x: Tensor) -> Tensor | None:

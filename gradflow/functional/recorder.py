@@ -284,9 +284,8 @@ class Recorder:
         if not y.requires_grad or not is_differentiable(y) or not torch.is_grad_enabled():
             return y  # without grad mode a probe would cut off what has a graph already
         exact = self.exact.get((call.name, "grad"), True)
-        plain = not exact and y.dtype in _PLAIN and y.device.type == "cpu"
         slot = self._slot(y, exact)
-        site = Site(call.index, len(call.sites), exact, slot, plain)
+        site = Site(call.index, len(call.sites), exact, slot)
         call.sites.append(site)
         self.sites.append(site)
         if in_place:
@@ -356,7 +355,6 @@ class Recorder:
             raise NeedsRetry("an output that shares its storage with an input was changed in place")
 
 
-_PLAIN = (torch.float32, torch.float64)
 _unwatched = torch._C.DisableTorchFunction  # the watch need not see our own operations
 
 _PASSING = frozenset(

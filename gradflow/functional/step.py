@@ -111,10 +111,10 @@ class Program:
             # in a step in full detail, a hook on a tensor must be seen
             recorder.watched = observer is not None or self.watching or recorder.look or recorder.structural
             plain = not (recorder.watched or self.reentrant)
-            self.recorder.capturing = plain and self.recorder.given_slots is None
-            if not self.recorder.watched:
+            recorder.capturing = plain and recorder.given_slots is None
+            if not recorder.watched:
                 return checked_loss(self.evaluate(batch, step))
-            with Watch(self.recorder, observer):
+            with Watch(recorder, observer):
                 return checked_loss(self.evaluate(batch, step))
         except (NeedsRetry, GradflowError):
             raise
