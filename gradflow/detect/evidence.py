@@ -308,6 +308,11 @@ def middle(values: Floats) -> float:
     return float(np.median(known)) if len(known) else math.nan
 
 
+def loss_fell(record: FlowRecord) -> bool:
+    """Whether the loss has fallen by half within the run, from its first third to its last."""
+    return 0 <= late(record.losses) <= 0.5 * early(record.losses)
+
+
 def typical_zero(values: Floats, scale: Floats, *, at_end: bool, muted: bool = False) -> bool:
     """Whether norms are zero wherever they are known: throughout, or over the last third of them.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import attrs
 
-from gradflow.detect.evidence import early, late
+from gradflow.detect.evidence import loss_fell
 from gradflow.records import ActionDistribution, FlowRecord, Issue, IssueSeverity, IssueType, LayerRecord
 
 Detector = Callable[[FlowRecord], Iterable[Issue]]
@@ -20,8 +20,7 @@ def has_imitated(record: FlowRecord, distribution: ActionDistribution) -> bool:
     """
     taught = distribution.evidence.startswith(("cross_entropy", "nll_loss"))
     alone = record.policy is not None and not record.policy.value_heads
-    start, end = early(record.losses), late(record.losses)
-    return taught and alone and 0 <= end <= 0.5 * start
+    return taught and alone and loss_fell(record)
 
 
 def sparing_policies(detector: Detector) -> Detector:

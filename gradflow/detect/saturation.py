@@ -10,7 +10,7 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import gate_actions, saturation_actions
-from gradflow.detect.evidence import Flow, early, flow_of, late, middle, row_gain
+from gradflow.detect.evidence import Flow, early, flow_of, late, loss_fell, middle, row_gain
 from gradflow.detect.recurrent import gate_drive
 from gradflow.detect.wiring import node_name
 from gradflow.records import ActivationRecord, FlowRecord, Issue, IssueSeverity, IssueType
@@ -143,8 +143,7 @@ def _has_learned(flow: Flow, activation: ActivationRecord, first: float, seen: f
     """Whether an output has become sure within the run while its loss fell by half."""
     last = not any(flow.parameters_of(n) for n in flow.wiring.downstream(node_name(activation.layer))
                    if n in flow.layers)  # fmt: skip
-    start, end = early(flow.record.losses), late(flow.record.losses)
-    return last and seen > first + 0.2 and 0 <= end <= 0.5 * start
+    return last and seen > first + 0.2 and loss_fell(flow.record)
 
 
 def _feeder(flow: Flow, activation: ActivationRecord) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import Flow, early, flow_of, late, middle
+from gradflow.detect.evidence import Flow, early, flow_of, late, loss_fell, middle
 from gradflow.detect.recurrent import growth_of, late_profile
 from gradflow.detect.time_actions import amplifying_actions, closed_actions, fading_actions, stuck_actions
 from gradflow.detect.wiring import node_name
@@ -36,8 +36,7 @@ def fading(heard: float = 0.33, *, few: float = 0.1, some: float = 0.9) -> Detec
     """Return the detector of recurrent layers whose early steps get no gradient from the late ones.
 
     Measured: the exact gradient at what the input brings to the lowest level, W_ih x_t + b_ih, at every step
-        up
-    to the last one that the loss reads; the share of steps at which it is at least 1e-6 of the sample's
+    up to the last one that the loss reads; the share of steps at which it is at least 1e-6 of the sample's
     largest; and within how many steps the gradient at the state falls to 1 percent and to 1e-6.
 
     Why this is evidence: the gradient of W_ih is a sum over the steps. What is below 1e-6 of the largest term
@@ -150,11 +149,6 @@ def _trained(flow: Flow) -> Iterator[RecurrenceRecord]:
             yield r
 
 
-def _learned(flow: Flow) -> bool:
-    """Whether the loss has fallen by half within the run."""
-    return 0 <= late(flow.record.losses) <= 0.5 * early(flow.record.losses)
-
-
 def _of(r: RecurrenceRecord, level: RecurrentLevelRecord) -> str:
     """Return which level of the layer is meant, in words; nothing where there is one only."""
     return f" of {level.level}" if len(r.levels) > 1 else ""
@@ -170,7 +164,7 @@ def _fading_issue(flow: Flow, r: RecurrenceRecord, share: float, heard: float, f
     severity = (
         IssueSeverity.HIGH if share < few else IssueSeverity.MEDIUM if share < heard else IssueSeverity.LOW
     )
-    learned = _learned(flow) and severity > IssueSeverity.LOW
+    learned = loss_fell(flow.record) and severity > IssueSeverity.LOW
     if learned:
         severity = IssueSeverity.LOW
     keep = level.gate("forget") or level.gate("update")
@@ -291,7 +285,7 @@ def _stuck_issue(flow: Flow, r: RecurrenceRecord, stuck: _Stuck, severe_share: f
     gate = stuck.level.gate(stuck.gate)
     assert gate is not None
     first = _first_share(gate)
-    learned = _learned(flow)
+    learned = loss_fell(flow.record)
     severity = IssueSeverity.HIGH if stuck.share >= severe_share else IssueSeverity.MEDIUM
     entering = middle(flow.layers[node_name(r.name)].input_rms)
     trend = f" It was {first:.0%} in the first steps." if stuck.share > first + 0.2 else ""
@@ -337,7 +331,7 @@ def _closed_issue(flow: Flow, r: RecurrenceRecord, level: RecurrentLevelRecord) 
         layer=r.name,
         layer_type=r.type,
         issue_type=IssueType.VANISHING,
-        severity=IssueSeverity.LOW if _learned(flow) else IssueSeverity.MEDIUM,
+        severity=IssueSeverity.LOW if loss_fell(flow.record) else IssueSeverity.MEDIUM,
         description=f"Its {keep.name} gate{_of(r, level)} is closed: it keeps {mean:.1%} of the state a "
         f"step, so that what is read at the last of {steps} steps reaches {reach} step(s) back.",
         magnitude=mean,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradflow.functional.probes import is_probe
 from gradflow.functional.recorder import Call, Recorder
-from gradflow.functional.trees import iter_tensors
+from gradflow.functional.trees import iter_tensors, wide_dtype
 
 SUMS = frozenset({"add", "add_"})
 _ROUND = ("Dropout", "Identity", "DropPath", "StochasticDepth")  # a branch is named after what is before them
@@ -68,7 +68,7 @@ class Branches:
         )
         if min(inside) <= start or not _comes_from(branch.grad_fn, stream.grad_fn):
             return None
-        wide = torch.float32 if branch.device.type == "mps" else torch.float64
+        wide = wide_dtype(branch.device)
         share = torch.linalg.vector_norm(branch.detach(), dtype=wide)
         share = share / torch.linalg.vector_norm(stream.detach(), dtype=wide)
         share = share * abs(alpha) if branch is b else share / abs(alpha)

@@ -22,7 +22,7 @@ from gradflow.functional.attention_statistics import (
 )
 from gradflow.functional.measurement import Session, gradients
 from gradflow.functional.recorder import Call, Recorder
-from gradflow.functional.trees import iter_tensors
+from gradflow.functional.trees import iter_tensors, wide_dtype
 from gradflow.records import AttentionRecord, BranchRecord, TransformerRecord
 
 BY_HEAD = (
@@ -265,11 +265,7 @@ def _gradient_numbers(seen: Seen, name: str, tensor: Tensor, gradient: Tensor) -
 
 
 def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=_double(x))
-
-
-def _double(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64
+    return torch.linalg.vector_norm(x, dtype=wide_dtype(x.device))
 
 
 def _context_norms(x: Tensor, seen: Seen) -> Tensor | None:
@@ -282,7 +278,7 @@ def _context_norms(x: Tensor, seen: Seen) -> Tensor | None:
 
 def _norms_by_head(x: Tensor, axis: int, heads: int) -> Tensor:
     by_head = x.movedim(axis, 0).reshape(heads, -1) if axis and heads > 1 else x.reshape(1, -1)
-    return torch.linalg.vector_norm(by_head, dim=1, dtype=_double(x))
+    return torch.linalg.vector_norm(by_head, dim=1, dtype=wide_dtype(x.device))
 
 
 def positions(x: Tensor, number: int, batch_first: bool) -> Tensor | None:
@@ -312,7 +308,7 @@ def _batch_first(module: nn.Module) -> bool:
 
 def _read(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().to(torch.float64 if value.device.type != "mps" else torch.float32).cpu().numpy()
+        return value.detach().to(wide_dtype(value.device)).cpu().numpy()
     return value
 
 

@@ -12,6 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from gradflow.functional.trees import wide_dtype
 from gradflow.functional.watch import SATURATED
 
 _SMALL = 2**20  # elements up to which the sums are taken in double precision
@@ -150,7 +151,7 @@ def row_sums(weights: Tensor, allowed: Tensor, logits: Tensor | None) -> RowSums
     ]  # fmt: skip
     peak = (distance.abs().amax(-1) * choice).amax((0, 2)) if p.numel() else p.new_zeros(p.shape[1])
     sums = torch.stack([r.to(wide).sum((0, 2)) for r in rows])
-    double = torch.float32 if p.device.type == "mps" else torch.float64
+    double = wide_dtype(p.device)
     return RowSums(sums.to(double), peak.to(double))
 
 
@@ -185,7 +186,7 @@ def head_distances(weights: Tensor) -> Tensor:
     tensor([[0.0000, 0.8326],
             [0.8326, 0.0000]], dtype=torch.float64)
     """
-    p = weights.detach().to(torch.float32 if weights.device.type == "mps" else torch.float64)
+    p = weights.detach().to(wide_dtype(weights.device))
     rows = p.transpose(0, 1).flatten(1, 2)  # heads, rows, keys
     own = attention_entropy(rows)
     real = rows.sum(-1) > 0

@@ -18,6 +18,7 @@ from torch import Tensor
 from gradflow.functional.cells import Level, State
 from gradflow.functional.recorder import Call
 from gradflow.functional.recurrent_numbers import LevelNumbers, heard_share, last_of, level_numbers, profile
+from gradflow.functional.trees import wide_dtype
 from gradflow.functional.unroll import Track, TrackGradients
 from gradflow.records import Floats
 
@@ -133,7 +134,7 @@ def _read_share(at_states: Sequence[Tensor], pulled: Sequence[Tensor]) -> float:
     whole = torch.cat(list(at_states), -1)
     direct = whole.clone()
     direct[:-1] -= torch.cat(list(pulled), -1)[1:]
-    wide = torch.float32 if whole.device.type == "mps" else torch.float64  # squares of float32 underflow
+    wide = wide_dtype(whole.device)  # squares of float32 underflow
     sizes = [torch.linalg.vector_norm(part, dim=-1, dtype=wide) for part in (direct, whole)]
     return float((sizes[0] > DIRECT * sizes[1]).float().mean())
 
@@ -169,6 +170,6 @@ def _readout(track: Track, whole: TrackGradients) -> Floats:
         state = tuple(part.detach().requires_grad_() for part in track.before[t])
         new, _ = track.level.cell(track.drive[t], state)
         carried = list(torch.autograd.grad(new, state, carried))
-    wide = torch.float32 if device.type == "mps" else torch.float64
+    wide = wide_dtype(device)
     alone = torch.linalg.vector_norm(torch.stack(rows[::-1]), dim=-1, dtype=wide).cpu().double()
     return profile(alone.numpy(), np.asarray(ends), norms.shape[1])

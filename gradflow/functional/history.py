@@ -12,6 +12,7 @@ from torch import Tensor
 from gradflow.functional.probes import is_safe, num_nonzero, sum_of_squares
 from gradflow.functional.recorder import Call
 from gradflow.functional.step import Outcome, Program
+from gradflow.functional.trees import wide_dtype
 from gradflow.functional.watch import ActivationKey
 from gradflow.records import Bools, Floats
 
@@ -82,7 +83,7 @@ def to_host(values: Sequence[Tensor]) -> list[float]:
     for i, value in enumerate(values):
         by_device.setdefault(value.device, {}).setdefault(value.dtype, []).append(i)
     for device, kinds in by_device.items():
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        wide = wide_dtype(device)
         parts = [torch.stack([values[i] for i in positions]).to(wide) for positions in kinds.values()]
         numbers = (torch.cat(parts) if len(parts) > 1 else parts[0]).tolist()
         for i, number in zip((i for positions in kinds.values() for i in positions), numbers, strict=True):

@@ -17,7 +17,6 @@ from gradflow.errors import (
     ModelCallError,
     ModelInputError,
     NoTrainableParametersError,
-    UnknownLayerError,
 )
 from gradflow.functional.batches import checked_loss, detached_loss, invoke, make_objective
 from gradflow.functional.endpoints import private_batch
@@ -26,8 +25,8 @@ from gradflow.functional.layers import callable_modules, owner
 from gradflow.functional.purity import RandomState
 from gradflow.functional.setting import Setting, check_model
 from gradflow.functional.state import Tensors
-from gradflow.functional.trees import iter_tensors, map_tensors, shapes
-from gradflow.records import float_field
+from gradflow.functional.trees import iter_tensors, map_tensors, shapes, wide_dtype
+from gradflow.records.fields import by_name, float_field
 
 SampleMethod = Literal["vmap", "loop"]
 _CHUNK_ELEMENTS = 2**25  # of gradient held at once, where no chunk size is given
@@ -92,10 +91,7 @@ class GradientNoise(Sequence[LayerNoise]):
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, (int, slice)):
             return self.layers[key]
-        for layer in self.layers:
-            if layer.name == key:
-                return layer
-        raise UnknownLayerError.at(key, [layer.name for layer in self.layers])
+        return by_name(self.layers, key)
 
     @property
     def noise_scale(self) -> float:
@@ -218,7 +214,7 @@ def gradient_noise(
 
 def _merge(means: Tensors, name: str, gradients: Tensor, done: int) -> float:
     """Take a chunk into the running mean; return what it adds to Σ|g_i − ḡ|² (Chan et al., 1983)."""
-    precise = torch.float32 if gradients.device.type == "mps" else torch.float64
+    precise = wide_dtype(gradients.device)
     gradients = gradients.to(precise)
     new = len(gradients)
     mean = gradients.mean(0)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gradflow.functional.cells import Cell, State
 from gradflow.functional.transition import lyapunov_exponents, spectral_radii
+from gradflow.functional.trees import wide_dtype
 from gradflow.functional.unroll import Track, TrackGradients, Unrolled, track_gradients
 from gradflow.functional.watch import SATURATED
 from gradflow.records import Bools, Floats, Ints
@@ -273,7 +274,7 @@ def heard_share(drives: Sequence[Tensor], alive: Tensor | None, *, one_way: bool
         alive: which steps belong to each sample, (steps, samples); None where all do.
         one_way: whether there is one direction, so that what is behind the last read step does not count.
     """
-    wide = torch.float32 if drives[0].device.type == "mps" else torch.float64
+    wide = wide_dtype(drives[0].device)
     norms = [torch.linalg.vector_norm(d, dim=-1, dtype=wide).cpu().double().numpy() for d in drives]
     joint = np.sqrt(np.square(norms).sum(0))
     counted = np.ones(joint.shape, np.bool_) if alive is None else alive.cpu().numpy().copy()

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from gradflow.functional.trees import wide_dtype
+
 Distribution = Literal["rademacher", "gaussian"]
 Product = Callable[[Tensor], Tensor]
 
@@ -138,7 +140,7 @@ def _judged(sigma: Tensor, gaps: Tensor, tolerance: float, products: int) -> Top
 
 def _precise(tensor: Tensor) -> Tensor:
     """Return the tensor in the dtype of the linear algebra: float64, where the device has it."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    return tensor.to(wide_dtype(tensor.device))
 
 
 def _apply(product: Product, columns: Tensor, like: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 
 from gradflow.functional.cells import Cell, State
 from gradflow.functional.products import _load_forward_mode
+from gradflow.functional.trees import wide_dtype
 
 DENSE_SIZE = 256  # its eigenvalues take some hundredths of a second; those of 1 024, seconds
 TOLERANCE = 1e-2
@@ -179,7 +180,7 @@ def _pushed(cell: Cell, drive: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Te
 
 
 def _random_like(s: Tensor, generator: torch.Generator) -> Tensor:
-    wide = torch.float32 if s.device.type == "mps" else torch.float64
+    wide = wide_dtype(s.device)
     return torch.randn(s.shape, generator=generator, dtype=torch.float64).to(device=s.device, dtype=wide)
 
 

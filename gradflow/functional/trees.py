@@ -81,6 +81,11 @@ def is_differentiable(tensor: Tensor) -> bool:
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest floating-point dtype of a device: float64, which MPS lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def shapes(value: Any) -> str:
     """Return the shapes and dtypes of the tensors in `value`, for an error message."""
     found = []

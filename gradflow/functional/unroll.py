@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from gradflow.errors import ModelInputError
 from gradflow.functional.cells import Cell, Level, State, levels_of, work_dtype
+from gradflow.functional.trees import wide_dtype
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -202,7 +203,7 @@ class TrackGradients:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+    wide = wide_dtype(tensor.device)
     return torch.linalg.vector_norm(tensor, dim=-1, dtype=wide).cpu().double()
 
 

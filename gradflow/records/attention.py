@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping
 import attrs
 import numpy as np
 
-from gradflow.errors import UnknownLayerError
-from gradflow.records.fields import Floats, array_field, to_tuple
+from gradflow.records.fields import Floats, array_field, by_name, to_tuple
 
 
 @attrs.frozen(kw_only=True)
@@ -187,10 +186,7 @@ class TransformerRecord:
         Raises:
             UnknownLayerError: if there is none; the message lists the nearest names.
         """
-        for record in self.attention:
-            if record.name == name:
-                return record
-        raise UnknownLayerError.at(name, [record.name for record in self.attention])
+        return by_name(self.attention, name)
 
     @property
     def stats(self) -> Mapping[str, AttentionStats]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
 import numpy.typing as npt
+
+from gradflow.errors import UnknownLayerError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -87,6 +89,21 @@ def mapping_field() -> Any:
 def to_tuple(value: Sequence[Any]) -> tuple[Any, ...]:
     """Return a tuple of the members: the converter of fields that hold several."""
     return tuple(value)
+
+
+_Named = TypeVar("_Named")
+
+
+def by_name(records: Sequence[_Named], name: str) -> _Named:
+    """Return the record of that name.
+
+    Raises:
+        UnknownLayerError: if there is none; the message lists the nearest names.
+    """
+    for record in records:
+        if record.name == name:  # type: ignore[attr-defined]
+            return record
+    raise UnknownLayerError.at(name, [record.name for record in records])  # type: ignore[attr-defined]
 
 
 def spread(values: Floats) -> str:

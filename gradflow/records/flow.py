@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from gradflow.errors import RecordFormatError, UnknownLayerError
+from gradflow.errors import RecordFormatError
 from gradflow.records.attention import TransformerRecord
-from gradflow.records.fields import Floats, array_field, mapping_field, to_floats, to_tuple
+from gradflow.records.fields import Floats, array_field, by_name, mapping_field, to_floats, to_tuple
 from gradflow.records.graph import GraphRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.plain import FORMAT_VERSION, from_plain, to_plain, write
@@ -112,10 +112,7 @@ class FlowRecord:
         Raises:
             UnknownLayerError: if there is none; the message lists the nearest names.
         """
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise UnknownLayerError.at(name, [layer.name for layer in self.layers])
+        return by_name(self.layers, name)
 
     def parameter(self, name: str) -> ParameterRecord:
         """Return the parameter of that qualified name.
@@ -123,10 +120,7 @@ class FlowRecord:
         Raises:
             UnknownLayerError: if there is none; the message lists the nearest names.
         """
-        for parameter in self.parameters:
-            if parameter.name == name:
-                return parameter
-        raise UnknownLayerError.at(name, [p.name for p in self.parameters])
+        return by_name(self.parameters, name)
 
     def parameters_of(self, layer: LayerRecord) -> tuple[ParameterRecord, ...]:
         """Return the records of the parameters that a layer call owns."""
