@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from gradflow.diagnosis import diagnose, diagnose_custom
 from gradflow.errors import NotAnalyzedError, check_one_source
 from gradflow.functional.analyze import analyze, analyze_custom
-from gradflow.pipelines import flow, policy, recurrent, transformer
+from gradflow.pipelines import Pipeline, flow, policy, recurrent, transformer
 from gradflow.records import (
     AttentionStats,
     FlowRecord,
@@ -45,7 +45,43 @@ class _LastRecord:
         return self._record
 
 
-class GradientFlowAnalyzer(_LastRecord):
+@attrs.frozen(kw_only=True)
+class _Results:
+    """What the analyzers of one kind of model return, but for what is particular to the kind."""
+
+    gradient_issues: tuple[Issue, ...]
+    report: Report
+
+
+class _Diagnosing(_LastRecord):
+    """Runs `diagnose` with a pipeline of its own.
+
+    Args:
+        model: the model; it is left as it is.
+        pipeline: what is measured and judged.
+    """
+
+    def __init__(self, model: nn.Module, pipeline: Pipeline) -> None:
+        self.model, self.pipeline = model, pipeline
+
+    def _diagnosed(
+        self,
+        input_fn: Any,
+        loss_fn: Callable[..., Any] | None,
+        steps: int,
+        optimizer: Optimizer | None,
+        forward_fn: Callable[[Any, int], Any] | None = None,
+    ) -> Report:
+        how: Any = {"steps": steps, "optimizer": optimizer, "pipeline": self.pipeline}
+        if forward_fn is not None:
+            report = diagnose_custom(self.model, forward_fn, loss_fn, **how)
+        else:
+            report = diagnose(self.model, input_fn, loss_fn, **how)
+        self._record = report.record
+        return report
+
+
+class GradientFlowAnalyzer(_Diagnosing):
     """Finds what is wrong with a model's gradient flow.
 
     Args:
@@ -82,7 +118,6 @@ class GradientFlowAnalyzer(_LastRecord):
         dead_threshold: float = 0.9,
         unstable_cv_threshold: float = 3.0,
     ) -> None:
-        self.model = model
         self.name = name or type(model).__name__
         self.enable_rnn_analyzer = enable_rnn_analyzer
         base = flow(
@@ -92,7 +127,7 @@ class GradientFlowAnalyzer(_LastRecord):
             unstable_cv_threshold=unstable_cv_threshold,
             detail="full" if enable_circular_flow_analyser else "cheap",
         )
-        self.pipeline = recurrent(base) if enable_rnn_analyzer else base
+        super().__init__(model, recurrent(base) if enable_rnn_analyzer else base)
 
     def analyze(
         self,
@@ -109,16 +144,7 @@ class GradientFlowAnalyzer(_LastRecord):
             steps: how many batches to run at most.
             optimizer: steps copies of the parameters; None holds them fixed.
         """
-        report = diagnose(
-            self.model,
-            input_fn,
-            loss_fn,
-            steps=steps,
-            optimizer=optimizer,
-            pipeline=self.pipeline,
-        )
-        self._record = report.record
-        return list(report.issues)
+        return list(self._diagnosed(input_fn, loss_fn, steps, optimizer).issues)
 
     def print_summary(self, issues: Sequence[Issue]) -> None:
         """Print how many issues there are of each severity, then each of them."""
@@ -189,7 +215,7 @@ class FlowAnalyzer(_LastRecord):
 
 
 @attrs.frozen(kw_only=True)
-class TransformerResults:
+class TransformerResults(_Results):
     """What `TransformerAnalyzer.analyze` returns.
 
     Args:
@@ -199,11 +225,9 @@ class TransformerResults:
     """
 
     attention_stats: Mapping[str, AttentionStats]
-    gradient_issues: tuple[Issue, ...]
-    report: Report
 
 
-class TransformerAnalyzer(_LastRecord):
+class TransformerAnalyzer(_Diagnosing):
     """Finds what is wrong with the attention and the gradient flow of a transformer.
 
     Args:
@@ -223,7 +247,7 @@ class TransformerAnalyzer(_LastRecord):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        super().__init__(model, transformer())
 
     def analyze(
         self,
@@ -240,9 +264,7 @@ class TransformerAnalyzer(_LastRecord):
             steps: how many batches to run at most.
             optimizer: steps copies of the parameters; None holds them fixed.
         """
-        pipeline = transformer()
-        report = diagnose(self.model, input_fn, loss_fn, steps=steps, optimizer=optimizer, pipeline=pipeline)
-        self._record = report.record
+        report = self._diagnosed(input_fn, loss_fn, steps, optimizer)
         return TransformerResults(
             attention_stats=report.record.transformer.stats,
             gradient_issues=report.issues,
@@ -255,7 +277,7 @@ class TransformerAnalyzer(_LastRecord):
 
 
 @attrs.frozen(kw_only=True)
-class PolicyResults:
+class PolicyResults(_Results):
     """What `RLPolicyAnalyzer.analyze` returns.
 
     Args:
@@ -265,11 +287,9 @@ class PolicyResults:
     """
 
     policy_distribution_stats: PolicyDistributionStats
-    gradient_issues: tuple[Issue, ...]
-    report: Report
 
 
-class RLPolicyAnalyzer(_LastRecord):
+class RLPolicyAnalyzer(_Diagnosing):
     """Finds what is wrong with a policy: its action distribution, and the gradients through policy and value.
 
     Args:
@@ -302,12 +322,12 @@ class RLPolicyAnalyzer(_LastRecord):
         value_head_name: str | Sequence[str] | None = None,
         shared_backbone_name: str | Sequence[str] | None = None,
     ) -> None:
-        self.model = model
-        self.pipeline = policy(
+        named = policy(
             policy_head_name=policy_head_name,
             value_head_name=value_head_name,
             shared_backbone_name=shared_backbone_name,
         )
+        super().__init__(model, named)
 
     def analyze(
         self,
@@ -332,12 +352,7 @@ class RLPolicyAnalyzer(_LastRecord):
             ModelInputError: if neither or both of `input_fn` and `forward_fn` are given.
         """
         check_one_source(input_fn, forward_fn)
-        how: Any = {"steps": steps, "optimizer": optimizer, "pipeline": self.pipeline}
-        if forward_fn is not None:
-            report = diagnose_custom(self.model, forward_fn, loss_fn, **how)
-        else:
-            report = diagnose(self.model, input_fn, loss_fn, **how)
-        self._record = report.record
+        report = self._diagnosed(input_fn, loss_fn, steps, optimizer, forward_fn)
         assert report.record.policy is not None
         return PolicyResults(
             policy_distribution_stats=report.record.policy.statistics(),
@@ -351,7 +366,7 @@ class RLPolicyAnalyzer(_LastRecord):
 
 
 @attrs.frozen(kw_only=True)
-class RecurrentResults:
+class RecurrentResults(_Results):
     """What `RecurrentAnalyzer.analyze` returns.
 
     Args:
@@ -362,11 +377,9 @@ class RecurrentResults:
     """
 
     reservoir_dynamics: ReservoirDynamics
-    gradient_issues: tuple[Issue, ...]
-    report: Report
 
 
-class RecurrentAnalyzer(_LastRecord):
+class RecurrentAnalyzer(_Diagnosing):
     """Finds what is wrong with gradient and state of a recurrent network over time.
 
     Args:
@@ -393,9 +406,8 @@ class RecurrentAnalyzer(_LastRecord):
     def __init__(
         self, model: nn.Module, enable_rnn_analyzer: bool = True, track_hidden_states: bool = True
     ) -> None:
-        self.model = model
         with_time = recurrent(track_hidden_states=track_hidden_states)
-        self.pipeline = with_time if enable_rnn_analyzer else flow()
+        super().__init__(model, with_time if enable_rnn_analyzer else flow())
 
     def analyze(
         self,
@@ -412,10 +424,7 @@ class RecurrentAnalyzer(_LastRecord):
             steps: how many batches to run at most.
             optimizer: steps copies of the parameters; None holds them fixed.
         """
-        report = diagnose(
-            self.model, input_fn, loss_fn, steps=steps, optimizer=optimizer, pipeline=self.pipeline
-        )
-        self._record = report.record
+        report = self._diagnosed(input_fn, loss_fn, steps, optimizer)
         return RecurrentResults(
             reservoir_dynamics=ReservoirDynamics.of(report.record.recurrences),
             gradient_issues=report.issues,
