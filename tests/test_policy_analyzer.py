@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +17,7 @@ import gradflow as gf
 from gradflow.errors import ModelInputError, NotAnalyzedError, UnknownLayerError
 from gradflow.pipelines import Pipeline, flow, policy
 from gradflow.report import policy_text, summary_text
+from tests.example_modules import example_module
 from tests.functional.snapshots import difference, snapshot
 from tests.policies import (
     ActorCritic,
@@ -32,20 +30,13 @@ from tests.policies import (
     mixed_loss,
 )
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "greedy_policy.py"
 Normal = torch.distributions.Normal
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     pytest.importorskip("gymnasium")
-    spec = importlib.util.spec_from_file_location("greedy_policy", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["greedy_policy"] = module
-    spec.loader.exec_module(module)
-    return module
+    return example_module("greedy_policy")
 
 
 def above_low(results: Any) -> list[str]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,20 +17,13 @@ from gradflow.errors import NotAnalyzedError
 from gradflow.pipelines import flow, recurrent
 from gradflow.records import ReservoirDynamics, decay_rate, depth, mean_profile
 from gradflow.report import dynamics_text, summary_text
+from tests.example_modules import example_module
 from tests.functional.snapshots import difference, snapshot
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "forgetful_lstm.py"
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("forgetful_lstm", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["forgetful_lstm"] = module
-    spec.loader.exec_module(module)
-    return module
+    return example_module("forgetful_lstm")
 
 
 def analysed(built: tuple[Any, ...], **options: Any) -> Any:

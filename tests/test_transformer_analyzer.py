@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,21 +14,14 @@ import gradflow as gf
 from gradflow.errors import NotAnalyzedError
 from gradflow.pipelines import flow, transformer
 from gradflow.report import attention_text, summary_text
+from tests.example_modules import example_module
 from tests.functional.attention_models import gpt, token_loss, tokens
 from tests.functional.snapshots import difference, snapshot
-
-EXAMPLE = Path(__file__).parent.parent / "examples" / "collapsed_attention.py"
 
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("collapsed_attention", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["collapsed_attention"] = module
-    spec.loader.exec_module(module)
-    return module
+    return example_module("collapsed_attention")
 
 
 def analysed(built: tuple[Any, ...], steps: int = 6) -> Any:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 
 import gradflow as gf
 from gradflow.errors import GradflowError, ModelInputError, ModelNotCalledError
@@ -84,13 +83,6 @@ def test_quantised(kind: str) -> None:
     refused(quantised(kind), match)
     with pytest.raises(ModelInputError, match=match):
         layer_gain(quantised(kind), "0", batch())
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("group")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,6 @@ import torch.nn.utils.parametrizations as parametrizations
 import torch.nn.utils.parametrize as parametrize
 import torch.nn.utils.prune as prune
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import gradflow as gf
@@ -346,13 +345,6 @@ def test_scripted_and_traced(name: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- data parallelism
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("group")
