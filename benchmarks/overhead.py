@@ -32,7 +32,7 @@ import torch
 from workloads import DESCRIPTIONS, WORKLOADS, Workload, build
 
 import gradflow as gf
-from gradflow.functional.measure import Plan
+from gradflow.functional.run import Plan
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 GRADFLOW: dict[str, dict[str, Any]] = {

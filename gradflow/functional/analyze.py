@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from gradflow.errors import ModelInputError
 from gradflow.functional.batches import Source, invoke, make_objective, no_batches, prepared
-from gradflow.functional.measure import Plan, Progress, measure
+from gradflow.functional.measure import measure
 from gradflow.functional.measurement import Measurement
+from gradflow.functional.run import Plan, Progress
 from gradflow.functional.trees import named_tensors, same_device
 from gradflow.records import FlowRecord, GraphRecord
 

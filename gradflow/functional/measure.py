@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import platform
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,69 +14,25 @@ from torch._functorch import pyfunctorch
 
 from gradflow.errors import ModelInputError, ModelNotCalledError, NoTrainableParametersError
 from gradflow.functional import numerics
-from gradflow.functional.assembly import activation_records, layer_records, parameter_records
 from gradflow.functional.autograd_graph import Structure, bypassed, capturable
 from gradflow.functional.batches import detached_loss
 from gradflow.functional.dataflow import DataFlow
-from gradflow.functional.graph_record import Cut, HostFlows, cuts, graph_record, read_flows
-from gradflow.functional.history import History, Row, series
-from gradflow.functional.layers import ancestors, callable_modules, is_layer, owner, passed_by
-from gradflow.functional.measurement import Measurement, Session
-from gradflow.functional.optimizers import copy_optimizer, learning_rates, optimized, update
+from gradflow.functional.graph_record import cuts, graph_record, read_flows
+from gradflow.functional.history import History, Row
+from gradflow.functional.layers import ancestors, callable_modules, is_layer, owner
+from gradflow.functional.measurement import Session
+from gradflow.functional.optimizers import copy_optimizer, update
 from gradflow.functional.purity import ModuleState, RandomState, preserved, seed_all
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.recorder import Recorder
+from gradflow.functional.run import Plan, Run
+from gradflow.functional.run_record import assembled, conclude
 from gradflow.functional.step import Before, Outcome, Program, run_step
-from gradflow.functional.supported import check_supported, distributed, standing_notes
+from gradflow.functional.supported import check_supported, distributed
 from gradflow.functional.taps import exclusive, tapped, uncompiled
 from gradflow.functional.watch import after_module
-from gradflow.records import FlowRecord, NumericalRecord, Provenance
+from gradflow.records import FlowRecord
 
-Progress = Callable[[int, int], None]
 _MAX_TRACES = 3  # a NaN that comes back in every step is traced no more often than this
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Plan:
-    """What a run is asked to do; see `analyze` for the meaning of each."""
-
-    steps: int = 20
-    optimizer: torch.optim.Optimizer | None = None
-    seed: int | None = None
-    mode: str = "train"
-    detail: str = "cheap"
-    transform: str = "auto"
-    progress: Progress | None = None
-    deepen: Callable[[FlowRecord], bool] | None = None
-    measurements: tuple[Measurement, ...] = ()
-    num_batches: int | None = None  # how many there are, if that is known
-
-    def is_look(self, step: int) -> bool:
-        """Whether the costlier statistics are taken at a step: the first, each power of four, the last."""
-        last = self.steps if self.num_batches is None else min(self.steps, self.num_batches)
-        return step in (0, last - 1) or (step & (step - 1) == 0 and step % 3 == 1)
-
-
-@attrs.define(eq=False)
-class Run:
-    """The state of one run."""
-
-    program: Program
-    plan: Plan
-    history: History
-    transform: str
-    transform_reason: str
-    dataflow: DataFlow | None = None
-    calls: list[Call] = attrs.field(factory=list)  # of the first step
-    structures: list[Structure] = attrs.field(factory=list)
-    severed: list[Cut] = attrs.field(factory=list)
-    bypassed: set[str] = attrs.field(factory=set)  # names of calls; see `autograd_graph.bypassed`
-    capturable: set[str] = attrs.field(factory=set)  # the like
-    arrived: set[str] = attrs.field(factory=set)  # names of calls at whose output a gradient was seen
-    flows: list[HostFlows] = attrs.field(factory=list)
-    numerics: list[NumericalRecord] = attrs.field(factory=list)
-    traces: int = 0
-    notes: list[str] = attrs.field(factory=list)
-    sessions: list[Session] = attrs.field(factory=list)
 
 
 def measure(
@@ -208,44 +162,11 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
         del outcome  # its gradients would lie beside those of the next step
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
-    _conclude(run, skipped)
-    record = _assemble(run)
+    conclude(run, skipped)
+    record = assembled(run)
     if plan.deepen is not None and before is not None and plan.detail == "cheap" and plan.deepen(record):
         return _deepened(run, batch, before, record)
     return record
-
-
-def _conclude(run: Run, skipped: int) -> None:
-    """Note what a reader must know, and where the gradient was seen to arrive."""
-    unprobed, history = run.program.recorder.unprobed, run.history
-    if skipped:
-        run.notes.append(
-            f"{skipped} updates with a non-finite loss or gradient were skipped, so that the steps after "
-            "them could still be measured."
-        )
-    run.notes += [
-        f"No gradient could be measured at the output of {name!r}: it shares its storage with the layer's "
-        "input, and is changed in place afterwards."
-        for name in sorted(unprobed)
-    ]
-    run.notes += [
-        f"Some gradient enters {name or '(model)'!r} elsewhere than by what it returned (its output is kept "
-        "on an attribute, or is of an unknown class). It is no part of the output gradient measured there."
-        for name in sorted(run.bypassed)
-        if history.calls[name].module not in unprobed
-    ]
-    if run.program.held and run.plan.optimizer is not None:
-        run.notes.append(
-            f"{', '.join(map(repr, run.program.held))}: used past the module as well (a list, a closure or "
-            "the loss holds the parameter itself), where it stays as it is while copies are stepped."
-        )
-    # The inside of a reentrant checkpoint is not in the graph, but the gradient is seen to arrive there.
-    run.arrived = {str(name) for name, (_, n) in series(history, "grad").items() if (n > 0).any()}
-    run.severed = [
-        cut for cut in run.severed if cut.source not in run.arrived or not cut.reason.startswith("checkpoint")
-    ]
-    run.arrived |= {name for name, call in history.calls.items() if call.module in unprobed}
-    run.arrived |= run.bypassed
 
 
 def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
@@ -472,92 +393,3 @@ def _deepened(run: Run, batch: Any, before: Before, record: FlowRecord) -> FlowR
     )
     notes = (*record.provenance.notes, note, *run.notes)
     return attrs.evolve(record, graph_record=graph, provenance=attrs.evolve(record.provenance, notes=notes))
-
-
-# ------------------------------------------------------------------------------------ the record
-
-
-def _assemble(run: Run) -> FlowRecord:
-    program, recorder, plan = run.program, run.program.recorder, run.plan
-    history, steps = run.history, len(run.history.rows)
-    called = {call.module for call in history.calls.values()}
-    owners = {name: owner(name, recorder.modules) for name in program.parameters}
-    owned: dict[str, list[str]] = {}
-    reached = series(history, "pgrad")
-    never: dict[str, bool] = {}  # whether a parameter of it is used all the same
-    for name, module in owners.items():
-        used = name in reached
-        user = module
-        if module not in called:
-            user = next((a for a in ancestors(module) if a in called), "") if used else module
-        owned.setdefault(user, []).append(name)
-        if module not in called and program.parameters[name].requires_grad:
-            never[module] = never.get(module, False) or used
-    graph = None
-    if run.structures and run.dataflow is not None:
-        graph = graph_record(
-            run.structures, run.severed, run.calls, run.dataflow, run.flows, run.arrived
-        )  # fmt: skip
-    chosen = optimized(plan.optimizer, program.model) if plan.optimizer is not None else None
-    idle = [name for name, used in never.items() if not used]
-    return FlowRecord(
-        steps=steps,
-        losses=np.array([row.loss for row in history.rows]),
-        layers=layer_records(history, owned),
-        parameters=parameter_records(history, owners, chosen),
-        activations=activation_records(history),
-        numerics=run.numerics,
-        never_called=idle,
-        passed_by=passed_by(idle, called | {call.module for call in run.calls}, recorder.modules),
-        graph_record=graph,
-        provenance=_provenance(run, steps),
-        **{name: value for session in run.sessions for name, value in session.fields().items()},
-    )
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("gradient-flow")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return "0"
-
-
-def _provenance(run: Run, steps: int) -> Provenance:
-    program, plan, recorder = run.program, run.plan, run.program.recorder
-    parameters = list(program.parameters.values())
-    notes = [*run.notes, *standing_notes(program.model, plan.optimizer)]
-    notes += [note for session in run.sessions for note in session.notes()]
-    if recorder.hooked and plan.detail == "full":
-        notes.append(
-            "The model puts hooks on tensors. The flow on the edges is without them; gradients are with them."
-        )
-    if steps < plan.steps:
-        notes.append(f"The batches ended after {steps} of {plan.steps} steps.")
-    if plan.detail == "full" and not run.flows:
-        why = (
-            "a reentrant activation checkpoint hides a part of the graph; `use_reentrant=False` shows it."
-            if program.reentrant
-            else "the transform `vjp` leaves no graph to walk; `fused` does."
-        )
-        notes.append(f"The flow on the edges could not be measured: {why}")
-    return Provenance(
-        versions={
-            "gradflow": _version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
-        device=str(parameters[0].device),
-        dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
-        model=type(program.model).__name__,
-        num_parameters=sum(p.numel() for p in parameters),
-        seed=plan.seed,
-        requested_steps=plan.steps,
-        transform=run.transform,
-        transform_reason=run.transform_reason,
-        mode=plan.mode,
-        detail=plan.detail,
-        optimizer=type(plan.optimizer).__name__ if plan.optimizer is not None else "",
-        learning_rates=learning_rates(plan.optimizer) if plan.optimizer is not None else (),
-        notes=notes,
-    )

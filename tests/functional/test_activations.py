@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradflow.functional import analyze
-from gradflow.functional.measure import Plan
+from gradflow.functional.run import Plan
 from gradflow.records import ActivationRecord
 
 

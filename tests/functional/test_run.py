@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradflow.functional import analyze, analyze_custom, graph_of
 from gradflow.functional.history import to_host
-from gradflow.functional.measure import Plan
+from gradflow.functional.run import Plan
 from gradflow.records import FlowRecord
 from tests.functional.naive import naive_step
 from tests.models import CASES, squares
