@@ -26,6 +26,7 @@ from gradflow.functional.purity import ModuleState, RandomState, preserved, seed
 from gradflow.functional.recorder import Recorder
 from gradflow.functional.run import Plan, Run
 from gradflow.functional.run_record import assembled, conclude
+from gradflow.functional.state import LazyCopies
 from gradflow.functional.step import Before, Outcome, Program, run_step
 from gradflow.functional.supported import check_supported, distributed
 from gradflow.functional.taps import exclusive, tapped, uncompiled
@@ -58,7 +59,10 @@ def measure(
     chosen = _choose_transform(plan.transform)
     outside = pyfunctorch.temporarily_clear_interpreter_stack()  # a record holds plain numbers
     grad = torch.enable_grad()
-    with exclusive(), preserved(*roots), outside, uncompiled(), torch.inference_mode(False), grad:
+    with (
+        exclusive(), LazyCopies() as copies, preserved(*roots), outside, uncompiled(),
+        torch.inference_mode(False), grad,
+    ):  # fmt: skip
         _set_mode(model, plan.mode)
         for part in distributed(model):  # processes need not run in step; put back as any attribute is
             part.require_backward_grad_sync = part.require_forward_param_sync = False
@@ -67,21 +71,33 @@ def measure(
             seed_all(plan.seed)
         modules = callable_modules(model)
         recorder = Recorder(modules, {name for name, module in modules.items() if is_layer(module)})
-        program = Program(model, loss_module, evaluate, recorder, inputs_of)
+        program = Program(model, loss_module, evaluate, recorder, inputs_of, copies)
         if not program.trainable:
             raise NoTrainableParametersError(
                 f"none of the {len(program.parameters)} parameters of {type(model).__name__} requires a "
                 "gradient, so there is no flow to measure. Unfreeze the part that is meant to train: "
                 "`model.requires_grad_(True)`."
             )
-        run = Run(program, plan, History(program), *chosen)
-        run.sessions = [m.start(model, modules) for m in plan.measurements]
-        optimizer = None
-        if plan.optimizer is not None:
-            known = {**program.parameters, **program.loss_parameters}
-            optimizer = copy_optimizer(plan.optimizer, _Both.of(model, loss_module), known)
-        with tapped(recorder):
-            return _loop(run, draw, optimizer)
+        try:
+            return _measured(program, plan, draw, chosen)
+        finally:
+            recorder.forget()
+            del program  # its copies are gone before the originals are given their memory back
+
+
+def _measured(
+    program: Program, plan: Plan, draw: Callable[[int], Any], chosen: tuple[str, str]
+) -> FlowRecord:
+    """Run the plan on working copies; nothing that is made here outlives the call but the record."""
+    model, loss_module, recorder = program.model, program.loss_module, program.recorder
+    run = Run(program, plan, History(program), *chosen)
+    run.sessions = [m.start(model, recorder.modules) for m in plan.measurements]
+    optimizer = None
+    if plan.optimizer is not None:
+        known = {**program.parameters, **program.loss_parameters}
+        optimizer = copy_optimizer(plan.optimizer, _Both.of(model, loss_module), known)
+    with tapped(recorder):
+        return _loop(run, draw, optimizer)
 
 
 class _Both(nn.Module):
@@ -190,6 +206,8 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
         _check_first(run, shown, step)
         _end(run.sessions)
         _learn_structure(run, shown)
+        if shown.structure is not None:
+            shown.structure.release()
         if program.held:
             raise ModelInputError(
                 f"{next(iter(program.held))!r} is used past the module that it belongs to: a list, a closure "

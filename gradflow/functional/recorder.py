@@ -118,6 +118,12 @@ class Recorder:
         self.leaves = set(self.modules) - parents
         self.types = {name: type_name(module) for name, module in self.modules.items()}
 
+    def forget(self) -> None:
+        """Let go of all that the last step left, at the end of a run."""
+        self.begin_step(structural=False, look=False)
+        self.active, self.pool, self.sessions = False, [], ()
+        self.on_enter = self.on_exit = self.on_probe = self.after_module = None
+
     def begin_step(self, *, structural: bool, look: bool, slots: list[Tensor] | None = None) -> None:
         """Forget the step before, and listen."""
         self.active, self.structural, self.look = True, structural, look

@@ -3,18 +3,78 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradflow.errors import ModelInputError
 
 Tensors = dict[str, Tensor]
+Copy = Callable[[Tensor], Tensor]
 
 
-def copy_parameters(model: nn.Module) -> Tensors:
+# NOTE [Copies on write]
+# A model may write to its parameters, so a run works on copies of them. Most models never do: then a copy
+# need not exist. PyTorch's `_lazy_clone` returns a tensor on the same memory, which is copied as soon as one
+# of the two is written to or asked for its raw pointer, by whatever operation. At the end of a run the
+# originals must be what they were, at the address where they were: a copy that somebody still holds is given
+# memory of its own, and then the original, asked for its pointer, keeps its own.
+
+
+class LazyCopies:
+    """Makes copies that take memory only when they are written to; see NOTE [Copies on write].
+
+    It is a context: at its end the originals have their memory for themselves again.
+    """
+
+    def __init__(self) -> None:
+        self._shared: list[tuple[Tensor, StorageWeakRef]] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor; a real one, where its memory cannot be shared in this way."""
+        if not _can_be_shared(tensor):
+            return tensor.clone()
+        try:
+            copy = tensor._lazy_clone()  # type: ignore[attr-defined]
+        except RuntimeError:  # memory that is not PyTorch's own: of numpy, or shared between processes
+            return tensor.clone()
+        self._shared.append((tensor, StorageWeakRef(copy.untyped_storage())))
+        return copy
+
+    def __enter__(self) -> LazyCopies:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for original, copy in self._shared:
+            storage = torch.UntypedStorage._new_with_weak_ptr(copy.cdata)  # type: ignore[attr-defined]
+            if storage is not None:
+                storage.data_ptr()
+            original.data_ptr()
+        self._shared.clear()
+
+
+def _can_be_shared(tensor: Tensor) -> bool:
+    """Whether a tensor is a plain one that fills its memory, on a device whose memory is copied on write."""
+    return (
+        hasattr(torch.Tensor, "_lazy_clone")
+        and type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and tensor.device.type in ("cpu", "cuda")
+        and not (tensor.is_inference() or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() > 0
+        and not torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
+    )
+
+
+def copy_parameters(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
     """Return leaf copies of the parameters by qualified name; a tied parameter appears once.
+
+    Args:
+        model: the model.
+        copy_of: makes the copy of a detached tensor.
 
     Raises:
         ModelInputError: if a parameter has no values (lazy modules, the meta device).
@@ -22,7 +82,7 @@ def copy_parameters(model: nn.Module) -> Tensors:
     copies: Tensors = {}
     for name, parameter in model.named_parameters():
         _check_has_values(name, parameter)
-        values, kind = parameter.detach().clone(), type(parameter)
+        values, kind = copy_of(parameter.detach()), type(parameter)
         if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
             copy = nn.Parameter(values, requires_grad=parameter.requires_grad)
         else:  # a class of the user's
@@ -35,12 +95,12 @@ def copy_parameters(model: nn.Module) -> Tensors:
     return copies
 
 
-def copy_buffers(model: nn.Module) -> Tensors:
+def copy_buffers(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
     """Return copies of the buffers by qualified name; a shared buffer appears once."""
     buffers: Tensors = {}
     for name, buffer in model.named_buffers():
         _check_has_values(name, buffer)
-        buffers[name] = buffer.detach().clone()
+        buffers[name] = copy_of(buffer.detach())
     return buffers
 
 

@@ -18,7 +18,7 @@ from gradflow.functional.probes import arrival, sum_of_squares
 from gradflow.functional.purity import ModuleState, RandomState
 from gradflow.functional.recorder import NeedsRetry, Recorder
 from gradflow.functional.reverse import Flows, ReentrantCheckpoint, accumulated, check_walkable, fused, walked
-from gradflow.functional.state import Swap, Tensors, copy_buffers, copy_parameters
+from gradflow.functional.state import LazyCopies, Swap, Tensors, copy_buffers, copy_parameters
 from gradflow.functional.trees import shapes
 from gradflow.functional.watch import Watch
 
@@ -46,6 +46,7 @@ class Program:
         evaluate: batch, step → loss, calling the user's model and loss once each.
         recorder: told of every layer call.
         inputs_of: batch → the model's input tensors by name.
+        copies: makes the working copies.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Program:
     evaluate: Callable[[Any, int], Any]
     recorder: Recorder
     inputs_of: Callable[[Any], Tensors]
+    copies: LazyCopies = attrs.field(factory=LazyCopies)
     parameters: Tensors = attrs.field(factory=dict)
     loss_parameters: Tensors = attrs.field(factory=dict)
     buffers: Tensors = attrs.field(factory=dict)
@@ -65,8 +67,8 @@ class Program:
     _originals: dict[int, str] = attrs.field(factory=dict)  # names of the user's parameters, by id
 
     def __attrs_post_init__(self) -> None:
-        self.parameters = copy_parameters(self.model)
-        self.buffers = copy_buffers(self.model)
+        self.parameters = copy_parameters(self.model, self.copies)
+        self.buffers = copy_buffers(self.model, self.copies)
         self._swaps = [Swap(self.model)]
         self._originals = {id(p): name for name, p in self.model.named_parameters()}
         if self.loss_module is not None:
@@ -74,8 +76,9 @@ class Program:
             shared = {id(p): name for name, p in self.model.named_parameters()}
             shared |= {id(b): name for name, b in self.model.named_buffers()}
             own = {n for n, t in (*loss.named_parameters(), *loss.named_buffers()) if id(t) not in shared}
-            self.loss_parameters = {prefix + n: p for n, p in copy_parameters(loss).items() if n in own}
-            self.buffers |= {prefix + n: b for n, b in copy_buffers(loss).items() if n in own}
+            parameters, buffers = copy_parameters(loss, self.copies), copy_buffers(loss, self.copies)
+            self.loss_parameters = {prefix + n: p for n, p in parameters.items() if n in own}
+            self.buffers |= {prefix + n: b for n, b in buffers.items() if n in own}
             self._swaps.append(Swap(loss, prefix, shared))
             self._originals |= {id(p): prefix + n for n, p in loss.named_parameters() if n in own}
 
