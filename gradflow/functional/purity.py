@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import random
+import sys
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -39,21 +40,25 @@ class RandomState:
 
     Args:
         host: whether numpy's and Python's are remembered too; a look at them costs more than at torch's.
+            Numpy's has no state before its module is loaded, which takes 5 MB.
     """
 
     def __init__(self, *, host: bool = True) -> None:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
         self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-        self._host = (np.random.get_state(), random.getstate()) if host else None
+        self._python = random.getstate() if host else None
+        self._numpy = _numpy_state() if host else None
 
     def host_moved(self) -> bool:
         """Whether numpy's or Python's state has moved on since."""
-        if self._host is None:
+        if self._python is None:
             return False
-        now: Any = np.random.get_state()
-        then: Any = self._host[0]
-        return now[2] != then[2] or not np.array_equal(now[1], then[1]) or random.getstate() != self._host[1]
+        now, then = _numpy_state(), self._numpy
+        if (now is None) != (then is None):
+            return True
+        moved = now is not None and (now[2] != then[2] or not np.array_equal(now[1], then[1]))
+        return moved or random.getstate() != self._python
 
     def restore(self) -> None:
         """Put the states back."""
@@ -62,9 +67,14 @@ class RandomState:
             torch.cuda.set_rng_state_all(self._cuda)
         if self._mps is not None:
             torch.mps.set_rng_state(self._mps)
-        if self._host is not None:
-            np.random.set_state(self._host[0])
-            random.setstate(self._host[1])
+        if self._numpy is not None:
+            np.random.set_state(self._numpy)
+        if self._python is not None:
+            random.setstate(self._python)
+
+
+def _numpy_state() -> Any:
+    return np.random.get_state() if "numpy.random" in sys.modules else None
 
 
 def _cuda_in_use() -> bool:
@@ -200,22 +210,26 @@ class ModuleState:
         if isinstance(value, np.ndarray):
             saved = value.copy()
             self._undo.append(lambda: np.copyto(value, saved) if value.flags.writeable else None)
-        elif isinstance(value, np.random.RandomState):
-            legacy = value.get_state()
-            self._undo.append(lambda: value.set_state(legacy))
         elif isinstance(value, torch.Generator):
             state = value.get_state()
             self._undo.append(lambda: value.set_state(state))
-        elif isinstance(value, np.random.Generator):
-            bits = value.bit_generator.state
-            self._undo.append(lambda: setattr(value.bit_generator, "state", bits))
         elif isinstance(value, random.Random):
             internal = value.getstate()
             self._undo.append(lambda: value.setstate(internal))
+        elif _is_numpy_generator(value):
+            self._remember_generator(value)
         elif _is_users(value):
             self._remember_slots(value)
             if isinstance(attributes := getattr(value, "__dict__", None), dict):
                 self._remember_dict(attributes)
+
+    def _remember_generator(self, value: Any) -> None:
+        if isinstance(value, np.random.RandomState):
+            legacy = value.get_state()
+            self._undo.append(lambda: value.set_state(legacy))
+        else:
+            bits = value.bit_generator.state
+            self._undo.append(lambda: setattr(value.bit_generator, "state", bits))
 
     def _remember_slots(self, value: Any) -> None:
         """Remember attributes without a dict, as classes of `attrs` and `dataclass(slots=True)` keep them."""
@@ -232,6 +246,11 @@ class ModuleState:
             self._undo.append(undo)
         for item in saved.values():
             self._remember(item)
+
+
+def _is_numpy_generator(value: Any) -> bool:
+    loaded = "numpy.random" in sys.modules
+    return loaded and isinstance(value, (np.random.RandomState, np.random.Generator))
 
 
 def _is_users(value: Any) -> bool:

@@ -282,9 +282,17 @@ class Recorder:
         if self.on_probe is not None:
             self.on_probe(y, probed)
         if probed is not y and (y._is_view() or given):
-            self.aliases.append((call.module, probed, probed._version))
+            self.aliases.append((call.module, self._counter(probed), probed._version))
         memo[id(y)] = probed
         return probed
+
+    def _counter(self, y: Tensor) -> Tensor:
+        """Return an empty tensor that shares the count of writes with `y`, and does not keep its memory."""
+        if self.given_slots is not None:
+            return y  # a transform's wrapper, whose data cannot be changed
+        counter = y.detach()
+        counter.data = counter.new_empty(0)
+        return counter
 
     def _probe(self, call: Call, y: Tensor, *, in_place: bool = False) -> Tensor:
         if not y.requires_grad or not is_differentiable(y) or not torch.is_grad_enabled():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradflow.errors import ModelInputError
 from gradflow.functional import analyze, call, state
@@ -320,3 +321,27 @@ def test_where_torch_cannot_share_memory_copies_are_real(monkeypatch: pytest.Mon
     analyze(model, [X] * 2, lambda y: y.square().mean(), steps=2)
     assert_as_before(model, before)
     assert seen == [(False, False)] * len(seen) != []
+
+
+def test_what_the_plain_step_frees_is_freed() -> None:
+    """A linear layer's output behind a batch of sequences is a view; a rectifier does not save its input."""
+    freed: list[bool] = []
+
+    class Feedforward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            memory = StorageWeakRef(h.untyped_storage())
+            h = h.relu()
+            freed.append(memory.expired())
+            return self.b(h)
+
+    model = Feedforward()
+    model(torch.randn(2, 5, 3))
+    assert freed == [True]
+    analyze(model, [torch.randn(2, 5, 3)] * 4, lambda y: y.square().mean(), steps=4)
+    assert len(freed) > 4
+    assert all(freed[2:])  # all but the first step, which looks at the structure
