@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Sequence
 
 import attrs
@@ -9,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.functional.probes import is_safe, num_nonzero, sum_of_squares
-from gradflow.functional.recorder import Call
+from gradflow.functional.probes import is_safe, num_nonzero, safe_range, sum_of_squares
+from gradflow.functional.recorder import Call, Observation
 from gradflow.functional.step import Outcome, Program
 from gradflow.functional.trees import wide_dtype
 from gradflow.functional.watch import ActivationKey
@@ -20,6 +21,7 @@ Place = tuple[str, Hashable]  # what a number is (`grad`, `out`, ...), and of wh
 
 # Numbers whose sums were taken fast or exactly; see NOTE [Exact and fast] in probes.py.
 _SUMS = ("grad", "out", "pgrad")
+_MERGED = 8  # steps whose peaks of a rectifier's units are merged at once, if no look comes first
 
 
 @attrs.frozen(eq=False)
@@ -53,12 +55,14 @@ class Row:
         values: the numbers; sums are of squares.
         counts: how many elements are behind each.
         sizes: number of output elements of each layer call.
+        safe: whether all numbers are known to be finite.
     """
 
     layout: Layout
     values: Floats
     counts: Floats
     sizes: tuple[int, ...]
+    safe: bool = False
 
     @property
     def loss(self) -> float:
@@ -68,16 +72,16 @@ class Row:
     @property
     def finite(self) -> bool:
         """Whether the loss and every gradient is finite."""
-        return bool(np.isfinite(self.values[self.layout.must_be_finite]).all())
+        return self.safe or bool(np.isfinite(self.values[self.layout.must_be_finite]).all())
 
 
-_EXACT_AS_FLOAT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_EXACT_AS_FLOAT = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def to_host(values: Sequence[Tensor]) -> list[float]:
     """Return scalars (of shape ()) that may lie on several devices as floats: one transfer a device."""
-    if len({(value.device, value.dtype) for value in values}) == 1 and values[0].dtype in _EXACT_AS_FLOAT:
-        return torch.stack(list(values)).tolist()
+    if values and all([v.is_cpu for v in values]) and {v.dtype for v in values} <= _EXACT_AS_FLOAT:
+        return torch.stack(list(values)).tolist()  # in the widest of their dtypes
     found: list[float] = [0.0] * len(values)
     by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}
     for i, value in enumerate(values):
@@ -92,6 +96,31 @@ def to_host(values: Sequence[Tensor]) -> list[float]:
 
 
 @attrs.define(eq=False)
+class Form:
+    """What an ordinary step has given: the next one that gives the same needs no new layout.
+
+    Args:
+        calls: the calls of the step.
+        probed: indices of the calls behind its output gradients.
+        reached: which parameters had a gradient.
+        moved: whether the norms of the parameters were taken.
+        layout: the layout of its row.
+        counts: element counts of its row.
+        sizes: number of output elements of each layer call.
+        ranges: between which a sum of squares must be to be safe, and any other number to be finite.
+    """
+
+    calls: list[Call]
+    probed: list[int]
+    reached: list[bool]
+    moved: bool
+    layout: Layout
+    counts: Floats
+    sizes: tuple[int, ...]
+    ranges: list[tuple[float, float]]
+
+
+@attrs.define(eq=False)
 class History:
     """Everything that was read off the steps so far."""
 
@@ -102,48 +131,117 @@ class History:
     out_of_range: set[Place] = attrs.field(factory=set)  # sums that were once unsafe; they stay exact
     in_doubt: bool = False  # whether a fast sum of the last row is zero, which may be an underflow
     peaks: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
+    rising: dict[ActivationKey, list[Tensor]] = attrs.field(factory=dict)  # peaks of steps since the last merge
     settled: set[ActivationKey] = attrs.field(factory=set)  # rectifiers of which every unit has fired
     settling: bool = False  # whether the last step has settled any
     stuck: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
+    _form: Form | None = None  # of the last ordinary step
     _layouts: dict[tuple[tuple[Place, ...], tuple[str, ...]], Layout] = attrs.field(factory=dict)
 
     def read(self, outcome: Outcome, *, look: bool, parameters_moved: bool) -> Row:
         """Return the step's numbers: the one transfer to the host that a step makes, after it is done."""
+        slots = [slot for slot in outcome.slots if slot is not None]
+        noted = self._noted()
+        risen = self.merge_peaks() if look or any(len(steps) >= _MERGED for steps in self.rising.values()) else {}
+        moved = parameters_moved or not self.rows
+        scalars = [outcome.loss, *slots, *(value for _, value in noted), *risen.values()]
+        self._sum_parameters(outcome, scalars, look, moved)
+        values = to_host(scalars)
+        form = self._form
+        if noted or risen or look or form is None or not self._is_like(form, outcome, moved):
+            return self._read_anew(outcome, np.array(values), noted, risen, look, moved)
+        form.calls = self.program.recorder.calls
+        safe = all([least < v < most for v, (least, most) in zip(values, form.ranges, strict=True)])
+        row = Row(form.layout, np.array(values), form.counts, form.sizes, safe)
+        self.in_doubt = self.settling = False
+        if not safe:
+            self._choose_precision(row)
+        return row
+
+    def _read_anew(
+        self,
+        outcome: Outcome,
+        values: Floats,
+        noted: list[tuple[Observation, Tensor]],
+        risen: dict[ActivationKey, Tensor],
+        look: bool,
+        moved: bool,
+    ) -> Row:
+        """Return the row of a step that gives other numbers than the one before."""
         recorder = self.program.recorder
-        calls = [call for call in recorder.calls if call.is_layer]
-        scalars: list[Tensor] = [outcome.loss]
-        places: list[Place] = [("loss", "")]
-        counts: list[int] = [1]
-        risen: dict[ActivationKey, None] = {}  # rectifiers with units that have not fired yet
-        for site, slot in zip(recorder.sites, outcome.slots, strict=True):
-            if slot is not None:
-                scalars.append(slot)
-                places.append(("grad", recorder.calls[site.call].name))
-                counts.append(recorder.calls[site.call].num_elements)
-        for observation, value in zip(recorder.observations, recorder.values, strict=True):
+        probed = [s.call for s, slot in zip(recorder.sites, outcome.slots, strict=True) if slot is not None]
+        places: list[Place] = [("loss", ""), *(("grad", recorder.calls[i].name) for i in probed)]
+        numbers = [1, *(recorder.calls[i].num_elements for i in probed)]
+        for observation, _ in noted:
             key = observation.key
-            if observation.kind in ("peak", "stuck"):
-                if key not in self.settled:
-                    self._merge(observation.kind, key, value)
-                    if observation.kind == "peak":
-                        risen[key] = None
-                continue
-            scalars.append(value)
             places.append((observation.kind, recorder.calls[key].name if isinstance(key, int) else key))
-            counts.append(observation.number)
-        for key in risen:
-            if (peak := self.peaks[key]) is not None:
-                scalars.append(peak.min())
-                places.append(("least_peak", key))
-                counts.append(1)
-        self._add_parameters(outcome, scalars, places, counts, look, parameters_moved)
+            numbers.append(observation.number)
+        places += [("least_peak", key) for key in risen]
+        numbers += [1] * len(risen)
+        for name, parameter in self.program.parameters.items():
+            kinds = self._kinds(outcome.gradients.get(name), look, moved)
+            places += [(kind, name) for kind in kinds]
+            numbers += [parameter.numel()] * len(kinds)
+        calls = [call for call in recorder.calls if call.is_layer]
         for call in calls:
             self.calls[call.name] = self._merged_call(call)
-        layout = self._layout(places, calls)
-        row = Row(layout, np.array(to_host(scalars)), np.array(counts), tuple(c.num_elements for c in calls))
+        layout, counts = self._layout(places, calls), np.array(numbers)
+        row = Row(layout, values, counts, tuple(call.num_elements for call in calls))
         self._choose_precision(row)
         self._settle(row)
+        self._form = None
+        if recorder.capturing and not (noted or risen or look):
+            least, most = safe_range(counts)
+            least, most = np.where(layout.sums, least, -np.inf), np.where(layout.sums, most, np.inf)
+            reached = [gradient is not None for gradient in outcome.gradients.values()]
+            ranges = list(zip(least.tolist(), most.tolist(), strict=True))
+            self._form = Form(recorder.calls, probed, reached, moved, layout, counts, row.sizes, ranges)
         return row
+
+    def _is_like(self, form: Form, outcome: Outcome, moved: bool) -> bool:
+        """Whether a step gave numbers of the same things, and of as many elements each, as `form` tells."""
+        recorder = self.program.recorder
+        return (
+            recorder.alike
+            and recorder.known is form.calls
+            and len(recorder.calls) == len(form.calls)
+            and moved == form.moved
+            and [s.call for s, slot in zip(recorder.sites, outcome.slots, strict=True) if slot is not None]
+            == form.probed
+            and [g is not None for g in outcome.gradients.values()] == form.reached
+            and tuple([call.num_elements for call in recorder.calls]) == form.sizes
+        )
+
+    def _noted(self) -> list[tuple[Observation, Tensor]]:
+        """Return what was noted and goes into the row; what is kept for every unit is put aside."""
+        recorder, noted = self.program.recorder, []
+        for observation, value in zip(recorder.observations, recorder.values, strict=True):
+            if observation.kind == "peak":
+                if observation.key not in self.settled:
+                    self.rising.setdefault(observation.key, []).append(value)
+            elif observation.kind == "stuck":
+                self._merge_stuck(observation.key, value)
+            else:
+                noted.append((observation, value))
+        return noted
+
+    def merge_peaks(self) -> dict[ActivationKey, Tensor]:
+        """Merge the peaks of the last steps; return the smallest of each rectifier that has any."""
+        least = {}
+        for key, steps in self.rising.items():
+            kept = [self.peaks[key], *steps] if key in self.peaks else steps
+            shapes = {None if units is None else units.shape for units in kept}
+            # units that come and go cannot be told apart
+            merged = functools.reduce(torch.fmax, kept) if len(shapes) == 1 and None not in shapes else None  # type: ignore[arg-type]
+            self.peaks[key] = merged
+            if merged is not None:
+                least[key] = merged.min()
+        self.rising.clear()
+        return least
+
+    def _merge_stuck(self, key: ActivationKey, units: Tensor) -> None:
+        old = self.stuck.get(key, units)
+        self.stuck[key] = None if old is None or old.shape != units.shape else old & units
 
     def _settle(self, row: Row) -> None:
         """Stop following rectifiers of which every unit has fired: nothing more can come of it."""
@@ -167,50 +265,34 @@ class History:
             self._layouts[key] = Layout(*key)
         return self._layouts[key]
 
-    def _merge(self, kind: str, key: ActivationKey, units: Tensor) -> None:
-        kept = self.peaks if kind == "peak" else self.stuck
-        units = units.detach()
-        if key not in kept:
-            kept[key] = units.clone()
-        elif (old := kept[key]) is not None:
-            if old.shape != units.shape:
-                kept[key] = None  # units that come and go cannot be told apart
-            else:
-                kept[key] = torch.fmax(old, units) if kind == "peak" else old & units
+    @staticmethod
+    def _kinds(gradient: Tensor | None, look: bool, moved: bool) -> list[str]:
+        """Return which numbers are taken of a parameter, in their order."""
+        kinds = ["norm"] if moved else []
+        if gradient is not None:
+            kinds += ["pgrad", "pzeros"] if look and gradient.layout is torch.strided else ["pgrad"]
+        return kinds
 
-    def _add_parameters(
-        self,
-        outcome: Outcome,
-        scalars: list[Tensor],
-        places: list[Place],
-        counts: list[int],
-        look: bool,
-        moved: bool,
-    ) -> None:
+    def _sum_parameters(self, outcome: Outcome, scalars: list[Tensor], look: bool, moved: bool) -> None:
+        """Add the numbers of `_kinds` of every parameter to `scalars`."""
         for name, parameter in self.program.parameters.items():
-            size = parameter.numel()
-            if moved or not self.rows:
+            if moved:
                 scalars.append(sum_of_squares(parameter.detach(), exact=not self.rows))
-                places.append(("norm", name))
-                counts.append(size)
             gradient = outcome.gradients.get(name)
             if gradient is None:
                 continue
             scalars.append(sum_of_squares(gradient, exact=self.exact_parameters.get(name, True)))
-            places.append(("pgrad", name))
-            counts.append(size)
             if look and gradient.layout is torch.strided:
-                scalars.append(size - num_nonzero(gradient))
-                places.append(("pzeros", name))
-                counts.append(size)
+                scalars.append(parameter.numel() - num_nonzero(gradient))
 
     def _choose_precision(self, row: Row) -> None:
         """Choose how the next step's sums are taken; see NOTE [Exact and fast] in probes.py."""
         exact, layout = self.program.recorder.exact, row.layout
+        any_exact = not exact or any(exact.values()) or any(self.exact_parameters.values())
         unsafe = layout.sums & ~is_safe(row.values, row.counts)
         self.in_doubt = False
         settled = bool(self.rows) and self.rows[-1].layout is layout and not unsafe.any()
-        if settled and not any(exact.values()) and not any(self.exact_parameters.values()):
+        if settled and not any_exact:
             return
         for kind in _SUMS:
             for position, (found, key) in enumerate(layout.places):

@@ -289,7 +289,7 @@ def _learn_activations(run: Run) -> None:
     recorder, settled = run.program.recorder, run.history.settled
     keys = [key for key in run.history.peaks if key.kind == "rectifier" and key not in settled]
     run.program.watching = any(key.functional for key in keys)
-    recorder.rectifier_ops = {key.layer.split("@")[0]: key.op for key in keys if not key.functional}
+    recorder.rectifiers = {key.layer: key for key in keys if not key.functional}
     recorder.after_module = functools.partial(after_module, recorder)
 
 

@@ -232,10 +232,19 @@ def _flat(x: Tensor) -> Tensor | None:
     return x.view(-1) if x.is_contiguous() else None
 
 
+def safe_range(num_elements: Floats) -> tuple[Floats, Floats]:
+    """Return the sums of squares between which the next step's may be taken in single precision.
+
+    See NOTE [Exact and fast].
+    """
+    number = np.maximum(num_elements, 1)
+    return 1e-24 * number, 1e24 * number
+
+
 def is_safe(sum_squares: Floats, num_elements: Floats) -> Bools:
-    """Return whether the next step's sum may be taken in single precision; see NOTE [Exact and fast]."""
-    mean_square = sum_squares / np.maximum(num_elements, 1)
-    return (mean_square > 1e-24) & (mean_square < 1e24)
+    """Return whether the next step's sums may be taken in single precision."""
+    least, most = safe_range(num_elements)
+    return (sum_squares > least) & (sum_squares < most)
 
 
 def statistics_dtype(x: Tensor, *, exact: bool) -> torch.dtype:

@@ -55,9 +55,10 @@ class RandomState:
         if self._python is None:
             return False
         now, then = _numpy_state(), self._numpy
-        if (now is None) != (then is None):
-            return True
-        moved = now is not None and (now[2] != then[2] or not np.array_equal(now[1], then[1]))
+        if now is None or then is None:
+            moved = now is not then
+        else:
+            moved = now[2] != then[2] or not np.array_equal(now[1], then[1])
         return moved or random.getstate() != self._python
 
     def restore(self) -> None:

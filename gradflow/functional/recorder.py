@@ -90,6 +90,8 @@ class Recorder:
     level: int = 0  # of torch.func transforms that the step itself runs in; see `transform_level`
     structural: bool = False  # the first step: containers and data flow are looked at as well
     capturing: bool = False  # in steps that take no more than the gradients
+    known: list[Call] = attrs.field(factory=list)  # the calls of the last such step
+    alike: bool = False  # whether all calls were the same so far, in the same order
     edges: set[tuple[int, int]] = attrs.field(factory=set)  # that are captured
     watched: bool = True  # functions are watched, see `watch.py`
     look: bool = False  # the costlier statistics are taken
@@ -102,7 +104,7 @@ class Recorder:
     given_slots: list[Tensor] | None = None
     last_type: str = ""
     aliases: list[tuple[str, Tensor, int]] = attrs.field(factory=list)
-    rectifier_ops: dict[str, str] = attrs.field(factory=dict)  # modules that only apply a rectifier -> op
+    rectifiers: dict[str, Any] = attrs.field(factory=dict)  # calls that only apply one that is followed -> key
     after_module: Callable[[Call, Any], None] | None = None  # told of those, where no watch is on
     on_enter: Callable[[Call, Any], None] | None = None
     on_exit: Callable[[Call, Any, Any], None] | None = None
@@ -126,8 +128,11 @@ class Recorder:
 
     def begin_step(self, *, structural: bool, look: bool, slots: list[Tensor] | None = None) -> None:
         """Forget the step before, and listen."""
+        if self.capturing and not self.stack:
+            self.known = self.calls
         self.active, self.structural, self.look = True, structural, look
         self.in_backward, self.failure = False, None
+        self.capturing = self.alike = False
         self.calls, self.stack, self.counts = [], [], {}
         self.observations, self.values, self.sites, self.aliases = [], [], [], []
         self.given_slots, self.last_type = slots, ""
@@ -147,18 +152,33 @@ class Recorder:
             return forward(*args, **kwargs)
         if self.structural or self.look or self.watched:
             return self._run_closely(name, layer, forward, args, kwargs)
-        call = self._enter(name, layer, args, kwargs)
-        if self.capturing:
-            call.start = sequence_number()
+        call = self._enter_again(name, args) if self.alike else self._enter(name, layer, args, kwargs)
+        call.start = sequence_number()
         try:
             output = forward(*args, **kwargs)
         except BaseException as error:
             self._failed(call, error)
             raise
         self.stack.pop()
-        if name in self.rectifier_ops and self.after_module is not None:
+        if call.name in self.rectifiers and self.after_module is not None:
             self.after_module(call, output)
         return self._observe(call, output, args)
+
+    def _enter_again(self, name: str, args: Any) -> Call:
+        """Enter a call as long as all went as in an earlier ordinary step, whose records of it are reused."""
+        index, parent = len(self.calls), self.stack[-1] if self.stack else -1
+        call = self.known[index] if index < len(self.known) else None
+        if call is None or call.module != name or call.parent != parent:
+            self.alike = False
+            for before in self.calls:
+                self.counts[before.module] = before.number + 1
+            return self._enter(name, True, args, {})
+        call.sites, call.num_elements = [], 0
+        if call.name not in self.captured:
+            call.versions = [version(a) for a in args]
+        self.calls.append(call)
+        self.stack.append(index)
+        return call
 
     def _run_closely(
         self, name: str, layer: bool, forward: Callable[..., Any], args: Any, kwargs: Any
@@ -257,8 +277,12 @@ class Recorder:
     # ----------------------------------------------------------------- outputs
 
     def _observe(self, call: Call, output: Any, args: Any) -> Any:
-        self.last_type = call.type if call.type not in _PASSING else self.last_type
+        if call.type not in _PASSING:
+            self.last_type = call.type
         if isinstance(output, Tensor):
+            if self.capturing and call.name in self.captured and self._capture(call, output):
+                call.num_elements = output.numel()
+                return output
             return self._observe_tensor(call, output, args, {})
         memo: dict[int, Tensor] = {}
         return map_tensors(lambda t: self._observe_tensor(call, t, args, memo), output)
@@ -311,11 +335,12 @@ class Recorder:
         node = y.grad_fn
         if node is None or node._sequence_nr() < call.start:  # type: ignore[attr-defined]
             return False
-        edge = GradientEdge(node, y.output_nr)
-        if (id(node), y.output_nr) in self.edges:
+        position = id(node), y.output_nr
+        if position in self.edges or y.layout is not torch.strided or not y.numel():
             return False
-        self.edges.add((id(node), y.output_nr))
-        site = Site(call.index, len(call.sites), self.exact.get((call.name, "grad"), True), edge=edge)
+        self.edges.add(position)
+        exact = self.exact.get((call.name, "grad"), True)
+        site = Site(call.index, len(call.sites), exact, edge=GradientEdge(node, y.output_nr))
         call.sites.append(site)
         self.sites.append(site)
         return True

@@ -21,6 +21,7 @@ from gradflow.records import FlowRecord, Provenance
 def conclude(run: Run, skipped: int) -> None:
     """Note what a reader must know, and where the gradient was seen to arrive."""
     unprobed, history = run.program.recorder.unprobed, run.history
+    history.merge_peaks()
     if skipped:
         run.notes.append(
             f"{skipped} updates with a non-finite loss or gradient were skipped, so that the steps after "

@@ -85,7 +85,7 @@ class Program:
     @property
     def trainable(self) -> Tensors:
         """All working parameters that require a gradient, the loss's own included."""
-        both = {**self.parameters, **self.loss_parameters}
+        both = {**self.parameters, **self.loss_parameters} if self.loss_parameters else self.parameters
         return {name: p for name, p in both.items() if p.requires_grad}
 
     @contextlib.contextmanager
@@ -114,7 +114,7 @@ class Program:
             # in a step in full detail, a hook on a tensor must be seen
             recorder.watched = observer is not None or self.watching or recorder.look or recorder.structural
             plain = not (recorder.watched or self.reentrant)
-            recorder.capturing = plain and recorder.given_slots is None
+            recorder.capturing = recorder.alike = plain and recorder.given_slots is None
             if not recorder.watched:
                 return checked_loss(self.evaluate(batch, step))
             with Watch(recorder, observer):
@@ -273,13 +273,13 @@ def _reverse(program: Program, loss: Tensor, structure: Structure | None, full: 
         gradients = fused(loss, leaves, retain_graph=True) if hooked else []
         exact = any(site.exact for site in recorder.sites)
         flows = walked(loss, structure, exact=exact, ranks=recorder.look)
-        _check_flat(program, leaves)
+        _check_flat(program, trainable, len(leaves))
         slots = [flows.probes.get(id(site)) for site in recorder.sites]
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
             slots = gradients[number:]
         else:
             gradients = [flows.leaves.get(id(p)) for p in (*trainable.values(), *held)]
-        return Outcome(loss.detach(), _by_name(program, gradients), slots, structure, flows)
+        return Outcome(loss.detach(), _by_name(program, trainable, gradients), slots, structure, flows)
     if program.reentrant:
         ours = [leaf for leaf in leaves if id(leaf) not in program._originals]
         outside = accumulated(loss, ours, program._originals)
@@ -294,35 +294,34 @@ def _reverse(program: Program, loss: Tensor, structure: Structure | None, full: 
                 leaf.grad = None
         return Outcome(loss.detach(), found, slots, structure)
     gradients = fused(loss, leaves)
-    _check_flat(program, leaves)
-    found = _by_name(program, gradients[:number])
+    _check_flat(program, trainable, len(leaves))
     slots = [
         g if site.edge is None or g is None else sum_of_squares(g, exact=site.exact)
         for site, g in zip(recorder.sites, gradients[number:], strict=True)
     ]
-    return Outcome(loss.detach(), found, slots, structure)
+    return Outcome(loss.detach(), _by_name(program, trainable, gradients[:number]), slots, structure)
 
 
-def _check_flat(program: Program, leaves: Sequence[Any]) -> None:
+def _check_flat(program: Program, trainable: Tensors, num_leaves: int) -> None:
     """Raise if the reverse pass ran another one inside, as a reversible layer of its own making does.
 
     What that one found is in the `.grad` of our leaves, and the calls that it probed are new.
     """
-    sites, trainable = program.recorder.sites, program.trainable.values()
-    if len(sites) + len(trainable) + len(program.held) > len(leaves) or any(
-        p.grad is not None for p in trainable
-    ):
-        for leaf in (*trainable, *(site.slot for site in sites)):
+    sites, parameters = program.recorder.sites, trainable.values()
+    more = len(sites) + len(parameters) + len(program.held) > num_leaves
+    if more or any([p.grad is not None for p in parameters]):
+        for leaf in (*parameters, *(site.slot for site in sites)):
             if leaf is not None:
                 leaf.grad = None
         raise ReentrantCheckpoint
 
 
-def _by_name(program: Program, gradients: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+def _by_name(
+    program: Program, trainable: Tensors, gradients: Sequence[Tensor | None]
+) -> dict[str, Tensor | None]:
     """Return the gradients of the working parameters by name, with those of `program.held` added."""
-    names = list(program.trainable)
-    found = dict(zip(names, gradients, strict=False))
-    for name, other in zip(program.held, gradients[len(names) : len(names) + len(program.held)], strict=True):
+    found = dict(zip(trainable, gradients, strict=False))
+    for name, other in zip(program.held, gradients[len(trainable) :], strict=False):
         found[name] = _sum(found[name], other)
     return found
 

@@ -96,7 +96,7 @@ def note_rectifier(recorder: Recorder, key: ActivationKey, y: Tensor) -> None:
     """Note the largest output of every unit of a rectifier, and at looks how many elements fire."""
     axis = unit_axis(y, recorder.last_type)
     dims = [d for d in range(y.dim()) if d != axis % y.dim()] if y.dim() > 1 else []
-    recorder.note("peak", key, y.amax(dims) if dims else y.reshape(-1), y.numel())
+    recorder.note("peak", key, y.amax(dims) if dims else y.clone(), y.numel())
     if recorder.look:
         recorder.note("fired", key, torch.count_nonzero(y > 0), y.numel())
 
@@ -104,8 +104,9 @@ def note_rectifier(recorder: Recorder, key: ActivationKey, y: Tensor) -> None:
 def after_module(recorder: Recorder, call: Call, output: Any) -> None:
     """Note what a rectifier module gave, in a step without a watch."""
     if isinstance(output, Tensor) and output.requires_grad and output.numel():
-        op = recorder.rectifier_ops[call.module]
-        note_rectifier(recorder, ActivationKey(call.name, op, "rectifier", False, call.name), output.detach())
+        key = recorder.rectifiers.get(call.name)
+        if key is not None:
+            note_rectifier(recorder, key, output.detach())
 
 
 @attrs.frozen
