@@ -52,10 +52,30 @@ class Structure:
     group_of: dict[Node, str]
     leaves: dict[Node, Tensor]  # nodes that stand for leaf tensors
     foreign: list[Tensor]  # leaves that are neither working parameters nor tensors of the batch
+    calls: list[Call] = attrs.field(factory=list)  # of the step
+    signature: list[Any] = attrs.field(factory=list)  # of the autograd graph: see `signature`
+    placed: list[str | None] = attrs.field(factory=list)  # the group of every node, in their order
 
     def release(self) -> None:
         """Let go of the autograd graph, and keep the contracted one."""
         self.nodes, self.group_of, self.leaves, self.foreign = [], {}, {}, []
+
+    def again(self, nodes: list[Node], calls: list[Call]) -> Structure | None:
+        """Return the structure of a later step, if its graph and its calls are the same, else None.
+
+        Args:
+            nodes: those of the later step, in topological order.
+            calls: its calls.
+        """
+        if len(nodes) != len(self.placed) or len(calls) != len(self.calls):
+            return None
+        if any([a.name != b.name or a.parent != b.parent for a, b in zip(calls, self.calls, strict=True)]):
+            return None
+        if signature(nodes) != self.signature:
+            return None
+        group_of = {node: name for node, name in zip(nodes, self.placed, strict=True) if name is not None}
+        leaves = {node: node.variable for node in nodes if is_leaf(node)}
+        return attrs.evolve(self, nodes=nodes, group_of=group_of, leaves=leaves)
 
 
 def topological(root: Node) -> list[Node]:
@@ -79,6 +99,23 @@ def topological(root: Node) -> list[Node]:
                 if not waiting[child]:
                     ready.append(child)
     return order
+
+
+def signature(nodes: list[Node]) -> list[Any]:
+    """Return what tells an autograd graph from others: kinds of nodes, edges, leaves, calls of the probes.
+
+    Args:
+        nodes: all of them, in topological order.
+    """
+    position = {node: i for i, node in enumerate(nodes)}
+    found: list[Any] = []
+    for node in nodes:
+        if is_leaf(node):
+            found.append(id(node.variable))
+        else:
+            found.append(node.site.call if is_probe(node) else node.name())
+            found.append([(position[c], k) for c, k in node.next_functions if c is not None])
+    return found
 
 
 def is_leaf(node: Node) -> bool:
@@ -130,6 +167,7 @@ def build(
     recorder: Recorder,
     parameters: Mapping[str, Tensor],
     inputs: Callable[[], Mapping[str, Tensor]],
+    before: Structure | None = None,
 ) -> Structure:
     """Return the contracted graph of the step that ended in `loss`.
 
@@ -138,11 +176,14 @@ def build(
         recorder: the recorder of that (structural) step.
         parameters: working parameters by qualified name.
         inputs: gives the tensors of the batch by name; asked only if the graph holds a leaf of another kind.
+        before: the structure of an earlier step, which most often is the same.
     """
     nodes = topological(loss.grad_fn)
+    if before is not None and (same := before.again(nodes, recorder.calls)) is not None:
+        return same
     windows = Windows(recorder.calls)
     names = {id(p): n for n, p in parameters.items()}
-    structure = Structure({}, {}, nodes, {}, {}, [])
+    structure = Structure({}, {}, nodes, {}, {}, [], recorder.calls)
     taken = dict.fromkeys([*(c.name for c in recorder.calls), LOSS], 1)  # name -> next number to try
     structure.groups[LOSS] = Group(LOSS, "loss", 2**62, type="loss")
     inner = [n for n in nodes if not is_leaf(n)]
@@ -150,7 +191,8 @@ def build(
         group = _group(node, recorder, windows, taken, structure)
         structure.group_of[node] = group.name
     leaves = [node for node in nodes if is_leaf(node)]
-    others = any(id(node.variable) not in names for node in leaves)
+    known = {*names, *(id(slot) for slot in recorder.pool)}
+    others = any(id(node.variable) not in known for node in leaves)
     input_names = {id(t): n for n, t in inputs().items()} if others else {}
     for node in leaves:
         _place_leaf(node, structure, names, input_names)
@@ -158,6 +200,9 @@ def build(
     for source, target, _, _ in boundaries(structure):
         structure.edges[(source, target)] = None
     _attach_parameters(structure, names)
+    if not others:
+        structure.signature = signature(nodes)
+        structure.placed = [structure.group_of.get(node) for node in nodes]
     return structure
 
 

@@ -190,7 +190,7 @@ class History:
         self._choose_precision(row)
         self._settle(row)
         self._form = None
-        if recorder.capturing and not (noted or risen or look):
+        if recorder.ordinary and not (noted or risen or look):
             least, most = safe_range(counts)
             least, most = np.where(layout.sums, least, -np.inf), np.where(layout.sums, most, np.inf)
             reached = [gradient is not None for gradient in outcome.gradients.values()]
@@ -209,7 +209,7 @@ class History:
             and [s.call for s, slot in zip(recorder.sites, outcome.slots, strict=True) if slot is not None]
             == form.probed
             and [g is not None for g in outcome.gradients.values()] == form.reached
-            and tuple([call.num_elements for call in recorder.calls]) == form.sizes
+            and tuple([call.num_elements for call in recorder.calls if call.is_layer]) == form.sizes
         )
 
     def _noted(self) -> list[tuple[Observation, Tensor]]:

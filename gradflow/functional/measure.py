@@ -161,8 +161,7 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
             _learn_activations(run)
         if outcome.flows is not None:
             run.flows.append(read_flows(step, outcome.flows))
-            if outcome.structure is not None and step > 0:
-                run.structures.append(outcome.structure)
+            _add_structure(run, outcome.structure)
         if not row.finite:
             row = _trace(run, batch, step, before, row)
         elif run.history.in_doubt:
@@ -278,6 +277,13 @@ def _learn_structure(run: Run, outcome: Outcome) -> None:
         run.dataflow.release()
     run.bypassed = set(bypassed(structure)) if structure is not None else set()
     run.capturable = capturable(structure) if structure is not None else set()
+
+
+def _add_structure(run: Run, structure: Structure | None) -> None:
+    """Keep the graph of a step, unless it is that of the step before."""
+    kept = run.structures
+    if structure is not None and not (kept and structure.groups is kept[-1].groups):
+        kept.append(structure)
 
 
 def _learn_activations(run: Run) -> None:

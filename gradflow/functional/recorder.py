@@ -89,8 +89,9 @@ class Recorder:
     active: bool = False
     level: int = 0  # of torch.func transforms that the step itself runs in; see `transform_level`
     structural: bool = False  # the first step: containers and data flow are looked at as well
-    capturing: bool = False  # in steps that take no more than the gradients
-    known: list[Call] = attrs.field(factory=list)  # the calls of the last such step
+    ordinary: bool = False  # nothing but gradients is taken
+    capturing: bool = False  # the like, and no structure
+    known: list[Call] = attrs.field(factory=list)  # the calls of the last ordinary step
     alike: bool = False  # whether all calls were the same so far, in the same order
     edges: set[tuple[int, int]] = attrs.field(factory=set)  # that are captured
     watched: bool = True  # functions are watched, see `watch.py`
@@ -128,11 +129,11 @@ class Recorder:
 
     def begin_step(self, *, structural: bool, look: bool, slots: list[Tensor] | None = None) -> None:
         """Forget the step before, and listen."""
-        if self.capturing and not self.stack:
+        if self.ordinary and not self.stack:
             self.known = self.calls
         self.active, self.structural, self.look = True, structural, look
         self.in_backward, self.failure = False, None
-        self.capturing = self.alike = False
+        self.ordinary = self.capturing = self.alike = False
         self.calls, self.stack, self.counts = [], [], {}
         self.observations, self.values, self.sites, self.aliases = [], [], [], []
         self.given_slots, self.last_type = slots, ""
@@ -150,9 +151,9 @@ class Recorder:
         layer = name in self.layer_names
         if not layer and not self.structural and not self.sessions:
             return forward(*args, **kwargs)
-        if self.structural or self.look or self.watched:
+        if self.look or self.watched or self.sessions or self.on_enter is not None:
             return self._run_closely(name, layer, forward, args, kwargs)
-        call = self._enter_again(name, args) if self.alike else self._enter(name, layer, args, kwargs)
+        call = self._enter_again(name, layer, args) if self.alike else self._enter(name, layer, args, kwargs)
         call.start = sequence_number()
         try:
             output = forward(*args, **kwargs)
@@ -160,11 +161,16 @@ class Recorder:
             self._failed(call, error)
             raise
         self.stack.pop()
+        if not layer:
+            call.end = sequence_number()
+            return output
         if call.name in self.rectifiers and self.after_module is not None:
             self.after_module(call, output)
-        return self._observe(call, output, args)
+        output = self._observe(call, output, args)
+        call.end = sequence_number()
+        return output
 
-    def _enter_again(self, name: str, args: Any) -> Call:
+    def _enter_again(self, name: str, layer: bool, args: Any) -> Call:
         """Enter a call as long as all went as in an earlier ordinary step, whose records of it are reused."""
         index, parent = len(self.calls), self.stack[-1] if self.stack else -1
         call = self.known[index] if index < len(self.known) else None
@@ -172,9 +178,9 @@ class Recorder:
             self.alike = False
             for before in self.calls:
                 self.counts[before.module] = before.number + 1
-            return self._enter(name, True, args, {})
+            return self._enter(name, layer, args, {})
         call.sites, call.num_elements = [], 0
-        if call.name not in self.captured:
+        if layer and not (self.capturing and call.name in self.captured):
             call.versions = [version(a) for a in args]
         self.calls.append(call)
         self.stack.append(index)

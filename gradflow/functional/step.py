@@ -63,6 +63,7 @@ class Program:
     host_random: bool = True  # whether model or loss draw from numpy's or Python's random numbers
     held: Tensors = attrs.field(factory=dict)  # parameters that are used past their modules: see `_reverse`
     reentrant: bool = False
+    structure: Structure | None = None  # of the last step whose structure was taken
     _swaps: list[Swap] = attrs.field(factory=list)
     _originals: dict[int, str] = attrs.field(factory=dict)  # names of the user's parameters, by id
 
@@ -111,10 +112,10 @@ class Program:
         """
         try:
             recorder = self.recorder
-            # in a step in full detail, a hook on a tensor must be seen
-            recorder.watched = observer is not None or self.watching or recorder.look or recorder.structural
+            recorder.watched = observer is not None or self.watching or recorder.look
             plain = not (recorder.watched or self.reentrant)
-            recorder.capturing = recorder.alike = plain and recorder.given_slots is None
+            recorder.ordinary = recorder.alike = plain and recorder.given_slots is None
+            recorder.capturing = recorder.ordinary and not recorder.structural
             if not recorder.watched:
                 return checked_loss(self.evaluate(batch, step))
             with Watch(recorder, observer):
@@ -232,7 +233,10 @@ def _fused_step(
             structure = None
             if (structural or full) and loss.grad_fn is not None:
                 named = {**program.parameters, **program.loss_parameters}
-                structure = build(loss, recorder, named, lambda: program.inputs_of(batch))
+                structure = build(
+                    loss, recorder, named, lambda: program.inputs_of(batch), before=program.structure
+                )
+                program.structure = structure
                 names = program._originals
                 program.held |= {names[id(p)]: p for p in structure.foreign if id(p) in names}
             if inspect is not None:

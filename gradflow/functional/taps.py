@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradflow.functional.recorder import Recorder
 
@@ -44,15 +44,27 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def tapped(recorder: Recorder) -> Iterator[None]:
-    """Lead the calls of the recorder's modules past it, for the length of the context."""
+    """Lead the calls of the recorder's modules past it, for the length of the context.
+
+    The recorder is also told when a hook is put on a tensor.
+    """
     missing = object()
     swapped: list[tuple[nn.Module, Any]] = []
+    register_hook = Tensor.register_hook
+
+    @functools.wraps(register_hook)
+    def told_register_hook(self: Tensor, hook: Callable[[Tensor], Any]) -> Any:
+        recorder.hooked = True
+        return register_hook(self, hook)
+
     try:
+        Tensor.register_hook = told_register_hook
         for name, module in recorder.modules.items():
             swapped.append((module, module.__dict__.get("forward", missing)))
             module.__dict__["forward"] = _tapped_forward(recorder, name, module.forward)
         yield
     finally:
+        Tensor.register_hook = register_hook
         for module, old in swapped:
             if old is missing:
                 module.__dict__.pop("forward", None)

@@ -63,7 +63,6 @@ class Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         found = ACTIVATIONS.get(name)
         if found is None:
-            self.recorder.hooked |= name == "register_hook"
             if self.observer is None:
                 return func(*args, **kwargs)
             return self.observer(func, args, kwargs)
