@@ -227,7 +227,7 @@ def backward_birth(loss: Tensor, structure: Structure) -> tuple[Node, str] | Non
             for cotangent, (child, number) in zip(handed, node.next_functions, strict=False):
                 if cotangent is None or child is None:
                     continue
-                cotangent = validated(cotangent, child, number)
+                cotangent = validated(cotangent, child, number, structure)
                 after = _badness(cotangent)
                 if after > before:
                     return node, "nan" if after == 2 else "inf"

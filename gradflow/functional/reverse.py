@@ -185,7 +185,7 @@ def _send(
     structure: Structure,
     arriving: dict[Node, dict[int, dict[str, Tensor]]],
 ) -> None:
-    cotangent = validated(cotangent, child, number)
+    cotangent = validated(cotangent, child, number, structure)
     by_group = arriving.setdefault(child, {}).setdefault(number, {})
     source = structure.group_of[node]
     old = by_group.get(source)
@@ -255,18 +255,17 @@ def _zeros(metadata: Any) -> Tensor:
     return torch.zeros(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
 
 
-def validated(cotangent: Tensor, child: Node, number: int) -> Tensor:
+def validated(cotangent: Tensor, child: Node, number: int, structure: Structure) -> Tensor:
     """Return the cotangent in the shape and dtype of the tensor it belongs to, as the engine would."""
-    if hasattr(child, "variable"):
-        shape, dtype = child.variable.shape, child.variable.dtype
-    else:
-        metadata = getattr(child, "_input_metadata", None)
-        if not metadata or number >= len(metadata):
+    like = structure.leaves.get(child)
+    if like is None:
+        metadata = getattr(child, "_input_metadata", ())
+        if number >= len(metadata):
             return cotangent
-        shape, dtype = tuple(metadata[number].shape), metadata[number].dtype
-    if cotangent.layout is torch.strided and tuple(cotangent.shape) != tuple(shape):
-        cotangent = cotangent.sum_to_size(shape)
-    return cotangent if cotangent.dtype == dtype else cotangent.to(dtype)
+        like = metadata[number]
+    if cotangent.layout is torch.strided and tuple(cotangent.shape) != tuple(like.shape):
+        cotangent = cotangent.sum_to_size(tuple(like.shape))
+    return cotangent if cotangent.dtype == like.dtype else cotangent.to(like.dtype)
 
 
 def effective_rank(gradient: Tensor, layer_type: str = "Linear") -> float:
