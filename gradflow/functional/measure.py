@@ -149,15 +149,17 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
             program.buffers |= program.current_buffers()
         if drawn is None:
             break
-        batch, before = drawn, Before.of(program)
+        look = plan.is_look(step)
+        batch, before = drawn, Before.of(program, look=look)
         outcome = _step(run, batch, step, before)
-        if step == 0:
-            program.host_random = before.random.host_moved()
+        if look:
+            program.torch_random |= before.random.torch_moved()
+            program.host_random |= before.random.host_moved()
         _check_first(run, outcome, step)
-        row = run.history.read(outcome, look=plan.is_look(step), parameters_moved=optimizer is not None)
+        row = run.history.read(outcome, look=look, parameters_moved=optimizer is not None)
         if step == 0:
             program.recorder.captured = _captured(run)
-        if plan.is_look(step) or run.history.settling:
+        if look or run.history.settling:
             _learn_activations(run)
         if outcome.flows is not None:
             run.flows.append(read_flows(step, outcome.flows))

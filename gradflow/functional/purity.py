@@ -39,19 +39,25 @@ class RandomState:
     """The random states of torch (every initialised device), numpy and Python.
 
     Args:
-        host: whether numpy's and Python's are remembered too; a look at them costs more than at torch's.
-            Numpy's has no state before its module is loaded, which takes 5 MB.
+        torch: whether torch's are remembered.
+        host: whether numpy's and Python's are. Numpy's has no state before its module is loaded, which
+            takes 5 MB.
     """
 
-    def __init__(self, *, host: bool = True) -> None:
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
-        self._mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    def __init__(self, *, torch: bool = True, host: bool = True) -> None:
+        self._torch = _torch_states() if torch else None
         self._python = random.getstate() if host else None
         self._numpy = _numpy_state() if host else None
 
+    def torch_moved(self) -> bool:
+        """Whether any of torch's states has moved on since; False if they were not remembered."""
+        if self._torch is None:
+            return False
+        now = _torch_states()
+        return len(now) != len(self._torch) or not all(map(torch.equal, now, self._torch))
+
     def host_moved(self) -> bool:
-        """Whether numpy's or Python's state has moved on since."""
+        """Whether numpy's or Python's state has moved on since; False if they were not remembered."""
         if self._python is None:
             return False
         now, then = _numpy_state(), self._numpy
@@ -63,15 +69,28 @@ class RandomState:
 
     def restore(self) -> None:
         """Put the states back."""
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        if self._mps is not None:
-            torch.mps.set_rng_state(self._mps)
+        if self._torch is not None:
+            _set_torch_states(self._torch)
         if self._numpy is not None:
             np.random.set_state(self._numpy)
         if self._python is not None:
             random.setstate(self._python)
+
+
+def _torch_states() -> list[Tensor]:
+    """Return the state of the CPU, then those of the CUDA devices that are in use, then that of MPS."""
+    cuda = torch.cuda.get_rng_state_all() if _cuda_in_use() else []
+    mps = [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else []
+    return [torch.get_rng_state(), *cuda, *mps]
+
+
+def _set_torch_states(states: list[Tensor]) -> None:
+    cpu, *others = states
+    torch.set_rng_state(cpu)
+    if torch.backends.mps.is_available():
+        torch.mps.set_rng_state(others.pop())
+    if others:
+        torch.cuda.set_rng_state_all(others)
 
 
 def _numpy_state() -> Any:

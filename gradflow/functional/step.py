@@ -60,7 +60,8 @@ class Program:
     buffers: Tensors = attrs.field(factory=dict)
     changing: set[str] = attrs.field(factory=set)  # buffers that a step was seen to change
     watching: bool = True  # whether functions must be watched in steps without a look as well
-    host_random: bool = True  # whether model or loss draw from numpy's or Python's random numbers
+    torch_random: bool = False  # whether model or loss were seen to draw from torch's random numbers
+    host_random: bool = False  # the like, from numpy's or Python's
     held: Tensors = attrs.field(factory=dict)  # parameters that are used past their modules: see `_reverse`
     reentrant: bool = False
     structure: Structure | None = None  # of the last step whose structure was taken
@@ -141,12 +142,14 @@ class Before:
     modules: ModuleState | None = None
 
     @classmethod
-    def of(cls, program: Program) -> Before:
-        """Remember the present state; only buffers that a step was seen to change are copied."""
+    def of(cls, program: Program, *, look: bool = True) -> Before:
+        """Remember the present state: of the buffers, those that a step was seen to change.
+
+        Between looks, only the random states that were seen to move are remembered.
+        """
         held = program.buffers
-        return cls(
-            RandomState(host=program.host_random), {n: held[n].clone() for n in program.changing if n in held}
-        )
+        random = RandomState(torch=look or program.torch_random, host=look or program.host_random)
+        return cls(random, {n: held[n].clone() for n in program.changing if n in held})
 
     def restore(self, program: Program) -> None:
         """Put it back."""
