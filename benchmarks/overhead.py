@@ -7,6 +7,8 @@ model, so that every step has a plain one next to it. A *step* is the median rat
 that are looked at closely (the first, each power of four, the last) left out; a *run* is all that a call of
 so many steps takes, building the record included, over as many plain steps. The other tools are timed in the
 same way, step by step in turn with plain ones. Memory is the peak resident size of a process of its own.
+*Parts* tell where the time of a cheap step goes, in percent of the plain step next to it; *bare sums* is the
+plain step with nothing but a dot product of every parameter's gradient with itself behind it.
 `--write` puts the tables into docs/performance.md.
 """
 
@@ -27,12 +29,17 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from workloads import DESCRIPTIONS, WORKLOADS, Workload, build
 
 import gradflow as gf
+from gradflow.functional import history as history_module
+from gradflow.functional import step as step_module
+from gradflow.functional.history import History
 from gradflow.functional.run import Plan
+from gradflow.functional.step import Program
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 GRADFLOW: dict[str, dict[str, Any]] = {
@@ -97,11 +104,20 @@ def torchdiag(work: Workload) -> Iterator[None]:
         yield
 
 
-OTHERS = {"hooks": hooks, "torchmortem": torchmortem, "torchdiag": torchdiag}
+def bare_sums(work: Workload) -> Iterator[None]:
+    """No tool: the least that it takes to know the norm of every parameter's gradient."""
+    while True:
+        work.plain_step()
+        flat = [p.grad.view(-1) for p in work.model.parameters() if p.grad is not None]
+        torch.stack([torch.dot(g, g) for g in flat]).tolist()
+        yield
+
+
+OTHERS = {"bare sums": bare_sums, "hooks": hooks, "torchmortem": torchmortem, "torchdiag": torchdiag}
 
 
 def installed(tool: str) -> bool:
-    return tool == "hooks" or importlib.util.find_spec(tool) is not None
+    return tool in ("hooks", "bare sums") or importlib.util.find_spec(tool) is not None
 
 
 # ------------------------------------------------------------------------------------- time
@@ -156,6 +172,69 @@ def cost_of_other(work: Workload, pairs: int, tool: Callable[[Workload], Iterato
     stepper.close()  # type: ignore[attr-defined]
     ratio = statistics.median(t / p for t, p in zip(took, plain, strict=True))
     return Cost(ratio, sum(took) / sum(plain), statistics.median(plain))
+
+
+PARTS: dict[str, tuple[Any, str]] = {
+    "forward pass and loss": (Program, "loss"),
+    "reverse pass": (step_module, "fused"),
+    "sums over output gradients": (step_module, "sum_of_squares"),
+    "sums over parameter gradients": (History, "_sum_parameters"),
+    "transfer": (history_module, "to_host"),
+}
+
+
+@contextlib.contextmanager
+def clocked(spent: dict[str, float]) -> Iterator[None]:
+    """Add to `spent` how long the parts of a step take, for the length of the context."""
+
+    def clock(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                spent[part] = spent.get(part, 0.0) + time.perf_counter() - start
+
+        return timed
+
+    with contextlib.ExitStack() as stack:
+        for part, (owner, name) in PARTS.items():
+            stack.enter_context(mock.patch.object(owner, name, clock(part, getattr(owner, name))))
+        yield
+
+
+def parts_of_a_step(work: Workload, steps: int) -> dict[str, float]:
+    """Return how much longer each part of a cheap step takes than in the plain step next to it, over it."""
+    twin = Workload(copy.deepcopy(work.model), work.batch, work.loss_fn)
+    rows: list[dict[str, float]] = []
+    spent: dict[str, float] = {}
+    mark = 0.0
+
+    def draw() -> Any:
+        nonlocal mark
+        twin.model.zero_grad()
+        start = time.perf_counter()
+        loss = twin.loss()
+        middle = time.perf_counter()
+        loss.backward()
+        end = time.perf_counter()
+        spent.clear()
+        spent.update(
+            {"plain": end - start, "forward pass and loss": start - middle, "reverse pass": middle - end}
+        )
+        twin.model.zero_grad()
+        mark = time.perf_counter()
+        return work.batch
+
+    def progress(*_: Any) -> None:
+        rows.append({**spent, "step": time.perf_counter() - mark})
+
+    with clocked(spent):
+        gf.analyze(work.model, draw, work.loss_fn, steps=steps, progress=progress)
+    rows = [row for step, row in enumerate(rows) if not Plan(steps=steps).is_look(step)]
+    found = {part: statistics.median(row.get(part, 0.0) / row["plain"] for row in rows) for part in PARTS}
+    whole = statistics.median(row["step"] / row["plain"] for row in rows) - 1
+    return {**found, "the rest": whole - sum(found.values()), "together": whole}
 
 
 def time_table(names: list[str], threads: int, steps: int) -> dict[str, dict[str, Cost]]:
@@ -217,10 +296,11 @@ def print_peak(name: str, variant: str, steps: int) -> None:
 def memory_table(names: list[str], steps: int) -> dict[str, dict[str, float]]:
     """Return peak MiB by workload and variant; `cheap, long` is a run of three times as many steps."""
     found: dict[str, dict[str, float]] = {}
+    tools = [tool for tool in OTHERS if tool != "bare sums" and installed(tool)]
     for name in names:
         row = {v: peak_memory(name, v, steps) for v in ("plain", "cheap", "full")}
         row["cheap, long"] = peak_memory(name, "cheap", 3 * steps)
-        row |= {tool: peak_memory(name, tool, steps) for tool in OTHERS if installed(tool)}
+        row |= {tool: peak_memory(name, tool, steps) for tool in tools}
         found[name] = row
         print(f"{name:10} peak MiB: " + ", ".join(f"{v} {mib:.0f}" for v, mib in row.items()), flush=True)
     return found
@@ -243,9 +323,15 @@ on {machine}. {how}
 """
 
 _MEMORY = """Peak resident size of a process of its own that makes {steps} steps, in MiB, PyTorch's own
-included (one thread). gradflow works on a copy of the parameters, since a model may write to them; that copy
-is what is left of the difference. *Long* is a run of three times as many steps: nothing grows with them but
-the record.
+included (one thread). gradflow works on copies of the parameters, since a model may write to them; they take
+memory only when they are written to. In full detail the graph of a step is kept until it has been walked.
+*Long* is a run of three times as many steps: nothing grows with them but the record.
+"""
+
+_PARTS = """How much longer each part of a cheap step takes than in the plain step, in percent of the whole
+plain step ({threads} thread{s}). The sums read every gradient once more, which no tool that knows the norms can
+do without (*bare sums* above); where a batch has few samples for its parameters that is much beside the pass
+itself. The rest is Python: some ten microseconds for every layer call, behind caches that the passes have emptied.
 """
 
 
@@ -255,10 +341,13 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def page(
-    times: dict[int, dict[str, dict[str, Cost]]], memory: dict[str, dict[str, float]], steps: int
+    times: dict[int, dict[str, dict[str, Cost]]],
+    parts: dict[str, dict[str, float]],
+    memory: dict[str, dict[str, float]],
+    steps: int,
 ) -> str:
     machine = f"{os.cpu_count()} CPU cores, PyTorch {torch.__version__}"
-    parts = [
+    texts = [
         _INTRO.format(
             machine=machine,
             how=" ".join((__doc__ or "").split("\n\n")[2].split()).rpartition(" `--write`")[0],
@@ -267,7 +356,7 @@ def page(
     ]
     for threads, table in times.items():
         variants = list(next(iter(table.values())))
-        parts.append(f"## Time, {threads} thread{'s' if threads > 1 else ''}")
+        texts.append(f"## Time, {threads} thread{'s' if threads > 1 else ''}")
         head = ["", "plain step, ms", *(f"{v} step" for v in variants), *(f"{v} run" for v in GRADFLOW)]
         rows = [
             [
@@ -281,16 +370,20 @@ def page(
         medians = [statistics.median(row[v].step for row in table.values()) for v in variants]
         runs = [statistics.median(row[v].run for row in table.values()) for v in GRADFLOW]
         rows.append(["median", "", *(f"{m:.2f}" for m in medians), *(f"{m:.2f}" for m in runs)])
-        parts.append(markdown(head, rows))
+        texts.append(markdown(head, rows))
+    threads = next(iter(times))
+    texts += ["## Where the time goes", _PARTS.format(threads=threads, s="" if threads == 1 else "s")]
+    shares = [[name, *(f"{100 * share:.1f}" for share in row.values())] for name, row in parts.items()]
+    texts.append(markdown(["", *next(iter(parts.values()))], shares))
     if memory:
         variants = list(next(iter(memory.values())))
-        parts += ["## Memory", _MEMORY.format(steps=steps)]
+        texts += ["## Memory", _MEMORY.format(steps=steps)]
         ratios = [
             [name, f"{row['plain']:.0f}", *(f"{row[v] / row['plain']:.2f}" for v in variants[1:])]
             for name, row in memory.items()
         ]
-        parts.append(markdown(["", "plain, MiB", *variants[1:]], ratios))
-    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+        texts.append(markdown(["", "plain, MiB", *variants[1:]], ratios))
+    return "\n\n".join(part.strip("\n") for part in texts) + "\n"
 
 
 def main() -> None:
@@ -306,8 +399,12 @@ def main() -> None:
         print_peak(args.only[0], args.peak_of, args.steps)
         return
     times = {threads: time_table(args.only, threads, args.steps) for threads in args.threads}
+    torch.set_num_threads(args.threads[0])
+    parts = {name: parts_of_a_step(build(name), 2 * args.steps) for name in args.only}
+    for name, row in parts.items():
+        print(f"{name:10} " + ", ".join(f"{part} {share:.1%}" for part, share in row.items()), flush=True)
     memory = {} if args.no_memory else memory_table(args.only, args.steps)
-    text = page(times, memory, args.steps)
+    text = page(times, parts, memory, args.steps)
     if args.write:
         PAGE.write_text(text, encoding="utf-8")
 

@@ -69,7 +69,7 @@ class Structure:
         """
         if len(nodes) != len(self.placed) or len(calls) != len(self.calls):
             return None
-        if any([a.name != b.name or a.parent != b.parent for a, b in zip(calls, self.calls, strict=True)]):
+        if any(a.name != b.name or a.parent != b.parent for a, b in zip(calls, self.calls, strict=True)):
             return None
         if signature(nodes) != self.signature:
             return None

@@ -80,7 +80,7 @@ _EXACT_AS_FLOAT = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 def to_host(values: Sequence[Tensor]) -> list[float]:
     """Return scalars (of shape ()) that may lie on several devices as floats: one transfer a device."""
-    if values and all([v.is_cpu for v in values]) and {v.dtype for v in values} <= _EXACT_AS_FLOAT:
+    if values and all(v.is_cpu for v in values) and {v.dtype for v in values} <= _EXACT_AS_FLOAT:
         return torch.stack(list(values)).tolist()  # in the widest of their dtypes
     found: list[float] = [0.0] * len(values)
     by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}
@@ -131,7 +131,9 @@ class History:
     out_of_range: set[Place] = attrs.field(factory=set)  # sums that were once unsafe; they stay exact
     in_doubt: bool = False  # whether a fast sum of the last row is zero, which may be an underflow
     peaks: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
-    rising: dict[ActivationKey, list[Tensor]] = attrs.field(factory=dict)  # peaks of steps since the last merge
+    rising: dict[ActivationKey, list[Tensor]] = attrs.field(
+        factory=dict
+    )  # peaks of steps since the last merge
     settled: set[ActivationKey] = attrs.field(factory=set)  # rectifiers of which every unit has fired
     settling: bool = False  # whether the last step has settled any
     stuck: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
@@ -142,7 +144,9 @@ class History:
         """Return the step's numbers: the one transfer to the host that a step makes, after it is done."""
         slots = [slot for slot in outcome.slots if slot is not None]
         noted = self._noted()
-        risen = self.merge_peaks() if look or any(len(steps) >= _MERGED for steps in self.rising.values()) else {}
+        risen = (
+            self.merge_peaks() if look or any(len(steps) >= _MERGED for steps in self.rising.values()) else {}
+        )
         moved = parameters_moved or not self.rows
         scalars = [outcome.loss, *slots, *(value for _, value in noted), *risen.values()]
         self._sum_parameters(outcome, scalars, look, moved)
@@ -151,7 +155,7 @@ class History:
         if noted or risen or look or form is None or not self._is_like(form, outcome, moved):
             return self._read_anew(outcome, np.array(values), noted, risen, look, moved)
         form.calls = self.program.recorder.calls
-        safe = all([least < v < most for v, (least, most) in zip(values, form.ranges, strict=True)])
+        safe = all(least < v < most for v, (least, most) in zip(values, form.ranges, strict=True))
         row = Row(form.layout, np.array(values), form.counts, form.sizes, safe)
         self.in_doubt = self.settling = False
         if not safe:

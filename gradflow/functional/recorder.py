@@ -105,7 +105,9 @@ class Recorder:
     given_slots: list[Tensor] | None = None
     last_type: str = ""
     aliases: list[tuple[str, Tensor, int]] = attrs.field(factory=list)
-    rectifiers: dict[str, Any] = attrs.field(factory=dict)  # calls that only apply one that is followed -> key
+    rectifiers: dict[str, Any] = attrs.field(
+        factory=dict
+    )  # calls that only apply one that is followed -> key
     after_module: Callable[[Call, Any], None] | None = None  # told of those, where no watch is on
     on_enter: Callable[[Call, Any], None] | None = None
     on_exit: Callable[[Call, Any, Any], None] | None = None

@@ -316,7 +316,7 @@ def _check_flat(program: Program, trainable: Tensors, num_leaves: int) -> None:
     """
     sites, parameters = program.recorder.sites, trainable.values()
     more = len(sites) + len(parameters) + len(program.held) > num_leaves
-    if more or any([p.grad is not None for p in parameters]):
+    if more or any(p.grad is not None for p in parameters):
         for leaf in (*parameters, *(site.slot for site in sites)):
             if leaf is not None:
                 leaf.grad = None
