@@ -329,9 +329,10 @@ memory only when they are written to. In full detail the graph of a step is kept
 """
 
 _PARTS = """How much longer each part of a cheap step takes than in the plain step, in percent of the whole
-plain step ({threads} thread{s}). The sums read every gradient once more, which no tool that knows the norms can
-do without (*bare sums* above); where a batch has few samples for its parameters that is much beside the pass
-itself. The rest is Python: some ten microseconds for every layer call, behind caches that the passes have emptied.
+plain step ({threads} thread{s}). The sums read every gradient once more, which no tool that knows the norms
+can do without (*bare sums* above); where a batch has few samples for its parameters that is much beside the
+pass itself. The rest is Python: some ten microseconds for every layer call, behind caches that the passes
+have emptied.
 """
 
 
