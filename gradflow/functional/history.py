@@ -19,8 +19,10 @@ from gradflow.records import Bools, Floats
 
 Place = tuple[str, Hashable]  # what a number is (`grad`, `out`, ...), and of what
 
-# Numbers whose sums were taken fast or exactly; see NOTE [Exact and fast] in probes.py.
-_SUMS = ("grad", "out", "pgrad")
+# Sums of squares of what is gone when the step is over: they are taken fast or exactly, as the step before
+# tells; see NOTE [Exact and fast] in probes.py. Those of parameters and their gradients can be taken again.
+_SUMS = ("grad", "out")
+_LASTING_SUMS = ("norm", "pgrad")
 _MERGED = 8  # steps whose peaks of a rectifier's units are merged at once, if no look comes first
 
 
@@ -127,7 +129,6 @@ class History:
     program: Program
     rows: list[Row] = attrs.field(factory=list)
     calls: dict[str, Call] = attrs.field(factory=dict)  # by name, as last run, in the order first met
-    exact_parameters: dict[str, bool] = attrs.field(factory=dict)
     out_of_range: set[Place] = attrs.field(factory=set)  # sums that were once unsafe; they stay exact
     in_doubt: bool = False  # whether a fast sum of the last row is zero, which may be an underflow
     peaks: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
@@ -144,18 +145,21 @@ class History:
         """Return the step's numbers: the one transfer to the host that a step makes, after it is done."""
         slots = [slot for slot in outcome.slots if slot is not None]
         noted = self._noted()
-        risen = (
-            self.merge_peaks() if look or any(len(steps) >= _MERGED for steps in self.rising.values()) else {}
-        )
+        merging = look or any(len(steps) >= _MERGED for steps in self.rising.values())
+        risen = self.merge_peaks() if merging else {}
         moved = parameters_moved or not self.rows
+        lasting = self._lasting(outcome, look, moved)
         scalars = [outcome.loss, *slots, *(value for _, value in noted), *risen.values()]
-        self._sum_parameters(outcome, scalars, look, moved)
-        values = to_host(scalars)
+        exact = not self.rows
+        values = to_host([*scalars, *(_number(kind, tensor, exact) for kind, _, tensor in lasting)])
         form = self._form
         if noted or risen or look or form is None or not self._is_like(form, outcome, moved):
-            return self._read_anew(outcome, np.array(values), noted, risen, look, moved)
+            _repair(values, len(scalars), lasting)
+            return self._read_anew(outcome, np.array(values), noted, risen, lasting, moved)
         form.calls = self.program.recorder.calls
         safe = all(least < v < most for v, (least, most) in zip(values, form.ranges, strict=True))
+        if not safe:
+            _repair(values, len(scalars), lasting)
         row = Row(form.layout, np.array(values), form.counts, form.sizes, safe)
         self.in_doubt = self.settling = False
         if not safe:
@@ -168,7 +172,7 @@ class History:
         values: Floats,
         noted: list[tuple[Observation, Tensor]],
         risen: dict[ActivationKey, Tensor],
-        look: bool,
+        lasting: list[tuple[str, str, Tensor]],
         moved: bool,
     ) -> Row:
         """Return the row of a step that gives other numbers than the one before."""
@@ -182,10 +186,8 @@ class History:
             numbers.append(observation.number)
         places += [("least_peak", key) for key in risen]
         numbers += [1] * len(risen)
-        for name, parameter in self.program.parameters.items():
-            kinds = self._kinds(outcome.gradients.get(name), look, moved)
-            places += [(kind, name) for kind in kinds]
-            numbers += [parameter.numel()] * len(kinds)
+        places += [(kind, name) for kind, name, _ in lasting]
+        numbers += [tensor.numel() for _, _, tensor in lasting]
         calls = [call for call in recorder.calls if call.is_layer]
         for call in calls:
             self.calls[call.name] = self._merged_call(call)
@@ -194,9 +196,10 @@ class History:
         self._choose_precision(row)
         self._settle(row)
         self._form = None
-        if recorder.ordinary and not (noted or risen or look):
+        if recorder.ordinary and not (noted or risen):
+            sums = layout.sums | np.isin([kind for kind, _ in places], _LASTING_SUMS)
             least, most = safe_range(counts)
-            least, most = np.where(layout.sums, least, -np.inf), np.where(layout.sums, most, np.inf)
+            least, most = np.where(sums, least, -np.inf), np.where(sums, most, np.inf)
             reached = [gradient is not None for gradient in outcome.gradients.values()]
             ranges = list(zip(least.tolist(), most.tolist(), strict=True))
             self._form = Form(recorder.calls, probed, reached, moved, layout, counts, row.sizes, ranges)
@@ -269,30 +272,23 @@ class History:
             self._layouts[key] = Layout(*key)
         return self._layouts[key]
 
-    @staticmethod
-    def _kinds(gradient: Tensor | None, look: bool, moved: bool) -> list[str]:
-        """Return which numbers are taken of a parameter, in their order."""
-        kinds = ["norm"] if moved else []
-        if gradient is not None:
-            kinds += ["pgrad", "pzeros"] if look and gradient.layout is torch.strided else ["pgrad"]
-        return kinds
-
-    def _sum_parameters(self, outcome: Outcome, scalars: list[Tensor], look: bool, moved: bool) -> None:
-        """Add the numbers of `_kinds` of every parameter to `scalars`."""
+    def _lasting(self, outcome: Outcome, look: bool, moved: bool) -> list[tuple[str, str, Tensor]]:
+        """Return (kind of number, name, tensor it is taken of) for the parameters and their gradients."""
+        found = []
         for name, parameter in self.program.parameters.items():
             if moved:
-                scalars.append(sum_of_squares(parameter.detach(), exact=not self.rows))
+                found.append(("norm", name, parameter.detach()))
             gradient = outcome.gradients.get(name)
-            if gradient is None:
-                continue
-            scalars.append(sum_of_squares(gradient, exact=self.exact_parameters.get(name, True)))
-            if look and gradient.layout is torch.strided:
-                scalars.append(parameter.numel() - num_nonzero(gradient))
+            if gradient is not None:
+                found.append(("pgrad", name, gradient))
+                if look and gradient.layout is torch.strided:
+                    found.append(("pzeros", name, gradient))
+        return found
 
     def _choose_precision(self, row: Row) -> None:
         """Choose how the next step's sums are taken; see NOTE [Exact and fast] in probes.py."""
         exact, layout = self.program.recorder.exact, row.layout
-        any_exact = not exact or any(exact.values()) or any(self.exact_parameters.values())
+        any_exact = not exact or any(exact.values())
         unsafe = layout.sums & ~is_safe(row.values, row.counts)
         self.in_doubt = False
         settled = bool(self.rows) and self.rows[-1].layout is layout and not unsafe.any()
@@ -302,11 +298,26 @@ class History:
             for position, (found, key) in enumerate(layout.places):
                 if found != kind:
                     continue
-                kept, name = (self.exact_parameters, key) if kind == "pgrad" else (exact, (key, kind))
                 if unsafe[position]:
                     self.out_of_range.add((kind, key))
-                    self.in_doubt |= row.values[position] == 0 and not kept.get(name, True)  # type: ignore[arg-type]
-                kept[name] = (kind, key) in self.out_of_range  # type: ignore[index]
+                    self.in_doubt |= row.values[position] == 0 and not exact.get((key, kind), True)  # type: ignore[arg-type]
+                exact[key, kind] = (kind, key) in self.out_of_range  # type: ignore[index]
+
+
+def _number(kind: str, tensor: Tensor, exact: bool) -> Tensor:
+    return tensor.numel() - num_nonzero(tensor) if kind == "pzeros" else sum_of_squares(tensor, exact=exact)
+
+
+def _repair(values: list[float], start: int, lasting: list[tuple[str, str, Tensor]]) -> None:
+    """Take again, exactly, the sums over parameters and their gradients that may have over- or underflowed."""
+    unsafe = []
+    for position, (kind, _, tensor) in enumerate(lasting, start):
+        if kind in _LASTING_SUMS:
+            least, most = safe_range(tensor.numel())
+            if not least < values[position] < most:
+                unsafe.append((position, sum_of_squares(tensor, exact=True)))
+    for (position, _), value in zip(unsafe, to_host([total for _, total in unsafe]), strict=True):
+        values[position] = value
 
 
 def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]:

@@ -330,7 +330,6 @@ def _trace(run: Run, batch: Any, step: int, before: Before, row: Row) -> Row:
     buffers, random = dict(program.buffers), RandomState()
     before.restore(program)
     recorder.exact.clear()
-    history.exact_parameters.clear()
     tracer = numerics.Tracer(recorder)
     inputs = program.inputs_of(batch)
     owners = {name: owner(name, recorder.modules) for name in program.parameters}

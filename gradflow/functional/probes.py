@@ -213,8 +213,8 @@ def num_nonzero(x: Tensor) -> Tensor:
 
 
 _PLAIN = (torch.float32, torch.float64)
-_LARGE = 2**20  # elements; on a CPU a norm in double precision copies what it is taken of
-_PIECE = 2**18  # elements: they stay in the cache, and their number is exact in single precision
+_LARGE = 2**17  # elements; on a CPU a norm in double precision copies what it is taken of
+_PIECE = 2**16  # elements: they stay in the cache, and their number is exact in single precision
 
 
 def _flat_plain(x: Tensor) -> Tensor | None:
@@ -232,8 +232,8 @@ def _flat(x: Tensor) -> Tensor | None:
     return x.view(-1) if x.is_contiguous() else None
 
 
-def safe_range(num_elements: Floats) -> tuple[Floats, Floats]:
-    """Return the sums of squares between which the next step's may be taken in single precision.
+def safe_range(num_elements: Any) -> tuple[Any, Any]:
+    """Return the sums of squares between which one in single precision is right, or an array of each.
 
     See NOTE [Exact and fast].
     """
