@@ -37,7 +37,6 @@ from workloads import DESCRIPTIONS, WORKLOADS, Workload, build
 import gradflow as gf
 from gradflow.functional import history as history_module
 from gradflow.functional import step as step_module
-from gradflow.functional.history import History
 from gradflow.functional.run import Plan
 from gradflow.functional.step import Program
 
@@ -87,7 +86,7 @@ def torchmortem(work: Workload) -> Iterator[None]:
     optimizer = torch.optim.SGD(work.model.parameters(), lr=0.0)
     with Autopsy(work.model, optimizer=optimizer) as autopsy:
         while True:
-            autopsy.step(loss=work.plain_step().item())
+            work.plain_step(lambda loss: autopsy.step(loss=loss.item()))
             yield
 
 
@@ -95,21 +94,26 @@ def torchdiag(work: Workload) -> Iterator[None]:
     """Its two checks that tell of gradients and units; dead units take another forward pass."""
     import torchdiag as tool  # type: ignore[import-not-found]
 
-    while True:
+    def check(_: Any) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            work.plain_step()
             tool.check_gradients(work.model)
             if not isinstance(work.batch, dict):
                 tool.check_dead_neurons(work.model, work.batch)
+
+    while True:
+        work.plain_step(check)
         yield
 
 
 def bare_sums(work: Workload) -> Iterator[None]:
     """No tool: the least that it takes to know the norm of every parameter's gradient."""
-    while True:
-        work.plain_step()
+
+    def sums(_: Any) -> None:
         flat = [p.grad.view(-1) for p in work.model.parameters() if p.grad is not None]
         torch.stack([torch.dot(g, g) for g in flat]).tolist()
+
+    while True:
+        work.plain_step(sums)
         yield
 
 
@@ -178,7 +182,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "forward pass and loss": (Program, "loss"),
     "reverse pass": (step_module, "fused"),
     "sums over output gradients": (step_module, "sum_of_squares"),
-    "sums over parameter gradients": (History, "_sum_parameters"),
+    "sums over parameter gradients": (history_module, "_number"),
     "transfer": (history_module, "to_host"),
 }
 
@@ -212,11 +216,11 @@ def parts_of_a_step(work: Workload, steps: int) -> dict[str, float]:
 
     def draw() -> Any:
         nonlocal mark
-        twin.model.zero_grad()
         start = time.perf_counter()
         loss = twin.loss()
         middle = time.perf_counter()
         loss.backward()
+        twin.model.zero_grad()
         end = time.perf_counter()
         spent.clear()
         spent.update(

@@ -23,12 +23,19 @@ class Workload(NamedTuple):
         batch = self.batch
         return self.loss_fn(self.model(**batch) if isinstance(batch, dict) else self.model(batch))
 
-    def plain_step(self) -> Tensor:
-        """Run forward, loss and backward as in any training loop, and return the loss."""
-        self.model.zero_grad()
+    def plain_step(self, then: Callable[[Tensor], object] | None = None) -> None:
+        """Run forward, loss and backward as in any training loop, and let go of the gradients.
+
+        They are gone in the end so that two steps side by side find the same free memory.
+
+        Args:
+            then: called with the loss when the gradients are there.
+        """
         loss = self.loss()
         loss.backward()
-        return loss
+        if then is not None:
+            then(loss)
+        self.model.zero_grad()
 
 
 def classification(num_classes: int, rows: int) -> Callable[[Tensor], Tensor]:

@@ -309,7 +309,7 @@ def _number(kind: str, tensor: Tensor, exact: bool) -> Tensor:
 
 
 def _repair(values: list[float], start: int, lasting: list[tuple[str, str, Tensor]]) -> None:
-    """Take again, exactly, the sums over parameters and their gradients that may have over- or underflowed."""
+    """Take again, exactly, the sums over parameters and gradients that may have over- or underflowed."""
     unsafe = []
     for position, (kind, _, tensor) in enumerate(lasting, start):
         if kind in _LASTING_SUMS:
