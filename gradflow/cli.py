@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # importing these for real imports torch, which takes seconds
 
 # Those of IssueSeverity; the records load numpy, which help and version need not wait for.
 SEVERITIES = ("CRITICAL", "HIGH", "MEDIUM", "LOW", "INFO")
+PIPELINES = ("flow", "transformer", "recurrent", "policy")  # functions of `gradflow.pipelines`
 DEFAULT_NAME = "build"
 OK, SICK, FAILED, INTERRUPTED = 0, 1, 2, 130
 _TARGET = re.compile(r"(?P<file>.*\.py)(?::(?P<name>.*))?", re.DOTALL)
@@ -78,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     add = diagnose.add_argument
     add("target", metavar="FILE.py[:NAME]", help=f"the file and the function in it (default: {DEFAULT_NAME})")
     add("--steps", type=_positive, default=20, metavar="N", help="batches to run at most (default: 20)")
+    add(
+        "--pipeline",
+        choices=PIPELINES,
+        help="what to measure and judge: for any model (flow, as by default), or also what attention, "
+        "recurrent layers or an actor-critic show",
+    )
     add("--seed", type=int, metavar="N", help="make dropout and the like repeatable")
     add("--json", type=Path, metavar="PATH", help="write the report as JSON")
     add("--html", type=Path, metavar="PATH", help="write the report as one HTML file")
@@ -148,6 +155,7 @@ def split_target(target: str) -> tuple[Path, str]:
 
 def _report(file: Path, name: str, options: argparse.Namespace) -> Report:
     """Build the model and diagnose it; the imports are here so that usage errors need not wait for torch."""
+    from gradflow import pipelines
     from gradflow.diagnosis import diagnose
     from gradflow.report.progress import progress_bar
 
@@ -167,6 +175,7 @@ def _report(file: Path, name: str, options: argparse.Namespace) -> Report:
                 *built[:3],
                 steps=options.steps,
                 optimizer=optimizer,
+                pipeline=getattr(pipelines, options.pipeline)() if options.pipeline else None,
                 seed=options.seed,
                 progress=progress,
             )

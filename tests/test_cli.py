@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gradflow import __version__
-from gradflow.cli import SEVERITIES, CommandError, main, split_target
+from gradflow import __version__, pipelines
+from gradflow.cli import PIPELINES, SEVERITIES, CommandError, main, split_target
 from gradflow.detect import compose
 from gradflow.records import IssueSeverity
 from tests.samples import make_issue
@@ -110,6 +110,23 @@ def test_fail_on_is_a_gate(
 ) -> None:
     gate = [] if limit is None else ["--fail-on", limit]
     assert run(capsys, "diagnose", f"{file}:{name}", *gate)[0] == status
+
+
+def test_a_pipeline_sees_what_the_default_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parent.parent / "examples" / "forgetful_lstm.py"
+    assert run(capsys, "diagnose", example, "--quiet", "--fail-on", "MEDIUM")[0] == 0
+    status, out, _ = run(capsys, "diagnose", example, "--pipeline", "recurrent", "--fail-on", "MEDIUM")
+    assert status == 1
+    assert "of its 200 steps teach it nothing" in out
+
+
+def test_every_pipeline_runs(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(PIPELINES) == set(pipelines.__all__) - {"Pipeline"}
+    for name in PIPELINES:
+        assert run(capsys, "diagnose", file, "--pipeline", name, "--fail-on", "INFO")[0] == 0, name
+    status, _, err = run(capsys, "diagnose", file, "--pipeline", "transformers")
+    assert status == 2
+    assert "invalid choice: 'transformers' (choose from" in err
 
 
 def test_fail_on_lets_through_what_is_less_severe(
