@@ -57,12 +57,15 @@ class LazyCopies:
 
 
 def _can_be_shared(tensor: Tensor) -> bool:
-    """Whether a tensor is a plain one that fills its memory, on a device whose memory is copied on write."""
+    """Whether a tensor is a plain one that fills its memory, on a CPU.
+
+    On a GPU the copy would be made on the default stream, unseen by a model that runs on another one.
+    """
     return (
         hasattr(torch.Tensor, "_lazy_clone")
         and type(tensor) is Tensor
         and tensor.layout is torch.strided
-        and tensor.device.type in ("cpu", "cuda")
+        and tensor.is_cpu
         and not (tensor.is_inference() or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
         and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() > 0
         and not torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
