@@ -220,7 +220,7 @@ def _step(run: Run, batch: Any, step: int, before: Before) -> Outcome:
     listening = run.sessions if look and run.transform == "fused" else []
     outcome = run_step(
         program, batch, step, transform=run.transform, structural=first, full=full, look=look,
-        observer=observer, before=before, sessions=listening,
+        ranks=run.plan.is_end(step), observer=observer, before=before, sessions=listening,
     )  # fmt: skip
     if first:
         _learn_structure(run, outcome)
@@ -403,7 +403,8 @@ def _deepened(run: Run, batch: Any, before: Before, record: FlowRecord) -> FlowR
     program, step = run.program, record.steps - 1
     before.restore(program)
     outcome = run_step(
-        program, batch, step, transform="fused", structural=True, look=True, full=True, before=before,
+        program, batch, step, transform="fused", structural=True, look=True, full=True, ranks=True,
+        before=before,
     )  # fmt: skip
     if outcome.flows is None or outcome.structure is None:
         return record

@@ -36,8 +36,12 @@ class Plan:
 
     def is_look(self, step: int) -> bool:
         """Whether the costlier statistics are taken at a step: the first, each power of four, the last."""
+        return self.is_end(step) or (step & (step - 1) == 0 and step % 3 == 1)
+
+    def is_end(self, step: int) -> bool:
+        """Whether a step is the first or the last, as far as that is known: the costliest are taken there."""
         last = self.steps if self.num_batches is None else min(self.steps, self.num_batches)
-        return step in (0, last - 1) or (step & (step - 1) == 0 and step % 3 == 1)
+        return step in (0, last - 1)
 
 
 @attrs.define(eq=False)

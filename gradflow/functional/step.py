@@ -169,6 +169,7 @@ def run_step(
     structural: bool,
     look: bool,
     full: bool = False,
+    ranks: bool = False,
     observer: Any = None,
     before: Before | None = None,
     inspect: Callable[[Tensor, Structure | None], None] | None = None,
@@ -184,6 +185,7 @@ def run_step(
         structural: take the contracted autograd graph too (fused only).
         look: take the costlier statistics of the forward pass.
         full: measure the flow on every edge (fused only).
+        ranks: and, of every layer, the effective rank of its output gradient.
         observer: told of every function call, see `Watch`.
         before: the state to return to where the step has to be run again.
         inspect: called with the loss and the graph between the forward and the reverse pass (fused only).
@@ -195,8 +197,8 @@ def run_step(
             if transform == "vjp":
                 return _vjp_step(program, batch, step, look=look, observer=observer)
             return _fused_step(
-                program, batch, step, structural=structural, look=look, full=full, observer=observer,
-                inspect=inspect, sessions=sessions,
+                program, batch, step, structural=structural, look=look, full=full, ranks=ranks,
+                observer=observer, inspect=inspect, sessions=sessions,
             )  # fmt: skip
         except NeedsRetry:
             before.restore(program)
@@ -214,6 +216,7 @@ def _fused_step(
     structural: bool,
     look: bool,
     full: bool,
+    ranks: bool,
     observer: Any,
     inspect: Callable[[Tensor, Structure | None], None] | None,
     sessions: Sequence[Session],
@@ -246,7 +249,7 @@ def _fused_step(
                 inspect(loss, structure)
             for session in sessions:
                 session.differentiate(loss)
-            return _told(batch, step, lambda: _reverse(program, loss, structure, full))
+            return _told(batch, step, lambda: _reverse(program, loss, structure, full, ranks))
         finally:
             recorder.active, recorder.sessions = False, ()
 
@@ -263,7 +266,7 @@ def _told(batch: Any, step: int, reverse: Callable[[], Outcome]) -> Outcome:
         raise
 
 
-def _reverse(program: Program, loss: Tensor, structure: Structure | None, full: bool) -> Outcome:
+def _reverse(program: Program, loss: Tensor, structure: Structure | None, full: bool, ranks: bool) -> Outcome:
     recorder, trainable = program.recorder, program.trainable
     if structure is not None and not program.reentrant:
         check_walkable(structure)
@@ -279,7 +282,7 @@ def _reverse(program: Program, loss: Tensor, structure: Structure | None, full: 
     if full and structure is not None and not program.reentrant:
         gradients = fused(loss, leaves, retain_graph=True) if hooked else []
         exact = any(site.exact for site in recorder.sites)
-        flows = walked(loss, structure, exact=exact, ranks=recorder.look)
+        flows = walked(loss, structure, exact=exact, ranks=ranks)
         _check_flat(program, trainable, len(leaves))
         slots = [flows.probes.get(id(site)) for site in recorder.sites]
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk

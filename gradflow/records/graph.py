@@ -26,7 +26,7 @@ class NodeRecord:
         grad_norm: ‖g_v‖ of its output; empty if only the topology was taken.
         input_grad_norm: ‖c_v‖, all of its input cotangents together (parameters excluded).
         effective_rank: exp of the entropy of the normalised squared singular values of g_v as a matrix
-            (samples × features), layers only; NaN where not measured.
+            (samples × features), of layers at the first and the last step; NaN elsewhere.
         reachable: whether a gradient can flow from the loss to it.
         reason: for an unreachable node, why, in one sentence.
     """
