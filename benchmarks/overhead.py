@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy
 import torch
 from workloads import DESCRIPTIONS, WORKLOADS, Workload, build
 
@@ -284,7 +285,8 @@ def peak_memory(name: str, variant: str, steps: int) -> float:
 
 def print_peak(name: str, variant: str, steps: int) -> None:
     """Do the steps, and print this process's peak resident size in MiB."""
-    work, analyze = build(name), gf.analyze  # all imports are done in every process, the plain one too
+    # All imports are done in every process, the plain one too.
+    work, analyze, _ = build(name), gf.analyze, numpy.random.get_state()
     if variant == "plain":
         for _ in range(steps):
             work.plain_step()

@@ -44,13 +44,6 @@ def test_a_diagnosis_loads_no_other_package_than_those_it_needs(then: str) -> No
     assert loaded(first, f"import gradflow\n{then}") - {"torch"} <= NEEDED
 
 
-def test_a_run_leaves_the_random_numbers_of_numpy_unloaded_where_they_are() -> None:
-    model = "import torch, sys\nmodel = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))"
-    run = RUN.replace("gradflow.diagnose", "gradflow.analyze")
-    then = f"import gradflow\n{run}\nassert 'numpy.random' not in sys.modules, 'loaded'"
-    loaded(model, then)
-
-
 def test_the_guard_sees_what_is_loaded() -> None:
     graph = "gradflow.graph.LayerGraph.from_flows({'fc': 2.0, 'loss': 1.0}, {('fc', 'loss'): 2.0})"
     assert "networkx" not in loaded("import torch", f"import gradflow.graph\n{graph}")

@@ -44,8 +44,6 @@ REASONS: dict[str, str] = {
     "rnn-rate-too-high": "The loss leaps in the first steps and then comes down: one leap is not a pattern.",
     "transformer-adam-rate-of-a-half": "The loss rises to a small multiple of its start, where cross entropy "
     "has little room; the attention that the steps drive to its ends is told.",
-    "rnn-read-behind-the-padding": "Where a step in the middle is read, the memory is reckoned from the last "
-    "step on, though nothing behind the read one has to be remembered.",
     "graph-mean-over-no-neighbours": "The task is solved within the run, and once the loss is next to zero a "
     "single wrong sample is a hundred times the gradient that the run is used to.",
 }

@@ -15,8 +15,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from gradflow.functional.calls import Call
 from gradflow.functional.probes import is_probe
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.recorder import Recorder
 from gradflow.functional.trees import iter_tensors, wide_dtype
 
 SUMS = frozenset({"add", "add_"})

@@ -31,8 +31,9 @@ from gradflow.functional.attention_scores import (
     scored_by_projection,
 )
 from gradflow.functional.attention_softmax import Follower, Weighted
+from gradflow.functional.calls import Call
 from gradflow.functional.measurement import Session
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.recorder import Recorder
 from gradflow.functional.trees import iter_tensors
 
 

@@ -20,8 +20,9 @@ from gradflow.functional.attention_statistics import (
     row_sums,
     sampled_rows,
 )
+from gradflow.functional.calls import Call
 from gradflow.functional.measurement import Session, gradients
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.recorder import Recorder
 from gradflow.functional.trees import iter_tensors, wide_dtype
 from gradflow.records import AttentionRecord, BranchRecord, TransformerRecord
 

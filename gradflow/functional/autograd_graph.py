@@ -19,8 +19,9 @@ from typing import Any
 import attrs
 from torch import Tensor
 
+from gradflow.functional.calls import Call
 from gradflow.functional.probes import is_probe
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.recorder import Recorder
 
 LOSS = "loss"
 MODEL = "(model)"

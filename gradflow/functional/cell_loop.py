@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.functional.calls import Call
 from gradflow.functional.cells import Level, State
-from gradflow.functional.recorder import Call
 from gradflow.functional.recurrent_numbers import LevelNumbers, heard_share, last_of, level_numbers, profile
 from gradflow.functional.trees import wide_dtype
 from gradflow.functional.unroll import Track, TrackGradients

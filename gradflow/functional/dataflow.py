@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.calls import Call
+from gradflow.functional.recorder import Recorder
 from gradflow.functional.trees import iter_tensors
 from gradflow.functional.watch import source_calls
 

@@ -8,9 +8,9 @@ import attrs
 import numpy as np
 
 from gradflow.functional.autograd_graph import LOSS, MODEL, Group, Structure
+from gradflow.functional.calls import Call
 from gradflow.functional.dataflow import DataFlow
 from gradflow.functional.history import to_host
-from gradflow.functional.recorder import Call
 from gradflow.functional.reverse import Flows
 from gradflow.records import EdgeRecord, GraphRecord, NodeRecord
 

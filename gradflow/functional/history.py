@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.functional.calls import Call, Observation
 from gradflow.functional.probes import is_safe, num_nonzero, safe_range, sum_of_squares
-from gradflow.functional.recorder import Call, Observation
 from gradflow.functional.step import Outcome, Program
 from gradflow.functional.trees import wide_dtype
 from gradflow.functional.watch import ActivationKey
@@ -132,9 +132,7 @@ class History:
     out_of_range: set[Place] = attrs.field(factory=set)  # sums that were once unsafe; they stay exact
     in_doubt: bool = False  # whether a fast sum of the last row is zero, which may be an underflow
     peaks: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
-    rising: dict[ActivationKey, list[Tensor]] = attrs.field(
-        factory=dict
-    )  # peaks of steps since the last merge
+    rising: dict[ActivationKey, list[Tensor]] = attrs.field(factory=dict)  # peaks that are not merged yet
     settled: set[ActivationKey] = attrs.field(factory=set)  # rectifiers of which every unit has fired
     settling: bool = False  # whether the last step has settled any
     stuck: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
@@ -152,11 +150,10 @@ class History:
         scalars = [outcome.loss, *slots, *(value for _, value in noted), *risen.values()]
         exact = not self.rows
         values = to_host([*scalars, *(_number(kind, tensor, exact) for kind, _, tensor in lasting)])
-        form = self._form
-        if noted or risen or look or form is None or not self._is_like(form, outcome, moved):
+        form = self._same_form(outcome, moved)
+        if form is None or noted or risen or look:
             _repair(values, len(scalars), lasting)
             return self._read_anew(outcome, np.array(values), noted, risen, lasting, moved)
-        form.calls = self.program.recorder.calls
         safe = all(least < v < most for v, (least, most) in zip(values, form.ranges, strict=True))
         if not safe:
             _repair(values, len(scalars), lasting)
@@ -195,7 +192,6 @@ class History:
         row = Row(layout, values, counts, tuple(call.num_elements for call in calls))
         self._choose_precision(row)
         self._settle(row)
-        self._form = None
         if recorder.ordinary and not (noted or risen):
             sums = layout.sums | np.isin([kind for kind, _ in places], _LASTING_SUMS)
             least, most = safe_range(counts)
@@ -205,10 +201,12 @@ class History:
             self._form = Form(recorder.calls, probed, reached, moved, layout, counts, row.sizes, ranges)
         return row
 
-    def _is_like(self, form: Form, outcome: Outcome, moved: bool) -> bool:
-        """Whether a step gave numbers of the same things, and of as many elements each, as `form` tells."""
-        recorder = self.program.recorder
-        return (
+    def _same_form(self, outcome: Outcome, moved: bool) -> Form | None:
+        """Return the form of the last ordinary step, if this one gave numbers of the same things."""
+        recorder, form = self.program.recorder, self._form
+        if form is None or not recorder.ordinary:
+            return None
+        if (
             recorder.alike
             and recorder.known is form.calls
             and len(recorder.calls) == len(form.calls)
@@ -217,7 +215,11 @@ class History:
             == form.probed
             and [g is not None for g in outcome.gradients.values()] == form.reached
             and tuple([call.num_elements for call in recorder.calls if call.is_layer]) == form.sizes
-        )
+        ):
+            form.calls = recorder.calls  # by which the next step will know it
+            return form
+        self._form = None
+        return None
 
     def _noted(self) -> list[tuple[Observation, Tensor]]:
         """Return what was noted and goes into the row; what is kept for every unit is put aside."""
@@ -238,8 +240,9 @@ class History:
         for key, steps in self.rising.items():
             kept = [self.peaks[key], *steps] if key in self.peaks else steps
             shapes = {None if units is None else units.shape for units in kept}
-            # units that come and go cannot be told apart
-            merged = functools.reduce(torch.fmax, kept) if len(shapes) == 1 and None not in shapes else None  # type: ignore[arg-type]
+            merged = None  # units that come and go cannot be told apart
+            if len(shapes) == 1 and None not in shapes:
+                merged = functools.reduce(torch.fmax, kept)  # type: ignore[arg-type]
             self.peaks[key] = merged
             if merged is not None:
                 least[key] = merged.min()

@@ -23,7 +23,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.calls import Call
+from gradflow.functional.recorder import Recorder
 from gradflow.functional.reverse import ReentrantCheckpoint, fused
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradflow.functional.calls import Call
 from gradflow.functional.layers import owner
 from gradflow.functional.measurement import Session
 from gradflow.functional.policy_components import Component, components
@@ -32,7 +33,7 @@ from gradflow.functional.policy_statistics import (
     family,
     is_bounded,
 )
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.recorder import Recorder
 from gradflow.records import NAN, ActionDistribution, Floats, PolicyRecord
 
 _ARRAYS = (

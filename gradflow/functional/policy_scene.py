@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import ModelInputError, UnknownLayerError
+from gradflow.functional.calls import Call
 from gradflow.functional.policy_seen import Seer, tensors_in
 from gradflow.functional.probes import is_probe
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.recorder import Recorder
 from gradflow.functional.trees import named_tensors
 
 _WORDS = {

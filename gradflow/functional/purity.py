@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import random
-import sys
 import types
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -40,14 +39,12 @@ class RandomState:
 
     Args:
         torch: whether torch's are remembered.
-        host: whether numpy's and Python's are. Numpy's has no state before its module is loaded, which
-            takes 5 MB.
+        host: whether numpy's and Python's are.
     """
 
     def __init__(self, *, torch: bool = True, host: bool = True) -> None:
         self._torch = _torch_states() if torch else None
-        self._python = random.getstate() if host else None
-        self._numpy = _numpy_state() if host else None
+        self._host = (np.random.get_state(), random.getstate()) if host else None
 
     def torch_moved(self) -> bool:
         """Whether any of torch's states has moved on since; False if they were not remembered."""
@@ -58,23 +55,19 @@ class RandomState:
 
     def host_moved(self) -> bool:
         """Whether numpy's or Python's state has moved on since; False if they were not remembered."""
-        if self._python is None:
+        if self._host is None:
             return False
-        now, then = _numpy_state(), self._numpy
-        if now is None or then is None:
-            moved = now is not then
-        else:
-            moved = now[2] != then[2] or not np.array_equal(now[1], then[1])
-        return moved or random.getstate() != self._python
+        now: Any = np.random.get_state()
+        then: Any = self._host[0]
+        return now[2] != then[2] or not np.array_equal(now[1], then[1]) or random.getstate() != self._host[1]
 
     def restore(self) -> None:
         """Put the states back."""
         if self._torch is not None:
             _set_torch_states(self._torch)
-        if self._numpy is not None:
-            np.random.set_state(self._numpy)
-        if self._python is not None:
-            random.setstate(self._python)
+        if self._host is not None:
+            np.random.set_state(self._host[0])
+            random.setstate(self._host[1])
 
 
 def _torch_states() -> list[Tensor]:
@@ -91,10 +84,6 @@ def _set_torch_states(states: list[Tensor]) -> None:
         torch.mps.set_rng_state(others.pop())
     if others:
         torch.cuda.set_rng_state_all(others)
-
-
-def _numpy_state() -> Any:
-    return np.random.get_state() if "numpy.random" in sys.modules else None
 
 
 def _cuda_in_use() -> bool:
@@ -236,20 +225,16 @@ class ModuleState:
         elif isinstance(value, random.Random):
             internal = value.getstate()
             self._undo.append(lambda: value.setstate(internal))
-        elif _is_numpy_generator(value):
-            self._remember_generator(value)
+        elif isinstance(value, np.random.RandomState):
+            legacy = value.get_state()
+            self._undo.append(lambda: value.set_state(legacy))
+        elif isinstance(value, np.random.Generator):
+            bits = value.bit_generator.state
+            self._undo.append(lambda: setattr(value.bit_generator, "state", bits))
         elif _is_users(value):
             self._remember_slots(value)
             if isinstance(attributes := getattr(value, "__dict__", None), dict):
                 self._remember_dict(attributes)
-
-    def _remember_generator(self, value: Any) -> None:
-        if isinstance(value, np.random.RandomState):
-            legacy = value.get_state()
-            self._undo.append(lambda: value.set_state(legacy))
-        else:
-            bits = value.bit_generator.state
-            self._undo.append(lambda: setattr(value.bit_generator, "state", bits))
 
     def _remember_slots(self, value: Any) -> None:
         """Remember attributes without a dict, as classes of `attrs` and `dataclass(slots=True)` keep them."""
@@ -266,11 +251,6 @@ class ModuleState:
             self._undo.append(undo)
         for item in saved.values():
             self._remember(item)
-
-
-def _is_numpy_generator(value: Any) -> bool:
-    loaded = "numpy.random" in sys.modules
-    return loaded and isinstance(value, (np.random.RandomState, np.random.Generator))
 
 
 def _is_users(value: Any) -> bool:

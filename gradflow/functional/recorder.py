@@ -7,7 +7,6 @@ call by the taps (`taps.py`), and of functional operations by the watch (`watch.
 from __future__ import annotations
 
 import functools
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from gradflow.functional.calls import (
+    PASSING,
+    Call,
+    Observation,
+    checkpoint_segment,
+    sequence_number,
+    transform_level,
+    type_name,
+    unit_axis,
+    version,
+)
 from gradflow.functional.layers import ancestors
 from gradflow.functional.probes import (
     Site,
@@ -27,38 +37,6 @@ from gradflow.functional.probes import (
     sum_of_squares,
 )
 from gradflow.functional.trees import is_differentiable, iter_tensors, map_tensors
-
-
-@attrs.define(eq=False)
-class Call:
-    """One execution of a module in the present step."""
-
-    index: int
-    name: str
-    module: str
-    type: str
-    number: int
-    parent: int
-    is_layer: bool
-    start: int = 0  # autograd sequence numbers: the nodes made in [start, end) are this call's
-    end: int = 0
-    has_children: bool = False
-    differentiable: bool = False
-    grad_enabled: bool = True
-    segment: int = 0  # tells the reentrant checkpoint that it runs in from others of the step
-    shape: tuple[int, ...] = ()
-    num_elements: int = 0
-    versions: list[int] = attrs.field(factory=list)  # of the positional arguments, before it ran
-    sites: list[Site] = attrs.field(factory=list)
-
-
-@attrs.frozen(eq=False)
-class Observation:
-    """A number about a call (or an activation) that is still on its device."""
-
-    kind: str
-    key: Any
-    number: int  # of elements behind the value
 
 
 class NeedsRetry(Exception):
@@ -88,9 +66,9 @@ class Recorder:
     # of the present step
     active: bool = False
     level: int = 0  # of torch.func transforms that the step itself runs in; see `transform_level`
-    structural: bool = False  # the first step: containers and data flow are looked at as well
-    ordinary: bool = False  # nothing but gradients is taken
-    capturing: bool = False  # the like, and no structure
+    structural: bool = False  # containers are looked at as well: in the first step, and in full detail
+    ordinary: bool = False  # nothing is taken of the forward pass
+    capturing: bool = False  # the like, and nothing of the structure
     known: list[Call] = attrs.field(factory=list)  # the calls of the last ordinary step
     alike: bool = False  # whether all calls were the same so far, in the same order
     edges: set[tuple[int, int]] = attrs.field(factory=set)  # that are captured
@@ -105,9 +83,7 @@ class Recorder:
     given_slots: list[Tensor] | None = None
     last_type: str = ""
     aliases: list[tuple[str, Tensor, int]] = attrs.field(factory=list)
-    rectifiers: dict[str, Any] = attrs.field(
-        factory=dict
-    )  # calls that only apply one that is followed -> key
+    rectifiers: dict[str, Any] = attrs.field(factory=dict)  # calls of one alone that is followed -> its key
     after_module: Callable[[Call, Any], None] | None = None  # told of those, where no watch is on
     on_enter: Callable[[Call, Any], None] | None = None
     on_exit: Callable[[Call, Any, Any], None] | None = None
@@ -182,7 +158,7 @@ class Recorder:
                 self.counts[before.module] = before.number + 1
             return self._enter(name, layer, args, {})
         call.sites, call.num_elements = [], 0
-        if layer and not (self.capturing and call.name in self.captured):
+        if layer:
             call.versions = [version(a) for a in args]
         self.calls.append(call)
         self.stack.append(index)
@@ -285,7 +261,7 @@ class Recorder:
     # ----------------------------------------------------------------- outputs
 
     def _observe(self, call: Call, output: Any, args: Any) -> Any:
-        if call.type not in _PASSING:
+        if call.type not in PASSING:
             self.last_type = call.type
         if isinstance(output, Tensor):
             if self.capturing and call.name in self.captured and self._capture(call, output):
@@ -403,74 +379,3 @@ class Recorder:
 
 
 _unwatched = torch._C.DisableTorchFunction  # the watch need not see our own operations
-
-_PASSING = frozenset(
-    [
-        "ReLU",
-        "ReLU6",
-        "LeakyReLU",
-        "ELU",
-        "SELU",
-        "CELU",
-        "GELU",
-        "SiLU",
-        "Mish",
-        "Sigmoid",
-        "Tanh",
-        "Softmax",
-        "Softplus",
-        "Hardtanh",
-        "Dropout",
-        "Identity",
-        "LogSoftmax",
-        "Hardsigmoid",
-        "Hardswish",
-        "Threshold",
-        "Flatten",
-    ]
-)
-_CHANNELS_LAST = frozenset(
-    ("Linear", "LayerNorm", "Embedding", "RMSNorm", "MultiheadAttention", "LSTM", "GRU")
-)
-
-
-def unit_axis(y: Tensor, feeding: str) -> int:
-    """Return the axis of `y` whose indices are its units: channels behind a convolution, else features."""
-    if y.dim() <= 2 or feeding in _CHANNELS_LAST:
-        return -1
-    if feeding.startswith(("Conv", "BatchNorm", "InstanceNorm", "GroupNorm")) or "Pool" in feeding:
-        return 1
-    return 1 if y.dim() >= 4 else -1
-
-
-def type_name(module: nn.Module) -> str:
-    """Return the name of a module's class; of the class that it was made from, where it is TorchScript."""
-    return module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
-
-
-def version(value: Any) -> int:
-    """Return how often a tensor has been written to; -1 for what keeps no count."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else -1
-
-
-def checkpoint_segment() -> int:
-    """Return what tells the running reentrant checkpoint from others, 0 if none is running."""
-    for frame, _ in traceback.walk_stack(None):
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint" and "ctx" in frame.f_locals:
-            return id(frame.f_locals["ctx"])
-    return 0
-
-
-def transform_level() -> int:
-    """Return how deep in transforms of `torch.func` we are.
-
-    What a model runs in transforms of its own (a derivative by its input, samples in a `vmap`) holds tensors
-    that mean nothing outside of them. It is left alone; the gradients of its parameters are as exact as ever.
-    """
-    top = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
-    return 0 if top is None else top.level()
-
-
-def sequence_number() -> int:
-    """Return the sequence number that autograd gives to the next node of this thread."""
-    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from gradflow.functional.calls import Call
 from gradflow.functional.cell_loop import CellCall, chains, loop_numbers
 from gradflow.functional.cells import KINDS, Level, level_of_cell, levels_of, work_dtype
 from gradflow.functional.measurement import Session, gradients
-from gradflow.functional.recorder import Call, Recorder
+from gradflow.functional.recorder import Recorder
 from gradflow.functional.recurrent_numbers import (
     Cotangents,
     LevelNumbers,

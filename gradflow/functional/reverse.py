@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.autograd_graph import LOSS, Node, Structure, is_leaf, topological
+from gradflow.functional.calls import unit_axis
 from gradflow.functional.probes import is_probe, sum_of_squares
-from gradflow.functional.recorder import unit_axis
 
 
 def fused(

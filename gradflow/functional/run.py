@@ -8,11 +8,11 @@ import attrs
 import torch
 
 from gradflow.functional.autograd_graph import Structure
+from gradflow.functional.calls import Call
 from gradflow.functional.dataflow import DataFlow
 from gradflow.functional.graph_record import Cut, HostFlows
 from gradflow.functional.history import History
 from gradflow.functional.measurement import Measurement, Session
-from gradflow.functional.recorder import Call
 from gradflow.functional.step import Program
 from gradflow.records import FlowRecord, NumericalRecord
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gradflow.functional.calls import Call, transform_level, unit_axis
 from gradflow.functional.probes import is_probe, sum_of_squares
-from gradflow.functional.recorder import Call, Recorder, transform_level, unit_axis
+from gradflow.functional.recorder import Recorder
 
 # name of the function -> (op, kind); see ActivationRecord
 ACTIVATIONS: dict[str, tuple[str, str]] = {

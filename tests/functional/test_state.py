@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradflow.errors import ModelInputError
 from gradflow.functional import analyze, call, state
-from gradflow.functional.recorder import transform_level
+from gradflow.functional.calls import transform_level
 from gradflow.functional.state import LazyCopies, Swap, copy_buffers, copy_parameters
 
 X = torch.randn(6, 3)
