@@ -35,11 +35,13 @@ class LazyCopies:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor; a real one, where its memory cannot be shared in this way."""
-        if not _can_be_shared(tensor):
-            return tensor.clone()
         try:
-            copy = tensor._lazy_clone()  # type: ignore[attr-defined]
-        except RuntimeError:  # memory that is not PyTorch's own: of numpy, or shared between processes
+            copy = tensor._lazy_clone() if _can_be_shared(tensor) else None  # type: ignore[attr-defined]
+        except (
+            RuntimeError
+        ):  # there is no memory, or it is not PyTorch's own but numpy's, or of all processes
+            copy = None
+        if copy is None:
             return tensor.clone()
         self._shared.append((tensor, StorageWeakRef(copy.untyped_storage())))
         return copy
