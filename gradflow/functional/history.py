@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import attrs
 import numpy as np
@@ -97,28 +98,38 @@ def to_host(values: Sequence[Tensor]) -> list[float]:
     return found
 
 
+class Content(NamedTuple):
+    """What the numbers of a step without a look are of.
+
+    Args:
+        probed: indices of the calls behind its output gradients.
+        reached: which parameters had a gradient.
+        moved: whether the norms of the parameters were taken.
+        sizes: number of output elements of each layer call.
+    """
+
+    probed: tuple[int, ...]
+    reached: tuple[bool, ...]
+    moved: bool
+    sizes: tuple[int, ...]
+
+
 @attrs.define(eq=False)
 class Form:
     """What an ordinary step has given: the next one that gives the same needs no new layout.
 
     Args:
         calls: the calls of the step.
-        probed: indices of the calls behind its output gradients.
-        reached: which parameters had a gradient.
-        moved: whether the norms of the parameters were taken.
+        content: what its numbers are of.
         layout: the layout of its row.
         counts: element counts of its row.
-        sizes: number of output elements of each layer call.
         ranges: between which a sum of squares must be to be safe, and any other number to be finite.
     """
 
     calls: list[Call]
-    probed: list[int]
-    reached: list[bool]
-    moved: bool
+    content: Content
     layout: Layout
     counts: Floats
-    sizes: tuple[int, ...]
     ranges: list[tuple[float, float]]
 
 
@@ -141,42 +152,51 @@ class History:
 
     def read(self, outcome: Outcome, *, look: bool, parameters_moved: bool) -> Row:
         """Return the step's numbers: the one transfer to the host that a step makes, after it is done."""
-        slots = [slot for slot in outcome.slots if slot is not None]
         noted = self._noted()
         merging = look or any(len(steps) >= _MERGED for steps in self.rising.values())
         risen = self.merge_peaks() if merging else {}
-        moved = parameters_moved or not self.rows
-        lasting = self._lasting(outcome, look, moved)
+        content = self._content(outcome, parameters_moved or not self.rows)
+        lasting = self._lasting(outcome, look, content.moved)
+        slots = (slot for slot in outcome.slots if slot is not None)
         scalars = [outcome.loss, *slots, *(value for _, value in noted), *risen.values()]
         exact = not self.rows
         values = to_host([*scalars, *(_number(kind, tensor, exact) for kind, _, tensor in lasting)])
-        form = self._same_form(outcome, moved)
+        form = self._same_form(content)
         if form is None or noted or risen or look:
             _repair(values, len(scalars), lasting)
-            return self._read_anew(outcome, np.array(values), noted, risen, lasting, moved)
+            return self._read_anew(content, np.array(values), noted, risen, lasting)
         safe = all(least < v < most for v, (least, most) in zip(values, form.ranges, strict=True))
         if not safe:
             _repair(values, len(scalars), lasting)
-        row = Row(form.layout, np.array(values), form.counts, form.sizes, safe)
+        row = Row(form.layout, np.array(values), form.counts, content.sizes, safe)
         self.in_doubt = self.settling = False
         if not safe:
             self._choose_precision(row)
         return row
 
+    def _content(self, outcome: Outcome, moved: bool) -> Content:
+        recorder = self.program.recorder
+        sites = zip(recorder.sites, outcome.slots, strict=True)
+        return Content(
+            probed=tuple([site.call for site, slot in sites if slot is not None]),
+            reached=tuple([gradient is not None for gradient in outcome.gradients.values()]),
+            moved=moved,
+            sizes=tuple([call.num_elements for call in recorder.calls if call.is_layer]),
+        )
+
     def _read_anew(
         self,
-        outcome: Outcome,
+        content: Content,
         values: Floats,
         noted: list[tuple[Observation, Tensor]],
         risen: dict[ActivationKey, Tensor],
         lasting: list[tuple[str, str, Tensor]],
-        moved: bool,
     ) -> Row:
         """Return the row of a step that gives other numbers than the one before."""
         recorder = self.program.recorder
-        probed = [s.call for s, slot in zip(recorder.sites, outcome.slots, strict=True) if slot is not None]
-        places: list[Place] = [("loss", ""), *(("grad", recorder.calls[i].name) for i in probed)]
-        numbers = [1, *(recorder.calls[i].num_elements for i in probed)]
+        behind = [recorder.calls[i] for i in content.probed]
+        places: list[Place] = [("loss", ""), *(("grad", call.name) for call in behind)]
+        numbers = [1, *(call.num_elements for call in behind)]
         for observation, _ in noted:
             key = observation.key
             places.append((observation.kind, recorder.calls[key].name if isinstance(key, int) else key))
@@ -189,37 +209,30 @@ class History:
         for call in calls:
             self.calls[call.name] = self._merged_call(call)
         layout, counts = self._layout(places, calls), np.array(numbers)
-        row = Row(layout, values, counts, tuple(call.num_elements for call in calls))
+        row = Row(layout, values, counts, content.sizes)
         self._choose_precision(row)
         self._settle(row)
         if recorder.ordinary and not (noted or risen):
             sums = layout.sums | np.isin([kind for kind, _ in places], _LASTING_SUMS)
             least, most = safe_range(counts)
             least, most = np.where(sums, least, -np.inf), np.where(sums, most, np.inf)
-            reached = [gradient is not None for gradient in outcome.gradients.values()]
             ranges = list(zip(least.tolist(), most.tolist(), strict=True))
-            self._form = Form(recorder.calls, probed, reached, moved, layout, counts, row.sizes, ranges)
+            self._form = Form(recorder.calls, content, layout, counts, ranges)
         return row
 
-    def _same_form(self, outcome: Outcome, moved: bool) -> Form | None:
+    def _same_form(self, content: Content) -> Form | None:
         """Return the form of the last ordinary step, if this one gave numbers of the same things."""
         recorder, form = self.program.recorder, self._form
         if form is None or not recorder.ordinary:
             return None
-        if (
-            recorder.alike
-            and recorder.known is form.calls
-            and len(recorder.calls) == len(form.calls)
-            and moved == form.moved
-            and [s.call for s, slot in zip(recorder.sites, outcome.slots, strict=True) if slot is not None]
-            == form.probed
-            and [g is not None for g in outcome.gradients.values()] == form.reached
-            and tuple([call.num_elements for call in recorder.calls if call.is_layer]) == form.sizes
-        ):
-            form.calls = recorder.calls  # by which the next step will know it
-            return form
-        self._form = None
-        return None
+        same_calls = (
+            recorder.alike and recorder.known is form.calls and len(recorder.calls) == len(form.calls)
+        )
+        if not same_calls or content != form.content:
+            self._form = None
+            return None
+        form.calls = recorder.calls  # by which the next step will know it
+        return form
 
     def _noted(self) -> list[tuple[Observation, Tensor]]:
         """Return what was noted and goes into the row; what is kept for every unit is put aside."""

@@ -219,18 +219,18 @@ class ModuleState:
         if isinstance(value, np.ndarray):
             saved = value.copy()
             self._undo.append(lambda: np.copyto(value, saved) if value.flags.writeable else None)
-        elif isinstance(value, torch.Generator):
-            state = value.get_state()
-            self._undo.append(lambda: value.set_state(state))
-        elif isinstance(value, random.Random):
-            internal = value.getstate()
-            self._undo.append(lambda: value.setstate(internal))
         elif isinstance(value, np.random.RandomState):
             legacy = value.get_state()
             self._undo.append(lambda: value.set_state(legacy))
+        elif isinstance(value, torch.Generator):
+            state = value.get_state()
+            self._undo.append(lambda: value.set_state(state))
         elif isinstance(value, np.random.Generator):
             bits = value.bit_generator.state
             self._undo.append(lambda: setattr(value.bit_generator, "state", bits))
+        elif isinstance(value, random.Random):
+            internal = value.getstate()
+            self._undo.append(lambda: value.setstate(internal))
         elif _is_users(value):
             self._remember_slots(value)
             if isinstance(attributes := getattr(value, "__dict__", None), dict):

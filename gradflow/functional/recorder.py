@@ -132,19 +132,16 @@ class Recorder:
         if self.look or self.watched or self.sessions or self.on_enter is not None:
             return self._run_closely(name, layer, forward, args, kwargs)
         call = self._enter_again(name, layer, args) if self.alike else self._enter(name, layer, args, kwargs)
-        call.start = sequence_number()
         try:
             output = forward(*args, **kwargs)
         except BaseException as error:
             self._failed(call, error)
             raise
         self.stack.pop()
-        if not layer:
-            call.end = sequence_number()
-            return output
-        if call.name in self.rectifiers and self.after_module is not None:
-            self.after_module(call, output)
-        output = self._observe(call, output, args)
+        if layer:
+            if call.name in self.rectifiers and self.after_module is not None:
+                self.after_module(call, output)
+            output = self._observe(call, output, args)
         call.end = sequence_number()
         return output
 
@@ -157,7 +154,7 @@ class Recorder:
             for before in self.calls:
                 self.counts[before.module] = before.number + 1
             return self._enter(name, layer, args, {})
-        call.sites, call.num_elements = [], 0
+        call.sites, call.num_elements, call.start = [], 0, sequence_number()
         if layer:
             call.versions = [version(a) for a in args]
         self.calls.append(call)
@@ -208,11 +205,10 @@ class Recorder:
         call.segment = 0 if call.grad_enabled else checkpoint_segment()
         if layer:
             call.versions = [version(a) for a in args]
-        if self.structural:
-            call.start = sequence_number()
-            if self.on_enter is not None:  # the first step
-                call.differentiable = any(t.requires_grad for t in iter_tensors((args, kwargs)))
-                self.on_enter(call, (args, kwargs))
+        call.start = sequence_number()
+        if self.structural and self.on_enter is not None:  # the first step
+            call.differentiable = any(t.requires_grad for t in iter_tensors((args, kwargs)))
+            self.on_enter(call, (args, kwargs))
         if parent >= 0 and layer:
             for index in self.stack:
                 self.calls[index].has_children = True
@@ -264,9 +260,6 @@ class Recorder:
         if call.type not in PASSING:
             self.last_type = call.type
         if isinstance(output, Tensor):
-            if self.capturing and call.name in self.captured and self._capture(call, output):
-                call.num_elements = output.numel()
-                return output
             return self._observe_tensor(call, output, args, {})
         memo: dict[int, Tensor] = {}
         return map_tensors(lambda t: self._observe_tensor(call, t, args, memo), output)
@@ -320,7 +313,7 @@ class Recorder:
         if node is None or node._sequence_nr() < call.start:  # type: ignore[attr-defined]
             return False
         position = id(node), y.output_nr
-        if position in self.edges or y.layout is not torch.strided or not y.numel():
+        if position in self.edges:
             return False
         self.edges.add(position)
         exact = self.exact.get((call.name, "grad"), True)

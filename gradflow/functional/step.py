@@ -18,7 +18,7 @@ from gradflow.functional.probes import arrival, sum_of_squares
 from gradflow.functional.purity import ModuleState, RandomState
 from gradflow.functional.recorder import NeedsRetry, Recorder
 from gradflow.functional.reverse import Flows, ReentrantCheckpoint, accumulated, check_walkable, fused, walked
-from gradflow.functional.state import LazyCopies, Swap, Tensors, copy_buffers, copy_parameters
+from gradflow.functional.state import Copy, Swap, Tensors, copy_buffers, copy_parameters
 from gradflow.functional.trees import shapes
 from gradflow.functional.watch import Watch
 
@@ -46,7 +46,7 @@ class Program:
         evaluate: batch, step → loss, calling the user's model and loss once each.
         recorder: told of every layer call.
         inputs_of: batch → the model's input tensors by name.
-        copies: makes the working copies.
+        copy_of: makes the working copy of a tensor.
     """
 
     model: nn.Module
@@ -54,7 +54,7 @@ class Program:
     evaluate: Callable[[Any, int], Any]
     recorder: Recorder
     inputs_of: Callable[[Any], Tensors]
-    copies: LazyCopies = attrs.field(factory=LazyCopies)
+    copy_of: Copy = torch.clone
     parameters: Tensors = attrs.field(factory=dict)
     loss_parameters: Tensors = attrs.field(factory=dict)
     buffers: Tensors = attrs.field(factory=dict)
@@ -69,8 +69,8 @@ class Program:
     _originals: dict[int, str] = attrs.field(factory=dict)  # names of the user's parameters, by id
 
     def __attrs_post_init__(self) -> None:
-        self.parameters = copy_parameters(self.model, self.copies)
-        self.buffers = copy_buffers(self.model, self.copies)
+        self.parameters = copy_parameters(self.model, self.copy_of)
+        self.buffers = copy_buffers(self.model, self.copy_of)
         self._swaps = [Swap(self.model)]
         self._originals = {id(p): name for name, p in self.model.named_parameters()}
         if self.loss_module is not None:
@@ -78,7 +78,7 @@ class Program:
             shared = {id(p): name for name, p in self.model.named_parameters()}
             shared |= {id(b): name for name, b in self.model.named_buffers()}
             own = {n for n, t in (*loss.named_parameters(), *loss.named_buffers()) if id(t) not in shared}
-            parameters, buffers = copy_parameters(loss, self.copies), copy_buffers(loss, self.copies)
+            parameters, buffers = copy_parameters(loss, self.copy_of), copy_buffers(loss, self.copy_of)
             self.loss_parameters = {prefix + n: p for n, p in parameters.items() if n in own}
             self.buffers |= {prefix + n: b for n, b in buffers.items() if n in own}
             self._swaps.append(Swap(loss, prefix, shared))
@@ -87,7 +87,7 @@ class Program:
     @property
     def trainable(self) -> Tensors:
         """All working parameters that require a gradient, the loss's own included."""
-        both = {**self.parameters, **self.loss_parameters} if self.loss_parameters else self.parameters
+        both = {**self.parameters, **self.loss_parameters}
         return {name: p for name, p in both.items() if p.requires_grad}
 
     @contextlib.contextmanager

@@ -104,9 +104,7 @@ def note_rectifier(recorder: Recorder, key: ActivationKey, y: Tensor) -> None:
 def after_module(recorder: Recorder, call: Call, output: Any) -> None:
     """Note what a rectifier module gave, in a step without a watch."""
     if isinstance(output, Tensor) and output.requires_grad and output.numel():
-        key = recorder.rectifiers.get(call.name)
-        if key is not None:
-            note_rectifier(recorder, key, output.detach())
+        note_rectifier(recorder, recorder.rectifiers[call.name], output.detach())
 
 
 @attrs.frozen

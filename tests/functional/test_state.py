@@ -212,6 +212,9 @@ def is_shared(tensor: Tensor) -> bool:
     return torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
 
 
+seen: list[tuple[bool, bool]] = []  # no attribute of a model: those are put back
+
+
 class Writer(nn.Module):
     """Notes whether its weights share memory in the forward pass; may write to one, and keep one."""
 
@@ -230,9 +233,6 @@ class Writer(nn.Module):
         if self.kept[0] is not None:
             self.kept[0].append(self.a.weight.detach()[1:])
         return y
-
-
-seen: list[tuple[bool, bool]] = []
 
 
 def state_of(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
