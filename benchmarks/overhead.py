@@ -36,10 +36,10 @@ import torch
 from workloads import DESCRIPTIONS, WORKLOADS, Workload, build
 
 import gradflow as gf
-from gradflow.functional import history as history_module
-from gradflow.functional import step as step_module
-from gradflow.functional.run import Plan
-from gradflow.functional.step import Program
+from gradflow.functional.run import history as history_module
+from gradflow.functional.run import step as step_module
+from gradflow.functional.run.run import Plan
+from gradflow.functional.run.step import Program
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 GRADFLOW: dict[str, dict[str, Any]] = {

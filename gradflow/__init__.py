@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from gradflow.diagnosis import diagnose, diagnose_custom, layer_graph
     from gradflow.errors import GradflowError
     from gradflow.functional.analyze import analyze, analyze_custom
-    from gradflow.functional.attention import attention_weights
-    from gradflow.functional.gradient_field import field_jacobian, vector_field
-    from gradflow.functional.layer_jacobian import (
+    from gradflow.functional.attention.measurement import attention_weights
+    from gradflow.functional.jacobian.gradient_field import field_jacobian, vector_field
+    from gradflow.functional.jacobian.layer_jacobian import (
         jacobian_between,
         layer_function,
         layer_gain,
@@ -57,11 +57,11 @@ if TYPE_CHECKING:
         layer_spectrum,
         layer_vjp,
     )
-    from gradflow.functional.per_sample import gradient_noise, per_sample_gradients
-    from gradflow.functional.policy_gradients import head_gradients
-    from gradflow.functional.policy_statistics import action_entropy
+    from gradflow.functional.jacobian.per_sample import gradient_noise, per_sample_gradients
+    from gradflow.functional.policy.gradients import head_gradients
+    from gradflow.functional.policy.statistics import action_entropy
+    from gradflow.functional.recurrent.unroll import hidden_gradients
     from gradflow.functional.scale import GradientScale, gradient_scale
-    from gradflow.functional.unroll import hidden_gradients
     from gradflow.records import Cause, FlowRecord, Issue, IssueSeverity, IssueType
     from gradflow.records import Issue as GradientIssue
     from gradflow.report import Report
@@ -100,9 +100,9 @@ _PLACES = {
     "gradflow.diagnosis": ("diagnose", "diagnose_custom", "layer_graph"),
     "gradflow.errors": ("GradflowError",),
     "gradflow.functional.analyze": ("analyze", "analyze_custom"),
-    "gradflow.functional.attention": ("attention_weights",),
-    "gradflow.functional.gradient_field": ("field_jacobian", "vector_field"),
-    "gradflow.functional.layer_jacobian": (
+    "gradflow.functional.attention.measurement": ("attention_weights",),
+    "gradflow.functional.jacobian.gradient_field": ("field_jacobian", "vector_field"),
+    "gradflow.functional.jacobian.layer_jacobian": (
         "jacobian_between",
         "layer_function",
         "layer_gain",
@@ -110,11 +110,11 @@ _PLACES = {
         "layer_spectrum",
         "layer_vjp",
     ),
-    "gradflow.functional.per_sample": ("gradient_noise", "per_sample_gradients"),
-    "gradflow.functional.policy_gradients": ("head_gradients",),
-    "gradflow.functional.policy_statistics": ("action_entropy",),
+    "gradflow.functional.jacobian.per_sample": ("gradient_noise", "per_sample_gradients"),
+    "gradflow.functional.policy.gradients": ("head_gradients",),
+    "gradflow.functional.policy.statistics": ("action_entropy",),
     "gradflow.functional.scale": ("GradientScale", "gradient_scale"),
-    "gradflow.functional.unroll": ("hidden_gradients",),
+    "gradflow.functional.recurrent.unroll": ("hidden_gradients",),
     "gradflow.records": ("Cause", "FlowRecord", "Issue", "IssueSeverity", "IssueType"),
     "gradflow.report": ("Report",),
 }

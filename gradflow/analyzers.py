@@ -91,10 +91,10 @@ class GradientFlowAnalyzer(_Diagnosing):
             layers, as `gradflow.pipelines.recurrent` does.
         enable_circular_flow_analyser: also measure the flow along every edge of the layer graph, for
             divergence, circulation and curl; slower.
-        vanishing_threshold: see `gradflow.detect.vanishing`.
-        exploding_threshold: see `gradflow.detect.exploding`.
-        dead_threshold: see `gradflow.detect.dead`.
-        unstable_cv_threshold: see `gradflow.detect.unstable`.
+        vanishing_threshold: see `gradflow.detect.flow.vanishing`.
+        exploding_threshold: see `gradflow.detect.flow.exploding`.
+        dead_threshold: see `gradflow.detect.flow.dead`.
+        unstable_cv_threshold: see `gradflow.detect.flow.unstable`.
 
     >>> import torch
     >>> from torch import nn

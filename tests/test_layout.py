@@ -25,6 +25,29 @@ ORDER = [
     {"cli"},
     {"__init__", "__main__"},
 ]
+# The rooms of a part, likewise: each may import from itself and from those in the sets above its own. Files
+# that stand beside the rooms have a rank too; those not named come last.
+ROOMS: dict[str, list[set[str]]] = {
+    "functional": [
+        {"model"},
+        {"tap"},
+        {"reverse"},
+        {"measurement"},
+        {"run", "jacobian", "attention", "recurrent", "policy"},
+        {"analyze", "scale"},
+        {"__init__"},
+    ],
+    "detect": [
+        {"wiring"},
+        {"evidence"},
+        {"actions"},
+        {"flow", "causes"},
+        {"attention", "recurrent", "policy"},
+        {"defaults"},
+        {"compose"},
+        {"__init__"},
+    ],
+}
 # `records` to `graph`, in the one property that is there for convenience: see FlowRecord.graph.
 EXCEPTIONS = {("records/flow.py", "FlowRecord.graph", "gradflow.graph")}
 
@@ -34,7 +57,7 @@ def rank(part: str) -> int:
 
 
 def part_of(module: str) -> str:
-    """Return the part that a module of ours belongs to: `gradflow.detect.dead` → `detect`."""
+    """Return the part that a module of ours belongs to: `gradflow.detect.flow.dead` → `detect`."""
     return [*module.split("."), "__init__"][1]
 
 
@@ -82,6 +105,35 @@ def test_imports_go_one_way(path: Path) -> None:
         if part_of(module) == "__version__":
             continue
         assert rank(part_of(module)) <= own, f"{name} ({where or 'top'}) imports {module}, which is below it"
+
+
+IN_ROOMS = [path for path in FILES if path.relative_to(PACKAGE).parts[0] in ROOMS]
+
+
+@pytest.mark.parametrize("path", IN_ROOMS, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rooms_import_only_from_those_above_them(path: Path) -> None:
+    part, room, *_ = (name.removesuffix(".py") for name in path.relative_to(PACKAGE).parts)
+    order = ROOMS[part]
+    own = next((i for i, rooms in enumerate(order) if room in rooms), None)
+    assert own is not None, f"{part}/{room} has no place in ROOMS"
+    for where, module in imports_of(path):
+        _, found, *inner = [*module.split("."), ""]
+        if found != part or inner[0] == room:
+            continue
+        other = next((i for i, rooms in enumerate(order) if inner[0] in rooms), len(order))
+        assert other < own, f"{part}/{room} ({where or 'top'}) imports {module}, which is not above it"
+
+
+@pytest.mark.parametrize("part", ROOMS)
+def test_every_room_says_what_it_may_import_and_has_a_dozen_files_at_most(part: str) -> None:
+    folders = [folder for folder in (PACKAGE / part).iterdir() if (folder / "__init__.py").exists()]
+    assert {folder.name for folder in folders} <= set().union(*ROOMS[part])
+    for folder in folders:
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+        assert text is not None, f"{folder.name} does not say what it is for"
+        assert "May import" in text, f"{folder.name} does not say what it may import"
+        files = [file for file in folder.glob("*.py") if file.stem != "__init__"]
+        assert len(files) <= 12, f"{folder.name} has {len(files)} files"
 
 
 def test_the_exceptions_are_still_needed() -> None:

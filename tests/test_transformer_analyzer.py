@@ -15,7 +15,7 @@ from gradflow.errors import NotAnalyzedError
 from gradflow.pipelines import flow, transformer
 from gradflow.report import attention_text, summary_text
 from tests.example_modules import example_module
-from tests.functional.attention_models import gpt, token_loss, tokens
+from tests.functional.attention.models import gpt, token_loss, tokens
 from tests.functional.snapshots import difference, snapshot
 
 

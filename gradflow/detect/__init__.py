@@ -1,27 +1,27 @@
 """Detectors, their composition, and the causes behind what they find. Pure functions over records."""
 
-from gradflow.detect.attention import collapsed_attention, growing_logits, saturated_attention
-from gradflow.detect.attention_depth import collapsed_rank, idle_branches
-from gradflow.detect.attention_heads import redundant_heads, unbalanced_attention
-from gradflow.detect.bottleneck import bottleneck
-from gradflow.detect.causes import explain, find_causes
+from gradflow.detect.attention.attention import collapsed_attention, growing_logits, saturated_attention
+from gradflow.detect.attention.depth import collapsed_rank, idle_branches
+from gradflow.detect.attention.heads import redundant_heads, unbalanced_attention
+from gradflow.detect.causes.causes import explain, find_causes
 from gradflow.detect.compose import Detector, all_of, check_detectors, detect, only, remap, without
-from gradflow.detect.dead import dead
 from gradflow.detect.defaults import default_detectors
-from gradflow.detect.depth import needs_depth
-from gradflow.detect.exploding import exploding
-from gradflow.detect.numerical import numerical
-from gradflow.detect.policy import (
+from gradflow.detect.flow.bottleneck import bottleneck
+from gradflow.detect.flow.dead import dead
+from gradflow.detect.flow.depth import needs_depth
+from gradflow.detect.flow.exploding import exploding
+from gradflow.detect.flow.numerical import numerical
+from gradflow.detect.flow.saturation import saturation
+from gradflow.detect.flow.unstable import unstable
+from gradflow.detect.flow.vanishing import vanishing
+from gradflow.detect.policy.heads import conflicting_heads, dominant_value, starved_policy
+from gradflow.detect.policy.policy import (
     collapsed_policy,
     deterministic_policy,
     misscaled_deviation,
     renormalised_policy,
 )
-from gradflow.detect.policy_heads import conflicting_heads, dominant_value, starved_policy
-from gradflow.detect.saturation import saturation
-from gradflow.detect.through_time import amplifying, fading, gated
-from gradflow.detect.unstable import unstable
-from gradflow.detect.vanishing import vanishing
+from gradflow.detect.recurrent.through_time import amplifying, fading, gated
 
 __all__ = [
     "Detector",

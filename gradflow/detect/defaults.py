@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from gradflow.detect.bottleneck import bottleneck
-from gradflow.detect.dead import dead
-from gradflow.detect.exploding import exploding
-from gradflow.detect.numerical import numerical
-from gradflow.detect.saturation import saturation
-from gradflow.detect.unstable import unstable
-from gradflow.detect.vanishing import vanishing
+from gradflow.detect.flow.bottleneck import bottleneck
+from gradflow.detect.flow.dead import dead
+from gradflow.detect.flow.exploding import exploding
+from gradflow.detect.flow.numerical import numerical
+from gradflow.detect.flow.saturation import saturation
+from gradflow.detect.flow.unstable import unstable
+from gradflow.detect.flow.vanishing import vanishing
 from gradflow.records import FlowRecord, Issue
 
 

@@ -1,19 +1,17 @@
 """The only code that calls a model: pure calls, probes, per-layer gradients, and the run over batches."""
 
 from gradflow.functional.analyze import analyze, analyze_custom, graph_of
-from gradflow.functional.attention import attention, attention_weights
-from gradflow.functional.attention_statistics import (
+from gradflow.functional.attention.measurement import attention, attention_weights
+from gradflow.functional.attention.statistics import (
     HeadStatistics,
     attention_entropy,
     attention_statistics,
     head_distances,
     position_residual,
 )
-from gradflow.functional.cells import Cell, Level, level_of_cell, levels_of
-from gradflow.functional.gradient_field import VectorField, field_jacobian, vector_field
-from gradflow.functional.jacobian import Jacobian
-from gradflow.functional.jacobian_records import Gain, Spectrum
-from gradflow.functional.layer_jacobian import (
+from gradflow.functional.jacobian.gradient_field import VectorField, field_jacobian, vector_field
+from gradflow.functional.jacobian.jacobian import Jacobian
+from gradflow.functional.jacobian.layer_jacobian import (
     LayerFunction,
     jacobian_between,
     layer_function,
@@ -22,23 +20,25 @@ from gradflow.functional.layer_jacobian import (
     layer_spectrum,
     layer_vjp,
 )
-from gradflow.functional.layers import layers
-from gradflow.functional.per_sample import (
+from gradflow.functional.jacobian.per_sample import (
     GradientNoise,
     LayerNoise,
     gradient_noise,
     per_sample_gradients,
 )
-from gradflow.functional.policy import policy_heads
-from gradflow.functional.policy_gradients import HeadGradients, head_gradients
-from gradflow.functional.policy_statistics import ActionStatistics, action_entropy, action_statistics
-from gradflow.functional.probes import probe
-from gradflow.functional.recurrent import recurrence
-from gradflow.functional.reverse import effective_rank
+from gradflow.functional.jacobian.records import Gain, Spectrum
+from gradflow.functional.model.layers import layers
+from gradflow.functional.model.state import call
+from gradflow.functional.policy.gradients import HeadGradients, head_gradients
+from gradflow.functional.policy.measurement import policy_heads
+from gradflow.functional.policy.statistics import ActionStatistics, action_entropy, action_statistics
+from gradflow.functional.recurrent.cells import Cell, Level, level_of_cell, levels_of
+from gradflow.functional.recurrent.measurement import recurrence
+from gradflow.functional.recurrent.transition import lyapunov_exponents, spectral_radii, state_jacobians
+from gradflow.functional.recurrent.unroll import hidden_gradients, unroll
+from gradflow.functional.reverse.reverse import effective_rank
 from gradflow.functional.scale import GradientScale, gradient_scale
-from gradflow.functional.state import call
-from gradflow.functional.transition import lyapunov_exponents, spectral_radii, state_jacobians
-from gradflow.functional.unroll import hidden_gradients, unroll
+from gradflow.functional.tap.probes import probe
 
 __all__ = [
     "ActionStatistics",

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import ModelInputError
-from gradflow.functional.batches import Source, invoke, make_objective, no_batches, prepared
-from gradflow.functional.measure import measure
 from gradflow.functional.measurement import Measurement
-from gradflow.functional.run import Plan, Progress
-from gradflow.functional.trees import named_tensors, same_device
+from gradflow.functional.model.batches import Source, invoke, make_objective, no_batches, prepared
+from gradflow.functional.model.supported import check_module
+from gradflow.functional.model.trees import named_tensors, same_device
+from gradflow.functional.run.measure import measure
+from gradflow.functional.run.run import Plan, Progress
 from gradflow.records import FlowRecord, GraphRecord
 
 Mode = Literal["train", "eval", "keep"]
@@ -84,7 +85,7 @@ def analyze(
     >>> record.steps, [layer.name for layer in record]
     (3, ['0', '1', '2'])
     """
-    _check_model(model)
+    check_module(model)
     objective = make_objective(loss_fn)
     source = Source(batches)
     device = same_device(model)
@@ -138,7 +139,7 @@ def analyze_custom(
     >>> [layer.name or "(model)" for layer in record]
     ['(model)', '@1']
     """
-    _check_model(model)
+    check_module(model)
     if not callable(forward_fn):
         raise ModelInputError(
             f"forward_fn is a {type(forward_fn).__name__}; pass a function of (model, step) that returns the "
@@ -169,14 +170,6 @@ def graph_of(
 
 def _module(loss_fn: Any) -> nn.Module | None:
     return loss_fn if isinstance(loss_fn, nn.Module) else None
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise ModelInputError(
-            f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself, built: "
-            "`MyModel()`, not the class; for a function of modules, wrap them in one."
-        )
 
 
 def _checked(measurements: Any) -> tuple[Measurement, ...]:

@@ -23,9 +23,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gradflow.functional.calls import Call
-from gradflow.functional.recorder import Recorder
-from gradflow.functional.reverse import ReentrantCheckpoint, fused
+from gradflow.functional.reverse.reverse import ReentrantCheckpoint, fused
+from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.recorder import Recorder
 
 
 class Session:

@@ -60,7 +60,7 @@ def critical_points(
             of n edges shares out as c/n each.
 
     Returns:
-        The points, strongest first.
+        The points, strongest first; equally strong ones (to nine digits) in the order of execution.
 
     Raises:
         ValueError: if a threshold is out of range.
@@ -93,7 +93,8 @@ def critical_points(
                 CriticalPoint(name=node.name, kind=kind, divergence=div, gain=gain, curl=turn,
                               strength=strength, reason=_reason(node.name, kind, gain, div, turn))
             )  # fmt: skip
-    return tuple(sorted(points, key=lambda p: -p.strength))
+    # Rounding must not decide between points of one cycle, which are equally strong by construction.
+    return tuple(sorted(points, key=lambda p: -float(f"{p.strength:.9g}")))
 
 
 def _reason(name: str, kind: str, gain: float, divergence: float, curl: float) -> str:

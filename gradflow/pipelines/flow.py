@@ -29,7 +29,7 @@ class Pipeline:
         detectors: functions from a `FlowRecord` to issues.
         detail: the measurements it needs, as for `gradflow.analyze`: `cheap`, which costs next to nothing,
             or `full`, with the flow on every edge of the graph.
-        measurements: what else it needs measured, such as `gradflow.functional.attention()`.
+        measurements: what else it needs measured, such as `gradflow.functional.attention.measurement()`.
 
     >>> from gradflow.detect import dead, vanishing
     >>> quick = Pipeline("quick", [dead()]) + vanishing()
@@ -69,10 +69,10 @@ def flow(
     """Return the base pipeline: one detector of each of the seven types, for any model.
 
     Args:
-        vanishing_threshold: see `gradflow.detect.vanishing`.
-        exploding_threshold: see `gradflow.detect.exploding`.
-        dead_threshold: see `gradflow.detect.dead`.
-        unstable_cv_threshold: see `gradflow.detect.unstable`.
+        vanishing_threshold: see `gradflow.detect.flow.vanishing`.
+        exploding_threshold: see `gradflow.detect.flow.exploding`.
+        dead_threshold: see `gradflow.detect.flow.dead`.
+        unstable_cv_threshold: see `gradflow.detect.flow.unstable`.
         detail: what to measure, `cheap` or `full`.
 
     >>> flow().name, len(flow().detectors)

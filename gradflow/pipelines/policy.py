@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import attrs
 
-from gradflow.detect.policy import (
+from gradflow.detect.policy.evidence import sparing_policies
+from gradflow.detect.policy.heads import conflicting_heads, dominant_value, starved_policy
+from gradflow.detect.policy.policy import (
     collapsed_policy,
     deterministic_policy,
     misscaled_deviation,
     renormalised_policy,
 )
-from gradflow.detect.policy_evidence import sparing_policies
-from gradflow.detect.policy_heads import conflicting_heads, dominant_value, starved_policy
-from gradflow.functional.policy import policy_heads
+from gradflow.functional.policy.measurement import policy_heads
 from gradflow.pipelines.flow import Pipeline, flow
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from gradflow.detect.through_time import amplifying, fading, gated
-from gradflow.functional.recurrent import recurrence
+from gradflow.detect.recurrent.through_time import amplifying, fading, gated
+from gradflow.functional.recurrent.measurement import recurrence
 from gradflow.pipelines.flow import Pipeline, flow
 
 

@@ -11,7 +11,7 @@ from gradflow.detect import (
     saturated_attention,
     unbalanced_attention,
 )
-from gradflow.functional.attention import attention
+from gradflow.functional.attention.measurement import attention
 from gradflow.pipelines.flow import Pipeline, flow
 
 

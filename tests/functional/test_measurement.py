@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradflow as gf
-from gradflow.functional.calls import Call
 from gradflow.functional.measurement import Session, gradients
-from gradflow.functional.recorder import Recorder
+from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.recorder import Recorder
 from gradflow.pipelines import Pipeline, flow
 
 

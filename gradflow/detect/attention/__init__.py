@@ -1,0 +1,4 @@
+"""Detectors over what was measured of attention.
+
+May import: `flow`, and what `flow` may.
+"""

@@ -1,0 +1,121 @@
+"""What goes wrong along the depth of a transformer: positions that become one, branches that add nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from gradflow.detect.attention.attention import num_updates
+from gradflow.detect.evidence import late
+from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+
+
+def collapsed_rank(
+    alike: float = 0.01, *, fall: float = 10.0, severe: float = 1e-3
+) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of token representations that become one, layer by layer.
+
+    Measured: what enters each attention layer, and of it the residual ‖X − 1x̄ᵀ‖ / ‖X‖ over the positions of
+    a sample, in the order of execution; at the end of the run.
+
+    Why this is evidence: attention averages over positions, so without a way round it the residual falls
+    doubly exponentially with depth (Dong, Cordonnier and Loukas, 2021). The residual is free of scale. It is
+    taken within a sample: samples that differ from each other do not hide it.
+
+    Looks alike and is not: the *output* of one attention layer, which averages whenever its weights are near
+    uniform, as at most initialisations, beside a skip connection that keeps what tells positions apart;
+    sequences of one position; positions that are alike from the start (learned queries of a decoder).
+
+    Args:
+        alike: residual below which positions are alike: what tells them apart is a percent.
+        fall: how many times as much there must have been before, at an earlier layer.
+        severe: residual below which it is HIGH.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        most, at = 0.0, ""
+        for layer in record.transformer.attention:
+            residual = late(layer.input_residual)
+            if not math.isfinite(residual):
+                continue
+            if residual < alike and most >= fall * alike:
+                yield Issue(
+                    layer=layer.name,
+                    layer_type=layer.type,
+                    issue_type=IssueType.BOTTLENECK,
+                    severity=IssueSeverity.HIGH if residual < severe else IssueSeverity.MEDIUM,
+                    description=f"All positions have become one where they enter it: only {residual:.1e} of "
+                    f"them differs within a sample, after {most:.2g} at {at}. Attention averages, and "
+                    "nothing has kept what tells them apart.",
+                    magnitude=residual,
+                    recommended_actions=(
+                        "Put a skip connection round every attention layer, and an MLP behind it.",
+                        "Scale what skips up against what is added, or use fewer layers.",
+                    ),
+                    metrics={
+                        "op": layer.op,
+                        "role": "alike",
+                        "residual": residual,
+                        "residual_before": most,
+                        "before": at,
+                    },
+                )
+                return
+            if residual > most:
+                most, at = residual, layer.name
+
+    return detector
+
+
+def idle_branches(
+    share: float = 1e-4, *, min_updates: int = 3, growth: float = 2.0
+) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of residual branches that carry nothing.
+
+    Measured: ‖branch‖ / ‖stream‖ at every sum that ends a residual branch, over the run.
+
+    Why this is evidence: what is a ten-thousandth of what it is added to changes nothing behind it, and as
+    long as it does not grow, training does nothing about it.
+
+    Looks alike and is not: branches that start at zero or close to it by design (zero-initialised last
+    layers, adaLN-zero, LayerScale, gates), which grow with the first steps: so only a run with an optimizer
+    tells, and only a branch that has not grown is told; without one it is INFO.
+
+    Args:
+        share: below which a branch carries nothing. Hugging Face's models start above 0.005.
+        min_updates: steps of the optimizer from which a branch is judged: two may pass before a branch behind
+            two zeros starts.
+        growth: a branch that has grown by this factor since the first look is on its way.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        judged = num_updates(record) >= min_updates
+        for branch in record.transformer.branches:
+            known = branch.share[np.isfinite(branch.share)]
+            if not len(known) or not late(branch.share) < share:
+                continue
+            end = float(known[-1])
+            if judged and end > growth * float(known[0]):
+                continue
+            why = (
+                "and it does not grow."
+                if judged
+                else "and whether training wakes it, steps of an optimizer tell: pass optimizer=."
+            )
+            yield Issue(
+                layer=branch.name,
+                layer_type=branch.type,
+                issue_type=IssueType.DEAD,
+                severity=IssueSeverity.MEDIUM if judged else IssueSeverity.INFO,
+                description=f"The residual branch that ends here adds {end:.1e} of its stream to it, {why}",
+                magnitude=end,
+                recommended_actions=(
+                    "Look for a factor that scales the branch down: a gate, a LayerScale, a weight of zero.",
+                    "If it is meant to start at zero, see that its last factor is trained, and at what rate.",
+                ),
+                metrics={"role": "idle branch", "share": end, "first_steps": float(known[0])},
+            )
+
+    return detector

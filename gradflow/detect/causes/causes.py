@@ -1,0 +1,146 @@
+"""Root causes: the issues grouped by what explains them, with the evidence along the path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import attrs
+
+from gradflow.detect.causes.explains import PRECEDENCE, roots
+from gradflow.detect.evidence import Flow, flow_of, late
+from gradflow.detect.wiring import LOSS, layer_name, node_name
+from gradflow.records import Cause, FlowRecord, Issue, IssueSeverity, IssueType
+
+
+def find_causes(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Cause, ...]:
+    """Return what explains the issues, the cause of the gravest and of most first.
+
+    Every issue belongs to exactly one cause. See NOTE [Who explains whom] in
+    `gradflow.detect.causes.explains`.
+
+    Args:
+        record: what was measured.
+        issues: what `detect` saw in it.
+
+    >>> find_causes(FlowRecord(steps=0, losses=[], layers=(), parameters=()), ())
+    ()
+    """
+    return explain(record, issues)[1]
+
+
+def explain(record: FlowRecord, issues: Iterable[Issue]) -> tuple[tuple[Issue, ...], tuple[Cause, ...]]:
+    """Return the issues, victims told so in their description, and the causes.
+
+    Args:
+        record: what was measured.
+        issues: what `detect` saw in it.
+
+    Returns:
+        The issues in the order given, and the causes as `find_causes` gives them; the issues in the causes
+        are the amended ones.
+    """
+    given = tuple(issues)
+    if not given:
+        return (), ()
+    flow = flow_of(record)
+    root = roots(flow, given)
+    amended = tuple(
+        issue if root[i] == i else _amended(issue, given[root[i]]) for i, issue in enumerate(given)
+    )
+    groups: dict[int, list[int]] = {}
+    for i, r in enumerate(root):
+        groups.setdefault(r, []).append(i)
+    causes = [_cause(flow, amended, r, sorted(members)) for r, members in groups.items()]
+    return amended, tuple(sorted(causes, key=_rank(flow)))
+
+
+# ----------------------------------------------------------------------------------- the causes
+
+
+def _amended(issue: Issue, cause: Issue) -> Issue:
+    name = cause.layer or "(model)"
+    text = f"{issue.description} Explained by {cause.issue_type.value} in {name}."
+    return attrs.evolve(issue, description=text, metrics={**issue.metrics, "explained_by": cause.layer})
+
+
+def _cause(flow: Flow, issues: Sequence[Issue], root: int, members: Sequence[int]) -> Cause:
+    issue = issues[root]
+    others = [issues[i] for i in members if i != root]
+    confidence, reason = _confidence(flow, issue, len(others))
+    return Cause(
+        layer=issue.layer,
+        issue_type=issue.issue_type,
+        mechanism=issue.description,
+        issues=(issue, *others),
+        confidence=confidence,
+        reason=reason,
+        evidence=_evidence(flow, issue, others),
+    )
+
+
+def _confidence(flow: Flow, issue: Issue, explained: int) -> tuple[float, str]:
+    """By what the verdict rests on: read off exactly, measured against others, or in the order of
+    execution."""
+    metrics = issue.metrics
+    if issue.issue_type is IssueType.NUMERICAL and metrics.get("op"):
+        return 0.97, "the operation that made it was seen"
+    if metrics.get("role") in ("cut off", "never called"):
+        sure = bool(metrics.get("op")) or metrics.get("role") == "never called"
+        return (
+            (0.95, "read off the wiring")
+            if sure
+            else (0.8, "no path in the graph; what cuts it was not seen")
+        )
+    if issue.severity < IssueSeverity.MEDIUM:
+        return 0.3, "the evidence is weak, or it may be by design"
+    if not flow.wiring.known:
+        return 0.5, "no layer graph: the order of execution stood in for it"
+    if issue.issue_type is IssueType.DEAD:
+        return 0.9, "exact zeros, and what makes them, were measured"
+    if issue.issue_type is IssueType.SATURATION:
+        return 0.85, "the derivative was seen to be gone, element by element"
+    if explained:
+        return 0.8, f"it stands between the loss and {explained} other issue(s), and can bring them about"
+    return 0.7, "measured against the other layers; it explains no other issue"
+
+
+def _evidence(flow: Flow, issue: Issue, others: Sequence[Issue], most: int = 12) -> tuple[str, ...]:
+    """The path from the loss to the cause and on to what it explains, one line a layer."""
+    at = node_name(issue.layer)
+    places = {at, *(node_name(i.layer) for i in others)}
+    behind = flow.wiring.downstream(at)
+    on_path = [
+        node
+        for node in reversed(flow.wiring.order)
+        if node in flow.layers
+        and not flow.layers[node].composite
+        and (node in places or (node in behind and LOSS in flow.wiring.succs[node]))
+    ]
+    lines = []
+    for node in on_path[:most]:
+        layer = flow.layers[node]
+        norm, rms = late(flow.grad[node]), late(layer.output_rms)
+        if layer.reached.any():
+            seen = f"gradient norm {norm:.2e}, output rms {rms:.2e}"
+        else:
+            seen = "no path from the loss"
+        mark = " (cause)" if node == at else ""
+        lines.append(f"{layer_name(node) or '(model)'} ({layer.type}): {seen}{mark}")
+    if len(on_path) > most:
+        lines.append(f"... {len(on_path) - most} more")
+    return tuple(lines)
+
+
+def _rank(flow: Flow) -> Callable[[Cause], tuple[int, int, int, int, str]]:
+    def key(cause: Cause) -> tuple[int, int, int, int, str]:
+        first = cause.issues[0]
+        layer = flow.layers.get(node_name(cause.layer))
+        return (
+            -first.severity.rank,
+            -sum(issue.severity.rank for issue in cause.issues),
+            PRECEDENCE[cause.issue_type],
+            -(layer.order if layer else 0),
+            cause.layer,
+        )
+
+    return key

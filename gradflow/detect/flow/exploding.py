@@ -1,0 +1,353 @@
+"""EXPLODING: the gradient, or the signal, grows from layer to layer, or one head swamps the others."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import attrs
+import numpy as np
+
+from gradflow.detect.actions import dominance_actions, exploding_actions, far_actions
+from gradflow.detect.evidence import (
+    Flow,
+    Shares,
+    activations_of,
+    early,
+    flow_of,
+    heads,
+    kept_at_most,
+    late,
+    middle,
+    row_gain,
+    shares,
+    total_gradient,
+)
+from gradflow.detect.flow.recurrent_weights import memory
+from gradflow.detect.wiring import layer_name
+from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType
+
+
+def exploding(
+    threshold: float = 10.0, *, dominance: float = 100.0, off_scale: float = 30.0
+) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of gradients that grow on their way back from the loss.
+
+    Measured: (1) the norm of the output gradient of each layer call, over what may arrive there at most
+    (NOTE [What should arrive] in `gradflow.detect.evidence`); from it the growth over the whole path, and
+    the growth across each layer, and across all calls of a reused one together. (2) The size of a weight's
+    rows, ‖W‖_F / √rows: by how much a layer blows up the signal. (3) Where two heads share a trunk, the
+    norms of the gradients that the heads' outputs receive, and |loss| / (‖gradient‖ ‖output‖) of the stronger
+    one: for a squared error that is half of (error / output), so how far its outputs are from its targets,
+    in units of the outputs. (4) The same ratio at the first step of a run that its steps blow up.
+
+    Why this is evidence: growth is a ratio of norms along one path, free of the scale of the loss. A healthy
+    layer at any usual initialisation multiplies the gradient by 0.4 to 1.5; what doubles per layer or per
+    time step grows a thousandfold in ten.
+
+    Looks alike and is not: large gradients everywhere (a summed loss, a large batch); the gradient before a
+    norm layer, which undoes the small scale of an embedding; one layer of gain 10 by itself; an auxiliary
+    head of small weight, which is outweighed by design, while the outputs of the main one are of the size of
+    its targets; large weights before a bounded activation, which `saturation` tells.
+
+    Args:
+        threshold: growth across one layer that is out of its kind's range: the largest usual gain is 1.5,
+            and 10 leaves room for a spread. The growth along a path counts from `threshold` squared, two such
+            layers' worth, below which optimisers and clipping cope.
+        dominance: ratio of two heads' gradients from which on the weaker one is as good as absent. At 100 it
+            moves the trunk by a percent.
+        off_scale: |loss| / (‖gradient‖ ‖output‖) from which on the stronger head's outputs are far from its
+            targets' scale. A regression that starts from zero-mean outputs and targets of the same size has
+            about 1 to 5. Squared, from which far targets explain a run that blows up: a few hundred are
+            common, and most optimizers cope.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        flow = flow_of(record)
+        seen = shares(flow, kept_at_most(flow))
+        issues = _growth(flow, seen, threshold)
+        if not issues:
+            issues = _dominating_heads(flow, dominance, off_scale)
+        far = _far_targets(flow, off_scale)
+        grown = [issue for issue in issues if not any(issue.layer == other.layer for other in far)]
+        return [*grown, *far, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
+
+    return detector
+
+
+@attrs.frozen(kw_only=True)
+class _Amplifier:
+    """A module that amplifies: the logarithm of its growth over all of its calls on the path."""
+
+    module: str
+    nodes: tuple[str, ...]
+    growth: float
+    largest: float
+
+
+def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
+    grown = {node: _typical(values) for node, values in seen.share.items()}
+    peak = max(grown, key=lambda node: (grown[node], node), default="")
+    total = grown.get(peak, math.nan)
+    if not total >= threshold**2:
+        return []
+    path = seen.path(peak)
+    amplifiers = _amplifiers(flow, path, grown)
+    if not amplifiers:
+        return []
+    strong = [a for a in amplifiers if a.largest >= threshold] or [
+        a for a in amplifiers if a.growth >= 0.25 * max(b.growth for b in amplifiers)
+    ]
+    severity = _severity(total, threshold)
+    start = early(seen.share[peak][:3])
+    part = _part(amplifiers)
+    return [_issue(flow, a, path, total, start, severity, part) for a in strong]
+
+
+def _typical(values: np.ndarray) -> float:
+    """The largest of the run's start, middle and end, each as a median: an explosion that the first steps
+    tame has still happened to them."""
+    parts = [v for v in (early(values), middle(values), late(values)) if math.isfinite(v)]
+    return max(parts, default=math.nan)
+
+
+def _severity(total: float, threshold: float) -> IssueSeverity:
+    if total >= threshold**6:
+        return IssueSeverity.CRITICAL
+    return IssueSeverity.HIGH if total >= threshold**3 else IssueSeverity.MEDIUM
+
+
+def _amplifiers(flow: Flow, path: Sequence[str], grown: dict[str, float]) -> list[_Amplifier]:
+    """Each step of the path, booked to the layer that the gradient went through, by module; or, if its
+    weights are too small for it, to the layer whose output feeds the operations between."""
+    booked: dict[str, list[tuple[float, str]]] = {}
+    for before, node in itertools.pairwise(path):
+        if grown[before] > 0 and grown[node] > 0:
+            growth = grown[before] / grown[node]
+            at = node if _amplifies(flow, node, growth) or not flow.wiring.ops_after(before) else before
+            booked.setdefault(flow.layers[at].module, []).append((math.log(growth), at))
+    return [
+        _Amplifier(
+            module=module,
+            nodes=tuple(node for _, node in steps),
+            growth=sum(step for step, _ in steps),
+            largest=math.exp(max(step for step, _ in steps)),
+        )
+        for module, steps in booked.items()
+        if sum(step for step, _ in steps) > 0
+    ]
+
+
+def _part(amplifiers: Sequence[_Amplifier]) -> str:
+    """The part of the model, by the first component of its names, in which the gradient grows most."""
+    grown: dict[str, float] = {}
+    for a in amplifiers:
+        part = a.module.partition(".")[0] if "." in a.module else ""
+        grown[part] = grown.get(part, 0.0) + a.growth
+    return max(grown, key=lambda part: (grown[part], part), default="")
+
+
+def _amplifies(flow: Flow, node: str, growth: float) -> bool:
+    """Whether a layer's own weights can have made the gradient grow so much: by five times their rms at most,
+    which is about what the largest singular value of a random matrix is above the rms of its rows."""
+    gain = row_gain(flow, node)
+    return flow.is_norm(node) or growth <= 5.0 * max(1.0, gain if math.isfinite(gain) else 1.0)
+
+
+def _issue(
+    flow: Flow,
+    amplifier: _Amplifier,
+    path: Sequence[str],
+    total: float,
+    start: float,
+    severity: IssueSeverity,
+    part: str,
+) -> Issue:
+    calls = len(amplifier.nodes)
+    # The growth of a first call has nothing before it to show in; it is still the module that amplifies.
+    same = [n for n in flow.layers if flow.layers[n].module == amplifier.module]
+    node = min(same if calls > 1 else amplifier.nodes, key=lambda n: flow.layers[n].order)
+    layer, growth = flow.layers[node], math.exp(amplifier.growth)
+    across = f"over its {calls} calls" if calls > 1 else "on its way through"
+    forward = _forward_growth(flow, path)
+    also = f" The signal grows too, by {forward:.2g}." if forward >= 10 else ""
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.EXPLODING,
+        severity=severity,
+        description=f"The gradient grows {growth:.3g} times {across}, and {total:.3g} times from the loss to "
+        f"{path[0]}, beyond what layers of these kinds may.{also}",
+        magnitude=total if calls > 1 else amplifier.largest,
+        recommended_actions=exploding_actions(flow, node, calls=calls),
+        metrics={
+            "growth": growth,
+            "largest_step": amplifier.largest,
+            "total_growth": total,
+            "num_calls": calls,
+            "peak": layer_name(path[0]),
+            "row_gain": row_gain(flow, node),
+            "forward_growth": forward,
+            "growth_at_start": start,
+            "elsewhere": bool(part) and not layer.module.startswith(f"{part}."),
+            "role": "amplifies",
+        },
+    )
+
+
+def _forward_growth(flow: Flow, path: Sequence[str]) -> float:
+    """How much larger the signal is at the loss's end of the path than at the other."""
+    start, end = (middle(flow.layers[n].output_rms) for n in (path[0], path[-1]))
+    return end / start if start > 0 and math.isfinite(end) else math.nan
+
+
+def _runaway(flow: Flow, threshold: float) -> list[Issue]:
+    """Plain recurrent layers whose weights multiply the state at every step. A tanh would bound the output by
+    1."""
+    issues = []
+    for node, layer in flow.layers.items():
+        kept = memory(flow, node)
+        if kept is None or kept.kept < threshold**2 or not middle(layer.output_rms) > 1:
+            continue
+        issues.append(
+            Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.EXPLODING,
+                severity=_severity(kept.kept, threshold),
+                description=f"Over {kept.steps} steps its recurrent weights multiply signal and gradient by "
+                f"{kept.kept:.3g} ({kept.rate:.3g} a step); its output has rms "
+                f"{middle(layer.output_rms):.3g}.",
+                magnitude=kept.kept,
+                recommended_actions=exploding_actions(flow, node, calls=kept.steps),
+                metrics={"growth": kept.kept, "kept_per_step": kept.rate, "num_steps": kept.steps},
+            )
+        )
+    return issues
+
+
+def _large_weights(flow: Flow, threshold: float) -> list[Issue]:
+    """Layers whose weights are off scale by `threshold` and that blow up the signal, seen forward.
+
+    Needed for a layer with none before it, past which no gradient flows. A norm or a bounded activation
+    behind it undoes the size, or turns it into a saturation, which is that detector's.
+    """
+    rms = {node: middle(layer.output_rms) for node, layer in flow.layers.items()}
+    issues = []
+    for node, layer in flow.layers.items():
+        gain = row_gain(flow, node)
+        if not flow.has_matrix(node) or not flow.trainable(node) or not gain >= threshold:
+            continue
+        if rms[node] < threshold * middle(layer.input_rms):  # its input is such that it does not
+            continue
+        if flow.wiring.before(node) or flow.is_table(node) or _tamed(flow, node):
+            continue
+        others = [value for other, value in rms.items() if other != node and value > 0]
+        severity = IssueSeverity.HIGH if gain >= threshold**2 else IssueSeverity.MEDIUM
+        issues.append(
+            Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.EXPLODING,
+                severity=severity,
+                description=f"Its weights blow up the signal: the rms of their rows is {gain:.3g}, where a "
+                f"usual initialisation has 0.6 to 1.4, and its output has rms {rms[node]:.3g}.",
+                magnitude=gain,
+                recommended_actions=exploding_actions(flow, node, calls=1),
+                metrics={
+                    "row_gain": gain,
+                    "total_growth": gain,
+                    "growth_at_start": row_gain(flow, node, at=lambda norms: float(norms[0])),
+                    "output_rms": rms[node],
+                    "median_output_rms": float(np.median(others)) if others else math.nan,
+                    "role": "weights",
+                },
+            )
+        )
+    return issues
+
+
+def _tamed(flow: Flow, node: str) -> bool:
+    behind = flow.wiring.after(node)
+    normed = any(flow.is_norm(other) for other in behind) or any(
+        "norm" in op.lower() for op in flow.wiring.ops_after(node)
+    )
+    return normed or any(a.kind in ("bounded", "softmax") for a in activations_of(flow, node))
+
+
+def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Issue]:
+    ends = heads(flow)
+    if len(ends) < 2:
+        return []
+    strength = {node: middle(flow.grad[node]) for node in ends}
+    strongest = max(ends, key=lambda node: (strength[node], node))
+    trunk = flow.wiring.upstream(strongest)
+    rivals = [
+        node
+        for node in ends
+        if flow.layers[node].module != flow.layers[strongest].module
+        and any(flow.trainable(n) for n in trunk & flow.wiring.upstream(node) if n in flow.layers)
+        and strength[node] > 0
+    ]
+    if not rivals:
+        return []
+    rival = max(rivals, key=lambda node: (strength[node], node))
+    ratio = strength[strongest] / strength[rival]
+    layer = flow.layers[strongest]
+    off = middle(_off_scale(flow, strongest))
+    if not (ratio >= dominance and off >= off_scale):
+        return []
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.HIGH,
+            description=f"Its gradient is {ratio:.3g} times that of {rival}, with which it shares layers, "
+            f"so it "
+            f"alone steers them; its outputs are far from the scale of its targets (loss over gradient times "
+            f"output: {off:.3g}).",
+            magnitude=ratio,
+            recommended_actions=dominance_actions(layer.name, layer_name(rival), ratio),
+            metrics={"dominance": ratio, "off_scale": off, "rival": layer_name(rival), "role": "dominates"},
+        )
+    ]
+
+
+def _off_scale(flow: Flow, node: str) -> Floats:
+    """|loss| / (‖gradient‖ ‖output‖) of a head, shape (steps,): for a squared error half of error/output."""
+    layer = flow.layers[node]
+    size = layer.output_rms * np.sqrt(np.maximum(layer.num_elements, 1))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.abs(flow.record.losses) / (flow.grad[node] * size)
+
+
+def _far_targets(flow: Flow, off_scale: float) -> list[Issue]:
+    """A head whose targets are so far from its outputs that the first steps blow it up.
+
+    Far targets alone are common, and harmless where the optimizer takes steps of its own size; it takes both.
+    """
+    record, norms = flow.record, total_gradient(flow.record)
+    ends = heads(flow)
+    if not record.provenance.optimizer or not ends or not len(norms) or not norms[0] > 0:
+        return []
+    blown = np.any(~np.isfinite(record.losses)) or np.nanmax(norms) >= 1e3 * norms[0]
+    head = max(ends, key=lambda node: (np.nan_to_num(flow.grad[node][0]), node))
+    off = float(_off_scale(flow, head)[0])
+    if not blown or not off_scale**2 <= off < math.inf:
+        return []
+    layer = flow.layers[head]
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.CRITICAL,
+            description="Its targets are far from the scale of its outputs (loss over gradient times output: "
+            f"{off:.3g} at the first step), and the steps that follow blow it up.",
+            magnitude=off,
+            recommended_actions=far_actions(layer.name, record.provenance.learning_rates),
+            metrics={"off_scale": off, "role": "far targets"},
+        )
+    ]

@@ -1,0 +1,154 @@
+"""SATURATION: a bounded activation is driven into its flat ends, where its derivative is as good as zero."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+import attrs
+import numpy as np
+
+from gradflow.detect.actions import gate_actions, saturation_actions
+from gradflow.detect.evidence import Flow, early, flow_of, late, loss_fell, middle, row_gain
+from gradflow.detect.flow.recurrent_weights import gate_drive
+from gradflow.detect.wiring import node_name
+from gradflow.records import ActivationRecord, FlowRecord, Issue, IssueSeverity, IssueType
+
+
+def saturation(
+    share: float = 0.5, *, severe_share: float = 0.8, stuck_share: float = 0.5
+) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of saturated activations: sigmoid, tanh, softmax, hard bounds.
+
+    Measured: for every use of a bounded activation, as a module or as a function, the share of its elements
+    (of a softmax: of its rows) whose local derivative is below 1 percent of the largest it can have; at the
+    end of the run, as a median over its last third; and the share of units that are saturated for every
+    sample. What feeds it: the rms of what enters, and the layer before it.
+
+    Why this is evidence: it is the derivative itself that is seen to be gone, element by element. A small
+    gradient alone could have many reasons, and a large weight gradient in front may hide it: inputs of 0 to
+    255 saturate a sigmoid and enlarge the gradient of the weights before it.
+
+    The gates of a fused recurrent layer are out of sight; there the rms of its input times that of the rows
+    of its input weights tells what enters them (`gradflow.detect.flow.recurrent_weights`).
+
+    Looks alike and is not: the few percent of any healthy tanh; gates that are closed for part of their
+    units; a softmax over many alternatives that gives each of them little; an output that is confident
+    because it has learned to be (its loss has fallen by more than half within the run: LOW); a softmax over
+    one alternative, which is `dead`'s; a sigmoid of scores of which those not chosen were set to minus
+    infinity, which is off for them by intent (an infinity that was not meant is `numerical`'s).
+
+    Args:
+        share: saturated share from which the verdict is MEDIUM. With inputs of unit variance a tanh has 0.3
+            percent and a sigmoid none; one half takes an input five to ten times too large.
+        severe_share: from which it is HIGH; at 0.8 hardly any sample teaches hardly any unit.
+        stuck_share: share of units saturated for every sample, from which the verdict is MEDIUM too: those
+            cannot come back, whatever the batch.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        flow = flow_of(record)
+        found: dict[str, list[Issue]] = {}
+        for activation in record.activations:
+            if issue := _issue(flow, activation, share, severe_share, stuck_share):
+                found.setdefault(re.sub(r"@\d+", "", activation.name), []).append(issue)
+        return [*(_worst(calls) for calls in found.values()), *_driven_gates(flow, share)]
+
+    return detector
+
+
+def _issue(
+    flow: Flow, activation: ActivationRecord, share: float, severe_share: float, stuck_share: float
+) -> Issue | None:
+    if activation.kind not in ("bounded", "softmax") or (
+        activation.kind == "softmax" and activation.width == 1
+    ):
+        return None
+    layer = flow.layers.get(node_name(activation.layer))
+    if layer and layer.type == "ReLU6":  # a rectifier with a ceiling: zeros are what it is for
+        return None
+    if activation.kind == "bounded" and not np.isfinite(activation.input_rms).any():
+        return None
+    seen = late(activation.saturated_share)
+    stuck = activation.always_saturated
+    if not (seen >= share or stuck >= stuck_share):
+        return None
+    severity = IssueSeverity.HIGH if seen >= severe_share else IssueSeverity.MEDIUM
+    first = early(activation.saturated_share)
+    learned = _has_learned(flow, activation, first, seen)
+    if learned:
+        severity = IssueSeverity.LOW
+    unit = "rows" if activation.kind == "softmax" else "elements"
+    stuck_text = f", {stuck:.0%} of its units for every sample" if stuck >= stuck_share else ""
+    trend = f" It was {first:.0%} in the first steps." if seen > first + 0.2 else ""
+    calm = " The loss has fallen by more than half meanwhile: it may simply be sure." if learned else ""
+    feeder = _feeder(flow, activation)
+    return Issue(
+        layer=activation.layer,
+        layer_type=layer.type if layer else activation.op,
+        issue_type=IssueType.SATURATION,
+        severity=severity,
+        description=f"{seen:.0%} of the {unit} of its {activation.op} are saturated{stuck_text}: their "
+        f"derivative is below 1% of its largest value. What enters has rms "
+        f"{middle(activation.input_rms):.3g}.{trend}{calm}",
+        magnitude=seen,
+        recommended_actions=saturation_actions(flow, activation, feeder),
+        metrics={
+            "saturated_share": seen,
+            "always_saturated": stuck,
+            "first_steps": first,
+            "input_rms": middle(activation.input_rms),
+            "op": activation.op,
+            "fed_by": feeder,
+            "feeder_row_gain": row_gain(flow, node_name(feeder)) if feeder in _names(flow) else math.nan,
+        },
+    )
+
+
+def _worst(calls: Sequence[Issue]) -> Issue:
+    """Of several calls of one module, the worst, which then speaks for all."""
+    worst = max(calls, key=lambda issue: issue.magnitude)
+    return attrs.evolve(worst, metrics={**worst.metrics, "num_calls": len(calls)})
+
+
+def _driven_gates(flow: Flow, share: float) -> list[Issue]:
+    """Fused recurrent layers, whose gates are out of sight: by what must enter them."""
+    issues = []
+    for node, layer in flow.layers.items():
+        drive = gate_drive(flow, node)
+        if drive is None or drive.saturated < share or not flow.trainable(node):
+            continue
+        issues.append(
+            Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.SATURATION,
+                severity=IssueSeverity.HIGH,
+                description=f"Its input of rms {drive.entering:.3g} drives its gates with rms "
+                f"{drive.rms:.3g}, so that about {drive.saturated:.0%} of them are saturated.",
+                magnitude=drive.saturated,
+                recommended_actions=gate_actions(layer.name, drive.entering),
+                metrics={"saturated_share": drive.saturated, "input_rms": drive.entering, "drive": drive.rms},
+            )
+        )
+    return issues
+
+
+def _names(flow: Flow) -> frozenset[str]:
+    return frozenset(layer.name for layer in flow.layers.values())
+
+
+def _has_learned(flow: Flow, activation: ActivationRecord, first: float, seen: float) -> bool:
+    """Whether an output has become sure within the run while its loss fell by half."""
+    last = not any(flow.parameters_of(n) for n in flow.wiring.downstream(node_name(activation.layer))
+                   if n in flow.layers)  # fmt: skip
+    return last and seen > first + 0.2 and loss_fell(flow.record)
+
+
+def _feeder(flow: Flow, activation: ActivationRecord) -> str:
+    """The layer whose output enters the activation."""
+    if activation.functional:
+        return activation.layer
+    before = flow.wiring.before(node_name(activation.layer))
+    return flow.layers[before[0]].name if before and before[0] in flow.layers else ""

@@ -1,0 +1,357 @@
+"""VANISHING: the gradient is lost on its way back from the loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import attrs
+
+from gradflow.detect.actions import forgetful_actions, vanishing_actions
+from gradflow.detect.evidence import (
+    Flow,
+    Shares,
+    activations_of,
+    early,
+    flow_of,
+    kept_at_least,
+    late,
+    row_gain,
+    shares,
+)
+from gradflow.detect.flow.recurrent_weights import memory
+from gradflow.detect.wiring import layer_name
+from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+
+_SHAPES = ("view", "reshape", "expand", "transpose", "permute", "squeeze", "clone", "split", "select")
+LOCAL = 1e-2  # what a layer must fall short of its kind to be named: out of any usual initialisation's range
+
+
+def vanishing(
+    threshold: float = 1e-6, *, share: float = 1e-3, local_share: float = 0.5, bypass: float = 100.0
+) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of gradients that are lost between the loss and a layer.
+
+    Measured: the norm of the output gradient of each layer call, over the norm measured at the layers
+    nearest the loss, along the path of the graph that should carry most. Two ratios: the plain one (what
+    *arrives*), and the one over what the layers between should let through by their kind (NOTE [What should
+    arrive] in `gradflow.detect.evidence`). They are medians over the last third of the steps, so that a loss
+    of gradient that training has cured does not count, and one that training has brought about does.
+
+    Why this is evidence: the loss, the batch and the width cancel in a ratio of norms on one path. The
+    gradient of the *weights* is not looked at: large inputs enlarge it, and a uniform decay makes those of
+    all weights alike. What each layer keeps, against its kind, shows uniform decay too.
+
+    A fused plain recurrent layer whose last step alone is read is judged by its recurrent weights, see
+    `gradflow.detect.flow.recurrent_weights`.
+
+    Where one layer accounts for half of the loss on a path, in logarithms, it is named, or the operation that
+    its input goes through. Where none does, the loss is told where it shows most, in the part of the model
+    that loses most.
+
+    Looks alike and is not: a branch beside a path that carries the gradient (zero or tiny gates, LayerScale);
+    the modest decay of a stack at PyTorch's default initialisation; the fall behind a pooling; a small last
+    layer (policy heads at gain 0.01); exact zeros, which are `dead`'s.
+
+    Args:
+        threshold: what arrives, below which the verdict is at least MEDIUM whatever the kinds of layers, and
+            the share below which it is CRITICAL. 1e-6: float32 keeps 7 digits, so what is smaller is lost
+            where it meets another gradient.
+        share: arriving over expected, below which a layer is starved. 1e-3: a single badly scaled layer
+            (0.01) and a factor of ten of ordinary spread are both still above it.
+        local_share: part of the whole loss, in logarithms, that one layer must account for to be named as the
+            one that absorbs the gradient. One half: no other can account for more.
+        bypass: how many times more than a layer one further upstream must get for the layer to be on a
+            branch that others do not depend on. A branch of one or two layers, or one that loses its
+            gradient at one place (a gate), is then no illness; a long one that loses it layer by layer is.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        flow = flow_of(record)
+        against = shares(flow, kept_at_least(flow), from_peak=True)
+        plain = shares(flow, kept_at_least(flow, by_matrix=1.0))
+        starved = _starved(against, plain, threshold, share, local_share)
+        fed = _best_upstream(flow, against)
+        starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
+        return [*_issues(flow, plain, starved, fed), *_forgetful(flow, threshold)]
+
+    return detector
+
+
+@attrs.frozen(kw_only=True)
+class _Starved:
+    """One layer that gets too little, and where on its path the gradient is lost.
+
+    Args:
+        node: the layer's node.
+        share: arriving over expected.
+        arriving: the plain ratio.
+        severity: how bad.
+        num_layers: layers on the path to the loss.
+        absorber: the layer that loses most of it, or "" where none does.
+        local: what passes the absorber, against its kind.
+        before: the layer that the absorber hands to.
+        at_once: whether most is lost between two neighbours on the path, at a layer or at an operation.
+        part: the part of the model in which most of the loss on its path happens.
+        num_starved: layers with a weight matrix on the path, itself included, that get too little.
+    """
+
+    node: str
+    share: float
+    arriving: float
+    severity: IssueSeverity
+    num_layers: int
+    absorber: str
+    local: float
+    before: str
+    at_once: bool
+    num_starved: int
+    part: str
+
+
+def _starved(
+    against: Shares, plain: Shares, threshold: float, share: float, local_share: float
+) -> list[_Starved]:
+    """Every starved layer, worst first.
+
+    What is said of the worst one holds for the others on its path: a layer near the loss, whose path is
+    short, would else be blamed for the largest of few small falls.
+    """
+    seen = {node: late(values) for node, values in against.share.items()}
+    arriving = {node: late(plain.share[node]) if node in plain.share else seen[node] for node in seen}
+    severity = {node: _severity(seen[node], arriving[node], threshold, share) for node in seen}
+    # How many layers, and how many starved ones with a weight matrix, stand between a node and the loss.
+    depth, num_starved = _counts(against, severity)
+    blamed: dict[str, tuple[_Fall, bool]] = {}
+    found = []
+    for node in sorted((n for n in seen if severity[n]), key=lambda n: (seen[n], n)):
+        if node not in blamed:
+            path = against.path(node)
+            fall = _sole_fall(path, seen, local_share, against.flow)
+            end = path.index(fall.node) if fall.node else 0
+            for i, here in enumerate(path):
+                blamed.setdefault(here, (fall, i < end))
+        fall, ahead = blamed[node]
+        absorber = fall.node if ahead and fall.to_blame else ""
+        found.append(
+            _Starved(
+                node=node,
+                share=seen[node],
+                arriving=arriving[node],
+                severity=severity[node] or IssueSeverity.MEDIUM,
+                num_layers=depth[node],
+                absorber=absorber,
+                local=fall.kept if absorber else math.nan,
+                before=fall.before if absorber else "",
+                at_once=ahead,
+                num_starved=num_starved[node],
+                part=fall.part,
+            )
+        )
+    return found
+
+
+def _counts(
+    against: Shares, severity: Mapping[str, IssueSeverity | None]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """By node, the measured layers from it to the loss, and those of them with a matrix that are starved."""
+    depth: dict[str, int] = {}
+    starved: dict[str, int] = {}
+    for node in reversed(against.flow.wiring.order):
+        behind = against.via.get(node, "")
+        seen = node if node in against.share else against.flow.summed.get(node, "")
+        measured = node in against.share or (seen in against.share and behind != seen)
+        bad = measured and severity[seen] is not None and against.flow.has_matrix(seen)
+        depth[node] = depth.get(behind, 0) + int(measured)
+        starved[node] = starved.get(behind, 0) + int(bad)
+    return depth, starved
+
+
+def _by_the_way(s: _Starved, fed: float, bypass: float) -> bool:
+    """Whether a starved layer is on a short or a gated branch that others do not depend on."""
+    return fed > bypass * s.share and (s.at_once or s.num_starved <= 2)
+
+
+@attrs.frozen(kw_only=True)
+class _Fall:
+    """The one place on a path that accounts for most of its loss; none if `node` is empty.
+
+    Args:
+        node: the layer on the loss's side of it.
+        before: the layer on the other side.
+        kept: what passes, against the layer's kind.
+        to_blame: whether it is the layer itself: none of the layers right before it gets its due. If one
+            does, the operations on the way to the others are to blame.
+        part: the part of the model in which most of the loss happens: a prefix of names.
+    """
+
+    node: str = ""
+    before: str = ""
+    kept: float = 1.0
+    to_blame: bool = False
+    part: str = ""
+
+
+def _sole_fall(path: Sequence[str], seen: Mapping[str, float], local_share: float, flow: Flow) -> _Fall:
+    values = [min(max(_known(seen[node]), 1e-300), 1.0) for node in path]
+    falls = [(values[i] / values[i + 1], i) for i in range(len(path) - 1)]
+    least, i = min(falls, default=(1.0, 0))
+    part = _part(flow, path, values)
+    if least > LOCAL or math.log(least) > local_share * math.log(max(values[0], 1e-300)):
+        return _Fall(part=part)
+    node = path[i + 1]
+    if not flow.has_matrix(node) and not flow.is_norm(node) and not _saturates(flow, path[i]):
+        return _Fall(node=node, before=path[i], kept=least, part=part)
+    handed = max((_known(seen.get(n, 0.0)) for n in flow.wiring.before(node)), default=0.0)
+    little = max(handed, values[i]) <= 10 * LOCAL * values[i + 1]
+    return _Fall(node=node, before=path[i], kept=least, to_blame=little, part=part)
+
+
+def _part(flow: Flow, path: Sequence[str], values: Sequence[float]) -> str:
+    """The part of the model, by the first component in which names differ, that loses most on a path."""
+    names = [flow.layers[node].module.split(".") for node in path]
+    level = 0
+    while all(len(n) > level + 1 for n in names) and len({n[level] for n in names}) == 1:
+        level += 1
+    lost: dict[str, float] = {}
+    for i in range(len(path) - 1):
+        part = ".".join(names[i + 1][: level + 1]) if len(names[i + 1]) > level + 1 else ""
+        lost[part] = lost.get(part, 0.0) + math.log(values[i + 1] / values[i])
+    return max(lost, key=lambda part: (lost[part], part), default="")
+
+
+def _saturates(flow: Flow, node: str) -> bool:
+    return any(late(a.saturated_share) > 0.5 for a in activations_of(flow, node))
+
+
+def _severity(seen: float, arriving: float, threshold: float, share: float) -> IssueSeverity | None:
+    """Worst of two scales: against the kinds of layers, and absolutely."""
+    if not (seen > 0 and arriving >= 0):  # exact zeros and NaN are other illnesses
+        return None
+    if seen < threshold:
+        return IssueSeverity.CRITICAL
+    if seen < share / 30:
+        return IssueSeverity.HIGH
+    if seen < share or arriving < threshold:
+        return IssueSeverity.MEDIUM
+    return None
+
+
+def _best_upstream(flow: Flow, against: Shares) -> dict[str, float]:
+    """By node, the largest share among the layer calls further upstream."""
+    best: dict[str, float] = {}
+    own = {node: late(values) for node, values in against.share.items()}
+    for node in flow.wiring.order:
+        before = [max(best.get(p, 0.0), _known(own.get(p, 0.0))) for p in flow.wiring.preds[node]]
+        best[node] = max(before, default=0.0)
+    return best
+
+
+def _known(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _issues(flow: Flow, plain: Shares, starved: Sequence[_Starved], fed: Mapping[str, float]) -> list[Issue]:
+    """One issue for each starved module, at its first starved call, and one for each layer that absorbs."""
+    told: dict[str, _Starved] = {}
+    worst: dict[str, _Starved] = {}
+    for s in sorted(starved, key=lambda s: flow.layers[s.node].order):
+        if flow.trainable(s.node):
+            told.setdefault(flow.layers[s.node].module, s)
+    for s in starved:  # worst first
+        if s.absorber:
+            worst.setdefault(s.absorber, s)
+    if not told:
+        return []
+    issues = [_starved_issue(flow, plain, s, fed[s.node]) for s in told.values()]
+    return [*issues, *(_absorber_issue(flow, s) for s in worst.values())]
+
+
+def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float) -> Issue:
+    layer = flow.layers[s.node]
+    per_layer = s.arriving ** (1.0 / max(s.num_layers - 1, 1))
+    if s.absorber:
+        how = f"it is lost at {s.absorber}, which hands back {s.local:.1e} of what a layer of its kind should"
+    else:
+        how = f"each of the {s.num_layers - 1} layers on its way keeps about {per_layer:.2g} of it"
+    first = early(plain.share[s.node]) if s.node in plain.share else math.nan
+    trend = ""
+    if math.isfinite(first) and first > 100 * s.arriving:
+        trend = f" It was {first:.1e} in the first steps: training has brought this about."
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.VANISHING,
+        severity=s.severity,
+        description=f"Only {s.arriving:.2e} of the gradient that enters the model at the loss arrives here, "
+        f"{s.share:.1e} of what should: {how}.{trend}",
+        magnitude=s.arriving,
+        recommended_actions=vanishing_actions(flow, s.node, absorber=s.absorber, per_layer=per_layer),
+        metrics={
+            "arriving": s.arriving,
+            "share_of_expected": s.share,
+            "num_layers_to_loss": s.num_layers,
+            "kept_per_layer": per_layer,
+            "absorber": layer_name(s.absorber),
+            "row_gain": row_gain(flow, s.node),
+            "first_steps": first,
+            "side_branch": fed > 3 * s.share,
+            "elsewhere": bool(s.part) and not layer.module.startswith(f"{s.part}."),
+        },
+    )
+
+
+def _absorber_issue(flow: Flow, s: _Starved) -> Issue:
+    """The verdict on the layer that loses the gradient, or on what stands between it and the next one."""
+    node, gain = s.absorber, row_gain(flow, s.absorber)
+    op, at = _operation(flow, s) if gain >= 0.1 else ("", node)
+    layer = flow.layers[at]
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.VANISHING,
+        severity=s.severity,
+        description=f"Only {s.local:.1e} of the gradient that should comes back through it"
+        + (f"; the rms of its weights' rows is {gain:.1e}" if gain < 0.1 else "")
+        + (f": it is lost in what its output goes through ({op})" if op else "")
+        + f". Upstream, {s.arriving:.1e} of the gradient arrives at {s.node}.",
+        magnitude=s.local,
+        recommended_actions=vanishing_actions(flow, at, absorber=node, per_layer=s.local),
+        metrics={"local_share": s.local, "row_gain": gain, "op": op, "absorbs": node},
+    )
+
+
+def _forgetful(flow: Flow, threshold: float) -> list[Issue]:
+    """Plain recurrent layers whose weights keep next to nothing from the last step to the first."""
+    issues = []
+    for node, layer in flow.layers.items():
+        kept = memory(flow, node)
+        if kept is None or kept.kept >= threshold or not flow.trainable(node):
+            continue
+        issues.append(
+            Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.VANISHING,
+                severity=IssueSeverity.MEDIUM if kept.kept >= threshold**2 else IssueSeverity.HIGH,
+                description=f"Over {kept.steps} steps back in time it keeps at most {kept.kept:.1e} of the "
+                f"gradient: only its last step is read, and its recurrent weights keep {kept.rate:.2g} a "
+                f"step.",
+                magnitude=kept.kept,
+                recommended_actions=forgetful_actions(layer.name, kept.rate),
+                metrics={"kept_per_step": kept.rate, "num_steps": kept.steps, "absorbs": node},
+            )
+        )
+    return issues
+
+
+def _operation(flow: Flow, s: _Starved) -> tuple[str, str]:
+    """What loses the gradient between two layers whose weights do not, and the layer at fault: a saturated
+    activation, else the operations that the first one's output goes through, else the second one itself."""
+    for activation in activations_of(flow, s.before):
+        if late(activation.saturated_share) > 0.5:
+            return activation.op, s.before if activation.functional else s.absorber
+    ops = [op for op in flow.wiring.ops_after(s.before) if not any(word in op for word in _SHAPES)]
+    if ops and flow.has_matrix(s.absorber):
+        return ", ".join(dict.fromkeys(ops)), s.before
+    return "", s.absorber

@@ -1,0 +1,4 @@
+"""Detectors over what was measured of policies.
+
+May import: `flow`, and what `flow` may.
+"""

@@ -1,0 +1,4 @@
+"""Detectors over what was measured through time.
+
+May import: `flow`, and what `flow` may.
+"""

@@ -1,0 +1,136 @@
+"""Residual branches: what is added to a stream that it was computed from, and how much of it there is.
+
+A sum of two tensors of one shape ends a residual branch where one of them, the branch, was computed from the
+other, the stream. That is read off autograd's graph: behind the branch stand module calls that all ran
+later than those behind the stream, and the stream itself. So an embedding of positions that is added to one
+of tokens is no branch, and nor are two projections that are added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from gradflow.functional.model.trees import iter_tensors, wide_dtype
+from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.probes import is_probe
+from gradflow.functional.tap.recorder import Recorder
+
+SUMS = frozenset({"add", "add_"})
+_ROUND = ("Dropout", "Identity", "DropPath", "StochasticDepth")  # a branch is named after what is before them
+
+
+@attrs.frozen(eq=False)
+class Branch:
+    """A residual branch at its sum.
+
+    Args:
+        name: of the module call whose output is added.
+        type: class name of that module.
+        start: index of the latest layer call behind the stream: calls in the branch come later.
+        share: ‖branch‖ / ‖stream‖, a scalar.
+    """
+
+    name: str
+    type: str
+    start: int
+    share: Tensor
+
+
+class Branches:
+    """Finds the residual branches of a step."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._outputs: dict[int, tuple[Any, int]] = {}  # by node: the outermost call that returned it
+
+    def returned(self, call: Call, output: Any) -> None:
+        """Hear that a module call ends."""
+        for tensor in iter_tensors(output):
+            if tensor.grad_fn is not None:
+                self._outputs[id(tensor.grad_fn)] = (tensor.grad_fn, call.index)
+
+    def summed(self, args: tuple[Any, ...], alpha: float = 1.0) -> Branch | None:
+        """Return the branch that ends in a sum of `args`, the second times `alpha`, if one does."""
+        if len(args) < 2 or not all(_may_be_stream(t) for t in args[:2]) or args[0].shape != args[1].shape:
+            return None
+        a, b = args[:2]
+        behind_a, behind_b = _calls_behind([a.grad_fn]), _calls_behind([b.grad_fn])
+        if not behind_a or not behind_b:
+            return None
+        branch, stream, inside, start = (
+            (a, b, behind_a, max(behind_b))
+            if max(behind_a) > max(behind_b)
+            else (b, a, behind_b, max(behind_a))
+        )
+        if min(inside) <= start or not _comes_from(branch.grad_fn, stream.grad_fn):
+            return None
+        wide = wide_dtype(branch.device)
+        share = torch.linalg.vector_norm(branch.detach(), dtype=wide)
+        share = share / torch.linalg.vector_norm(stream.detach(), dtype=wide)
+        share = share * abs(alpha) if branch is b else share / abs(alpha)
+        call = self._call(branch.grad_fn)
+        return Branch(call.name, call.type, start, share)
+
+    def _call(self, node: Any) -> Call:
+        """Return the module call that a branch is named after."""
+        calls = self._recorder.calls
+        while True:
+            known = self._outputs.get(id(node))
+            if known is None:
+                node = max(_probes_behind([node]), key=lambda probe: probe.site.call)
+                known = self._outputs.get(id(node), (node, node.site.call))
+            call, behind = calls[known[1]], node.next_functions[0][0]
+            if not call.type.startswith(_ROUND) or not is_probe(node) or not _probes_behind([behind]):
+                return call
+            node = behind
+
+
+def _may_be_stream(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dim() >= 3
+        and value.is_floating_point()
+        and value.grad_fn is not None
+        and not isinstance(value, nn.Parameter)
+        and value.numel() > 0
+    )
+
+
+def _probes_behind(nodes: Iterable[Any]) -> list[Any]:
+    """Return the nearest probes at or behind some autograd nodes."""
+    found, todo = [], list(nodes)
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if is_probe(node):
+            found.append(node)
+            continue
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                todo.append(child)
+    return found
+
+
+def _calls_behind(nodes: Iterable[Any]) -> list[int]:
+    return [node.site.call for node in _probes_behind(nodes)]
+
+
+def _comes_from(node: Any, source: Any) -> bool:
+    """Whether an autograd node was computed from another; nodes older than that one are not gone into."""
+    oldest = source._sequence_nr()
+    todo = [node]
+    seen = {node}
+    while todo:
+        for child, _ in todo.pop().next_functions:
+            if child is source:
+                return True
+            if child is not None and child not in seen and child._sequence_nr() > oldest:
+                seen.add(child)
+                todo.append(child)
+    return False

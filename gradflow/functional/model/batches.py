@@ -1,0 +1,246 @@
+"""From whatever the user calls batches, a batch and a loss to plain calls."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from gradflow.errors import EmptyBatchesError, LossError, ModelInputError
+from gradflow.functional.model.trees import map_tensors, same_device, shapes
+
+_SHOW = (
+    "Pass a function that returns the next batch (`lambda: next(it)`), a DataLoader, or a list of batches."
+)
+
+
+class Source:
+    """Draws one batch at a time, never ahead; `None` when there are no more."""
+
+    def __init__(self, batches: Any) -> None:
+        self._call: Callable[[], Any] | None = None
+        self._iterator: Iterator[Any] | None = None
+        if isinstance(batches, (Tensor, Mapping)):
+            raise ModelInputError(
+                f"batches is one {type(batches).__name__}, which looks like a single batch. "
+                f"Wrap it in a list to use it once, or in a function to use it at every step. {_SHOW}"
+            )
+        if isinstance(batches, tuple) and any(isinstance(item, Tensor) for item in batches):
+            raise ModelInputError(
+                f"batches is a tuple of tensors ({shapes(batches)}), which looks like a single batch. "
+                f"Wrap it: `[batch]`, or `lambda: batch` for every step. {_SHOW}"
+            )
+        if hasattr(batches, "__iter__") or hasattr(batches, "__getitem__"):
+            self._iterator = iter(batches)
+        elif callable(batches):
+            self._call = batches
+        else:
+            raise ModelInputError(f"batches is a {type(batches).__name__}. {_SHOW}")
+
+        self.length = _length(batches) if self._iterator is not None else None
+
+    def draw(self) -> Any:
+        """Return the next batch, or None at the end."""
+        try:
+            batch = self._call() if self._call is not None else next(self._iterator)  # type: ignore[arg-type]
+        except StopIteration:
+            return None
+        if batch is None:
+            raise ModelInputError(f"the batch drawn is None. {_SHOW}")
+        if self._call is not None and isinstance(batch, Iterator):
+            raise ModelInputError(
+                "the function given as batches returned an iterator, not a batch. "
+                "Pass the iterator itself: `batches=make_batches()`."
+            )
+        return batch
+
+
+def _length(batches: Any) -> int | None:
+    """Return how many batches there are; None where that is not known before they are drawn."""
+    try:
+        return len(batches)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def no_batches(source: object) -> EmptyBatchesError:
+    """Return the error for a source that gave nothing."""
+    return EmptyBatchesError(
+        f"batches ({type(source).__name__}) gave no batch at all. An iterator may have been used up "
+        "before: pass the list or the DataLoader itself, or a function that returns the next batch."
+    )
+
+
+@attrs.frozen
+class Objective:
+    """How a batch becomes a loss.
+
+    Args:
+        loss_fn: the user's loss, or None for the model's own.
+        takes_target: whether a batch is (inputs, target) and the loss takes (output, target).
+    """
+
+    loss_fn: Callable[..., Any] | None
+    takes_target: bool
+
+    def inputs(self, batch: Any) -> Any:
+        """Return the model's part of a batch.
+
+        Raises:
+            ModelInputError: if the loss needs a target and the batch is not (inputs, target).
+        """
+        if not self.takes_target:
+            return batch
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
+            return batch[0]
+        kind = (
+            f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else type(batch).__name__
+        )
+        raise ModelInputError(
+            f"the loss takes (output, target), so a batch must be a pair (inputs, target); got a {kind}: "
+            f"{shapes(batch)}. Regroup it, `((x1, x2), y)`, or pass a loss of one argument that finds its "
+            "target itself: `loss_fn=lambda output: F.cross_entropy(output, y)`."
+        )
+
+    def loss(self, output: Any, batch: Any) -> Any:
+        """Return the loss of an output."""
+        if self.loss_fn is None:
+            return own_loss(output)
+        return self.loss_fn(output, batch[1]) if self.takes_target else self.loss_fn(output)
+
+
+def make_objective(loss_fn: Any) -> Objective:
+    """Return the objective for a loss of one argument (output), of two (output, target), or None.
+
+    Raises:
+        ModelInputError: if the loss is not callable or its number of arguments is neither.
+    """
+    if loss_fn is None:
+        return Objective(None, takes_target=False)
+    if not callable(loss_fn):
+        raise ModelInputError(
+            f"loss_fn is a {type(loss_fn).__name__}, which cannot be called. Pass the function, not its "
+            "value: `nn.CrossEntropyLoss()`, `F.mse_loss`, or `lambda output: ...`."
+        )
+    number = _num_required(loss_fn)
+    if number in (1, 2):
+        return Objective(loss_fn, takes_target=number == 2)
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    raise ModelInputError(
+        f"cannot tell how to call the loss {name}: it must take one argument (the output) or two (the output "
+        f"and the target), and this one {f'takes {number}' if number is not None else 'has no signature'}. "
+        "Wrap it: `loss_fn=lambda output: my_loss(output[0], output[1], extra)`."
+    )
+
+
+def _num_required(function: Any) -> int | None:
+    """Return how many positional arguments a call needs; None where it cannot be seen."""
+    target = function.forward if isinstance(function, nn.Module) else function
+    try:
+        parameters = inspect.signature(target).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = sum(p.default is p.empty for p in positional)
+    if required == 0:  # `def loss(output=None)`, `lambda *a`: one argument fits, if any does
+        return 1 if positional or any(p.kind is p.VAR_POSITIONAL for p in parameters) else 0
+    return required
+
+
+def own_loss(output: Any) -> Tensor:
+    """Return the loss that a model computed itself.
+
+    Raises:
+        LossError: if the output is no scalar and holds none under `loss`.
+    """
+    if isinstance(output, Tensor) and output.numel() == 1:
+        return output
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(output, tuple) and output and isinstance(output[0], Tensor) and output[0].numel() == 1:
+        return output[0]
+    raise LossError(
+        "loss_fn=None means that the model computes its own loss, but its output holds none: "
+        f"{type(output).__name__} with {shapes(output)}. Pass the labels in the batch so that the model "
+        "returns a loss, or pass a loss: `loss_fn=nn.CrossEntropyLoss()` with (inputs, target) batches."
+    )
+
+
+def invoke(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call a model: `model(x)` for a tensor, `model(*x)` for a tuple, `model(**x)` for a mapping."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)) and not _is_single(inputs):
+        return model(*inputs)
+    return model(inputs)
+
+
+def _is_single(inputs: Any) -> bool:
+    """Whether a tuple is one value, such as a packed sequence."""
+    return isinstance(inputs, nn.utils.rnn.PackedSequence)
+
+
+def prepared(batch: Any, device: torch.device | None) -> Any:
+    """Return the batch on `device`, its tensors copied: a model that writes to its input harms nobody."""
+
+    def place(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad or tensor.layout is not torch.strided:
+            return tensor
+        if device is not None and tensor.device != device:
+            return tensor.to(device)
+        return tensor.clone()
+
+    return map_tensors(place, batch)
+
+
+def private_batch(model: nn.Module, batch: Any) -> Any:
+    """Return the batch on the model's device, detached and copied."""
+    with torch.inference_mode(False):
+        return map_tensors(Tensor.detach, prepared(batch, same_device(model)))
+
+
+def run_model(model: nn.Module, batch: Any) -> Any:
+    """Call the model on a copy of the batch; what it raises gets a note with the batch's shapes."""
+    try:
+        return invoke(model, map_tensors(Tensor.clone, batch))
+    except Exception as error:
+        error.add_note(
+            f"gradflow: raised by the model on a batch that holds {shapes(batch)}. The batch is what the "
+            "model takes, `model(x)`, `model(*x)` or `model(**x)`: leave the target out."
+        )
+        raise
+
+
+def checked_loss(loss: Any) -> Tensor:
+    """Return the loss as a scalar tensor.
+
+    Raises:
+        LossError: if it is not a tensor with one floating-point element.
+    """
+    if not isinstance(loss, Tensor):
+        raise LossError(
+            f"the loss is a {type(loss).__name__}, not a tensor. Return the tensor itself: no `.item()`, "
+            "no `float(...)`, no NumPy."
+        )
+    if loss.numel() != 1:
+        raise LossError(
+            f"the loss has shape {tuple(loss.shape)}, not one number. Reduce it: `.mean()` or `.sum()`, or "
+            'drop `reduction="none"`.'
+        )
+    if not loss.dtype.is_floating_point:
+        raise LossError(f"the loss has dtype {loss.dtype}; a gradient needs a floating-point loss.")
+    return loss.reshape(()) if loss.dim() else loss
+
+
+def detached_loss() -> LossError:
+    """Return the error for a loss that no gradient can flow from."""
+    return LossError(
+        "the loss carries no gradient: no operation joins it to a parameter that requires one. Likely "
+        "causes: `.detach()`, `.data`, `.item()` or NumPy between model and loss; `torch.no_grad()` around "
+        "the call; `argmax`, `round` or a comparison as the last step; a loss of targets only."
+    )

@@ -1,0 +1,155 @@
+"""A model held at one moment, so that it can be evaluated again and again as a pure function.
+
+Jacobian products call a model, or a part of it, many times. Each call must see the same parameters, buffers,
+modes and random numbers, whatever the user does to the model in between, and leave nothing behind.
+
+NOTE [Kernels that can be differentiated twice]
+Fused attention has no forward-mode derivative and no second one, nor have the fused recurrent kernels of
+cuDNN and oneDNN. For the length of an evaluation attention is led to PyTorch's plain kernel, the fast path
+of the transformer layers is off, and so are cuDNN and oneDNN where the model holds recurrent layers. The
+values are the same up to rounding.
+
+NOTE [BatchNorm in training]
+In training the running statistics do not take part in the output, yet they are updated in place, which the
+transforms of `torch.func` refuse. They are taken away for the length of an evaluation: the same output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.purity import RandomState, preserved, seed_all
+from gradflow.functional.model.state import Swap, Tensors, copy_buffers, copy_parameters
+
+
+@attrs.frozen(eq=False)
+class Setting:
+    """Parameters, buffers, modes and random state of a module at one moment.
+
+    Args:
+        module: what is evaluated: a model, or a layer of it.
+        others: further modules whose state is put back, such as a loss.
+        parameters: copies, by qualified name.
+        buffers: copies, by qualified name; None for statistics that are taken away.
+        modes: train (True) or eval of every module in it.
+        random: the random state that every evaluation starts from.
+        plain_recurrent: whether fused recurrent kernels are avoided too.
+    """
+
+    module: nn.Module
+    others: tuple[nn.Module, ...]
+    parameters: Tensors
+    buffers: dict[str, Tensor | None]
+    modes: tuple[tuple[nn.Module, bool], ...]
+    random: RandomState
+    plain_recurrent: bool
+    _swap: Swap
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        *others: nn.Module,
+        parameters: Tensors | None = None,
+        random: RandomState | None = None,
+        seed: int | None = None,
+        plain_recurrent: bool = True,
+    ) -> Setting:
+        """Return the present setting.
+
+        Args:
+            module: what is evaluated.
+            others: further modules whose state is put back.
+            parameters: put in the place of the module's own; copies of those by default.
+            random: the random state to start from; the present one by default.
+            seed: seeds torch, numpy and Python instead.
+            plain_recurrent: whether fused recurrent kernels are avoided too; first derivatives need it not,
+                and `vmap` accepts only some of the others.
+        """
+        if random is None:
+            with preserved():
+                if seed is not None:
+                    seed_all(seed)
+                random = RandomState()
+        with torch.inference_mode(False):
+            buffers: dict[str, Tensor | None] = dict(copy_buffers(module))
+            if parameters is None:
+                parameters = {name: p.detach() for name, p in copy_parameters(module).items()}
+        modes = tuple((part, part.training) for part in module.modules())
+        buffers |= dict.fromkeys(_unused_statistics(module))
+        return cls(module, others, parameters, buffers, modes, random, plain_recurrent, Swap(module))
+
+    @property
+    def trainable(self) -> Tensors:
+        """The copies of the parameters that require a gradient."""
+        required = {name for name, p in self.module.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.parameters.items() if name in required}
+
+    @contextlib.contextmanager
+    def evaluating(
+        self, tensors: Mapping[str, Tensor] | None = None, *, random: RandomState | None = None
+    ) -> Iterator[None]:
+        """Put the setting in place, for the length of the context.
+
+        Args:
+            tensors: parameters and buffers that go before its own.
+            random: a random state to start from instead of its own.
+        """
+        buffers = {name: b if b is None else b.clone() for name, b in self.buffers.items()}
+        state: Any = {**self.parameters, **buffers, **(tensors or {})}
+        with (
+            exclusive(),
+            preserved(self.module, *self.others),
+            plain_kernels(self.module, recurrent=self.plain_recurrent),
+            self._swap(state),
+        ):
+            for part, mode in self.modes:
+                part.training = mode
+            (random or self.random).restore()
+            yield
+
+
+def _unused_statistics(module: nn.Module) -> Iterator[str]:
+    """Yield the names of running statistics that no output depends on; see NOTE [BatchNorm in training]."""
+    for name, part in module.named_modules():
+        known = type(part).forward in (_BatchNorm.forward, _InstanceNorm.forward)
+        if isinstance(part, _NormBase) and known and part.training:
+            yield from (f"{name}.{key}" if name else key for key in part._buffers)
+
+
+@contextlib.contextmanager
+def plain_kernels(module: nn.Module, *, recurrent: bool) -> Iterator[None]:
+    """Use kernels with all derivatives; see NOTE [Kernels that can be differentiated twice]."""
+    recurrent = recurrent and any(isinstance(part, nn.RNNBase) for part in module.modules())
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn) if recurrent else ()
+    fast, enabled = torch.backends.mha.get_fastpath_enabled(), [library.enabled for library in libraries]
+    with sdpa_kernel(SDPBackend.MATH):
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for library in libraries:
+                library.enabled = False
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for library, was in zip(libraries, enabled, strict=True):
+                library.enabled = was
+
+
+@functools.cache
+def load_forward_mode() -> None:
+    """Let torch load what its first forward-mode product needs, whose own deprecation warning is not ours."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))

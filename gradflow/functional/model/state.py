@@ -1,0 +1,188 @@
+"""The model's parameters and buffers as values: working copies, and a swap that puts them in place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from gradflow.functional.model.supported import check_has_values
+
+Tensors = dict[str, Tensor]
+Copy = Callable[[Tensor], Tensor]
+
+
+# NOTE [Copies on write]
+# A model may write to its parameters, so a run works on copies of them. Most models never do: then a copy
+# need not exist. PyTorch's `_lazy_clone` returns a tensor on the same memory, which is copied as soon as one
+# of the two is written to or asked for its raw pointer, by whatever operation. At the end of a run the
+# originals must be what they were, at the address where they were: a copy that somebody still holds is given
+# memory of its own, and then the original, asked for its pointer, keeps its own.
+
+
+class LazyCopies:
+    """Makes copies that take memory only when they are written to; see NOTE [Copies on write].
+
+    It is a context: at its end the originals have their memory for themselves again.
+    """
+
+    def __init__(self) -> None:
+        self._shared: list[tuple[Tensor, StorageWeakRef]] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor; a real one, where its memory cannot be shared in this way."""
+        try:
+            copy = tensor._lazy_clone() if _can_be_shared(tensor) else None  # type: ignore[attr-defined]
+        except (
+            RuntimeError
+        ):  # there is no memory, or it is not PyTorch's own but numpy's, or of all processes
+            copy = None
+        if copy is None:
+            return tensor.clone()
+        self._shared.append((tensor, StorageWeakRef(copy.untyped_storage())))
+        return copy
+
+    def __enter__(self) -> LazyCopies:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for original, copy in self._shared:
+            storage = torch.UntypedStorage._new_with_weak_ptr(copy.cdata)  # type: ignore[attr-defined]
+            if storage is not None:
+                storage.data_ptr()
+            original.data_ptr()
+        self._shared.clear()
+
+
+def _can_be_shared(tensor: Tensor) -> bool:
+    """Whether a tensor is a plain one that fills its memory, on a CPU.
+
+    On a GPU the copy would be made on the default stream, unseen by a model that runs on another one.
+    """
+    return (
+        hasattr(torch.Tensor, "_lazy_clone")
+        and type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and tensor.is_cpu
+        and not (tensor.is_inference() or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() > 0
+        and not torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
+    )
+
+
+def copy_parameters(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
+    """Return leaf copies of the parameters by qualified name; a tied parameter appears once.
+
+    Args:
+        model: the model.
+        copy_of: makes the copy of a detached tensor.
+
+    Raises:
+        ModelInputError: if a parameter has no values (lazy modules, the meta device).
+    """
+    copies: Tensors = {}
+    for name, parameter in model.named_parameters():
+        check_has_values(name, parameter)
+        values, kind = copy_of(parameter.detach()), type(parameter)
+        if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
+            copy = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        else:  # a class of the user's
+            copy = Tensor._make_subclass(kind, values, parameter.requires_grad)
+        vars(copy).update(vars(parameter))
+        if copy.requires_grad:
+            for hook in (parameter._backward_hooks or {}).values():  # which act on the gradient
+                copy.register_hook(hook)
+        copies[name] = copy
+    return copies
+
+
+def copy_buffers(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
+    """Return copies of the buffers by qualified name; a shared buffer appears once."""
+    buffers: Tensors = {}
+    for name, buffer in model.named_buffers():
+        check_has_values(name, buffer)
+        buffers[name] = copy_of(buffer.detach())
+    return buffers
+
+
+class Swap:
+    """A reusable swap of a model's parameters and buffers, tied names included.
+
+    It does what `torch.func.functional_call` does, with the names resolved once for a whole run, and it
+    can be held open while the caller's closures draw a batch, so that a policy rolled out between two
+    steps acts with the parameters of that step.
+
+    Args:
+        model: whose parameters and buffers are swapped.
+        prefix: put before their qualified names.
+        known: names, by the tensor's id, that are taken as they are.
+    """
+
+    def __init__(self, model: nn.Module, prefix: str = "", known: Mapping[int, str] | None = None) -> None:
+        self._places: list[tuple[dict[str, Any], str, str]] = []
+        first = dict(known or {})
+        for module_name, module in model.named_modules(remove_duplicate=False):
+            for store in (module._parameters, module._buffers):
+                for key, tensor in store.items():
+                    if tensor is not None:
+                        qualified = f"{module_name}.{key}" if module_name else key
+                        name = first.setdefault(id(tensor), prefix + qualified)
+                        self._places.append((store, key, name))
+
+    @contextlib.contextmanager
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put `tensors` in place for the length of the context; names it lacks stay as they are."""
+        old = [(store, key, store[key]) for store, key, name in self._places if name in tensors]
+        try:
+            for store, key, name in self._places:
+                if name in tensors:
+                    store[key] = tensors[name]
+            yield
+        finally:
+            for store, key, tensor in old:
+                store[key] = tensor
+
+    def current(self, names: Mapping[str, Tensor]) -> Tensors:
+        """Return what stands in the places of `names` now (a model may have replaced a buffer)."""
+        found: Tensors = {}
+        for store, key, name in self._places:
+            if name in names and name not in found and store.get(key) is not None:
+                found[name] = store[key]
+        return found
+
+
+def call(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Any, Tensors]:
+    """Call a model as a pure function of its parameters and buffers.
+
+    Args:
+        model: the model; it is left as it was, its own buffers included.
+        parameters: tensors by qualified name; missing names keep the model's own.
+        buffers: tensors by qualified name; missing names take the model's own. Neither are changed: the
+            model works on copies.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+
+    Returns:
+        The output, and the buffers after the call.
+
+    >>> import torch
+    >>> bn = nn.BatchNorm1d(2)
+    >>> out, new = call(bn, dict(bn.named_parameters()), dict(bn.named_buffers()), (torch.ones(4, 2),))
+    >>> new["running_mean"], bn.running_mean
+    (tensor([0.1000, 0.1000]), tensor([0., 0.]))
+    """
+    swap = Swap(model)
+    working = {name: buffer.clone() for name, buffer in {**dict(model.named_buffers()), **buffers}.items()}
+    with swap({**parameters, **working}):
+        output = model(*args, **(kwargs or {}))
+        return output, swap.current(working)

@@ -1,0 +1,133 @@
+"""Which models are refused before they are run, and what of others is not measured or not put back."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradflow.errors import ModelInputError
+
+
+def check_supported(model: nn.Module) -> None:
+    """Raise if a model is of a kind whose gradients cannot be measured.
+
+    Raises:
+        ModelInputError: if parts of it are sharded over processes, quantised, or spread over devices by
+            `nn.DataParallel`.
+    """
+    for name, module in model.named_modules():
+        place = f"{name or '(model)'!r} is a {type(module).__name__}"
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise ModelInputError(
+                f"{place} over {len(module.device_ids)} devices, whose copies of the layers cannot be "
+                "followed. Pass the module inside, on one device: `model.module`."
+            )
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ModelInputError(f"{place}: {_SHARDED}")
+        if ".quantized" in type(module).__module__:
+            raise ModelInputError(f"{place}: {_QUANTISED}")
+    for name, tensor in _tensors(model):
+        if type(tensor).__name__ == "DTensor":
+            raise ModelInputError(f"{name!r} is a DTensor: {_SHARDED}")
+        if tensor.is_quantized:
+            raise ModelInputError(f"{name!r} has dtype {tensor.dtype}: {_QUANTISED}")
+
+
+def check_module(model: Any) -> None:
+    """Raise unless `model` is a module.
+
+    Raises:
+        ModelInputError: if it is not.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelInputError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself, built: "
+            "`MyModel()`, not the class; for a function of modules, wrap them in one."
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raise unless `model` is a module whose tensors have values.
+
+    Raises:
+        ModelInputError: if it is no module, is lazy or is on the meta device.
+    """
+    check_module(model)
+    check_supported(model)
+    for name, parameter in model.named_parameters():
+        check_has_values(name, parameter)
+
+
+def check_has_values(name: str, tensor: Tensor) -> None:
+    """Raise if a parameter or buffer has no values yet (lazy modules, the meta device)."""
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        raise ModelInputError(
+            f"{name!r} belongs to a lazy module that has not seen a batch yet, so it has no shape. "
+            "Run the model once on a batch before it is analysed: `model(x)`."
+        )
+    if tensor.is_meta:
+        raise ModelInputError(
+            f"{name!r} is on the meta device and has no values. Materialise the model first: "
+            "`model.to_empty(device=...)` and then its initialisation."
+        )
+
+
+_SHARDED = (
+    "its values are sharded over processes, which gradflow does not take yet. Pass the model as it was "
+    "before it was sharded (`fully_shard`, FSDP, tensor parallelism), with a batch that one process can hold."
+)
+_QUANTISED = (
+    "quantised layers carry no gradient, so there is no flow to measure. Pass the model as it was before it "
+    "was quantised."
+)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def distributed(model: nn.Module) -> list[DistributedDataParallel]:
+    """Return the parts of a model that exchange gradients with other processes."""
+    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+
+
+def standing_notes(model: nn.Module, optimizer: Any) -> Iterator[str]:
+    """Yield what a reader must know of what is not run, not seen or not put back."""
+    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    inside = {n for n in scripted for m in scripted if n != m and n.startswith(f"{m}." if m else "")}
+    if outermost := [name for name in scripted if name not in inside]:
+        yield (
+            f"TorchScript shows nothing of its inside: {_names(outermost)} is taken for one layer. Analyse "
+            "the module that it was made from to see the layers in it."
+        )
+    if distributed(model):
+        yield "Gradients are those of this process alone: an analysis exchanges nothing with the others."
+    if hooked := [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]:
+        yield (
+            f"The hooks on {_names(hooked)} that run after a gradient was accumulated are not run: gradients "
+            "are as such a hook is handed them."
+        )
+    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    if any(getattr(optimizer, name, None) for name in hooks):
+        yield (
+            f"The step hooks of the {type(optimizer).__name__} are not run, since they may act on the model "
+            "itself: the steps after the first are those of training without them."
+        )
+    attributes = ((n, k, v) for n, module in model.named_modules() for k, v in vars(module).items())
+    if iterators := [f"{n}.{k}" if n else k for n, k, v in attributes if _spent(v)]:
+        yield f"{_names(iterators)} is an iterator, which cannot be put back: it may be further on."
+
+
+def _spent(value: object) -> bool:
+    return isinstance(value, Iterator) and not isinstance(value, (nn.Module, io.IOBase))
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name or "(model)") for name in names[:3])
+    return shown + (f" (and {len(names) - 3} more)" if len(names) > 3 else "")

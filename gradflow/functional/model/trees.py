@@ -1,0 +1,141 @@
+"""Tensors inside the nested values that models take and return."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return `value` with `function` applied to every tensor in it.
+
+    Goes into tuples, lists, named tuples, mappings known to PyTorch (`ModelOutput` of Hugging Face
+    included) and dataclasses; anything else is returned as it is. Where `function` changes nothing, the
+    very object `value` is returned, so that a model which checks identity sees what it made.
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if value is None or isinstance(value, (int, float, str, bool)):
+        return value
+    leaves, spec = pytree.tree_flatten(value)
+    mapped = [_map_leaf(function, leaf) for leaf in leaves]
+    if all(new is old for new, old in zip(mapped, leaves, strict=True)):
+        return value
+    return pytree.tree_unflatten(mapped, spec)
+
+
+def _map_leaf(function: Callable[[Tensor], Tensor], leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return function(leaf)
+    if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+        old = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.init}
+        new = {name: map_tensors(function, value) for name, value in old.items()}
+        changed = any(new[name] is not old[name] for name in old)
+        return dataclasses.replace(leaf, **new) if changed else leaf
+    return leaf
+
+
+def iter_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in `value`, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif type(value) in (tuple, list, dict):  # most are, and PyTorch's own trees are slow
+        for item in value.values() if type(value) is dict else value:
+            yield from iter_tensors(item)
+    else:
+        for _, tensor in named_tensors(value):
+            yield tensor
+
+
+def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield (path, tensor) pairs; paths join keys and positions with dots."""
+    if isinstance(value, Tensor):
+        yield prefix, value
+        return
+    if value is None or isinstance(value, (int, float, str, bool)):
+        return
+    for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+        name = ".".join([*([prefix] if prefix else []), *(_key(k) for k in path)])
+        if isinstance(leaf, Tensor):
+            yield name, leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in dataclasses.fields(leaf):
+                joined = f"{name}.{field.name}" if name else field.name
+                yield from named_tensors(getattr(leaf, field.name), joined)
+
+
+def _key(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def is_differentiable(tensor: Tensor) -> bool:
+    """Whether a gradient with respect to a tensor of this dtype exists."""
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest floating-point dtype of a device: float64, which MPS lacks."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def shapes(value: Any) -> str:
+    """Return the shapes and dtypes of the tensors in `value`, for an error message."""
+    found = []
+    for name, tensor in named_tensors(value):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        found.append(f"{name + ': ' if name else ''}{dtype}{list(tensor.shape)}")
+    return ", ".join(found) or f"no tensor ({type(value).__name__})"
+
+
+def same_device(model: torch.nn.Module) -> torch.device | None:
+    """Return the one device of the model's parameters, or None if there are several or none."""
+    devices = {p.device for p in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def map_floats(function: Any, value: Any) -> Any:
+    """Return `value` with `function(position, tensor)` applied to every floating-point tensor in it.
+
+    Packed sequences are gone into as well. Positions count from 0, in a fixed order.
+    """
+    position = -1
+
+    def apply(tensor: Tensor) -> Tensor:
+        nonlocal position
+        if not tensor.dtype.is_floating_point:
+            return tensor
+        position += 1
+        return function(position, tensor)
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, PackedSequence):
+            return value._replace(data=apply(value.data))
+        return map_tensors(apply, value)
+
+    return pytree.tree_map(leaf, value, is_leaf=lambda v: isinstance(v, PackedSequence))
+
+
+def floats(value: Any) -> list[Tensor]:
+    """Return the floating-point tensors in `value`, in the order of `map_floats`."""
+    found: list[Tensor] = []
+
+    def note(_: int, tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_floats(note, value)
+    return found
+
+
+def replaced(value: Any, positions: tuple[int, ...], new: Tensor) -> Any:
+    """Return `value` with `new` in place of the floating-point tensors at `positions`."""
+    return map_floats(lambda position, old: new if position in positions else old, value)

@@ -1,0 +1,316 @@
+"""The autograd graph of one step, contracted to layer calls and the functional operations between them.
+
+NOTE [Which node belongs to whom]
+Autograd numbers the nodes it makes. A layer call notes the number at its start and end, so the nodes of its
+own operations are those numbered in between, and are contracted into it; the node of its probe is found by
+its site. Everything else that the walk from the loss meets is a functional operation, a node of its own. A
+layer in which other layers are called (a model that owns a class token) keeps only its probe: the operations
+in it, between its inner layers, stay operations. Nothing is put on the inputs of a layer, since an alias of
+an input would break models that write to it in place.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.probes import is_probe
+from gradflow.functional.tap.recorder import Recorder
+
+LOSS = "loss"
+MODEL = "(model)"
+Node = Any  # an autograd node: a C++ one, or a BackwardCFunction
+
+
+@attrs.define(eq=False)
+class Group:
+    """A node of the contracted graph: a layer call, an operation, an input or the loss."""
+
+    name: str
+    kind: str
+    order: int
+    module: str = ""
+    type: str = ""
+    call: Call | None = None
+    shape: tuple[int, ...] = ()
+    parameters: dict[str, None] = attrs.field(factory=dict)
+    taken: tuple[int, ...] = ()
+
+
+@attrs.define(eq=False)
+class Structure:
+    """The contracted graph of one step, and the autograd nodes behind it in topological order."""
+
+    groups: dict[str, Group]
+    edges: dict[tuple[str, str], None]  # (source, target) in the direction of the data
+    nodes: list[Node]
+    group_of: dict[Node, str]
+    leaves: dict[Node, Tensor]  # nodes that stand for leaf tensors
+    foreign: list[Tensor]  # leaves that are neither working parameters nor tensors of the batch
+    calls: list[Call] = attrs.field(factory=list)  # of the step
+    signature: list[Any] = attrs.field(factory=list)  # of the autograd graph: see `signature`
+    placed: list[str | None] = attrs.field(factory=list)  # the group of every node, in their order
+
+    def release(self) -> None:
+        """Let go of the autograd graph, and keep the contracted one."""
+        self.nodes, self.group_of, self.leaves, self.foreign = [], {}, {}, []
+
+    def again(self, nodes: list[Node], calls: list[Call]) -> Structure | None:
+        """Return the structure of a later step, if its graph and its calls are the same, else None.
+
+        Args:
+            nodes: those of the later step, in topological order.
+            calls: its calls.
+        """
+        if len(nodes) != len(self.placed) or len(calls) != len(self.calls):
+            return None
+        if any(a.name != b.name or a.parent != b.parent for a, b in zip(calls, self.calls, strict=True)):
+            return None
+        if signature(nodes) != self.signature:
+            return None
+        group_of = {node: name for node, name in zip(nodes, self.placed, strict=True) if name is not None}
+        leaves = {node: node.variable for node in nodes if is_leaf(node)}
+        return attrs.evolve(self, nodes=nodes, group_of=group_of, leaves=leaves)
+
+
+def topological(root: Node) -> list[Node]:
+    """Return the autograd nodes under `root`, consumers of a tensor before its producer."""
+    waiting: dict[Node, int] = {root: 0}
+    todo = [root]
+    while todo:
+        for child, _ in todo.pop().next_functions:
+            if child is not None:
+                if child not in waiting:
+                    waiting[child] = 0
+                    todo.append(child)
+                waiting[child] += 1
+    order, ready = [], [root]
+    while ready:
+        node = ready.pop()
+        order.append(node)
+        for child, _ in node.next_functions:
+            if child is not None:
+                waiting[child] -= 1
+                if not waiting[child]:
+                    ready.append(child)
+    return order
+
+
+def signature(nodes: list[Node]) -> list[Any]:
+    """Return what tells an autograd graph from others: kinds of nodes, edges, leaves, calls of the probes.
+
+    Args:
+        nodes: all of them, in topological order.
+    """
+    position = {node: i for i, node in enumerate(nodes)}
+    found: list[Any] = []
+    for node in nodes:
+        if is_leaf(node):
+            found.append(id(node.variable))
+        else:
+            found.append(node.site.call if is_probe(node) else node.name())
+            found.append([(position[c], k) for c, k in node.next_functions if c is not None])
+    return found
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether an autograd node only accumulates the gradient of a leaf tensor."""
+    return hasattr(node, "variable")
+
+
+def operation(node: Node) -> str:
+    """Return the plain name of an autograd node: `AddBackward0` is `add`.
+
+    >>> import torch
+    >>> operation(torch.ones(1, requires_grad=True).log_softmax(0).grad_fn)
+    'log_softmax'
+    """
+    name = re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1]) or node.name()
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    return re.sub(r"(?<=\d)_d(?![a-z])", "d", name).strip("_")
+
+
+class Windows:
+    """Finds the innermost call that an autograd node was made in."""
+
+    def __init__(self, calls: list[Call]) -> None:
+        self._calls = calls
+        self._starts = [call.start for call in calls]  # calls are in the order of their starts
+
+    def innermost(self, node: Node) -> Call | None:
+        """Return the innermost call that made `node`, or None."""
+        return self.at(node._sequence_nr())
+
+    def at(self, number: int) -> Call | None:
+        """Return the innermost call that was running when autograd's number was `number`."""
+        position = bisect.bisect_right(self._starts, number) - 1
+        while position >= 0:
+            call = self._calls[position]
+            if number < call.end:
+                return call
+            position = call.parent
+        return None
+
+    def layer(self, node: Node) -> Call | None:
+        """Return the layer call that `node` is contracted into, or None for a functional operation."""
+        call = self.innermost(node)
+        return call if call is not None and call.is_layer and not call.has_children else None
+
+
+def build(
+    loss: Tensor,
+    recorder: Recorder,
+    parameters: Mapping[str, Tensor],
+    inputs: Callable[[], Mapping[str, Tensor]],
+    before: Structure | None = None,
+) -> Structure:
+    """Return the contracted graph of the step that ended in `loss`.
+
+    Args:
+        loss: the step's loss, with its graph.
+        recorder: the recorder of that (structural) step.
+        parameters: working parameters by qualified name.
+        inputs: gives the tensors of the batch by name; asked only if the graph holds a leaf of another kind.
+        before: the structure of an earlier step, which most often is the same.
+    """
+    nodes = topological(loss.grad_fn)
+    if before is not None and (same := before.again(nodes, recorder.calls)) is not None:
+        return same
+    windows = Windows(recorder.calls)
+    names = {id(p): n for n, p in parameters.items()}
+    structure = Structure({}, {}, nodes, {}, {}, [], recorder.calls)
+    taken = dict.fromkeys([*(c.name for c in recorder.calls), LOSS], 1)  # name -> next number to try
+    structure.groups[LOSS] = Group(LOSS, "loss", 2**62, type="loss")
+    inner = [n for n in nodes if not is_leaf(n)]
+    for node in sorted(inner, key=lambda n: n._sequence_nr()):
+        group = _group(node, recorder, windows, taken, structure)
+        structure.group_of[node] = group.name
+    leaves = [node for node in nodes if is_leaf(node)]
+    known = {*names, *(id(slot) for slot in recorder.pool)}
+    others = any(id(node.variable) not in known for node in leaves)
+    input_names = {id(t): n for n, t in inputs().items()} if others else {}
+    for node in leaves:
+        _place_leaf(node, structure, names, input_names)
+    structure.edges[(structure.group_of[loss.grad_fn], LOSS)] = None
+    for source, target, _, _ in boundaries(structure):
+        structure.edges[(source, target)] = None
+    _attach_parameters(structure, names)
+    if not others:
+        structure.signature = signature(nodes)
+        structure.placed = [structure.group_of.get(node) for node in nodes]
+    return structure
+
+
+def _group(
+    node: Node, recorder: Recorder, windows: Windows, taken: dict[str, int], structure: Structure
+) -> Group:
+    call = recorder.calls[node.site.call] if is_probe(node) else windows.layer(node)
+    if call is not None:
+        name = call.name or MODEL
+        if name not in structure.groups:
+            order = call.start if not call.has_children else call.end
+            structure.groups[name] = Group(name, "layer", order, call.module, call.type, call, call.shape)
+        return structure.groups[name]
+    op = operation(node)
+    inside = windows.innermost(node)
+    prefix = f"{inside.name}:" if inside is not None and inside.name else ""
+    name, number = f"{prefix}{op}", taken.get(f"{prefix}{op}", 0)
+    while name in taken:
+        name, number = f"{prefix}{op}@{number}", number + 1
+    taken[name] = taken[f"{prefix}{op}"] = max(number, 1)
+    module = inside.module if inside is not None else ""
+    group = Group(name, "op", node._sequence_nr(), module, op, None, _shape(node), taken=_taken(node))
+    structure.groups[name] = group
+    return group
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    metadata = getattr(node, "_input_metadata", None)
+    return tuple(metadata[0].shape) if metadata else ()
+
+
+def _taken(node: Node) -> tuple[int, ...]:
+    """Return (axis, index from 0, size of the axis) where the node takes one slice of an axis, else ()."""
+    sizes, axis, index = (getattr(node, f"_saved_{key}", None) for key in ("self_sym_sizes", "dim", "index"))
+    if not isinstance(index, int) or not isinstance(axis, int) or not sizes:
+        return ()
+    axis, index = (v - 2**64 if v >= 2**63 else v for v in (axis, index))  # negative ones come unsigned
+    size = int(sizes[axis])
+    return (axis % len(sizes), index % size, size) if size else ()
+
+
+def _place_leaf(
+    node: Node, structure: Structure, names: Mapping[int, str], input_names: Mapping[int, str]
+) -> None:
+    leaf = node.variable
+    structure.leaves[node] = leaf
+    if id(leaf) in names:
+        return
+    if id(leaf) in input_names:
+        name = input_names[id(leaf)]
+        structure.groups[name] = Group(name, "input", -1, type="input", shape=tuple(leaf.shape))
+        structure.group_of[node] = name
+    else:
+        structure.foreign.append(leaf)
+
+
+def boundaries(structure: Structure) -> Iterator[tuple[str, str, Node, tuple[Node, int]]]:
+    """Yield (source group, target group, node, (next node, output number)) where the groups differ."""
+    for node in structure.nodes:
+        target = structure.group_of.get(node)
+        if target is None:
+            continue
+        for child, number in node.next_functions:
+            source = structure.group_of.get(child) if child is not None else None
+            if source is not None and source != target:
+                yield source, target, node, (child, number)
+
+
+def bypassed(structure: Structure) -> list[str]:
+    """Return the layer calls that some gradient enters elsewhere than at the probe on what they returned.
+
+    Their output is (also) kept on an attribute, returned inside an object of an unknown class, or the like.
+    """
+    found: dict[str, None] = {}
+    for source, _, _, (child, _) in boundaries(structure):
+        call = structure.groups[source].call
+        if call is not None and not call.has_children and not is_probe(child):
+            found[call.name] = None
+    return list(found)
+
+
+def capturable(structure: Structure) -> set[str]:
+    """Return the layer calls whose outputs are all used, and behind their probes alone.
+
+    The whole gradient of such an output is that of what was returned. One that the call itself goes on with,
+    or that nobody takes, gathers other gradients as well.
+    """
+    consumers: dict[tuple[Node, int], int] = {}
+    behind: dict[str, list[tuple[Node, int]]] = {}  # group -> what its probes stand on
+    for node in structure.nodes:
+        for child, number in node.next_functions:
+            if child is not None:
+                consumers[child, number] = consumers.get((child, number), 0) + 1
+        if is_probe(node):
+            behind.setdefault(structure.group_of[node], []).append(node.next_functions[0])
+    found = set()
+    for name, edges in behind.items():
+        call = structure.groups[name].call
+        if call is not None and len(edges) == len(call.sites) and all(consumers[e] == 1 for e in edges):
+            found.add(call.name)
+    return found
+
+
+def _attach_parameters(structure: Structure, names: Mapping[int, str]) -> None:
+    for node in structure.nodes:
+        group = structure.group_of.get(node)
+        for child, _ in node.next_functions:
+            leaf = structure.leaves.get(child) if child is not None else None
+            if group is not None and leaf is not None and id(leaf) in names:
+                structure.groups[group].parameters[names[id(leaf)]] = None

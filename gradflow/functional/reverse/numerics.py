@@ -1,0 +1,236 @@
+"""The birth certificate of a NaN or an Inf: one step run again with every operation watched.
+
+Forward, each function whose output is not finite although its inputs are is a birth; what it makes is
+followed, so that of several births the one that reaches the loss is named. An infinity that the program asked
+for (a mask filled with `-inf`) is no birth. Backward, the autograd graph is walked node by node, and the
+first node that turns finite gradients into non-finite ones is the birth.
+"""
+
+from __future__ import annotations
+
+import traceback
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from gradflow.functional.model.trees import iter_tensors
+from gradflow.functional.reverse.autograd_graph import Node, Structure, Windows, is_leaf, operation
+from gradflow.functional.reverse.reverse import call_node, validated
+from gradflow.functional.tap.probes import is_probe
+from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.tap.watch import source_layer
+from gradflow.records import NumericalRecord
+
+_PACKAGE = __name__.partition(".")[0]
+_CALLER = f"{_PACKAGE}.functional.run.step"  # where model and loss are called
+
+
+@attrs.frozen(eq=False)
+class Operation:
+    """One function call of the traced step."""
+
+    name: str
+    layer: str
+    start: int
+    end: int
+    low: float
+    high: float
+    line: str
+
+
+class Tracer:
+    """Observes every function of one step, for `Watch`.
+
+    Args:
+        recorder: the step's recorder; its `on_probe` is set to this.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.operations: list[Operation] = []
+        self.births: list[tuple[Operation, str]] = []
+        self._born: dict[int, tuple[weakref.ref[Tensor], tuple[Operation, str]]] = {}
+        recorder.on_probe = self._carry_over
+
+    def _carry_over(self, old: Tensor, new: Tensor) -> None:
+        """Follow what is not finite from a layer's output to the probe that stands in for it."""
+        if (born := self.birth(old)) is not None:
+            self._born[id(new)] = (weakref.ref(new), born)
+
+    def birth(self, tensor: Tensor) -> tuple[Operation, str] | None:
+        """Return the operation that made what is not finite in a tensor, with `nan` or `inf`."""
+        found = self._born.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
+
+    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a function, noting its inputs' range and whether it made a NaN or an Inf."""
+        inputs = [t for t in iter_tensors((args, kwargs)) if t.is_floating_point()]
+        if not inputs or getattr(func, "__name__", "") == "__get__":
+            return func(*args, **kwargs)
+        low, high = _range(inputs)
+        worst = max((_badness(t) for t in inputs), default=0)
+        known = next((b for t in inputs if (b := self.birth(t)) is not None), None)
+        start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        leaf = self.recorder.innermost_leaf()
+        layer = leaf.name if leaf is not None else source_layer(self.recorder, inputs[0])
+        out = func(*args, **kwargs)
+        end = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        name = getattr(func, "__name__", "function").strip("_")
+        done = Operation(name, layer, start, end, low, high, user_line())
+        self.operations.append(done)
+        for tensor in iter_tensors(out):
+            if tensor.is_floating_point():
+                self._judge(tensor, done, worst, known, _asked_for(args, kwargs))
+        return out
+
+    def _judge(
+        self,
+        tensor: Tensor,
+        done: Operation,
+        worst: int,
+        known: tuple[Operation, str] | None,
+        asked_for: bool,
+    ) -> None:
+        bad = _badness(tensor)
+        if not bad:
+            return
+        born = known  # a NaN made of an infinity has its origin where that was made
+        if born is None and bad > worst and not (bad == 1 and asked_for):
+            born = (done, "nan" if bad == 2 else "inf")
+            self.births.append(born)
+        if born is not None:
+            self._born[id(tensor)] = (weakref.ref(tensor), born)
+
+    def behind(self, node: Node) -> Operation | None:
+        """Return the function call that made an autograd node."""
+        number = node._sequence_nr()
+        for done in self.operations:
+            if done.start <= number < done.end:
+                return done
+        return None
+
+
+def _badness(tensor: Tensor) -> int:
+    """Return 0 for a finite tensor, 1 for one with an infinity, 2 for one with a NaN."""
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided or bool(torch.isfinite(tensor).all()):
+        return 0
+    return 2 if bool(torch.isnan(tensor).any()) else 1
+
+
+def _asked_for(args: Any, kwargs: Any) -> bool:
+    """Whether an infinity was passed as a number."""
+    values = [*args, *kwargs.values()]
+    return any(isinstance(v, float) and v in (float("inf"), float("-inf")) for v in values)
+
+
+def _range(inputs: list[Tensor]) -> tuple[float, float]:
+    """Return the smallest and largest number in the tensors, NaN left out."""
+    low, high = float("inf"), float("-inf")
+    for tensor in inputs:
+        tensor = tensor.detach()
+        known = tensor[~torch.isnan(tensor)] if tensor.layout is torch.strided else tensor.new_empty(0)
+        if known.numel():
+            low, high = min(low, float(known.min())), max(high, float(known.max()))
+    return (low, high) if low <= high else (float("nan"), float("nan"))
+
+
+def user_line() -> str:
+    """Return `file:line` of the innermost frame of the model or the loss that is neither ours nor torch's.
+
+    '' if there is none: what lies beyond our own call of the two only called us.
+    """
+    for frame, number in traceback.walk_stack(None):
+        module = frame.f_globals.get("__name__", "")
+        if module == _CALLER:
+            return ""
+        if module.split(".")[0] not in (_PACKAGE, "torch"):
+            return f"{frame.f_code.co_filename}:{number}"
+    return ""
+
+
+def certificates(
+    tracer: Tracer,
+    loss: Tensor,
+    structure: Structure | None,
+    *,
+    step: int,
+    inputs: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    owners: Mapping[str, str],
+) -> list[NumericalRecord]:
+    """Return the births that the loss and the gradients of a traced step show, forward ones first."""
+    recorder = tracer.recorder
+    finite = bool(torch.isfinite(loss.detach()))
+
+    def record(layer: str, op: str, phase: str, value: str, done: Operation | None) -> NumericalRecord:
+        kind = next((c.type for c in recorder.calls if c.name == layer), "")
+        kind = kind or recorder.types.get(layer.split("@")[0], "function")
+        nan = float("nan")
+        low, high, line = (done.low, done.high, done.line) if done is not None else (nan, nan, "")
+        return NumericalRecord(
+            step=step, layer=layer, layer_type=kind, op=op, phase=phase, value=value,
+            input_min=low, input_max=high, line=line, loss_finite=finite,
+        )  # fmt: skip
+
+    for name, tensor in inputs.items():
+        if tensor.is_floating_point() and (bad := _badness(tensor)) and not finite:
+            first = next((c.name for c in recorder.calls if c.is_layer and not c.has_children), "")
+            return [record(first, name, "input", "nan" if bad == 2 else "inf", None)]
+    for name, tensor in parameters.items():
+        if bad := _badness(tensor):
+            return [record(owners.get(name, ""), name, "parameter", "nan" if bad == 2 else "inf", None)]
+    if not finite:
+        born = tracer.birth(loss) or next(iter(tracer.births), None)
+        if born is not None:
+            return [record(born[0].layer, born[0].name, "forward", born[1], born[0])]
+    if structure is None:
+        return []
+    found = backward_birth(loss, structure)
+    if found is None:
+        return []
+    node, value = found
+    done = tracer.behind(node)
+    call = Windows(recorder.calls).layer(node)
+    layer = call.name if call is not None else done.layer if done is not None else _upstream(node, recorder)
+    return [record(layer, done.name if done is not None else operation(node), "backward", value, done)]
+
+
+def _upstream(node: Node, recorder: Recorder) -> str:
+    """Return the layer call nearest upstream of an autograd node."""
+    todo, seen = [node], {node}
+    while todo:
+        here = todo.pop(0)
+        if is_probe(here):
+            return recorder.calls[here.site.call].name
+        for child, _ in here.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                todo.append(child)
+    return ""
+
+
+def backward_birth(loss: Tensor, structure: Structure) -> tuple[Node, str] | None:
+    """Return the first autograd node that makes a non-finite gradient of finite ones, and what it makes."""
+    arriving: dict[Node, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss)}}
+    with torch.no_grad():
+        for node in structure.nodes:
+            gradients = arriving.pop(node, None)
+            if gradients is None or is_leaf(node):
+                continue
+            before = max(_badness(g) for g in gradients.values())
+            handed = call_node(node, gradients)
+            for cotangent, (child, number) in zip(handed, node.next_functions, strict=False):
+                if cotangent is None or child is None:
+                    continue
+                cotangent = validated(cotangent, child, number, structure)
+                after = _badness(cotangent)
+                if after > before:
+                    return node, "nan" if after == 2 else "inf"
+                slots = arriving.setdefault(child, {})
+                slots[number] = slots[number] + cotangent if number in slots else cotangent
+    return None

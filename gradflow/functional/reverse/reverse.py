@@ -1,0 +1,293 @@
+"""Reverse passes: gradients with respect to parameters and slots, and the exact flow on every edge.
+
+NOTE [Two transforms, and a third pass]
+`torch.func.vjp` differentiates the pure step under any outer transform, but loses fused kernels and rejects
+old-style autograd Functions and activation checkpointing. `torch.autograd.grad` over the very same pure step
+keeps them ("fused"). Reentrant checkpointing refuses `autograd.grad` too, and takes only `backward()`: then
+the gradients are read from the `.grad` of our own leaves, and those of leaves that are not ours are put back.
+
+NOTE [The flow on every edge]
+The norm of the cotangent that one consumer hands back is not to be had from a gradient with respect to the
+tensor, which is the sum over its consumers. The full mode therefore walks the autograd graph itself, from the
+loss back, calling each node with the gradient that has arrived: what a node returns for each of its inputs
+is the cotangent of that edge, exactly. Nothing is hooked and nothing aliased.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from gradflow.functional.reverse.autograd_graph import LOSS, Node, Structure, is_leaf, topological
+from gradflow.functional.tap.calls import unit_axis
+from gradflow.functional.tap.probes import is_probe, sum_of_squares
+
+
+def fused(
+    loss: Tensor, leaves: Sequence[Tensor | GradientEdge], *, retain_graph: bool = False
+) -> list[Tensor | None]:
+    """Return the gradients of `loss` with respect to `leaves`, None where no path leads there."""
+    if loss.grad_fn is None:
+        return [None] * len(leaves)
+    try:
+        inputs: Any = leaves
+        return list(torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True))
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _REENTRANT):
+            raise
+    raise ReentrantCheckpoint
+
+
+# What PyTorch says, in its older and its newer words, where a reentrant checkpoint meets `autograd.grad`.
+_REENTRANT = ("Checkpointing is not compatible", "torch.utils.checkpoint is incompatible with .grad()")
+
+
+class ReentrantCheckpoint(Exception):
+    """The graph holds a reentrant checkpoint, or another function whose backward runs a reverse pass of its
+    own, and the pass must be `accumulated`; never seen by a user."""
+
+
+def check_walkable(structure: Structure) -> None:
+    """Raise if the graph holds a reentrant checkpoint.
+
+    `autograd.grad` refuses one on the way to a leaf, but passes by one whose leaves are all inside: their
+    gradients would look as if no path led there.
+    """
+    if any(node.name() == "CheckpointFunctionBackward" for node in structure.nodes):
+        raise ReentrantCheckpoint
+
+
+def accumulated(
+    loss: Tensor, leaves: Sequence[Any], wanted: Collection[int] = ()
+) -> dict[int, Tensor | None]:
+    """Run `loss.backward()`, leaving the `.grad` of leaves that are not ours as it was.
+
+    The gradients are found in the `.grad` of our own leaves, slots made while it ran included.
+
+    Args:
+        loss: scalar loss with its graph.
+        leaves: those that are ours: working parameters and slots.
+        wanted: ids of leaves of the user's whose gradients are asked for.
+
+    Returns:
+        The gradients of those of `wanted` that were met, by id.
+    """
+    if loss.grad_fn is None:
+        return {}
+    ours = {id(leaf) for leaf in leaves}
+    saved: dict[int, tuple[weakref.ref[Tensor], Tensor | None]] = {}  # weak: some are a checkpoint's own
+
+    def note(root: Node) -> None:
+        nodes = topological(root)
+        slots = {node.next_functions[1][0] for node in nodes if is_probe(node)}  # made in a checkpoint
+        for leaf in (n.variable for n in nodes if is_leaf(n) and n not in slots):
+            known = saved.get(id(leaf))
+            if id(leaf) not in ours and (known is None or known[0]() is not leaf):
+                saved[id(leaf)] = (weakref.ref(leaf), leaf.grad)
+                leaf.grad = None
+
+    note(loss.grad_fn)
+    try:
+        with _told_of_inner_passes(note):
+            loss.backward()
+        met = {key: reference() for key, (reference, _) in saved.items() if key in wanted}
+        return {key: leaf.grad for key, leaf in met.items() if leaf is not None}
+    finally:
+        for reference, grad in saved.values():
+            if (leaf := reference()) is not None:
+                leaf.grad = grad
+
+
+@contextlib.contextmanager
+def _told_of_inner_passes(note: Callable[[Node], None]) -> Iterator[None]:
+    """Have `note` told of every graph that is differentiated inside a backward pass, before it is.
+
+    A reentrant checkpoint builds its graph, with leaves that no walk over the loss's graph can have met, and
+    calls `torch.autograd.backward` on it.
+    """
+    plain = torch.autograd.backward
+
+    def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # inside a pass, and not another thread's own
+            for tensor in (tensors,) if isinstance(tensors, Tensor) else tensors:
+                if tensor.grad_fn is not None:
+                    note(tensor.grad_fn)
+        plain(tensors, *args, **kwargs)
+
+    torch.autograd.backward = backward
+    try:
+        yield
+    finally:
+        torch.autograd.backward = plain
+
+
+@attrs.define(eq=False)
+class Flows:
+    """Sums of squares of one full reverse pass, still on their devices.
+
+    Args:
+        edges: Σ‖c‖² by (source, target).
+        groups: Σ‖g‖² of a group's output gradients.
+        probes: Σ‖g‖² at each probe, by the id of its site.
+        leaves: gradient of each leaf, by id.
+        ranks: effective rank of the output gradient of layers, where asked for.
+    """
+
+    edges: dict[tuple[str, str], Tensor] = attrs.field(factory=dict)
+    groups: dict[str, Tensor] = attrs.field(factory=dict)
+    probes: dict[int, Tensor] = attrs.field(factory=dict)
+    leaves: dict[int, Tensor] = attrs.field(factory=dict)
+    ranks: dict[str, float] = attrs.field(factory=dict)
+
+
+def walked(loss: Tensor, structure: Structure, *, exact: bool, ranks: bool = False) -> Flows:
+    """Return the flow on every edge; see NOTE [The flow on every edge].
+
+    Args:
+        loss: scalar loss with its graph.
+        structure: the contracted graph of the same step.
+        exact: take sums in double precision.
+        ranks: take the effective rank of every layer's output gradient as well (one SVD each).
+
+    Raises:
+        ReentrantCheckpoint: if the graph holds one, whose inside cannot be walked.
+    """
+    check_walkable(structure)
+    flows = Flows()
+    arriving: dict[Node, dict[int, dict[str, Tensor]]] = {}
+    root = loss.grad_fn
+    arriving[root] = {0: {LOSS: torch.ones_like(loss)}}
+    with torch.no_grad():
+        for node in structure.nodes:
+            incoming = arriving.pop(node, None)
+            if incoming is not None:
+                gradients = _gather(node, incoming, structure, flows, exact, ranks)
+                for cotangent, (child, number) in zip(
+                    call_node(node, gradients), node.next_functions, strict=False
+                ):
+                    if cotangent is not None and child is not None:
+                        _send(cotangent, node, child, number, structure, arriving)
+    return flows
+
+
+def _send(
+    cotangent: Tensor,
+    node: Node,
+    child: Node,
+    number: int,
+    structure: Structure,
+    arriving: dict[Node, dict[int, dict[str, Tensor]]],
+) -> None:
+    cotangent = validated(cotangent, child, number, structure)
+    by_group = arriving.setdefault(child, {}).setdefault(number, {})
+    source = structure.group_of[node]
+    old = by_group.get(source)
+    by_group[source] = cotangent if old is None else old + cotangent
+
+
+def _gather(
+    node: Node,
+    incoming: dict[int, dict[str, Tensor]],
+    structure: Structure,
+    flows: Flows,
+    exact: bool,
+    ranks: bool,
+) -> dict[int, Tensor]:
+    """Sum what has arrived at a node over its consumers, noting what crossed a boundary."""
+    group = structure.group_of.get(node)
+    gradients: dict[int, Tensor] = {}
+    for number, by_group in incoming.items():
+        total: Tensor | None = None
+        squares: Tensor | None = None
+        for source, cotangent in by_group.items():
+            total = cotangent if total is None else total + cotangent
+            if group is not None and source != group:
+                squares = sum_of_squares(cotangent, exact=exact)
+                _add(flows.edges, (group, source), squares)
+        assert total is not None
+        gradients[number] = total
+        if group is None or not (is_probe(node) or any(source != group for source in by_group)):
+            continue
+        if squares is None or len(by_group) > 1:
+            squares = sum_of_squares(total, exact=exact)
+        if any(source != group for source in by_group):
+            _add(flows.groups, group, squares)
+        if is_probe(node):
+            flows.probes[id(node.site)] = squares
+            if ranks and group not in flows.ranks:
+                flows.ranks[group] = effective_rank(total, structure.groups[group].type)
+    if node in structure.leaves:
+        flows.leaves[id(structure.leaves[node])] = gradients[0]
+        return {}
+    return gradients
+
+
+def _add(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
+
+
+def call_node(node: Node, gradients: dict[int, Tensor]) -> Sequence[Tensor | None]:
+    """Return the cotangents that an autograd node hands to its inputs, given those of its outputs."""
+    if not gradients:
+        return ()
+    if is_probe(node):
+        return (gradients[0],)
+    metadata = getattr(node, "_input_metadata", ())
+    count = max(len(metadata), max(gradients) + 1)
+    args: list[Tensor | None] = [gradients.get(i) for i in range(count)]
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        # Whether it asked for None instead, by `set_materialize_grads`, cannot be read; zeros mean the same.
+        args = [_zeros(m) if a is None else a for a, m in zip(args, metadata, strict=False)]
+        result = node.apply(*args)
+    else:
+        result = node(*args)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _zeros(metadata: Any) -> Tensor:
+    return torch.zeros(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
+
+
+def validated(cotangent: Tensor, child: Node, number: int, structure: Structure) -> Tensor:
+    """Return the cotangent in the shape and dtype of the tensor it belongs to, as the engine would."""
+    like = structure.leaves.get(child)
+    if like is None:
+        metadata = getattr(child, "_input_metadata", ())
+        if number >= len(metadata):
+            return cotangent
+        like = metadata[number]
+    if cotangent.layout is torch.strided and tuple(cotangent.shape) != tuple(like.shape):
+        cotangent = cotangent.sum_to_size(tuple(like.shape))
+    return cotangent if cotangent.dtype == like.dtype else cotangent.to(like.dtype)
+
+
+def effective_rank(gradient: Tensor, layer_type: str = "Linear") -> float:
+    """Return the effective rank of a gradient as a matrix (samples × features).
+
+    exp of the entropy of the normalised squared singular values (Roy and Vetterli, 2007, with squared
+    values). 1 for a rank-one matrix, the width for an orthogonal one, NaN where it is zero or not finite.
+
+    Args:
+        gradient: output gradient of a layer, samples first.
+        layer_type: class name of the layer; tells where its features are.
+    """
+    if gradient.dim() < 2:
+        return 1.0 if bool(gradient.any()) else float("nan")
+    matrix = gradient.detach().movedim(unit_axis(gradient, layer_type), -1).flatten(0, -2)
+    matrix = matrix.to(device="cpu", dtype=torch.complex128 if matrix.is_complex() else torch.float64)
+    top = matrix.abs().max()
+    if not torch.isfinite(top) or top == 0:
+        return float("nan")
+    matrix = matrix / top
+    gram = matrix.mH @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mH
+    values = torch.linalg.eigvalsh(gram).clamp(min=0)
+    shares = values / values.sum()
+    shares = shares[shares > 0]
+    return float(torch.exp(-(shares * shares.log()).sum()))

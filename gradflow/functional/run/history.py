@@ -1,0 +1,361 @@
+"""The numbers of a run, step by step, on the host: one transfer a step, kept as a row under a layout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradflow.functional.model.trees import wide_dtype
+from gradflow.functional.run.step import Outcome, Program
+from gradflow.functional.tap.calls import Call, Observation
+from gradflow.functional.tap.probes import is_safe, num_nonzero, safe_range, sum_of_squares
+from gradflow.functional.tap.watch import ActivationKey
+from gradflow.records import Bools, Floats
+
+Place = tuple[str, Hashable]  # what a number is (`grad`, `out`, ...), and of what
+
+# Sums of squares of what is gone when the step is over: they are taken fast or exactly, as the step before
+# tells; see NOTE [Exact and fast] in probes.py. Those of parameters and their gradients can be taken again.
+_SUMS = ("grad", "out")
+_LASTING_SUMS = ("norm", "pgrad")
+_MERGED = 8  # steps whose peaks of a rectifier's units are merged at once, if no look comes first
+
+
+@attrs.frozen(eq=False)
+class Layout:
+    """What the numbers of a row are. Steps that run alike share one.
+
+    Args:
+        places: (kind, key) of every number.
+        calls: names of the layer calls, in the order of execution.
+    """
+
+    places: tuple[Place, ...]
+    calls: tuple[str, ...]
+    must_be_finite: Bools = attrs.field(init=False)
+    sums: Bools = attrs.field(init=False)
+    least_peaks: tuple[int, ...] = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        kinds = [kind for kind, _ in self.places]
+        object.__setattr__(self, "must_be_finite", np.isin(kinds, ("loss", "grad", "pgrad")))
+        object.__setattr__(self, "sums", np.isin(kinds, _SUMS))
+        object.__setattr__(self, "least_peaks", tuple(i for i, k in enumerate(kinds) if k == "least_peak"))
+
+
+@attrs.frozen(eq=False)
+class Row:
+    """The numbers of one step.
+
+    Args:
+        layout: what they are.
+        values: the numbers; sums are of squares.
+        counts: how many elements are behind each.
+        sizes: number of output elements of each layer call.
+        safe: whether all numbers are known to be finite.
+    """
+
+    layout: Layout
+    values: Floats
+    counts: Floats
+    sizes: tuple[int, ...]
+    safe: bool = False
+
+    @property
+    def loss(self) -> float:
+        """The step's loss."""
+        return float(self.values[0])
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss and every gradient is finite."""
+        return self.safe or bool(np.isfinite(self.values[self.layout.must_be_finite]).all())
+
+
+_EXACT_AS_FLOAT = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def to_host(values: Sequence[Tensor]) -> list[float]:
+    """Return scalars (of shape ()) that may lie on several devices as floats: one transfer a device."""
+    if values and all(v.is_cpu for v in values) and {v.dtype for v in values} <= _EXACT_AS_FLOAT:
+        return torch.stack(list(values)).tolist()  # in the widest of their dtypes
+    found: list[float] = [0.0] * len(values)
+    by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}
+    for i, value in enumerate(values):
+        by_device.setdefault(value.device, {}).setdefault(value.dtype, []).append(i)
+    for device, kinds in by_device.items():
+        wide = wide_dtype(device)
+        parts = [torch.stack([values[i] for i in positions]).to(wide) for positions in kinds.values()]
+        numbers = (torch.cat(parts) if len(parts) > 1 else parts[0]).tolist()
+        for i, number in zip((i for positions in kinds.values() for i in positions), numbers, strict=True):
+            found[i] = number
+    return found
+
+
+class Content(NamedTuple):
+    """What the numbers of a step without a look are of.
+
+    Args:
+        probed: indices of the calls behind its output gradients.
+        reached: which parameters had a gradient.
+        moved: whether the norms of the parameters were taken.
+        sizes: number of output elements of each layer call.
+    """
+
+    probed: tuple[int, ...]
+    reached: tuple[bool, ...]
+    moved: bool
+    sizes: tuple[int, ...]
+
+
+@attrs.define(eq=False)
+class Form:
+    """What an ordinary step has given: the next one that gives the same needs no new layout.
+
+    Args:
+        calls: the calls of the step.
+        content: what its numbers are of.
+        layout: the layout of its row.
+        counts: element counts of its row.
+        ranges: between which a sum of squares must be to be safe, and any other number to be finite.
+    """
+
+    calls: list[Call]
+    content: Content
+    layout: Layout
+    counts: Floats
+    ranges: list[tuple[float, float]]
+
+
+@attrs.define(eq=False)
+class History:
+    """Everything that was read off the steps so far."""
+
+    program: Program
+    rows: list[Row] = attrs.field(factory=list)
+    calls: dict[str, Call] = attrs.field(factory=dict)  # by name, as last run, in the order first met
+    out_of_range: set[Place] = attrs.field(factory=set)  # sums that were once unsafe; they stay exact
+    in_doubt: bool = False  # whether a fast sum of the last row is zero, which may be an underflow
+    peaks: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
+    rising: dict[ActivationKey, list[Tensor]] = attrs.field(factory=dict)  # peaks that are not merged yet
+    settled: set[ActivationKey] = attrs.field(factory=set)  # rectifiers of which every unit has fired
+    settling: bool = False  # whether the last step has settled any
+    stuck: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
+    _form: Form | None = None  # of the last ordinary step
+    _layouts: dict[tuple[tuple[Place, ...], tuple[str, ...]], Layout] = attrs.field(factory=dict)
+
+    def read(self, outcome: Outcome, *, look: bool, parameters_moved: bool) -> Row:
+        """Return the step's numbers: the one transfer to the host that a step makes, after it is done."""
+        noted = self._noted()
+        merging = look or any(len(steps) >= _MERGED for steps in self.rising.values())
+        risen = self.merge_peaks() if merging else {}
+        content = self._content(outcome, parameters_moved or not self.rows)
+        lasting = self._lasting(outcome, look, content.moved)
+        slots = (slot for slot in outcome.slots if slot is not None)
+        scalars = [outcome.loss, *slots, *(value for _, value in noted), *risen.values()]
+        exact = not self.rows
+        values = to_host([*scalars, *(_number(kind, tensor, exact) for kind, _, tensor in lasting)])
+        form = self._same_form(content)
+        if form is None or noted or risen or look:
+            _repair(values, len(scalars), lasting)
+            return self._read_anew(content, np.array(values), noted, risen, lasting)
+        safe = all(least < v < most for v, (least, most) in zip(values, form.ranges, strict=True))
+        if not safe:
+            _repair(values, len(scalars), lasting)
+        row = Row(form.layout, np.array(values), form.counts, content.sizes, safe)
+        self.in_doubt = self.settling = False
+        if not safe:
+            self._choose_precision(row)
+        return row
+
+    def _content(self, outcome: Outcome, moved: bool) -> Content:
+        recorder = self.program.recorder
+        sites = zip(recorder.sites, outcome.slots, strict=True)
+        return Content(
+            probed=tuple([site.call for site, slot in sites if slot is not None]),
+            reached=tuple([gradient is not None for gradient in outcome.gradients.values()]),
+            moved=moved,
+            sizes=tuple([call.num_elements for call in recorder.calls if call.is_layer]),
+        )
+
+    def _read_anew(
+        self,
+        content: Content,
+        values: Floats,
+        noted: list[tuple[Observation, Tensor]],
+        risen: dict[ActivationKey, Tensor],
+        lasting: list[tuple[str, str, Tensor]],
+    ) -> Row:
+        """Return the row of a step that gives other numbers than the one before."""
+        recorder = self.program.recorder
+        behind = [recorder.calls[i] for i in content.probed]
+        places: list[Place] = [("loss", ""), *(("grad", call.name) for call in behind)]
+        numbers = [1, *(call.num_elements for call in behind)]
+        for observation, _ in noted:
+            key = observation.key
+            places.append((observation.kind, recorder.calls[key].name if isinstance(key, int) else key))
+            numbers.append(observation.number)
+        places += [("least_peak", key) for key in risen]
+        numbers += [1] * len(risen)
+        places += [(kind, name) for kind, name, _ in lasting]
+        numbers += [tensor.numel() for _, _, tensor in lasting]
+        calls = [call for call in recorder.calls if call.is_layer]
+        for call in calls:
+            self.calls[call.name] = self._merged_call(call)
+        layout, counts = self._layout(places, calls), np.array(numbers)
+        row = Row(layout, values, counts, content.sizes)
+        self._choose_precision(row)
+        self._settle(row)
+        if recorder.ordinary and not (noted or risen):
+            sums = layout.sums | np.isin([kind for kind, _ in places], _LASTING_SUMS)
+            least, most = safe_range(counts)
+            least, most = np.where(sums, least, -np.inf), np.where(sums, most, np.inf)
+            ranges = list(zip(least.tolist(), most.tolist(), strict=True))
+            self._form = Form(recorder.calls, content, layout, counts, ranges)
+        return row
+
+    def _same_form(self, content: Content) -> Form | None:
+        """Return the form of the last ordinary step, if this one gave numbers of the same things."""
+        recorder, form = self.program.recorder, self._form
+        if form is None or not recorder.ordinary:
+            return None
+        same_calls = (
+            recorder.alike and recorder.known is form.calls and len(recorder.calls) == len(form.calls)
+        )
+        if not same_calls or content != form.content:
+            self._form = None
+            return None
+        form.calls = recorder.calls  # by which the next step will know it
+        return form
+
+    def _noted(self) -> list[tuple[Observation, Tensor]]:
+        """Return what was noted and goes into the row; what is kept for every unit is put aside."""
+        recorder, noted = self.program.recorder, []
+        for observation, value in zip(recorder.observations, recorder.values, strict=True):
+            if observation.kind == "peak":
+                if observation.key not in self.settled:
+                    self.rising.setdefault(observation.key, []).append(value)
+            elif observation.kind == "stuck":
+                self._merge_stuck(observation.key, value)
+            else:
+                noted.append((observation, value))
+        return noted
+
+    def merge_peaks(self) -> dict[ActivationKey, Tensor]:
+        """Merge the peaks of the last steps; return the smallest of each rectifier that has any."""
+        least = {}
+        for key, steps in self.rising.items():
+            kept = [self.peaks[key], *steps] if key in self.peaks else steps
+            shapes = {None if units is None else units.shape for units in kept}
+            merged = None  # units that come and go cannot be told apart
+            if len(shapes) == 1 and None not in shapes:
+                merged = functools.reduce(torch.fmax, kept)  # type: ignore[arg-type]
+            self.peaks[key] = merged
+            if merged is not None:
+                least[key] = merged.min()
+        self.rising.clear()
+        return least
+
+    def _merge_stuck(self, key: ActivationKey, units: Tensor) -> None:
+        old = self.stuck.get(key, units)
+        self.stuck[key] = None if old is None or old.shape != units.shape else old & units
+
+    def _settle(self, row: Row) -> None:
+        """Stop following rectifiers of which every unit has fired: nothing more can come of it."""
+        before = len(self.settled)
+        for position in row.layout.least_peaks:
+            if row.values[position] > 0:
+                self.settled.add(row.layout.places[position][1])  # type: ignore[arg-type]
+        self.settling = len(self.settled) > before
+
+    def _merged_call(self, call: Call) -> Call:
+        """Return the call with what only the first step shows."""
+        first = self.calls.get(call.name)
+        if first is not None:
+            call.differentiable, call.has_children = first.differentiable, first.has_children
+            call.shape = call.shape or first.shape
+        return call
+
+    def _layout(self, places: list[Place], calls: list[Call]) -> Layout:
+        key = tuple(places), tuple(call.name for call in calls)
+        if key not in self._layouts:
+            self._layouts[key] = Layout(*key)
+        return self._layouts[key]
+
+    def _lasting(self, outcome: Outcome, look: bool, moved: bool) -> list[tuple[str, str, Tensor]]:
+        """Return (kind of number, name, tensor it is taken of) for the parameters and their gradients."""
+        found = []
+        for name, parameter in self.program.parameters.items():
+            if moved:
+                found.append(("norm", name, parameter.detach()))
+            gradient = outcome.gradients.get(name)
+            if gradient is not None:
+                found.append(("pgrad", name, gradient))
+                if look and gradient.layout is torch.strided:
+                    found.append(("pzeros", name, gradient))
+        return found
+
+    def _choose_precision(self, row: Row) -> None:
+        """Choose how the next step's sums are taken; see NOTE [Exact and fast] in probes.py."""
+        exact, layout = self.program.recorder.exact, row.layout
+        any_exact = not exact or any(exact.values())
+        unsafe = layout.sums & ~is_safe(row.values, row.counts)
+        self.in_doubt = False
+        settled = bool(self.rows) and self.rows[-1].layout is layout and not unsafe.any()
+        if settled and not any_exact:
+            return
+        for kind in _SUMS:
+            for position, (found, key) in enumerate(layout.places):
+                if found != kind:
+                    continue
+                if unsafe[position]:
+                    self.out_of_range.add((kind, key))
+                    self.in_doubt |= row.values[position] == 0 and not exact.get((key, kind), True)  # type: ignore[arg-type]
+                exact[key, kind] = (kind, key) in self.out_of_range  # type: ignore[index]
+
+
+def _number(kind: str, tensor: Tensor, exact: bool) -> Tensor:
+    return tensor.numel() - num_nonzero(tensor) if kind == "pzeros" else sum_of_squares(tensor, exact=exact)
+
+
+def _repair(values: list[float], start: int, lasting: list[tuple[str, str, Tensor]]) -> None:
+    """Take again, exactly, the sums over parameters and gradients that may have over- or underflowed."""
+    unsafe = []
+    for position, (kind, _, tensor) in enumerate(lasting, start):
+        if kind in _LASTING_SUMS:
+            least, most = safe_range(tensor.numel())
+            if not least < values[position] < most:
+                unsafe.append((position, sum_of_squares(tensor, exact=True)))
+    for (position, _), value in zip(unsafe, to_host([total for _, total in unsafe]), strict=True):
+        values[position] = value
+
+
+def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]:
+    """Return, by key, the numbers of a kind over the steps and the element counts behind them.
+
+    Shapes (steps,). Where a step has none, the number is NaN and its count 0; several (the outputs of one
+    call) are added.
+    """
+    rows, found = history.rows, {}
+    steps_of: dict[Layout, list[int]] = {}
+    for step, row in enumerate(rows):
+        steps_of.setdefault(row.layout, []).append(step)
+    for layout, steps in steps_of.items():
+        at = np.array(steps)
+        values = np.stack([rows[s].values for s in steps])
+        counts = np.stack([rows[s].counts for s in steps])
+        for position, (of, key) in enumerate(layout.places):
+            if of != kind:
+                continue
+            if key not in found:
+                found[key] = (np.full(len(rows), np.nan), np.zeros(len(rows)))
+            total, number = found[key]
+            total[at] = np.where(number[at] > 0, total[at] + values[:, position], values[:, position])
+            number[at] = number[at] + counts[:, position]
+    return found

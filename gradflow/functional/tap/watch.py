@@ -1,0 +1,267 @@
+"""Functional operations as they run: activations, and where the data flow leaves the gradient's reach.
+
+`torch.overrides.TorchFunctionMode` sees every call of a PyTorch function with its arguments, in any model,
+modules' own calls included, without touching the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gradflow.functional.tap.calls import Call, transform_level, unit_axis
+from gradflow.functional.tap.probes import is_probe, sum_of_squares
+from gradflow.functional.tap.recorder import Recorder
+
+# name of the function -> (op, kind); see ActivationRecord
+ACTIVATIONS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("relu", "relu_", "threshold", "threshold_"), ("relu", "rectifier")),
+    "relu6": ("relu6", "rectifier"),
+    **dict.fromkeys(("sigmoid", "sigmoid_"), ("sigmoid", "sigmoid")),
+    **dict.fromkeys(("tanh", "tanh_"), ("tanh", "tanh")),
+    **{n: (n.rstrip("_"), "hard") for n in ("hardtanh", "hardtanh_", "hardsigmoid")},
+    **dict.fromkeys(("clamp", "clamp_", "clip", "clip_"), ("clamp", "clamp")),
+    "softmax": ("softmax", "softmax"),
+}
+
+
+class Watch(TorchFunctionMode):
+    """Tells the recorder of activations; `observer`, where given, of every function.
+
+    Args:
+        recorder: the step's recorder.
+        observer: called as `observer(function, args, kwargs, output, start)` after each function, `start`
+            being autograd's sequence number before it.
+    """
+
+    def __init__(self, recorder: Recorder, observer: Callable[..., None] | None = None) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.observer = observer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recorder = self.recorder
+        if transform_level() > recorder.level:
+            return func(*args, **kwargs)
+        if not recorder.sessions or not recorder.active or recorder.in_backward:
+            return self._run(func, args, kwargs)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            ends = [session.function(func, args, kwargs) for session in recorder.sessions]
+        out = self._run(func, args, kwargs)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for end in ends:
+                if end is not None:
+                    end(out)
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        name = getattr(func, "__name__", "")
+        found = ACTIVATIONS.get(name)
+        if found is None:
+            if self.observer is None:
+                return func(*args, **kwargs)
+            return self.observer(func, args, kwargs)
+        x = args[0] if args else kwargs.get("input")
+        listening = self.recorder.active and not self.recorder.in_backward
+        bounds = _bounds(found, args, kwargs)
+        if not listening or not _is_watched(x) or bounds is None:
+            run = self.observer
+            return func(*args, **kwargs) if run is None else run(func, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            op = "relu6" if found[0] == "hardtanh" and bounds.kind == "rectifier" else found[0]
+            before = _Before(self.recorder, op, x, bounds)
+        out = func(*args, **kwargs) if self.observer is None else self.observer(func, args, kwargs)
+        if isinstance(out, Tensor) and out.numel():
+            with torch._C.DisableTorchFunction():
+                before.note(out, kwargs.get("dim", args[1] if len(args) > 1 else -1))
+        return out
+
+
+def _is_watched(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad and x.numel() > 0
+
+
+def unit_rows(y: Tensor, feeding: str) -> Tensor:
+    """Return an output as a matrix, a row per unit."""
+    return y.movedim(unit_axis(y, feeding), 0).flatten(1) if y.dim() > 1 else y.reshape(-1, 1)
+
+
+def note_rectifier(recorder: Recorder, key: ActivationKey, y: Tensor) -> None:
+    """Note the largest output of every unit of a rectifier, and at looks how many elements fire."""
+    axis = unit_axis(y, recorder.last_type)
+    dims = [d for d in range(y.dim()) if d != axis % y.dim()] if y.dim() > 1 else []
+    recorder.note("peak", key, y.amax(dims) if dims else y.clone(), y.numel())
+    if recorder.look:
+        recorder.note("fired", key, torch.count_nonzero(y > 0), y.numel())
+
+
+def after_module(recorder: Recorder, call: Call, output: Any) -> None:
+    """Note what a rectifier module gave, in a step without a watch."""
+    if isinstance(output, Tensor) and output.requires_grad and output.numel():
+        note_rectifier(recorder, recorder.rectifiers[call.name], output.detach())
+
+
+@attrs.frozen
+class ActivationKey:
+    """Which activation an observation is about."""
+
+    name: str
+    op: str
+    kind: str
+    functional: bool
+    layer: str
+
+
+class _Before:
+    """What must be known of an activation before it runs: its input, which may be overwritten."""
+
+    def __init__(self, recorder: Recorder, op: str, x: Tensor, bounds: Bounds) -> None:
+        self.recorder, self.op, self.bounds = recorder, op, bounds
+        self.key = self._key(x)
+        self.input_squares = sum_of_squares(x.detach(), exact=False) if recorder.look else None
+        self.masked = x.detach() <= MASKED if recorder.look and op == "softmax" else None
+
+    def _key(self, x: Tensor) -> ActivationKey:
+        recorder = self.recorder
+        leaf = recorder.innermost_leaf()
+        if leaf is not None and not any(True for _ in recorder.modules[leaf.module].parameters(False)):
+            return ActivationKey(leaf.name, self.op, self.bounds.kind, False, leaf.name)
+        if leaf is not None:
+            layer = leaf.name
+        else:
+            layer = source_layer(recorder, x, joint=self.op == "softmax")
+        number = recorder.counts.get(f":{layer}:{self.op}", 0)
+        recorder.counts[f":{layer}:{self.op}"] = number + 1
+        name = f"{layer}:{self.op}" + (f"@{number}" if number else "")
+        return ActivationKey(name, self.op, self.bounds.kind, True, layer)
+
+    def note(self, out: Tensor, dim: Any) -> None:
+        recorder, y = self.recorder, out.detach()
+        if self.bounds.kind == "softmax":
+            self._note_softmax(y, dim)
+            return
+        if self.bounds.kind == "rectifier":
+            note_rectifier(recorder, self.key, y)
+        elif recorder.look:
+            flat = self.bounds.saturated(unit_rows(y, recorder.last_type))
+            recorder.note("saturated", self.key, flat.sum(), y.numel())
+            recorder.note("stuck", self.key, flat.all(1), y.numel())
+        if self.input_squares is not None:
+            recorder.note("input", self.key, self.input_squares, y.numel())
+
+    def _note_softmax(self, y: Tensor, dim: Any) -> None:
+        if not self.recorder.look or not isinstance(dim, int) or not y.dim():
+            return
+        width = y.shape[dim]
+        # 1 − Σp² is the trace of the softmax's Jacobian diag(p) − ppᵀ; at most 1 − 1/n
+        trace = 1.0 - y.double().square().sum(dim) if y.device.type != "mps" else 1.0 - y.square().sum(dim)
+        saturated_rows = trace < SATURATED * (1.0 - 1.0 / width) if width > 1 else trace > -1.0
+        if self.masked is not None and width > 1:  # a row with one allowed alternative has no choice
+            saturated_rows = saturated_rows & ((~self.masked).sum(dim) != 1)
+        self.recorder.note("saturated", self.key, saturated_rows.sum(), saturated_rows.numel())
+        self.recorder.note("width", self.key, torch.tensor(float(width)), width)
+        if self.input_squares is not None:
+            self.recorder.note("input", self.key, self.input_squares, y.numel())
+
+
+# Scores at or below this are taken for masked: masks use -inf, the smallest float, -1e9 or -1e4.
+MASKED = -9000.0
+
+# A bounded unit whose derivative is below this share of its maximum passes next to no gradient: the
+# sigmoid beyond |x| = 6, tanh beyond |x| = 3.
+SATURATED = 0.01
+
+
+@attrs.frozen
+class Bounds:
+    """The kind of an activation (see `ActivationRecord`), and its bounds where they are hard."""
+
+    kind: str
+    low: Any = None
+    high: Any = None
+    smooth: str = ""
+
+    def saturated(self, y: Tensor) -> Tensor:
+        """Return which outputs have a derivative below 1 percent of the largest it can have."""
+        if self.smooth == "sigmoid":  # derivative y(1 − y), at most 1/4
+            return y * (1 - y) < SATURATED / 4
+        if self.smooth == "tanh":  # derivative 1 − y², at most 1
+            return 1 - y * y < SATURATED
+        return (y <= self.low) | (y >= self.high)
+
+
+def _bounds(found: tuple[str, str], args: Any, kwargs: Any) -> Bounds | None:
+    """Return what kind of activation a call is; None for a clamp that is none (a guard against zero, say)."""
+    op, kind = found
+    if kind in ("sigmoid", "tanh"):
+        return Bounds("bounded", smooth=kind)
+    if kind in ("rectifier", "softmax"):
+        return Bounds(kind)
+    names = ("min_val", "max_val") if op == "hardtanh" else ("min", "max")
+    low = kwargs.get(names[0], args[1] if len(args) > 1 else None)
+    high = kwargs.get(names[1], args[2] if len(args) > 2 else None)
+    if op == "hardsigmoid":
+        return Bounds("bounded", 0.0, 1.0)
+    if op == "hardtanh" and low == 0:  # `nn.ReLU6`: off below zero like any rectifier
+        return Bounds("rectifier")
+    if op == "hardtanh":
+        return Bounds("bounded", -1.0 if low is None else low, 1.0 if high is None else high)
+    if isinstance(low, (int, float)) and low == 0 and high is None:
+        return Bounds("rectifier")
+    plain = isinstance(low, (int, float)) and isinstance(high, (int, float))
+    return Bounds("bounded", low, high) if plain else None
+
+
+def source_calls(recorder: Recorder, x: Tensor) -> list[int]:
+    """Return the layer calls whose outputs feed `x` through functional operations, by autograd's graph."""
+    if not isinstance(x, Tensor) or x.grad_fn is None:
+        return []
+    found: set[int] = set()
+    root: Any = x.grad_fn
+    seen, todo = {root}, [root]
+    while todo:
+        node = todo.pop()
+        if is_probe(node):
+            found.add(node.site.call)
+            continue
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                todo.append(child)
+    return sorted(found)
+
+
+def source_layer(recorder: Recorder, x: Tensor, *, joint: bool = False) -> str:
+    """Return the layer call whose output feeds `x`: the latest, if there are several.
+
+    Args:
+        recorder: the step's recorder.
+        x: the tensor.
+        joint: with several sources, return the module that holds them all (an attention module for its
+            query and key projections) where it is not the model itself.
+    """
+    sources = source_calls(recorder, x)
+    if joint and len(sources) > 1:
+        names = [recorder.calls[i].module.split(".")[:-1] for i in sources]
+        common = _common_prefix(names)
+        if common:
+            return ".".join(common)
+    if sources:
+        return recorder.calls[sources[-1]].name
+    done = [c for c in recorder.calls if c.is_layer and c.index not in recorder.stack]
+    return done[-1].name if done else ""
+
+
+def _common_prefix(names: list[list[str]]) -> list[str]:
+    shared = []
+    for parts in zip(*names, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return shared

@@ -1,0 +1,118 @@
+"""UNSTABLE: jumps by orders of magnitude, and what is only noise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradflow.detect import detect, unstable
+from gradflow.detect.flow.unstable import rises, total_gradient
+from gradflow.records import FlowRecord, IssueSeverity
+from tests.detect.builders import Layer, flow_record
+
+STEPS = 20
+NOISE = 1.0 + 0.5 * np.sin(np.arange(STEPS) * 2.7)
+
+
+def run(grad: np.ndarray, **fields: Any) -> FlowRecord:
+    return flow_record(Layer(name="a", grad=grad), Layer(name="b", grad=grad), steps=STEPS, **fields)
+
+
+def seen(record: FlowRecord) -> dict[str, IssueSeverity]:
+    return {issue.layer: issue.severity for issue in detect(record, unstable())}
+
+
+def spiked(height: float, *at: int) -> np.ndarray:
+    return np.where(np.isin(np.arange(STEPS), at), height, NOISE)
+
+
+def test_rare_spikes_are_found_at_the_layer_nearest_the_loss() -> None:
+    assert seen(run(spiked(1e4, 7, 13))) == {"b": IssueSeverity.HIGH}
+
+
+def test_a_run_that_jumps_away_at_once() -> None:
+    wild = np.array([1.0, 900.0, 3000.0, *np.geomspace(200.0, 20.0, STEPS - 3)])
+    issue = detect(run(wild, optimizer="Adam"), unstable())[0]
+    assert issue.metrics["optimizer"] == "Adam"
+    assert "learning rate of Adam" in issue.recommended_actions[0]
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [
+        NOISE,
+        NOISE * 3.0 ** np.sin(np.arange(STEPS)),
+        np.geomspace(1e4, 1.0, STEPS),
+        np.geomspace(1.0, 50.0, STEPS),
+        spiked(12.0, 9),
+        np.where(np.arange(STEPS) % 3, 0.0, 1.0),
+    ],
+    ids=["noise", "a factor of a few", "a fast fall", "a slow rise", "one hard batch", "a margin often met"],
+)
+def test_what_is_no_instability(grad: np.ndarray) -> None:
+    assert not seen(run(grad))
+
+
+def test_an_outlier_that_a_robust_loss_tames() -> None:
+    assert not seen(run(spiked(3.0, 8), losses=spiked(100.0, 8)))
+
+
+def test_a_loss_that_jumps_away_and_stays() -> None:
+    record = run(NOISE, losses=np.where(np.arange(STEPS) < 12, 1.0, 1e4))
+    assert detect(record, unstable())[0].metrics["series"] == "loss"
+
+
+@given(st.floats(1e-6, 1e6), st.floats(10.0, 1e4))
+def test_scale_of_the_loss_changes_nothing(factor: float, height: float) -> None:
+    record = run(spiked(height, 7))
+    scaled = attrs.evolve(
+        record,
+        losses=record.losses * factor,
+        parameters=[attrs.evolve(p, grad_norm=p.grad_norm * factor) for p in record.parameters],
+    )
+    assert seen(record) == seen(scaled)
+
+
+def test_a_restless_run_needs_smaller_jumps() -> None:
+    tails = np.array([1, 30, 2, 60, 1, 9, 40, 3, 200, 1, 12, 2, 90, 1, 25, 3, 150, 2, 30, 1.0])
+    found = rises(tails)
+    assert found is not None
+    assert found.change > 3
+    assert seen(run(tails)) == {"b": IssueSeverity.MEDIUM}
+
+
+@pytest.mark.parametrize(
+    ("grad", "optimizer", "sick"), [(6.0, "Adam", True), (1.0, "Adam", False), (6.0, "", False)]
+)
+def test_a_run_that_ends_far_above_its_start(grad: float, optimizer: str, sick: bool) -> None:
+    grads, losses = np.linspace(1.0, grad, STEPS), np.linspace(3.0, 12.0, STEPS)
+    assert bool(seen(run(grads, losses=losses, optimizer=optimizer))) is sick
+
+
+def test_too_short_a_run_tells_nothing() -> None:
+    assert rises(np.array([1.0])) is None
+    assert rises(np.array([np.nan, 0.0, 2.0])) is None
+
+
+def test_a_record_without_parameters() -> None:
+    record = FlowRecord(steps=2, losses=np.ones(2), layers=(), parameters=())
+    assert np.isnan(total_gradient(record)).all()
+    assert not seen(record)
+
+
+@pytest.mark.parametrize(
+    ("values", "severity"), [(2, IssueSeverity.HIGH), (4, IssueSeverity.LOW), (16, None)]
+)
+def test_a_batch_norm_over_a_handful_of_values(values: int, severity: IssueSeverity | None) -> None:
+    fields = {"type": "BatchNorm1d", "shape": (values, 16), "num_elements": np.full(STEPS, values * 16)}
+    record = flow_record(
+        Layer(name="bn", fields=fields, weight={"shape": (16,)}), Layer(name="head"), steps=STEPS
+    )
+    assert seen(record).get("bn") is severity
+    evaluated = attrs.evolve(record.provenance, mode="eval")
+    assert not seen(attrs.evolve(record, provenance=evaluated))

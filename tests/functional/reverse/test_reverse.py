@@ -1,0 +1,532 @@
+"""Reverse passes: checkpointing, foreign leaves, functions of the users, hooks, retries."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gradflow.functional import analyze, graph_of
+from gradflow.functional.reverse.autograd_graph import is_leaf, operation, topological
+from gradflow.functional.reverse.reverse import accumulated, fused
+from gradflow.functional.run.step import Before, Program, run_step
+from gradflow.functional.tap.recorder import NeedsRetry, Recorder
+from gradflow.records import FlowRecord
+from tests.functional.naive import naive_step
+from tests.models import squares
+
+X = torch.randn(5, 4)
+
+
+def mean_square(y: Tensor) -> Tensor:
+    return y.square().mean()
+
+
+def assert_same(a: FlowRecord, b: FlowRecord, *, rtol: float = 1e-6) -> None:
+    assert [layer.name for layer in a] == [layer.name for layer in b]
+    np.testing.assert_allclose(a.losses, b.losses, rtol=rtol)
+    for x, y in zip((*a, *a.parameters), (*b, *b.parameters), strict=True):
+        np.testing.assert_array_equal(x.reached, y.reached, err_msg=x.name)
+        np.testing.assert_allclose(x.grad_norm, y.grad_norm, rtol=rtol, err_msg=x.name)
+
+
+# --------------------------------------------------------------------------------- checkpointing
+
+
+class Checkpointed(nn.Module):
+    """Two segments; each calls one layer twice, with dropout and a batch norm between."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.inp, self.shared, self.own = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.drop, self.out, self.reentrant = nn.Dropout(0.4), nn.Linear(4, 2), reentrant
+
+    def segment(self, h: Tensor) -> Tensor:
+        h = self.drop(torch.tanh(self.shared(h)))
+        return self.shared(3 * torch.tanh(self.own(h)))
+
+    def run(self, h: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.segment(h)
+        return checkpoint(self.segment, h, use_reentrant=self.reentrant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.run(torch.relu(self.run(self.inp(x)))))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("detail", ["cheap", "full"])
+def test_checkpoints_give_the_gradients_of_a_plain_backward_pass(reentrant: bool, detail: Any) -> None:
+    batches = [X, 2 * X, X, -X]
+    options: dict[str, Any] = {"steps": 4, "seed": 3, "detail": detail}
+    plain = analyze(Checkpointed(None), batches, squares, **options)
+    assert_same(analyze(Checkpointed(reentrant), batches, squares, **options), plain)
+    model = Checkpointed(None)
+    torch.manual_seed(3)
+    naive = naive_step(model, X, squares)
+    for layer in plain:
+        np.testing.assert_allclose(layer.grad_norm[0], naive.output_norm(layer.name), rtol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_train_like_the_plain_model(reentrant: bool) -> None:
+    records = []
+    for kind in (None, reentrant):
+        model = Checkpointed(kind)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        records.append(analyze(model, [X] * 5, squares, steps=5, seed=3, optimizer=optimizer))
+        assert all(p.grad is None for p in model.parameters())
+    assert records[0].losses[-1] != records[0].losses[0]
+    assert_same(*records, rtol=1e-5)
+
+
+def test_a_reentrant_checkpoint_in_full_detail_falls_back_and_says_so() -> None:
+    record = analyze(Checkpointed(True), [X] * 2, squares, steps=2, detail="full")
+    assert record.graph_record is not None
+    assert record.graph_record.steps == ()
+    (note,) = [n for n in record.provenance.notes if "could not be measured" in n]
+    assert "reentrant activation checkpoint" in note
+    assert "`use_reentrant=False`" in note
+    deepened = analyze(Checkpointed(True), [X] * 2, squares, steps=2, deepen=lambda record: True)
+    assert deepened.graph_record is not None
+    assert deepened.graph_record.steps == ()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_modules_that_hold_others(reentrant: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self, reentrant: bool | None) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.reentrant = nn.Linear(4, 4), reentrant
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 4)))
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            h = self.a(x)
+            if self.reentrant is None:
+                return self.body(h) * scale
+            return checkpoint(self.body, h, use_reentrant=self.reentrant) * scale
+
+    batches = [(X, torch.tensor(s)) for s in (1.0, 1.0, 0.0, 1.0)]
+    record, plain = (analyze(Model(kind), batches, mean_square, steps=4) for kind in (reentrant, None))
+    assert_same(record, plain)
+    assert record["body.1.1"].grad_zero.tolist() == [False, False, True, False]
+
+
+def test_a_layer_that_ran_without_a_gradient_elsewhere_is_not_taken_for_a_checkpointed_call() -> None:
+    class Model(nn.Module):
+        def __init__(self, reentrant: bool | None) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.reentrant = reentrant
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            y = self.b(h) if self.reentrant is None else checkpoint(self.b, h, use_reentrant=self.reentrant)
+            with torch.no_grad():
+                target = self.b(h)
+            return y - target.sigmoid()
+
+    record, plain = (analyze(Model(kind), [X], mean_square) for kind in (True, None))
+    assert_same(record, plain)
+    assert record["b"].reached.all()
+    assert not record["b@1"].reached.any()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_parameter_that_is_no_parameter_of_the_model_keeps_its_grad(reentrant: bool) -> None:
+    outside, graded = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    kept = graded.grad = torch.full((2,), 7.0)
+    model = Checkpointed(reentrant)
+    analyze(model, [X] * 2, lambda y: (y * outside * graded).square().mean(), steps=2)
+    assert outside.grad is None
+    assert graded.grad is kept
+    assert kept.tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("transform", ["fused", "vjp"])
+def test_no_gradient_flows_into_tensors_of_the_users(transform: Any) -> None:
+    outside = torch.ones(2, requires_grad=True)
+    outside.grad = kept = torch.full((2,), 7.0)
+    analyze(nn.Linear(4, 2), [X], lambda y: (y * outside).mean(), transform=transform)
+    assert outside.grad is kept
+    assert kept.tolist() == [7.0, 7.0]
+
+
+def test_vjp_cannot_take_a_checkpoint_and_says_so_as_torch_does() -> None:
+    for reentrant, message in (
+        (True, "checkpoint|setup_context"),
+        (False, "checkpoint|saved_tensors_hooks|torch.func"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            analyze(Checkpointed(reentrant), [X], squares, transform="vjp")
+
+
+# ---------------------------------------------------------------------------- parts of the passes
+
+
+def test_fused_gives_none_where_no_path_leads() -> None:
+    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    gradients = fused((a * 3).sum(), [a, b])
+    assert gradients[0] is not None
+    assert gradients[0].tolist() == [3.0, 3.0]
+    assert gradients[1] is None
+    assert fused(torch.tensor(1.0), [a, b]) == [None, None]
+
+
+def test_fused_passes_other_errors_on() -> None:
+    a = torch.ones(2, requires_grad=True)
+    y = a.exp()
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        fused(y.sum(), [a])
+
+
+def test_accumulated_leaves_what_is_not_ours_as_it_was() -> None:
+    ours, fresh, graded = (torch.ones(2, requires_grad=True) for _ in range(3))
+    graded.grad = kept = torch.full((2,), 5.0)
+    accumulated((ours * fresh * graded * 2).sum(), [ours])
+    assert ours.grad is not None
+    assert ours.grad.tolist() == [2.0, 2.0]
+    assert fresh.grad is None
+    assert graded.grad is kept
+    assert kept.tolist() == [5.0, 5.0]
+    accumulated(torch.tensor(1.0), [ours])  # no graph, no gradient
+    assert ours.grad.tolist() == [2.0, 2.0]
+
+
+def test_topological_order_has_consumers_first_on_a_deep_graph() -> None:
+    leaf = torch.ones(2, requires_grad=True)
+    h = leaf
+    for _ in range(3000):  # no recursion limit is met
+        h = h + h.tanh()
+    order = topological(h.sum().grad_fn)
+    place = {node: i for i, node in enumerate(order)}
+    assert len(place) == len(order) == 2 * 3000 + 2
+    assert all(
+        place[node] < place[child] for node in order for child, _ in node.next_functions if child is not None
+    )
+    assert is_leaf(order[-1])
+    assert operation(order[0]) == "sum"
+
+
+# ------------------------------------------------------------------------- functions of the users
+
+
+class OldStyle(torch.autograd.Function):
+    """A function in the style that torch.func does not take; its backward is not its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        ctx.factor = factor
+        return x * 2, x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, other: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        assert other is not None  # zeros, where nothing has arrived
+        return grad * ctx.factor, None
+
+
+class Unmaterialised(torch.autograd.Function):
+    """A function that would take None for an output that nothing has used."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, scale)
+        return x * scale, x + 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, other: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, scale = ctx.saved_tensors
+        assert other is None or not other.any()
+        assert grad is not None
+        return grad * scale, (grad * x).sum()
+
+
+@pytest.mark.parametrize("detail", ["cheap", "full"])
+@pytest.mark.parametrize("kind", ["old", "unmaterialised"])
+def test_functions_of_the_users_are_measured(kind: str, detail: Any) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.scale = nn.Linear(4, 4), nn.Linear(4, 2), nn.Parameter(torch.tensor(1.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            h = OldStyle.apply(h, 0.25)[0] if kind == "old" else Unmaterialised.apply(h, self.scale)[0]
+            return self.b(h)
+
+    record, naive = analyze(Model(), [X], mean_square, detail=detail), naive_step(Model(), X, mean_square)
+    for layer in record:
+        np.testing.assert_allclose(layer.grad_norm, naive.output_norm(layer.name), rtol=1e-6)
+    for parameter in record.parameters:
+        np.testing.assert_allclose(parameter.grad_norm, naive.parameter_norm(parameter.name), rtol=1e-6)
+    if kind == "old":
+        with pytest.raises(RuntimeError, match="setup_context"):
+            analyze(Model(), [X], mean_square, transform="vjp")
+
+
+@pytest.mark.parametrize("detail", ["cheap", "full"])
+def test_a_gradient_penalty_in_the_loss(detail: Any) -> None:
+    class Critic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            y = self.b(torch.tanh(self.a(x)))
+            (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            return y.mean() + (slope.norm(dim=1) - 1).square().mean()
+
+    model = Critic()
+    record = analyze(model, [X], steps=2, detail=detail)
+    for parameter, gradient in zip(
+        record.parameters, torch.autograd.grad(model(X), list(model.parameters())), strict=True
+    ):
+        np.testing.assert_allclose(parameter.grad_norm, gradient.norm(), rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ hooks
+
+
+class Hooked(nn.Module):
+    """Halves the gradient on its way, by a hook on a tensor or on a module."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.kind = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2), kind
+        if kind == "module":
+            self.b.register_full_backward_hook(lambda module, into, out: (into[0] * 0.5,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.kind == "tensor":
+            h.register_hook(lambda gradient: gradient * 0.5)
+        return self.c(self.b(h))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "module"])
+def test_hooks_act_on_gradients_in_every_detail_and_are_noted_where_edges_lack_them(kind: str) -> None:
+    cheap, full = (analyze(Hooked(kind), [X] * 2, mean_square, steps=2, detail=d) for d in ("cheap", "full"))
+    plain = analyze(Hooked(""), [X] * 2, mean_square, steps=2)
+    model = Hooked(kind)
+    mean_square(model(X)).backward()
+    for parameter, (_, p) in zip(cheap.parameters, model.named_parameters(), strict=True):
+        assert p.grad is not None
+        np.testing.assert_allclose(parameter.grad_norm, p.grad.norm(), rtol=1e-6)
+    assert_same(full, cheap)
+    np.testing.assert_allclose(
+        cheap.parameter("a.weight").grad_norm * 2, plain.parameter("a.weight").grad_norm, rtol=1e-6
+    )
+    assert [n for n in full.provenance.notes if "hooks on tensors" in n and "without them" in n]
+    assert not [n for n in plain.provenance.notes if "hooks" in n]
+
+
+# ------------------------------------------------------------------------- in place, and retries
+
+
+class InPlaceOnAView(nn.Module):
+    """Changes what a layer returned, which shares its storage with the layer's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.flat, self.b = nn.Linear(4, 6), nn.Flatten(), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).unsqueeze(-1)
+        flat = self.flat(h)
+        flat *= 2.0
+        return self.b(flat) + h.sum()
+
+
+@pytest.mark.parametrize("transform", ["fused", "vjp"])
+def test_a_view_that_is_changed_in_place_costs_a_probe_and_no_gradient(transform: Any) -> None:
+    record = analyze(InPlaceOnAView(), [X] * 2, mean_square, steps=2, transform=transform)
+    plain = naive_parameters(InPlaceOnAView())
+    for parameter in record.parameters:
+        np.testing.assert_allclose(parameter.grad_norm, plain[parameter.name], rtol=1e-6)
+    assert not record["flat"].reached.any()
+    assert record["flat"].shape == (5, 6)
+    assert [
+        n
+        for n in record.provenance.notes
+        if n.startswith("No gradient could be measured at the output of 'flat'")
+    ]
+    assert record.graph_record is not None
+    assert all(node.reachable for node in record.graph_record.nodes)
+
+
+def naive_parameters(model: nn.Module) -> dict[str, float]:
+    mean_square(model(X)).backward()
+    return {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("transform", ["fused", "vjp"])
+def test_more_calls_than_were_foreseen(transform: Any) -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.cell, self.drop = nn.Linear(4, 4), nn.Dropout(0.1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(100):
+                x = x + 0.1 * torch.tanh(self.drop(self.cell(x)))
+            return x
+
+    model = Deep()
+    record = analyze(model, [X], mean_square, transform=transform, seed=5)
+    torch.manual_seed(5)
+    naive = naive_step(model, X, mean_square)
+    assert len(record) == 200
+    for layer in record:
+        np.testing.assert_allclose(layer.grad_norm, naive.output_norm(layer.name), rtol=1e-5)
+
+
+def test_a_step_that_never_settles_ends_with_an_error() -> None:
+    model = nn.Linear(4, 2)
+    recorder = Recorder({"": model}, {""})
+
+    def evaluate(batch: Any, step: int) -> Tensor:
+        raise NeedsRetry("again")
+
+    program = Program(model, None, evaluate, recorder, lambda batch: {})
+    with pytest.raises(RuntimeError, match="could not settle on the probes of this model"):
+        run_step(program, X, 0, transform="fused", structural=False, look=False, before=Before.of(program))
+
+
+def test_a_graph_is_measured_without_touching_the_users_graph() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    loss = mean_square(model(X))  # the user's own, with its graph still alive
+    twin = copy.deepcopy(model)
+    graph_of(model, X, mean_square)
+    loss.backward()
+    mean_square(twin(X)).backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p.grad, q.grad)
+
+
+# --------------------------------------------------------------------- transforms inside the model
+
+
+class Inside(nn.Module):
+    """Uses a transform of torch.func in its forward: a derivative by its input, a vmap, a jvp."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.kind = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        def one(p: Tensor) -> Tensor:
+            return torch.sigmoid(self.net(p)).squeeze(-1)
+
+        if self.kind == "vmap of grad":
+            inner = torch.func.vmap(torch.func.grad(one))(x).sum(-1)
+        elif self.kind == "jvp":
+            inner = torch.func.jvp(one, (x,), (torch.ones_like(x),))[1]
+        else:
+            inner = torch.func.vmap(one)(x)
+        return inner if self.kind == "vmap alone" else inner + self.net(x).squeeze(-1)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["vmap of grad", "jvp", "vmap", "vmap alone"])
+@pytest.mark.parametrize("way", ["fused", "full", "vjp"])
+def test_what_a_model_runs_in_transforms_of_its_own_is_left_alone(kind: str, way: str) -> None:
+    options: dict[str, Any] = {"detail": "full"} if way == "full" else {"transform": way}
+    record = analyze(Inside(kind), [X] * 3, mean_square, steps=3, **options)
+    naive = Inside(kind)
+    mean_square(naive(X)).backward()
+    for parameter, (name, p) in zip(record.parameters, naive.named_parameters(), strict=True):
+        assert p.grad is not None
+        np.testing.assert_allclose(parameter.grad_norm, p.grad.norm(), rtol=1e-5, err_msg=name)
+    # a model all of whose layers run inside is the layer; else there are the calls outside
+    expected = [""] if kind == "vmap alone" else ["net.0", "net.1", "net.2"]
+    assert [layer.name for layer in record] == expected
+    assert all(layer.reached.all() for layer in record)
+    assert record.never_called == ()
+
+
+def test_a_nan_born_in_a_transform_of_the_models_own_breaks_nothing() -> None:
+    class Faulty(Inside):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.func.vmap(lambda p: torch.log(-self.net(p).square()))(x)
+
+    record = analyze(Faulty("vmap"), [X], mean_square)
+    assert not np.isfinite(record.losses).any()
+
+
+# ------------------------------------------------------------------------------ kinds of models
+
+
+def test_complex_models_are_measured() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(4, 4, dtype=torch.complex128)
+            self.b = nn.Linear(4, 2, dtype=torch.complex128)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x.to(torch.complex128)).tanh()).abs()
+
+    plain = Complex()
+    mean_square(plain(X)).backward()
+    for options in ({}, {"detail": "full"}, {"transform": "vjp"}):
+        record = analyze(Complex(), [X], mean_square, **options)  # type: ignore[arg-type]
+        for parameter, (_, p) in zip(record.parameters, plain.named_parameters(), strict=True):
+            assert p.grad is not None
+            np.testing.assert_allclose(parameter.grad_norm, p.grad.abs().square().sum().sqrt(), rtol=1e-10)
+
+
+def test_autocast_inside_a_model_is_measured() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.net(x)
+
+    naive = naive_step(Mixed(), X, lambda y: mean_square(y.float()))
+    for options in ({}, {"detail": "full"}, {"transform": "vjp"}):
+        record = analyze(Mixed(), [X], lambda y: mean_square(y.float()), **options)  # type: ignore[arg-type]
+        for parameter in record.parameters:
+            np.testing.assert_allclose(parameter.grad_norm, naive.parameter_norm(parameter.name), rtol=1e-6)
+
+
+def test_a_compiled_model_is_run_as_it_was_written_and_stays_compiled() -> None:
+    compiled: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(1)
+        return graph.forward
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    made: Any = torch.compile(model, backend=backend)
+    made(X)
+    assert compiled == [1]
+    record, plain = (analyze(m, [X] * 2, mean_square, steps=2) for m in (made, model))
+    assert [layer.name for layer in record] == [f"_orig_mod.{layer.name}" for layer in plain]
+    for a, b in zip(record, plain, strict=True):
+        np.testing.assert_array_equal(a.grad_norm, b.grad_norm)
+    made(X)
+    assert compiled == [1]  # neither by us nor anew
