@@ -29,6 +29,7 @@ ORDER = [
 # that stand beside the rooms have a rank too; those not named come last.
 ROOMS: dict[str, list[set[str]]] = {
     "functional": [
+        {"torch_private"},
         {"model"},
         {"tap"},
         {"reverse"},

@@ -19,6 +19,7 @@ from gradflow.functional.model.trees import iter_tensors, wide_dtype
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.torch_private import node_number
 
 SUMS = frozenset({"add", "add_"})
 _ROUND = ("Dropout", "Identity", "DropPath", "StochasticDepth")  # a branch is named after what is before them
@@ -123,14 +124,14 @@ def _calls_behind(nodes: Iterable[Any]) -> list[int]:
 
 def _comes_from(node: Any, source: Any) -> bool:
     """Whether an autograd node was computed from another; nodes older than that one are not gone into."""
-    oldest = source._sequence_nr()
+    oldest = node_number(source)
     todo = [node]
     seen = {node}
     while todo:
         for child, _ in todo.pop().next_functions:
             if child is source:
                 return True
-            if child is not None and child not in seen and child._sequence_nr() > oldest:
+            if child is not None and child not in seen and node_number(child) > oldest:
                 seen.add(child)
                 todo.append(child)
     return False

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from gradflow.functional.attention.products import PRODUCTS, Labels, operands_of
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.watch import MASKED
+from gradflow.functional.torch_private import num_writes
 
 End = Callable[[Any], None]
 
@@ -204,7 +205,7 @@ class Follower:
         def end(out: Any) -> None:
             if isinstance(out, Tensor) and out.shape == x.shape:
                 axis, weights = dim % out.dim(), out.detach()
-                origin = Origin(owner, x, x._version, axis, weights)
+                origin = Origin(owner, x, num_writes(x), axis, weights)
                 trace = _trace(out.shape, axis)
                 self._weights[_key(out)] = Followed(_holder(out), trace, weights, x.detach(), origin)
 
@@ -310,7 +311,7 @@ class Follower:
         lead = [d for d in rest if d != queries[-1]]
         order = [*lead, queries[-1], axis]
         logits = found.logits
-        if found.origin.logits._version != found.origin.version:  # overwritten since
+        if num_writes(found.origin.logits) != found.origin.version:  # overwritten since
             logits = None
         head = own[lead[-1]] if len(lead) >= 2 else ""
         q, k = self._scored_by(found.origin)

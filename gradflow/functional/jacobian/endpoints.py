@@ -21,7 +21,6 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from gradflow.errors import ModelInputError, ModelNotCalledError, UnknownLayerError
 from gradflow.functional.jacobian.products import TensorFunction
@@ -30,6 +29,7 @@ from gradflow.functional.model.layers import ancestors, callable_modules
 from gradflow.functional.model.purity import RandomState
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.trees import floats, map_tensors, replaced, shapes
+from gradflow.functional.torch_private import pytree
 
 Forward = Callable[..., Any]
 Args = tuple[Any, ...]

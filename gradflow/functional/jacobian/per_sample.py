@@ -10,7 +10,6 @@ from typing import Any, Literal
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradflow.errors import (
     LossError,
@@ -32,6 +31,7 @@ from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.supported import check_model
 from gradflow.functional.model.trees import iter_tensors, map_tensors, shapes, wide_dtype
+from gradflow.functional.torch_private import BatchNorm
 from gradflow.records.fields import by_name, float_field
 
 SampleMethod = Literal["vmap", "loop"]
@@ -377,7 +377,7 @@ def _is_split(tensor: Tensor, number: int) -> bool:
 
 def _check_no_batch_norm(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
             how = "in training" if module.training else "without running statistics"
             raise ModelInputError(
                 f"per_sample_gradients: {name!r} ({type(module).__name__}) {how} normalises each sample by "

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradflow.functional.torch_private import is_view, num_writes, stores
+
 
 @contextlib.contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
@@ -139,8 +141,9 @@ class ModuleState:
     def _remember_module(self, module: nn.Module) -> None:
         if not self._new(module):
             return
-        self._stores |= {id(module._parameters), id(module._buffers)}
-        flags = [(p, p.requires_grad) for p in module._parameters.values() if p is not None]
+        parameters, buffers = stores(module)
+        self._stores |= {id(parameters), id(buffers)}
+        flags = [(p, p.requires_grad) for p in parameters.values() if p is not None]
         self._undo.append(lambda: [p.requires_grad_(flag) for p, flag in flags if p.requires_grad != flag])
         self._remember_dict(module.__dict__)
 
@@ -182,18 +185,18 @@ class ModuleState:
     def _remember_tensor(self, value: Tensor) -> None:
         if value.is_meta or value.is_inference():
             return
-        saved, version = value.detach().clone(), value._version
+        saved, version = value.detach().clone(), num_writes(value)
         leaf, flag, grad = value.is_leaf, value.requires_grad, value.grad if value.is_leaf else None
 
         def undo() -> None:
-            if leaf and not value.is_leaf and not value._is_view():
+            if leaf and not value.is_leaf and not is_view(value):
                 value.detach_()  # an operation in place had joined it to a graph
             if value.is_leaf:
                 if value.requires_grad != flag:
                     value.requires_grad_(flag)
                 value.grad = grad
             same = value.shape == saved.shape and value.dtype == saved.dtype
-            if value._version != version or not same or not _same_bits(value, saved):
+            if num_writes(value) != version or not same or not _same_bits(value, saved):
                 with torch.no_grad():
                     if same:
                         value.copy_(saved)

@@ -26,12 +26,11 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gradflow.functional.model.exclusive import exclusive
 from gradflow.functional.model.purity import RandomState, preserved, seed_all
 from gradflow.functional.model.state import Swap, Tensors, copy_buffers, copy_parameters
+from gradflow.functional.torch_private import BatchNorm, InstanceNorm, NormWithStatistics, stores
 
 
 @attrs.frozen(eq=False)
@@ -124,9 +123,9 @@ class Setting:
 def _unused_statistics(module: nn.Module) -> Iterator[str]:
     """Yield the names of running statistics that no output depends on; see NOTE [BatchNorm in training]."""
     for name, part in module.named_modules():
-        known = type(part).forward in (_BatchNorm.forward, _InstanceNorm.forward)
-        if isinstance(part, _NormBase) and known and part.training:
-            yield from (f"{name}.{key}" if name else key for key in part._buffers)
+        known = type(part).forward in (BatchNorm.forward, InstanceNorm.forward)
+        if isinstance(part, NormWithStatistics) and known and part.training:
+            yield from (f"{name}.{key}" if name else key for key in stores(part)[1])
 
 
 @contextlib.contextmanager

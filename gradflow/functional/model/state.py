@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradflow.functional.model.supported import check_has_values
+from gradflow.functional.torch_private import as_class, gradient_hooks, lazy_clone, own_memory, stores
 
 Tensors = dict[str, Tensor]
 Copy = Callable[[Tensor], Tensor]
@@ -18,7 +19,7 @@ Copy = Callable[[Tensor], Tensor]
 
 # NOTE [Copies on write]
 # A model may write to its parameters, so a run works on copies of them. Most models never do: then a copy
-# need not exist. PyTorch's `_lazy_clone` returns a tensor on the same memory, which is copied as soon as one
+# need not exist. PyTorch's lazy clone is a tensor on the same memory, which is copied as soon as one
 # of the two is written to or asked for its raw pointer, by whatever operation. At the end of a run the
 # originals must be what they were, at the address where they were: a copy that somebody still holds is given
 # memory of its own, and then the original, asked for its pointer, keeps its own.
@@ -35,12 +36,7 @@ class LazyCopies:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor; a real one, where its memory cannot be shared in this way."""
-        try:
-            copy = tensor._lazy_clone() if _can_be_shared(tensor) else None  # type: ignore[attr-defined]
-        except (
-            RuntimeError
-        ):  # there is no memory, or it is not PyTorch's own but numpy's, or of all processes
-            copy = None
+        copy = lazy_clone(tensor) if _can_be_shared(tensor) else None
         if copy is None:
             return tensor.clone()
         self._shared.append((tensor, StorageWeakRef(copy.untyped_storage())))
@@ -51,9 +47,7 @@ class LazyCopies:
 
     def __exit__(self, *exception: object) -> None:
         for original, copy in self._shared:
-            storage = torch.UntypedStorage._new_with_weak_ptr(copy.cdata)  # type: ignore[attr-defined]
-            if storage is not None:
-                storage.data_ptr()
+            own_memory(copy)
             original.data_ptr()
         self._shared.clear()
 
@@ -64,13 +58,11 @@ def _can_be_shared(tensor: Tensor) -> bool:
     On a GPU the copy would be made on the default stream, unseen by a model that runs on another one.
     """
     return (
-        hasattr(torch.Tensor, "_lazy_clone")
-        and type(tensor) is Tensor
+        type(tensor) is Tensor
         and tensor.layout is torch.strided
         and tensor.is_cpu
         and not (tensor.is_inference() or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
         and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size() > 0
-        and not torch._C._is_cow_tensor(tensor)  # type: ignore[attr-defined]
     )
 
 
@@ -91,10 +83,10 @@ def copy_parameters(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
         if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
             copy = nn.Parameter(values, requires_grad=parameter.requires_grad)
         else:  # a class of the user's
-            copy = Tensor._make_subclass(kind, values, parameter.requires_grad)
+            copy = as_class(kind, values, parameter.requires_grad)
         vars(copy).update(vars(parameter))
         if copy.requires_grad:
-            for hook in (parameter._backward_hooks or {}).values():  # which act on the gradient
+            for hook in gradient_hooks(parameter):  # which act on the gradient
                 copy.register_hook(hook)
         copies[name] = copy
     return copies
@@ -126,7 +118,7 @@ class Swap:
         self._places: list[tuple[dict[str, Any], str, str]] = []
         first = dict(known or {})
         for module_name, module in model.named_modules(remove_duplicate=False):
-            for store in (module._parameters, module._buffers):
+            for store in stores(module):
                 for key, tensor in store.items():
                     if tensor is not None:
                         qualified = f"{module_name}.{key}" if module_name else key

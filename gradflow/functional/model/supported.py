@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradflow.errors import ModelInputError
+from gradflow.functional.torch_private import has_post_accumulate_hooks, has_step_hooks
 
 
 def check_supported(model: nn.Module) -> None:
@@ -108,13 +109,12 @@ def standing_notes(model: nn.Module, optimizer: Any) -> Iterator[str]:
         )
     if distributed(model):
         yield "Gradients are those of this process alone: an analysis exchanges nothing with the others."
-    if hooked := [name for name, p in model.named_parameters() if p._post_accumulate_grad_hooks]:
+    if hooked := [name for name, p in model.named_parameters() if has_post_accumulate_hooks(p)]:
         yield (
             f"The hooks on {_names(hooked)} that run after a gradient was accumulated are not run: gradients "
             "are as such a hook is handed them."
         )
-    hooks = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    if any(getattr(optimizer, name, None) for name in hooks):
+    if has_step_hooks(optimizer):
         yield (
             f"The step hooks of the {type(optimizer).__name__} are not run, since they may act on the model "
             "itself: the steps after the first are those of training without them."

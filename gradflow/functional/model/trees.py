@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
+
+from gradflow.functional.torch_private import pytree
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gradflow.functional.measurement import gradients
 from gradflow.functional.policy.scene import children, nodes_under
+from gradflow.functional.torch_private import node_number
 
 Tensors = dict[str, Tensor]
 
@@ -112,7 +113,7 @@ def gradients_of(
 
 def _last(outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the cotangents of the paths that meet no other of `outputs` behind theirs."""
-    order = sorted(range(len(outputs)), key=lambda i: outputs[i].grad_fn._sequence_nr())  # type: ignore[union-attr]
+    order = sorted(range(len(outputs)), key=lambda i: node_number(outputs[i].grad_fn))
     fns = {t.grad_fn for t in outputs}
     found = list(cotangents)
     for at, i in reversed(list(enumerate(order))):

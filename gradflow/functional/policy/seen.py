@@ -17,10 +17,10 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, distributions
-from torch.utils import _pytree as pytree
 
 from gradflow.functional.model.trees import is_differentiable, iter_tensors
 from gradflow.functional.policy.statistics import parts_of
+from gradflow.functional.torch_private import num_writes, pytree
 
 Distribution = distributions.Distribution
 
@@ -70,7 +70,7 @@ class Use:
     @property
     def tells(self) -> bool:
         """Whether it tells of a choice between alternatives, and the tensor still holds what was read."""
-        return self.given != "a bounded number" and self.tensor._version == self.version
+        return self.given != "a bounded number" and num_writes(self.tensor) == self.version
 
 
 class Seer:
@@ -130,7 +130,7 @@ class Seer:
         if not isinstance(dim, int) or not -x.dim() <= dim < x.dim():
             dim = -1
         moved = x if dim in (-1, x.dim() - 1) else x.movedim(dim, -1)
-        self.uses.append(Use(name.rstrip("_"), given, moved, x._version))
+        self.uses.append(Use(name.rstrip("_"), given, moved, num_writes(x)))
 
 
 def distributions_in(output: Any) -> Iterator[Distribution]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.torch_private import input_metadata, node_number
 
 LOSS = "loss"
 MODEL = "(model)"
@@ -145,7 +146,7 @@ class Windows:
 
     def innermost(self, node: Node) -> Call | None:
         """Return the innermost call that made `node`, or None."""
-        return self.at(node._sequence_nr())
+        return self.at(node_number(node))
 
     def at(self, number: int) -> Call | None:
         """Return the innermost call that was running when autograd's number was `number`."""
@@ -188,7 +189,7 @@ def build(
     taken = dict.fromkeys([*(c.name for c in recorder.calls), LOSS], 1)  # name -> next number to try
     structure.groups[LOSS] = Group(LOSS, "loss", 2**62, type="loss")
     inner = [n for n in nodes if not is_leaf(n)]
-    for node in sorted(inner, key=lambda n: n._sequence_nr()):
+    for node in sorted(inner, key=node_number):
         group = _group(node, recorder, windows, taken, structure)
         structure.group_of[node] = group.name
     leaves = [node for node in nodes if is_leaf(node)]
@@ -225,13 +226,13 @@ def _group(
         name, number = f"{prefix}{op}@{number}", number + 1
     taken[name] = taken[f"{prefix}{op}"] = max(number, 1)
     module = inside.module if inside is not None else ""
-    group = Group(name, "op", node._sequence_nr(), module, op, None, _shape(node), taken=_taken(node))
+    group = Group(name, "op", node_number(node), module, op, None, _shape(node), taken=_taken(node))
     structure.groups[name] = group
     return group
 
 
 def _shape(node: Node) -> tuple[int, ...]:
-    metadata = getattr(node, "_input_metadata", None)
+    metadata = input_metadata(node)
     return tuple(metadata[0].shape) if metadata else ()
 
 

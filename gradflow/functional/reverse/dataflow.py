@@ -7,7 +7,6 @@ a tainted tensor has a severed edge from there.
 
 from __future__ import annotations
 
-import traceback
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.watch import source_calls
+from gradflow.functional.torch_private import has_gradient_hooks, in_checkpoint
 
 # source name -> the operation that cut it ("" where nothing is cut: an input of the model)
 Taint = dict[str, str]
@@ -42,7 +42,7 @@ class DataFlow:
         self.joins: list[tuple[Any, str, str]] = []  # (autograd node, source, reason)
         # hooks on tensors, those of the modules' backward and of parameters included, change gradients
         recorder.hooked = any(
-            owner._backward_hooks or getattr(owner, "_backward_pre_hooks", None)
+            has_gradient_hooks(owner)
             for module in recorder.modules.values()
             for owner in (module, *module.parameters(recurse=False))
         )
@@ -132,7 +132,4 @@ def cut_name(func: Any) -> str:
 
 def _grad_mode() -> str:
     """Return what switched the gradient off: `checkpoint (reentrant)` or `no_grad`."""
-    for frame, _ in traceback.walk_stack(None):
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return "checkpoint (reentrant)"
-    return "no_grad"
+    return "checkpoint (reentrant)" if in_checkpoint() else "no_grad"

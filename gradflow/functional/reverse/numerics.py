@@ -23,6 +23,7 @@ from gradflow.functional.reverse.reverse import call_node, validated
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.watch import source_layer
+from gradflow.functional.torch_private import node_number, sequence_number
 from gradflow.records import NumericalRecord
 
 _PACKAGE = __name__.partition(".")[0]
@@ -74,11 +75,11 @@ class Tracer:
         low, high = _range(inputs)
         worst = max((_badness(t) for t in inputs), default=0)
         known = next((b for t in inputs if (b := self.birth(t)) is not None), None)
-        start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        start = sequence_number()
         leaf = self.recorder.innermost_leaf()
         layer = leaf.name if leaf is not None else source_layer(self.recorder, inputs[0])
         out = func(*args, **kwargs)
-        end = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        end = sequence_number()
         name = getattr(func, "__name__", "function").strip("_")
         done = Operation(name, layer, start, end, low, high, user_line())
         self.operations.append(done)
@@ -107,7 +108,7 @@ class Tracer:
 
     def behind(self, node: Node) -> Operation | None:
         """Return the function call that made an autograd node."""
-        number = node._sequence_nr()
+        number = node_number(node)
         for done in self.operations:
             if done.start <= number < done.end:
                 return done

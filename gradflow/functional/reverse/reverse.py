@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge
 from gradflow.functional.reverse.autograd_graph import LOSS, Node, Structure, is_leaf, topological
 from gradflow.functional.tap.calls import unit_axis
 from gradflow.functional.tap.probes import is_probe, sum_of_squares
+from gradflow.functional.torch_private import in_reverse_pass, input_metadata
 
 
 def fused(
@@ -115,7 +116,7 @@ def _told_of_inner_passes(note: Callable[[Node], None]) -> Iterator[None]:
     plain = torch.autograd.backward
 
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-        if torch._C._current_graph_task_id() != -1:  # inside a pass, and not another thread's own
+        if in_reverse_pass():  # inside a pass, and not another thread's own
             for tensor in (tensors,) if isinstance(tensors, Tensor) else tensors:
                 if tensor.grad_fn is not None:
                     note(tensor.grad_fn)
@@ -239,7 +240,7 @@ def call_node(node: Node, gradients: dict[int, Tensor]) -> Sequence[Tensor | Non
         return ()
     if is_probe(node):
         return (gradients[0],)
-    metadata = getattr(node, "_input_metadata", ())
+    metadata = input_metadata(node)
     count = max(len(metadata), max(gradients) + 1)
     args: list[Tensor | None] = [gradients.get(i) for i in range(count)]
     if isinstance(node, torch.autograd.function.BackwardCFunction):
@@ -259,7 +260,7 @@ def validated(cotangent: Tensor, child: Node, number: int, structure: Structure)
     """Return the cotangent in the shape and dtype of the tensor it belongs to, as the engine would."""
     like = structure.leaves.get(child)
     if like is None:
-        metadata = getattr(child, "_input_metadata", ())
+        metadata = input_metadata(child)
         if number >= len(metadata):
             return cotangent
         like = metadata[number]

@@ -10,7 +10,6 @@ import attrs
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._functorch import pyfunctorch
 
 from gradflow.errors import ModelInputError, ModelNotCalledError, NoTrainableParametersError
 from gradflow.functional.measurement import Session
@@ -32,6 +31,7 @@ from gradflow.functional.run.step import Before, Outcome, Program, run_step
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.taps import tapped
 from gradflow.functional.tap.watch import after_module
+from gradflow.functional.torch_private import outside_transforms, transforms
 from gradflow.records import FlowRecord
 
 _MAX_TRACES = 3  # a NaN that comes back in every step is traced no more often than this
@@ -58,7 +58,7 @@ def measure(
     roots = [model] if loss_module is None else [model, loss_module]
     check_supported(model)
     chosen = _choose_transform(plan.transform)
-    outside = pyfunctorch.temporarily_clear_interpreter_stack()  # a record holds plain numbers
+    outside = outside_transforms()  # a record holds plain numbers
     grad = torch.enable_grad()
     with (
         exclusive(), LazyCopies() as copies, preserved(*roots), outside, uncompiled(),
@@ -130,8 +130,7 @@ def _set_mode(model: nn.Module, mode: str) -> None:
 def _choose_transform(asked: str) -> tuple[str, str]:
     if asked != "auto":
         return asked, "asked for"
-    stack = torch._C._functorch.get_interpreter_stack()  # type: ignore[attr-defined]
-    if stack:
+    if transforms():
         return "vjp", "an outer torch.func transform is active"
     return "fused", "no outer transform is active, and fused kernels are kept"
 

@@ -28,6 +28,7 @@ from gradflow.functional.reverse.reverse import (
 from gradflow.functional.tap.probes import arrival, sum_of_squares
 from gradflow.functional.tap.recorder import NeedsRetry, Recorder
 from gradflow.functional.tap.watch import Watch
+from gradflow.functional.torch_private import gradient_hooks, num_writes
 
 _MAX_RETRIES = 8
 
@@ -233,14 +234,14 @@ def _fused_step(
     recorder.sessions = sessions
     for session in sessions:
         session.begin(step, recorder)
-    versions = {name: (b, b._version) for name, b in program.buffers.items()}
+    versions = {name: (b, num_writes(b)) for name, b in program.buffers.items()}
     with program.swapped():
         try:
             loss = program.loss(batch, step, observer)
             recorder.check_aliases()
             program.buffers |= program.current_buffers()
             for name, (buffer, version) in versions.items():
-                if program.buffers[name] is not buffer or buffer._version != version:
+                if program.buffers[name] is not buffer or num_writes(buffer) != version:
                     program.changing.add(name)
             recorder.in_backward = True
             structure = None
@@ -401,7 +402,7 @@ def _vjp_step(program: Program, batch: Any, step: int, *, look: bool, observer: 
 
 def _after_hooks(parameter: Tensor | None, gradient: Tensor) -> Tensor:
     """Return a parameter's gradient as its own hooks leave it."""
-    for hook in (getattr(parameter, "_backward_hooks", None) or {}).values():
+    for hook in gradient_hooks(parameter):
         changed = hook(gradient)
         gradient = gradient if changed is None else changed
     return gradient

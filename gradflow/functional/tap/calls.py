@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from typing import Any
 
 import attrs
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.tap.probes import Site
+from gradflow.functional.torch_private import num_writes
 
 
 @attrs.define(eq=False)
@@ -91,27 +91,4 @@ def type_name(module: nn.Module) -> str:
 
 def version(value: Any) -> int:
     """Return how often a tensor has been written to; -1 for what keeps no count."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else -1
-
-
-def checkpoint_segment() -> int:
-    """Return what tells the running reentrant checkpoint from others, 0 if none is running."""
-    for frame, _ in traceback.walk_stack(None):
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint" and "ctx" in frame.f_locals:
-            return id(frame.f_locals["ctx"])
-    return 0
-
-
-def transform_level() -> int:
-    """Return how deep in transforms of `torch.func` we are.
-
-    What a model runs in transforms of its own (a derivative by its input, samples in a `vmap`) holds tensors
-    that mean nothing outside of them. It is left alone; the gradients of its parameters are as exact as ever.
-    """
-    top = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
-    return 0 if top is None else top.level()
-
-
-def sequence_number() -> int:
-    """Return the sequence number that autograd gives to the next node of this thread."""
-    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return num_writes(value) if isinstance(value, Tensor) and not value.is_inference() else -1

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from gradflow.functional.torch_private import node_class, preserved_writes
 from gradflow.records import Bools, Floats
 
 
@@ -162,11 +163,11 @@ def in_place_probe(x: Tensor, slot: Tensor, site: Site) -> Tensor:
     it returned or with what it was given, the gradient passes the probe. Nothing is written, so the count of
     writes is kept, or autograd would hold what the layer saved for spoilt.
     """
-    with torch.autograd._unsafe_preserve_version_counter(x):  # type: ignore[attr-defined]
+    with preserved_writes(x):
         return InPlaceProbe.apply(x, slot, site)  # type: ignore[return-value]
 
 
-_NODES = tuple(kind._backward_cls for kind in (EagerProbe, Probe, InPlaceProbe))  # type: ignore[attr-defined]
+_NODES = tuple(node_class(kind) for kind in (EagerProbe, Probe, InPlaceProbe))
 
 
 def is_probe(node: Any) -> bool:

@@ -21,9 +21,6 @@ from gradflow.functional.tap.calls import (
     PASSING,
     Call,
     Observation,
-    checkpoint_segment,
-    sequence_number,
-    transform_level,
     type_name,
     unit_axis,
     version,
@@ -36,6 +33,15 @@ from gradflow.functional.tap.probes import (
     probe,
     statistics_dtype,
     sum_of_squares,
+)
+from gradflow.functional.torch_private import (
+    checkpoint_segment,
+    is_view,
+    node_number,
+    num_writes,
+    sequence_number,
+    transform_level,
+    unwatched,
 )
 
 
@@ -165,7 +171,7 @@ class Recorder:
         self, name: str, layer: bool, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """Run a call in a step that takes more than the gradients, or whose functions are watched."""
-        with _unwatched():
+        with unwatched():  # the watch need not see our own operations
             call = self._enter(name, layer, args, kwargs)
             exact = self.exact.get((call.name, "out"), True)
             entering, number = self._input_squares(args, kwargs, exact) if self.look and layer else (None, 0)
@@ -177,7 +183,7 @@ class Recorder:
         except BaseException as error:
             self._failed(call, error)
             raise
-        with _unwatched():
+        with unwatched():  # the watch need not see our own operations
             if layer:
                 if entering is not None:
                     self.note("input", call.index, entering, number)
@@ -278,12 +284,12 @@ class Recorder:
             memo[id(y)] = y
             return y
         given = [was for a, was in zip(args, call.versions, strict=False) if a is y]
-        in_place = bool(given) and given[0] != version(y) and not y._is_view()
+        in_place = bool(given) and given[0] != version(y) and not is_view(y)
         probed = y if call.module in self.unprobed else self._probe(call, y, in_place=in_place)
         if self.on_probe is not None:
             self.on_probe(y, probed)
-        if probed is not y and (y._is_view() or given):
-            self.aliases.append((call.module, self._counter(probed), probed._version))
+        if probed is not y and (is_view(y) or given):
+            self.aliases.append((call.module, self._counter(probed), num_writes(probed)))
         memo[id(y)] = probed
         return probed
 
@@ -310,7 +316,7 @@ class Recorder:
     def _capture(self, call: Call, y: Tensor) -> bool:
         """Have the gradient of an output handed out by its edge, if the call made it."""
         node = y.grad_fn
-        if node is None or node._sequence_nr() < call.start:  # type: ignore[attr-defined]
+        if node is None or node_number(node) < call.start:
             return False
         position = id(node), y.output_nr
         if position in self.edges:
@@ -365,10 +371,7 @@ class Recorder:
 
         Then the probe has cut the tie between the two in autograd's books, and gradients would be wrong.
         """
-        changed = {module for module, tensor, version in self.aliases if tensor._version != version}
+        changed = {module for module, tensor, version in self.aliases if num_writes(tensor) != version}
         if changed:
             self.unprobed |= changed
             raise NeedsRetry("an output that shares its storage with an input was changed in place")
-
-
-_unwatched = torch._C.DisableTorchFunction  # the watch need not see our own operations

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gradflow.functional.tap.calls import Call, transform_level, unit_axis
+from gradflow.functional.tap.calls import Call, unit_axis
 from gradflow.functional.tap.probes import is_probe, sum_of_squares
 from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.torch_private import transform_level, unwatched
 
 # name of the function -> (op, kind); see ActivationRecord
 ACTIVATIONS: dict[str, tuple[str, str]] = {
@@ -51,10 +52,10 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         if not recorder.sessions or not recorder.active or recorder.in_backward:
             return self._run(func, args, kwargs)
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with unwatched(), torch.no_grad():
             ends = [session.function(func, args, kwargs) for session in recorder.sessions]
         out = self._run(func, args, kwargs)
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with unwatched(), torch.no_grad():
             for end in ends:
                 if end is not None:
                     end(out)
@@ -73,12 +74,12 @@ class Watch(TorchFunctionMode):
         if not listening or not _is_watched(x) or bounds is None:
             run = self.observer
             return func(*args, **kwargs) if run is None else run(func, args, kwargs)
-        with torch._C.DisableTorchFunction():
+        with unwatched():
             op = "relu6" if found[0] == "hardtanh" and bounds.kind == "rectifier" else found[0]
             before = _Before(self.recorder, op, x, bounds)
         out = func(*args, **kwargs) if self.observer is None else self.observer(func, args, kwargs)
         if isinstance(out, Tensor) and out.numel():
-            with torch._C.DisableTorchFunction():
+            with unwatched():
                 before.note(out, kwargs.get("dim", args[1] if len(args) > 1 else -1))
         return out
 

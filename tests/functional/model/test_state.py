@@ -16,7 +16,7 @@ from gradflow.errors import ModelInputError
 from gradflow.functional import analyze, call
 from gradflow.functional.model import state
 from gradflow.functional.model.state import LazyCopies, Swap, copy_buffers, copy_parameters
-from gradflow.functional.tap.calls import transform_level
+from gradflow.functional.torch_private import transform_level
 
 X = torch.randn(6, 3)
 

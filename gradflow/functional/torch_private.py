@@ -1,0 +1,217 @@
+"""All use of PyTorch's private names: what each is for, since which release, and what is done without it.
+
+A private name may change with any release of PyTorch. So no other file uses one, and each is wrapped here in
+a function that says what it means; a test looks for others, and looks up every name of this table in the
+release that it runs on. All are there since 2.4, the oldest release that gradflow was tried with.
+
+| name | for | without it |
+| --- | --- | --- |
+| `autograd._get_sequence_nr`, `Node._sequence_nr` | which layer call made a node | an error |
+| `Node._input_metadata` | shape and dtype that a cotangent must have | taken as it comes |
+| `Tensor._version`, `Tensor._is_view` | whether a tensor was written to | an error |
+| `autograd._unsafe_preserve_version_counter` | probes on outputs that are changed in place | an error |
+| `Function._backward_cls` | telling the nodes of probes from others | an error |
+| `Tensor._backward_hooks`, `Module._backward_pre_hooks` | hooks that act on a gradient | taken for none |
+| `Tensor._post_accumulate_grad_hooks` | telling that they are not run | taken for none |
+| `Optimizer._optimizer_step_pre_hooks`, `..._post_hooks` | telling that they are not run | taken for none |
+| `Tensor._lazy_clone`, `_C._is_cow_tensor` | working copies that take no memory | real copies |
+| `UntypedStorage._new_with_weak_ptr` | whether somebody still holds such a copy | an error |
+| `Tensor._make_subclass` | a copy of a parameter of a class of the user's | an error |
+| `_C.DisableTorchFunction` | operations of ours that our watch need not see | an error |
+| `_C._functorch`, `_functorch.pyfunctorch` | transforms that are active around a call | an error |
+| `_C._current_graph_task_id` | a reverse pass inside another | an error |
+| `utils._pytree` | nested values, those of Hugging Face included | an error |
+| `Module._parameters`, `Module._buffers` | swapping copies in | an error |
+| `_BatchNorm`, `_NormBase`, `_InstanceNorm` | which layers keep running statistics | an error |
+| the frames of `torch.utils.checkpoint` | telling one running checkpoint from another | taken for one |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import pyfunctorch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "BatchNorm",
+    "InstanceNorm",
+    "NormWithStatistics",
+    "as_class",
+    "checkpoint_segment",
+    "gradient_hooks",
+    "has_gradient_hooks",
+    "has_post_accumulate_hooks",
+    "has_step_hooks",
+    "in_checkpoint",
+    "in_reverse_pass",
+    "input_metadata",
+    "is_view",
+    "lazy_clone",
+    "node_class",
+    "node_number",
+    "num_writes",
+    "outside_transforms",
+    "own_memory",
+    "preserved_writes",
+    "pytree",
+    "sequence_number",
+    "stores",
+    "transform_level",
+    "transforms",
+    "unwatched",
+]
+
+# ------------------------------------------------------------------------------------ nodes of autograd
+
+
+def sequence_number() -> int:
+    """Return the number that autograd gives to the next node of this thread."""
+    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+
+
+def node_number(node: Any) -> int:
+    """Return the number that a node was given when it was made."""
+    return node._sequence_nr()
+
+
+def input_metadata(node: Any) -> tuple[Any, ...]:
+    """Return what autograd knows of the gradients that a node takes: shape and dtype of each."""
+    return getattr(node, "_input_metadata", None) or ()
+
+
+def node_class(function: type[torch.autograd.Function]) -> type:
+    """Return the class of the nodes that a custom function makes."""
+    return function._backward_cls  # type: ignore[attr-defined]
+
+
+def in_reverse_pass() -> bool:
+    """Whether this thread is in a reverse pass of autograd's."""
+    return torch._C._current_graph_task_id() != -1
+
+
+# ------------------------------------------------------------------------------------------- tensors
+
+
+def num_writes(tensor: Tensor) -> int:
+    """Return how often a tensor, or another one on the same memory, has been written to."""
+    return tensor._version
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd holds a tensor for a view of another."""
+    return tensor._is_view()
+
+
+def preserved_writes(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which writes to a tensor are not counted."""
+    return torch.autograd._unsafe_preserve_version_counter(tensor)  # type: ignore[attr-defined]
+
+
+def as_class(kind: type, values: Tensor, requires_grad: bool) -> Any:
+    """Return a leaf of a tensor class of the user's, on the memory of `values`."""
+    return Tensor._make_subclass(kind, values, requires_grad)
+
+
+def gradient_hooks(tensor: Tensor | None) -> tuple[Callable[[Tensor], Any], ...]:
+    """Return the hooks on a tensor that may change its gradient."""
+    return tuple((getattr(tensor, "_backward_hooks", None) or {}).values())
+
+
+def has_gradient_hooks(owner: Tensor | nn.Module) -> bool:
+    """Whether a tensor or a module has hooks that may change a gradient."""
+    names = ("_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(owner, name, None) for name in names)
+
+
+def has_post_accumulate_hooks(parameter: Tensor) -> bool:
+    """Whether a parameter has hooks that run after its gradient was accumulated."""
+    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def has_step_hooks(optimizer: Any) -> bool:
+    """Whether an optimizer has hooks before or after its step."""
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    return any(getattr(optimizer, name, None) for name in names)
+
+
+def lazy_clone(tensor: Tensor) -> Tensor | None:
+    """Return a copy that takes memory only when one of the two is written to or asked for its raw pointer.
+
+    None where that cannot be: there is no memory, or it is not PyTorch's own but numpy's, or several
+    processes share it, or it is such a copy already.
+    """
+    if not hasattr(Tensor, "_lazy_clone") or torch._C._is_cow_tensor(tensor):  # type: ignore[attr-defined]
+        return None
+    try:
+        return tensor._lazy_clone()  # type: ignore[attr-defined]
+    except RuntimeError:
+        return None
+
+
+def own_memory(storage_of_copy: StorageWeakRef) -> None:
+    """Give a lazy copy memory of its own, if somebody still holds it."""
+    storage = torch.UntypedStorage._new_with_weak_ptr(storage_of_copy.cdata)  # type: ignore[attr-defined]
+    if storage is not None:
+        storage.data_ptr()
+
+
+# ------------------------------------------------------------------------------------------- modules
+
+
+def stores(module: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
+    """Return the very dicts that hold a module's own parameters and buffers."""
+    return module._parameters, module._buffers  # type: ignore[return-value]
+
+
+# ------------------------------------------------------------------------- transforms and what is watched
+
+unwatched = torch._C.DisableTorchFunction
+
+
+def transform_level() -> int:
+    """Return how deep in transforms of `torch.func` we are.
+
+    What a model runs in transforms of its own (a derivative by its input, samples in a `vmap`) holds tensors
+    that mean nothing outside of them. It is left alone; the gradients of its parameters are as exact as ever.
+    """
+    top = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+    return 0 if top is None else top.level()
+
+
+def transforms() -> list[Any]:
+    """Return the transforms of `torch.func` that are active, outermost first."""
+    return list(torch._C._functorch.get_interpreter_stack() or ())  # type: ignore[attr-defined]
+
+
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which no transform of `torch.func` is active."""
+    return pyfunctorch.temporarily_clear_interpreter_stack()
+
+
+# --------------------------------------------------------------------------------------- checkpointing
+
+
+def _checkpoint_frames() -> Iterator[Mapping[str, Any]]:
+    for frame, _ in traceback.walk_stack(None):
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            yield frame.f_locals
+
+
+def checkpoint_segment() -> int:
+    """Return what tells the running reentrant checkpoint from others, 0 if none is running."""
+    return next((id(found["ctx"]) for found in _checkpoint_frames() if "ctx" in found), 0)
+
+
+def in_checkpoint() -> bool:
+    """Whether activation checkpointing is running the present code."""
+    return next(_checkpoint_frames(), None) is not None
