@@ -62,7 +62,16 @@ if TYPE_CHECKING:
     from gradflow.functional.policy.statistics import action_entropy
     from gradflow.functional.recurrent.unroll import hidden_gradients
     from gradflow.functional.scale import GradientScale, gradient_scale
-    from gradflow.records import Cause, FlowRecord, Issue, IssueSeverity, IssueType
+    from gradflow.records import (
+        AttentionStats,
+        Cause,
+        FlowRecord,
+        Issue,
+        IssueSeverity,
+        IssueType,
+        PolicyDistributionStats,
+        ReservoirDynamics,
+    )
     from gradflow.records import Issue as GradientIssue
     from gradflow.report import Report
 
@@ -115,7 +124,16 @@ _PLACES = {
     "gradflow.functional.policy.statistics": ("action_entropy",),
     "gradflow.functional.scale": ("GradientScale", "gradient_scale"),
     "gradflow.functional.recurrent.unroll": ("hidden_gradients",),
-    "gradflow.records": ("Cause", "FlowRecord", "Issue", "IssueSeverity", "IssueType"),
+    "gradflow.records": (
+        "AttentionStats",
+        "Cause",
+        "FlowRecord",
+        "Issue",
+        "IssueSeverity",
+        "IssueType",
+        "PolicyDistributionStats",
+        "ReservoirDynamics",
+    ),
     "gradflow.report": ("Report",),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
@@ -157,6 +175,7 @@ class _Package(types.ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 __all__ = [
+    "AttentionStats",
     "Cause",
     "FlowAnalyzer",
     "FlowRecord",
@@ -167,9 +186,11 @@ __all__ = [
     "Issue",
     "IssueSeverity",
     "IssueType",
+    "PolicyDistributionStats",
     "RLPolicyAnalyzer",
     "RecurrentAnalyzer",
     "Report",
+    "ReservoirDynamics",
     "TransformerAnalyzer",
     "__version__",
     "action_entropy",

@@ -5,14 +5,21 @@ verdicts by definition: `Issue` and `Cause`. Arrays are read-only NumPy arrays w
 step; a value that was not measured at a step is NaN. Nothing here imports torch.
 """
 
-from gradflow.records.attention import AttentionRecord, AttentionStats, BranchRecord, TransformerRecord
+from gradflow.records.attention import (
+    AttentionGradients,
+    AttentionRecord,
+    AttentionScores,
+    AttentionStats,
+    BranchRecord,
+    TransformerRecord,
+)
 from gradflow.records.fields import NAN, Bools, Floats, Ints, array_field, float_field, mapping_field
 from gradflow.records.flow import FlowRecord, Provenance
 from gradflow.records.graph import EdgeRecord, GraphRecord, NodeRecord
 from gradflow.records.issues import Cause, Issue, IssueSeverity, IssueType
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.plain import FORMAT_VERSION, from_plain, to_plain
-from gradflow.records.policy import ActionDistribution, PolicyDistributionStats, PolicyRecord
+from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
 from gradflow.records.recurrent import (
     GateRecord,
     RecurrenceRecord,
@@ -26,9 +33,12 @@ from gradflow.records.recurrent import (
 __all__ = [
     "FORMAT_VERSION",
     "NAN",
+    "ActionDeviation",
     "ActionDistribution",
     "ActivationRecord",
+    "AttentionGradients",
     "AttentionRecord",
+    "AttentionScores",
     "AttentionStats",
     "Bools",
     "BranchRecord",

@@ -31,7 +31,7 @@ class AttentionStats:
         saturated_share: share of rows whose slope is below 1 percent.
         logit_std: standard deviation of the scores of a row (root mean square over rows).
         logit_peak: the largest distance of a score from the mean of its row.
-        query_grad_norm: norm of the gradient at the queries; see `AttentionRecord.gradient_at`.
+        query_grad_norm: norm of the gradient at the queries; see `AttentionGradients.at`.
         key_grad_norm: at the keys.
         value_grad_norm: at the values.
         output_grad_norm: at the layer's output.
@@ -57,6 +57,47 @@ class AttentionStats:
 
 
 @attrs.frozen(kw_only=True)
+class AttentionScores:
+    """What the scores of an attention layer look like, by head: arrays of shape (looks, heads).
+
+    For the meaning of each see `AttentionStats`.
+
+    Args:
+        logit_std: standard deviation of the scores of a row (root mean square over rows).
+        logit_peak: the largest distance of a score from the mean of its row.
+        slope: trace of the softmax's Jacobian, over its largest value.
+        saturated_share: share of rows whose slope is below 1 percent.
+    """
+
+    logit_std: Floats = array_field()
+    logit_peak: Floats = array_field()
+    slope: Floats = array_field()
+    saturated_share: Floats = array_field()
+
+
+@attrs.frozen(kw_only=True)
+class AttentionGradients:
+    """The gradients at an attention layer's queries, keys, values and output: arrays of shape (looks,).
+
+    Args:
+        at: where those of queries, keys and values were taken: `tensors`, or `weights` (the rows of the input
+            projection: inside `multi_head_attention_forward` there is no other place), or "" where there
+            were none.
+        query_norm, key_norm, value_norm: norms of the tensors or weights behind the gradients.
+        query_grad, key_grad, value_grad, output_grad: norms of the gradients.
+    """
+
+    at: str = ""
+    query_norm: Floats = array_field()
+    key_norm: Floats = array_field()
+    value_norm: Floats = array_field()
+    query_grad: Floats = array_field()
+    key_grad: Floats = array_field()
+    value_grad: Floats = array_field()
+    output_grad: Floats = array_field()
+
+
+@attrs.frozen(kw_only=True)
 class AttentionRecord:
     """What was measured at one attention layer, in the steps that were looked at.
 
@@ -72,20 +113,17 @@ class AttentionRecord:
             softmax that is multiplied with values.
         num_heads: number of heads.
         num_queries: number of query positions at the last look.
-        gradient_at: where the gradients of queries, keys and values were taken: `tensors`, or `weights`
-            (the rows of the input projection: inside `multi_head_attention_forward` there is no other
-            place), or "" where there were none.
         num_keys: mean number of allowed keys of a row, shape (looks,).
-        entropy, entropy_share, max_weight, slope, saturated_share, logit_std, logit_peak: by head.
+        entropy, entropy_share, max_weight: by head.
         first_weight: mean weight on the first key, by head: a head that rests sends it there.
         head_output: ‖context of the head‖₂, by head: what it hands to the output projection.
         head_grad: norm of the gradient at that context, by head (of the head's value weights, where
-            `gradient_at` is `weights`).
+            `gradients.at` is `weights`).
         nearest_head: mean Jensen–Shannon distance to the head that is most alike, by head.
         head_diversity, input_residual, output_residual: shape (looks,).
-        query_norm, key_norm, value_norm: norms of the tensors or weights behind the gradients.
-        query_grad, key_grad, value_grad, output_grad: norms of the gradients, shape (looks,).
         branch_share: shape (looks,).
+        scores: what the scores look like, by head.
+        gradients: at queries, keys, values and output.
     """
 
     name: str
@@ -94,30 +132,20 @@ class AttentionRecord:
     op: str
     num_heads: int
     num_queries: int
-    gradient_at: str = ""
     num_keys: Floats = array_field()
     entropy: Floats = array_field()
     entropy_share: Floats = array_field()
     max_weight: Floats = array_field()
     first_weight: Floats = array_field()
-    slope: Floats = array_field()
-    saturated_share: Floats = array_field()
-    logit_std: Floats = array_field()
-    logit_peak: Floats = array_field()
     head_output: Floats = array_field()
     head_grad: Floats = array_field()
     nearest_head: Floats = array_field()
     head_diversity: Floats = array_field()
     input_residual: Floats = array_field()
     output_residual: Floats = array_field()
-    query_norm: Floats = array_field()
-    key_norm: Floats = array_field()
-    value_norm: Floats = array_field()
-    query_grad: Floats = array_field()
-    key_grad: Floats = array_field()
-    value_grad: Floats = array_field()
-    output_grad: Floats = array_field()
     branch_share: Floats = array_field()
+    scores: AttentionScores
+    gradients: AttentionGradients
 
     def stats(self) -> AttentionStats:
         """Return the layer in plain numbers."""
@@ -129,14 +157,14 @@ class AttentionRecord:
             head_diversity=_late(self.head_diversity),
             rank_collapse=_late(self.output_residual),
             input_residual=_late(self.input_residual),
-            slope=_late(self.slope),
-            saturated_share=_late(self.saturated_share),
-            logit_std=_late(np.square(self.logit_std)) ** 0.5,
-            logit_peak=_late(self.logit_peak, np.max),
-            query_grad_norm=_late(self.query_grad),
-            key_grad_norm=_late(self.key_grad),
-            value_grad_norm=_late(self.value_grad),
-            output_grad_norm=_late(self.output_grad),
+            slope=_late(self.scores.slope),
+            saturated_share=_late(self.scores.saturated_share),
+            logit_std=_late(np.square(self.scores.logit_std)) ** 0.5,
+            logit_peak=_late(self.scores.logit_peak, np.max),
+            query_grad_norm=_late(self.gradients.query_grad),
+            key_grad_norm=_late(self.gradients.key_grad),
+            value_grad_norm=_late(self.gradients.value_grad),
+            output_grad_norm=_late(self.gradients.output_grad),
             branch_share=_late(self.branch_share),
         )
 

@@ -11,6 +11,25 @@ from gradflow.records.fields import Bools, Floats, Ints, array_field, float_fiel
 
 
 @attrs.frozen(kw_only=True)
+class ActionDeviation:
+    """How wide a continuous action's distribution is, before squashing; shape (measured steps,).
+
+    NaN where the actions are discrete.
+
+    Args:
+        std_min: the smallest standard deviation of the parts of an action, each a mean over samples.
+        std_mean: their mean.
+        std_max: the largest.
+        mean_rms: root mean square of the mean action.
+    """
+
+    std_min: Floats = array_field()
+    std_mean: Floats = array_field()
+    std_max: Floats = array_field()
+    mean_rms: Floats = array_field()
+
+
+@attrs.frozen(kw_only=True)
 class ActionDistribution:
     """One distribution that actions are drawn from, at the measured steps; a mixed action has several.
 
@@ -38,11 +57,7 @@ class ActionDistribution:
         max_prob: mean over samples of the largest action probability. NaN where continuous.
         largest_prob: the largest action probability of all samples.
         deterministic_share: share of the samples whose largest action probability is above 0.99.
-        std_min: the smallest standard deviation of the parts of an action, each a mean over samples, before
-            squashing. NaN where discrete.
-        std_mean: their mean.
-        std_max: the largest.
-        mean_rms: root mean square of the mean action, before squashing.
+        deviation: standard deviations and size of the mean action, where continuous.
     """
 
     heads: tuple[str, ...] = attrs.field(converter=to_tuple)
@@ -62,10 +77,7 @@ class ActionDistribution:
     max_prob: Floats = array_field()
     largest_prob: Floats = array_field()
     deterministic_share: Floats = array_field()
-    std_min: Floats = array_field()
-    std_mean: Floats = array_field()
-    std_max: Floats = array_field()
-    mean_rms: Floats = array_field()
+    deviation: ActionDeviation
 
 
 @attrs.frozen(kw_only=True)
@@ -180,8 +192,8 @@ class PolicyRecord:
             max_action_prob=_mean_of([d.max_prob for d in discrete]),
             largest_action_prob=max(_known([d.largest_prob for d in discrete]), default=math.nan),
             deterministic_share=_mean_of([d.deterministic_share for d in discrete]),
-            std_min=min(_known([d.std_min for d in self.distributions]), default=math.nan),
-            std_max=max(_known([d.std_max for d in self.distributions]), default=math.nan),
+            std_min=min(_known([d.deviation.std_min for d in self.distributions]), default=math.nan),
+            std_max=max(_known([d.deviation.std_max for d in self.distributions]), default=math.nan),
             policy_grad_norm=policy,
             value_grad_norm=value,
             gradient_ratio=policy / value if value else math.inf if policy > 0 else math.nan,

@@ -66,7 +66,7 @@ def collapsed_attention(
                     "entropy": late_mean(layer.entropy, heads),
                     "first_steps": first,
                     "max_attention": late_mean(layer.max_weight, heads),
-                    "logit_std": late_mean(layer.logit_std, heads),
+                    "logit_std": late_mean(layer.scores.logit_std, heads),
                     "heads": tuple(int(h) for h in np.flatnonzero(late_by_head(layer.entropy_share) < share)),
                 },
             )
@@ -96,7 +96,10 @@ def saturated_attention(
     def detector(record: FlowRecord) -> Iterable[Issue]:
         for layer in record.transformer.attention:
             heads = working_heads(layer)
-            seen, first = late_mean(layer.saturated_share, heads), _first(layer.saturated_share, heads)
+            seen, first = (
+                late_mean(layer.scores.saturated_share, heads),
+                _first(layer.scores.saturated_share, heads),
+            )
             if not seen >= share:
                 continue
             learned = seen > first + 0.2 and has_learned(record)
@@ -118,7 +121,7 @@ def saturated_attention(
                     "saturated_share": seen,
                     "first_steps": first,
                     "max_attention": largest,
-                    "logit_std": late_mean(layer.logit_std, heads),
+                    "logit_std": late_mean(layer.scores.logit_std, heads),
                 },
             )
 
@@ -154,7 +157,7 @@ def growing_logits(
             return
         for layer in record.transformer.attention:
             heads = working_heads(layer)
-            at_end, first = late_mean(layer.logit_std, heads), _first(layer.logit_std, heads)
+            at_end, first = late_mean(layer.scores.logit_std, heads), _first(layer.scores.logit_std, heads)
             if not (at_end >= std and at_end >= growth * first):
                 continue
             severity = IssueSeverity.HIGH if at_end >= severe_std else IssueSeverity.MEDIUM
@@ -173,7 +176,7 @@ def growing_logits(
                     "role": "growing scores",
                     "logit_std": at_end,
                     "first_steps": first,
-                    "logit_peak": float(np.nanmax(late_by_head(layer.logit_peak))),
+                    "logit_peak": float(np.nanmax(late_by_head(layer.scores.logit_peak))),
                     "optimizer": record.provenance.optimizer,
                 },
             )
@@ -226,8 +229,8 @@ def _history(first: float, now: float, learned: bool) -> str:
 
 def _calmer(layer: AttentionRecord, record: FlowRecord) -> tuple[str, ...]:
     """What makes attention less sharp, by whether it was so at first."""
-    std = late_mean(layer.logit_std, working_heads(layer))
-    first = _first(layer.logit_std, working_heads(layer))
+    std = late_mean(layer.scores.logit_std, working_heads(layer))
+    first = _first(layer.scores.logit_std, working_heads(layer))
     actions = []
     if first > 3.0 or not record.provenance.optimizer:
         actions.append(

@@ -83,7 +83,7 @@ def _relative(values: Floats) -> Floats:
 
 
 def _duplicates(layer: AttentionRecord, alike: float, some: float, sharp: float) -> Iterable[Issue]:
-    spread = late_by_head(layer.logit_std)
+    spread = late_by_head(layer.scores.logit_std)
     independent = np.minimum(spread / 2.0, math.sqrt(math.log(2.0)))
     distance = late_by_head(layer.nearest_head)
     judged = (spread >= 0.1) & (late_by_head(layer.entropy_share) >= sharp)
@@ -108,7 +108,7 @@ def _duplicates(layer: AttentionRecord, alike: float, some: float, sharp: float)
             "role": "duplicate heads",
             "heads": tuple(int(h) for h in np.flatnonzero(twins)),
             "head_diversity": late(layer.head_diversity),
-            "logit_std": late_mean(layer.logit_std, np.ones(layer.num_heads, dtype=bool)),
+            "logit_std": late_mean(layer.scores.logit_std, np.ones(layer.num_heads, dtype=bool)),
         },
     )
 
@@ -148,7 +148,11 @@ def unbalanced_attention(
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         for layer in record.transformer.attention:
-            q, k, v = late(layer.query_grad), late(layer.key_grad), late(layer.value_grad)
+            q, k, v = (
+                late(layer.gradients.query_grad),
+                late(layer.gradients.key_grad),
+                late(layer.gradients.value_grad),
+            )
             if not (q > 0 and k > 0 and v > 0) or late(layer.input_residual) < merged:
                 continue
             between = max(q / k, k / q)
@@ -157,8 +161,8 @@ def unbalanced_attention(
                 severity = IssueSeverity.HIGH if between >= severe * ratio else IssueSeverity.MEDIUM
                 yield _imbalance(layer, severity, small, large, between, (q, k, v))
                 continue
-            scores = late_mean(layer.logit_std, np.ones(layer.num_heads, dtype=bool))
-            slope = late_mean(layer.slope, np.ones(layer.num_heads, dtype=bool))
+            scores = late_mean(layer.scores.logit_std, np.ones(layer.num_heads, dtype=bool))
+            slope = late_mean(layer.scores.slope, np.ones(layer.num_heads, dtype=bool))
             others = max(q, k)
             apart = max(v / others, others / v)
             if apart >= starved and scores >= spread and slope >= 0.1:
@@ -176,8 +180,12 @@ def _imbalance(
     ratio: float,
     norms: tuple[float, float, float],
 ) -> Issue:
-    where = "the weights that make its" if layer.gradient_at == "weights" else "its"
-    sizes = {"queries": layer.query_norm, "keys": layer.key_norm, "values": layer.value_norm}
+    where = "the weights that make its" if layer.gradients.at == "weights" else "its"
+    sizes = {
+        "queries": layer.gradients.query_norm,
+        "keys": layer.gradients.key_norm,
+        "values": layer.gradients.value_norm,
+    }
     return Issue(
         layer=layer.name,
         layer_type=layer.type,

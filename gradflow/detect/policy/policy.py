@@ -134,7 +134,7 @@ def misscaled_deviation(smallest: float = 1e-3, largest: float = 20.0) -> Detect
         for d in () if record.policy is None else record.policy.distributions:
             if d.discrete:
                 continue
-            low, high, mean = late(d.std_min), late(d.std_max), late(d.mean_rms)
+            low, high, mean = late(d.deviation.std_min), late(d.deviation.std_max), late(d.deviation.mean_rms)
             unit = max(1.0, mean) if math.isfinite(mean) else 1.0
             if low < smallest * unit and (d.bounded or low < 0.1 * mean):
                 severity, found = IssueSeverity.HIGH, low

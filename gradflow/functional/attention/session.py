@@ -24,7 +24,13 @@ from gradflow.functional.measurement import Session, gradients
 from gradflow.functional.model.trees import iter_tensors, wide_dtype
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.records import AttentionRecord, BranchRecord, TransformerRecord
+from gradflow.records import (
+    AttentionGradients,
+    AttentionRecord,
+    AttentionScores,
+    BranchRecord,
+    TransformerRecord,
+)
 
 BY_HEAD = (
     "entropy", "entropy_share", "max_weight", "first_weight", "slope", "saturated_share", "logit_std",
@@ -326,5 +332,11 @@ def _record(layer: _Layer, number: int) -> AttentionRecord:
         arrays[name] = [layer.looks.get(look, {}).get(name, math.nan) for look in range(number)]
     return AttentionRecord(
         name=layer.seen.name, module=layer.module, type=layer.type, op=layer.seen.op, num_heads=heads,
-        num_queries=layer.seen.shape[2], gradient_at=layer.gradient_at, **arrays,
+        num_queries=layer.seen.shape[2], scores=AttentionScores(**_taken(AttentionScores, arrays)),
+        gradients=AttentionGradients(at=layer.gradient_at, **_taken(AttentionGradients, arrays)), **arrays,
     )  # fmt: skip
+
+
+def _taken(kind: type, arrays: dict[str, Any]) -> dict[str, Any]:
+    """Take the arrays that are fields of a record out of the others."""
+    return {f.name: arrays.pop(f.name) for f in attrs.fields(kind) if f.name in arrays}

@@ -29,19 +29,9 @@ from gradflow.functional.policy.seen import Seer
 from gradflow.functional.policy.statistics import ActionStatistics, action_statistics, family, is_bounded
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.records import NAN, ActionDistribution, Floats, PolicyRecord
+from gradflow.records import NAN, ActionDeviation, ActionDistribution, Floats, PolicyRecord
 
-_ARRAYS = (
-    "entropy",
-    "entropy_share",
-    "max_prob",
-    "largest_prob",
-    "deterministic_share",
-    "std_min",
-    "std_mean",
-    "std_max",
-    "mean_rms",
-)
+_NUMBERS = ("entropy", "entropy_share", "max_prob", "largest_prob", "deterministic_share")
 
 
 def policy_heads(
@@ -327,10 +317,17 @@ def _distributions(steps: list[_Step]) -> tuple[ActionDistribution, ...]:
                 num_actions=some.num_actions,
                 normalised_twice=all(twice),
                 num_samples=np.array([sum(n.num_samples for n in numbers) for numbers in per_step]),
-                **{n: np.array([_merged(n, numbers) for numbers in per_step]) for n in _ARRAYS},
+                deviation=ActionDeviation(
+                    **_over_steps([f.name for f in attrs.fields(ActionDeviation)], per_step)
+                ),
+                **_over_steps(_NUMBERS, per_step),
             )
         )
     return tuple(records)
+
+
+def _over_steps(names: Sequence[str], per_step: Sequence[Sequence[ActionStatistics]]) -> dict[str, Floats]:
+    return {name: np.array([_merged(name, numbers) for numbers in per_step]) for name in names}
 
 
 def _merged(name: str, numbers: Sequence[ActionStatistics]) -> float:

@@ -27,7 +27,15 @@ from gradflow.detect import (
 )
 from gradflow.functional import attention
 from gradflow.pipelines import transformer
-from gradflow.records import AttentionRecord, BranchRecord, FlowRecord, Provenance, TransformerRecord
+from gradflow.records import (
+    AttentionGradients,
+    AttentionRecord,
+    AttentionScores,
+    BranchRecord,
+    FlowRecord,
+    Provenance,
+    TransformerRecord,
+)
 from tests.functional.attention.models import (
     GPT,
     HUGGING_FACE,
@@ -72,6 +80,11 @@ def layer(name: str = "attn", **fields: Any) -> AttentionRecord:
         )
         for key, value in usual.items()
     }
+    arrays |= fields
+
+    def taken(kind: type) -> dict[str, Any]:
+        return {f.name: arrays.pop(f.name) for f in attrs.fields(kind) if f.name in arrays}
+
     return AttentionRecord(
         name=name,
         module=name,
@@ -79,8 +92,9 @@ def layer(name: str = "attn", **fields: Any) -> AttentionRecord:
         op="softmax",
         num_heads=HEADS,
         num_queries=9,
+        scores=AttentionScores(**taken(AttentionScores)),
+        gradients=AttentionGradients(**taken(AttentionGradients)),
         **arrays,
-        **fields,
     )
 
 

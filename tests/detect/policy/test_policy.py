@@ -24,6 +24,7 @@ from gradflow.detect import (
 )
 from gradflow.detect.policy.evidence import sparing_policies
 from gradflow.records import (
+    ActionDeviation,
     ActionDistribution,
     FlowRecord,
     Issue,
@@ -67,7 +68,9 @@ def choice(**fields: Any) -> ActionDistribution:
         "deterministic_share": 0.0,
     } | fields
     arrays = {n: series(v) for n, v in values.items() if isinstance(v, (float, list))}
-    return ActionDistribution(**{**values, **arrays})
+    values |= arrays
+    widths = {f.name: values.pop(f.name) for f in attrs.fields(ActionDeviation)}
+    return ActionDistribution(deviation=ActionDeviation(**widths), **values)
 
 
 def gaussian(**fields: Any) -> ActionDistribution:

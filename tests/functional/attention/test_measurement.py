@@ -22,7 +22,7 @@ from gradflow.functional import (
     position_residual,
 )
 from gradflow.functional.attention.session import positions
-from gradflow.records import AttentionRecord, FlowRecord
+from gradflow.records import AttentionGradients, AttentionRecord, AttentionScores, FlowRecord
 from tests.functional.attention.models import (
     GPT,
     HUGGING_FACE,
@@ -50,7 +50,7 @@ def test_statistics_are_those_of_the_weights(way: str) -> None:
     for name, weights in attention_weights(model.eval(), batch).items():
         found, layer = attention_statistics(weights, allowed=CAUSAL), record.transformer[name]
         for field in attrs.fields(type(found)):
-            value = getattr(layer, field.name)[0]
+            value = getattr(layer if hasattr(layer, field.name) else layer.scores, field.name)[0]
             expected = getattr(found, field.name)
             expected = float(expected.mean()) if field.name == "num_keys" else expected.tolist()
             assert value == pytest.approx(expected, abs=1e-5), field.name
@@ -85,10 +85,10 @@ def test_gradients_and_norms_against_plain_autograd(way: str) -> None:
             zip(tensors, torch.autograd.grad(loss, list(tensors.values()), retain_graph=True), strict=True)
         )
         for name in ("query", "key", "value", "output"):
-            value = float(getattr(layer, f"{name}_grad")[0])
+            value = float(getattr(layer.gradients, f"{name}_grad")[0])
             assert value == pytest.approx(float(gradients[name].norm()), rel=1e-4), name
         for name in ("query", "key", "value"):
-            assert float(getattr(layer, f"{name}_norm")[0]) == pytest.approx(
+            assert float(getattr(layer.gradients, f"{name}_norm")[0]) == pytest.approx(
                 float(tensors[name].detach().norm()), rel=1e-4
             )
         for field, values in (
@@ -102,7 +102,7 @@ def test_gradients_and_norms_against_plain_autograd(way: str) -> None:
         for field, name in (("input_residual", "entered"), ("output_residual", "output")):
             expected = float(position_residual(tensors[name].detach()))
             assert float(getattr(layer, field)[0]) == pytest.approx(expected, rel=1e-4)
-        assert layer.gradient_at == "tensors"
+        assert layer.gradients.at == "tensors"
 
 
 def test_branches_are_found_with_their_names_and_shares() -> None:
@@ -135,10 +135,10 @@ def test_inside_multi_head_attention_gradients_are_those_of_the_weights() -> Non
     weight = layer.self_attn.in_proj_weight
     assert weight.grad is not None
     for name, third in zip(("query", "key", "value"), weight.grad.chunk(3), strict=True):
-        assert float(getattr(found, f"{name}_grad")[0]) == pytest.approx(float(third.norm()), rel=1e-5)
+        assert float(getattr(found.gradients, f"{name}_grad")[0]) == pytest.approx(float(third.norm()), rel=1e-5)
     expected = weight.grad[16:].view(2, -1).norm(dim=1).tolist()
     assert found.head_grad[0].tolist() == pytest.approx(expected, rel=1e-5)
-    assert found.gradient_at == "weights"
+    assert found.gradients.at == "weights"
     h = model[0](x)
     v = F.linear(h, weight[16:], layer.self_attn.in_proj_bias[16:]).view(3, 5, 2, 4).transpose(1, 2)
     context = attention_weights(model, x)["1.self_attn"].float() @ v
@@ -270,13 +270,14 @@ def test_checkpointed_blocks(reentrant: bool) -> None:
     assert [a.name for a in found.attention] == ["model.h.0.attn", "model.h.1.attn"]
     for layer in found.attention:
         assert np.isfinite(layer.entropy).all()
-        assert bool(np.isfinite(layer.query_grad[0])) is not reentrant  # its inside is not in the graph
+        # the inside of a reentrant checkpoint is not in the graph
+        assert bool(np.isfinite(layer.gradients.query_grad[0])) is not reentrant
 
 
 def test_under_vjp_the_first_step_is_measured() -> None:
     record = gf.analyze(gpt(), [tokens()] * 3, token_loss, measurements=[attention()], transform="vjp")
     assert record.transformer.steps == (0,)
-    assert np.isfinite(record.transformer["h.0.attn"].query_grad).all()
+    assert np.isfinite(record.transformer["h.0.attn"].gradients.query_grad).all()
 
 
 def test_under_autocast_statistics_are_in_single_precision() -> None:
@@ -302,9 +303,9 @@ def test_frozen_attention_has_statistics_and_no_gradients() -> None:
     model.h[0].requires_grad_(False)
     found = measured(model, tokens()).transformer
     assert np.isfinite(found["h.0.attn"].entropy).all()
-    assert np.isnan(found["h.0.attn"].query_grad).all()
-    assert found["h.0.attn"].gradient_at == ""
-    assert np.isfinite(found["h.1.attn"].query_grad).all()
+    assert np.isnan(found["h.0.attn"].gradients.query_grad).all()
+    assert found["h.0.attn"].gradients.at == ""
+    assert np.isfinite(found["h.1.attn"].gradients.query_grad).all()
 
 
 def test_a_shared_block_is_told_call_by_call() -> None:
@@ -381,11 +382,16 @@ def test_a_branch_is_named_after_what_is_before_its_dropout() -> None:
 def test_statistics_by_layer_are_medians_of_the_last_third() -> None:
     nothing = np.full(6, np.nan)
     by_head = np.array([[9.0, 9.0]] * 3 + [[9.0, 9.0], [1.0, 2.0], [3.0, np.nan]])
-    fields = {f.name: nothing for f in attrs.fields(AttentionRecord) if f.name not in NAMES}
-    fields |= {"entropy": by_head, "logit_peak": by_head, "output_residual": np.arange(6.0)}
+
+    def empty(kind: type) -> dict[str, Any]:
+        return {f.name: nothing for f in attrs.fields(kind) if f.name not in NAMES}
+
+    fields = empty(AttentionRecord) | {"entropy": by_head, "output_residual": np.arange(6.0)}
+    scores = AttentionScores(**(empty(AttentionScores) | {"logit_peak": by_head}))
     layer = AttentionRecord(
-        name="a", module="a", type="A", op="softmax", num_heads=2, num_queries=3, **fields
-    )
+        name="a", module="a", type="A", op="softmax", num_heads=2, num_queries=3, scores=scores,
+        gradients=AttentionGradients(**empty(AttentionGradients)), **fields,
+    )  # fmt: skip
     stats = layer.stats()
     assert stats.mean_entropy == 2.25  # of 1.5 and 3
     assert stats.logit_peak == 2.5  # of 2 and 3
@@ -393,7 +399,7 @@ def test_statistics_by_layer_are_medians_of_the_last_third() -> None:
     assert math.isnan(stats.head_diversity)
 
 
-NAMES = {"name", "module", "type", "op", "num_heads", "num_queries", "gradient_at"}
+NAMES = {"name", "module", "type", "op", "num_heads", "num_queries", "at", "scores", "gradients"}
 
 
 def test_the_measurement_is_a_value() -> None:

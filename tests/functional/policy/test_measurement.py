@@ -229,7 +229,7 @@ def test_continuous_distributions(form: Any, family: str, parts: int) -> None:
     assert made.bounded == ("Tanh" in family)
     if family.startswith(("Normal", "Ind", "Multi")):
         np.testing.assert_allclose(found.entropy, math.log(2 * math.pi * math.e), rtol=1e-5)  # two of std 1
-        np.testing.assert_allclose(made.std_min, 1.0, rtol=1e-5)
+        np.testing.assert_allclose(made.deviation.std_min, 1.0, rtol=1e-5)
     if "Tanh" in family:
         x = model(data.states)[0].sample((4000,))
         estimate = mean_of(-model(data.states)[0].log_prob(x.clamp(-1 + 1e-6, 1 - 1e-6)))
