@@ -135,7 +135,8 @@ def test_inside_multi_head_attention_gradients_are_those_of_the_weights() -> Non
     weight = layer.self_attn.in_proj_weight
     assert weight.grad is not None
     for name, third in zip(("query", "key", "value"), weight.grad.chunk(3), strict=True):
-        assert float(getattr(found.gradients, f"{name}_grad")[0]) == pytest.approx(float(third.norm()), rel=1e-5)
+        seen = float(getattr(found.gradients, f"{name}_grad")[0])
+        assert seen == pytest.approx(float(third.norm()), rel=1e-5)
     expected = weight.grad[16:].view(2, -1).norm(dim=1).tolist()
     assert found.head_grad[0].tolist() == pytest.approx(expected, rel=1e-5)
     assert found.gradients.at == "weights"
