@@ -15,6 +15,7 @@ from gradflow.functional.model.batches import Source, invoke, make_objective, no
 from gradflow.functional.model.supported import check_module
 from gradflow.functional.model.trees import named_tensors, same_device
 from gradflow.functional.run.measure import measure
+from gradflow.functional.run.program import Given
 from gradflow.functional.run.run import Plan, Progress
 from gradflow.records import FlowRecord, GraphRecord
 
@@ -104,7 +105,7 @@ def analyze(
 
     plan = _plan(steps, optimizer, seed, mode, detail, transform, progress, deepen, measurements)
     plan = attrs.evolve(plan, num_batches=source.length)
-    return measure(model, _module(loss_fn), evaluate, draw, inputs_of, plan)
+    return measure(Given(model, _module(loss_fn), evaluate, inputs_of), draw, plan)
 
 
 def analyze_custom(
@@ -156,7 +157,7 @@ def analyze_custom(
         return objective.loss(forward_fn(model, step), None)
 
     plan = _plan(steps, optimizer, seed, mode, detail, transform, progress, deepen, measurements)
-    return measure(model, _module(loss_fn), evaluate, lambda step: (), lambda batch: {}, plan)
+    return measure(Given(model, _module(loss_fn), evaluate, lambda batch: {}), lambda step: (), plan)
 
 
 def graph_of(

@@ -17,42 +17,18 @@ no tensor held after `end`. What it says at last, `fields`, becomes fields of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gradflow.functional.reverse.reverse import ReentrantCheckpoint, fused
-from gradflow.functional.tap.calls import Call
-from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.tap.asked import Listener
 
 
-class Session:
-    """Listens to the measured steps of one run; see NOTE [Measured steps]. Here, every method does nothing.
-
-    All but `differentiate` are called without grad mode, and with functions unwatched.
-    """
-
-    def begin(self, step: int, recorder: Recorder) -> None:
-        """Start a measured step.
-
-        Args:
-            step: its number.
-            recorder: of this step. `recorder.calls[i]` for `i` in `recorder.stack` are the module calls that
-                are running, outermost first, containers included.
-        """
-
-    def entered(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Hear that a module call starts, with its arguments."""
-
-    def left(self, call: Call, output: Any) -> None:
-        """Hear that a module call has ended, with the output that its caller gets."""
-
-    def function(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Callable[[Any], None] | None:
-        """Hear that a PyTorch function is called; what is returned is called with its output."""
+class Session(Listener):
+    """Listens to the measured steps of one run; see NOTE [Measured steps]. Here, it measures nothing."""
 
     def differentiate(self, loss: Tensor) -> None:
         """Take gradients of the loss: `gradients(loss, tensors)` keeps the graph for the pass to come."""

@@ -14,10 +14,11 @@ from gradflow.functional.attention.session import AttentionSession
 from gradflow.functional.measurement import Session
 from gradflow.functional.model.batches import private_batch, run_model
 from gradflow.functional.model.exclusive import uncompiled
-from gradflow.functional.model.layers import callable_modules, is_layer
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.supported import check_model
+from gradflow.functional.tap.asked import Asked
 from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.tap.taps import tapped
 from gradflow.functional.tap.watch import Watch
 
@@ -89,17 +90,13 @@ def attention_weights(model: nn.Module, batch: Any, *, seed: int | None = None) 
             weights = weights.to(torch.promote_types(seen.scored.query.dtype, torch.float32))
         found[seen.name] = weights.clone()
 
-    modules = callable_modules(model)
-    recorder = Recorder(modules, {name for name, module in modules.items() if is_layer(module)})
+    taps, session = TappedModel.of(model), Capture(keep)
+    recorder = Recorder(taps, Asked(watched=True, listeners=(session,)))
     setting = Setting.of(model, parameters={}, seed=seed)
-    with torch.inference_mode(False), torch.no_grad(), setting.evaluating(), uncompiled(), tapped(recorder):
-        recorder.begin_step(structural=False, look=False)
-        session = Capture(keep)
+    with (
+        torch.inference_mode(False), torch.no_grad(), setting.evaluating(), uncompiled(), tapped(taps),
+        taps.heard_by(recorder), Watch(recorder),
+    ):  # fmt: skip
         session.begin(0, recorder)
-        recorder.sessions = (session,)
-        try:
-            with Watch(recorder):
-                run_model(model, batch)
-        finally:
-            recorder.active, recorder.sessions = False, ()
+        run_model(model, batch)
     return found

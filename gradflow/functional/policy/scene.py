@@ -123,7 +123,7 @@ class Scene:
 
     def is_source(self, call: Call) -> bool:
         """Whether a call is of a layer with parameters of its own in which no other layer was called."""
-        module = self.recorder.modules[call.module]
+        module = self.recorder.model.modules[call.module]
         return call.is_layer and not call.has_children and any(True for _ in module.parameters(recurse=False))
 
     def sources(self, tensors: Iterable[Tensor]) -> tuple[set[int], list[Tensor]]:

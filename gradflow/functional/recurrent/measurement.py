@@ -152,7 +152,7 @@ class _Listener(Session):
         if id(h) in self._made and self._cells[self._made[id(h)]].call.module == call.module:
             return self._made[id(h)]
         known = [
-            i for i in source_calls(self._recorder, h)
+            i for i in source_calls(h)
             if i in self._cells and self._cells[i].call.module == call.module
         ]  # fmt: skip
         return known[-1] if known else None

@@ -193,7 +193,7 @@ def build(
         group = _group(node, recorder, windows, taken, structure)
         structure.group_of[node] = group.name
     leaves = [node for node in nodes if is_leaf(node)]
-    known = {*names, *(id(slot) for slot in recorder.pool)}
+    known = {*names, *(id(site.slot) for site in recorder.sites)}
     others = any(id(node.variable) not in known for node in leaves)
     input_names = {id(t): n for n, t in inputs().items()} if others else {}
     for node in leaves:

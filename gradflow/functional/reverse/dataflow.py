@@ -1,25 +1,26 @@
 """Where data goes on and the gradient does not: `detach`, `argmax`, `no_grad`, integer casts and their kind.
 
-In the first step every function is observed. A tensor that carries no gradient although something it was
+It hears of every function of the first step. A tensor that carries no gradient although something it was
 computed from does (or did) is *tainted* with where it came from and the operation that cut it; whoever takes
 a tainted tensor has a severed edge from there.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import resolve_name
 
 from gradflow.functional.model.trees import iter_tensors
+from gradflow.functional.tap.asked import Listener
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.watch import source_calls
-from gradflow.functional.torch_private import has_gradient_hooks, in_checkpoint
+from gradflow.functional.torch_private import in_checkpoint
 
 # source name -> the operation that cut it ("" where nothing is cut: an input of the model)
 Taint = dict[str, str]
@@ -27,35 +28,33 @@ Taint = dict[str, str]
 _READS = frozenset(("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__"))
 
 
-class DataFlow:
+class DataFlow(Listener):
     """Follows tensors without a gradient through one step.
 
     Args:
-        recorder: the step's recorder; its `on_enter` and `on_exit` are set to this.
         inputs: tensors of the batch by name.
     """
 
-    def __init__(self, recorder: Recorder, inputs: Mapping[str, Tensor]) -> None:
-        self.recorder = recorder
+    def __init__(self, inputs: Mapping[str, Tensor]) -> None:
+        self._inputs: Mapping[str, Tensor] = inputs
+        self._recorder: Recorder | None = None
         self._taints: dict[int, tuple[weakref.ref[Tensor], Taint]] = {}
         self.edges: dict[tuple[int, str], str] = {}  # (target call, source) -> reason
         self.joins: list[tuple[Any, str, str]] = []  # (autograd node, source, reason)
-        # hooks on tensors, those of the modules' backward and of parameters included, change gradients
-        recorder.hooked = any(
-            has_gradient_hooks(owner)
-            for module in recorder.modules.values()
-            for owner in (module, *module.parameters(recurse=False))
-        )
         self.read: dict[str, str] = {}  # call name -> the read (`item`, ...) that took its values out
-        recorder.on_enter, recorder.on_exit = self._enter, self._exit
         self.shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-        for name, tensor in inputs.items():
+
+    def begin(self, step: int, recorder: Recorder) -> None:
+        """Start the step, or start it again."""
+        self._recorder = recorder
+        self._taints, self.edges, self.joins, self.read = {}, {}, [], {}
+        for name, tensor in self._inputs.items():
             self._mark(tensor, {name: ""})
 
     def release(self) -> None:
-        """Let go of tensors and of the autograd graph."""
-        self._taints.clear()
-        self.joins.clear()
+        """Let go of tensors and of the autograd graph, once the cuts were read off."""
+        self._recorder, self._inputs = None, {}
+        self._taints, self.joins = {}, []
 
     def _mark(self, tensor: Tensor, taint: Taint) -> None:
         if taint:
@@ -68,21 +67,24 @@ class DataFlow:
 
     def _sources(self, tensor: Tensor, reason: str) -> Taint:
         """Return what a tensor would taint an output with, if `reason` cut it there."""
+        assert self._recorder is not None
         taint = dict(self.taint(tensor))
-        for index in source_calls(self.recorder, tensor):
-            taint.setdefault(self.recorder.calls[index].name, reason)
+        for index in source_calls(tensor):
+            taint.setdefault(self._recorder.calls[index].name, reason)
         return taint
 
     # ----------------------------------------------------------------- layer calls
 
-    def _enter(self, call: Call, arguments: Any) -> None:
+    def entered(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note which tainted tensors a layer takes."""
         if not call.is_layer:
             return
-        for tensor in iter_tensors(arguments):
+        for tensor in iter_tensors((args, kwargs)):
             for source, reason in self.taint(tensor).items():
                 self.edges.setdefault((call.index, source), reason)
 
-    def _exit(self, call: Call, args: Any, output: Any) -> None:
+    def left(self, call: Call, output: Any) -> None:
+        """Taint what a layer gives without a gradient."""
         if not call.is_layer:
             return
         for tensor in iter_tensors(output):
@@ -91,20 +93,28 @@ class DataFlow:
 
     # ------------------------------------------------------------------- functions
 
-    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run a function and follow what it does to the gradient."""
-        out = func(*args, **kwargs)
+    def function(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[Any], None] | None:
+        """Follow what a function does to the gradient."""
+        assert self._recorder is not None
         name = getattr(func, "__name__", "")
-        inside = self.recorder.innermost_leaf() is not None
-        if not self.recorder.active or inside or name.endswith("_like") or name.startswith("new_"):
-            return out  # what is inside a layer is the layer's; a like-named factory takes a shape, no values
+        inside = self._recorder.innermost_leaf() is not None
+        if inside or name.endswith("_like") or name.startswith("new_"):
+            return None  # what is inside a layer is the layer's; a like-named factory takes but a shape
+        return functools.partial(self._follow, func, name, args, kwargs)
+
+    def _follow(
+        self, func: Callable[..., Any], name: str, args: Any, kwargs: Mapping[str, Any], out: Any
+    ) -> None:
+        assert self._recorder is not None
         shape_only = name.endswith("_as") and len(args) > 1  # `view_as(x)` takes a shape of x, no values
         inputs = list(iter_tensors((args[:1], kwargs) if shape_only else (args, kwargs)))
         if name in _READS:
             for tensor in inputs:
                 for origin in self._sources(tensor, name):
                     self.read[origin] = name.strip("_")
-            return out
+            return
         for tensor in iter_tensors(args[0] if name == "__setitem__" else out):
             if tensor.requires_grad:
                 if tensor.grad_fn is not None:
@@ -115,14 +125,14 @@ class DataFlow:
                 continue
             taint = dict(self.taint(tensor))  # one that was written to has it already
             for source in inputs:
-                taint |= self._sources(source, cut_name(func)) if source is not tensor else {}
+                if source is not tensor:
+                    taint |= self._sources(source, cut_name(func, self._recorder.grad_enabled))
             self._mark(tensor, taint)
-        return out
 
 
-def cut_name(func: Any) -> str:
+def cut_name(func: Any, grad_enabled: bool = True) -> str:
     """Return the plain name of a function that cut the gradient, `no_grad` if the grad mode did."""
-    if not torch.is_grad_enabled():
+    if not grad_enabled:
         return _grad_mode()
     name = getattr(func, "__name__", "function")
     if name == "__get__":

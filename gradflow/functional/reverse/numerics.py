@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import traceback
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -20,6 +20,7 @@ from torch import Tensor
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.reverse.autograd_graph import Node, Structure, Windows, is_leaf, operation
 from gradflow.functional.reverse.reverse import call_node, validated
+from gradflow.functional.tap.asked import Listener
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.watch import source_layer
@@ -43,50 +44,54 @@ class Operation:
     line: str
 
 
-class Tracer:
-    """Observes every function of one step, for `Watch`.
+class Tracer(Listener):
+    """Hears of every function of one step."""
 
-    Args:
-        recorder: the step's recorder; its `on_probe` is set to this.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self) -> None:
+        self._born: dict[int, tuple[weakref.ref[Tensor], tuple[Operation, str]]] = {}
         self.operations: list[Operation] = []
         self.births: list[tuple[Operation, str]] = []
-        self._born: dict[int, tuple[weakref.ref[Tensor], tuple[Operation, str]]] = {}
-        recorder.on_probe = self._carry_over
 
-    def _carry_over(self, old: Tensor, new: Tensor) -> None:
+    def begin(self, step: int, recorder: Recorder) -> None:
+        """Start the step, or start it again."""
+        self.recorder = recorder
+        self._born, self.operations, self.births = {}, [], []
+
+    def probed(self, output: Tensor, standing_in: Tensor) -> None:
         """Follow what is not finite from a layer's output to the probe that stands in for it."""
-        if (born := self.birth(old)) is not None:
-            self._born[id(new)] = (weakref.ref(new), born)
+        if (born := self.birth(output)) is not None:
+            self._born[id(standing_in)] = (weakref.ref(standing_in), born)
 
     def birth(self, tensor: Tensor) -> tuple[Operation, str] | None:
         """Return the operation that made what is not finite in a tensor, with `nan` or `inf`."""
         found = self._born.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
 
-    def __call__(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Run a function, noting its inputs' range and whether it made a NaN or an Inf."""
+    def function(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[Any], None] | None:
+        """Note the range of a function's inputs, and then whether it made a NaN or an Inf."""
         inputs = [t for t in iter_tensors((args, kwargs)) if t.is_floating_point()]
-        if not inputs or getattr(func, "__name__", "") == "__get__":
-            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "function")
+        if not inputs or name == "__get__":
+            return None
         low, high = _range(inputs)
         worst = max((_badness(t) for t in inputs), default=0)
         known = next((b for t in inputs if (b := self.birth(t)) is not None), None)
-        start = sequence_number()
         leaf = self.recorder.innermost_leaf()
         layer = leaf.name if leaf is not None else source_layer(self.recorder, inputs[0])
-        out = func(*args, **kwargs)
-        end = sequence_number()
-        name = getattr(func, "__name__", "function").strip("_")
-        done = Operation(name, layer, start, end, low, high, user_line())
-        self.operations.append(done)
-        for tensor in iter_tensors(out):
-            if tensor.is_floating_point():
-                self._judge(tensor, done, worst, known, _asked_for(args, kwargs))
-        return out
+        asked_for = _asked_for(args, kwargs)
+        start = sequence_number()
+
+        def end(out: Any) -> None:
+            last = sequence_number()
+            done = Operation(name.strip("_"), layer, start, last, low, high, user_line())
+            self.operations.append(done)
+            for tensor in iter_tensors(out):
+                if tensor.is_floating_point():
+                    self._judge(tensor, done, worst, known, asked_for)
+
+        return end
 
     def _judge(
         self,
@@ -170,7 +175,7 @@ def certificates(
 
     def record(layer: str, op: str, phase: str, value: str, done: Operation | None) -> NumericalRecord:
         kind = next((c.type for c in recorder.calls if c.name == layer), "")
-        kind = kind or recorder.types.get(layer.split("@")[0], "function")
+        kind = kind or recorder.model.types.get(layer.split("@")[0], "function")
         nan = float("nan")
         low, high, line = (done.low, done.high, done.line) if done is not None else (nan, nan, "")
         return NumericalRecord(

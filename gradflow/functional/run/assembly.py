@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gradflow.functional.run.history import History, series
-from gradflow.functional.tap.watch import ActivationKey
+from gradflow.functional.tap.calls import ActivationKey
 from gradflow.records import ActivationRecord, Floats, LayerRecord, ParameterRecord
 
 NAN = float("nan")
@@ -83,7 +83,7 @@ def parameter_records(
     nothing = (np.full(steps, NAN), np.zeros(steps))
     grads, zeros, norms = (series(history, kind) for kind in ("pgrad", "pzeros", "norm"))
     records = []
-    for name, parameter in history.program.parameters.items():
+    for name, parameter in history.parameters.items():
         squares, count = grads.get(name, nothing)
         norm = norms.get(name, nothing)[0]
         if steps > 1 and np.isnan(norm[1:]).all():  # measured once, since nothing moved it

@@ -37,7 +37,7 @@ def read_flows(step: int, flows: Flows) -> HostFlows:
     return HostFlows(step, edges, groups, flows.ranks)  # type: ignore[arg-type]
 
 
-@attrs.define(eq=False)
+@attrs.frozen(eq=False)
 class Cut:
     """A severed edge: where the data goes on and the gradient does not."""
 
@@ -52,10 +52,12 @@ def merged(structures: Sequence[Structure]) -> tuple[dict[str, Group], dict[tupl
     edges: dict[tuple[str, str], None] = {}
     for structure in structures:
         for name, group in structure.groups.items():
-            if name in groups:
-                groups[name].parameters |= group.parameters
-            else:
-                groups[name] = group
+            known = groups.get(name)
+            groups[name] = (
+                group
+                if known is None
+                else attrs.evolve(known, parameters={**known.parameters, **group.parameters})
+            )
         edges |= structure.edges
     return groups, edges
 

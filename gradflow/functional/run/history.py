@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import wide_dtype
-from gradflow.functional.run.step import Outcome, Program
-from gradflow.functional.tap.calls import Call, Observation
+from gradflow.functional.run.step import Outcome
+from gradflow.functional.tap.calls import ActivationKey, Call, Observation
 from gradflow.functional.tap.probes import is_safe, num_nonzero, safe_range, sum_of_squares
-from gradflow.functional.tap.watch import ActivationKey
+from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.tap.tapped import TappedModel
 from gradflow.records import Bools, Floats
 
 Place = tuple[str, Hashable]  # what a number is (`grad`, `out`, ...), and of what
@@ -114,19 +116,17 @@ class Content(NamedTuple):
     sizes: tuple[int, ...]
 
 
-@attrs.define(eq=False)
+@attrs.frozen(eq=False)
 class Form:
     """What an ordinary step has given: the next one that gives the same needs no new layout.
 
     Args:
-        calls: the calls of the step.
         content: what its numbers are of.
         layout: the layout of its row.
         counts: element counts of its row.
         ranges: between which a sum of squares must be to be safe, and any other number to be finite.
     """
 
-    calls: list[Call]
     content: Content
     layout: Layout
     counts: Floats
@@ -135,9 +135,15 @@ class Form:
 
 @attrs.define(eq=False)
 class History:
-    """Everything that was read off the steps so far."""
+    """Everything that was read off the steps so far.
 
-    program: Program
+    Args:
+        parameters: the working parameters by name.
+        taps: told how the sums of the next step are taken.
+    """
+
+    parameters: Tensors
+    taps: TappedModel
     rows: list[Row] = attrs.field(factory=list)
     calls: dict[str, Call] = attrs.field(factory=dict)  # by name, as last run, in the order first met
     out_of_range: set[Place] = attrs.field(factory=set)  # sums that were once unsafe; they stay exact
@@ -148,23 +154,24 @@ class History:
     settling: bool = False  # whether the last step has settled any
     stuck: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
     _form: Form | None = None  # of the last ordinary step
+    _formed: list[Call] = attrs.field(factory=list)  # the calls of that step
     _layouts: dict[tuple[tuple[Place, ...], tuple[str, ...]], Layout] = attrs.field(factory=dict)
 
     def read(self, outcome: Outcome, *, look: bool, parameters_moved: bool) -> Row:
         """Return the step's numbers: the one transfer to the host that a step makes, after it is done."""
-        noted = self._noted()
+        noted = self._noted(outcome.recorder)
         merging = look or any(len(steps) >= _MERGED for steps in self.rising.values())
         risen = self.merge_peaks() if merging else {}
         content = self._content(outcome, parameters_moved or not self.rows)
         lasting = self._lasting(outcome, look, content.moved)
-        slots = (slot for slot in outcome.slots if slot is not None)
-        scalars = [outcome.loss, *slots, *(value for _, value in noted), *risen.values()]
+        arrived = (squares for squares in outcome.gradients.outputs if squares is not None)
+        scalars = [outcome.loss, *arrived, *(observation.value for observation in noted), *risen.values()]
         exact = not self.rows
         values = to_host([*scalars, *(_number(kind, tensor, exact) for kind, _, tensor in lasting)])
-        form = self._same_form(content)
+        form = self._same_form(outcome.recorder, content)
         if form is None or noted or risen or look:
             _repair(values, len(scalars), lasting)
-            return self._read_anew(content, np.array(values), noted, risen, lasting)
+            return self._read_anew(outcome.recorder, content, np.array(values), noted, risen, lasting)
         safe = all(least < v < most for v, (least, most) in zip(values, form.ranges, strict=True))
         if not safe:
             _repair(values, len(scalars), lasting)
@@ -175,29 +182,29 @@ class History:
         return row
 
     def _content(self, outcome: Outcome, moved: bool) -> Content:
-        recorder = self.program.recorder
-        sites = zip(recorder.sites, outcome.slots, strict=True)
+        recorder, gradients = outcome.recorder, outcome.gradients
+        sites = zip(recorder.sites, gradients.outputs, strict=True)
         return Content(
-            probed=tuple([site.call for site, slot in sites if slot is not None]),
-            reached=tuple([gradient is not None for gradient in outcome.gradients.values()]),
+            probed=tuple([site.call for site, squares in sites if squares is not None]),
+            reached=tuple([gradient is not None for gradient in gradients.parameters.values()]),
             moved=moved,
             sizes=tuple([call.num_elements for call in recorder.calls if call.is_layer]),
         )
 
     def _read_anew(
         self,
+        recorder: Recorder,
         content: Content,
         values: Floats,
-        noted: list[tuple[Observation, Tensor]],
+        noted: list[Observation],
         risen: dict[ActivationKey, Tensor],
         lasting: list[tuple[str, str, Tensor]],
     ) -> Row:
         """Return the row of a step that gives other numbers than the one before."""
-        recorder = self.program.recorder
         behind = [recorder.calls[i] for i in content.probed]
         places: list[Place] = [("loss", ""), *(("grad", call.name) for call in behind)]
         numbers = [1, *(call.num_elements for call in behind)]
-        for observation, _ in noted:
+        for observation in noted:
             key = observation.key
             places.append((observation.kind, recorder.calls[key].name if isinstance(key, int) else key))
             numbers.append(observation.number)
@@ -207,45 +214,57 @@ class History:
         numbers += [tensor.numel() for _, _, tensor in lasting]
         calls = [call for call in recorder.calls if call.is_layer]
         for call in calls:
-            self.calls[call.name] = self._merged_call(call)
+            if call.name in self.calls:
+                call.take_over(self.calls[call.name])
+            self.calls[call.name] = call
         layout, counts = self._layout(places, calls), np.array(numbers)
         row = Row(layout, values, counts, content.sizes)
         self._choose_precision(row)
         self._settle(row)
-        if recorder.ordinary and not (noted or risen):
+        if recorder.asked.ordinary and not (noted or risen):
             sums = layout.sums | np.isin([kind for kind, _ in places], _LASTING_SUMS)
             least, most = safe_range(counts)
             least, most = np.where(sums, least, -np.inf), np.where(sums, most, np.inf)
             ranges = list(zip(least.tolist(), most.tolist(), strict=True))
-            self._form = Form(recorder.calls, content, layout, counts, ranges)
+            self._form, self._formed = Form(content, layout, counts, ranges), recorder.calls
         return row
 
-    def _same_form(self, content: Content) -> Form | None:
+    def _same_form(self, recorder: Recorder, content: Content) -> Form | None:
         """Return the form of the last ordinary step, if this one gave numbers of the same things."""
-        recorder, form = self.program.recorder, self._form
-        if form is None or not recorder.ordinary:
+        form, calls = self._form, recorder.calls
+        if form is None or not recorder.asked.ordinary:
             return None
-        same_calls = (
-            recorder.alike and recorder.known is form.calls and len(recorder.calls) == len(form.calls)
-        )
+        same_calls = recorder.alike and recorder.known is self._formed and len(calls) == len(self._formed)
         if not same_calls or content != form.content:
             self._form = None
             return None
-        form.calls = recorder.calls  # by which the next step will know it
+        self._formed = calls  # by which the next step will know it
         return form
 
-    def _noted(self) -> list[tuple[Observation, Tensor]]:
+    def _noted(self, recorder: Recorder) -> list[Observation]:
         """Return what was noted and goes into the row; what is kept for every unit is put aside."""
-        recorder, noted = self.program.recorder, []
-        for observation, value in zip(recorder.observations, recorder.values, strict=True):
+        noted = []
+        for observation in recorder.observations:
             if observation.kind == "peak":
                 if observation.key not in self.settled:
-                    self.rising.setdefault(observation.key, []).append(value)
+                    self.rising.setdefault(observation.key, []).append(observation.value)
             elif observation.kind == "stuck":
-                self._merge_stuck(observation.key, value)
+                self._merge_stuck(observation.key, observation.value)
             else:
-                noted.append((observation, value))
+                noted.append(observation)
         return noted
+
+    def keep(self, row: Row) -> None:
+        """Keep the row of a step, which now counts."""
+        self.rows.append(row)
+
+    def unsettled_rectifiers(self) -> list[ActivationKey]:
+        """Return the rectifiers that have units which never fired so far.
+
+        Whether every unit of a rectifier fires at some time is followed in every step, until all have; other
+        activations, at looks.
+        """
+        return [key for key in self.peaks if key.kind == "rectifier" and key not in self.settled]
 
     def merge_peaks(self) -> dict[ActivationKey, Tensor]:
         """Merge the peaks of the last steps; return the smallest of each rectifier that has any."""
@@ -274,14 +293,6 @@ class History:
                 self.settled.add(row.layout.places[position][1])  # type: ignore[arg-type]
         self.settling = len(self.settled) > before
 
-    def _merged_call(self, call: Call) -> Call:
-        """Return the call with what only the first step shows."""
-        first = self.calls.get(call.name)
-        if first is not None:
-            call.differentiable, call.has_children = first.differentiable, first.has_children
-            call.shape = call.shape or first.shape
-        return call
-
     def _layout(self, places: list[Place], calls: list[Call]) -> Layout:
         key = tuple(places), tuple(call.name for call in calls)
         if key not in self._layouts:
@@ -291,10 +302,10 @@ class History:
     def _lasting(self, outcome: Outcome, look: bool, moved: bool) -> list[tuple[str, str, Tensor]]:
         """Return (kind of number, name, tensor it is taken of) for the parameters and their gradients."""
         found = []
-        for name, parameter in self.program.parameters.items():
+        for name, parameter in self.parameters.items():
             if moved:
                 found.append(("norm", name, parameter.detach()))
-            gradient = outcome.gradients.get(name)
+            gradient = outcome.gradients.parameters.get(name)
             if gradient is not None:
                 found.append(("pgrad", name, gradient))
                 if look and gradient.layout is torch.strided:
@@ -303,7 +314,7 @@ class History:
 
     def _choose_precision(self, row: Row) -> None:
         """Choose how the next step's sums are taken; see NOTE [Exact and fast] in probes.py."""
-        exact, layout = self.program.recorder.exact, row.layout
+        exact, layout = self.taps.exact, row.layout
         any_exact = not exact or any(exact.values())
         unsafe = layout.sums & ~is_safe(row.values, row.counts)
         self.in_doubt = False
@@ -317,7 +328,7 @@ class History:
                 if unsafe[position]:
                     self.out_of_range.add((kind, key))
                     self.in_doubt |= row.values[position] == 0 and not exact.get((key, kind), True)  # type: ignore[arg-type]
-                exact[key, kind] = (kind, key) in self.out_of_range  # type: ignore[index]
+                self.taps.set_exact(str(key), kind, (kind, key) in self.out_of_range)
 
 
 def _number(kind: str, tensor: Tensor, exact: bool) -> Tensor:

@@ -12,7 +12,6 @@ from gradflow.functional.model.layers import ancestors, owner, passed_by
 from gradflow.functional.model.optimizers import learning_rates, optimized
 from gradflow.functional.model.supported import standing_notes
 from gradflow.functional.run.assembly import activation_records, layer_records, parameter_records
-from gradflow.functional.run.graph_record import graph_record
 from gradflow.functional.run.history import series
 from gradflow.functional.run.run import Run
 from gradflow.records import FlowRecord, Provenance
@@ -20,44 +19,41 @@ from gradflow.records import FlowRecord, Provenance
 
 def conclude(run: Run, skipped: int) -> None:
     """Note what a reader must know, and where the gradient was seen to arrive."""
-    unprobed, history = run.program.recorder.unprobed, run.history
+    unprobed, history, held = run.program.taps.unprobed, run.history, run.program.learned.held
     history.merge_peaks()
+    note = run.findings.note
     if skipped:
-        run.notes.append(
+        note(
             f"{skipped} updates with a non-finite loss or gradient were skipped, so that the steps after "
             "them could still be measured."
         )
-    run.notes += [
-        f"No gradient could be measured at the output of {name!r}: it shares its storage with the layer's "
-        "input, and is changed in place afterwards."
-        for name in sorted(unprobed)
-    ]
-    run.notes += [
-        f"Some gradient enters {name or '(model)'!r} elsewhere than by what it returned (its output is kept "
-        "on an attribute, or is of an unknown class). It is no part of the output gradient measured there."
-        for name in sorted(run.bypassed)
-        if history.calls[name].module not in unprobed
-    ]
-    if run.program.held and run.plan.optimizer is not None:
-        run.notes.append(
-            f"{', '.join(map(repr, run.program.held))}: used past the module as well (a list, a closure or "
-            "the loss holds the parameter itself), where it stays as it is while copies are stepped."
+    for name in sorted(unprobed):
+        note(
+            f"No gradient could be measured at the output of {name!r}: it shares its storage with the "
+            "layer's input, and is changed in place afterwards."
         )
-    # The inside of a reentrant checkpoint is not in the graph, but the gradient is seen to arrive there.
-    run.arrived = {str(name) for name, (_, n) in series(history, "grad").items() if (n > 0).any()}
-    run.severed = [
-        cut for cut in run.severed if cut.source not in run.arrived or not cut.reason.startswith("checkpoint")
-    ]
-    run.arrived |= {name for name, call in history.calls.items() if call.module in unprobed}
-    run.arrived |= run.bypassed
+    for name in sorted(run.graph.bypassed):
+        if history.calls[name].module not in unprobed:
+            note(
+                f"Some gradient enters {name or '(model)'!r} elsewhere than by what it returned (its output "
+                "is kept on an attribute, or is of an unknown class). It is no part of the output gradient "
+                "measured there."
+            )
+    if held and run.plan.optimizer is not None:
+        note(
+            f"{', '.join(map(repr, held))}: used past the module as well (a list, a closure or the loss "
+            "holds the parameter itself), where it stays as it is while copies are stepped."
+        )
+    arrived = {str(name) for name, (_, n) in series(history, "grad").items() if (n > 0).any()}
+    run.graph.conclude(arrived, {name for name, call in history.calls.items() if call.module in unprobed})
 
 
 def assembled(run: Run) -> FlowRecord:
     """Return the record of a run."""
-    program, recorder, plan = run.program, run.program.recorder, run.plan
-    history, steps = run.history, len(run.history.rows)
+    modules, parameters = run.program.taps.modules, run.program.state.parameters
+    plan, history = run.plan, run.history
     called = {call.module for call in history.calls.values()}
-    owners = {name: owner(name, recorder.modules) for name in program.parameters}
+    owners = {name: owner(name, modules) for name in parameters}
     owned: dict[str, list[str]] = {}
     reached = series(history, "pgrad")
     never: dict[str, bool] = {}  # whether a parameter of it is used all the same
@@ -67,26 +63,21 @@ def assembled(run: Run) -> FlowRecord:
         if module not in called:
             user = next((a for a in ancestors(module) if a in called), "") if used else module
         owned.setdefault(user, []).append(name)
-        if module not in called and program.parameters[name].requires_grad:
+        if module not in called and parameters[name].requires_grad:
             never[module] = never.get(module, False) or used
-    graph = None
-    if run.structures and run.dataflow is not None:
-        graph = graph_record(
-            run.structures, run.severed, run.calls, run.dataflow, run.flows, run.arrived
-        )  # fmt: skip
-    chosen = optimized(plan.optimizer, program.model) if plan.optimizer is not None else None
+    chosen = optimized(plan.optimizer, run.program.given.model) if plan.optimizer is not None else None
     idle = [name for name, used in never.items() if not used]
     return FlowRecord(
-        steps=steps,
+        steps=len(history.rows),
         losses=np.array([row.loss for row in history.rows]),
         layers=layer_records(history, owned),
         parameters=parameter_records(history, owners, chosen),
         activations=activation_records(history),
-        numerics=run.numerics,
+        numerics=run.findings.numerics,
         never_called=idle,
-        passed_by=passed_by(idle, called | {call.module for call in run.calls}, recorder.modules),
-        graph_record=graph,
-        provenance=_provenance(run, steps),
+        passed_by=passed_by(idle, called | {call.module for call in run.graph.calls}, modules),
+        graph_record=run.graph.record(),
+        provenance=_provenance(run),
         **{name: value for session in run.sessions for name, value in session.fields().items()},
     )
 
@@ -98,21 +89,21 @@ def _version() -> str:
         return "0"
 
 
-def _provenance(run: Run, steps: int) -> Provenance:
-    program, plan, recorder = run.program, run.plan, run.program.recorder
-    parameters = list(program.parameters.values())
-    notes = [*run.notes, *standing_notes(program.model, plan.optimizer)]
+def _provenance(run: Run) -> Provenance:
+    model, plan, steps = run.program.given.model, run.plan, len(run.history.rows)
+    parameters = list(run.program.state.parameters.values())
+    notes = [*run.findings.notes, *standing_notes(model, plan.optimizer)]
     notes += [note for session in run.sessions for note in session.notes()]
-    if recorder.hooked and plan.detail == "full":
+    if run.program.taps.hooked and plan.detail == "full":
         notes.append(
             "The model puts hooks on tensors. The flow on the edges is without them; gradients are with them."
         )
     if steps < plan.steps:
         notes.append(f"The batches ended after {steps} of {plan.steps} steps.")
-    if plan.detail == "full" and not run.flows:
+    if plan.detail == "full" and not run.graph.flows:
         why = (
             "a reentrant activation checkpoint hides a part of the graph; `use_reentrant=False` shows it."
-            if program.reentrant
+            if run.program.learned.reentrant
             else "the transform `vjp` leaves no graph to walk; `fused` does."
         )
         notes.append(f"The flow on the edges could not be measured: {why}")
@@ -125,7 +116,7 @@ def _provenance(run: Run, steps: int) -> Provenance:
         },
         device=str(parameters[0].device),
         dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
-        model=type(program.model).__name__,
+        model=type(model).__name__,
         num_parameters=sum(p.numel() for p in parameters),
         seed=plan.seed,
         requested_steps=plan.steps,

@@ -1,19 +1,16 @@
-"""What a run is asked to do, and its state."""
+"""What a run is asked to do, and what it has found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import attrs
 import torch
 
 from gradflow.functional.measurement import Measurement, Session
-from gradflow.functional.reverse.autograd_graph import Structure
-from gradflow.functional.reverse.dataflow import DataFlow
-from gradflow.functional.run.graph_record import Cut, HostFlows
+from gradflow.functional.run.graph_findings import GraphFindings
 from gradflow.functional.run.history import History
-from gradflow.functional.run.step import Program
-from gradflow.functional.tap.calls import Call
+from gradflow.functional.run.program import Program
 from gradflow.records import FlowRecord, NumericalRecord
 
 Progress = Callable[[int, int], None]
@@ -44,24 +41,51 @@ class Plan:
         return step in (0, last - 1)
 
 
+_MAX_TRACES = 3  # a NaN that comes back in every step is traced no more often than this
+
+
 @attrs.define(eq=False)
+class Findings:
+    """What a run has found beside the numbers of its steps: births of NaN, and what a reader must know."""
+
+    numerics: list[NumericalRecord] = attrs.field(factory=list)
+    notes: list[str] = attrs.field(factory=list)
+    _traces: int = 0
+
+    def may_trace(self) -> bool:
+        """Whether one more step may be traced; it is counted."""
+        self._traces += 1
+        return self._traces <= _MAX_TRACES
+
+    def certify(self, births: Iterable[NumericalRecord]) -> None:
+        """Keep the birth certificates of a step."""
+        self.numerics.extend(births)
+
+    def note(self, *sentences: str) -> None:
+        """Keep what a reader must know to trust the numbers."""
+        self.notes.extend(sentences)
+
+
+@attrs.frozen(eq=False)
 class Run:
-    """The state of one run."""
+    """One run: what it works with, what it is asked to do, and what it has found so far.
+
+    Args:
+        program: what every step runs on.
+        plan: what is asked.
+        transform: the reverse pass that was chosen.
+        transform_reason: why.
+        sessions: of the measurements that were asked for.
+        history: the numbers of the steps.
+        graph: what they have shown of the graph.
+        findings: what else was found.
+    """
 
     program: Program
     plan: Plan
-    history: History
     transform: str
     transform_reason: str
-    dataflow: DataFlow | None = None
-    calls: list[Call] = attrs.field(factory=list)  # of the first step
-    structures: list[Structure] = attrs.field(factory=list)
-    severed: list[Cut] = attrs.field(factory=list)
-    bypassed: set[str] = attrs.field(factory=set)  # names of calls; see `autograd_graph.bypassed`
-    capturable: set[str] = attrs.field(factory=set)  # the like
-    arrived: set[str] = attrs.field(factory=set)  # names of calls at whose output a gradient was seen
-    flows: list[HostFlows] = attrs.field(factory=list)
-    numerics: list[NumericalRecord] = attrs.field(factory=list)
-    traces: int = 0
-    notes: list[str] = attrs.field(factory=list)
-    sessions: list[Session] = attrs.field(factory=list)
+    sessions: tuple[Session, ...]
+    history: History
+    graph: GraphFindings = attrs.field(factory=GraphFindings)
+    findings: Findings = attrs.field(factory=Findings)

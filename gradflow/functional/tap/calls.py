@@ -8,8 +8,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.tap.probes import Site
-from gradflow.functional.torch_private import num_writes
+from gradflow.functional.torch_private import checkpoint_segment, num_writes, sequence_number
 
 
 @attrs.define(eq=False)
@@ -34,14 +35,72 @@ class Call:
     versions: list[int] = attrs.field(factory=list)  # of the positional arguments, before it ran
     sites: list[Site] = attrs.field(factory=list)
 
+    def begin(self, args: Any) -> None:
+        """Note what is so at the start of the call."""
+        self.grad_enabled = torch.is_grad_enabled()
+        self.segment = 0 if self.grad_enabled else checkpoint_segment()
+        self._note_start(args)
+
+    def begin_again(self, args: Any) -> None:
+        """Forget an earlier, like call, and note the start of this one."""
+        self.sites, self.num_elements = [], 0
+        self._note_start(args)
+
+    def _note_start(self, args: Any) -> None:
+        if self.is_layer:
+            self.versions = [version(a) for a in args]
+        self.start = sequence_number()
+
+    def note_inputs(self, inputs: Any) -> None:
+        """Note whether any tensor that enters the call requires a gradient."""
+        self.differentiable = any(t.requires_grad for t in iter_tensors(inputs))
+
+    def note_child(self) -> None:
+        """Note that a layer is called in this call."""
+        self.has_children = True
+
+    def note_output(self, y: Tensor) -> None:
+        """Note the size of an output, and the shape of the first."""
+        if not self.shape:
+            self.shape = tuple(y.shape)
+        self.num_elements += y.numel()
+
+    def finish(self) -> None:
+        """Note the end of the call."""
+        self.end = sequence_number()
+
+    def take_over(self, first: Call) -> None:
+        """Take over from the same call of an earlier step what only the first step shows."""
+        self.differentiable, self.has_children = first.differentiable, first.has_children
+        self.shape = self.shape or first.shape
+
+
+@attrs.frozen
+class ActivationKey:
+    """Which activation an observation is about."""
+
+    name: str
+    op: str
+    kind: str
+    functional: bool
+    layer: str
+
 
 @attrs.frozen(eq=False)
 class Observation:
-    """A number about a call (or an activation) that is still on its device."""
+    """A number about a call (or an activation), or a vector of them, that is still on its device.
+
+    Args:
+        kind: what it is.
+        key: the index of the call, or the key of the activation.
+        value: the number.
+        number: of elements behind it.
+    """
 
     kind: str
     key: Any
-    number: int  # of elements behind the value
+    value: Tensor
+    number: int
 
 
 # Layers that keep the units of the layer before them.

@@ -6,7 +6,6 @@ modules' own calls included, without touching the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gradflow.functional.tap.calls import Call, unit_axis
+from gradflow.functional.tap.calls import ActivationKey, unit_axis
 from gradflow.functional.tap.probes import is_probe, sum_of_squares
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import transform_level, unwatched
@@ -32,52 +31,45 @@ ACTIVATIONS: dict[str, tuple[str, str]] = {
 
 
 class Watch(TorchFunctionMode):
-    """Tells the recorder of activations; `observer`, where given, of every function.
+    """Tells the recorder of activations, and its listeners of every function.
 
     Args:
-        recorder: the step's recorder.
-        observer: called as `observer(function, args, kwargs, output, start)` after each function, `start`
-            being autograd's sequence number before it.
+        recorder: of the step that is running.
     """
 
-    def __init__(self, recorder: Recorder, observer: Callable[..., None] | None = None) -> None:
+    def __init__(self, recorder: Recorder) -> None:
         super().__init__()
-        self.recorder = recorder
-        self.observer = observer
+        self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        recorder = self.recorder
+        recorder = self._recorder
         if transform_level() > recorder.level:
             return func(*args, **kwargs)
-        if not recorder.sessions or not recorder.active or recorder.in_backward:
+        listeners = recorder.asked.listeners
+        if not listeners:
             return self._run(func, args, kwargs)
-        with unwatched(), torch.no_grad():
-            ends = [session.function(func, args, kwargs) for session in recorder.sessions]
+        with recorder.telling():
+            ends = [listener.function(func, args, kwargs) for listener in listeners]
         out = self._run(func, args, kwargs)
-        with unwatched(), torch.no_grad():
+        with recorder.telling():
             for end in ends:
                 if end is not None:
                     end(out)
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
-        name = getattr(func, "__name__", "")
-        found = ACTIVATIONS.get(name)
+        found = ACTIVATIONS.get(getattr(func, "__name__", ""))
         if found is None:
-            if self.observer is None:
-                return func(*args, **kwargs)
-            return self.observer(func, args, kwargs)
+            return func(*args, **kwargs)
         x = args[0] if args else kwargs.get("input")
-        listening = self.recorder.active and not self.recorder.in_backward
         bounds = _bounds(found, args, kwargs)
-        if not listening or not _is_watched(x) or bounds is None:
-            run = self.observer
-            return func(*args, **kwargs) if run is None else run(func, args, kwargs)
+        if not _is_watched(x) or bounds is None:
+            return func(*args, **kwargs)
         with unwatched():
             op = "relu6" if found[0] == "hardtanh" and bounds.kind == "rectifier" else found[0]
-            before = _Before(self.recorder, op, x, bounds)
-        out = func(*args, **kwargs) if self.observer is None else self.observer(func, args, kwargs)
+            before = _Before(self._recorder, op, x, bounds)
+        out = func(*args, **kwargs)
         if isinstance(out, Tensor) and out.numel():
             with unwatched():
                 before.note(out, kwargs.get("dim", args[1] if len(args) > 1 else -1))
@@ -93,52 +85,25 @@ def unit_rows(y: Tensor, feeding: str) -> Tensor:
     return y.movedim(unit_axis(y, feeding), 0).flatten(1) if y.dim() > 1 else y.reshape(-1, 1)
 
 
-def note_rectifier(recorder: Recorder, key: ActivationKey, y: Tensor) -> None:
-    """Note the largest output of every unit of a rectifier, and at looks how many elements fire."""
-    axis = unit_axis(y, recorder.last_type)
-    dims = [d for d in range(y.dim()) if d != axis % y.dim()] if y.dim() > 1 else []
-    recorder.note("peak", key, y.amax(dims) if dims else y.clone(), y.numel())
-    if recorder.look:
-        recorder.note("fired", key, torch.count_nonzero(y > 0), y.numel())
-
-
-def after_module(recorder: Recorder, call: Call, output: Any) -> None:
-    """Note what a rectifier module gave, in a step without a watch."""
-    if isinstance(output, Tensor) and output.requires_grad and output.numel():
-        note_rectifier(recorder, recorder.rectifiers[call.name], output.detach())
-
-
-@attrs.frozen
-class ActivationKey:
-    """Which activation an observation is about."""
-
-    name: str
-    op: str
-    kind: str
-    functional: bool
-    layer: str
-
-
 class _Before:
     """What must be known of an activation before it runs: its input, which may be overwritten."""
 
     def __init__(self, recorder: Recorder, op: str, x: Tensor, bounds: Bounds) -> None:
         self.recorder, self.op, self.bounds = recorder, op, bounds
         self.key = self._key(x)
-        self.input_squares = sum_of_squares(x.detach(), exact=False) if recorder.look else None
-        self.masked = x.detach() <= MASKED if recorder.look and op == "softmax" else None
+        self.input_squares = sum_of_squares(x.detach(), exact=False) if recorder.asked.look else None
+        self.masked = x.detach() <= MASKED if recorder.asked.look and op == "softmax" else None
 
     def _key(self, x: Tensor) -> ActivationKey:
         recorder = self.recorder
         leaf = recorder.innermost_leaf()
-        if leaf is not None and not any(True for _ in recorder.modules[leaf.module].parameters(False)):
+        if leaf is not None and not any(True for _ in recorder.model.modules[leaf.module].parameters(False)):
             return ActivationKey(leaf.name, self.op, self.bounds.kind, False, leaf.name)
         if leaf is not None:
             layer = leaf.name
         else:
             layer = source_layer(recorder, x, joint=self.op == "softmax")
-        number = recorder.counts.get(f":{layer}:{self.op}", 0)
-        recorder.counts[f":{layer}:{self.op}"] = number + 1
+        number = recorder.numbered(f":{layer}:{self.op}")
         name = f"{layer}:{self.op}" + (f"@{number}" if number else "")
         return ActivationKey(name, self.op, self.bounds.kind, True, layer)
 
@@ -148,8 +113,8 @@ class _Before:
             self._note_softmax(y, dim)
             return
         if self.bounds.kind == "rectifier":
-            note_rectifier(recorder, self.key, y)
-        elif recorder.look:
+            recorder.note_rectifier(self.key, y)
+        elif recorder.asked.look:
             flat = self.bounds.saturated(unit_rows(y, recorder.last_type))
             recorder.note("saturated", self.key, flat.sum(), y.numel())
             recorder.note("stuck", self.key, flat.all(1), y.numel())
@@ -157,7 +122,7 @@ class _Before:
             recorder.note("input", self.key, self.input_squares, y.numel())
 
     def _note_softmax(self, y: Tensor, dim: Any) -> None:
-        if not self.recorder.look or not isinstance(dim, int) or not y.dim():
+        if not self.recorder.asked.look or not isinstance(dim, int) or not y.dim():
             return
         width = y.shape[dim]
         # 1 − Σp² is the trace of the softmax's Jacobian diag(p) − ppᵀ; at most 1 − 1/n
@@ -219,7 +184,7 @@ def _bounds(found: tuple[str, str], args: Any, kwargs: Any) -> Bounds | None:
     return Bounds("bounded", low, high) if plain else None
 
 
-def source_calls(recorder: Recorder, x: Tensor) -> list[int]:
+def source_calls(x: Tensor) -> list[int]:
     """Return the layer calls whose outputs feed `x` through functional operations, by autograd's graph."""
     if not isinstance(x, Tensor) or x.grad_fn is None:
         return []
@@ -247,7 +212,7 @@ def source_layer(recorder: Recorder, x: Tensor, *, joint: bool = False) -> str:
         joint: with several sources, return the module that holds them all (an attention module for its
             query and key projections) where it is not the model itself.
     """
-    sources = source_calls(recorder, x)
+    sources = source_calls(x)
     if joint and len(sources) > 1:
         names = [recorder.calls[i].module.split(".")[:-1] for i in sources]
         common = _common_prefix(names)

@@ -14,8 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from gradflow.functional import analyze, graph_of
 from gradflow.functional.reverse.autograd_graph import is_leaf, operation, topological
 from gradflow.functional.reverse.reverse import accumulated, fused
-from gradflow.functional.run.step import Before, Program, run_step
-from gradflow.functional.tap.recorder import NeedsRetry, Recorder
+from gradflow.functional.run.program import Before, Given, Program, WorkingState
+from gradflow.functional.run.step import Request, run_step
+from gradflow.functional.tap.recorder import NeedsRetry
+from gradflow.functional.tap.tapped import TappedModel
 from gradflow.records import FlowRecord
 from tests.functional.naive import naive_step
 from tests.models import squares
@@ -398,14 +400,14 @@ def test_more_calls_than_were_foreseen(transform: Any) -> None:
 
 def test_a_step_that_never_settles_ends_with_an_error() -> None:
     model = nn.Linear(4, 2)
-    recorder = Recorder({"": model}, {""})
 
     def evaluate(batch: Any, step: int) -> Tensor:
         raise NeedsRetry("again")
 
-    program = Program(model, None, evaluate, recorder, lambda batch: {})
+    given = Given(model, None, evaluate, lambda batch: {})
+    program = Program(given, WorkingState.of(given), TappedModel.of(model))
     with pytest.raises(RuntimeError, match="could not settle on the probes of this model"):
-        run_step(program, X, 0, transform="fused", structural=False, look=False, before=Before.of(program))
+        run_step(program, Request(batch=X, step=0, before=Before.of(program)))
 
 
 def test_a_graph_is_measured_without_touching_the_users_graph() -> None:

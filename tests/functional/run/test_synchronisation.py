@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradflow.functional import analyze
-from gradflow.functional.run import measure, step
+from gradflow.functional.run import loop, step
+from gradflow.functional.run.program import Program
+from gradflow.functional.run.step import Request
 from tests.models import CASES, Case, squares
 
 # Operations whose result, or whose shape, a program can only go on with once values are known.
@@ -63,12 +65,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[int, Reads]:
     found: dict[int, Reads] = {}
     original: Callable[..., Any] = step.run_step
 
-    def run_step(program: Any, batch: Any, number: int, **options: Any) -> Any:
-        found[number] = Reads()
-        with found[number]:
-            return original(program, batch, number, **options)
+    def run_step(program: Program, request: Request) -> Any:
+        found[request.step] = Reads()
+        with found[request.step]:
+            return original(program, request)
 
-    monkeypatch.setattr(measure, "run_step", run_step)
+    monkeypatch.setattr(loop, "run_step", run_step)
     return found
 
 
@@ -142,15 +144,15 @@ def test_the_mode_sees_every_kind_of_read(read: Callable[[Tensor], Any]) -> None
 def test_a_step_does_not_wait_for_a_gpu(name: str, detail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original: Callable[..., Any] = step.run_step
 
-    def run_step(program: Any, batch: Any, number: int, **options: Any) -> Any:
-        forbidden = not options["look"] if detail == "full" else number > 0
+    def run_step(program: Program, request: Request) -> Any:
+        forbidden = not request.look if detail == "full" else request.step > 0
         torch.cuda.set_sync_debug_mode("error" if forbidden else "default")
         try:
-            return original(program, batch, number, **options)
+            return original(program, request)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(measure, "run_step", run_step)
+    monkeypatch.setattr(loop, "run_step", run_step)
     case = CASES[name]
     model, batch = case.build().cuda(), case.batch().cuda()
 

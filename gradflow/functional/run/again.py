@@ -1,0 +1,101 @@
+"""Steps that are run again: to find the birth of a NaN, with exact sums, and with the flow on every edge."""
+
+from __future__ import annotations
+
+import attrs
+import numpy as np
+from torch import Tensor
+
+from gradflow.functional.model.layers import owner
+from gradflow.functional.reverse import numerics
+from gradflow.functional.reverse.autograd_graph import Structure
+from gradflow.functional.run.history import Row
+from gradflow.functional.run.run import Run
+from gradflow.functional.run.step import Request, run_step
+from gradflow.records import FlowRecord
+
+
+def traced(run: Run, request: Request, row: Row) -> Row:
+    """Run a step with a NaN or an Inf again, told of every operation, and keep its birth certificate.
+
+    The sums of squares are in double precision this time: if nothing is found, only they had overflowed. The
+    row that is returned stands in for the first one.
+    """
+    program, taps = run.program, run.program.taps
+    if program.learned.reentrant or not run.findings.may_trace():
+        return row
+    with request.before.again(program):
+        taps.sum_exactly()
+        tracer = numerics.Tracer()
+        inputs = program.given.inputs_of(request.batch)
+        parameters = program.state.parameters
+        owners = {name: owner(name, taps.modules) for name in parameters}
+
+        def certify(loss: Tensor, structure: Structure | None) -> None:
+            found = numerics.certificates(
+                tracer, loss, structure, step=request.step, inputs=inputs, parameters=parameters,
+                owners=owners,
+            )  # fmt: skip
+            run.findings.certify(found)
+
+        closely = Request(
+            batch=request.batch, step=request.step, before=request.before, structural=True, look=True,
+            listeners=(tracer,), inspect=certify,
+        )  # fmt: skip
+        outcome = run_step(program, closely)
+        again = run.history.read(outcome, look=True, parameters_moved=run.plan.optimizer is not None)
+    return again if _is_same(run, request.step, row.loss, again.loss) else row
+
+
+def summed_exactly(run: Run, request: Request, row: Row) -> Row:
+    """Run a step again with exact sums, where a fast one came out as zero and was not before.
+
+    Zero may mean that the squares have underflowed. A sum that this happens to is exact from then on.
+    """
+    program = run.program
+    if program.learned.reentrant:
+        return row
+    with request.before.again(program):
+        plainly = attrs.evolve(request, first=False, structural=False, full=False, ranks=False, listeners=())
+        outcome, moved = run_step(program, plainly), run.plan.optimizer is not None
+        exact = run.history.read(outcome, look=request.look, parameters_moved=moved)
+    return exact if _is_same(run, request.step, row.loss, exact.loss) else row
+
+
+def deepened(run: Run, request: Request, record: FlowRecord) -> FlowRecord:
+    """Measure the last step again with the flow on every edge, and return the record with it."""
+    program, step = run.program, request.step
+    with request.before.again(program):
+        deeply = Request(
+            batch=request.batch, step=step, before=request.before, structural=True, look=True, full=True,
+            ranks=True,
+        )  # fmt: skip
+        outcome = run_step(program, deeply)
+    graph = run.graph.record_of(step, outcome)
+    if graph is None:
+        return record
+    notes = [
+        *record.provenance.notes,
+        f"The flow on every edge was measured at step {step}, run again with the same batch and random "
+        "state.",
+    ]
+    if (other := _other_loss(step, float(record.losses[-1]), float(outcome.loss))) is not None:
+        notes.append(other)
+    return attrs.evolve(record, graph_record=graph, provenance=attrs.evolve(record.provenance, notes=notes))
+
+
+def _is_same(run: Run, step: int, loss: float, again: float) -> bool:
+    """Whether a step that was run again gave the same loss; a note is made if not."""
+    if (other := _other_loss(step, loss, again)) is not None:
+        run.findings.note(other)
+    return other is None
+
+
+def _other_loss(step: int, loss: float, again: float) -> str | None:
+    """Return what a reader must know if a step that was run again gave another loss."""
+    if np.isclose(again, loss, rtol=1e-3, equal_nan=True):
+        return None
+    return (
+        f"Step {step} gave another loss when it was run again for a closer look: model or loss draw on "
+        "something that had moved on (an iterator, a counter). Its numbers are those of the first run."
+    )

@@ -1,0 +1,79 @@
+"""What the steps have shown of the model's graph, from the first one on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import attrs
+
+from gradflow.functional.reverse.autograd_graph import Structure, bypassed, capturable
+from gradflow.functional.reverse.dataflow import DataFlow
+from gradflow.functional.run.graph_record import Cut, HostFlows, cuts, graph_record, read_flows
+from gradflow.functional.run.step import Outcome
+from gradflow.functional.tap.calls import Call
+from gradflow.records import GraphRecord
+
+
+@attrs.define(eq=False)
+class GraphFindings:
+    """The graphs of the steps that were looked at, where data goes on without a gradient, and the flows."""
+
+    dataflow: DataFlow | None = None
+    calls: Sequence[Call] = ()  # of the first step
+    structures: list[Structure] = attrs.field(factory=list)
+    severed: list[Cut] = attrs.field(factory=list)
+    bypassed: set[str] = attrs.field(factory=set)  # names of calls; see `autograd_graph.bypassed`
+    capturable: set[str] = attrs.field(factory=set)  # the like
+    arrived: set[str] = attrs.field(factory=set)  # names of calls at whose output a gradient was seen
+    flows: list[HostFlows] = attrs.field(factory=list)
+
+    def learn(self, outcome: Outcome, dataflow: DataFlow) -> None:
+        """Keep what the first step showed of the graph and the data flow."""
+        structure, self.calls = outcome.structure, outcome.recorder.calls
+        self.dataflow = dataflow
+        self.severed = cuts(dataflow, structure, self.calls)
+        dataflow.release()
+        if structure is not None:
+            self.structures = [structure]
+            self.bypassed, self.capturable = set(bypassed(structure)), capturable(structure)
+
+    def add(self, step: int, outcome: Outcome) -> None:
+        """Keep the flows of a step, where it has any, and its graph, unless that is known."""
+        structure, flows, kept = outcome.structure, outcome.gradients.flows, self.structures
+        if flows is None:
+            return
+        self.flows.append(read_flows(step, flows))
+        if structure is not None and not (kept and structure.groups is kept[-1].groups):
+            kept.append(structure)
+
+    def conclude(self, arrived: Collection[str], unprobed: Collection[str]) -> None:
+        """Keep where the gradient was seen to arrive, at the end of a run.
+
+        Args:
+            arrived: names of calls at whose probes it was.
+            unprobed: names of calls that could not be probed.
+        """
+        # The inside of a reentrant checkpoint is not in the graph, but the gradient is seen to arrive there.
+        self.severed = [
+            cut
+            for cut in self.severed
+            if cut.source not in arrived or not cut.reason.startswith("checkpoint")
+        ]
+        self.arrived = {*arrived, *unprobed, *self.bypassed}
+
+    def record(self) -> GraphRecord | None:
+        """Return the graph's plain data, where any graph was seen."""
+        if not self.structures or self.dataflow is None:
+            return None
+        return graph_record(
+            self.structures, self.severed, self.calls, self.dataflow, self.flows, self.arrived
+        )  # fmt: skip
+
+    def record_of(self, step: int, outcome: Outcome) -> GraphRecord | None:
+        """Return the graph's plain data with the flows of one step alone, which is no part of the run."""
+        flows, structure = outcome.gradients.flows, outcome.structure
+        if flows is None or structure is None or self.dataflow is None:
+            return None
+        structures = [*self.structures, structure]
+        hosted = [read_flows(step, flows)]
+        return graph_record(structures, self.severed, self.calls, self.dataflow, hosted, self.arrived)

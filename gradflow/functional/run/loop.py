@@ -1,0 +1,215 @@
+"""The steps of a run: draw a batch, call model and loss, read the numbers, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from gradflow.errors import ModelInputError, ModelNotCalledError
+from gradflow.functional.measurement import Session
+from gradflow.functional.model.batches import detached_loss
+from gradflow.functional.model.layers import ancestors, owner
+from gradflow.functional.model.optimizers import update
+from gradflow.functional.reverse.dataflow import DataFlow
+from gradflow.functional.run.again import deepened, summed_exactly, traced
+from gradflow.functional.run.program import Before, Program
+from gradflow.functional.run.record import assembled, conclude
+from gradflow.functional.run.run import Run
+from gradflow.functional.run.step import Outcome, Request, evaluated, run_step
+from gradflow.records import FlowRecord
+
+
+def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer | None) -> FlowRecord:
+    """Run the steps that the plan asks for, and return the record.
+
+    Args:
+        run: at its beginning.
+        draw: step → the next batch, or None at the end.
+        optimizer: steps the working parameters; None leaves them as they are.
+    """
+    program, plan, history = run.program, run.plan, run.history
+    request: Request | None = None
+    skipped = 0
+    for step in range(plan.steps):
+        with program.state.swapped():  # closures that run the model see the parameters of this step
+            batch = draw(step)
+            program.state.keep_buffers()
+        if batch is None:
+            break
+        request = _request(run, step, batch)
+        outcome = _first_step(run, request) if step == 0 else _step(run, request)
+        row = history.read(outcome, look=request.look, parameters_moved=optimizer is not None)
+        if step == 0:
+            program.learned.capture(_captured(run))
+        if request.look or history.settling:
+            program.learned.follow(history.unsettled_rectifiers())
+        run.graph.add(step, outcome)
+        if not row.finite:
+            row = traced(run, request, row)
+        elif history.in_doubt:
+            row = summed_exactly(run, request, row)
+        history.keep(row)
+        if outcome.structure is not None:
+            outcome.structure.release()
+        if optimizer is not None and step < plan.steps - 1:
+            if row.finite:
+                _update(run, optimizer, outcome, request)
+            else:
+                skipped += 1
+        del outcome  # its gradients would lie beside those of the next step
+        if plan.progress is not None:
+            plan.progress(step + 1, plan.steps)
+    conclude(run, skipped)
+    record = assembled(run)
+    if plan.deepen is not None and request is not None and plan.detail == "cheap" and plan.deepen(record):
+        return deepened(run, request, record)
+    return record
+
+
+def _request(run: Run, step: int, batch: Any) -> Request:
+    """Return what the plan asks of a step."""
+    plan, fused = run.plan, run.transform == "fused"
+    look, first = plan.is_look(step), step == 0
+    return Request(
+        batch=batch,
+        step=step,
+        before=Before.of(run.program, look=look, first=first),
+        transform=run.transform,
+        first=first and fused,
+        structural=first and fused,
+        look=look,
+        full=plan.detail == "full" and fused,
+        ranks=plan.is_end(step),
+        listeners=run.sessions if look and fused else (),
+    )
+
+
+def _step(run: Run, request: Request) -> Outcome:
+    """Run a step of the plan."""
+    outcome = run_step(run.program, request)
+    if request.listeners:
+        _end(run.sessions)
+    if request.look:
+        run.program.learned.saw_random(request.before.random)
+    return outcome
+
+
+def _first_step(run: Run, request: Request) -> Outcome:
+    """Run the first step, which shows the structure as well; `vjp` needs one more for that, beforehand."""
+    program, vjp = run.program, run.transform == "vjp"
+    showing = request
+    if vjp:
+        showing = attrs.evolve(
+            request, transform="fused", first=True, structural=True, look=False, listeners=run.sessions
+        )
+    shown, dataflow = _shown(program, showing)
+    if vjp:
+        request.before.restore(program)
+    _check_first(run, shown)
+    _end(run.sessions)
+    run.graph.learn(shown, dataflow)
+    if vjp:
+        if shown.structure is not None:
+            shown.structure.release()
+        _check_not_held(program)
+        shown = run_step(program, request)
+        _check_first(run, shown)
+    program.learned.saw_random(request.before.random)
+    return shown
+
+
+def _shown(program: Program, request: Request) -> tuple[Outcome, DataFlow]:
+    """Run a structural step until it is known which modules are the layers.
+
+    A parent that uses a child's parameters without calling the child is the layer: then it starts again.
+    """
+    while True:
+        program.taps.look_for_hooks()
+        dataflow = DataFlow(program.given.inputs_of(request.batch))
+        outcome = run_step(program, attrs.evolve(request, listeners=(dataflow, *request.listeners)))
+        promoted = _promoted(program, outcome)
+        if not promoted:
+            return outcome, dataflow
+        program.taps.promote(promoted)
+        request.before.restore(program)
+
+
+def _end(sessions: Iterable[Session]) -> None:
+    """Have the sessions keep what they heard of a step, which now counts."""
+    for session in sessions:
+        session.end()
+
+
+def _promoted(program: Program, outcome: Outcome) -> set[str]:
+    """Return modules that use a never-called child's parameters although they are no layers themselves."""
+    taps = program.taps
+    called = {call.module for call in outcome.recorder.calls}
+    promoted: set[str] = set()
+    for name, gradient in outcome.gradients.parameters.items():
+        module = owner(name, taps.modules)
+        if gradient is None or module in called or name not in program.state.parameters:
+            continue
+        above = next((a for a in ancestors(module) if a in called), None)
+        if above is not None and above not in taps.layer_names:
+            promoted.add(above)
+    return promoted
+
+
+def _check_first(run: Run, outcome: Outcome) -> None:
+    """Raise if the first step shows that there is nothing to measure."""
+    if not any(call.is_layer for call in outcome.recorder.calls):
+        model = run.program.given.model
+        raise ModelNotCalledError(
+            f"no layer of {type(model).__name__} was called in the first step. The function "
+            "given must call this very model (a copy or another instance does not count): "
+            "`lambda model, step: model(x)`."
+        )
+    if all(gradient is None for gradient in outcome.gradients.parameters.values()):
+        raise detached_loss()
+
+
+def _check_not_held(program: Program) -> None:
+    """Raise if a parameter is used past its module, which a transform cannot follow."""
+    if program.learned.held:
+        raise ModelInputError(
+            f"{next(iter(program.learned.held))!r} is used past the module that it belongs to: a list, a "
+            "closure or the loss holds the parameter itself, taken beforehand, which the transform `vjp` "
+            "cannot follow. Take it from its module when it is used, or pass `transform='fused'`."
+        )
+
+
+def _captured(run: Run) -> set[str]:
+    """Return the calls whose output gradients are captured: the smallest, as far as memory goes.
+
+    They may hold a million elements (some megabytes) or 1 percent of what the parameters do.
+    """
+    left = max(2**20, sum(p.numel() for p in run.program.state.parameters.values()) // 100)
+    chosen, wanted = set(), run.graph.capturable - run.graph.bypassed
+    suited = [call for name, call in run.history.calls.items() if name in wanted]
+    for call in sorted(suited, key=lambda call: call.num_elements):
+        left -= call.num_elements
+        if left < 0:
+            break
+        chosen.add(call.name)
+    return chosen
+
+
+def _update(run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, request: Request) -> None:
+    """Step the working parameters; an optimizer that asks for the loss again has it called without taps."""
+    given, state = run.program.given, run.program.state
+    trainable = state.trainable
+
+    def again() -> Tensor:
+        with state.swapped():
+            loss = evaluated(given, request)
+            gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
+        for parameter, gradient in zip(trainable.values(), gradients, strict=True):
+            parameter.grad = gradient
+        return loss.detach()
+
+    gradients = {name: outcome.gradients.parameters[name] for name in trainable}
+    update(optimizer, trainable, gradients, again, outcome.loss)

@@ -1,0 +1,206 @@
+"""What a run works with: what was given, working copies of its state, the model's taps, and what was learned.
+
+Each is a class of its own, and the only one that changes its fields.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from gradflow.functional.model.purity import ModuleState, RandomState
+from gradflow.functional.model.state import Copy, Swap, Tensors, copy_buffers, copy_parameters
+from gradflow.functional.reverse.autograd_graph import Structure
+from gradflow.functional.tap.calls import ActivationKey
+from gradflow.functional.tap.tapped import TappedModel
+
+
+@attrs.frozen(eq=False)
+class Given:
+    """What the user gave: model and loss, and how a batch becomes a loss.
+
+    Args:
+        model: the model.
+        loss_module: the loss, if it is a module with a state of its own.
+        evaluate: batch, step → loss, calling the user's model and loss once each.
+        inputs_of: batch → the model's input tensors by name.
+    """
+
+    model: nn.Module
+    loss_module: nn.Module | None
+    evaluate: Callable[[Any, int], Any]
+    inputs_of: Callable[[Any], Tensors]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model, and the loss where it is a module."""
+        return [self.model] if self.loss_module is None else [self.model, self.loss_module]
+
+
+@attrs.define(eq=False)
+class WorkingState:
+    """Working copies of the parameters and buffers of model and loss, by qualified name."""
+
+    parameters: Tensors
+    loss_parameters: Tensors
+    buffers: Tensors
+    originals: dict[int, str]  # names of the user's parameters, by id
+    _swaps: list[Swap]
+
+    @classmethod
+    def of(cls, given: Given, copy_of: Copy = torch.clone) -> WorkingState:
+        """Return copies of the present state; what model and loss share belongs to the model.
+
+        Args:
+            given: model and loss.
+            copy_of: makes the copy of a tensor.
+        """
+        model, loss = given.model, given.loss_module
+        parameters, buffers = copy_parameters(model, copy_of), copy_buffers(model, copy_of)
+        originals = {id(p): name for name, p in model.named_parameters()}
+        if loss is None:
+            return cls(parameters, {}, buffers, originals, [Swap(model)])
+        prefix = "loss_fn."
+        shared = originals | {id(b): name for name, b in model.named_buffers()}
+        own = {n for n, t in (*loss.named_parameters(), *loss.named_buffers()) if id(t) not in shared}
+        loss_parameters, loss_buffers = copy_parameters(loss, copy_of), copy_buffers(loss, copy_of)
+        return cls(
+            parameters,
+            {prefix + n: p for n, p in loss_parameters.items() if n in own},
+            buffers | {prefix + n: b for n, b in loss_buffers.items() if n in own},
+            originals | {id(p): prefix + n for n, p in loss.named_parameters() if n in own},
+            [Swap(model), Swap(loss, prefix, shared)],
+        )
+
+    @property
+    def every_parameter(self) -> Tensors:
+        """All working parameters, the loss's own included."""
+        return {**self.parameters, **self.loss_parameters}
+
+    @property
+    def trainable(self) -> Tensors:
+        """Those of them that require a gradient."""
+        return {name: p for name, p in self.every_parameter.items() if p.requires_grad}
+
+    @contextlib.contextmanager
+    def swapped(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Put the working copies (or `tensors`) in the modules for the length of the context."""
+        state = {**self.parameters, **self.loss_parameters, **self.buffers, **(tensors or {})}
+        with contextlib.ExitStack() as stack:
+            for swap in self._swaps:
+                stack.enter_context(swap(state))
+            yield
+
+    def current(self, buffers: Tensors) -> Tensors:
+        """Return what stands in the modules now in the places of some buffers."""
+        found: Tensors = {}
+        for swap in self._swaps:
+            found |= swap.current(buffers)
+        return found
+
+    def keep_buffers(self, buffers: Tensors | None = None) -> None:
+        """Go on with the buffers as they stand in the modules now, or with those that are passed."""
+        self.buffers |= self.current(self.buffers) if buffers is None else buffers
+
+
+@attrs.define(eq=False)
+class Learned:
+    """What the steps so far have shown of the model that later ones need."""
+
+    changing: set[str] = attrs.field(factory=set)  # buffers that a step was seen to change
+    watching: bool = True  # whether functions must be watched in steps without a look as well
+    torch_random: bool = False  # whether model or loss were seen to draw from torch's random numbers
+    host_random: bool = False  # the like, from numpy's or Python's
+    held: Tensors = attrs.field(factory=dict)  # the user's own parameters, where used past their modules
+    reentrant: bool = False  # whether the reverse pass must be `accumulated`
+    structure: Structure | None = None  # of the last step whose structure was taken
+    num_slots: int = 0  # how many slots a step under `vjp` is given; 0 until it is known
+    captured: Collection[str] = frozenset()  # calls of small outputs: NOTE [Captured gradients]
+    rectifiers: Mapping[str, ActivationKey] = attrs.field(factory=dict)  # that are modules, by their calls
+
+    def saw_buffers_change(self, names: Collection[str]) -> None:
+        """Hear which buffers a step has changed."""
+        self.changing.update(names)
+
+    def saw_random(self, random: RandomState) -> None:
+        """See which random numbers were drawn since a state was remembered."""
+        self.torch_random |= random.torch_moved()
+        self.host_random |= random.host_moved()
+
+    def saw_structure(self, structure: Structure, originals: Mapping[int, str]) -> None:
+        """Keep a step's structure, and which parameters of the user's own it holds."""
+        self.structure = structure
+        self.held |= {originals[id(p)]: p for p in structure.foreign if id(p) in originals}
+
+    def saw_reentrant(self) -> None:
+        """Hear that `autograd.grad` does not take the model's graph."""
+        self.reentrant = True
+
+    def need_slots(self, number: int) -> None:
+        """Give later steps under `vjp` so many slots."""
+        self.num_slots = number
+
+    def capture(self, names: Collection[str]) -> None:
+        """Capture the output gradients of some calls from now on."""
+        self.captured = names
+
+    def follow(self, keys: Collection[ActivationKey]) -> None:
+        """Follow these rectifiers, and no others, in steps without a look."""
+        self.watching = any(key.functional for key in keys)
+        self.rectifiers = {key.layer: key for key in keys if not key.functional}
+
+
+@attrs.frozen(eq=False)
+class Program:
+    """All that a step runs on: what was given, its working state, the model's taps, and what was learned."""
+
+    given: Given
+    state: WorkingState
+    taps: TappedModel
+    learned: Learned = attrs.field(factory=Learned)
+
+
+@attrs.frozen(eq=False)
+class Before:
+    """What a step starts from, so that it can be run again: random states, buffers, and in the first step,
+    which is run again most often, what modules hold outside of them (a counter, a part that they replace).
+    """
+
+    random: RandomState
+    buffers: Tensors
+    modules: ModuleState | None = None
+
+    @classmethod
+    def of(cls, program: Program, *, look: bool = True, first: bool = False) -> Before:
+        """Remember the present state: of the buffers, all in the first step, and those that change in others.
+
+        Between looks, only the random states that were seen to move are remembered.
+        """
+        held, learned = program.state.buffers, program.learned
+        random = RandomState(torch=look or learned.torch_random, host=look or learned.host_random)
+        names = held if first else [name for name in learned.changing if name in held]
+        modules = ModuleState(program.given.modules) if first else None
+        return cls(random, {name: held[name].clone() for name in names}, modules)
+
+    def restore(self, program: Program) -> None:
+        """Put it back."""
+        if self.modules is not None:
+            self.modules.restore()
+        self.random.restore()
+        program.state.keep_buffers({name: saved.clone() for name, saved in self.buffers.items()})
+
+    @contextlib.contextmanager
+    def again(self, program: Program) -> Iterator[None]:
+        """Go back to it, and at the end of the context to where the run was."""
+        buffers, random = dict(program.state.buffers), RandomState()
+        self.restore(program)
+        try:
+            yield
+        finally:
+            random.restore()
+            program.state.keep_buffers(buffers)

@@ -1,0 +1,142 @@
+"""The reverse pass of a fused step: gradients of the parameters, and the statistics of every probe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+from torch import Tensor
+
+from gradflow.functional.model.state import Tensors
+from gradflow.functional.reverse.autograd_graph import Structure
+from gradflow.functional.reverse.reverse import (
+    Flows,
+    ReentrantCheckpoint,
+    accumulated,
+    check_walkable,
+    fused,
+    walked,
+)
+from gradflow.functional.run.program import Program
+from gradflow.functional.tap.probes import sum_of_squares
+from gradflow.functional.tap.recorder import Recorder
+
+
+@attrs.frozen(eq=False)
+class Gradients:
+    """What a reverse pass gave.
+
+    Args:
+        parameters: the gradient of every trainable parameter by name; None where no path leads there.
+        outputs: Σg² of each probe, in the order of the recorder's sites; None where no gradient arrived.
+        flows: on every edge, where they were asked for.
+    """
+
+    parameters: dict[str, Tensor | None]
+    outputs: list[Tensor | None]
+    flows: Flows | None = None
+
+
+def reverse_pass(
+    program: Program,
+    recorder: Recorder,
+    loss: Tensor,
+    structure: Structure | None,
+    *,
+    full: bool = False,
+    ranks: bool = False,
+) -> Gradients:
+    """Differentiate the loss of a step.
+
+    Args:
+        program: whose working parameters are meant.
+        recorder: of the step.
+        loss: its loss, with its graph.
+        structure: the contracted graph, if it was built.
+        full: measure the flow on every edge.
+        ranks: and the effective rank of every layer's output gradient.
+
+    Raises:
+        ReentrantCheckpoint: if the step must be run again, and the pass be `accumulated`.
+    """
+    if program.learned.reentrant:
+        return _accumulated(program, recorder, loss)
+    if structure is not None:
+        check_walkable(structure)
+    trainable = program.state.trainable
+    # A parameter that the model also keeps in a list, or its loss in a closure, is there without the swap.
+    held = program.learned.held
+    sources = [site.edge or site.slot for site in recorder.sites]
+    leaves = [*trainable.values(), *held.values(), *(source for source in sources if source is not None)]
+    number = len(trainable) + len(held)
+    flows = None
+    if full and structure is not None:
+        hooked = program.taps.hooked
+        found = fused(loss, leaves, retain_graph=True) if hooked else []
+        flows = walked(loss, structure, exact=any(site.exact for site in recorder.sites), ranks=ranks)
+        _check_flat(program, recorder, len(leaves))
+        if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
+            gradients, outputs = found[:number], found[number:]
+        else:
+            gradients = [flows.leaves.get(id(p)) for p in (*trainable.values(), *held.values())]
+            outputs = [flows.probes.get(id(site)) for site in recorder.sites]
+    else:
+        found = fused(loss, leaves)
+        _check_flat(program, recorder, len(leaves))
+        gradients = found[:number]
+        outputs = [
+            g if site.edge is None or g is None else sum_of_squares(g, exact=site.exact)
+            for site, g in zip(recorder.sites, found[number:], strict=True)
+        ]
+    return Gradients(_by_name(trainable, held, gradients), outputs, flows)
+
+
+def _accumulated(program: Program, recorder: Recorder, loss: Tensor) -> Gradients:
+    """Differentiate by `backward()`, which is all that reentrant checkpoints take."""
+    state = program.state
+    trainable, held = state.trainable, program.learned.held
+    slots = [site.slot for site in recorder.sites if site.slot is not None]
+    leaves = [*trainable.values(), *held.values(), *slots]
+    ours = [leaf for leaf in leaves if id(leaf) not in state.originals]
+    outside = accumulated(loss, ours, state.originals)
+    found = {name: p.grad for name, p in trainable.items()}
+    for key, gradient in outside.items():
+        name = state.originals[key]
+        found[name] = _sum(found[name], gradient)
+    own = [site.slot for site in recorder.sites]  # those made while it ran included
+    outputs = [slot.grad if slot is not None else None for slot in own]
+    _clear(trainable, recorder)
+    return Gradients(found, outputs)
+
+
+def _check_flat(program: Program, recorder: Recorder, num_leaves: int) -> None:
+    """Raise if the reverse pass ran another one inside, as a reversible layer of its own making does.
+
+    What that one found is in the `.grad` of our leaves, and the calls that it probed are new.
+    """
+    trainable = program.state.trainable
+    more = len(recorder.sites) + len(trainable) + len(program.learned.held) > num_leaves
+    if more or any(p.grad is not None for p in trainable.values()):
+        _clear(trainable, recorder)
+        raise ReentrantCheckpoint
+
+
+def _clear(trainable: Tensors, recorder: Recorder) -> None:
+    """Leave no `.grad` on our leaves."""
+    for leaf in (*trainable.values(), *(site.slot for site in recorder.sites)):
+        if leaf is not None:
+            leaf.grad = None
+
+
+def _by_name(
+    trainable: Tensors, held: Tensors, gradients: Sequence[Tensor | None]
+) -> dict[str, Tensor | None]:
+    """Return the gradients of the working parameters by name, with those of `held` ones added."""
+    found = dict(zip(trainable, gradients, strict=False))
+    for name, other in zip(held, gradients[len(trainable) :], strict=False):
+        found[name] = _sum(found[name], other)
+    return found
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

@@ -1,0 +1,105 @@
+"""A model whose calls are led past a recorder, and what is known of it from step to step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from gradflow.functional.model.layers import ancestors, callable_modules, is_layer
+from gradflow.functional.tap.calls import Call, type_name
+from gradflow.functional.torch_private import has_gradient_hooks
+
+if TYPE_CHECKING:
+    from gradflow.functional.tap.recorder import Recorder
+
+
+@attrs.define(eq=False)
+class TappedModel:
+    """The modules of a model under taps, for as long as it is measured.
+
+    Args:
+        modules: callable modules by qualified name.
+        layer_names: those of them that are layers.
+    """
+
+    modules: Mapping[str, nn.Module]
+    layer_names: set[str]
+    types: dict[str, str] = attrs.field(init=False)
+    leaves: set[str] = attrs.field(init=False)  # modules without callable modules in them
+    exact: dict[tuple[str, str], bool] = attrs.field(factory=dict)  # by call, and kind of sum
+    unprobed: set[str] = attrs.field(factory=set)  # modules; see `Recorder.check_aliases`
+    hooked: bool = False  # whether there are hooks on tensors, as far as was seen
+    known: list[Call] = attrs.field(factory=list)  # the calls of the last ordinary step
+    recorder: Recorder | None = None  # of the step that is running
+    _pool: list[Tensor] = attrs.field(factory=list)  # slots, used again in every step
+
+    def __attrs_post_init__(self) -> None:
+        parents = {name.rpartition(".")[0] for name in self.modules if name}
+        for name in list(parents):
+            parents.update(ancestors(name))
+        self.leaves = set(self.modules) - parents
+        self.types = {name: type_name(module) for name, module in self.modules.items()}
+
+    @classmethod
+    def of(cls, model: nn.Module) -> TappedModel:
+        """Return the callable modules of a model, and which of them are layers."""
+        modules = callable_modules(model)
+        return cls(modules, {name for name, module in modules.items() if is_layer(module)})
+
+    @contextlib.contextmanager
+    def heard_by(self, recorder: Recorder) -> Iterator[None]:
+        """Have a recorder told of every call, for the length of the context."""
+        self.recorder = recorder
+        try:
+            yield
+        finally:
+            self.recorder = None
+            if recorder.asked.ordinary and not recorder.stack:
+                self.known = recorder.calls
+
+    def forget(self) -> None:
+        """Let go of all that the steps have left, at the end of a run."""
+        self.recorder, self.known, self._pool = None, [], []
+
+    def promote(self, names: Iterable[str]) -> None:
+        """Take some more modules for layers."""
+        self.layer_names.update(names)
+
+    def leave_unprobed(self, names: Iterable[str]) -> None:
+        """Put no probes on the outputs of some modules from now on."""
+        self.unprobed.update(names)
+
+    def look_for_hooks(self) -> None:
+        """See whether modules or parameters have hooks that act on gradients."""
+        self.hooked = any(
+            has_gradient_hooks(owner)
+            for module in self.modules.values()
+            for owner in (module, *module.parameters(recurse=False))
+        )
+
+    def saw_hook(self) -> None:
+        """Hear that a hook is put on a tensor."""
+        self.hooked = True
+
+    def sum_exactly(self) -> None:
+        """Take every sum of squares exactly in the next step, until precisions are chosen anew."""
+        self.exact.clear()
+
+    def set_exact(self, call: str, kind: str, exact: bool) -> None:
+        """Choose how a sum of squares is taken from now on; see NOTE [Exact and fast] in probes.py."""
+        self.exact[call, kind] = exact
+
+    def slot(self, position: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the slot of the probe at a position in a step, that of an earlier step if it fits."""
+        if position < len(self._pool):
+            slot = self._pool[position]
+            if slot.dtype == dtype and slot.device == device:
+                return slot
+        slot = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
+        self._pool[position : position + 1] = [slot]
+        return slot
