@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import attrs
 from torch import nn
 from torch.optim import Optimizer
 
@@ -13,15 +12,9 @@ from gradflow.diagnosis import diagnose, diagnose_custom
 from gradflow.errors import NotAnalyzedError, check_one_source
 from gradflow.functional.analyze import analyze, analyze_custom
 from gradflow.pipelines import Pipeline, flow, policy, recurrent, transformer
-from gradflow.records import (
-    AttentionStats,
-    FlowRecord,
-    Issue,
-    LayerRecord,
-    PolicyDistributionStats,
-    ReservoirDynamics,
-)
+from gradflow.records import FlowRecord, Issue, LayerRecord, ReservoirDynamics
 from gradflow.report import Report, attention_text, dynamics_text, healthy_layers, policy_text, summary_text
+from gradflow.results import PolicyResults, RecurrentResults, TransformerResults
 
 
 def _say(text: str) -> None:
@@ -43,14 +36,6 @@ class _LastRecord:
         if self._record is None:
             raise NotAnalyzedError.at(type(self).__name__)
         return self._record
-
-
-@attrs.frozen(kw_only=True)
-class _Results:
-    """What the analyzers of one kind of model return, but for what is particular to the kind."""
-
-    gradient_issues: tuple[Issue, ...]
-    report: Report
 
 
 class _Diagnosing(_LastRecord):
@@ -214,19 +199,6 @@ class FlowAnalyzer(_LastRecord):
         return {layer.name: layer for layer in self._record}
 
 
-@attrs.frozen(kw_only=True)
-class TransformerResults(_Results):
-    """What `TransformerAnalyzer.analyze` returns.
-
-    Args:
-        attention_stats: every attention layer in plain numbers, by its qualified name.
-        gradient_issues: most severe first.
-        report: the whole report, with the record and the causes.
-    """
-
-    attention_stats: Mapping[str, AttentionStats]
-
-
 class TransformerAnalyzer(_Diagnosing):
     """Finds what is wrong with the attention and the gradient flow of a transformer.
 
@@ -274,19 +246,6 @@ class TransformerAnalyzer(_Diagnosing):
     def print_summary(self, results: TransformerResults) -> None:
         """Print the issues, then a line for each attention layer."""
         _say(f"{summary_text(results.gradient_issues)}\n\n{attention_text(results.attention_stats)}")
-
-
-@attrs.frozen(kw_only=True)
-class PolicyResults(_Results):
-    """What `RLPolicyAnalyzer.analyze` returns.
-
-    Args:
-        policy_distribution_stats: the action distribution and the gradients through heads in plain numbers.
-        gradient_issues: most severe first.
-        report: the whole report, with the record and the causes; `report.record.policy` has every step.
-    """
-
-    policy_distribution_stats: PolicyDistributionStats
 
 
 class RLPolicyAnalyzer(_Diagnosing):
@@ -363,20 +322,6 @@ class RLPolicyAnalyzer(_Diagnosing):
     def print_summary(self, results: PolicyResults) -> None:
         """Print the issues, then the policy in numbers."""
         _say(f"{summary_text(results.gradient_issues)}\n\n{policy_text(results.policy_distribution_stats)}")
-
-
-@attrs.frozen(kw_only=True)
-class RecurrentResults(_Results):
-    """What `RecurrentAnalyzer.analyze` returns.
-
-    Args:
-        reservoir_dynamics: state and gradient through time, of the model and of each recurrent layer; without
-            numbers where nothing was measured.
-        gradient_issues: most severe first.
-        report: the whole report, with the record and the causes.
-    """
-
-    reservoir_dynamics: ReservoirDynamics
 
 
 class RecurrentAnalyzer(_Diagnosing):

@@ -9,7 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradflow.detect import Detector, check_detectors, detect, explain, needs_depth
-from gradflow.functional.analyze import Detail, Mode, Transform, analyze, analyze_custom
+from gradflow.functional.analyze import Detail, Mode, Transform, analyze, analyzed, analyzed_custom
+from gradflow.functional.run.run import Plan
 from gradflow.graph import LayerGraph
 from gradflow.pipelines import Pipeline
 from gradflow.records import FlowRecord
@@ -70,18 +71,11 @@ def diagnose(
     (True, ['0', '1', '2'])
     """
     detectors = check_detectors(pipeline)
-    record = analyze(
-        model,
-        batches,
-        loss_fn,
-        steps=steps,
-        optimizer=optimizer,
-        seed=seed,
-        mode=mode,
-        transform=transform,
-        progress=progress,
+    plan = Plan(
+        steps=steps, optimizer=optimizer, seed=seed, mode=mode, transform=transform, progress=progress,
         **_wanted(detectors, detail),
-    )
+    )  # fmt: skip
+    record = analyzed(model, batches, loss_fn, plan)
     return _judged(record, detectors)
 
 
@@ -118,23 +112,16 @@ def diagnose_custom(
     True
     """
     detectors = check_detectors(pipeline)
-    record = analyze_custom(
-        model,
-        forward_fn,
-        loss_fn,
-        steps=steps,
-        optimizer=optimizer,
-        seed=seed,
-        mode=mode,
-        transform=transform,
-        progress=progress,
+    plan = Plan(
+        steps=steps, optimizer=optimizer, seed=seed, mode=mode, transform=transform, progress=progress,
         **_wanted(detectors, detail),
-    )
+    )  # fmt: skip
+    record = analyzed_custom(model, forward_fn, loss_fn, plan)
     return _judged(record, detectors)
 
 
 def _wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:
-    """Return what detectors need measured, as arguments of `analyze`."""
+    """Return what detectors need measured, as options of the plan."""
     pipelines = [part for part in detectors if isinstance(part, Pipeline)]
     return {
         "detail": "full" if any(part.detail == "full" for part in pipelines) else detail,

@@ -20,7 +20,7 @@ ORDER = [
     {"detect"},
     {"pipelines"},
     {"report"},
-    {"diagnosis"},
+    {"diagnosis", "results"},
     {"analyzers"},
     {"cli"},
     {"__init__", "__main__"},

@@ -86,26 +86,11 @@ def analyze(
     >>> record.steps, [layer.name for layer in record]
     (3, ['0', '1', '2'])
     """
-    check_module(model)
-    objective = make_objective(loss_fn)
-    source = Source(batches)
-    device = same_device(model)
-
-    def draw(step: int) -> Any:
-        batch = source.draw()
-        if batch is None and step == 0:
-            raise no_batches(batches)
-        return None if batch is None else prepared(batch, device)
-
-    def evaluate(batch: Any, step: int) -> Any:
-        return objective.loss(invoke(model, objective.inputs(batch)), batch)
-
-    def inputs_of(batch: Any) -> dict[str, Tensor]:
-        return dict(named_tensors(objective.inputs(batch), "input"))
-
-    plan = _plan(steps, optimizer, seed, mode, detail, transform, progress, deepen, measurements)
-    plan = attrs.evolve(plan, num_batches=source.length)
-    return measure(Given(model, _module(loss_fn), evaluate, inputs_of), draw, plan)
+    plan = Plan(
+        steps=steps, optimizer=optimizer, seed=seed, mode=mode, detail=detail, transform=transform,
+        progress=progress, deepen=deepen, measurements=measurements,
+    )  # fmt: skip
+    return analyzed(model, batches, loss_fn, plan)
 
 
 def analyze_custom(
@@ -140,6 +125,43 @@ def analyze_custom(
     >>> [layer.name or "(model)" for layer in record]
     ['(model)', '@1']
     """
+    plan = Plan(
+        steps=steps, optimizer=optimizer, seed=seed, mode=mode, detail=detail, transform=transform,
+        progress=progress, deepen=deepen, measurements=measurements,
+    )  # fmt: skip
+    return analyzed_custom(model, forward_fn, loss_fn, plan)
+
+
+def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None, plan: Plan) -> FlowRecord:
+    """Return what a plan shows of a model; see `analyze`."""
+    check_module(model)
+    objective = make_objective(loss_fn)
+    source = Source(batches)
+    device = same_device(model)
+
+    def draw(step: int) -> Any:
+        batch = source.draw()
+        if batch is None and step == 0:
+            raise no_batches(batches)
+        return None if batch is None else prepared(batch, device)
+
+    def evaluate(batch: Any, step: int) -> Any:
+        return objective.loss(invoke(model, objective.inputs(batch)), batch)
+
+    def inputs_of(batch: Any) -> dict[str, Tensor]:
+        return dict(named_tensors(objective.inputs(batch), "input"))
+
+    given = Given(model, _module(loss_fn), evaluate, inputs_of)
+    return measure(given, draw, attrs.evolve(plan, num_batches=source.length))
+
+
+def analyzed_custom(
+    model: nn.Module,
+    forward_fn: Callable[[nn.Module, int], Any],
+    loss_fn: Callable[[Any], Tensor] | None,
+    plan: Plan,
+) -> FlowRecord:
+    """Return what a plan shows of a model that is run by a function; see `analyze_custom`."""
     check_module(model)
     if not callable(forward_fn):
         raise ModelInputError(
@@ -156,7 +178,6 @@ def analyze_custom(
     def evaluate(batch: Any, step: int) -> Any:
         return objective.loss(forward_fn(model, step), None)
 
-    plan = _plan(steps, optimizer, seed, mode, detail, transform, progress, deepen, measurements)
     return measure(Given(model, _module(loss_fn), evaluate, lambda batch: {}), lambda step: (), plan)
 
 
@@ -171,40 +192,3 @@ def graph_of(
 
 def _module(loss_fn: Any) -> nn.Module | None:
     return loss_fn if isinstance(loss_fn, nn.Module) else None
-
-
-def _checked(measurements: Any) -> tuple[Measurement, ...]:
-    found = tuple(measurements) if isinstance(measurements, Iterable) else (measurements,)
-    for entry in found:
-        if isinstance(entry, type) or not callable(getattr(entry, "start", None)):
-            raise ModelInputError(
-                f"measurements holds {entry!r}, which is no measurement. A factory must be called first: "
-                "`measurements=[attention()]`."
-            )
-    return tuple(dict.fromkeys(found))
-
-
-def _plan(
-    steps: int,
-    optimizer: torch.optim.Optimizer | None,
-    seed: int | None,
-    mode: str,
-    detail: str,
-    transform: str,
-    progress: Progress | None,
-    deepen: Callable[[FlowRecord], bool] | None,
-    measurements: Iterable[Measurement],
-) -> Plan:
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}.")
-    for name, value, known in (
-        ("mode", mode, ("train", "eval", "keep")),
-        ("detail", detail, ("cheap", "full")),
-        ("transform", transform, ("auto", "fused", "vjp")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
-    return Plan(
-        steps=steps, optimizer=optimizer, seed=seed, mode=mode, detail=detail, transform=transform,
-        progress=progress, deepen=deepen, measurements=_checked(measurements),
-    )  # fmt: skip

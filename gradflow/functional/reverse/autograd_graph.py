@@ -62,6 +62,11 @@ class Structure:
         """Let go of the autograd graph, and keep the contracted one."""
         self.nodes, self.group_of, self.leaves, self.foreign = [], {}, {}, []
 
+    def remember(self) -> None:
+        """Remember the autograd graph, so that a later step that has the same is known again."""
+        self.signature = signature(self.nodes)
+        self.placed = [self.group_of.get(node) for node in self.nodes]
+
     def again(self, nodes: list[Node], calls: list[Call]) -> Structure | None:
         """Return the structure of a later step, if its graph and its calls are the same, else None.
 
@@ -203,8 +208,7 @@ def build(
         structure.edges[(source, target)] = None
     _attach_parameters(structure, names)
     if not others:
-        structure.signature = signature(nodes)
-        structure.placed = [structure.group_of.get(node) for node in nodes]
+        structure.remember()
     return structure
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import attrs
 import torch
 
+from gradflow.errors import ModelInputError
 from gradflow.functional.measurement import Measurement, Session
 from gradflow.functional.run.graph_findings import GraphFindings
 from gradflow.functional.run.history import History
@@ -16,20 +18,59 @@ from gradflow.records import FlowRecord, NumericalRecord
 Progress = Callable[[int, int], None]
 
 
+def _at_least_one(plan: Plan, field: attrs.Attribute[int], value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _one_of(*known: str) -> Callable[[Plan, attrs.Attribute[str], str], None]:
+    def check(plan: Plan, field: attrs.Attribute[str], value: str) -> None:
+        if value not in known:
+            raise ValueError(f"{field.name} must be one of {', '.join(known)}, got {value!r}.")
+
+    return check
+
+
+def _measurements(given: Any) -> tuple[Measurement, ...]:
+    """Return the measurements that were passed, each once.
+
+    Raises:
+        ModelInputError: if one is none.
+    """
+    found = tuple(given) if isinstance(given, Iterable) else (given,)
+    for entry in found:
+        if isinstance(entry, type) or not callable(getattr(entry, "start", None)):
+            raise ModelInputError(
+                f"measurements holds {entry!r}, which is no measurement. A factory must be called first: "
+                "`measurements=[attention()]`."
+            )
+    return tuple(dict.fromkeys(found))
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class Plan:
-    """What a run is asked to do; see `analyze` for the meaning of each."""
+    """What a run is asked to do: the options that `analyze`, `diagnose` and their kind share.
 
-    steps: int = 20
+    See `analyze` for the meaning of each.
+
+    Args:
+        num_batches: how many there are, if that is known.
+
+    Raises:
+        ValueError: if `steps`, `mode`, `detail` or `transform` is none of those that there are.
+        ModelInputError: if `measurements` holds what is no measurement.
+    """
+
+    steps: int = attrs.field(default=20, validator=_at_least_one)
     optimizer: torch.optim.Optimizer | None = None
     seed: int | None = None
-    mode: str = "train"
-    detail: str = "cheap"
-    transform: str = "auto"
+    mode: str = attrs.field(default="train", validator=_one_of("train", "eval", "keep"))
+    detail: str = attrs.field(default="cheap", validator=_one_of("cheap", "full"))
+    transform: str = attrs.field(default="auto", validator=_one_of("auto", "fused", "vjp"))
     progress: Progress | None = None
     deepen: Callable[[FlowRecord], bool] | None = None
-    measurements: tuple[Measurement, ...] = ()
-    num_batches: int | None = None  # how many there are, if that is known
+    measurements: tuple[Measurement, ...] = attrs.field(default=(), converter=_measurements)
+    num_batches: int | None = None
 
     def is_look(self, step: int) -> bool:
         """Whether the costlier statistics are taken at a step: the first, each power of four, the last."""

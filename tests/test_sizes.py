@@ -1,0 +1,150 @@
+"""How large files, classes and functions may grow: what is larger has more than one job.
+
+    python tests/test_sizes.py [--count 10]
+
+lists the largest of each kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import gradflow
+
+PACKAGE = Path(__file__).parent.parent / "gradflow"
+LINES, FIELDS, PARAMETERS = 400, 20, 8
+# What is public takes what its users want to say: the functions of `gradflow.__all__`, and the methods of the
+# class face. Records are built by name, so their constructors are measured by their fields.
+PUBLIC_METHODS = "analyzers.py"
+# What is larger still, and waits for being taken apart. A name that needs no exception any more must go.
+LARGER = {
+    "lines": {"functional/attention/softmax.py"},
+    "fields": {"records/attention.py:AttentionRecord", "records/policy.py:ActionDistribution"},
+    "parameters": set[str](),
+}
+
+
+class Size(NamedTuple):
+    """How large something is: the file, the name in it ('' for the file itself), and the number."""
+
+    file: str
+    name: str
+    number: int
+
+    @property
+    def where(self) -> str:
+        """`file` or `file:name`."""
+        return f"{self.file}:{self.name}" if self.name else self.file
+
+
+def fields(node: ast.ClassDef) -> int:
+    """Return how many fields a class has: annotated names in its body, and `self.x = ...` in `__init__`."""
+    found = {
+        line.target.id
+        for line in node.body
+        if isinstance(line, ast.AnnAssign)
+        and isinstance(line.target, ast.Name)
+        and "ClassVar" not in ast.unparse(line.annotation)
+    }
+    for method in node.body:
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+            found |= {
+                inner.attr
+                for inner in ast.walk(method)
+                if isinstance(inner, ast.Attribute)
+                and isinstance(inner.ctx, ast.Store)
+                and isinstance(inner.value, ast.Name)
+                and inner.value.id == "self"
+            }
+    return len(found)
+
+
+def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Return how many parameters a function has, `self` and `cls` left out."""
+    args = node.args
+    names = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+    stars = [arg for arg in (args.vararg, args.kwarg) if arg is not None]
+    return len([name for name in names if name not in ("self", "cls")]) + len(stars)
+
+
+def definitions(tree: ast.AST, above: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Yield the qualified name and the node of every class and function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = f"{above}.{node.name}".lstrip(".")
+            yield name, node
+            yield from definitions(node, name)
+        else:
+            yield from definitions(node, above)
+
+
+def sizes(package: Path = PACKAGE) -> dict[str, list[Size]]:
+    """Return the sizes of files, classes and functions by kind, the largest first."""
+    found: dict[str, list[Size]] = {kind: [] for kind in ("lines", "fields", "parameters", "length")}
+    for path in sorted(package.rglob("*.py")):
+        text, file = path.read_text(encoding="utf-8"), str(path.relative_to(package))
+        found["lines"].append(Size(file, "", len(text.splitlines())))
+        for name, node in definitions(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                found["fields"].append(Size(file, name, fields(node)))
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                found["parameters"].append(Size(file, name, parameters(node)))
+                found["length"].append(Size(file, name, (node.end_lineno or 0) - node.lineno + 1))
+    return {kind: sorted(some, key=lambda size: -size.number) for kind, some in found.items()}
+
+
+def is_public(size: Size) -> bool:
+    """Whether a function may have as many parameters as its users want."""
+    is_private = any(part.startswith("_") and part != "__init__" for part in size.name.split("."))
+    return not is_private and (size.file == PUBLIC_METHODS or size.name in gradflow.__all__)
+
+
+SIZES = sizes()
+LIMITS = {"lines": LINES, "fields": FIELDS, "parameters": PARAMETERS}
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_nothing_is_too_large(kind: str) -> None:
+    large = [size for size in SIZES[kind] if size.number > LIMITS[kind]]
+    if kind == "parameters":
+        large = [size for size in large if not is_public(size)]
+    assert {size.where for size in large} == LARGER[kind], [f"{size.where}: {size.number}" for size in large]
+
+
+def test_sizes_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(
+        "class A:\n    a: int\n    kind: ClassVar[int] = 1\n"
+        "    def __init__(self, b, *c, d=1, **e):\n        self.b = self.c = b\n        self.b.x = 1\n"
+        "def f(a, /, b):\n    def g(c):\n        pass\n"
+    )
+    found = sizes(tmp_path)
+    assert found["lines"] == [("x.py", "", 9)]
+    assert found["fields"] == [("x.py", "A", 3)]
+    assert found["parameters"] == [("x.py", "A.__init__", 4), ("x.py", "f", 2), ("x.py", "f.g", 1)]
+    assert found["length"] == [("x.py", "A.__init__", 3), ("x.py", "f", 3), ("x.py", "f.g", 2)]
+
+
+def main() -> None:
+    """Print the largest of each kind."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--count", type=int, default=10, help="how many of each kind")
+    count = parser.parse_args().count
+    titles = {
+        "lines": "files, lines",
+        "fields": "classes, fields",
+        "parameters": "functions, parameters",
+        "length": "functions, lines",
+    }
+    for kind, title in titles.items():
+        rows = [f"  {size.number:4}  {size.where}" for size in SIZES[kind][:count]]
+        print(title, *rows, sep="\n")  # noqa: T201 - a list is what the script is for
+
+
+if __name__ == "__main__":
+    main()
