@@ -37,9 +37,9 @@ from workloads import DESCRIPTIONS, WORKLOADS, Workload, build
 
 import gradflow as gf
 from gradflow.functional.run import history as history_module
+from gradflow.functional.run import reverse_pass as reverse_module
 from gradflow.functional.run import step as step_module
 from gradflow.functional.run.run import Plan
-from gradflow.functional.run.step import Program
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 GRADFLOW: dict[str, dict[str, Any]] = {
@@ -180,9 +180,9 @@ def cost_of_other(work: Workload, pairs: int, tool: Callable[[Workload], Iterato
 
 
 PARTS: dict[str, tuple[Any, str]] = {
-    "forward pass and loss": (Program, "loss"),
-    "reverse pass": (step_module, "fused"),
-    "sums over output gradients": (step_module, "sum_of_squares"),
+    "forward pass and loss": (step_module, "evaluated"),
+    "reverse pass": (reverse_module, "fused"),
+    "sums over output gradients": (reverse_module, "sum_of_squares"),
     "sums over parameter gradients": (history_module, "_number"),
     "transfer": (history_module, "to_host"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,7 +52,7 @@ class Listening(Session):
     ) -> Callable[[Any], None] | None:
         if func is not F.relu:
             return None
-        inside = [self.recorder.calls[i].name for i in self.recorder.stack]
+        inside = [call.name for call in self.recorder.running()]
         return lambda out: self.heard.append(("relu", inside, bool((out >= 0).all())))
 
     def differentiate(self, loss: Tensor) -> None:
@@ -232,3 +233,29 @@ def test_what_is_no_measurement_is_refused() -> None:
         gf.analyze(model, [x], loss_of, measurements=[Ear])  # type: ignore[list-item]
     with pytest.raises(gf.GradflowError, match="'attention', which is no measurement"):
         gf.analyze(model, [x], loss_of, measurements=["attention"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("detail", ["cheap", "full"])
+def test_nothing_holds_a_step_that_is_over(detail: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Recorder]] = []
+    seen: list[int] = []
+    original = Recorder.__attrs_post_init__
+
+    def made(self: Recorder) -> None:
+        alive.append(weakref.ref(self))
+        original(self)
+
+    monkeypatch.setattr(Recorder, "__attrs_post_init__", made)
+    measurements = [gf.functional.attention(), gf.functional.recurrence(), gf.functional.policy_heads()]
+    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    gf.analyze(
+        model,
+        lambda: torch.randn(2, 3, 4),
+        lambda y: y.square().mean(),
+        steps=6,
+        detail=detail,
+        measurements=measurements,
+        progress=lambda *_: seen.append(sum(recorder() is not None for recorder in alive)),
+    )
+    assert len(alive) == 6
+    assert seen == [0] * 6

@@ -80,11 +80,16 @@ class Capture(Session):
         self._counts: dict[str, int] = {}
         self._holding: set[str] = set()  # modules that attention was seen in, and those around them
         self._called: dict[str, str] = {}  # modules that are called attention: name -> class
+        self._running: Callable[[], list[Call]] = list  # returns the calls that are running, outermost first
 
     def begin(self, step: int, recorder: Recorder) -> None:
         """Forget the step before."""
-        self.recorder = recorder
-        self._counts = {}
+        self.forget()
+        self._running = recorder.running
+
+    def forget(self) -> None:
+        """Let go of the step and of the tensors that are followed."""
+        self._running, self._counts = list, {}
         self._follower.clear()
 
     def entered(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -105,8 +110,9 @@ class Capture(Session):
             return self._tell(name, self._product(args, kwargs))
         if name == "multi_head_attention_forward":
             return self._tell(name, self._projection(args, kwargs))
-        stack = self.recorder.stack
-        found = self._follower.function(name, func, args, kwargs, stack[-1] if stack else -1)
+        running = self._running()
+        inside = running[-1].index if running else -1
+        found = self._follower.function(name, func, args, kwargs, inside)
         return self._tell("softmax", _softmax(found)) if isinstance(found, Weighted) else found
 
     def unseen(self) -> list[tuple[str, str]]:
@@ -125,13 +131,13 @@ class Capture(Session):
     def _tell(self, op: str, what: dict[str, Any] | None) -> Callable[[Any], None] | None:
         if what is None:
             return None
-        stack = self.recorder.stack
-        module = self.recorder.calls[stack[-1]].module if stack else ""
+        running = self._running()
+        module = running[-1].module if running else ""
         number = self._counts.get(module, 0)
         self._counts[module] = number + 1
-        self._holding.update(self.recorder.calls[i].module for i in stack)
+        self._holding.update(call.module for call in running)
         name = f"{module}@{number}" if number else module
-        return self._on_seen(Seen(name=name, call=stack[-1] if stack else -1, op=op, **what))
+        return self._on_seen(Seen(name=name, call=running[-1].index if running else -1, op=op, **what))
 
     @staticmethod
     def _product(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:

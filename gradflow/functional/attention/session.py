@@ -80,6 +80,7 @@ class AttentionSession(Session):
         self._inputs: dict[int, list[Tensor]] = {}
         self._found: dict[tuple[str, str], Tensor] = {}
         self._branches: Branches | None = None
+        self._recorder: Recorder | None = None
 
     # ------------------------------------------------------------------ while the model runs
 
@@ -123,9 +124,10 @@ class AttentionSession(Session):
         """Take the statistics of an attention; what is returned is called with its output."""
         pending = _Pending(seen, _weight_numbers(seen))
         self._pending.append(pending)
-        for index in reversed(self._recorder.stack[-3:]):
-            module = self._modules[self._recorder.calls[index].module]
-            rows = [positions(t, seen.shape[2], _batch_first(module)) for t in self._inputs[index]]
+        assert self._recorder is not None
+        for call in reversed(self._recorder.running()[-3:]):
+            batch_first = _batch_first(self._modules[call.module])
+            rows = [positions(t, seen.shape[2], batch_first) for t in self._inputs[call.index]]
             if found := [r for r in rows if r is not None]:
                 pending.numbers["input_residual"] = position_residual(found[0].detach())
                 break
@@ -171,10 +173,11 @@ class AttentionSession(Session):
         """Read the numbers of the step, and let go of its tensors."""
         look = len(self._steps)
         self._steps.append(self._step)
+        calls = self._recorder.calls if self._recorder is not None else []
         for pending in self._pending:
             seen, call = (
                 pending.seen,
-                self._recorder.calls[pending.seen.call] if self._recorder.calls else None,
+                calls[pending.seen.call] if calls else None,
             )
             module, kind = (call.module, call.type) if call is not None else ("", "")
             layer = self._layers.setdefault(seen.name, _Layer(seen, module, kind))
@@ -185,7 +188,7 @@ class AttentionSession(Session):
             layer.looks[look] = {name: _read(value) for name, value in pending.numbers.items()}
         for key, share in self._found.items():
             self._shares.setdefault(key, {})[look] = float(share)
-        self._capture.begin(self._step, self._recorder)  # lets go of what it follows
+        self._capture.forget()
         self._forget()
 
     def fields(self) -> Mapping[str, Any]:

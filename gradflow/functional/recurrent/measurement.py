@@ -124,7 +124,6 @@ class _Listener(Session):
         self._levels: dict[str, Level] = {}  # of the cells, with the weights of this step
 
     def begin(self, step: int, recorder: Recorder) -> None:
-        self._recorder = recorder
         self._now = self._steps[step] = {}
         self._forget()
 

@@ -66,15 +66,18 @@ def reverse_pass(
     trainable = program.state.trainable
     # A parameter that the model also keeps in a list, or its loss in a closure, is there without the swap.
     held = program.learned.held
-    sources = [site.edge or site.slot for site in recorder.sites]
-    leaves = [*trainable.values(), *held.values(), *(source for source in sources if source is not None)]
+    leaves = [
+        *trainable.values(),
+        *held.values(),
+        *(source for site in recorder.sites if (source := site.edge or site.slot) is not None),
+    ]
     number = len(trainable) + len(held)
     flows = None
     if full and structure is not None:
         hooked = program.taps.hooked
         found = fused(loss, leaves, retain_graph=True) if hooked else []
         flows = walked(loss, structure, exact=any(site.exact for site in recorder.sites), ranks=ranks)
-        _check_flat(program, recorder, len(leaves))
+        _check_flat(recorder, trainable, len(leaves) - len(held))
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
             gradients, outputs = found[:number], found[number:]
         else:
@@ -82,7 +85,7 @@ def reverse_pass(
             outputs = [flows.probes.get(id(site)) for site in recorder.sites]
     else:
         found = fused(loss, leaves)
-        _check_flat(program, recorder, len(leaves))
+        _check_flat(recorder, trainable, len(leaves) - len(held))
         gradients = found[:number]
         outputs = [
             g if site.edge is None or g is None else sum_of_squares(g, exact=site.exact)
@@ -109,14 +112,14 @@ def _accumulated(program: Program, recorder: Recorder, loss: Tensor) -> Gradient
     return Gradients(found, outputs)
 
 
-def _check_flat(program: Program, recorder: Recorder, num_leaves: int) -> None:
+def _check_flat(recorder: Recorder, trainable: Tensors, num_leaves: int) -> None:
     """Raise if the reverse pass ran another one inside, as a reversible layer of its own making does.
 
     What that one found is in the `.grad` of our leaves, and the calls that it probed are new.
     """
-    trainable = program.state.trainable
-    more = len(recorder.sites) + len(trainable) + len(program.learned.held) > num_leaves
-    if more or any(p.grad is not None for p in trainable.values()):
+    if len(recorder.sites) + len(trainable) > num_leaves or any(
+        p.grad is not None for p in trainable.values()
+    ):
         _clear(trainable, recorder)
         raise ReentrantCheckpoint
 

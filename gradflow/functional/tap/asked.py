@@ -26,8 +26,8 @@ class Listener:
 
         Args:
             step: its number.
-            recorder: of this step. `recorder.calls[i]` for `i` in `recorder.stack` are the module calls that
-                are running, outermost first, containers included.
+            recorder: of this step; `recorder.calls` are the module calls so far, and `recorder.running()`
+                those that are running.
         """
 
     def entered(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -39,14 +39,13 @@ class Call:
         """Note what is so at the start of the call."""
         self.grad_enabled = torch.is_grad_enabled()
         self.segment = 0 if self.grad_enabled else checkpoint_segment()
-        self._note_start(args)
+        if self.is_layer:
+            self.versions = [version(a) for a in args]
+        self.start = sequence_number()
 
     def begin_again(self, args: Any) -> None:
         """Forget an earlier, like call, and note the start of this one."""
         self.sites, self.num_elements = [], 0
-        self._note_start(args)
-
-    def _note_start(self, args: Any) -> None:
         if self.is_layer:
             self.versions = [version(a) for a in args]
         self.start = sequence_number()

@@ -117,7 +117,8 @@ class Recorder:
             if call.name in asked.rectifiers:
                 self._follow(asked.rectifiers[call.name], output)
             output = self._observe(call, output, args)
-        call.finish()
+        if asked.structural:
+            call.finish()
         return output
 
     def _enter_again(self, name: str, layer: bool, args: Any) -> Call:
@@ -202,7 +203,7 @@ class Recorder:
     def _input_squares(self, call: Call, args: Any, kwargs: Any) -> tuple[Tensor | None, int]:
         """Return Σx² of the first floating-point input, taken before the layer may overwrite it."""
         if self.asked.look and call.is_layer:
-            exact = self._is_exact(call, "out")
+            exact = self.model.exact.get((call.name, "out"), True)
             for tensor in iter_tensors((args, kwargs)):
                 if is_differentiable(tensor) and tensor.numel() and tensor.layout is torch.strided:
                     return sum_of_squares(tensor.detach(), exact=exact), tensor.numel()
@@ -269,7 +270,7 @@ class Recorder:
     def _probe(self, call: Call, y: Tensor, *, in_place: bool = False) -> Tensor:
         if not y.requires_grad or not is_differentiable(y) or not torch.is_grad_enabled():
             return y  # without grad mode a probe would cut off what has a graph already
-        exact = self._is_exact(call, "grad")
+        exact = self.model.exact.get((call.name, "grad"), True)
         slot = self._slot(y, exact)
         site = Site(call.index, len(call.sites), exact, slot)
         call.sites.append(site)
@@ -287,7 +288,7 @@ class Recorder:
         if position in self._edges:
             return False
         self._edges.add(position)
-        exact = self._is_exact(call, "grad")
+        exact = self.model.exact.get((call.name, "grad"), True)
         site = Site(call.index, len(call.sites), exact, edge=GradientEdge(node, y.output_nr))
         call.sites.append(site)
         self.sites.append(site)
@@ -301,11 +302,8 @@ class Recorder:
             raise MoreSlots
         return given[position]
 
-    def _is_exact(self, call: Call, kind: str) -> bool:
-        return self.model.exact.get((call.name, kind), True)
-
     def _forward_statistics(self, call: Call, y: Tensor) -> None:
-        exact = self._is_exact(call, "out")
+        exact = self.model.exact.get((call.name, "out"), True)
         self.note("out", call.index, sum_of_squares(y, exact=exact), y.numel())
         self.note("zeros", call.index, y.numel() - num_nonzero(y), y.numel())
         axis = unit_axis(y, call.type)
@@ -336,6 +334,10 @@ class Recorder:
         self.observations = [attrs.evolve(observation, value=value) for observation, value in pairs]
 
     # ---------------------------------------------------------------- questions
+
+    def running(self) -> list[Call]:
+        """Return the calls that are running, outermost first, containers included."""
+        return [self.calls[index] for index in self.stack]
 
     def innermost_leaf(self) -> Call | None:
         """Return the layer call that is running, if it has no child modules of its own."""
