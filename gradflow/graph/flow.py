@@ -161,6 +161,11 @@ def edge_omega(table: FlowTable) -> Floats:
     return log_of(table.flow) - log_of(table.grad[table.target])
 
 
+def edge_ratios(table: FlowTable) -> Floats:
+    """Return r(u→v) = f(u→v) / ‖g_v‖, shape (E, S); 0 where nothing flows, NaN where not measured."""
+    return np.where(table.flow == 0, 0.0, ratio(table.flow, table.grad[table.target]))
+
+
 def log_of(values: Floats) -> Floats:
     """Return ln; NaN where a value is zero or not finite."""
     sound = np.isfinite(values) & (values > 0)

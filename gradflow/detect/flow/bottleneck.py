@@ -21,7 +21,7 @@ from gradflow.detect.evidence import (
     shares,
 )
 from gradflow.detect.wiring import LOSS
-from gradflow.graph.dominators import immediate_dominators
+from gradflow.graph.queries.dominators import immediate_dominators
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
 MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum", "mean")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import attrs
 import numpy as np
 
+from gradflow.graph.coarse.contract import layers
+from gradflow.graph.data import GraphData
 from gradflow.graph.flow import log_of, number_field
 from gradflow.records import FlowRecord
-
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
 
 @attrs.frozen(kw_only=True)
@@ -92,7 +89,7 @@ class GraphChange:
         return "\n".join(lines)
 
 
-def compare(graph: LayerGraph, other: LayerGraph | FlowRecord) -> GraphChange:
+def compare(graph: GraphData, other: GraphData | FlowRecord) -> GraphChange:
     """Return what changed from this graph (before) to another of the same model (after).
 
     Nodes and edges are matched by name; means over the steps are compared, so the graphs may have been
@@ -120,7 +117,8 @@ def compare(graph: LayerGraph, other: LayerGraph | FlowRecord) -> GraphChange:
     ('fc1', 'fc2')
     """
     if isinstance(other, FlowRecord) and graph.level in ("full", "layers"):
-        other = other.graph if graph.level == "full" else other.graph.layers()
+        other = type(graph).from_record(other)
+        other = other if graph.level == "full" else layers(other)
     if not isinstance(other, type(graph)):
         raise TypeError(
             f"graph.compare expected a LayerGraph at the level {graph.level!r}, got {type(other).__name__}. "
@@ -144,7 +142,7 @@ def compare(graph: LayerGraph, other: LayerGraph | FlowRecord) -> GraphChange:
     )
 
 
-def _node_changes(graph: LayerGraph, other: LayerGraph) -> tuple[tuple[NodeChange, ...], float]:
+def _node_changes(graph: GraphData, other: GraphData) -> tuple[tuple[NodeChange, ...], float]:
     if not (graph.table.measured and other.table.measured):
         return (), float("nan")
     names = [name for name in graph.table.index if name in other.table.index]
@@ -168,7 +166,7 @@ def _node_changes(graph: LayerGraph, other: LayerGraph) -> tuple[tuple[NodeChang
 
 
 def _edge_changes(
-    graph: LayerGraph, other: LayerGraph, pairs: list[tuple[tuple[str, str], int, int]]
+    graph: GraphData, other: GraphData, pairs: list[tuple[tuple[str, str], int, int]]
 ) -> tuple[EdgeChange, ...]:
     if not (graph.table.measured and other.table.measured):
         return ()

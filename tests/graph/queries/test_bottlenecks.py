@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradflow.graph import LayerGraph
-from gradflow.graph.dominators import cut_capacities, dominator_tree, immediate_dominators
+from gradflow.graph.queries.dominators import cut_capacities, dominator_tree, immediate_dominators
 from gradflow.records import GraphRecord
 from tests.graph.dags import edge, edges_of, network, node
 
@@ -279,7 +279,7 @@ def test_what_is_cut_off_by_an_operation_is_not_behind_anything():
 
 
 def test_large_regions_are_left_out(monkeypatch):
-    monkeypatch.setattr("gradflow.graph.dominators.MAX_REGION", 1)
+    monkeypatch.setattr("gradflow.graph.queries.dominators.MAX_REGION", 1)
     graph = network([(0, 1), (0, 2), (1, 3), (2, 3), (3, 4)]).graph
     tree = dominator_tree(graph.table)
     assert set(cut_capacities(graph.table, tree, lambda _: 1.0)) == set(tree.chain())

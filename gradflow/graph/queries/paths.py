@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 
-from gradflow.graph.flow import exponential, geometric_mean, number_field, outflow, ratio
+from gradflow.graph.data import GraphData
+from gradflow.graph.flow import edge_ratios, exponential, geometric_mean, number_field, outflow, ratio
 from gradflow.graph.table import FlowTable
 from gradflow.records import NAN, Floats
-
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
 
 def _numbers(values: Iterable[float]) -> tuple[float, ...]:
@@ -65,7 +62,7 @@ class GradientPath:
         return "".join(steps)
 
 
-def path(graph: LayerGraph, source: str, target: str) -> GradientPath:
+def path(graph: GraphData, source: str, target: str) -> GradientPath:
     """Return the path between two nodes that carries most of the gradient.
 
     An edge u→v keeps r(u→v) = f(u→v) / ‖g_v‖ of the gradient at v; the path is the one with the largest
@@ -153,7 +150,7 @@ def _best(
     return best, total, chosen
 
 
-def _why_not(graph: LayerGraph, low: int, high: int) -> str:
+def _why_not(graph: GraphData, low: int, high: int) -> str:
     """Return why no gradient goes from `high` back to `low`."""
     table = graph.table
     ways = _walk(table, low, high, np.ones(len(table.edges), dtype=bool))
@@ -185,7 +182,7 @@ def _walk(table: FlowTable, low: int, high: int, usable: np.ndarray, *, forward:
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def transmission(graph: LayerGraph, a: str, b: str) -> float:
+def transmission(graph: GraphData, a: str, b: str) -> float:
     """Return how much of the gradient at `a` reaches `b`, over all paths.
 
     The gradient runs against the data, so `a` is the later node (the loss, say) and `b` the earlier one.
@@ -232,8 +229,3 @@ def transmission(graph: LayerGraph, a: str, b: str) -> float:
         if live:
             sources[node] = pull[node] * sum(kept[e] * sources[heads[e]] for e in live)
     return float(geometric_mean(sources[goal])) if goal in sources else 0.0
-
-
-def edge_ratios(table: FlowTable) -> Floats:
-    """Return r(u→v) = f(u→v) / ‖g_v‖, shape (E, S); 0 where nothing flows, NaN where not measured."""
-    return np.where(table.flow == 0, 0.0, ratio(table.flow, table.grad[table.target]))

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 
-from gradflow.graph.flow import ratio
-from gradflow.graph.paths import edge_ratios
+from gradflow.graph.data import G
+from gradflow.graph.flow import edge_ratios, ratio
 from gradflow.graph.table import FlowTable, flow_table
 from gradflow.records import EdgeRecord, Floats, GraphRecord
-
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +56,7 @@ class _Share:
     reason: str
 
 
-def layers(graph: LayerGraph, *, max_edges: int = 100_000) -> LayerGraph:
+def layers(graph: G, *, max_edges: int = 100_000) -> G:
     """Return the graph of layers: operations contracted, an edge u→v wherever only operations lie between.
 
     The flow of the edge is ‖g_v‖ times what the paths through operations transmit: back from v, each
@@ -93,7 +89,7 @@ def layers(graph: LayerGraph, *, max_edges: int = 100_000) -> LayerGraph:
     >>> round(graph.layers().edge("fc1", "fc2").flow, 6)
     0.3
     """
-    return type(graph)(contracted(graph.record, max_edges=max_edges), level="layers", origin=graph.full)
+    return graph.coarser(contracted(graph.record, max_edges=max_edges), "layers")
 
 
 def contracted(record: GraphRecord, *, max_edges: int) -> GraphRecord:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import numpy as np
 
-from gradflow.graph.dominators import DominatorTree, cut_capacities, dominator_tree
+from gradflow.graph.data import GraphData
 from gradflow.graph.flow import arithmetic_mean, geometric_mean, node_gain, number_field
+from gradflow.graph.queries.dominators import DominatorTree, cut_capacities, dominator_tree
 from gradflow.graph.table import FlowTable
-
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
 _MAX_NATS = -math.log(np.finfo(np.float64).eps)  # a loss beyond this (a gain of zero too) counts as this
 
@@ -80,7 +78,7 @@ class _Context:
 
 
 def bottlenecks(
-    graph: LayerGraph, k: int = 5, *, throttle: float = 0.5, narrow: float = 0.5
+    graph: GraphData, k: int = 5, *, throttle: float = 0.5, narrow: float = 0.5
 ) -> tuple[Bottleneck, ...]:
     """Return where the gradient must pass and is throttled, worst first; healthy waists come last.
 

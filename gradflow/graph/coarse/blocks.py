@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 
 from gradflow.errors import UnknownLayerError
-from gradflow.graph.contract import common_cosine, contracted, norm_of_sum
+from gradflow.graph.coarse.contract import common_cosine, contracted, norm_of_sum
+from gradflow.graph.data import G
 from gradflow.graph.table import FlowTable
 from gradflow.records import EdgeRecord, Floats, GraphRecord, NodeRecord
 
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
-
-def at(
-    graph: LayerGraph, pattern: str | None = None, *, depth: int | None = None, max_edges: int = 100_000
-) -> LayerGraph:
+def at(graph: G, pattern: str | None = None, *, depth: int | None = None, max_edges: int = 100_000) -> G:
     """Return the graph with nodes contracted to blocks of the module tree.
 
     A layer belongs to the block of its module, an operation to the block of the innermost module it ran
@@ -71,7 +66,7 @@ def at(
         raise UnknownLayerError.at(pattern, sorted({n.layer for n in full.record.nodes if n.layer}))
     record = contracted(_quotient(full.table, blocks), max_edges=max_edges)
     level = f"depth {depth}" if depth is not None else str(pattern)
-    return type(graph)(record, level=level, origin=full)
+    return graph.coarser(record, level)
 
 
 def _by_depth(depth: int) -> Callable[[str], str | None]:
