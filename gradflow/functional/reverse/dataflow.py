@@ -21,8 +21,10 @@ from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.watch import source_calls
 from gradflow.functional.torch_private import has_gradient_hooks, in_checkpoint
 
-# source name -> the operation that cut it ("" where nothing is cut: an input of the model)
-Taint = dict[str, str]
+# An input of the model or a layer call: ("input" or "layer", its name), as both may have the same name.
+Source = tuple[str, str]
+# source -> the operation that cut it ("" where nothing is cut: an input of the model)
+Taint = dict[Source, str]
 
 _READS = frozenset(("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__"))
 
@@ -38,19 +40,19 @@ class DataFlow:
     def __init__(self, recorder: Recorder, inputs: Mapping[str, Tensor]) -> None:
         self.recorder = recorder
         self._taints: dict[int, tuple[weakref.ref[Tensor], Taint]] = {}
-        self.edges: dict[tuple[int, str], str] = {}  # (target call, source) -> reason
-        self.joins: list[tuple[Any, str, str]] = []  # (autograd node, source, reason)
+        self.edges: dict[tuple[int, Source], str] = {}  # (target call, source) -> reason
+        self.joins: list[tuple[Any, Source, str]] = []  # (autograd node, source, reason)
         # hooks on tensors, those of the modules' backward and of parameters included, change gradients
         recorder.hooked = any(
             has_gradient_hooks(owner)
             for module in recorder.modules.values()
             for owner in (module, *module.parameters(recurse=False))
         )
-        self.read: dict[str, str] = {}  # call name -> the read (`item`, ...) that took its values out
+        self.read: dict[Source, str] = {}  # source -> the read (`item`, ...) that took its values out
         recorder.on_enter, recorder.on_exit = self._enter, self._exit
         self.shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         for name, tensor in inputs.items():
-            self._mark(tensor, {name: ""})
+            self._mark(tensor, {("input", name): ""})
 
     def release(self) -> None:
         """Let go of tensors and of the autograd graph."""
@@ -70,7 +72,7 @@ class DataFlow:
         """Return what a tensor would taint an output with, if `reason` cut it there."""
         taint = dict(self.taint(tensor))
         for index in source_calls(self.recorder, tensor):
-            taint.setdefault(self.recorder.calls[index].name, reason)
+            taint.setdefault(("layer", self.recorder.calls[index].name), reason)
         return taint
 
     # ----------------------------------------------------------------- layer calls
@@ -87,7 +89,7 @@ class DataFlow:
             return
         for tensor in iter_tensors(output):
             if not tensor.requires_grad:
-                self._mark(tensor, {call.name: "" if call.grad_enabled else _grad_mode()})
+                self._mark(tensor, {("layer", call.name): "" if call.grad_enabled else _grad_mode()})
 
     # ------------------------------------------------------------------- functions
 

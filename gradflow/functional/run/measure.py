@@ -161,8 +161,8 @@ def _loop(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer
             program.recorder.captured = _captured(run)
         if look or run.history.settling:
             _learn_activations(run)
-        if outcome.flows is not None:
-            run.flows.append(read_flows(step, outcome.flows))
+        if outcome.flows is not None and outcome.structure is not None:
+            run.flows.append(read_flows(step, outcome.flows, outcome.structure))
             _add_structure(run, outcome.structure)
         if not row.finite:
             row = _trace(run, batch, step, before, row)
@@ -410,7 +410,7 @@ def _deepened(run: Run, batch: Any, before: Before, record: FlowRecord) -> FlowR
         return record
     run.notes.clear()
     _is_same(run, step, float(record.losses[-1]), float(outcome.loss))
-    flows = [read_flows(step, outcome.flows)]
+    flows = [read_flows(step, outcome.flows, outcome.structure)]
     assert run.dataflow is not None
     structures = [*run.structures, outcome.structure]
     graph = graph_record(structures, run.severed, run.calls, run.dataflow, flows, run.arrived)
