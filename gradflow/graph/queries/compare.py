@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import numpy as np
 
@@ -29,6 +31,14 @@ class NodeChange:
     relative: float = number_field()
     gain: float = number_field()
     size: float = number_field()
+
+    def __str__(self) -> str:
+        known = [
+            (n, v) for n, v in (("gradient norm", self.relative), ("gain", self.gain)) if math.isfinite(v)
+        ]
+        if not known:
+            return f"{self.name}: its gradient is exactly zero in one of the two, and not in the other"
+        return f"{self.name}: {', '.join(f'{name} {value:+.3g}' for name, value in known)} nats"
 
 
 @attrs.frozen(kw_only=True)
@@ -74,13 +84,16 @@ class GraphChange:
     restored: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        lines = [f"common shift of the gradient norms: {self.common_shift:+.3g} nats"]
-        lines += [
-            f"{c.name}: gradient norm {c.relative:+.3g}, gain {c.gain:+.3g} nats" for c in self.nodes[:10]
-        ]
+        if math.isfinite(self.common_shift):
+            lines = [f"common shift of the gradient norms: {self.common_shift:+.3g} nats"]
+        else:
+            lines = ["only the structure was compared: no gradient norm is known of a node in both"]
+        lines += [str(change) for change in self.nodes[:10]]
         for label, items in (
             ("only before", self.nodes_before),
             ("only after", self.nodes_after),
+            ("edges only before", tuple(f"{u} -> {v}" for u, v in self.edges_before)),
+            ("edges only after", tuple(f"{u} -> {v}" for u, v in self.edges_after)),
             ("severed", tuple(f"{u} -> {v}" for u, v in self.severed)),
             ("restored", tuple(f"{u} -> {v}" for u, v in self.restored)),
         ):

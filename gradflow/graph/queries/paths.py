@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 
 from gradflow.graph.data import GraphData
-from gradflow.graph.flow import edge_ratios, exponential, geometric_mean, number_field, outflow, ratio
+from gradflow.graph.flow import absent, edge_ratios, exponential, geometric_mean, number_field, outflow, ratio
 from gradflow.graph.table import FlowTable
 from gradflow.records import NAN, Floats
 
@@ -75,8 +75,8 @@ def path(graph: GraphData, source: str, target: str) -> GradientPath:
         target: name of the last node.
 
     Returns:
-        The path, from `source` to `target`. Without one that carries any gradient its `nodes` are empty
-        and `reason` tells where the way is cut.
+        The path, from `source` to `target`, in the order asked for; of a node to itself, that node. Without
+        one that carries any gradient its `nodes` are empty and `reason` tells where the way is cut.
 
     Raises:
         UnknownLayerError: if there is no node of that name.
@@ -197,9 +197,11 @@ def transmission(graph: GraphData, a: str, b: str) -> float:
 
     Returns:
         ‖part of g_b that came through a‖ / ‖g_a‖, a ratio without unit; the geometric mean over the
-        measured steps. 0.0 if `b` does not lie behind `a`, or every way is severed.
+        measured steps. 1.0 if they are the same node. 0.0 if every way is severed, or none leads from one
+        to the other (two parallel branches).
 
     Raises:
+        ValueError: if `a` feeds `b`: the gradient runs the other way, so the two were exchanged.
         UnknownLayerError: if there is no node of that name.
         GraphUnavailableError: if only the topology was taken, or the graph has a cycle.
 
@@ -209,8 +211,6 @@ def transmission(graph: GraphData, a: str, b: str) -> float:
     ...     {("fc1", "fc2"): 0.3, ("fc1", "loss"): 0.4, ("fc2", "loss"): 1.0})
     >>> round(graph.transmission("loss", "fc1"), 6)
     0.5
-    >>> graph.transmission("fc1", "loss")      # the gradient never runs that way
-    0.0
     """
     table = graph.table
     table.check_measured("graph.transmission")
@@ -218,8 +218,15 @@ def transmission(graph: GraphData, a: str, b: str) -> float:
     start, goal = graph.position(a), graph.position(b)
     place = {node: i for i, node in enumerate(topo)}
     if place[goal] > place[start]:
-        return 0.0
-    flow, kept = table.flow, edge_ratios(table)
+        if not _walk(table, start, goal, np.ones(len(table.edges), dtype=bool)):
+            return 0.0
+        raise ValueError(
+            f"graph.transmission: {a!r} feeds {b!r}, and the gradient runs against the data, so none of the "
+            f"gradient at {a!r} reaches {b!r}. The first name is where the gradient comes from: "
+            f"graph.transmission({b!r}, {a!r})."
+        )
+    flow, gone = table.flow, absent(table)
+    kept, some_gone = edge_ratios(table), bool(gone.any())
     pull = ratio(table.grad, outflow(table))  # the coherence, not rounded to 1: so that it telescopes
     pull[(table.grad == 0) & (outflow(table) == 0)] = 0.0
     sources: dict[int, Floats] = {start: np.ones(len(table.steps))}
@@ -227,5 +234,8 @@ def transmission(graph: GraphData, a: str, b: str) -> float:
     for node in reversed(topo[place[goal] : place[start]]):
         live = [e for e in table.out_edges[node] if heads[e] in sources and flow[e].any()]
         if live:
-            sources[node] = pull[node] * sum(kept[e] * sources[heads[e]] for e in live)
+            parts = (kept[e] * sources[heads[e]] for e in live)
+            if some_gone:  # what a step lacks adds nothing, though nothing is known of what reads it there
+                parts = (np.where(gone[e], 0.0, part) for e, part in zip(live, parts, strict=True))
+            sources[node] = pull[node] * sum(parts)
     return float(geometric_mean(sources[goal])) if goal in sources else 0.0
