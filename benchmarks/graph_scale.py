@@ -139,8 +139,9 @@ def main() -> None:
         print(f"{'':16}" + "".join(f"{n:>10}" for n in options.layers) + f"{'p':>8}")
         rows = {**times, "all": [sum(column) for column in zip(*times.values(), strict=True)]}
         for name, row in rows.items():
-            growth = math.log(row[-1] / row[0]) / math.log(options.layers[-1] / options.layers[0])
-            print(f"{name:16}" + "".join(f"{seconds:10.4f}" for seconds in row) + f"{growth:8.2f}")
+            sizes = options.layers[-1] / options.layers[0]
+            growth = f"{math.log(row[-1] / row[0]) / math.log(sizes):8.2f}" if sizes != 1 else ""
+            print(f"{name:16}" + "".join(f"{seconds:10.4f}" for seconds in row) + growth)
     print(f"\nrecursion limit: {limit}, never raised")
 
 

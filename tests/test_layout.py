@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "gradflow"
@@ -38,6 +39,16 @@ ROOMS: dict[str, list[set[str]]] = {
         {"analyze", "scale"},
         {"__init__"},
     ],
+    "graph": [
+        {"table"},
+        {"flow"},
+        {"algebra"},
+        {"data"},
+        {"values", "coarse"},
+        {"queries", "export"},
+        {"layer_graph"},
+        {"__init__"},
+    ],
     "detect": [
         {"wiring"},
         {"evidence"},
@@ -51,6 +62,11 @@ ROOMS: dict[str, list[set[str]]] = {
 }
 # `records` to `graph`, in the one property that is there for convenience: see FlowRecord.graph.
 EXCEPTIONS = {("records/flow.py", "FlowRecord.graph", "gradflow.graph")}
+# Type hints alone, within a room: a listener is handed the recorder that tells it, which has a list of them.
+HINTS = {
+    ("functional/tap/asked.py", "gradflow.functional.tap.recorder"),
+    ("functional/tap/tapped.py", "gradflow.functional.tap.recorder"),
+}
 
 
 def rank(part: str) -> int:
@@ -60,6 +76,16 @@ def rank(part: str) -> int:
 def part_of(module: str) -> str:
     """Return the part that a module of ours belongs to: `gradflow.detect.flow.dead` → `detect`."""
     return [*module.split("."), "__init__"][1]
+
+
+def name_of(path: Path) -> str:
+    """Return the dotted name of a file of ours; a package's `__init__` has the package's."""
+    parts = ("gradflow", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {name_of(path) for path in FILES}
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, str]]:
@@ -77,7 +103,10 @@ def imports_of(path: Path) -> Iterator[tuple[str, str]]:
             package = ["gradflow", *path.relative_to(PACKAGE).parent.parts]
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
-            yield where, module
+            inner = {f"{module}.{alias.name}" for alias in node.names}
+            if module == "gradflow" or inner - MODULES:
+                yield where, module
+            yield from ((where, name) for name in sorted(inner & MODULES) if module != "gradflow")
             if module == "gradflow":  # `from gradflow import graph` imports a part by its name
                 yield from ((where, f"gradflow.{alias.name}") for alias in node.names)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -88,9 +117,6 @@ def imports_of(path: Path) -> Iterator[tuple[str, str]]:
     for where, module in visit(ast.parse(path.read_text(encoding="utf-8")), ""):
         if module.split(".")[0] == "gradflow":
             yield where, module
-
-
-FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -135,6 +161,48 @@ def test_every_room_says_what_it_may_import_and_has_a_dozen_files_at_most(part: 
         assert "May import" in text, f"{folder.name} does not say what it may import"
         files = [file for file in folder.glob("*.py") if file.stem != "__init__"]
         assert len(files) <= 12, f"{folder.name} has {len(files)} files"
+
+
+def import_graph() -> nx.DiGraph:
+    """Return who imports whom, file by file, without the exceptions.
+
+    Importing a package runs what its `__init__` imports; a package above the file itself does not count, as
+    it is being imported already.
+    """
+    graph = nx.DiGraph()
+    for path in FILES:
+        for where, module in imports_of(path):
+            if (str(path.relative_to(PACKAGE)), where, module) not in EXCEPTIONS and module in MODULES:
+                graph.add_edge(name_of(path), module)
+    return graph
+
+
+def test_no_imports_go_round() -> None:
+    graph = import_graph()
+    assert len(graph) > 100  # the names were found
+    rounds = [sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1]
+    assert rounds == []
+    assert not list(nx.selfloop_edges(graph))
+
+
+def test_an_import_that_goes_round_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "EXCEPTIONS", set())
+    assert any(len(found) > 1 for found in nx.strongly_connected_components(import_graph()))
+
+
+def test_no_type_hint_points_down_but_the_exceptions() -> None:
+    found = set()
+    for path in FILES:
+        own = rank(path.relative_to(PACKAGE).parts[0].removesuffix(".py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                for inner in ast.walk(node):
+                    module = inner.module if isinstance(inner, ast.ImportFrom) else None
+                    if (module or "").startswith("gradflow."):
+                        down = rank(part_of(str(module))) > own
+                        same = part_of(str(module)) in ROOMS and rank(part_of(str(module))) == own
+                        found |= {(str(path.relative_to(PACKAGE)), module)} if down or same else set()
+    assert found == HINTS | {(file, module) for file, _, module in EXCEPTIONS}
 
 
 def test_the_exceptions_are_still_needed() -> None:

@@ -187,10 +187,11 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
             "If it is a zero initialisation by design, give it a few steps of the optimizer: pass "
             "optimizer=.",
         )
+    name = layer_name(node)
+    where = f"between {name} and {here}" if here != name else f"behind {name or 'the model'}"
     return (
-        f"Look at what stands between {layer_name(node)} and {here}: a sign, a round, a comparison or a "
-        f"hard bound "
-        "has a derivative of zero.",
+        f"Look at what stands {where}: a sign, a round, a comparison or a hard bound has a derivative of "
+        "zero.",
     )
 
 

@@ -38,7 +38,7 @@ from collections.abc import Callable, Mapping
 import attrs
 import numpy as np
 
-from gradflow.detect.wiring import LOSS, Wiring, layer_name, node_name, wiring
+from gradflow.detect.wiring import Wiring, layer_name, node_name, wiring
 from gradflow.records import ActivationRecord, Floats, FlowRecord, LayerRecord, ParameterRecord
 
 KEPT_BY_MATRIX = 0.4
@@ -338,7 +338,7 @@ def largest_gradient(flow: Flow) -> Floats:
 def heads(flow: Flow) -> list[str]:
     """Return the last layer call with parameters on each way to the loss, in order of execution."""
     found: dict[str, None] = {}
-    todo, seen = list(flow.wiring.preds.get(LOSS, ())), set[str]()
+    todo, seen = list(flow.wiring.preds.get(flow.wiring.loss, ())), set[str]()
     while todo:
         node = todo.pop()
         if node in seen:

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import attrs
 import numpy as np
 
-from gradflow.records import EdgeRecord, FlowRecord, LayerRecord, NodeRecord
+from gradflow.records import EdgeRecord, FlowRecord, GraphRecord, LayerRecord, NodeRecord
 
 LOSS = "loss"
+MODEL = "(model)"
 
 
 @attrs.frozen(kw_only=True)
@@ -22,13 +23,14 @@ class Wiring:
     """The graph without the edges that cut the gradient, in the direction of the data.
 
     Args:
-        nodes: every node by name; layer nodes carry the name of the layer call.
+        nodes: every node by name; layer nodes carry the name of the layer call: see `node_name`.
         order: names of the nodes, each behind all that feed it.
         preds: by name, the nodes that feed it.
         succs: by name, the nodes that it feeds.
         cuts: by name of a node, the reasons why an edge out of it carries no gradient.
         sources: by name, the nodes whose data it takes, along edges that cut the gradient too.
         known: whether this is the graph, and not the order of execution.
+        loss: the name of the loss, which is another than `loss` where a layer has that.
     """
 
     nodes: Mapping[str, NodeRecord]
@@ -38,6 +40,7 @@ class Wiring:
     cuts: Mapping[str, tuple[str, ...]]
     sources: Mapping[str, tuple[str, ...]]
     known: bool
+    loss: str = LOSS
 
     def is_layer(self, name: str) -> bool:
         """Whether a node is a layer call."""
@@ -107,13 +110,28 @@ def _closure(name: str, step: Mapping[str, tuple[str, ...]]) -> frozenset[str]:
 
 
 def node_name(layer: str) -> str:
-    """Return the graph's name for a layer call; the model itself, whose name is empty, is `(model)`."""
-    return layer or "(model)"
+    """Return the node's name for a layer call; the model itself, whose name is empty, is `(model)`.
+
+    A layer that is called so gets one more pair of brackets, so that no two share a name.
+
+    >>> node_name("head"), node_name(""), node_name("(model)")
+    ('head', '(model)', '((model))')
+    """
+    return MODEL if not layer else f"({layer})" if _is_model(layer) else layer
 
 
 def layer_name(node: str) -> str:
     """Return the layer call's name for a node of the graph."""
-    return "" if node == "(model)" else node
+    return "" if node == MODEL else node[1:-1] if _is_model(node) else node
+
+
+def _is_model(name: str) -> bool:
+    """Whether a name is `(model)`, in whatever number of further brackets."""
+    while name != MODEL:
+        if not (name.startswith("(") and name.endswith(")")):
+            return False
+        name = name[1:-1]
+    return True
 
 
 def wiring(record: FlowRecord) -> Wiring:
@@ -123,12 +141,41 @@ def wiring(record: FlowRecord) -> Wiring:
     False
     """
     if record.graph_record is not None and any(node.kind == LOSS for node in record.graph_record.nodes):
-        graph = record.graph_record
+        graph = _by_layers(record.graph_record, {layer.name for layer in record.layers})
         # An edge that merely carried exact zeros is still a way the gradient can take.
         live = [(edge.source, edge.target) for edge in graph.edges if not (edge.severed and edge.reason)]
         cut = [edge for edge in graph.edges if edge.severed and edge.reason]
         return _assembled(graph.nodes, live, cut, known=True)
     return _chain(record)
+
+
+def _by_layers(graph: GraphRecord, layers: set[str]) -> GraphRecord:
+    """Return the graph with the names of `node_name`, and as layers only the calls that the record has.
+
+    In the graph every layer keeps its name, and others give way to it; here names of layers are told by
+    `node_name`. A call that some steps ran at another place is a further node there; it has no record of its
+    own, and counts as an operation on the way.
+    """
+    names: dict[str, str] = {}
+    nodes = []
+    for node in graph.nodes:
+        root = node.kind == "layer" and not node.layer and _is_model(node.name) and node.name not in layers
+        name = MODEL if root else node_name(node.name) if node.name in layers else node.name
+        call = layer_name(name) in layers
+        kind = "op" if node.kind == "layer" and not call else node.kind
+        names[node.name] = name
+        nodes.append(
+            node if (name, kind) == (node.name, node.kind) else attrs.evolve(node, name=name, kind=kind)
+        )
+    if all(old == new for old, new in names.items()):
+        return attrs.evolve(graph, nodes=nodes)
+    taken = {name for name in names.values() if layer_name(name) in layers}
+    for node in graph.nodes:  # what is no layer gives way here too
+        while node.name not in layers and names[node.name] != MODEL and names[node.name] in taken:
+            names[node.name] = f"({names[node.name]})"
+    nodes = [attrs.evolve(n, name=names[old.name]) for n, old in zip(nodes, graph.nodes, strict=True)]
+    edges = [attrs.evolve(e, source=names[e.source], target=names[e.target]) for e in graph.edges]
+    return attrs.evolve(graph, nodes=nodes, edges=edges)
 
 
 def _chain(record: FlowRecord) -> Wiring:
@@ -138,7 +185,7 @@ def _chain(record: FlowRecord) -> Wiring:
     nothing = np.empty(0)
     nodes.append(
         NodeRecord(
-            name=LOSS,
+            name=_free(LOSS, {node.name for node in nodes}),
             kind=LOSS,
             order=len(nodes),
             grad_norm=nothing,
@@ -148,6 +195,12 @@ def _chain(record: FlowRecord) -> Wiring:
     )
     live = [(a.name, b.name) for a, b in itertools.pairwise(nodes)]
     return _assembled(nodes, live, (), known=False)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name = f"({name})"
+    return name
 
 
 def _node(layer: LayerRecord) -> NodeRecord:
@@ -196,6 +249,7 @@ def _assembled(
         cuts={name: tuple(dict.fromkeys(found)) for name, found in cuts.items()},
         sources={name: tuple(dict.fromkeys(found)) for name, found in sources.items()},
         known=known,
+        loss=next(node.name for node in named.values() if node.kind == LOSS),
     )
 
 

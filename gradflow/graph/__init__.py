@@ -2,17 +2,23 @@
 
 `LayerGraph` holds a graph record and answers questions about it; every answer is a frozen record of
 numbers. This folder never calls a model.
+
+From low to high, each importing only from those before it: `table.py` (the record as arrays), `flow.py`
+(gain, coherence, ω), `algebra/` (the Hodge decomposition), `data.py` (all of these together, which every
+question is asked of), `values.py` (nodes and edges with their numbers) and `coarse/` (contraction),
+`queries/` (the questions) and `export.py`, `layer_graph.py` (the face).
 """
 
-from gradflow.graph.bottlenecks import Bottleneck
-from gradflow.graph.circulation import Circulation
-from gradflow.graph.compare import EdgeChange, GraphChange, NodeChange
-from gradflow.graph.critical import CriticalPoint
+from gradflow.graph.algebra.hodge import HodgeDecomposition
 from gradflow.graph.flow import FlowNumbers
-from gradflow.graph.hodge import HodgeDecomposition
-from gradflow.graph.layer_graph import Edge, LayerGraph, Node
-from gradflow.graph.paths import GradientPath
-from gradflow.graph.reach import Unreachable
+from gradflow.graph.layer_graph import LayerGraph
+from gradflow.graph.queries.bottlenecks import Bottleneck
+from gradflow.graph.queries.circulation import Circulation
+from gradflow.graph.queries.compare import EdgeChange, GraphChange, NodeChange
+from gradflow.graph.queries.critical import CriticalPoint
+from gradflow.graph.queries.paths import GradientPath
+from gradflow.graph.queries.reach import Unreachable
+from gradflow.graph.values import Edge, Node
 
 __all__ = [
     "Bottleneck",

@@ -9,13 +9,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradflow.graph.data import GraphData
+from gradflow.graph.values import edge_values, node_values
+
 if TYPE_CHECKING:
     import networkx as nx
 
-    from gradflow.graph.layer_graph import LayerGraph
 
-
-def networkx_graph(graph: LayerGraph) -> nx.DiGraph:
+def networkx_graph(graph: GraphData) -> nx.DiGraph:
     """Return a frozen `networkx.DiGraph`, edges in the direction of the data.
 
     Attributes are strings, whole numbers, finite numbers and truth values only, which node-link JSON,
@@ -29,16 +30,16 @@ def networkx_graph(graph: LayerGraph) -> nx.DiGraph:
     import networkx as nx
 
     result = nx.DiGraph(level=graph.level, steps=" ".join(map(str, graph.record.steps)))
-    for node in graph.node_values():
+    for node in node_values(graph):
         node["shape"] = "x".join(map(str, node["shape"]))
         node["parameters"] = " ".join(node["parameters"])
         result.add_node(node.pop("name"), **_known(node))
-    for edge in graph.edge_values():
+    for edge in edge_values(graph):
         result.add_edge(edge.pop("source"), edge.pop("target"), **_known(edge))
     return nx.freeze(result)
 
 
-def to_node_link(graph: LayerGraph) -> dict[str, Any]:
+def to_node_link(graph: GraphData) -> dict[str, Any]:
     """Return the graph as node-link data for strict JSON, as `networkx.node_link_graph` reads it.
 
     Returns:
@@ -52,9 +53,9 @@ def to_node_link(graph: LayerGraph) -> dict[str, Any]:
     """
     nodes = [
         {"id": node.pop("name"), **{key: _plain(value) for key, value in node.items()}}
-        for node in graph.node_values()
+        for node in node_values(graph)
     ]
-    edges = [{key: _plain(value) for key, value in edge.items()} for edge in graph.edge_values()]
+    edges = [{key: _plain(value) for key, value in edge.items()} for edge in edge_values(graph)]
     return {
         "directed": True,
         "multigraph": False,
@@ -64,7 +65,7 @@ def to_node_link(graph: LayerGraph) -> dict[str, Any]:
     }
 
 
-def to_graphml(graph: LayerGraph, path: str | Path) -> None:
+def to_graphml(graph: GraphData, path: str | Path) -> None:
     """Write the graph as GraphML, which yEd, Gephi, Cytoscape and networkx read.
 
     Args:
@@ -81,12 +82,12 @@ def to_graphml(graph: LayerGraph, path: str | Path) -> None:
     """
     import networkx as nx
 
-    lines = nx.generate_graphml(graph.nx)
+    lines = nx.generate_graphml(networkx_graph(graph))
     text = '<?xml version="1.0" encoding="utf-8"?>\n' + "\n".join(lines)
     Path(path).write_text(text, encoding="utf-8")
 
 
-def to_dot(graph: LayerGraph) -> str:
+def to_dot(graph: GraphData) -> str:
     """Return the graph in the DOT language of Graphviz: data runs down, severed edges are red and dashed.
 
     Line widths grow with the logarithm of the flow, from 1 to 5 points.
@@ -105,11 +106,11 @@ def to_dot(graph: LayerGraph) -> str:
     }
     """
     lines = ["digraph gradient_flow {", "  rankdir=TB; node [shape=box, style=rounded];"]
-    for node in graph.node_values():
+    for node in node_values(graph):
         gain = f"{node['gain']:.3g}" if math.isfinite(node["gain"]) else "?"
         label = f'{_quoted(node["name"])[:-1]}\\ngain {gain}"'
         lines.append(f"  {_quoted(node['name'])} [label={label}, kind={_quoted(node['kind'])}];")
-    edges = graph.edge_values()
+    edges = edge_values(graph)
     logs = [math.log(e["flow"]) for e in edges if math.isfinite(e["flow"]) and e["flow"] > 0]
     low, high = (min(logs), max(logs)) if logs else (0.0, 0.0)
     for edge in edges:

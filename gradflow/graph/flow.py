@@ -6,13 +6,14 @@ Everything here is elementwise on arrays of shape (nodes, steps) and (edges, ste
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
 import numpy as np
 
 from gradflow.graph.table import FlowTable
-from gradflow.records import NAN, Floats
+from gradflow.records import NAN, Bools, Floats
 
 
 @attrs.frozen(eq=False, kw_only=True, repr=False)
@@ -152,13 +153,32 @@ def node_coherence(table: FlowTable) -> Floats:
 def outflow(table: FlowTable) -> Floats:
     """Return Σ f(u→v) over the consumers of every node, shape (N, S)."""
     total = np.zeros_like(table.grad)
-    np.add.at(total, table.source, table.flow)
+    np.add.at(total, table.source, handed(table))
     return total
+
+
+def handed(table: FlowTable, edges: Sequence[int] | slice = slice(None)) -> Floats:
+    """Return what edges add to the gradient at their u, shape (E, S): their flow, 0 where one is absent."""
+    return np.where(absent(table, edges), 0.0, table.flow[edges])
+
+
+def absent(table: FlowTable, edges: Sequence[int] | slice = slice(None)) -> Bools:
+    """Return where a step does not have an edge that others have, shape (E, S).
+
+    Its flow is NaN there, and the gradient at its u a number all the same: a flow that is NaN itself would
+    have made that NaN too.
+    """
+    return np.isnan(table.flow[edges]) & np.isfinite(table.grad[table.source[edges]])
 
 
 def edge_omega(table: FlowTable) -> Floats:
     """Return ω(u→v) = ln f(u→v) − ln ‖g_v‖, shape (E, S); NaN on severed edges and where nothing flows."""
     return log_of(table.flow) - log_of(table.grad[table.target])
+
+
+def edge_ratios(table: FlowTable) -> Floats:
+    """Return r(u→v) = f(u→v) / ‖g_v‖, shape (E, S); 0 where nothing flows, NaN where not measured."""
+    return np.where(table.flow == 0, 0.0, ratio(table.flow, table.grad[table.target]))
 
 
 def log_of(values: Floats) -> Floats:

@@ -47,7 +47,7 @@ def draw_graph(
         ax: axes to draw into; None for a figure of its own, sized so that the labels fit.
         level: `layers` contracts the operations of a full graph, `full` draws the graph as it is.
         max_nodes: above this many nodes the graph is contracted to the deepest module level that fits, as
-            labels are not legible in a longer drawing.
+            labels are not legible in a longer drawing, at whatever `level`; the figure says so below.
 
     Returns:
         The figure.
@@ -66,7 +66,8 @@ def draw_graph(
     mpl = _matplotlib()
     if level not in ("layers", "full"):
         raise ValueError(f"draw_graph: expected level 'layers' or 'full', got {level!r}.")
-    shown = _fitting(graph.layers() if level == "layers" and graph.level == "full" else graph, max_nodes)
+    asked = graph.layers() if level == "layers" and graph.level == "full" else graph
+    shown = _fitting(asked, max_nodes)
     layout = graph_layout(shown)
     figure, axes, scale = _canvas(mpl, layout, ax)
     nodes = [shown[name] for name in shown]
@@ -79,7 +80,7 @@ def draw_graph(
     lost = {layer.name for layer in shown.unreachable()}
     for node in nodes:
         _draw_node(mpl, axes, layout, node, norm, node.name in lost, scale)
-    _draw_legend(mpl, axes, layout, edges, norm, scale, shown)
+    _draw_legend(mpl, axes, layout, edges, norm, scale, shown, _folded(asked, shown))
     if path is not None:
         figure.savefig(path, facecolor="white", bbox_inches="tight", pad_inches=0.1)
     return figure
@@ -147,6 +148,17 @@ def _fitting(graph: LayerGraph, max_nodes: int) -> LayerGraph:
     raise ValueError(
         f"draw_graph: the graph has {len(graph)} nodes, and contracted to its top modules still more than "
         f"max_nodes={max_nodes}. Draw a part of it, such as graph.at('encoder.*'), or raise max_nodes."
+    )
+
+
+def _folded(asked: LayerGraph, shown: LayerGraph) -> str:
+    """Return what the figure says where it shows less than was asked for."""
+    if shown is asked:
+        return ""
+    blocks = sum(node.kind == "block" for node in shown.record.nodes)
+    return (
+        f"{len(asked)} nodes ({asked.level}) were asked for and are folded to {len(shown)}, {blocks} of them "
+        f"modules: max_nodes={len(asked)} draws all"
     )
 
 
@@ -237,7 +249,14 @@ def _draw_bar(mpl: Any, ax: Axes, layout: Layout, norm: Any, scale: float) -> No
 
 
 def _draw_legend(
-    mpl: Any, ax: Axes, layout: Layout, edges: Sequence[Edge], norm: Any, scale: float, graph: LayerGraph
+    mpl: Any,
+    ax: Axes,
+    layout: Layout,
+    edges: Sequence[Edge],
+    norm: Any,
+    scale: float,
+    graph: LayerGraph,
+    folded: str,
 ) -> None:
     """Draw the colour bar on the right, and below the graph what widths and dashes mean."""
     if graph.measured:
@@ -262,3 +281,5 @@ def _draw_legend(
     told = f"{graph.level}; " + (f"mean over {steps} step{'s' * (steps != 1)}" if steps else "topology only")
     told += "; data runs down, the gradient up"
     ax.text(x, y, told, fontsize=7.5 * scale, color=SOFT, va="center")
+    if folded:
+        ax.text(x, y - 0.2, folded, fontsize=7.5 * scale, color=SEVERED, va="center")

@@ -132,6 +132,16 @@ def topology(record: GraphRecord) -> GraphRecord:
     return GraphRecord(nodes=nodes, edges=edges, steps=())
 
 
+def unknown(nodes: list[NodeRecord], edges: list[EdgeRecord]) -> GraphRecord:
+    """Return a record of one measured step at which no number is known: structure and width alone."""
+    blank = [np.nan]
+    return GraphRecord(
+        nodes=[attrs.evolve(n, grad_norm=blank, input_grad_norm=blank, effective_rank=blank) for n in nodes],
+        edges=[attrs.evolve(e, flow=blank) for e in edges],
+        steps=(0,),
+    )
+
+
 def node(name: str, kind: str = "layer", **values: object) -> NodeRecord:
     """Return a node record of a graph of which only the topology was taken."""
     defaults: dict = {

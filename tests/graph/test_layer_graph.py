@@ -10,7 +10,7 @@ import pytest
 from gradflow.errors import GraphUnavailableError, RecordFormatError, UnknownLayerError
 from gradflow.graph import LayerGraph
 from gradflow.records import FlowRecord, GraphRecord, Provenance
-from tests.graph.dags import edge, network, node, residual, topology
+from tests.graph.dags import edge, network, node, residual, topology, unknown
 
 
 def test_from_record_and_record_graph():
@@ -156,7 +156,7 @@ def test_records_that_are_no_graph(message):
 
 def test_a_record_out_of_order_still_has_a_topological_order():
     nodes = [node("loss", "loss"), node("b"), node("a")]
-    graph = LayerGraph(GraphRecord(nodes=nodes, edges=[edge("a", "b"), edge("b", "loss")]))
+    graph = LayerGraph(unknown(nodes, [edge("a", "b"), edge("b", "loss")]))
     assert graph.table.topo == [2, 1, 0]
     assert graph.bottlenecks() == ()
 

@@ -176,3 +176,16 @@ def test_what_it_refuses(monkeypatch):
         ImportError, match=r'draw_graph needs matplotlib.*pip install "gradient-flow\[plot\]"'
     ):
         draw_graph(residual(0.5))
+
+
+def test_a_figure_says_what_it_folded():
+    graph = stream(30)
+    for level, asked in (("full", graph), ("layers", graph.layers())):
+        figure = draw_graph(graph, level=level, max_nodes=40)
+        (text,) = [text for text in texts(figure) if "folded" in text]
+        assert text.startswith(
+            f"{len(asked)} nodes ({level}) were asked for and are folded to 32, 30 of them"
+        )
+        assert f"max_nodes={len(asked)} draws all" in text
+        whole = draw_graph(graph, level=level, max_nodes=len(asked))
+        assert not [text for text in texts(whole) if "folded" in text]

@@ -8,7 +8,7 @@ import attrs
 
 from gradflow.detect.causes.explains import PRECEDENCE, roots
 from gradflow.detect.evidence import Flow, flow_of, late
-from gradflow.detect.wiring import LOSS, layer_name, node_name
+from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import Cause, FlowRecord, Issue, IssueSeverity, IssueType
 
 
@@ -114,7 +114,7 @@ def _evidence(flow: Flow, issue: Issue, others: Sequence[Issue], most: int = 12)
         for node in reversed(flow.wiring.order)
         if node in flow.layers
         and not flow.layers[node].composite
-        and (node in places or (node in behind and LOSS in flow.wiring.succs[node]))
+        and (node in places or (node in behind and flow.wiring.loss in flow.wiring.succs[node]))
     ]
     lines = []
     for node in on_path[:most]:

@@ -20,8 +20,7 @@ from gradflow.detect.evidence import (
     middle,
     shares,
 )
-from gradflow.detect.wiring import LOSS
-from gradflow.graph.dominators import immediate_dominators
+from gradflow.graph.queries.dominators import immediate_dominators
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
 MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum", "mean")
@@ -99,8 +98,8 @@ def _passages(flow: Flow) -> list[str]:
     if it stands at or above their lowest common ancestor, which is built up along the order of the graph.
     """
     wires = flow.wiring
-    above = immediate_dominators(wires.preds, LOSS)
-    depth = {LOSS: 0}
+    above = immediate_dominators(wires.preds, wires.loss)
+    depth = {wires.loss: 0}
     for node in reversed(wires.order):
         if node in above and above[node] in depth:
             depth[node] = depth[above[node]] + 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -36,12 +36,17 @@ class Group:
     name: str
     kind: str
     order: int
+    base: str = ""  # what its name is made from: without a number, and as if no layer had it already
     module: str = ""
     type: str = ""
     call: Call | None = None
     shape: tuple[int, ...] = ()
     parameters: dict[str, None] = attrs.field(factory=dict)
     taken: tuple[int, ...] = ()
+
+    def use(self, parameters: Iterable[str]) -> None:
+        """Note parameters, by name, that the node uses."""
+        self.parameters |= dict.fromkeys(parameters)
 
 
 @attrs.define(eq=False)
@@ -55,6 +60,7 @@ class Structure:
     leaves: dict[Node, Tensor]  # nodes that stand for leaf tensors
     foreign: list[Tensor]  # leaves that are neither working parameters nor tensors of the batch
     calls: list[Call] = attrs.field(factory=list)  # of the step
+    loss: str = LOSS  # the name of the loss
     signature: list[Any] = attrs.field(factory=list)  # of the autograd graph: see `signature`
     placed: list[str | None] = attrs.field(factory=list)  # the group of every node, in their order
 
@@ -125,6 +131,22 @@ def signature(nodes: list[Node]) -> list[Any]:
     return found
 
 
+def own_name(name: str, layers: Container[str]) -> str:
+    """Return a name for a node that is no layer's: its own, in brackets where a layer has that name.
+
+    >>> own_name("loss", {"net", "loss"}), own_name("input.0", {"net", "loss"})
+    ('(loss)', 'input.0')
+    """
+    while name in layers:
+        name = f"({name})"
+    return name
+
+
+def names_of_layers(calls: Iterable[Call]) -> set[str]:
+    """Return the names of the layer calls, which no other node may have; the model's own is empty."""
+    return {call.name for call in calls if call.is_layer}
+
+
 def is_leaf(node: Node) -> bool:
     """Whether an autograd node only accumulates the gradient of a leaf tensor."""
     return hasattr(node, "variable")
@@ -190,20 +212,24 @@ def build(
         return same
     windows = Windows(recorder.calls)
     names = {id(p): n for n, p in parameters.items()}
-    structure = Structure({}, {}, nodes, {}, {}, [], recorder.calls)
-    taken = dict.fromkeys([*(c.name for c in recorder.calls), LOSS], 1)  # name -> next number to try
-    structure.groups[LOSS] = Group(LOSS, "loss", 2**62, type="loss")
+    layers = names_of_layers(recorder.calls)
+    end, model = own_name(LOSS, layers), own_name(MODEL, layers)
+    structure = Structure({}, {}, nodes, {}, {}, [], recorder.calls, loss=end)
+    # name -> next number to try
+    taken = dict.fromkeys([*(c.name for c in recorder.calls), LOSS, end, model], 1)
+    structure.groups[end] = Group(end, "loss", 2**62, LOSS, type="loss")
     inner = [n for n in nodes if not is_leaf(n)]
     for node in sorted(inner, key=node_number):
-        group = _group(node, recorder, windows, taken, structure)
+        group = _group(node, recorder, windows, taken, structure, model)
         structure.group_of[node] = group.name
     leaves = [node for node in nodes if is_leaf(node)]
     known = {*names, *(id(site.slot) for site in recorder.sites)}
     others = any(id(node.variable) not in known for node in leaves)
     input_names = {id(t): n for n, t in inputs().items()} if others else {}
+    layers |= set(structure.groups)
     for node in leaves:
-        _place_leaf(node, structure, names, input_names)
-    structure.edges[(structure.group_of[loss.grad_fn], LOSS)] = None
+        _place_leaf(node, structure, names, input_names, layers)
+    structure.edges[(structure.group_of[loss.grad_fn], end)] = None
     for source, target, _, _ in boundaries(structure):
         structure.edges[(source, target)] = None
     _attach_parameters(structure, names)
@@ -213,26 +239,37 @@ def build(
 
 
 def _group(
-    node: Node, recorder: Recorder, windows: Windows, taken: dict[str, int], structure: Structure
+    node: Node,
+    recorder: Recorder,
+    windows: Windows,
+    taken: dict[str, int],
+    structure: Structure,
+    model: str,
 ) -> Group:
     call = recorder.calls[node.site.call] if is_probe(node) else windows.layer(node)
     if call is not None:
-        name = call.name or MODEL
+        name = call.name or model
         if name not in structure.groups:
             order = call.start if not call.has_children else call.end
-            structure.groups[name] = Group(name, "layer", order, call.module, call.type, call, call.shape)
+            structure.groups[name] = layer_group(name, call, order)
         return structure.groups[name]
     op = operation(node)
     inside = windows.innermost(node)
     prefix = f"{inside.name}:" if inside is not None and inside.name else ""
-    name, number = f"{prefix}{op}", taken.get(f"{prefix}{op}", 0)
+    base = name = f"{prefix}{op}"
+    number = taken.get(base, 0)
     while name in taken:
-        name, number = f"{prefix}{op}@{number}", number + 1
-    taken[name] = taken[f"{prefix}{op}"] = max(number, 1)
+        name, number = f"{base}@{number}", number + 1
+    taken[name] = taken[base] = max(number, 1)
     module = inside.module if inside is not None else ""
-    group = Group(name, "op", node_number(node), module, op, None, _shape(node), taken=_taken(node))
+    group = Group(name, "op", node_number(node), base, module, op, None, _shape(node), taken=_taken(node))
     structure.groups[name] = group
     return group
+
+
+def layer_group(name: str, call: Call, order: int) -> Group:
+    """Return the node of a layer call."""
+    return Group(name, "layer", order, call.name, call.module, call.type, call, call.shape)
 
 
 def _shape(node: Node) -> tuple[int, ...]:
@@ -251,18 +288,27 @@ def _taken(node: Node) -> tuple[int, ...]:
 
 
 def _place_leaf(
-    node: Node, structure: Structure, names: Mapping[int, str], input_names: Mapping[int, str]
+    node: Node,
+    structure: Structure,
+    names: Mapping[int, str],
+    input_names: Mapping[int, str],
+    taken: Container[str],
 ) -> None:
     leaf = node.variable
     structure.leaves[node] = leaf
     if id(leaf) in names:
         return
     if id(leaf) in input_names:
-        name = input_names[id(leaf)]
-        structure.groups[name] = Group(name, "input", -1, type="input", shape=tuple(leaf.shape))
+        name = own_name(input_names[id(leaf)], taken)
+        structure.groups[name] = input_group(name, input_names[id(leaf)], tuple(leaf.shape))
         structure.group_of[node] = name
     else:
         structure.foreign.append(leaf)
+
+
+def input_group(name: str, base: str, shape: tuple[int, ...]) -> Group:
+    """Return the node of a tensor of the batch."""
+    return Group(name, "input", -1, base, type="input", shape=shape)
 
 
 def boundaries(structure: Structure) -> Iterator[tuple[str, str, Node, tuple[Node, int]]]:
@@ -318,4 +364,4 @@ def _attach_parameters(structure: Structure, names: Mapping[int, str]) -> None:
         for child, _ in node.next_functions:
             leaf = structure.leaves.get(child) if child is not None else None
             if group is not None and leaf is not None and id(leaf) in names:
-                structure.groups[group].parameters[names[id(leaf)]] = None
+                structure.groups[group].use([names[id(leaf)]])

@@ -22,8 +22,10 @@ from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.watch import source_calls
 from gradflow.functional.torch_private import in_checkpoint
 
-# source name -> the operation that cut it ("" where nothing is cut: an input of the model)
-Taint = dict[str, str]
+# An input of the model or a layer call: ("input" or "layer", its name), as both may have the same name.
+Source = tuple[str, str]
+# source -> the operation that cut it ("" where nothing is cut: an input of the model)
+Taint = dict[Source, str]
 
 _READS = frozenset(("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__"))
 
@@ -39,9 +41,9 @@ class DataFlow(Listener):
         self._inputs: Mapping[str, Tensor] = inputs
         self._recorder: Recorder | None = None
         self._taints: dict[int, tuple[weakref.ref[Tensor], Taint]] = {}
-        self.edges: dict[tuple[int, str], str] = {}  # (target call, source) -> reason
-        self.joins: list[tuple[Any, str, str]] = []  # (autograd node, source, reason)
-        self.read: dict[str, str] = {}  # call name -> the read (`item`, ...) that took its values out
+        self.edges: dict[tuple[int, Source], str] = {}  # (target call, source) -> reason
+        self.joins: list[tuple[Any, Source, str]] = []  # (autograd node, source, reason)
+        self.read: dict[Source, str] = {}  # source -> the read (`item`, ...) that took its values out
         self.shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
 
     def begin(self, step: int, recorder: Recorder) -> None:
@@ -49,7 +51,7 @@ class DataFlow(Listener):
         self._recorder = recorder
         self._taints, self.edges, self.joins, self.read = {}, {}, [], {}
         for name, tensor in self._inputs.items():
-            self._mark(tensor, {name: ""})
+            self._mark(tensor, {("input", name): ""})
 
     def release(self) -> None:
         """Let go of tensors and of the autograd graph, once the cuts were read off."""
@@ -70,7 +72,7 @@ class DataFlow(Listener):
         assert self._recorder is not None
         taint = dict(self.taint(tensor))
         for index in source_calls(tensor):
-            taint.setdefault(self._recorder.calls[index].name, reason)
+            taint.setdefault(("layer", self._recorder.calls[index].name), reason)
         return taint
 
     # ----------------------------------------------------------------- layer calls
@@ -89,7 +91,7 @@ class DataFlow(Listener):
             return
         for tensor in iter_tensors(output):
             if not tensor.requires_grad:
-                self._mark(tensor, {call.name: "" if call.grad_enabled else _grad_mode()})
+                self._mark(tensor, {("layer", call.name): "" if call.grad_enabled else _grad_mode()})
 
     # ------------------------------------------------------------------- functions
 

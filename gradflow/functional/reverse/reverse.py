@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradflow.functional.reverse.autograd_graph import LOSS, Node, Structure, is_leaf, topological
+from gradflow.functional.reverse.autograd_graph import Node, Structure, is_leaf, topological
 from gradflow.functional.tap.calls import unit_axis
 from gradflow.functional.tap.probes import is_probe, sum_of_squares
 from gradflow.functional.torch_private import in_reverse_pass, input_metadata
@@ -164,7 +164,7 @@ def walked(loss: Tensor, structure: Structure, *, exact: bool, ranks: bool = Fal
     flows = Flows()
     arriving: dict[Node, dict[int, dict[str, Tensor]]] = {}
     root = loss.grad_fn
-    arriving[root] = {0: {LOSS: torch.ones_like(loss)}}
+    arriving[root] = {0: {structure.loss: torch.ones_like(loss)}}
     with torch.no_grad():
         for node in structure.nodes:
             incoming = arriving.pop(node, None)

@@ -40,10 +40,10 @@ class GraphFindings:
     def add(self, step: int, outcome: Outcome) -> None:
         """Keep the flows of a step, where it has any, and its graph, unless that is known."""
         structure, flows, kept = outcome.structure, outcome.gradients.flows, self.structures
-        if flows is None:
+        if flows is None or structure is None:
             return
-        self.flows.append(read_flows(step, flows))
-        if structure is not None and not (kept and structure.groups is kept[-1].groups):
+        self.flows.append(read_flows(step, flows, structure))
+        if not (kept and structure.groups is kept[-1].groups):
             kept.append(structure)
 
     def conclude(self, arrived: Collection[str], unprobed: Collection[str]) -> None:
@@ -75,5 +75,5 @@ class GraphFindings:
         if flows is None or structure is None or self.dataflow is None:
             return None
         structures = [*self.structures, structure]
-        hosted = [read_flows(step, flows)]
+        hosted = [read_flows(step, flows, structure)]
         return graph_record(structures, self.severed, self.calls, self.dataflow, hosted, self.arrived)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import attrs
 import numpy as np
 
-from gradflow.functional.reverse.autograd_graph import LOSS, MODEL, Group, Structure
-from gradflow.functional.reverse.dataflow import DataFlow
+from gradflow.functional.reverse.autograd_graph import (
+    MODEL,
+    Group,
+    Structure,
+    input_group,
+    layer_group,
+    names_of_layers,
+    own_name,
+)
+from gradflow.functional.reverse.dataflow import DataFlow, Source
 from gradflow.functional.reverse.reverse import Flows
+from gradflow.functional.reverse.union import Union
 from gradflow.functional.run.history import to_host
 from gradflow.functional.tap.calls import Call
 from gradflow.records import EdgeRecord, GraphRecord, NodeRecord
@@ -19,22 +28,40 @@ NAN = float("nan")
 
 @attrs.frozen(eq=False)
 class HostFlows:
-    """The flows of one step on the host: norms by edge and by node."""
+    """The flows of one step on the host: norms by edge and by node.
+
+    Args:
+        step: the step.
+        nodes: the nodes of the step's graph, by the names that the other fields use.
+        edges: norms by (source, target).
+        groups: norms by node.
+        ranks: effective ranks by layer call.
+    """
 
     step: int
+    nodes: Mapping[str, Group]
     edges: dict[tuple[str, str], float]
     groups: dict[str, float]
     ranks: dict[str, float]
 
+    def renamed(self, names: Mapping[str, str]) -> HostFlows:
+        """Return the flows with other names of the nodes."""
+        return attrs.evolve(
+            self,
+            edges={(names[u], names[v]): value for (u, v), value in self.edges.items()},
+            groups={names[n]: value for n, value in self.groups.items()},
+            ranks={names[n]: value for n, value in self.ranks.items()},
+        )
 
-def read_flows(step: int, flows: Flows) -> HostFlows:
+
+def read_flows(step: int, flows: Flows, structure: Structure) -> HostFlows:
     """Return a step's flows as norms on the host, in one transfer."""
     keys = [*flows.edges, *flows.groups]
     numbers = np.sqrt(np.array(to_host([*flows.edges.values(), *flows.groups.values()])))
     cut = len(flows.edges)
     edges = dict(zip(flows.edges, numbers[:cut].tolist(), strict=True))
     groups = dict(zip(keys[cut:], numbers[cut:].tolist(), strict=True))
-    return HostFlows(step, edges, groups, flows.ranks)  # type: ignore[arg-type]
+    return HostFlows(step, structure.groups, edges, groups, flows.ranks)  # type: ignore[arg-type]
 
 
 @attrs.frozen(eq=False)
@@ -44,40 +71,86 @@ class Cut:
     source: str
     target: str
     reason: str
-
-
-def merged(structures: Sequence[Structure]) -> tuple[dict[str, Group], dict[tuple[str, str], None]]:
-    """Return the union of the graphs of several steps."""
-    groups: dict[str, Group] = {}
-    edges: dict[tuple[str, str], None] = {}
-    for structure in structures:
-        for name, group in structure.groups.items():
-            known = groups.get(name)
-            groups[name] = (
-                group
-                if known is None
-                else attrs.evolve(known, parameters={**known.parameters, **group.parameters})
-            )
-        edges |= structure.edges
-    return groups, edges
+    shape: tuple[int, ...] | None = None  # of the source, where that is a tensor of the batch: one of `base`
+    base: str = ""
 
 
 def cuts(dataflow: DataFlow, structure: Structure | None, calls: Sequence[Call]) -> list[Cut]:
-    """Return the severed edges that the first step showed."""
+    """Return the severed edges that the first step showed, by the names of the nodes in that step."""
     found: dict[tuple[str, str], Cut] = {}
-    names = {c.name or MODEL for c in calls if c.is_layer}
+    layers = names_of_layers(calls)
 
-    def plain(name: str) -> str:
-        return name or MODEL
+    def note(origin: Source, target: str, reason: str) -> None:
+        kind, name = origin
+        if kind == "input":
+            cut = Cut(own_name(name, layers), target, reason, dataflow.shapes[name], name)
+        elif name in layers:
+            cut = Cut(name or own_name(MODEL, layers), target, reason)
+        else:
+            return
+        if cut.source != target:
+            found.setdefault((cut.source, target), cut)
 
-    for (target, source), reason in dataflow.edges.items():
-        name = plain(calls[target].name)
-        found.setdefault((plain(source), name), Cut(plain(source), name, reason))
-    for node, source, reason in dataflow.joins:
+    for (target, origin), reason in dataflow.edges.items():
+        note(origin, calls[target].name or own_name(MODEL, layers), reason)
+    for node, origin, reason in dataflow.joins:
         target = structure.group_of.get(node) if structure is not None else None
-        if target is not None and target != plain(source):
-            found.setdefault((plain(source), target), Cut(plain(source), target, reason))
-    return [c for c in found.values() if c.source in names or c.source.startswith("input")]
+        if target is not None:
+            note(origin, target, reason)
+    return list(found.values())
+
+
+@attrs.frozen(eq=False)
+class _Merged:
+    """The union of the graphs of several steps, by the names that the nodes have in the record."""
+
+    groups: dict[str, Group]  # in the order of execution
+    edges: dict[tuple[str, str], None]
+    severed: list[Cut]
+    reached: set[str]
+    flows: list[HostFlows]
+
+
+def _merged(
+    structures: Sequence[Structure],
+    severed: Sequence[Cut],
+    calls: Sequence[Call],
+    flows: Sequence[HostFlows],
+    arrived: Collection[str],
+) -> _Merged:
+    """Return the union of the graphs of several steps and of what only the data of the first went through."""
+    union = Union()
+    images = {id(structures[0].groups): union.add(structures[0])} if structures else {}
+    first = dict(next(iter(images.values()), {}))
+    layers = names_of_layers(calls)
+    alone: dict[int, str] = {}  # layer calls that no gradient reaches in the first step
+    for call in calls:
+        name = call.name or own_name(MODEL, layers)
+        if call.is_layer and name not in first:
+            first[name] = union.add_alone(layer_group(name, call, call.start))
+            alone[first[name]] = call.name
+    for cut in severed:
+        if cut.source not in first and cut.shape is not None:
+            first[cut.source] = union.add_alone(input_group(cut.source, cut.base, cut.shape))
+    known = [cut for cut in severed if cut.source in first and cut.target in first]
+    union.cut((first[cut.source], first[cut.target]) for cut in known)
+    for structure in structures[1:]:
+        images[id(structure.groups)] = union.add(structure)
+    names = union.named()
+    met = {node for image in images.values() for node in image.values()}
+    met |= {node for node, name in alone.items() if name in arrived}
+    return _Merged(
+        groups={names[i]: attrs.evolve(union.groups[i], name=names[i]) for i in union.in_order(names)},
+        edges={(names[u], names[v]): None for u, v in union.edges},
+        severed=[
+            attrs.evolve(cut, source=names[first[cut.source]], target=names[first[cut.target]])
+            for cut in known
+        ],
+        reached={names[node] for node in met},
+        flows=[
+            flow.renamed({name: names[i] for name, i in images[id(flow.nodes)].items()}) for flow in flows
+        ],
+    )
 
 
 def graph_record(
@@ -98,63 +171,49 @@ def graph_record(
         flows: the measured steps.
         arrived: names of calls at whose output a gradient was seen, in the graph or not.
     """
-    groups, edges = merged(structures)
-    reached = {*groups, *arrived}
-    for call in calls:
-        name = call.name or MODEL
-        if call.is_layer and name not in groups:
-            groups[name] = Group(name, "layer", call.start, call.module, call.type, call, call.shape)
-    for cut in severed:
-        if cut.source not in groups and cut.source.startswith("input"):
-            shape = dataflow.shapes.get(cut.source, ())
-            groups[cut.source] = Group(cut.source, "input", -1, type="input", shape=shape)
+    merged = _merged(structures, severed, calls, flows, arrived)
     into: dict[str, list[tuple[str, str]]] = {}
-    for edge in edges:
+    for edge in merged.edges:
         into.setdefault(edge[1], []).append(edge)
-    ordered = sorted(groups.values(), key=lambda g: (g.order, g.name))
     records = [
         _node(
             rank,
             group,
-            into.get(group.name, []),
-            flows,
-            "" if group.name in reached or group.kind == "input" else _why(group, severed, dataflow),
+            into.get(name, []),
+            merged.flows,
+            "" if name in merged.reached or group.kind == "input" else _why(group, merged.severed, dataflow),
         )
-        for rank, group in enumerate(ordered)
+        for rank, (name, group) in enumerate(merged.groups.items())
     ]
     return GraphRecord(
         nodes=records,
-        edges=[*_edges(edges, flows), *_cut_edges(severed, edges, groups, flows)],
-        steps=[f.step for f in flows],
+        edges=[*_edges(merged), *_cut_edges(merged)],
+        steps=[flow.step for flow in flows],
     )
 
 
-def _edges(edges: dict[tuple[str, str], None], flows: Sequence[HostFlows]) -> list[EdgeRecord]:
+def _edges(merged: _Merged) -> list[EdgeRecord]:
     records = []
-    for source, target in edges:
-        flow = np.array([f.edges.get((source, target), NAN) for f in flows])
-        dead = len(flow) > 0 and bool((flow == 0.0).all())
+    for source, target in merged.edges:
+        flow = np.array([f.edges.get((source, target), NAN) for f in merged.flows])
+        known = flow[~np.isnan(flow)]
+        dead = len(known) > 0 and not known.any()
         records.append(EdgeRecord(source=source, target=target, flow=flow, severed=dead))
     return records
 
 
-def _cut_edges(
-    severed: Sequence[Cut],
-    edges: dict[tuple[str, str], None],
-    groups: dict[str, Group],
-    flows: Sequence[HostFlows],
-) -> list[EdgeRecord]:
+def _cut_edges(merged: _Merged) -> list[EdgeRecord]:
     """Return the edges that carry data and no gradient; one from an input needs none: it is not severed."""
     records = []
-    for cut in severed:
-        if (cut.source, cut.target) in edges or cut.source not in groups or cut.target not in groups:
+    for cut in merged.severed:
+        if (cut.source, cut.target) in merged.edges:
             continue
-        wanted = groups[cut.source].kind != "input"
+        wanted = merged.groups[cut.source].kind != "input"
         records.append(
             EdgeRecord(
                 source=cut.source,
                 target=cut.target,
-                flow=np.array([0.0 if wanted else NAN for _ in flows]),
+                flow=np.array([0.0 if wanted else NAN for _ in merged.flows]),
                 severed=wanted,
                 reason=cut.reason or ("no gradient needed" if wanted else ""),
             )
@@ -170,7 +229,7 @@ def _node(
     reason: str,
 ) -> NodeRecord:
     incoming = []
-    if group.name == LOSS:
+    if group.kind == "loss":
         grads = [1.0 for _ in flows]
     else:
         grads = [f.groups.get(group.name, NAN) for f in flows]
@@ -201,8 +260,9 @@ def _why(group: Group, severed: Sequence[Cut], dataflow: DataFlow) -> str:
     if out:
         names = ", ".join(f"{cut.reason} before {cut.target}" for cut in out)
         return f"its output goes on without its gradient: {names}"
-    if group.name in dataflow.read:
-        return f"its values were read out with {dataflow.read[group.name]}, which ends the gradient"
+    read = dataflow.read.get(("layer", call.name)) if call is not None else None
+    if read is not None:
+        return f"its values were read out with {read}, which ends the gradient"
     if call is not None and not call.grad_enabled:
         return "it ran under no_grad"
     if any(cut.source == group.name for cut in severed):

@@ -171,7 +171,7 @@ class Recorder:
         parent = self.stack[-1] if self.stack else -1
         call = Call(
             index=len(self.calls),
-            name=f"{name}@{number}" if number else name,
+            name=self._call_name(name, number),
             module=name,
             type=self.model.types[name],
             number=number,
@@ -193,6 +193,13 @@ class Recorder:
         number = self._counts.get(name, 0)
         self._counts[name] = number + 1
         return number
+
+    def _call_name(self, module: str, number: int) -> str:
+        """Return the name of a module's call: `relu`, `relu@1`, …; no two calls of a step have one name."""
+        name = f"{module}@{number}"
+        if number and name in self.model.modules:  # a module's own name; the dots are in none
+            name = f"{module}..@{number}"
+        return name if number else module
 
     def _failed(self, call: Call, error: BaseException) -> None:
         """Leave a call that raised; the first to see an exception is the innermost."""

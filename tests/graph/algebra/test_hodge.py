@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradflow.graph import LayerGraph
-from gradflow.graph.laplacian import laplacian_potentials
+from gradflow.graph.algebra.laplacian import laplacian_potentials
 from tests.graph.dags import edges_of, network, networks, residual
 
 

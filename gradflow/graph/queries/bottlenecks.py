@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import numpy as np
 
-from gradflow.graph.dominators import DominatorTree, cut_capacities, dominator_tree
+from gradflow.graph.data import GraphData
 from gradflow.graph.flow import arithmetic_mean, geometric_mean, node_gain, number_field
+from gradflow.graph.queries.dominators import DominatorTree, cut_capacities, dominator_tree
 from gradflow.graph.table import FlowTable
-
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
 _MAX_NATS = -math.log(np.finfo(np.float64).eps)  # a loss beyond this (a gain of zero too) counts as this
 
@@ -80,7 +78,7 @@ class _Context:
 
 
 def bottlenecks(
-    graph: LayerGraph, k: int = 5, *, throttle: float = 0.5, narrow: float = 0.5
+    graph: GraphData, k: int = 5, *, throttle: float = 0.5, narrow: float = 0.5
 ) -> tuple[Bottleneck, ...]:
     """Return where the gradient must pass and is throttled, worst first; healthy waists come last.
 
@@ -102,11 +100,11 @@ def bottlenecks(
         narrow: a node is narrow if both width shares are below it; a half, as widths go in powers of two.
 
     Returns:
-        At most k records: first what is throttled, by score; then waists, by score. Without measured flows
-        structure and width decide, and every narrow place is a waist.
+        At most k records: first what is throttled, by score; then waists, by score.
 
     Raises:
         ValueError: if `k` is below 1, or `throttle` or `narrow` is not in (0, 1].
+        GraphUnavailableError: if only the topology was taken: what throttles is told by the flow.
 
     Dominators: K. D. Cooper, T. J. Harvey, K. Kennedy, "A simple, fast dominance algorithm", 2001.
     Effective rank: O. Roy, M. Vetterli, "The effective rank", EUSIPCO 2007.
@@ -124,6 +122,7 @@ def bottlenecks(
             "graph.bottlenecks: expected k of at least 1, and throttle and narrow in (0, 1]; got "
             f"k={k!r}, throttle={throttle!r}, narrow={narrow!r}."
         )
+    graph.table.check_measured("graph.bottlenecks")
     context = _context(graph.table, narrow)
     found = [_weighed(context, node, throttle) for node in context.tree.order]
     ranked = sorted((b for b in found if b is not None), key=lambda b: (b.waist, -b.score))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
 
 import attrs
 
+from gradflow.graph.data import GraphData
 from gradflow.graph.flow import exponential, number_field
 from gradflow.graph.table import FlowTable
 from gradflow.records import Floats, array_field
-
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
 
 @attrs.frozen(kw_only=True)
@@ -58,7 +55,7 @@ class Circulation:
 # any other cycle is a signed sum of these, and the cyclic part of the Hodge decomposition has the same sums.
 
 
-def circulation(graph: LayerGraph) -> tuple[Circulation, ...]:
+def circulation(graph: GraphData) -> tuple[Circulation, ...]:
     """Return the circulation round every independent cycle, each a fork with two sides and their join.
 
     The circulation of a cycle is the signed sum of ω round it. A potential sums to zero round a cycle, so
@@ -127,7 +124,7 @@ def _meeting(
     return sides
 
 
-def _record(graph: LayerGraph, one: list[int], two: list[int], weights: list[float]) -> Circulation:
+def _record(graph: GraphData, one: list[int], two: list[int], weights: list[float]) -> Circulation:
     branch, shortcut = (one, two) if len(one) >= len(two) else (two, one)
     table, omega = graph.table, graph.numbers.omega
     sums = [sum(weights[e] for e in side) for side in (branch, shortcut)]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
 
 import attrs
 import numpy as np
 
+from gradflow.graph.coarse.contract import layers
+from gradflow.graph.data import GraphData
 from gradflow.graph.flow import log_of, number_field
 from gradflow.records import FlowRecord
-
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
 
 @attrs.frozen(kw_only=True)
@@ -32,6 +31,14 @@ class NodeChange:
     relative: float = number_field()
     gain: float = number_field()
     size: float = number_field()
+
+    def __str__(self) -> str:
+        known = [
+            (n, v) for n, v in (("gradient norm", self.relative), ("gain", self.gain)) if math.isfinite(v)
+        ]
+        if not known:
+            return f"{self.name}: its gradient is exactly zero in one of the two, and not in the other"
+        return f"{self.name}: {', '.join(f'{name} {value:+.3g}' for name, value in known)} nats"
 
 
 @attrs.frozen(kw_only=True)
@@ -77,13 +84,16 @@ class GraphChange:
     restored: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        lines = [f"common shift of the gradient norms: {self.common_shift:+.3g} nats"]
-        lines += [
-            f"{c.name}: gradient norm {c.relative:+.3g}, gain {c.gain:+.3g} nats" for c in self.nodes[:10]
-        ]
+        if math.isfinite(self.common_shift):
+            lines = [f"common shift of the gradient norms: {self.common_shift:+.3g} nats"]
+        else:
+            lines = ["only the structure was compared: no gradient norm is known of a node in both"]
+        lines += [str(change) for change in self.nodes[:10]]
         for label, items in (
             ("only before", self.nodes_before),
             ("only after", self.nodes_after),
+            ("edges only before", tuple(f"{u} -> {v}" for u, v in self.edges_before)),
+            ("edges only after", tuple(f"{u} -> {v}" for u, v in self.edges_after)),
             ("severed", tuple(f"{u} -> {v}" for u, v in self.severed)),
             ("restored", tuple(f"{u} -> {v}" for u, v in self.restored)),
         ):
@@ -92,7 +102,7 @@ class GraphChange:
         return "\n".join(lines)
 
 
-def compare(graph: LayerGraph, other: LayerGraph | FlowRecord) -> GraphChange:
+def compare(graph: GraphData, other: GraphData | FlowRecord) -> GraphChange:
     """Return what changed from this graph (before) to another of the same model (after).
 
     Nodes and edges are matched by name; means over the steps are compared, so the graphs may have been
@@ -120,7 +130,8 @@ def compare(graph: LayerGraph, other: LayerGraph | FlowRecord) -> GraphChange:
     ('fc1', 'fc2')
     """
     if isinstance(other, FlowRecord) and graph.level in ("full", "layers"):
-        other = other.graph if graph.level == "full" else other.graph.layers()
+        other = type(graph).from_record(other)
+        other = other if graph.level == "full" else layers(other)
     if not isinstance(other, type(graph)):
         raise TypeError(
             f"graph.compare expected a LayerGraph at the level {graph.level!r}, got {type(other).__name__}. "
@@ -144,7 +155,7 @@ def compare(graph: LayerGraph, other: LayerGraph | FlowRecord) -> GraphChange:
     )
 
 
-def _node_changes(graph: LayerGraph, other: LayerGraph) -> tuple[tuple[NodeChange, ...], float]:
+def _node_changes(graph: GraphData, other: GraphData) -> tuple[tuple[NodeChange, ...], float]:
     if not (graph.table.measured and other.table.measured):
         return (), float("nan")
     names = [name for name in graph.table.index if name in other.table.index]
@@ -168,7 +179,7 @@ def _node_changes(graph: LayerGraph, other: LayerGraph) -> tuple[tuple[NodeChang
 
 
 def _edge_changes(
-    graph: LayerGraph, other: LayerGraph, pairs: list[tuple[tuple[str, str], int, int]]
+    graph: GraphData, other: GraphData, pairs: list[tuple[tuple[str, str], int, int]]
 ) -> tuple[EdgeChange, ...]:
     if not (graph.table.measured and other.table.measured):
         return ()

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 
-from gradflow.graph.flow import exponential, geometric_mean, number_field, outflow, ratio
+from gradflow.graph.data import GraphData
+from gradflow.graph.flow import absent, edge_ratios, exponential, geometric_mean, number_field, outflow, ratio
 from gradflow.graph.table import FlowTable
 from gradflow.records import NAN, Floats
-
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
 
 def _numbers(values: Iterable[float]) -> tuple[float, ...]:
@@ -65,7 +62,7 @@ class GradientPath:
         return "".join(steps)
 
 
-def path(graph: LayerGraph, source: str, target: str) -> GradientPath:
+def path(graph: GraphData, source: str, target: str) -> GradientPath:
     """Return the path between two nodes that carries most of the gradient.
 
     An edge u→v keeps r(u→v) = f(u→v) / ‖g_v‖ of the gradient at v; the path is the one with the largest
@@ -78,8 +75,8 @@ def path(graph: LayerGraph, source: str, target: str) -> GradientPath:
         target: name of the last node.
 
     Returns:
-        The path, from `source` to `target`. Without one that carries any gradient its `nodes` are empty
-        and `reason` tells where the way is cut.
+        The path, from `source` to `target`, in the order asked for; of a node to itself, that node. Without
+        one that carries any gradient its `nodes` are empty and `reason` tells where the way is cut.
 
     Raises:
         UnknownLayerError: if there is no node of that name.
@@ -153,7 +150,7 @@ def _best(
     return best, total, chosen
 
 
-def _why_not(graph: LayerGraph, low: int, high: int) -> str:
+def _why_not(graph: GraphData, low: int, high: int) -> str:
     """Return why no gradient goes from `high` back to `low`."""
     table = graph.table
     ways = _walk(table, low, high, np.ones(len(table.edges), dtype=bool))
@@ -185,7 +182,7 @@ def _walk(table: FlowTable, low: int, high: int, usable: np.ndarray, *, forward:
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def transmission(graph: LayerGraph, a: str, b: str) -> float:
+def transmission(graph: GraphData, a: str, b: str) -> float:
     """Return how much of the gradient at `a` reaches `b`, over all paths.
 
     The gradient runs against the data, so `a` is the later node (the loss, say) and `b` the earlier one.
@@ -200,9 +197,11 @@ def transmission(graph: LayerGraph, a: str, b: str) -> float:
 
     Returns:
         ‖part of g_b that came through a‖ / ‖g_a‖, a ratio without unit; the geometric mean over the
-        measured steps. 0.0 if `b` does not lie behind `a`, or every way is severed.
+        measured steps. 1.0 if they are the same node. 0.0 if every way is severed, or none leads from one
+        to the other (two parallel branches).
 
     Raises:
+        ValueError: if `a` feeds `b`: the gradient runs the other way, so the two were exchanged.
         UnknownLayerError: if there is no node of that name.
         GraphUnavailableError: if only the topology was taken, or the graph has a cycle.
 
@@ -212,8 +211,6 @@ def transmission(graph: LayerGraph, a: str, b: str) -> float:
     ...     {("fc1", "fc2"): 0.3, ("fc1", "loss"): 0.4, ("fc2", "loss"): 1.0})
     >>> round(graph.transmission("loss", "fc1"), 6)
     0.5
-    >>> graph.transmission("fc1", "loss")      # the gradient never runs that way
-    0.0
     """
     table = graph.table
     table.check_measured("graph.transmission")
@@ -221,8 +218,15 @@ def transmission(graph: LayerGraph, a: str, b: str) -> float:
     start, goal = graph.position(a), graph.position(b)
     place = {node: i for i, node in enumerate(topo)}
     if place[goal] > place[start]:
-        return 0.0
-    flow, kept = table.flow, edge_ratios(table)
+        if not _walk(table, start, goal, np.ones(len(table.edges), dtype=bool)):
+            return 0.0
+        raise ValueError(
+            f"graph.transmission: {a!r} feeds {b!r}, and the gradient runs against the data, so none of the "
+            f"gradient at {a!r} reaches {b!r}. The first name is where the gradient comes from: "
+            f"graph.transmission({b!r}, {a!r})."
+        )
+    flow, gone = table.flow, absent(table)
+    kept, some_gone = edge_ratios(table), bool(gone.any())
     pull = ratio(table.grad, outflow(table))  # the coherence, not rounded to 1: so that it telescopes
     pull[(table.grad == 0) & (outflow(table) == 0)] = 0.0
     sources: dict[int, Floats] = {start: np.ones(len(table.steps))}
@@ -230,10 +234,8 @@ def transmission(graph: LayerGraph, a: str, b: str) -> float:
     for node in reversed(topo[place[goal] : place[start]]):
         live = [e for e in table.out_edges[node] if heads[e] in sources and flow[e].any()]
         if live:
-            sources[node] = pull[node] * sum(kept[e] * sources[heads[e]] for e in live)
+            parts = (kept[e] * sources[heads[e]] for e in live)
+            if some_gone:  # what a step lacks adds nothing, though nothing is known of what reads it there
+                parts = (np.where(gone[e], 0.0, part) for e, part in zip(live, parts, strict=True))
+            sources[node] = pull[node] * sum(parts)
     return float(geometric_mean(sources[goal])) if goal in sources else 0.0
-
-
-def edge_ratios(table: FlowTable) -> Floats:
-    """Return r(u→v) = f(u→v) / ‖g_v‖, shape (E, S); 0 where nothing flows, NaN where not measured."""
-    return np.where(table.flow == 0, 0.0, ratio(table.flow, table.grad[table.target]))

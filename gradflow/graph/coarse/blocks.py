@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 
 from gradflow.errors import UnknownLayerError
-from gradflow.graph.contract import common_cosine, contracted, norm_of_sum
+from gradflow.graph.coarse.contract import contracted, norm_of_parts
+from gradflow.graph.data import G
 from gradflow.graph.table import FlowTable
 from gradflow.records import EdgeRecord, Floats, GraphRecord, NodeRecord
 
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
-
-def at(
-    graph: LayerGraph, pattern: str | None = None, *, depth: int | None = None, max_edges: int = 100_000
-) -> LayerGraph:
+def at(graph: G, pattern: str | None = None, *, depth: int | None = None, max_edges: int = 100_000) -> G:
     """Return the graph with nodes contracted to blocks of the module tree.
 
     A layer belongs to the block of its module, an operation to the block of the innermost module it ran
@@ -30,6 +25,7 @@ def at(
     - cotangents that a block hands to one tensor of u add as vectors; where they are all of u's consumers
       their norm is the measured ‖g_u‖, else one cosine for all pairs is assumed that explains ‖g_u‖;
     - cotangents at different tensors are coordinates of one vector: root of the sum of squares;
+    - at a step that lacks a part of what is summed (a branch not taken), the sum is not known;
     - a block's output gradient is what reaches, from outside, the tensors that leave it; its gain is the
       norm of what it hands back to the outside over the norm of that.
 
@@ -71,7 +67,7 @@ def at(
         raise UnknownLayerError.at(pattern, sorted({n.layer for n in full.record.nodes if n.layer}))
     record = contracted(_quotient(full.table, blocks), max_edges=max_edges)
     level = f"depth {depth}" if depth is not None else str(pattern)
-    return type(graph)(record, level=level, origin=full)
+    return graph.coarser(record, level)
 
 
 def _by_depth(depth: int) -> Callable[[str], str | None]:
@@ -141,9 +137,7 @@ def _edges(table: FlowTable, names: list[str]) -> list[EdgeRecord]:
 
 def _handed(table: FlowTable, u: int, edges: list[int]) -> Floats:
     """Return the norm of what some of u's consumers hand back to it together, shape (S,)."""
-    if len(edges) == 1:
-        return table.flow[edges[0]]
-    return norm_of_sum([table.flow[e] for e in edges], common_cosine(table, u))
+    return norm_of_parts(table, u, [table.flow[e] for e in edges])
 
 
 def _block(table: FlowTable, name: str, members: list[int], names: list[str], handed: Floats) -> NodeRecord:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradflow.graph import LayerGraph
-from gradflow.graph.dominators import cut_capacities, dominator_tree, immediate_dominators
+from gradflow.graph.queries.dominators import cut_capacities, dominator_tree, immediate_dominators
 from gradflow.records import GraphRecord
-from tests.graph.dags import edge, edges_of, network, node
+from tests.graph.dags import edge, edges_of, network, node, unknown
 
 
 def chain(widths, *, gains=None, ranks=None):
@@ -141,7 +141,7 @@ def test_operations_of_unknown_width_do_not_hide_a_waist():
     widths = [256, 0, 8, 0, 8, 0, 256, 1]
     nodes = [node(n, "op" if n.startswith("op") else "loss" if n == "loss" else "layer", num_elements=w)
              for n, w in zip(names, widths, strict=True)]  # fmt: skip
-    graph = LayerGraph(GraphRecord(nodes=nodes, edges=[edge(a, b) for a, b in pairwise(names)]))
+    graph = LayerGraph(unknown(nodes, [edge(a, b) for a, b in pairwise(names)]))
     assert [b.name for b in graph.bottlenecks()] == ["code"]
 
 
@@ -249,7 +249,7 @@ def test_structure_and_width_alone():
     nodes += [node(n, "loss" if n == "loss" else "layer", num_elements=widths.get(n, 1),
                    shape=(4, widths[n] // 4) if n in widths else ()) for n in names]  # fmt: skip
     edges = [edge(a, b) for a, b in zip(["input.0", *names], names, strict=False)]
-    (waist,) = LayerGraph(GraphRecord(nodes=nodes, edges=edges)).bottlenecks()
+    (waist,) = LayerGraph(unknown(nodes, edges)).bottlenecks()
     assert (waist.name, waist.waist, waist.is_dominator) == ("code", True, True)
     assert "its gain was not measured" in waist.reason
     assert waist.cut_capacity == 2.0  # (4, 2): features stand in for rank
@@ -263,23 +263,23 @@ def test_a_variational_code_is_found_where_its_halves_meet():
     nodes = [node(n, k, num_elements=w) for n, k, w in zip(names, kinds, widths, strict=True)]
     edges = [edge("h", "mu"), edge("h", "logvar"), edge("mu", "z"), edge("logvar", "z"), edge("z", "dec"),
              edge("dec", "loss")]  # fmt: skip
-    found = LayerGraph(GraphRecord(nodes=nodes, edges=edges)).bottlenecks()
+    found = LayerGraph(unknown(nodes, edges)).bottlenecks()
     assert [(b.name, b.waist) for b in found] == [("z", True)]
 
 
 def test_what_is_cut_off_by_an_operation_is_not_behind_anything():
     nodes = [node("a"), node("b"), node("loss", "loss")]
     edges = [edge("a", "b", severed=True, reason="detach"), edge("b", "loss")]
-    graph = LayerGraph(GraphRecord(nodes=nodes, edges=edges))
+    graph = LayerGraph(unknown(nodes, edges))
     tree = dominator_tree(graph.table)
     assert tree.parent == [None, 2, -1]
     assert tree.trainable == 1
     assert graph.bottlenecks() == ()
-    assert LayerGraph(GraphRecord(nodes=[], edges=[])).bottlenecks() == ()
+    assert LayerGraph(unknown([], [])).bottlenecks() == ()
 
 
 def test_large_regions_are_left_out(monkeypatch):
-    monkeypatch.setattr("gradflow.graph.dominators.MAX_REGION", 1)
+    monkeypatch.setattr("gradflow.graph.queries.dominators.MAX_REGION", 1)
     graph = network([(0, 1), (0, 2), (1, 3), (2, 3), (3, 4)]).graph
     tree = dominator_tree(graph.table)
     assert set(cut_capacities(graph.table, tree, lambda _: 1.0)) == set(tree.chain())

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 
-from gradflow.graph.flow import ratio
-from gradflow.graph.paths import edge_ratios
+from gradflow.graph.data import G
+from gradflow.graph.flow import edge_ratios, handed, ratio
 from gradflow.graph.table import FlowTable, flow_table
 from gradflow.records import EdgeRecord, Floats, GraphRecord
-
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +27,7 @@ logger = logging.getLogger(__name__)
 @np.errstate(invalid="ignore", over="ignore")
 def common_cosine(table: FlowTable, node: int) -> Floats:
     """Return ρ: the cosine between cotangents at a node that explains ‖g‖ by the flows, shape (S,)."""
-    flow = table.flow[table.out_edges[node]]
+    flow = handed(table, table.out_edges[node])
     total = flow.sum(axis=0)
     squares = (ratio(flow, np.broadcast_to(total, flow.shape)) ** 2).sum(axis=0)  # as shares of the total:
     wanted = ratio(table.grad[node], total) ** 2 - squares  # nothing overflows or vanishes
@@ -51,6 +47,21 @@ def norm_of_sum(norms: Sequence[Floats], rho: Floats) -> Floats:
     return np.where(total == 0, 0.0, length)
 
 
+def norm_of_parts(table: FlowTable, node: int, parts: Sequence[Floats]) -> Floats:
+    """Return the norm of what several parts hand back to a node, shape (S,).
+
+    A part that a step does not have adds nothing there; where a step has none of them, it is not known.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    cosine, missing = common_cosine(table, node), np.isnan(parts)
+    if not missing.any():
+        return norm_of_sum(parts, cosine)
+    missing &= np.isfinite(table.grad[node])
+    total = norm_of_sum(list(np.where(missing, 0.0, parts)), cosine)
+    return np.where(missing.all(axis=0), np.nan, total)
+
+
 @attrs.frozen(eq=False)
 class _Share:
     """What one kept node hands back to a node through operations alone."""
@@ -60,7 +71,7 @@ class _Share:
     reason: str
 
 
-def layers(graph: LayerGraph, *, max_edges: int = 100_000) -> LayerGraph:
+def layers(graph: G, *, max_edges: int = 100_000) -> G:
     """Return the graph of layers: operations contracted, an edge u→v wherever only operations lie between.
 
     The flow of the edge is ‖g_v‖ times what the paths through operations transmit: back from v, each
@@ -93,7 +104,7 @@ def layers(graph: LayerGraph, *, max_edges: int = 100_000) -> LayerGraph:
     >>> round(graph.layers().edge("fc1", "fc2").flow, 6)
     0.3
     """
-    return type(graph)(contracted(graph.record, max_edges=max_edges), level="layers", origin=graph.full)
+    return graph.coarser(contracted(graph.record, max_edges=max_edges), "layers")
 
 
 def contracted(record: GraphRecord, *, max_edges: int) -> GraphRecord:
@@ -172,7 +183,7 @@ def _joined(table: FlowTable, node: int, parts: list[_Share]) -> _Share:
     if not live:
         reasons = [part.reason for part in parts if part.reason]
         return _Share(parts[0].flow, False, reasons[0] if reasons else "")
-    return _Share(norm_of_sum([part.flow for part in live], common_cosine(table, node)), True, "")
+    return _Share(norm_of_parts(table, node, [part.flow for part in live]), True, "")
 
 
 def _edge(table: FlowTable, node: int, head: int, share: _Share) -> EdgeRecord:

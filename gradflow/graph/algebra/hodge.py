@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import numpy as np
 
-from gradflow.graph.laplacian import laplacian_potentials
+from gradflow.graph.algebra.laplacian import laplacian_potentials
 from gradflow.graph.table import FlowTable
 from gradflow.records import Floats
 

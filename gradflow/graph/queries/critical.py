@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import attrs
 
+from gradflow.graph.data import GraphData
 from gradflow.graph.flow import number_field
-
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
 
 
 @attrs.frozen(kw_only=True)
@@ -38,7 +35,7 @@ class CriticalPoint:
 
 
 def critical_points(
-    graph: LayerGraph, *, divergence: float = 0.8, curl: float = math.log(2)
+    graph: GraphData, *, divergence: float = 0.8, curl: float = math.log(2)
 ) -> tuple[CriticalPoint, ...]:
     """Return the nodes where the flow is created, absorbed or turned round.
 

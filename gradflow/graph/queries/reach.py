@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
 
-if TYPE_CHECKING:
-    from gradflow.graph.layer_graph import LayerGraph
+from gradflow.graph.data import GraphData
 
 
 @attrs.frozen(kw_only=True)
@@ -34,7 +32,7 @@ class Unreachable:
     reason: str
 
 
-def unreachable(graph: LayerGraph) -> tuple[Unreachable, ...]:
+def unreachable(graph: GraphData) -> tuple[Unreachable, ...]:
     """Return the layers that no gradient reaches, and why.
 
     A layer counts if the record says so, if no walk from the loss against the data reaches it over edges
@@ -73,7 +71,7 @@ def unreachable(graph: LayerGraph) -> tuple[Unreachable, ...]:
     return tuple(found)
 
 
-def _nearest_cuts(graph: LayerGraph, alive: np.ndarray) -> dict[int, int]:
+def _nearest_cuts(graph: GraphData, alive: np.ndarray) -> dict[int, int]:
     """Return for every node behind a cut the nearest severed edge that leads to what is alive."""
     table = graph.table
     nearest: dict[int, int] = {}
@@ -93,7 +91,7 @@ def _nearest_cuts(graph: LayerGraph, alive: np.ndarray) -> dict[int, int]:
     return nearest
 
 
-def _reason(graph: LayerGraph, node: int, cut: int | None, alive: bool) -> str:
+def _reason(graph: GraphData, node: int, cut: int | None, alive: bool) -> str:
     table = graph.table
     if cut is not None:
         why = table.edges[cut].reason
