@@ -203,7 +203,7 @@ def gradient_noise(
     scatter = dict.fromkeys(program.trainable, 0.0)  # Σ|g_i − ḡ|²
     done = 0
     if chunk_size is None:
-        chunk_size = min(number, max(1, _CHUNK_ELEMENTS // size))
+        chunk_size = min(number, max(1, _CHUNK_ELEMENTS // max(size, 1)))
     for chunk in program.gradients(chunk_size):
         for name, gradients in chunk.items():
             scatter[name] += _merge(means, name, gradients, done)
