@@ -27,7 +27,7 @@ from gradflow.functional.jacobian.products import TensorFunction
 from gradflow.functional.model.batches import run_model
 from gradflow.functional.model.layers import ancestors, callable_modules
 from gradflow.functional.model.purity import RandomState
-from gradflow.functional.model.setting import Setting
+from gradflow.functional.model.setting import Held, Setting
 from gradflow.functional.model.trees import floats, map_tensors, replaced, shapes
 from gradflow.functional.torch_private import pytree
 
@@ -267,27 +267,6 @@ def first_output(place: Place, output: Any) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------ pure functions
-
-
-@attrs.frozen(eq=False)
-class Held:
-    """A function with the setting that it is evaluated in.
-
-    Args:
-        function: of one tensor.
-        setting: put in place by the function itself, and for a reverse pass that runs parts of it again.
-    """
-
-    function: TensorFunction
-    setting: Setting
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the function's value."""
-        return self.function(x)
-
-    def evaluating(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context of an evaluation."""
-        return self.setting.evaluating()
 
 
 def layer_alone(setting: Setting, place: Place, seen: Seen, positions: tuple[int, ...]) -> Held:

@@ -8,7 +8,7 @@ import warnings
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradflow.functional.jacobian.products import PULLS, PUSHES, TensorFunction, evaluating, first_way
 from gradflow.functional.jacobian.records import Gain, Spectrum
@@ -22,6 +22,7 @@ from gradflow.functional.jacobian.singular import (
     singular_values,
     top_singular_values,
 )
+from gradflow.functional.model.setting import Setting
 
 Method = Literal["auto", "dense", "iterative"]
 logger = logging.getLogger("gradflow")
@@ -30,11 +31,12 @@ logger = logging.getLogger("gradflow")
 class Jacobian:
     """The Jacobian J of a tensor function at a point: `jvp`, `vjp`, singular values; never the matrix.
 
-    Products are by `torch.func`. Nothing of size n_out × n_in is made but by `dense`, and by
+    A function of one's own is evaluated with what it holds as it is now, random state included, and leaves
+    all of it as it is. Products are by `torch.func`. Nothing of size n_out × n_in is made but by `dense`, and by
     `singular_values` where it is small. The graph of one reverse pass is kept after the first `vjp`.
 
     Args:
-        function: pure function of one floating-point tensor that returns one.
+        function: of one floating-point tensor, returns one.
         point: where it is differentiated.
         name: of the function, for records and messages.
         type: class name of the layer, for records.
@@ -45,7 +47,8 @@ class Jacobian:
     """
 
     def __init__(self, function: TensorFunction, point: Tensor, *, name: str = "f", type: str = "") -> None:
-        self.function = function
+        own = hasattr(function, "evaluating")
+        self.function = function = function if own else Setting.of(nn.Module(), function).held(function)
         self.name, self.type = name, type
         self._shown = name or "the model"
         with torch.inference_mode(False):
