@@ -31,9 +31,10 @@ logger = logging.getLogger("gradflow")
 class Jacobian:
     """The Jacobian J of a tensor function at a point: `jvp`, `vjp`, singular values; never the matrix.
 
-    A function of one's own is evaluated with what it holds as it is now, random state included, and leaves
-    all of it as it is. Products are by `torch.func`. Nothing of size n_out × n_in is made but by `dense`, and by
+    Products are by `torch.func`. Nothing of size n_out × n_in is made but by `dense`, and by
     `singular_values` where it is small. The graph of one reverse pass is kept after the first `vjp`.
+    Modules that the function holds, and the random states, are in every evaluation what they are now, and
+    are left as they are.
 
     Args:
         function: of one floating-point tensor, returns one.

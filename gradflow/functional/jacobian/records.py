@@ -73,8 +73,9 @@ class Spectrum:
 
     @property
     def smallest(self) -> float:
-        """The smallest of min(n_in, n_out) singular values; NaN where only the largest are known, or none is."""
-        return float(self.singular_values[-1]) if self.is_complete and len(self.singular_values) else math.nan
+        """The smallest of min(n_in, n_out) singular values; NaN where it is not known, or there is none."""
+        known = self.is_complete and len(self.singular_values)
+        return float(self.singular_values[-1]) if known else math.nan
 
     @property
     def is_complete(self) -> bool:

@@ -57,8 +57,7 @@ def _held(value: Any) -> Iterator[Any]:
         wrapped = getattr(value, "__wrapped__", None)
         yield from () if wrapped is None else (wrapped,)
         if type(value).__module__.split(".")[0] not in _LIBRARIES:
-            if isinstance(call := getattr(type(value), "__call__", None), types.FunctionType):
-                yield call
+            yield from (f for c in type(value).__mro__ if (f := vars(c).get("__call__")) is not None)
             yield from getattr(value, "__dict__", {}).values()
 
 
