@@ -106,15 +106,17 @@ class Content(NamedTuple):
 
     Args:
         probed: indices of the calls behind its output gradients.
-        reached: which parameters had a gradient.
+        reached: names of the parameters that had a gradient.
         moved: whether the norms of the parameters were taken.
         sizes: number of output elements of each layer call.
+        shapes: of their first outputs.
     """
 
     probed: tuple[int, ...]
-    reached: tuple[bool, ...]
+    reached: tuple[str, ...]
     moved: bool
     sizes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @attrs.frozen(eq=False)
@@ -187,9 +189,10 @@ class History:
         sites = zip(recorder.sites, gradients.outputs, strict=True)
         return Content(
             probed=tuple([site.call for site, squares in sites if squares is not None]),
-            reached=tuple([gradient is not None for gradient in gradients.parameters.values()]),
+            reached=tuple([name for name, g in gradients.parameters.items() if g is not None]),
             moved=moved,
             sizes=tuple([call.num_elements for call in recorder.calls if call.is_layer]),
+            shapes=tuple([call.shape for call in recorder.calls if call.is_layer]),
         )
 
     def _read_anew(
