@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gradflow as gf
-from gradflow.functional import layer_gain
+from gradflow.functional import call, layer_gain, levels_of
 from tests.functional.snapshots import difference, process, snapshot
 from tests.models import CASES as MODELS
 from tests.models import squares
@@ -165,3 +165,52 @@ def test_a_run_within_a_run_of_one_thread_goes_on() -> None:
     assert all(r == records[0] for r in records)
     np.testing.assert_array_equal(record.losses, alone.losses)
     assert [layer.grad_norm.tolist() for layer in record] == [layer.grad_norm.tolist() for layer in alone]
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer, dropout, attention and an output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.rnn, self.drop = nn.GRU(6, 4, batch_first=True), nn.Dropout(0.5)
+        self.attention, self.out = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.rnn(x[:, None])[0])
+        return self.out(self.attention(h, h, h)[0])[:, 0]
+
+
+LOOKS: dict[str, Callable[[Any], Any]] = {
+    "layer_gain": lambda m: layer_gain(m, "", BATCH, seed=1).gain,
+    "layer_vjp": lambda m: gf.layer_vjp(m, "out", BATCH, seed=1)[1].tolist(),
+    "jacobian_between": lambda m: gf.jacobian_between(m, "rnn", "out", BATCH).singular_values().tolist(),
+    "gradient_noise": lambda m: gf.gradient_noise(m, BATCH, squares, seed=1, method="loop").noise_scale,
+    "vector_field": lambda m: gf.vector_field(m, squares, BATCH, seed=1, num_probes=1).divergence,
+    "attention_weights": lambda m: gf.attention_weights(m, BATCH)["attention"].tolist(),
+    "hidden_gradients": lambda m: gf.hidden_gradients(m.rnn, BATCH[None], lambda r: squares(r[0]))[
+        "l0"
+    ].tolist(),
+    "levels_of": lambda m: levels_of(m.rnn)[0].weight_ih.tolist(),
+    "call": lambda m: call(m, {}, {}, (BATCH,))[0].tolist(),
+}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_a_look_at_a_model_that_another_thread_analyses_is_at_the_users_own(name: str) -> None:
+    """The analysis swaps working copies in, steps them, switches modes and draws random numbers."""
+    model, found, threads = Recurrent().eval(), [], []
+    alone = LOOKS[name](model)
+
+    def batches() -> Tensor:
+        if not threads and batches.drawn == 3:
+            threads.append(threading.Thread(target=lambda: found.append(LOOKS[name](model))))
+            threads[0].start()
+            threads[0].join(0.2)
+        batches.drawn += 1
+        return BATCH
+
+    batches.drawn = 0
+    gf.analyze(model, batches, squares, steps=6, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
+    threads[0].join(60)
+    assert found == [alone]

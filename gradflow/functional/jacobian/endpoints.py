@@ -27,7 +27,7 @@ from gradflow.functional.jacobian.products import TensorFunction
 from gradflow.functional.model.batches import run_model
 from gradflow.functional.model.layers import ancestors, callable_modules
 from gradflow.functional.model.purity import RandomState
-from gradflow.functional.model.setting import Setting
+from gradflow.functional.model.setting import Held, Setting
 from gradflow.functional.model.trees import floats, map_tensors, replaced, shapes
 from gradflow.functional.torch_private import pytree
 
@@ -269,27 +269,6 @@ def first_output(place: Place, output: Any) -> Tensor:
 # ------------------------------------------------------------------------------------ pure functions
 
 
-@attrs.frozen(eq=False)
-class Held:
-    """A function with the setting that it is evaluated in.
-
-    Args:
-        function: of one tensor.
-        setting: put in place by the function itself, and for a reverse pass that runs parts of it again.
-    """
-
-    function: TensorFunction
-    setting: Setting
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the function's value."""
-        return self.function(x)
-
-    def evaluating(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context of an evaluation."""
-        return self.setting.evaluating()
-
-
 def layer_alone(setting: Setting, place: Place, seen: Seen, positions: tuple[int, ...]) -> Held:
     """Return the function of a layer that calls the layer alone; see NOTE [The function of a layer]."""
     held = seen.arguments
@@ -368,12 +347,9 @@ def _run_until_reached(model: nn.Module, batch: Any, target: Place) -> Tensor:
 
 
 def is_reproduced(function: TensorFunction, point: Tensor, expected: Tensor) -> bool:
-    """Whether the function gives, up to rounding, what the layer gave in the model."""
-    try:
-        with torch.no_grad():
-            got = function(point)
-    except Exception:
-        return False
+    """Whether the function gives, up to rounding, what the layer gave in the model; raises what it raises."""
+    with torch.no_grad():
+        got = function(point)
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return False
     finite = expected[expected.isfinite()].abs()

@@ -22,7 +22,8 @@ from gradflow.functional.model.batches import (
     make_objective,
     private_batch,
 )
-from gradflow.functional.model.setting import Setting
+from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.setting import Held, Setting
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.supported import check_model
 from gradflow.functional.model.trees import map_tensors
@@ -63,6 +64,7 @@ class VectorField:
     is_exact: bool = False
 
 
+@exclusive()
 def vector_field(
     model: nn.Module,
     losses: Losses,
@@ -134,6 +136,7 @@ def vector_field(
     )  # fmt: skip
 
 
+@exclusive()
 def field_jacobian(
     model: nn.Module, losses: Losses, batch: Any = None, *, seed: int | None = None
 ) -> Jacobian:
@@ -184,8 +187,7 @@ def _field(
     check_model(model)
     players = _players(losses)
     calls = {name: _loss_call(model, name, loss, batch) for name, (loss, _) in players.items()}
-    others = tuple(loss for loss, _ in players.values() if isinstance(loss, nn.Module))
-    setting = Setting.of(model, *others, seed=seed)
+    setting = Setting.of(model, *(loss for loss, _ in players.values()), seed=seed)
     if not setting.trainable:
         raise no_trainable(model)
     owned = _owned({name: patterns for name, (_, patterns) in players.items()}, setting.trainable)
@@ -208,7 +210,7 @@ def _field(
         for player, names in owned.items():
             _check_loss(player, lambda own, player=player: loss_of(player, own), setting, names)
         point = torch.cat([setting.trainable[name].reshape(-1) for name in order])
-    return tuple(players), Jacobian(field, point, name="the gradient field")
+    return tuple(players), Jacobian(Held(field, setting), point, name="the gradient field")
 
 
 def _unflattened(flat: Tensor, order: list[str], like: Tensors) -> Tensors:

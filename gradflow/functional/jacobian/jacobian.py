@@ -8,7 +8,7 @@ import warnings
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradflow.functional.jacobian.products import PULLS, PUSHES, TensorFunction, evaluating, first_way
 from gradflow.functional.jacobian.records import Gain, Spectrum
@@ -22,6 +22,7 @@ from gradflow.functional.jacobian.singular import (
     singular_values,
     top_singular_values,
 )
+from gradflow.functional.model.setting import Setting
 
 Method = Literal["auto", "dense", "iterative"]
 logger = logging.getLogger("gradflow")
@@ -32,9 +33,11 @@ class Jacobian:
 
     Products are by `torch.func`. Nothing of size n_out × n_in is made but by `dense`, and by
     `singular_values` where it is small. The graph of one reverse pass is kept after the first `vjp`.
+    Modules that the function holds, and the random states, are in every evaluation what they are now, and
+    are left as they are.
 
     Args:
-        function: pure function of one floating-point tensor that returns one.
+        function: of one floating-point tensor, returns one.
         point: where it is differentiated.
         name: of the function, for records and messages.
         type: class name of the layer, for records.
@@ -45,7 +48,8 @@ class Jacobian:
     """
 
     def __init__(self, function: TensorFunction, point: Tensor, *, name: str = "f", type: str = "") -> None:
-        self.function = function
+        own = hasattr(function, "evaluating")
+        self.function = function = function if own else Setting.of(nn.Module(), function).held(function)
         self.name, self.type = name, type
         self._shown = name or "the model"
         with torch.inference_mode(False):
@@ -112,7 +116,7 @@ class Jacobian:
         error = math.nan
         if num_probes > 1:  # by the delta method, from that of the mean square
             spread = float(squares.std()) / math.sqrt(num_probes) / max(n_in, 1)
-            error = spread / (2 * gain) if gain > 0 else 0.0
+            error = spread / (2 * gain) if gain else 0.0
         return Gain(
             layer=self.name, layer_type=self.type, gain=gain, standard_error=error, n_in=n_in, n_out=n_out,
             num_probes=num_probes,
@@ -136,7 +140,7 @@ class Jacobian:
         common: dict[str, Any] = {
             "layer": self.name, "layer_type": self.type, "n_in": n_in, "n_out": n_out, "sample": sample,
         }  # fmt: skip
-        if method == "dense" or (method == "auto" and is_small(n_out, n_in)):
+        if method == "dense" or not min(n_out, n_in) or (method == "auto" and is_small(n_out, n_in)):
             values = singular_values(self.dense())
             return Spectrum(
                 singular_values=values.numpy(),
@@ -224,7 +228,8 @@ class Jacobian:
         rows = [self.vjp(basis[0]).reshape(1, -1)]  # chooses the way
         pull = self._pull
         assert pull is not None
-        for part in basis[1:].split(chunk):
+        for start in range(1, n_out, chunk):
+            part = basis[start : start + chunk]
             try:
                 with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
                     warnings.filterwarnings("ignore", message="There is a performance drop")
@@ -251,15 +256,14 @@ class Jacobian:
         on all the others must leave it exactly zero.
 
         Args:
-            axes: those that may hold the samples, in the order they are tried. (0, 1) for a module with
-                `batch_first=False`; elsewhere axis 1 would be taken for it where it holds channels.
+            axes: those that may hold the samples, in the order they are tried; of length 1, which any
+                function treats so, last. (0, 1) for a module with `batch_first=False`; elsewhere axis 1 would
+                be taken for it where it holds channels.
         """
-        for axis in axes:
-            if min(self.point.dim(), self.value.dim()) > axis:
-                size = self.point.shape[axis]
-                if size == self.value.shape[axis] and size and self._is_separate(axis, size // 2):
-                    return axis
-        return None
+        sizes = dict(zip(range(self.value.dim()), self.point.shape, strict=False))
+        fitting = [axis for axis in axes if sizes.get(axis) and sizes[axis] == self.value.shape[axis]]
+        fitting.sort(key=lambda axis: sizes[axis] == 1)
+        return next((axis for axis in fitting if self._is_separate(axis, sizes[axis] // 2)), None)
 
     def _is_separate(self, axis: int, index: int) -> bool:
         cotangent = probe_vector(self.value, "gaussian", torch.Generator().manual_seed(0))

@@ -25,6 +25,7 @@ from gradflow.functional.jacobian.products import TensorFunction
 from gradflow.functional.jacobian.records import Gain, Spectrum
 from gradflow.functional.jacobian.singular import Distribution, make_generator, probe_vector
 from gradflow.functional.model.batches import private_batch
+from gradflow.functional.model.exclusive import exclusive
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.supported import check_model
 from gradflow.functional.model.trees import floats
@@ -66,6 +67,7 @@ class LayerFunction:
         return Jacobian(self.function, self.point, name=self.layer, type=self.layer_type)
 
 
+@exclusive()
 def layer_function(
     model: nn.Module,
     layer: str,
@@ -113,7 +115,11 @@ def layer_function(
     positions = varied_positions(place, module, seen, argument)
     point, value = floats(seen.arguments)[positions[0]], first_output(place, seen.output)
     function = layer_alone(Setting.of(module, random=seen.random), place, seen, positions)
-    if not is_reproduced(function, point, value):
+    try:
+        alone = is_reproduced(function, point, value)
+    except Exception:  # the layer cannot run without the model around it
+        alone = False
+    if not alone:
         setting = Setting.of(model, random=setting.random)
         function = through_model(setting, batch, Start(place, positions, "input"), place)
         _check_reproduced(function, point, value, place)
@@ -129,6 +135,7 @@ def _check_reproduced(function: TensorFunction, point: Tensor, value: Tensor, pl
         )
 
 
+@exclusive()
 def layer_jvp(
     model: nn.Module,
     layer: str,
@@ -165,6 +172,7 @@ def layer_jvp(
     return function.value, function.jacobian().jvp(tangent)
 
 
+@exclusive()
 def layer_vjp(
     model: nn.Module,
     layer: str,
@@ -207,6 +215,7 @@ def _random_direction(like: Tensor, seed: int | None) -> Tensor:
     return drawn / norm if norm > 0 else drawn
 
 
+@exclusive()
 def layer_gain(
     model: nn.Module,
     layer: str,
@@ -248,6 +257,7 @@ def layer_gain(
     return function.jacobian().gain(num_probes=num_probes, seed=seed, distribution=distribution)
 
 
+@exclusive()
 def layer_spectrum(
     model: nn.Module,
     layer: str,
@@ -311,6 +321,7 @@ def layer_spectrum(
     )
 
 
+@exclusive()
 def jacobian_between(
     model: nn.Module, source: str | None, target: str, batch: Any, *, seed: int | None = None
 ) -> Jacobian:

@@ -25,6 +25,7 @@ from gradflow.functional.model.batches import (
     make_objective,
     private_batch,
 )
+from gradflow.functional.model.exclusive import exclusive
 from gradflow.functional.model.layers import callable_modules, owner
 from gradflow.functional.model.purity import RandomState
 from gradflow.functional.model.setting import Setting
@@ -113,6 +114,7 @@ class GradientNoise(Sequence[LayerNoise]):
 # ------------------------------------------------------------------------------------ the two functions
 
 
+@exclusive()
 def per_sample_gradients(
     model: nn.Module,
     batch: Any,
@@ -161,6 +163,7 @@ def per_sample_gradients(
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in program.trainable}
 
 
+@exclusive()
 def gradient_noise(
     model: nn.Module,
     batch: Any,
@@ -203,7 +206,7 @@ def gradient_noise(
     scatter = dict.fromkeys(program.trainable, 0.0)  # Σ|g_i − ḡ|²
     done = 0
     if chunk_size is None:
-        chunk_size = min(number, max(1, _CHUNK_ELEMENTS // size))
+        chunk_size = min(number, max(1, _CHUNK_ELEMENTS // max(size, 1)))
     for chunk in program.gradients(chunk_size):
         for name, gradients in chunk.items():
             scatter[name] += _merge(means, name, gradients, done)
@@ -290,8 +293,7 @@ class _SampleLosses:
         objective = make_objective(loss_fn)
         _check_no_batch_norm(model)
         batch = private_batch(model, batch)
-        others = (loss_fn,) if isinstance(loss_fn, nn.Module) else ()
-        setting = Setting.of(model, *others, seed=seed, plain_recurrent=False)
+        setting = Setting.of(model, loss_fn, seed=seed, plain_recurrent=False)
         if not setting.trainable:
             raise no_trainable(model)
         tensors = list(iter_tensors(objective.inputs(batch))) + list(iter_tensors(batch))

@@ -68,13 +68,14 @@ class Spectrum:
 
     @property
     def largest(self) -> float:
-        """The largest singular value, the spectral norm."""
-        return float(self.singular_values[0])
+        """The largest singular value, the spectral norm; 0 where input or output has no elements."""
+        return float(self.singular_values[0]) if len(self.singular_values) else 0.0
 
     @property
     def smallest(self) -> float:
-        """The smallest of min(n_in, n_out) singular values; NaN where only the largest are known."""
-        return float(self.singular_values[-1]) if self.is_complete else math.nan
+        """The smallest of min(n_in, n_out) singular values; NaN where it is not known, or there is none."""
+        known = self.is_complete and len(self.singular_values)
+        return float(self.singular_values[-1]) if known else math.nan
 
     @property
     def is_complete(self) -> bool:
@@ -91,4 +92,5 @@ class Spectrum:
     @property
     def stable_rank(self) -> float:
         """Σσ² / σ_max², of the values known: how many directions carry the gain."""
-        return float((self.singular_values**2).sum() / self.largest**2) if self.largest else math.nan
+        largest = self.largest  # relative to it, since the square of a small or large one is out of range
+        return float(((self.singular_values / largest) ** 2).sum()) if largest else math.nan

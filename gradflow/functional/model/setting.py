@@ -12,6 +12,11 @@ values are the same up to rounding.
 NOTE [BatchNorm in training]
 In training the running statistics do not take part in the output, yet they are updated in place, which the
 transforms of `torch.func` refuse. They are taken away for the length of an evaluation: the same output.
+
+NOTE [Whose state is held]
+A loss may have layers of its own, be it a module or a function that holds some. Their state is held as the
+model's is: copies stand in their place for the length of an evaluation. What they share with the model is
+held once, as the model's.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -27,6 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradflow.functional.model.closures import modules_in
 from gradflow.functional.model.exclusive import exclusive
 from gradflow.functional.model.purity import RandomState, preserved, seed_all
 from gradflow.functional.model.state import Swap, Tensors, copy_buffers, copy_parameters
@@ -39,8 +45,9 @@ class Setting:
 
     Args:
         module: what is evaluated: a model, or a layer of it.
-        others: further modules whose state is put back, such as a loss.
-        parameters: copies, by qualified name.
+        others: further modules whose state is held; see NOTE [Whose state is held].
+        parameters: copies, by qualified name; behind a number and a colon those of the others.
+        required: names of those that require a gradient.
         buffers: copies, by qualified name; None for statistics that are taken away.
         modes: train (True) or eval of every module in it.
         random: the random state that every evaluation starts from.
@@ -50,27 +57,29 @@ class Setting:
     module: nn.Module
     others: tuple[nn.Module, ...]
     parameters: Tensors
+    required: frozenset[str]
     buffers: dict[str, Tensor | None]
     modes: tuple[tuple[nn.Module, bool], ...]
     random: RandomState
     plain_recurrent: bool
-    _swap: Swap
+    _swaps: tuple[Swap, ...]
 
     @classmethod
+    @exclusive()
     def of(
         cls,
         module: nn.Module,
-        *others: nn.Module,
+        *holders: Any,
         parameters: Tensors | None = None,
         random: RandomState | None = None,
         seed: int | None = None,
         plain_recurrent: bool = True,
     ) -> Setting:
-        """Return the present setting.
+        """Return the present setting, once no other thread runs the module.
 
         Args:
             module: what is evaluated.
-            others: further modules whose state is put back.
+            holders: modules, functions and objects; the state of all modules in them is held too.
             parameters: put in the place of the module's own; copies of those by default.
             random: the random state to start from; the present one by default.
             seed: seeds torch, numpy and Python instead.
@@ -82,19 +91,35 @@ class Setting:
                 if seed is not None:
                     seed_all(seed)
                 random = RandomState()
+        own = set(module.modules())
+        others = tuple(part for part in modules_in(*holders) if part not in own)
+        swaps, known = [Swap(module)], {id(t): name for name, t in _tensors(module)}
         with torch.inference_mode(False):
             buffers: dict[str, Tensor | None] = dict(copy_buffers(module))
             if parameters is None:
                 parameters = {name: p.detach() for name, p in copy_parameters(module).items()}
-        modes = tuple((part, part.training) for part in module.modules())
+            parameters = dict(parameters)
+            for number, part in enumerate(others):
+                prefix = f"{number}:"  # no qualified name has a colon
+                shared = {name for name, t in _tensors(part) if id(t) in known}
+                held = {n: p for n, p in copy_parameters(part).items() if n not in shared}
+                parameters |= {prefix + name: p for name, p in held.items()}
+                left = {n: b for n, b in copy_buffers(part).items() if n not in shared}
+                left |= dict.fromkeys(name for name in _unused_statistics(part) if name in left)
+                buffers |= {prefix + name: b for name, b in left.items()}
+                swaps.append(Swap(part, prefix, dict(known)))
+                known |= {id(t): prefix + name for name, t in _tensors(part) if id(t) not in known}
         buffers |= dict.fromkeys(_unused_statistics(module))
-        return cls(module, others, parameters, buffers, modes, random, plain_recurrent, Swap(module))
+        modes = tuple((part, part.training) for root in (module, *others) for part in root.modules())
+        required = frozenset(name for name, p in module.named_parameters() if p.requires_grad)
+        return cls(
+            module, others, parameters, required, buffers, modes, random, plain_recurrent, tuple(swaps)
+        )
 
     @property
     def trainable(self) -> Tensors:
         """The copies of the parameters that require a gradient."""
-        required = {name for name, p in self.module.named_parameters() if p.requires_grad}
-        return {name: p for name, p in self.parameters.items() if name in required}
+        return {name: p for name, p in self.parameters.items() if name in self.required}
 
     @contextlib.contextmanager
     def evaluating(
@@ -108,16 +133,51 @@ class Setting:
         """
         buffers = {name: b if b is None else b.clone() for name, b in self.buffers.items()}
         state: Any = {**self.parameters, **buffers, **(tensors or {})}
-        with (
-            exclusive(),
-            preserved(self.module, *self.others),
-            plain_kernels(self.module, recurrent=self.plain_recurrent),
-            self._swap(state),
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(exclusive())
+            stack.enter_context(preserved(self.module, *self.others))
+            stack.enter_context(plain_kernels(self.module, *self.others, recurrent=self.plain_recurrent))
+            for swap in self._swaps:
+                stack.enter_context(swap(state))
             for part, mode in self.modes:
                 part.training = mode
             (random or self.random).restore()
             yield
+
+    def held(self, function: Callable[[Tensor], Tensor]) -> Held:
+        """Return a function of one tensor that is evaluated in this setting."""
+
+        def evaluated(x: Tensor) -> Tensor:
+            with self.evaluating():
+                return function(x)
+
+        return Held(evaluated, self)
+
+
+@attrs.frozen(eq=False)
+class Held:
+    """A function with the setting that it is evaluated in.
+
+    Args:
+        function: of one tensor.
+        setting: put in place by the function itself, and for a reverse pass that runs parts of it again.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    setting: Setting
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the function's value."""
+        return self.function(x)
+
+    def evaluating(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context of an evaluation."""
+        return self.setting.evaluating()
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 def _unused_statistics(module: nn.Module) -> Iterator[str]:
@@ -129,9 +189,9 @@ def _unused_statistics(module: nn.Module) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def plain_kernels(module: nn.Module, *, recurrent: bool) -> Iterator[None]:
+def plain_kernels(*roots: nn.Module, recurrent: bool) -> Iterator[None]:
     """Use kernels with all derivatives; see NOTE [Kernels that can be differentiated twice]."""
-    recurrent = recurrent and any(isinstance(part, nn.RNNBase) for part in module.modules())
+    recurrent = recurrent and any(isinstance(part, nn.RNNBase) for root in roots for part in root.modules())
     libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn) if recurrent else ()
     fast, enabled = torch.backends.mha.get_fastpath_enabled(), [library.enabled for library in libraries]
     with sdpa_kernel(SDPBackend.MATH):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.purity import preserved
 from gradflow.functional.model.supported import check_has_values
 from gradflow.functional.torch_private import as_class, gradient_hooks, lazy_clone, own_memory, stores
 
@@ -147,6 +149,7 @@ class Swap:
         return found
 
 
+@exclusive()
 def call(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
@@ -157,7 +160,7 @@ def call(
     """Call a model as a pure function of its parameters and buffers.
 
     Args:
-        model: the model; it is left as it was, its own buffers included.
+        model: the model; it is left as it was, its own buffers included, and so are the random states.
         parameters: tensors by qualified name; missing names keep the model's own.
         buffers: tensors by qualified name; missing names take the model's own. Neither are changed: the
             model works on copies.
@@ -175,6 +178,6 @@ def call(
     """
     swap = Swap(model)
     working = {name: buffer.clone() for name, buffer in {**dict(model.named_buffers()), **buffers}.items()}
-    with swap({**parameters, **working}):
+    with preserved(model), swap({**parameters, **working}):
         output = model(*args, **(kwargs or {}))
         return output, swap.current(working)

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.measurement import gradients
+from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.purity import preserved
 from gradflow.functional.policy.scene import children, nodes_under
 from gradflow.functional.torch_private import node_number
 
@@ -68,8 +70,14 @@ def head_gradients(
     >>> found.shared, list(found.policy), list(found.value)
     (('trunk',), ['trunk', 'actor'], ['trunk'])
     """
+    with exclusive(), preserved(), torch.inference_mode(False):  # a backward may run code of the user's
+        return _head_gradients(loss, _with_graph(policy), _with_graph(value), parameters)
+
+
+def _head_gradients(
+    loss: Tensor, policy: list[Tensor], value: list[Tensor], parameters: Mapping[str, Tensor]
+) -> HeadGradients:
     known = {name: p for name, p in parameters.items() if p.requires_grad}
-    policy, value = _with_graph(policy), _with_graph(value)
     arrived = gradients(loss, [*policy, *value])
     to_policy, to_value = arrived[: len(policy)], arrived[len(policy) :]
     last = _last(policy, to_policy)

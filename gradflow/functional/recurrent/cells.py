@@ -10,11 +10,15 @@ all of this to themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 
 import attrs
 import torch
 from torch import Tensor, nn
+
+from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.setting import Setting
 
 State = tuple[Tensor, ...]  # (h,) or (h, c), each (samples, size)
 
@@ -149,7 +153,7 @@ def levels_of(module: nn.RNNBase, dtype: torch.dtype | None = None) -> tuple[Lev
     >>> [level.name for level in levels_of(nn.GRU(3, 4, num_layers=2, bidirectional=True))]
     ['l0', 'l0_reverse', 'l1', 'l1_reverse']
     """
-    named = {name: getattr(module, name).detach() for name in module._flat_weights_names}
+    named = _weights(module, module._flat_weights_names)
     dtype = dtype or work_dtype(*named.values())
     kind = KINDS[module.mode]
     found = []
@@ -170,17 +174,31 @@ def level_of_cell(module: nn.RNNCellBase, dtype: torch.dtype | None = None) -> L
     >>> level_of_cell(nn.LSTMCell(3, 4)).cell.sizes
     (4, 4)
     """
-    weights = {part: getattr(module, part, None) for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
-    dtype = dtype or work_dtype(*(w for w in weights.values() if w is not None))
+    weights = _weights(module, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    dtype = dtype or work_dtype(*weights.values())
     gated = "lstm" if isinstance(module, nn.LSTMCell) else "gru" if isinstance(module, nn.GRUCell) else ""
     kind = gated or str(getattr(module, "nonlinearity", ""))
-    parts = {part: None if w is None else w.detach().to(dtype) for part, w in weights.items()}
-    return _level(kind, {**parts, "weight_hr": None}, 0, False)
+    return _level(kind, {part: w.to(dtype) for part, w in weights.items()}, 0, False)
+
+
+@exclusive()
+def _weights(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return a module's weights by name, detached; parametrised ones are computed without a trace."""
+    parametrized = nn.utils.parametrize.is_parametrized(module)
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        Setting.of(module).evaluating() if parametrized else contextlib.nullcontext(),
+    ):
+        found = {name: getattr(module, name, None) for name in names}
+        plain = {name: w.detach() for name, w in found.items() if w is not None}
+        return {name: w.clone() if w.is_inference() else w for name, w in plain.items()}
 
 
 def _level(kind: str, parts: Mapping[str, Tensor | None], index: int, reverse: bool) -> Level:
-    weight_hh, weight_ih = parts["weight_hh"], parts["weight_ih"]
+    weight_hh, weight_ih = parts.get("weight_hh"), parts.get("weight_ih")
     assert weight_hh is not None
     assert weight_ih is not None
-    cell = Cell(kind=kind, weight_hh=weight_hh, bias_hh=parts["bias_hh"], weight_hr=parts["weight_hr"])
-    return Level(index=index, reverse=reverse, cell=cell, weight_ih=weight_ih, bias_ih=parts["bias_ih"])
+    bias_hh, weight_hr = parts.get("bias_hh"), parts.get("weight_hr")
+    cell = Cell(kind=kind, weight_hh=weight_hh, bias_hh=bias_hh, weight_hr=weight_hr)
+    return Level(index=index, reverse=reverse, cell=cell, weight_ih=weight_ih, bias_ih=parts.get("bias_ih"))

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from gradflow.errors import ModelInputError
+from gradflow.functional.model.batches import checked_loss, detached_loss
+from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.trees import wide_dtype
 from gradflow.functional.recurrent.cells import Cell, Level, State, levels_of, work_dtype
 
@@ -239,11 +242,13 @@ def track_gradients(
     return tuple(gradients)
 
 
+@exclusive()
 def hidden_gradients(
     module: nn.RNNBase, x: Tensor, loss_fn: Callable[..., Tensor], hx: Any = None
 ) -> dict[str, Tensor]:
     """Return ∂L/∂h_t at every step, level and direction of a recurrent layer: the total derivative.
 
+    Pure: everything of the layer's, of the modules that the loss holds, and every random state is put back.
     What `torch.autograd.grad` would give with respect to h_t, were the layer a loop of one's own: along every
     way from h_t to the loss, through all later steps and the levels above. Dropout between levels is off.
 
@@ -258,6 +263,7 @@ def hidden_gradients(
 
     Raises:
         ModelInputError: if `module` is no recurrent layer, or `x` no tensor.
+        LossError: if the loss is no scalar or carries no gradient.
 
     >>> rnn = nn.RNN(2, 3)
     >>> gradients = hidden_gradients(rnn, torch.ones(4, 1, 2), lambda result: result[0].sum())
@@ -272,15 +278,19 @@ def hidden_gradients(
         )
     layout, levels = Layout.of(module, x), levels_of(module)
     dtype = work_dtype(x, levels[0].weight_ih)
-    state = given_state(layout, hx, dtype)
-    with torch.enable_grad():
-        entering = layout.steps(x.detach()).to(dtype).requires_grad_()
+    setting = Setting.of(nn.Module(), loss_fn)
+    with torch.inference_mode(False), torch.enable_grad():
+        state = given_state(layout, hx, dtype)
+        entering = layout.steps(x.detach().clone()).to(dtype).requires_grad_()
         unrolled = unroll(levels_of(module, dtype), entering, state)
         output, *last = (t.detach().requires_grad_() for t in (unrolled.output, *unrolled.last))
         h_n = [h if layout.batched else h.squeeze(1) for h in last]
         shown = layout.steps(output) if layout.batched else output.squeeze(1)  # its own inverse
-        loss = loss_fn((shown, tuple(h_n) if len(h_n) > 1 else h_n[0]))
-        cotangents = torch.autograd.grad(loss, [output, *last], allow_unused=True)
+        with setting.evaluating():
+            loss = checked_loss(loss_fn((shown, tuple(h_n) if len(h_n) > 1 else h_n[0])))
+            if not loss.requires_grad:
+                raise detached_loss()
+            cotangents = torch.autograd.grad(loss, [output, *last], allow_unused=True)
         found = track_gradients(unrolled, cotangents[0], cotangents[1:])
     return {
         track.level.name: gradient.h.flip(0) if track.level.reverse else gradient.h
@@ -293,4 +303,4 @@ def given_state(layout: Layout, hx: Any, dtype: torch.dtype) -> State | None:
     if hx is None:
         return None
     parts = hx if isinstance(hx, (tuple, list)) else (hx,)
-    return tuple(layout.states(part.detach()).to(dtype) for part in parts)
+    return tuple(layout.states(part.detach().clone()).to(dtype) for part in parts)

@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.reverse.autograd_graph import Node, Structure, is_leaf, topological
 from gradflow.functional.tap.calls import unit_axis
-from gradflow.functional.tap.probes import is_probe, sum_of_squares
+from gradflow.functional.tap.probes import as_norm, is_probe, magnitude
 from gradflow.functional.torch_private import in_reverse_pass, input_metadata
 
 
@@ -131,12 +131,12 @@ def _told_of_inner_passes(note: Callable[[Node], None]) -> Iterator[None]:
 
 @attrs.define(eq=False)
 class Flows:
-    """Sums of squares of one full reverse pass, still on their devices.
+    """Norms of one full reverse pass, still on their devices.
 
     Args:
-        edges: Σ‖c‖² by (source, target).
-        groups: Σ‖g‖² of a group's output gradients.
-        probes: Σ‖g‖² at each probe, by the id of its site.
+        edges: ‖c‖ by (source, target).
+        groups: ‖g‖ of a group's output gradients.
+        probes: magnitude of the gradient at each probe, by the id of its site.
         leaves: gradient of each leaf, by id.
         ranks: effective rank of the output gradient of layers, where asked for.
     """
@@ -206,22 +206,22 @@ def _gather(
     gradients: dict[int, Tensor] = {}
     for number, by_group in incoming.items():
         total: Tensor | None = None
-        squares: Tensor | None = None
+        size: Tensor | None = None
         for source, cotangent in by_group.items():
             total = cotangent if total is None else total + cotangent
             if group is not None and source != group:
-                squares = sum_of_squares(cotangent, exact=exact)
-                _add(flows.edges, (group, source), squares)
+                size = magnitude(cotangent, exact=exact)
+                _add(flows.edges, (group, source), size)
         assert total is not None
         gradients[number] = total
         if group is None or not (is_probe(node) or any(source != group for source in by_group)):
             continue
-        if squares is None or len(by_group) > 1:
-            squares = sum_of_squares(total, exact=exact)
+        if size is None or len(by_group) > 1:
+            size = magnitude(total, exact=exact)
         if any(source != group for source in by_group):
-            _add(flows.groups, group, squares)
+            _add(flows.groups, group, size)
         if is_probe(node):
-            flows.probes[id(node.site)] = squares
+            flows.probes[id(node.site)] = size
             if ranks and group not in flows.ranks:
                 flows.ranks[group] = effective_rank(total, structure.groups[group].type)
     if node in structure.leaves:
@@ -230,8 +230,10 @@ def _gather(
     return gradients
 
 
-def _add(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
-    sums[key] = sums[key] + value if key in sums else value
+def _add(norms: dict[Any, Tensor], key: Any, size: Tensor) -> None:
+    """Take one more part, of this magnitude, into the norm under `key`."""
+    norm = as_norm(size)
+    norms[key] = torch.hypot(norms[key], norm) if key in norms else norm
 
 
 def call_node(node: Node, gradients: dict[int, Tensor]) -> Sequence[Tensor | None]:

@@ -18,7 +18,7 @@ from gradflow.records import FlowRecord
 def traced(run: Run, request: Request, row: Row) -> Row:
     """Run a step with a NaN or an Inf again, told of every operation, and keep its birth certificate.
 
-    The sums of squares are in double precision this time: if nothing is found, only they had overflowed. The
+    The sums are in double precision this time: if nothing is found, only they had overflowed. The
     row that is returned stands in for the first one.
     """
     program, taps = run.program, run.program.taps
@@ -48,9 +48,9 @@ def traced(run: Run, request: Request, row: Row) -> Row:
 
 
 def summed_exactly(run: Run, request: Request, row: Row) -> Row:
-    """Run a step again with exact sums, where a fast one came out as zero and was not before.
+    """Run a step again with exact sums, where a fast one came out too small to be trusted.
 
-    Zero may mean that the squares have underflowed. A sum that this happens to is exact from then on.
+    Some or all of its squares may have underflowed. A sum that this happens to is exact from then on.
     """
     program = run.program
     if program.learned.reentrant:

@@ -31,9 +31,8 @@ def layer_records(history: History, owned: Mapping[str, Sequence[str]]) -> list[
         out, count = numbers["out"]
         looked = count > 0
         with np.errstate(all="ignore"):
-            mean_square = np.where(looked, out / count, NAN)
-            entering = numbers["input"][0] / numbers["input"][1]
-            mean_row = numbers["mean_row"][0] / numbers["mean_row"][1]
+            rms = np.where(looked, out / np.sqrt(count), NAN)
+            mean_row = numbers["mean_row"][0] / np.sqrt(numbers["mean_row"][1])
             records.append(
                 LayerRecord(
                     name=name,
@@ -47,14 +46,14 @@ def layer_records(history: History, owned: Mapping[str, Sequence[str]]) -> list[
                     inputs_differentiable=call.differentiable,
                     called=sizes[name] >= 0,
                     reached=reached,
-                    grad_norm=np.sqrt(grad),
+                    grad_norm=grad,
                     grad_finite=~reached | np.isfinite(grad),
                     num_elements=np.maximum(sizes[name], 0),
-                    output_rms=np.sqrt(mean_square),
+                    output_rms=rms,
                     output_finite=~looked | np.isfinite(out),
                     output_zero_share=np.where(np.isfinite(out), numbers["zeros"][0] / count, NAN),
-                    output_variation=np.sqrt(np.clip(1.0 - mean_row / mean_square, 0.0, 1.0)),
-                    input_rms=np.sqrt(entering),
+                    output_variation=np.sqrt(np.clip(1.0 - (mean_row / rms) ** 2, 0.0, 1.0)),
+                    input_rms=numbers["input"][0] / np.sqrt(numbers["input"][1]),
                 )
             )
     return records
@@ -84,7 +83,7 @@ def parameter_records(
     grads, zeros, norms = (series(history, kind) for kind in ("pgrad", "pzeros", "norm"))
     records = []
     for name, parameter in history.parameters.items():
-        squares, count = grads.get(name, nothing)
+        grad, count = grads.get(name, nothing)
         norm = norms.get(name, nothing)[0]
         if steps > 1 and np.isnan(norm[1:]).all():  # measured once, since nothing moved it
             norm = np.full(steps, norm[0])
@@ -97,12 +96,12 @@ def parameter_records(
                 trainable=parameter.requires_grad,
                 optimized=optimized is None or name in optimized,
                 reached=count > 0,
-                grad_norm=np.sqrt(squares),
-                grad_finite=(count == 0) | np.isfinite(squares),
+                grad_norm=grad,
+                grad_finite=(count == 0) | np.isfinite(grad),
                 grad_zero_share=np.where(
-                    np.isfinite(squares), zeros.get(name, nothing)[0] / max(parameter.numel(), 1), NAN
+                    np.isfinite(grad), zeros.get(name, nothing)[0] / max(parameter.numel(), 1), NAN
                 ),
-                norm=np.sqrt(norm),
+                norm=norm,
             )
         )
     return records
@@ -128,6 +127,7 @@ def activation_records(history: History) -> list[ActivationRecord]:
         peak, stuck = history.peaks.get(key), history.stuck.get(key)
         units = peak if peak is not None else stuck
         width = found["width"].get(key, nothing)[0]
+        entering, elements = found["input"].get(key, nothing)
         records.append(
             ActivationRecord(
                 name=key.name,
@@ -138,7 +138,7 @@ def activation_records(history: History) -> list[ActivationRecord]:
                 num_units=0 if units is None else units.numel(),
                 fired_share=share("fired", key),
                 saturated_share=share("saturated", key),
-                input_rms=np.sqrt(share("input", key)),
+                input_rms=entering / np.sqrt(np.maximum(elements, 1)),
                 never_fired=NAN if peak is None else float((~(peak > 0)).double().mean()),
                 always_saturated=NAN if stuck is None else float(stuck.double().mean()),
                 width=0 if np.isnan(width).all() else int(np.nanmax(width)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 import attrs
@@ -57,7 +58,7 @@ class HostFlows:
 def read_flows(step: int, flows: Flows, structure: Structure) -> HostFlows:
     """Return a step's flows as norms on the host, in one transfer."""
     keys = [*flows.edges, *flows.groups]
-    numbers = np.sqrt(np.array(to_host([*flows.edges.values(), *flows.groups.values()])))
+    numbers = np.array(to_host([*flows.edges.values(), *flows.groups.values()]))
     cut = len(flows.edges)
     edges = dict(zip(flows.edges, numbers[:cut].tolist(), strict=True))
     groups = dict(zip(keys[cut:], numbers[cut:].tolist(), strict=True))
@@ -234,8 +235,8 @@ def _node(
     else:
         grads = [f.groups.get(group.name, NAN) for f in flows]
     for f in flows:
-        squares = [f.edges[e] ** 2 for e in into if e in f.edges]
-        incoming.append(float(np.sqrt(sum(squares))) if squares else NAN)
+        norms = [f.edges[e] for e in into if e in f.edges]
+        incoming.append(math.hypot(*norms) if norms else NAN)
     return NodeRecord(
         name=group.name,
         kind=group.kind,

@@ -15,17 +15,18 @@ from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import wide_dtype
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation
-from gradflow.functional.tap.probes import is_safe, num_nonzero, safe_range, sum_of_squares
+from gradflow.functional.tap.probes import is_safe, magnitude, num_nonzero, safe_range
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.records import Bools, Floats
 
 Place = tuple[str, Hashable]  # what a number is (`grad`, `out`, ...), and of what
 
-# Sums of squares of what is gone when the step is over: they are taken fast or exactly, as the step before
-# tells; see NOTE [Exact and fast] in probes.py. Those of parameters and their gradients can be taken again.
-_SUMS = ("grad", "out")
+# Norms of what is gone when the step is over: they are taken fast or exactly, as the steps before tell; see
+# NOTE [Exact and fast] in probes.py. Those of parameters and their gradients can be taken again.
+_SUMS = ("grad", "out", "input")
 _LASTING_SUMS = ("norm", "pgrad")
+_NORMS = (*_SUMS, *_LASTING_SUMS, "mean_row")
 _MERGED = 8  # steps whose peaks of a rectifier's units are merged at once, if no look comes first
 
 
@@ -41,12 +42,14 @@ class Layout:
     places: tuple[Place, ...]
     calls: tuple[str, ...]
     must_be_finite: Bools = attrs.field(init=False)
+    norms: Bools = attrs.field(init=False)
     sums: Bools = attrs.field(init=False)
     least_peaks: tuple[int, ...] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         kinds = [kind for kind, _ in self.places]
         object.__setattr__(self, "must_be_finite", np.isin(kinds, ("loss", "grad", "pgrad")))
+        object.__setattr__(self, "norms", np.isin(kinds, _NORMS))
         object.__setattr__(self, "sums", np.isin(kinds, _SUMS))
         object.__setattr__(self, "least_peaks", tuple(i for i, k in enumerate(kinds) if k == "least_peak"))
 
@@ -57,7 +60,7 @@ class Row:
 
     Args:
         layout: what they are.
-        values: the numbers; sums are of squares.
+        values: the numbers.
         counts: how many elements are behind each.
         sizes: number of output elements of each layer call.
         safe: whether all numbers are known to be finite.
@@ -106,15 +109,17 @@ class Content(NamedTuple):
 
     Args:
         probed: indices of the calls behind its output gradients.
-        reached: which parameters had a gradient.
+        reached: names of the parameters that had a gradient.
         moved: whether the norms of the parameters were taken.
         sizes: number of output elements of each layer call.
+        shapes: of their first outputs.
     """
 
     probed: tuple[int, ...]
-    reached: tuple[bool, ...]
+    reached: tuple[str, ...]
     moved: bool
     sizes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
 
 
 @attrs.frozen(eq=False)
@@ -125,13 +130,15 @@ class Form:
         content: what its numbers are of.
         layout: the layout of its row.
         counts: element counts of its row.
-        ranges: between which a sum of squares must be to be safe, and any other number to be finite.
+        least: above which a norm must be to be safe, and any other number to be finite.
+        most: below which.
     """
 
     content: Content
     layout: Layout
     counts: Floats
-    ranges: list[tuple[float, float]]
+    least: Floats
+    most: Floats
 
 
 @attrs.define(eq=False)
@@ -148,7 +155,7 @@ class History:
     rows: list[Row] = attrs.field(factory=list)
     calls: dict[str, Call] = attrs.field(factory=dict)  # by name, as last run, in the order first met
     out_of_range: set[Place] = attrs.field(factory=set)  # sums that were once unsafe; they stay exact
-    in_doubt: bool = False  # whether a fast sum of the last row is zero, which may be an underflow
+    in_doubt: bool = False  # whether a fast sum of the last row is so small that it may have underflowed
     peaks: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
     rising: dict[ActivationKey, list[Tensor]] = attrs.field(factory=dict)  # peaks that are not merged yet
     settled: set[ActivationKey] = attrs.field(factory=set)  # rectifiers of which every unit has fired
@@ -165,18 +172,18 @@ class History:
         risen = self.merge_peaks() if merging else {}
         content = self._content(outcome, parameters_moved or not self.rows)
         lasting = self._lasting(outcome, look, content.moved)
-        arrived = (squares for squares in outcome.gradients.outputs if squares is not None)
+        arrived = (size for size in outcome.gradients.outputs if size is not None)
         scalars = [outcome.loss, *arrived, *(observation.value for observation in noted), *risen.values()]
         exact = not self.rows
-        values = to_host([*scalars, *(_number(kind, tensor, exact) for kind, _, tensor in lasting)])
+        scalars += [_number(kind, tensor, exact) for kind, _, tensor in lasting]
         form = self._same_form(outcome.recorder, content)
         if form is None or noted or risen or look:
-            _repair(values, len(scalars), lasting)
-            return self._read_anew(outcome.recorder, content, np.array(values), noted, risen, lasting)
-        safe = all(least < v < most for v, (least, most) in zip(values, form.ranges, strict=True))
+            return self._read_anew(outcome.recorder, content, scalars, noted, risen, lasting)
+        values = _norms(scalars, form.layout.norms)
+        safe = bool(((form.least < values) & (values < form.most)).all())
         if not safe:
-            _repair(values, len(scalars), lasting)
-        row = Row(form.layout, np.array(values), form.counts, content.sizes, safe)
+            _repair(values, lasting)
+        row = Row(form.layout, values, form.counts, content.sizes, safe)
         self.in_doubt = self.settling = False
         if not safe:
             self._choose_precision(row)
@@ -186,17 +193,18 @@ class History:
         recorder, gradients = outcome.recorder, outcome.gradients
         sites = zip(recorder.sites, gradients.outputs, strict=True)
         return Content(
-            probed=tuple([site.call for site, squares in sites if squares is not None]),
-            reached=tuple([gradient is not None for gradient in gradients.parameters.values()]),
+            probed=tuple([site.call for site, size in sites if size is not None]),
+            reached=tuple([name for name, g in gradients.parameters.items() if g is not None]),
             moved=moved,
             sizes=tuple([call.num_elements for call in recorder.calls if call.is_layer]),
+            shapes=tuple([call.shape for call in recorder.calls if call.is_layer]),
         )
 
     def _read_anew(
         self,
         recorder: Recorder,
         content: Content,
-        values: Floats,
+        scalars: list[Tensor],
         noted: list[Observation],
         risen: dict[ActivationKey, Tensor],
         lasting: list[tuple[str, str, Tensor]],
@@ -219,6 +227,8 @@ class History:
                 call.take_over(self.calls[call.name])
             self.calls[call.name] = call
         layout, counts = self._layout(places, calls), np.array(numbers)
+        values = _norms(scalars, layout.norms)
+        _repair(values, lasting)
         row = Row(layout, values, counts, content.sizes)
         self._choose_precision(row)
         self._settle(row)
@@ -226,8 +236,7 @@ class History:
             sums = layout.sums | np.isin([kind for kind, _ in places], _LASTING_SUMS)
             least, most = safe_range(counts)
             least, most = np.where(sums, least, -np.inf), np.where(sums, most, np.inf)
-            ranges = list(zip(least.tolist(), most.tolist(), strict=True))
-            self._form, self._formed = Form(content, layout, counts, ranges), recorder.calls
+            self._form, self._formed = Form(content, layout, counts, least, most), recorder.calls
         return row
 
     def _same_form(self, recorder: Recorder, content: Content) -> Form | None:
@@ -319,41 +328,58 @@ class History:
         any_exact = not exact or any(exact.values())
         unsafe = layout.sums & ~is_safe(row.values, row.counts)
         self.in_doubt = False
+        least, _ = safe_range(row.counts)
         settled = bool(self.rows) and self.rows[-1].layout is layout and not unsafe.any()
         if settled and not any_exact:
             return
         for kind in _SUMS:
             for position, (found, key) in enumerate(layout.places):
-                if found != kind:
+                if found != kind or not isinstance(key, str):  # those of activations are always exact
                     continue
                 if unsafe[position]:
                     self.out_of_range.add((kind, key))
-                    self.in_doubt |= row.values[position] == 0 and not exact.get((key, kind), True)  # type: ignore[arg-type]
-                self.taps.set_exact(str(key), kind, (kind, key) in self.out_of_range)
+                    too_small = bool(row.values[position] <= least[position])
+                    self.in_doubt |= too_small and not exact.get((key, kind), True)
+                self.taps.set_exact(key, kind, (kind, key) in self.out_of_range)
 
 
 def _number(kind: str, tensor: Tensor, exact: bool) -> Tensor:
-    return tensor.numel() - num_nonzero(tensor) if kind == "pzeros" else sum_of_squares(tensor, exact=exact)
+    return tensor.numel() - num_nonzero(tensor) if kind == "pzeros" else magnitude(tensor, exact=exact)
 
 
-def _repair(values: list[float], start: int, lasting: list[tuple[str, str, Tensor]]) -> None:
-    """Take again, exactly, the sums over parameters and gradients that may have over- or underflowed."""
+def _norms(scalars: list[Tensor], are_norms: Bools) -> Floats:
+    """Return numbers on the host, magnitudes as norms: see NOTE [Exact and fast] in probes.py."""
+    values, dtypes = np.array(to_host(scalars)), [scalar.dtype for scalar in scalars]
+    squares = are_norms & np.array([dtype is torch.float32 for dtype in dtypes])
+    with np.errstate(invalid="ignore"):
+        return np.sqrt(values, out=values, where=squares)
+
+
+def _repair(values: Floats, lasting: list[tuple[str, str, Tensor]]) -> None:
+    """Take again, exactly, the norms of parameters and gradients that may have over- or underflowed.
+
+    Args:
+        values: numbers of a row; the last of them are the lasting ones, and are written to.
+        lasting: kind of number, name, and tensor it is taken of.
+    """
     unsafe = []
-    for position, (kind, _, tensor) in enumerate(lasting, start):
+    for position, (kind, _, tensor) in enumerate(lasting, len(values) - len(lasting)):
         if kind in _LASTING_SUMS:
             least, most = safe_range(tensor.numel())
             if not least < values[position] < most:
-                unsafe.append((position, sum_of_squares(tensor, exact=True)))
-    for (position, _), value in zip(unsafe, to_host([total for _, total in unsafe]), strict=True):
-        values[position] = value
+                unsafe.append((position, magnitude(tensor, exact=True)))
+    if unsafe:
+        positions, sizes = zip(*unsafe, strict=True)
+        values[list(positions)] = _norms(list(sizes), np.ones(len(unsafe), bool))
 
 
 def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]:
     """Return, by key, the numbers of a kind over the steps and the element counts behind them.
 
     Shapes (steps,). Where a step has none, the number is NaN and its count 0; several (the outputs of one
-    call) are added.
+    call) are added, norms as the sides of a right angle are.
     """
+    joined = np.hypot if kind in _NORMS else np.add
     rows, found = history.rows, {}
     steps_of: dict[Layout, list[int]] = {}
     for step, row in enumerate(rows):
@@ -368,6 +394,7 @@ def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]
             if key not in found:
                 found[key] = (np.full(len(rows), np.nan), np.zeros(len(rows)))
             total, number = found[key]
-            total[at] = np.where(number[at] > 0, total[at] + values[:, position], values[:, position])
+            both = joined(total[at], values[:, position])
+            total[at] = np.where(number[at] > 0, both, values[:, position])
             number[at] = number[at] + counts[:, position]
     return found

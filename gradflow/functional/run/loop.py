@@ -41,6 +41,8 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
         if batch is None:
             break
         request = _request(run, step, batch)
+        if program.learned.reentrant:
+            program.taps.sum_exactly()  # its steps are not run again where a fast sum fails
         outcome = _first_step(run, request) if step == 0 else _step(run, request)
         row = history.read(outcome, look=request.look, parameters_moved=optimizer is not None)
         if step == 0:

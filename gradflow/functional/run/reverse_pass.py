@@ -18,7 +18,7 @@ from gradflow.functional.reverse.reverse import (
     walked,
 )
 from gradflow.functional.run.program import Program
-from gradflow.functional.tap.probes import sum_of_squares
+from gradflow.functional.tap.probes import magnitude
 from gradflow.functional.tap.recorder import Recorder
 
 
@@ -76,7 +76,7 @@ def reverse_pass(
     if full and structure is not None:
         hooked = program.taps.hooked
         found = fused(loss, leaves, retain_graph=True) if hooked else []
-        flows = walked(loss, structure, exact=any(site.exact for site in recorder.sites), ranks=ranks)
+        flows = walked(loss, structure, exact=True, ranks=ranks)  # nobody would see that a flow underflows
         _check_flat(recorder, trainable, len(leaves) - len(held))
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
             gradients, outputs = found[:number], found[number:]
@@ -88,7 +88,7 @@ def reverse_pass(
         _check_flat(recorder, trainable, len(leaves) - len(held))
         gradients = found[:number]
         outputs = [
-            g if site.edge is None or g is None else sum_of_squares(g, exact=site.exact)
+            g if site.edge is None or g is None else magnitude(g, exact=site.exact)
             for site, g in zip(recorder.sites, found[number:], strict=True)
         ]
     return Gradients(_by_name(trainable, held, gradients), outputs, flows)

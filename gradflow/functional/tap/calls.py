@@ -60,7 +60,7 @@ class Call:
 
     def note_output(self, y: Tensor) -> None:
         """Note the size of an output, and the shape of the first."""
-        if not self.shape:
+        if not self.num_elements:  # the record of an earlier step may be used again
             self.shape = tuple(y.shape)
         self.num_elements += y.numel()
 

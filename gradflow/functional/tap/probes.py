@@ -2,7 +2,7 @@
 
 NOTE [Statistics as cotangents]
 A probe takes `(x, slot)` and returns `x`. Its backward pass hands the gradient on unchanged for `x`, and for
-`slot`, a scalar zero, it returns the sum of squares of that gradient. So the gradient with respect to the
+`slot`, a scalar zero, it returns the magnitude of that gradient. So the gradient with respect to the
 slots *is* the statistic of every probed tensor: one forward and one backward pass, nothing retained, and it
 composes with `torch.func.grad`, `vjp`, `jvp` and `vmap`.
 
@@ -12,9 +12,20 @@ own would hide an in-place change of a tensor that an earlier layer has saved fo
 gradient would be silently wrong where plain PyTorch raises.
 
 NOTE [Exact and fast]
-The square of a float32 below 1e-23 underflows and of one above 1e19 overflows, so a sum of squares in
-float32 cannot tell a tiny gradient from none. A double-precision sum can, at four times the cost. A site is
-summed exactly in the first step, and afterwards wherever the step before was outside a safe range.
+A magnitude in single precision is a sum of squares, which is what the fast sums give; in double precision it
+is a norm, whose square may lie outside of what a number can hold. Who reads one tells which by its dtype.
+
+The square of a float32 below 1e-23 underflows and of one above 1e19 overflows. A double-precision sum holds
+the squares of all shorter dtypes, at four times the cost; of double precision itself the elements are
+first divided by the largest. A site is measured exactly in the first step, and afterwards wherever a step
+was outside a safe range.
+
+The safe range. A square below the smallest normal float32, t = 2⁻¹²⁶ ≈ 1.2e-38, is kept with an error of at
+most t: it is rounded to a multiple of 2⁻¹⁴⁹, or to zero. So all n squares of a sum S, however many of them
+underflow, are off by at most n·t together, and S by the share n·t / S. Where the sum that was found is above
+1e-24·n, that share is below 1.2e-14: rounding aside, S is right. What lies below may have lost anything from
+nothing to all of it, so the step is run again with exact sums. Above there is no such loss: a sum that
+overflows is infinite. 1e24·n leaves room for the next step to be larger by 1e14.
 
 NOTE [Captured gradients]
 A probe costs some twenty microseconds of Python, on the way there and back. The gradient of a small output
@@ -26,6 +37,7 @@ whoever made it, so it is probed too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -50,7 +62,7 @@ class Site:
 
 
 class Probe(torch.autograd.Function):
-    """The identity on `x`; the gradient with respect to `slot` is Σg² of the gradient of `x`."""
+    """The identity on `x`; the gradient with respect to `slot` is the magnitude of the gradient of `x`."""
 
     generate_vmap_rule = True
 
@@ -67,7 +79,7 @@ class Probe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         (g,) = grad_outputs
-        total = sum_of_squares(g, exact=ctx.site.exact).to(ctx.slot_dtype)
+        total = _in_dtype(magnitude(g, exact=ctx.site.exact), ctx.slot_dtype)
         if ctx.slot_shape:  # a slot of two: the second tells "reached, and zero" from "never reached"
             total = torch.stack([total, torch.ones_like(total)])
         return g, total, None
@@ -88,7 +100,7 @@ class EagerProbe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         (g,) = grad_outputs
-        return g, sum_of_squares(g, exact=ctx.site.exact), None
+        return g, magnitude(g, exact=ctx.site.exact), None
 
 
 class InPlaceProbe(Probe):
@@ -135,7 +147,8 @@ def arrival(x: Tensor, mark: Tensor) -> Tensor:
 def probe(x: Tensor, slot: Tensor, site: Site) -> Tensor:
     """Return `x` with a probe on its gradient; works under `torch.func`.
 
-    See NOTE [Statistics as cotangents].
+    The gradient with respect to the slot is the norm of the gradient at `x` where the slot is in double
+    precision, and its square in single precision. See NOTE [Statistics as cotangents].
 
     Args:
         x: tensor of any shape and floating or complex dtype.
@@ -146,7 +159,7 @@ def probe(x: Tensor, slot: Tensor, site: Site) -> Tensor:
     >>> x, slot = torch.tensor([3.0, 4.0]), torch.zeros((), dtype=torch.float64)
     >>> loss = lambda x, slot: (probe(x, slot, site) * torch.tensor([3.0, 4.0])).sum()
     >>> torch.func.grad(loss, argnums=(0, 1))(x, slot)
-    (tensor([3., 4.]), tensor(25., dtype=torch.float64))
+    (tensor([3., 4.]), tensor(5., dtype=torch.float64))
     """
     return Probe.apply(x, slot, site)  # type: ignore[return-value]
 
@@ -175,27 +188,62 @@ def is_probe(node: Any) -> bool:
     return isinstance(node, _NODES)
 
 
-def sum_of_squares(x: Tensor, *, exact: bool) -> Tensor:
-    """Return Σ|x|² as a scalar on x's device, in one pass.
+def magnitude(x: Tensor, *, exact: bool) -> Tensor:
+    """Return how large a tensor is, a scalar on its device: ‖x‖ in double, or Σ|x|² in single precision.
+
+    See NOTE [Exact and fast]. It is in double precision where `exact` is asked for or `x` is so itself, on
+    devices that have it.
 
     Args:
         x: tensor of any shape, floating or complex dtype; a sparse one counts its stored values.
-        exact: sum in double precision, which neither overflows nor underflows for float32 and below.
+        exact: neither overflow nor underflow.
     """
     if x.layout is not torch.strided:
         x = x.coalesce().values() if x.layout is torch.sparse_coo else x.to_dense()
     if not exact and (flat := _flat_plain(x)) is not None:
-        return torch.dot(flat, flat)  # four times as fast as a norm on a CPU
+        squares = torch.dot(flat, flat)  # four times as fast as a norm on a CPU
+        return squares if squares.dtype == torch.float32 else squares.sqrt()
     if x.is_complex():
-        return sum_of_squares(torch.view_as_real(x.resolve_conj()), exact=exact)
+        return magnitude(torch.view_as_real(x.resolve_conj()), exact=exact)
+    if x.dtype == torch.float64:
+        return _scaled_norm(x) if exact else torch.linalg.vector_norm(x)
     if exact and x.device.type != "mps":
-        if x.numel() <= _LARGE:
-            return torch.linalg.vector_norm(x, dtype=torch.float64).square()
-        flat = _flat(x)
-        pieces = (x.reshape(-1) if flat is None else flat).split(_LARGE)
-        return torch.stack([torch.linalg.vector_norm(p, dtype=torch.float64) for p in pieces]).square().sum()
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(x, dtype=wide).square()
+        return _by_pieces(x, lambda piece: torch.linalg.vector_norm(piece, dtype=torch.float64))
+    return torch.linalg.vector_norm(x, dtype=torch.float32).square()
+
+
+def as_norm(found: Tensor) -> Tensor:
+    """Return the norm that a magnitude tells."""
+    return found if found.dtype == torch.float64 else found.sqrt()
+
+
+def _in_dtype(found: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a magnitude in another dtype."""
+    if found.dtype == dtype:
+        return found
+    return found.double().sqrt() if dtype == torch.float64 else found.square().to(dtype)
+
+
+def _scaled_norm(x: Tensor) -> Tensor:
+    """Return the norm of a tensor in double precision, of which no square leaves the range of a number."""
+    if not x.numel():
+        return x.new_zeros(())
+    return _by_pieces(x, _of_scaled)
+
+
+def _of_scaled(x: Tensor) -> Tensor:
+    largest = torch.linalg.vector_norm(x, float("inf"))
+    unit = torch.where((largest > 0) & torch.isfinite(largest), largest, 1.0)
+    return torch.linalg.vector_norm(x / unit) * unit
+
+
+def _by_pieces(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a norm, of a large tensor by that of its pieces: in double precision they are copied."""
+    if x.numel() <= _LARGE:
+        return norm(x)
+    flat = _flat(x)
+    pieces = (x.reshape(-1) if flat is None else flat).split(_LARGE)
+    return norm(torch.stack([norm(piece) for piece in pieces]))
 
 
 def num_nonzero(x: Tensor) -> Tensor:
@@ -234,21 +282,21 @@ def _flat(x: Tensor) -> Tensor | None:
 
 
 def safe_range(num_elements: Any) -> tuple[Any, Any]:
-    """Return the sums of squares between which one in single precision is right, or an array of each.
+    """Return the norms between which a sum in single precision is right, or an array of each.
 
     See NOTE [Exact and fast].
     """
-    number = np.maximum(num_elements, 1)
-    return 1e-24 * number, 1e24 * number
+    root = np.sqrt(np.maximum(num_elements, 1))
+    return 1e-12 * root, 1e12 * root
 
 
-def is_safe(sum_squares: Floats, num_elements: Floats) -> Bools:
-    """Return whether the next step's sums may be taken in single precision."""
+def is_safe(norms: Floats, num_elements: Floats) -> Bools:
+    """Return whether the sums may be taken in single precision."""
     least, most = safe_range(num_elements)
-    return (sum_squares > least) & (sum_squares < most)
+    return (norms > least) & (norms < most)
 
 
 def statistics_dtype(x: Tensor, *, exact: bool) -> torch.dtype:
-    """Return the dtype in which the sum of squares of a tensor comes."""
+    """Return the dtype in which the magnitude of a tensor comes."""
     wide = exact or x.dtype in (torch.float64, torch.complex128)
     return torch.float64 if wide and x.device.type != "mps" else torch.float32

@@ -30,10 +30,10 @@ from gradflow.functional.tap.probes import (
     Site,
     eager_probe,
     in_place_probe,
+    magnitude,
     num_nonzero,
     probe,
     statistics_dtype,
-    sum_of_squares,
 )
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.torch_private import (
@@ -142,7 +142,7 @@ class Recorder:
         asked = self.asked
         with unwatched():
             call = self._enter(name, layer, args, kwargs)
-            entering, number = self._input_squares(call, args, kwargs)
+            entering, number = self._input_size(call, args, kwargs)
         if asked.listeners:
             with self.telling():
                 for listener in asked.listeners:
@@ -207,13 +207,13 @@ class Recorder:
         if self.failure is None or self.failure[0] is not error:
             self.failure = (error, call.name)
 
-    def _input_squares(self, call: Call, args: Any, kwargs: Any) -> tuple[Tensor | None, int]:
-        """Return Σx² of the first floating-point input, taken before the layer may overwrite it."""
+    def _input_size(self, call: Call, args: Any, kwargs: Any) -> tuple[Tensor | None, int]:
+        """Return the magnitude of the first floating-point input, taken before the layer may overwrite it."""
         if self.asked.look and call.is_layer:
-            exact = self.model.exact.get((call.name, "out"), True)
+            exact = self.model.exact.get((call.name, "input"), True)
             for tensor in iter_tensors((args, kwargs)):
                 if is_differentiable(tensor) and tensor.numel() and tensor.layout is torch.strided:
-                    return sum_of_squares(tensor.detach(), exact=exact), tensor.numel()
+                    return magnitude(tensor.detach(), exact=exact), tensor.numel()
         return None, 0
 
     def _recompute(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -311,12 +311,11 @@ class Recorder:
 
     def _forward_statistics(self, call: Call, y: Tensor) -> None:
         exact = self.model.exact.get((call.name, "out"), True)
-        self.note("out", call.index, sum_of_squares(y, exact=exact), y.numel())
+        self.note("out", call.index, magnitude(y, exact=exact), y.numel())
         self.note("zeros", call.index, y.numel() - num_nonzero(y), y.numel())
         axis = unit_axis(y, call.type)
-        rows = y.numel() // max(y.shape[axis], 1) if y.dim() else 1
         mean = y.mean([d for d in range(y.dim()) if d != axis % y.dim()]) if y.dim() > 1 else y
-        self.note("mean_row", call.index, sum_of_squares(mean, exact=True) * rows, y.numel())
+        self.note("mean_row", call.index, magnitude(mean, exact=True), mean.numel())
 
     def _follow(self, key: ActivationKey, output: Any) -> None:
         """Note what a rectifier module gave, in a step without a watch."""

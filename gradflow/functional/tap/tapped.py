@@ -87,11 +87,11 @@ class TappedModel:
         self.hooked = True
 
     def sum_exactly(self) -> None:
-        """Take every sum of squares exactly in the next step, until precisions are chosen anew."""
+        """Measure every magnitude exactly in the next step, until precisions are chosen anew."""
         self.exact.clear()
 
     def set_exact(self, call: str, kind: str, exact: bool) -> None:
-        """Choose how a sum of squares is taken from now on; see NOTE [Exact and fast] in probes.py."""
+        """Choose how a magnitude is measured from now on; see NOTE [Exact and fast] in probes.py."""
         self.exact[call, kind] = exact
 
     def slot(self, position: int, dtype: torch.dtype, device: torch.device) -> Tensor:

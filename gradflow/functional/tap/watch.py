@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gradflow.functional.tap.calls import ActivationKey, unit_axis
-from gradflow.functional.tap.probes import is_probe, sum_of_squares
+from gradflow.functional.tap.probes import is_probe, magnitude
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import transform_level, unwatched
 
@@ -91,7 +91,7 @@ class _Before:
     def __init__(self, recorder: Recorder, op: str, x: Tensor, bounds: Bounds) -> None:
         self.recorder, self.op, self.bounds = recorder, op, bounds
         self.key = self._key(x)
-        self.input_squares = sum_of_squares(x.detach(), exact=False) if recorder.asked.look else None
+        self.entering = magnitude(x.detach(), exact=True) if recorder.asked.look else None
         self.masked = x.detach() <= MASKED if recorder.asked.look and op == "softmax" else None
 
     def _key(self, x: Tensor) -> ActivationKey:
@@ -118,8 +118,8 @@ class _Before:
             flat = self.bounds.saturated(unit_rows(y, recorder.last_type))
             recorder.note("saturated", self.key, flat.sum(), y.numel())
             recorder.note("stuck", self.key, flat.all(1), y.numel())
-        if self.input_squares is not None:
-            recorder.note("input", self.key, self.input_squares, y.numel())
+        if self.entering is not None:
+            recorder.note("input", self.key, self.entering, y.numel())
 
     def _note_softmax(self, y: Tensor, dim: Any) -> None:
         if not self.recorder.asked.look or not isinstance(dim, int) or not y.dim():
@@ -132,8 +132,8 @@ class _Before:
             saturated_rows = saturated_rows & ((~self.masked).sum(dim) != 1)
         self.recorder.note("saturated", self.key, saturated_rows.sum(), saturated_rows.numel())
         self.recorder.note("width", self.key, torch.tensor(float(width)), width)
-        if self.input_squares is not None:
-            self.recorder.note("input", self.key, self.input_squares, y.numel())
+        if self.entering is not None:
+            self.recorder.note("input", self.key, self.entering, y.numel())
 
 
 # Scores at or below this are taken for masked: masks use -inf, the smallest float, -1e9 or -1e4.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -154,3 +155,29 @@ def test_the_global_random_state_is_left_alone() -> None:
 def test_a_step_that_takes_everything() -> None:
     cell = Cell(kind="identity", weight_hh=torch.zeros(2, 2))
     assert lyapunov_exponents(cell, torch.zeros(3, 1, 2), (torch.ones(1, 2),)).tolist() == [-math.inf]
+
+
+@pytest.mark.parametrize("name", ["tanh", "lstm", "gru"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_grad_mode_outside_does_not_matter(name: str, mode: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was made in inference mode itself may be given too: it can carry no tangent of its own."""
+    module, x, state = at(name)
+    level = levels_of(module)[0]
+    drive = level.drive(x).detach()
+
+    def all_of_it(level: Any, drive: Tensor, state: tuple[Tensor, ...]) -> list[Tensor]:
+        return [
+            state_jacobians(level.cell, drive, state),
+            *spectral_radii(level.cell, drive, state),
+            lyapunov_exponents(level.cell, torch.stack([drive, drive]), state),
+        ]
+
+    expected = all_of_it(level, drive, state)
+    with mode():
+        own = levels_of(module)[0], drive.clone(), tuple(part.clone() for part in state)
+        found = [all_of_it(level, drive, state), all_of_it(*own)]
+        monkeypatch.setattr(module_under_test, "DENSE_SIZE", 0)
+        radii = spectral_radii(own[0].cell, own[1], own[2])[0]
+    for numbers in found:
+        torch.testing.assert_close(numbers, expected)
+    torch.testing.assert_close(radii, expected[1], rtol=0.02, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,14 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from gradflow.functional import effective_rank, probe
 from gradflow.functional.tap.probes import (
     Site,
+    as_norm,
     eager_probe,
     is_probe,
     is_safe,
+    magnitude,
     num_nonzero,
+    safe_range,
     statistics_dtype,
-    sum_of_squares,
 )
 
 
@@ -103,7 +106,7 @@ def test_what_follows_may_be_done_in_place(kind: str, name: str) -> None:
     assert naive.grad is not None
     assert kept.grad is not None
     assert torch.equal(gradient, naive.grad)
-    np.testing.assert_allclose(squares.item(), kept.grad.square().sum().item(), rtol=1e-14)
+    np.testing.assert_allclose(squares.item(), kept.grad.norm().item(), rtol=1e-14)
 
 
 @pytest.mark.parametrize("kind", [None, *PROBES])
@@ -127,43 +130,149 @@ def test_a_change_in_place_of_what_backward_needs_raises_as_plain_pytorch_does(k
     "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
 )
 @pytest.mark.parametrize("exact", [True, False])
-def test_the_statistic_is_the_sum_of_squares_and_the_gradient_passes_unchanged(
+def test_the_statistic_is_the_magnitude_and_the_gradient_passes_unchanged(
     kind: str, dtype: torch.dtype, exact: bool
 ) -> None:
     x = torch.randn(5, 3, dtype=dtype, requires_grad=True)
     g = torch.randn(5, 3, dtype=dtype)
     s = torch.zeros((), dtype=statistics_dtype(x, exact=exact), requires_grad=True)
     y = PROBES[kind](x, s, site(exact=exact))
-    gradient, squares = torch.autograd.grad(y, (x, s), g)
+    gradient, size = torch.autograd.grad(y, (x, s), g)
     assert torch.equal(gradient, g)
     wide = torch.complex128 if dtype.is_complex else torch.float64
-    expected = g.to(wide).abs().square().sum().item()
-    assert squares.dtype == (torch.float64 if exact or dtype == torch.float64 else torch.float32)
-    np.testing.assert_allclose(squares.item(), expected, rtol=1e-12 if exact else 1e-6)
+    squares = g.to(wide).abs().square().sum().item()
+    double = exact or dtype == torch.float64
+    assert size.dtype == (torch.float64 if double else torch.float32)
+    expected = math.sqrt(squares) if double else squares
+    np.testing.assert_allclose(size.item(), expected, rtol=1e-12 if exact else 1e-6)
+    for other in (torch.float64, torch.float32):  # a slot tells by its own dtype which of the two it holds
+        own = torch.zeros((), dtype=other, requires_grad=True)
+        size = torch.autograd.grad(probe(x, own, site(exact=exact)), own, g)[0]
+        np.testing.assert_allclose(as_norm(size).item(), math.sqrt(squares), rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------- the range of numbers
+
+
+def true_norm(x: Tensor) -> Fraction:
+    """Return the square root of Σx² to some thirty digits, by exact arithmetic."""
+    total = sum((Fraction(v) ** 2 for v in x.detach().double().reshape(-1).tolist()), Fraction(0))
+    scale = 10 ** (40 + len(str(total.denominator)))
+    return Fraction(math.isqrt(total.numerator * scale**2 // total.denominator), scale)
+
+
+def assert_norm(found: Tensor | float, expected: Fraction, *, rtol: float) -> None:
+    error = abs(Fraction(float(found)) - expected)
+    # the smallest number that there is bounds what can be asked for next to zero
+    assert error <= Fraction(rtol) * expected + Fraction(1, 2**1074), (float(found), float(expected))
+
+
+def spread(dtype: torch.dtype, low: float, high: float, number: int, seed: int) -> Tensor:
+    """Return numbers whose logarithms are even between two powers of ten, of either sign."""
+    generator = torch.Generator().manual_seed(seed)
+    power = torch.rand(number, generator=generator, dtype=torch.float64) * (high - low) + low
+    signs = torch.randint(0, 2, (number,), generator=generator) * 2 - 1
+    return (10.0**power * signs).to(dtype)
+
+
+POWERS = {  # of ten, from the smallest number that is not zero to near the largest
+    torch.float64: (-323.0, 300.0),
+    torch.float32: (-45.0, 37.0),
+    torch.bfloat16: (-40.0, 37.0),
+    torch.float16: (-7.5, 4.5),
+    torch.complex128: (-323.0, 300.0),
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from(list(POWERS)),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    number=st.sampled_from([1, 2, 7, 50]),
+    seed=st.integers(0, 1000),
+    stride=st.sampled_from([1, 2]),
+)
+def test_exact_norms_hold_the_whole_range(
+    dtype: torch.dtype, ends: tuple[float, float], number: int, seed: int, stride: int
+) -> None:
+    least, most = POWERS[dtype]
+    low, high = (least + share * (most - least) for share in sorted(ends))
+    real = torch.float64 if dtype.is_complex else dtype
+    x = spread(real, low, high, 2 * number * stride, seed)
+    expected = true_norm(x[::stride] if not dtype.is_complex else x)
+    given = torch.view_as_complex(x.view(-1, 2)) if dtype.is_complex else x[::stride]
+    found = magnitude(given, exact=True)
+    assert found.dtype == torch.float64
+    assert_norm(found, expected, rtol=1e-12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    center=st.floats(0, 1),
+    width=st.floats(0, 6),
+    number=st.sampled_from([1, 3, 64, 500]),
+    seed=st.integers(0, 1000),
+)
+def test_what_a_fast_sum_finds_in_the_safe_range_is_right(
+    dtype: torch.dtype, center: float, width: float, number: int, seed: int
+) -> None:
+    least, most = POWERS[dtype]
+    middle = least + center * (most - least)
+    x = spread(dtype, max(middle - width, least), min(middle + width, most), number, seed)
+    found = float(as_norm(magnitude(x, exact=False)))
+    if is_safe(np.array([found]), np.array([number]))[0]:
+        assert_norm(found, true_norm(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [10**3, 10**6])
+def test_many_squares_that_underflow_beside_few_that_do_not(number: int) -> None:
+    """The most that can be lost in the safe range: every small square comes to zero."""
+    least, _ = safe_range(number)
+    small = 1e-23
+    assert float(torch.tensor(small).square()) == 0.0
+    for above in (1.01, 3.0, 100.0):
+        x = torch.full((number,), small)
+        x[0] = above * least
+        truth = math.sqrt((number - 1) * float(x[1]) ** 2 + float(x[0]) ** 2)
+        found = float(as_norm(magnitude(x, exact=False)))
+        assert is_safe(np.array([found]), np.array([number]))[0]
+        assert found == pytest.approx(truth, rel=1e-6)
+
+
+def test_partial_underflow_lies_outside_of_the_safe_range() -> None:
+    lost = 0
+    for power in np.arange(-25.0, -10.0, 0.125):
+        x = torch.linspace(0.1, 3.0, 1000) * 10.0**power
+        found, truth = float(as_norm(magnitude(x, exact=False))), float(x.double().norm())
+        if found > 0 and abs(found / truth - 1) > 1e-4:
+            lost += 1
+            assert not is_safe(np.array([found]), np.array([1000]))[0]
+    assert lost > 3
 
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 10_000), power=st.integers(-30, 30), contiguous=st.booleans())
-def test_exact_sums_neither_overflow_nor_underflow(seed: int, power: int, contiguous: bool) -> None:
+def test_probes_neither_overflow_nor_underflow(seed: int, power: int, contiguous: bool) -> None:
     torch.manual_seed(seed)
     g = torch.randn(7, 3) * 10.0**power
     g = g if contiguous else g.mT.contiguous().mT
-    expected = float(g.double().square().sum())
-    np.testing.assert_allclose(float(sum_of_squares(g, exact=True)), expected, rtol=1e-12)
+    x, s = torch.zeros(7, 3, requires_grad=True), slot()
+    size = torch.autograd.grad(eager_probe(x, s, site()), s, g)[0]
+    assert_norm(size, true_norm(g), rtol=1e-12)
     if abs(power) <= 10:  # in the range that is called safe
-        assert is_safe(np.array([expected]), np.array([g.numel()]))[0]
-        np.testing.assert_allclose(float(sum_of_squares(g, exact=False)), expected, rtol=1e-5)
-        x, s = torch.zeros(7, 3, requires_grad=True), torch.zeros((), requires_grad=True)
-        _, fast = torch.autograd.grad(eager_probe(x, s, site(exact=False)), (x, s), g)
-        np.testing.assert_allclose(fast.item(), expected, rtol=1e-5)
+        assert is_safe(np.array([float(size)]), np.array([g.numel()]))[0]
+        s = torch.zeros((), requires_grad=True)
+        fast = torch.autograd.grad(eager_probe(x, s, site(exact=False)), s, g)[0]
+        assert_norm(as_norm(fast), true_norm(g), rtol=1e-5)
     if abs(power) >= 13:
-        assert not is_safe(np.array([expected]), np.array([g.numel()]))[0]
+        assert not is_safe(np.array([float(size)]), np.array([g.numel()]))[0]
 
 
 def test_safe_is_a_matter_of_the_mean_and_not_of_the_number() -> None:
-    squares = np.array([0.0, 1e-30, 1e-20, 1.0, 1e20, 1e30, np.inf, np.nan])
-    assert is_safe(squares, np.ones(8)).tolist() == [False, False, True, True, True, False, False, False]
-    assert is_safe(squares * 1e9, np.full(8, 1e9)).tolist() == is_safe(squares, np.ones(8)).tolist()
+    norms = np.array([0.0, 1e-15, 1e-10, 1.0, 1e10, 1e15, np.inf, np.nan])
+    assert is_safe(norms, np.ones(8)).tolist() == [False, False, True, True, True, False, False, False]
+    assert is_safe(norms * 1e5, np.full(8, 1e10)).tolist() == is_safe(norms, np.ones(8)).tolist()
 
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
@@ -188,8 +297,8 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 def test_sums_of_every_layout(name: str, exact: bool) -> None:
     x = LAYOUTS[name]()
     dense = x.to_dense() if x.layout is not torch.strided else x
-    expected = float(dense.double().square().sum())
-    np.testing.assert_allclose(float(sum_of_squares(x, exact=exact)), expected, rtol=1e-5)
+    found = as_norm(magnitude(x, exact=exact))
+    np.testing.assert_allclose(float(found), float(dense.double().norm()), rtol=1e-5)
 
 
 def test_a_slot_of_two_tells_reached_and_zero_from_never_reached() -> None:
@@ -198,7 +307,7 @@ def test_a_slot_of_two_tells_reached_and_zero_from_never_reached() -> None:
         return x.sum() if math.isnan(factor) else (y * factor).sum()
 
     x, s = torch.randn(3), torch.zeros(2, dtype=torch.float64)
-    for factor, expected in ((2.0, [12.0, 1.0]), (0.0, [0.0, 1.0]), (float("nan"), [0.0, 0.0])):
+    for factor, expected in ((2.0, [math.sqrt(12.0), 1.0]), (0.0, [0.0, 1.0]), (float("nan"), [0.0, 0.0])):
         assert grad(loss, argnums=1)(x, s, factor).tolist() == pytest.approx(expected)
 
 
@@ -215,18 +324,18 @@ def cubic(w: Tensor, s: Tensor, *, probed: bool = True) -> Tensor:
 
 W = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 SLOT = torch.zeros((), dtype=torch.float64)
-EXPECTED = float((3 * torch.tanh(W).square()).square().sum())
+EXPECTED = float((3 * torch.tanh(W).square()).norm())
 
 
 def test_grad() -> None:
-    gradient, squares = grad(cubic, argnums=(0, 1))(W, SLOT)
+    gradient, norm = grad(cubic, argnums=(0, 1))(W, SLOT)
     torch.testing.assert_close(gradient, grad(lambda w: cubic(w, SLOT, probed=False))(W))
-    np.testing.assert_allclose(squares, EXPECTED)
+    np.testing.assert_allclose(norm, EXPECTED)
 
 
-def test_vjp_scales_the_statistic_by_the_square_of_the_cotangent() -> None:
+def test_vjp_scales_the_statistic_by_the_size_of_the_cotangent() -> None:
     _, pull = vjp(cubic, W, SLOT)
-    np.testing.assert_allclose(pull(torch.tensor(3.0, dtype=torch.float64))[1], 9 * EXPECTED)
+    np.testing.assert_allclose(pull(torch.tensor(-3.0, dtype=torch.float64))[1], 3 * EXPECTED)
 
 
 @FORWARD_MODE
@@ -239,9 +348,9 @@ def test_jvp_is_that_of_the_identity() -> None:
 
 def test_vmap_of_grad_gives_a_statistic_per_sample() -> None:
     batch = torch.stack([W, 2 * W, -W])
-    squares = vmap(grad(cubic, argnums=1), in_dims=(0, None))(batch, SLOT)
-    expected = (3 * torch.tanh(batch).square()).square().sum(1)
-    torch.testing.assert_close(squares, expected)
+    norms = vmap(grad(cubic, argnums=1), in_dims=(0, None))(batch, SLOT)
+    expected = (3 * torch.tanh(batch).square()).norm(dim=1)
+    torch.testing.assert_close(norms, expected)
 
 
 @FORWARD_MODE
@@ -249,7 +358,7 @@ def test_forward_over_reverse_and_reverse_over_reverse() -> None:
     plain = hessian(lambda w: cubic(w, SLOT, probed=False))(W)
     torch.testing.assert_close(hessian(lambda w: cubic(w, SLOT))(W), plain)
     torch.testing.assert_close(jacrev(grad(lambda w: cubic(w, SLOT)))(W), plain)
-    # the statistic is itself differentiable: d/dw of Σ(3 tanh²)²
+    # the statistic is itself differentiable: d/dw of ‖3 tanh²‖
     slope = grad(lambda w: grad(cubic, argnums=1)(w, SLOT))(W)
     numeric = []
     for i in range(4):
@@ -270,7 +379,7 @@ def test_under_functional_call_and_vmap_of_models() -> None:
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     per_sample = vmap(grad(loss, argnums=1), in_dims=(None, None, 0))(parameters, SLOT, x)
-    expected = (2 * model(x)).square().sum(1).detach()
+    expected = (2 * model(x)).norm(dim=1).detach()
     torch.testing.assert_close(per_sample, expected)
 
 
@@ -361,16 +470,17 @@ def test_tiny_numbers_are_not_zero() -> None:
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-20, 1.0, 1e19, 1e30])
 @pytest.mark.parametrize("size", [100, 20_000, 600_000])
-def test_exact_sums_of_squares_neither_underflow_nor_overflow(size: int, scale: float) -> None:
+def test_exact_norms_of_many_pieces(size: int, scale: float) -> None:
     x = torch.randn(size, generator=torch.Generator().manual_seed(0)) * scale
-    expected = float(x.double().square().sum())
-    assert float(sum_of_squares(x, exact=True)) == pytest.approx(expected, rel=1e-5)
+    for dtype in (torch.float32, torch.float64):
+        found = float(magnitude(x.to(dtype), exact=True))
+        assert found == pytest.approx(float(x.double().norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [100, 20_000])
-def test_exact_sums_of_squares_of_zeros_and_of_what_is_not_finite(size: int) -> None:
+def test_exact_norms_of_zeros_and_of_what_is_not_finite(size: int) -> None:
     x = torch.zeros(size)
-    assert float(sum_of_squares(x, exact=True)) == 0.0
+    assert float(magnitude(x, exact=True)) == 0.0
     for value in (float("nan"), float("inf")):
         x[size // 2] = value
-        assert not np.isfinite(float(sum_of_squares(x, exact=True)))
+        assert not np.isfinite(float(magnitude(x, exact=True)))

@@ -1,0 +1,84 @@
+"""The modules that a function of the user's holds: a loss with a layer of its own, a critic in a closure."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+_LIBRARIES = ("torch", "numpy", "builtins", "gradflow")
+_MOST_ITEMS = 1000  # of a container: a longer one is a data set
+
+
+def modules_in(*values: Any) -> tuple[nn.Module, ...]:
+    """Return the modules that functions and objects can reach by what they hold, each once.
+
+    It looks into closures, defaults, the globals that a function names, `functools.partial`, bound methods,
+    the attributes of objects of the user's classes, and short containers. A module that lies in another of
+    the modules found is not named again.
+
+    >>> norm = nn.BatchNorm1d(4)
+    >>> modules_in(lambda y: norm(y).sum())
+    (BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True),)
+    """
+    found: dict[int, nn.Module] = {}
+    seen: dict[int, Any] = {}  # keeps what it has seen alive, so that ids stay unique
+    todo = list(values)[::-1]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, nn.Module):
+            found[id(value)] = value
+        else:
+            todo.extend(_held(value))
+    inner = {id(part) for module in found.values() for part in module.modules() if part is not module}
+    return tuple(module for key, module in found.items() if key not in inner)
+
+
+def _held(value: Any) -> Iterator[Any]:
+    """Yield what a value holds directly, as far as modules may be in it."""
+    if isinstance(value, types.FunctionType):
+        if value.__module__.split(".")[0] not in _LIBRARIES:
+            yield from _held_by_function(value)
+    elif isinstance(value, types.MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, (tuple, list, set, Mapping)):
+        if len(value) <= _MOST_ITEMS:
+            yield from value.values() if isinstance(value, Mapping) else value
+    elif not isinstance(value, (type, types.ModuleType)):
+        wrapped = getattr(value, "__wrapped__", None)
+        yield from () if wrapped is None else (wrapped,)
+        if type(value).__module__.split(".")[0] not in _LIBRARIES:
+            yield from (f for c in type(value).__mro__ if (f := vars(c).get("__call__")) is not None)
+            yield from getattr(value, "__dict__", {}).values()
+
+
+def _held_by_function(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    if wrapped := getattr(function, "__wrapped__", None):
+        yield wrapped
+    for name in _globals_named(function.__code__):
+        if name in function.__globals__:
+            yield function.__globals__[name]
+
+
+@functools.lru_cache(maxsize=256)
+def _globals_named(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of globals that a function's code loads, inner functions included."""
+    own = [step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _globals_named(c)]
+    return tuple(dict.fromkeys([*own, *inner]))

@@ -1,0 +1,93 @@
+"""Modules that functions hold are found, whatever holds them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import nn
+
+from gradflow.functional.model.closures import modules_in
+
+GLOBAL = nn.Linear(1, 1)
+
+
+def _by_name(y: Any) -> Any:
+    return GLOBAL(y)
+
+
+def _decorated(module: nn.Module) -> Any:
+    @functools.wraps(_by_name)
+    def inner(y: Any) -> Any:
+        return module(y)
+
+    return inner
+
+
+class Trainer:
+    """An object with modules and methods."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.nets = {"net": (module, 1)}
+
+    def loss(self, y: Any) -> Any:
+        return y
+
+    def __call__(self, y: Any) -> Any:
+        return y
+
+
+def _closed(module: nn.Module) -> Any:
+    def outer() -> Any:
+        return module
+
+    return lambda y: outer()(y)
+
+
+HOLDERS: dict[str, Callable[[nn.Module], Any]] = {
+    "itself": lambda m: m,
+    "closure": lambda m: lambda y: m(y),
+    "closure of a closure": _closed,
+    "default": lambda m: lambda y, net=m: net(y),
+    "keyword default": lambda m: lambda y, *, net=m: net(y),
+    "partial": lambda m: functools.partial(lambda net, y: net(y), m),
+    "partial by keyword": lambda m: functools.partial(lambda y, net: net(y), net=m),
+    "method": lambda m: Trainer(m).loss,
+    "forward": lambda m: m.forward,
+    "object": Trainer,
+    "decorated": _decorated,
+    "list": lambda m: lambda y, nets=({"a": [m]},): nets,
+}
+
+
+@pytest.mark.parametrize("kind", HOLDERS)
+def test_it_is_found(kind: str) -> None:
+    module = nn.Sequential(nn.Linear(1, 1))
+    assert module in modules_in(HOLDERS[kind](module))
+
+
+def test_globals_are_found_by_the_names_in_the_code() -> None:
+    assert modules_in(_by_name) == (GLOBAL,)
+    assert modules_in(lambda y: (lambda z: _by_name(z))(y)) == (GLOBAL,)
+    assert modules_in(lambda y: y.GLOBAL) == ()  # an attribute of that name is another thing
+
+
+def test_what_lies_in_another_is_not_named_again() -> None:
+    outer = nn.Sequential(nn.Linear(1, 1))
+    assert modules_in(outer[0], outer) == (outer,)
+
+
+def test_cycles_and_unfilled_cells_end() -> None:
+    def early() -> Any:
+        return late
+
+    assert modules_in(early) == ()
+    late: list[Any] = []
+    late.append(late)
+    assert modules_in(early) == ()
+
+
+def test_functions_of_libraries_and_data_sets_are_left_alone() -> None:
+    assert modules_in(nn.functional.cross_entropy, [nn.Linear(1, 1)] * 1001, None, 3) == ()
