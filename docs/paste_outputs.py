@@ -8,6 +8,10 @@ command, or the Python block above it:
     <!-- output of: gradflow diagnose examples/dead_relu.py -->
     <!-- output of: the block above -->
 
+or all Python blocks above it, run one after another:
+
+    <!-- output of: the blocks above -->
+
 A test runs the same functions and compares, so the pages cannot drift from the code.
 """
 
@@ -29,8 +33,9 @@ PAGES = (
     "docs/recurrent.md",
     "docs/policy.md",
     "docs/transformer.md",
+    "docs/measurements.md",
 )
-ABOVE = "the block above"
+ABOVE, ALL_ABOVE = "the block above", "the blocks above"
 
 _PLACE = re.compile(r"<!-- output of: (?P<what>.*?) -->\n```text\n(?P<output>.*?)```\n", re.DOTALL)
 _CODE = re.compile(r"```python\n(?P<code>.*?)```\n", re.DOTALL)
@@ -50,8 +55,9 @@ def places(text: str) -> list[Place]:
     found = []
     for match in _PLACE.finditer(text):
         what = match["what"]
-        if what == ABOVE:
-            arguments = ("-c", [code["code"] for code in _CODE.finditer(text[: match.start()])][-1])
+        blocks = [code["code"] for code in _CODE.finditer(text[: match.start()])]
+        if what in (ABOVE, ALL_ABOVE):
+            arguments = ("-c", blocks[-1] if what == ABOVE else "\n".join(blocks))
         else:
             program, *rest = shlex.split(what)
             arguments = ({"gradflow": ("-m", "gradflow"), "python": ()}[program]) + tuple(rest)

@@ -58,10 +58,12 @@ if TYPE_CHECKING:
         layer_vjp,
     )
     from gradflow.functional.jacobian.per_sample import gradient_noise, per_sample_gradients
+    from gradflow.functional.measurement import Measurement, Session
     from gradflow.functional.policy.gradients import head_gradients
     from gradflow.functional.policy.statistics import action_entropy
     from gradflow.functional.recurrent.unroll import hidden_gradients
     from gradflow.functional.scale import GradientScale, gradient_scale
+    from gradflow.pipelines import Pipeline
     from gradflow.records import (
         AttentionStats,
         Cause,
@@ -69,8 +71,11 @@ if TYPE_CHECKING:
         Issue,
         IssueSeverity,
         IssueType,
+        OwnIssueType,
         PolicyDistributionStats,
         ReservoirDynamics,
+        issue_type,
+        register_record,
     )
     from gradflow.records import Issue as GradientIssue
     from gradflow.report import Report
@@ -120,10 +125,12 @@ _PLACES = {
         "layer_vjp",
     ),
     "gradflow.functional.jacobian.per_sample": ("gradient_noise", "per_sample_gradients"),
+    "gradflow.functional.measurement": ("Measurement", "Session"),
     "gradflow.functional.policy.gradients": ("head_gradients",),
     "gradflow.functional.policy.statistics": ("action_entropy",),
     "gradflow.functional.scale": ("GradientScale", "gradient_scale"),
     "gradflow.functional.recurrent.unroll": ("hidden_gradients",),
+    "gradflow.pipelines": ("Pipeline",),
     "gradflow.records": (
         "AttentionStats",
         "Cause",
@@ -131,8 +138,11 @@ _PLACES = {
         "Issue",
         "IssueSeverity",
         "IssueType",
+        "OwnIssueType",
         "PolicyDistributionStats",
         "ReservoirDynamics",
+        "issue_type",
+        "register_record",
     ),
     "gradflow.report": ("Report",),
 }
@@ -186,11 +196,15 @@ __all__ = [
     "Issue",
     "IssueSeverity",
     "IssueType",
+    "Measurement",
+    "OwnIssueType",
+    "Pipeline",
     "PolicyDistributionStats",
     "RLPolicyAnalyzer",
     "RecurrentAnalyzer",
     "Report",
     "ReservoirDynamics",
+    "Session",
     "TransformerAnalyzer",
     "__version__",
     "action_entropy",
@@ -211,6 +225,7 @@ __all__ = [
     "gradient_scale",
     "head_gradients",
     "hidden_gradients",
+    "issue_type",
     "jacobian_between",
     "layer_function",
     "layer_gain",
@@ -221,6 +236,7 @@ __all__ = [
     "numerical",
     "only",
     "per_sample_gradients",
+    "register_record",
     "remap",
     "saturation",
     "unstable",

@@ -70,7 +70,7 @@ def diagnose(
     >>> report.ok, [layer.name for layer in report.record]
     (True, ['0', '1', '2'])
     """
-    detectors = check_detectors(pipeline)
+    detectors = check_detectors(pipeline, "diagnose")
     plan = Plan(
         steps=steps, optimizer=optimizer, seed=seed, mode=mode, transform=transform, progress=progress,
         **_wanted(detectors, detail),
@@ -111,7 +111,7 @@ def diagnose_custom(
     >>> diagnose_custom(model, lambda m, step: m(x) - m(-x), lambda y: y.square().mean(), steps=3).ok
     True
     """
-    detectors = check_detectors(pipeline)
+    detectors = check_detectors(pipeline, "diagnose_custom")
     plan = Plan(
         steps=steps, optimizer=optimizer, seed=seed, mode=mode, transform=transform, progress=progress,
         **_wanted(detectors, detail),
@@ -133,7 +133,8 @@ def _wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:
 def _judged(record: FlowRecord, detectors: Sequence[Detector]) -> Report:
     issues, causes = explain(record, detect(record, detectors))
     causes_first = sorted(issues, key=lambda issue: (-issue.severity.rank, "explained_by" in issue.metrics))
-    return Report(record=record, issues=tuple(causes_first), causes=causes)
+    lines = [line for part in detectors if isinstance(part, Pipeline) for line in part.lines(record)]
+    return Report(record=record, issues=tuple(causes_first), causes=causes, lines=lines)
 
 
 def layer_graph(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = None) -> LayerGraph:

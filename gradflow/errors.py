@@ -21,8 +21,17 @@ class RecordFormatError(GradflowError, ValueError):
     def at(cls, detail: str) -> RecordFormatError:
         """Return the error for what `detail` says is wrong with the data."""
         return cls(
-            f"from_json: {detail}. Pass what FlowRecord.to_json() of the same version of gradflow wrote."
+            f"from_json: {detail}. Pass what to_json() of the same version of gradflow wrote, or the path of "
+            "a file of it."
         )
+
+
+class RecordInputError(GradflowError, TypeError):
+    """What was passed as a record, or as issues or causes, is none."""
+
+
+class MeasurementError(GradflowError, TypeError):
+    """What a measurement gives has a name that is taken, or cannot be kept in a record."""
 
 
 class UnknownLayerError(GradflowError, KeyError):

@@ -67,6 +67,10 @@ def test_pages_have_the_outputs_they_should() -> None:
     assert len(graph) == 2
     assert jacobians
     assert all(kinds)
+    (measured,) = kinds[-1]
+    definition, use = measured.arguments[1].split("\n\ntorch.manual_seed(0)\n")
+    assert definition.count("\n") < 60, "a measurement of one's own takes less than 60 lines"
+    assert "from_json" in use
     (page,) = pipelines
     assert page.arguments[1].count("\n") < 30, "a pipeline of one's own takes less than 30 lines"
     assert "gf.Issue(" in page.arguments[1]
@@ -93,8 +97,11 @@ def test_places_are_found_and_read() -> None:
         "```python\nprint(1)\n```\n"
         "<!-- output of: the block above -->\n```text\n1\n```\n"
         "<!-- output of: gradflow diagnose 'a b.py' -->\n```text\n```\n"
+        "```python\nprint(2)\n```\n"
+        "<!-- output of: the blocks above -->\n```text\n```\n"
     )
-    first, second = paste_outputs.places(text)
+    first, second, third = paste_outputs.places(text)
+    assert third.arguments == ("-c", "print(1)\n\nprint(2)\n")
     assert (first.arguments, first.output) == (("-c", "print(1)\n"), "1\n")
     assert (second.arguments, second.output) == (("-m", "gradflow", "diagnose", "a b.py"), "")
     assert paste_outputs.fresh_output(first) == "1\n"

@@ -35,6 +35,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"tap"},
         {"reverse"},
         {"measurement"},
+        {"extras"},
         {"run", "jacobian", "attention", "recurrent", "policy"},
         {"analyze", "scale"},
         {"__init__"},

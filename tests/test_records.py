@@ -115,7 +115,7 @@ graphs = st.builds(
         max_size=2,
     ),
     edges=st.lists(st.builds(EdgeRecord, source=names, target=names, flow=floats), max_size=2),
-    steps=st.lists(st.integers(0, 9), max_size=3),
+    steps=st.lists(st.integers(0, 9), min_size=STEPS, max_size=STEPS),
 )
 provenances = st.builds(
     Provenance,

@@ -14,7 +14,14 @@ import attrs
 
 from gradflow.detect.defaults import default_detectors
 from gradflow.errors import PipelineError
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import (
+    AnyIssueType,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    check_record,
+    type_place,
+)
 
 Detector = Callable[[FlowRecord], Iterable[Issue]]
 
@@ -31,11 +38,13 @@ def detect(record: FlowRecord, pipeline: Any = None) -> tuple[Issue, ...]:
 
     Raises:
         PipelineError: if `pipeline` is none of these, or a detector returns something else than issues.
+        RecordInputError: if `record` is no record.
 
     >>> from gradflow.records import FlowRecord
     >>> detect(FlowRecord(steps=0, losses=[], layers=(), parameters=()))
     ()
     """
+    check_record("detect", record)
     found = [issue for detector in check_detectors(pipeline) for issue in _issues(detector, record)]
     return sorted_issues(record, found)
 
@@ -43,13 +52,12 @@ def detect(record: FlowRecord, pipeline: Any = None) -> tuple[Issue, ...]:
 def sorted_issues(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Issue, ...]:
     """Return issues merged by layer and type, and sorted: gravest first, then in order of execution."""
     place = {layer.name: layer.order for layer in record.layers}
-    types = list(IssueType)
 
     def key(issue: Issue) -> tuple[Any, ...]:
         where = place.get(issue.layer, len(place))
-        return (-issue.severity.rank, where, issue.layer, types.index(issue.issue_type), issue.description)
+        return (-issue.severity.rank, where, issue.layer, type_place(issue.issue_type), issue.description)
 
-    merged: dict[tuple[str, IssueType], Issue] = {}
+    merged: dict[tuple[str, AnyIssueType], Issue] = {}
     for issue in sorted(issues, key=key):
         at = (issue.layer, issue.issue_type)
         merged[at] = _merged(merged[at], issue) if at in merged else issue
@@ -97,18 +105,18 @@ def only(detector: Detector, layers: str | Sequence[str] | Callable[[str], bool]
     return restricted
 
 
-def without(detector: Detector, *issue_types: IssueType) -> Detector:
+def without(detector: Detector, *issue_types: AnyIssueType) -> Detector:
     """Return a detector that leaves out issues of some types.
 
     Raises:
-        PipelineError: if one of `issue_types` is not an `IssueType`.
+        PipelineError: if one of `issue_types` is neither an `IssueType` nor a type of one's own.
     """
     check_detectors([detector])
     for kind in issue_types:
-        if not isinstance(kind, IssueType):
+        if not isinstance(kind, AnyIssueType):
             raise PipelineError(
                 f"without: expected members of IssueType, got {kind!r}. Write, for instance, "
-                "without(detector, IssueType.BOTTLENECK)."
+                'without(detector, IssueType.BOTTLENECK), or issue_type("OUTLIERS") for one of your own.'
             )
     left_out = frozenset(issue_types)
 
@@ -155,8 +163,12 @@ def remap(detector: Detector, mapping: Remapping) -> Detector:
     return remapped
 
 
-def check_detectors(pipeline: Any) -> tuple[Detector, ...]:
+def check_detectors(pipeline: Any, call: str = "detect") -> tuple[Detector, ...]:
     """Return the detectors that `pipeline` stands for; None stands for the default ones.
+
+    Args:
+        pipeline: a pipeline, one detector, an iterable of detectors, or None.
+        call: the function that was given it, for the message.
 
     Raises:
         PipelineError: if it is neither a function of a record nor an iterable of such functions.
@@ -165,22 +177,22 @@ def check_detectors(pipeline: Any) -> tuple[Detector, ...]:
         return default_detectors()
     if isinstance(pipeline, type):
         raise PipelineError(
-            f"detect: expected a pipeline or detectors, got the class {pipeline.__name__}. Make one first: "
+            f"{call}: expected a pipeline or detectors, got the class {pipeline.__name__}. Make one first: "
             f"{pipeline.__name__}(...)."
         )
     if callable(pipeline):
         return (cast(Detector, pipeline),)
     if isinstance(pipeline, (str, Mapping)) or not isinstance(pipeline, Iterable):
         raise PipelineError(
-            "detect: expected a pipeline, a detector (a function from a FlowRecord to issues) or an iterable "
-            f"of detectors, got {type(pipeline).__name__}. Pass, for instance, "
+            f"{call}: expected a pipeline, a detector (a function from a FlowRecord to issues) or an "
+            f"iterable of detectors, got {type(pipeline).__name__}. Pass, for instance, "
             "[vanishing(), my_detector], or None for the default detectors."
         )
     detectors = tuple(pipeline)
     for entry in detectors:
         if not callable(entry) or isinstance(entry, type):
             raise PipelineError(
-                "detect: expected every detector to be a function from a FlowRecord to issues, got "
+                f"{call}: expected every detector to be a function from a FlowRecord to issues, got "
                 f"{entry!r}. A factory must be called: vanishing(), not 'vanishing'."
             )
     return detectors
@@ -200,6 +212,12 @@ def _issues(detector: Detector, record: FlowRecord) -> tuple[Issue, ...]:
         if not isinstance(issue, Issue):
             raise PipelineError(
                 f"detect: detector {name} gave {type(issue).__name__} {issue!r}; expected only Issue."
+            )
+        if not isinstance(issue.issue_type, AnyIssueType) or not isinstance(issue.severity, IssueSeverity):
+            raise PipelineError(
+                f"detect: detector {name} gave an issue of type {issue.issue_type!r} and severity "
+                f'{issue.severity!r}; expected a member of IssueType, or issue_type("OUTLIERS") for a '
+                "type of one's own, and a member of IssueSeverity."
             )
     return issues
 

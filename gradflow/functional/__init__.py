@@ -27,6 +27,7 @@ from gradflow.functional.jacobian.per_sample import (
     per_sample_gradients,
 )
 from gradflow.functional.jacobian.records import Gain, Spectrum
+from gradflow.functional.measurement import Measurement, Session, gradients
 from gradflow.functional.model.layers import layers
 from gradflow.functional.model.state import call
 from gradflow.functional.policy.gradients import HeadGradients, head_gradients
@@ -52,6 +53,8 @@ __all__ = [
     "LayerFunction",
     "LayerNoise",
     "Level",
+    "Measurement",
+    "Session",
     "Spectrum",
     "VectorField",
     "action_entropy",
@@ -67,6 +70,7 @@ __all__ = [
     "field_jacobian",
     "gradient_noise",
     "gradient_scale",
+    "gradients",
     "graph_of",
     "head_distances",
     "head_gradients",

@@ -77,6 +77,7 @@ def analyze(
         NoTrainableParametersError: if no parameter requires a gradient.
         ModelNotCalledError: if the first step calls no layer of the model.
         OptimizerMismatchError: if the optimizer holds none of the model's parameters.
+        MeasurementError: if two measurements declare the same name, or one a field of the record.
         ValueError: if `steps`, `mode`, `detail` or `transform` is none of those above.
 
     >>> _ = torch.manual_seed(0)

@@ -12,7 +12,11 @@ In such a step it hears, in this order:
 4. `end`, once, when the step has gone well and will not be run again.
 
 It must leave no trace: no random numbers drawn (or put back), nothing written to a tensor that it was shown,
-no tensor held after `end`. What it says at last, `fields`, becomes fields of the `FlowRecord`.
+no tensor held after `end`. What it says at last, `fields`, is in `FlowRecord.extras`, and `notes` among the
+notes of its provenance.
+
+What a session may rely on of a `Call`: `name`, the layer call's name as in the record (`relu@1`); `module`,
+the qualified name of the module; `type`, its class name; `is_layer`, whether it is a layer.
 """
 
 from __future__ import annotations
@@ -37,7 +41,11 @@ class Session(Listener):
         """Keep the numbers of the step, and let go of its tensors."""
 
     def fields(self) -> Mapping[str, Any]:
-        """Return what was measured, as fields of the `FlowRecord`."""
+        """Return what was measured, by the names it gets in `FlowRecord.extras`.
+
+        Numbers, texts, NumPy arrays, tuples, lists and mappings of them, and attrs records; see
+        `gradflow.register_record`. No tensors. Called once, after the last step.
+        """
         return {}
 
     def notes(self) -> Sequence[str]:
@@ -46,7 +54,11 @@ class Session(Listener):
 
 
 class Measurement(Protocol):
-    """A choice of what else to measure: immutable and hashable, so that pipelines can be joined."""
+    """A choice of what else to measure: immutable and hashable, so that pipelines can be joined.
+
+    It may have an attribute `names`, the names that its session's `fields` will return: then one that is
+    taken is an error before the run. Without it, a name that another measurement took gets `@2` at its end.
+    """
 
     def start(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> Session:
         """Return the session of one run.

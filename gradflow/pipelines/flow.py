@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
@@ -10,14 +10,33 @@ import attrs
 from gradflow.detect import Detector, check_detectors, default_detectors, detect
 from gradflow.errors import PipelineError
 from gradflow.functional.measurement import Measurement
-from gradflow.records import FlowRecord, Issue
+from gradflow.records import FlowRecord, Issue, text_lines
 
 DETAILS = ("cheap", "full")
+Summary = Callable[[FlowRecord], Iterable[str]]
 
 
 def _check_detail(instance: Any, attribute: Any, value: Any) -> None:
     if value not in DETAILS:
         raise PipelineError(f"Pipeline: expected detail 'cheap' or 'full', got {value!r}.")
+
+
+def _to_detectors(value: Any) -> tuple[Detector, ...]:
+    return check_detectors(value, "Pipeline")
+
+
+def _to_summaries(value: Any) -> tuple[Summary, ...]:
+    """Return functions from a record to lines, of one or several."""
+    found: tuple[Any, ...] = (value,)
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        found = tuple(value)
+    for entry in found:
+        if not callable(entry) or isinstance(entry, type):
+            raise PipelineError(
+                "Pipeline: expected summaries to be functions from a FlowRecord to lines of text, got "
+                f"{entry!r}. Write, for instance, summaries=[lambda record: [f'{{record.steps}} steps']]."
+            )
+    return found
 
 
 @attrs.frozen
@@ -29,7 +48,8 @@ class Pipeline:
         detectors: functions from a `FlowRecord` to issues.
         detail: the measurements it needs, as for `gradflow.analyze`: `cheap`, which costs next to nothing,
             or `full`, with the flow on every edge of the graph.
-        measurements: what else it needs measured, such as `gradflow.functional.attention.measurement()`.
+        measurements: what else it needs measured, such as `gradflow.functional.attention()`.
+        summaries: functions from the record to lines of text, which the report shows.
 
     >>> from gradflow.detect import dead, vanishing
     >>> quick = Pipeline("quick", [dead()]) + vanishing()
@@ -38,16 +58,26 @@ class Pipeline:
     """
 
     name: str
-    detectors: tuple[Detector, ...] = attrs.field(converter=check_detectors)
+    detectors: tuple[Detector, ...] = attrs.field(converter=_to_detectors)
     detail: str = attrs.field(default="cheap", validator=_check_detail)
     measurements: tuple[Measurement, ...] = attrs.field(default=(), converter=tuple)
+    summaries: tuple[Summary, ...] = attrs.field(default=(), converter=_to_summaries)
 
     def __call__(self, record: FlowRecord) -> tuple[Issue, ...]:
         """Return the issues that the detectors see in a record, most severe first."""
         return detect(record, self.detectors)
 
+    def lines(self, record: FlowRecord) -> tuple[str, ...]:
+        """Return what the report shows of a record besides: the lines of all summaries.
+
+        Raises:
+            PipelineError: if a summary returns something else than lines of text.
+        """
+        return tuple(line for summary in self.summaries for line in _lines(summary, record))
+
     def __add__(self, other: Pipeline | Detector | Iterable[Detector]) -> Pipeline:
-        """Return a pipeline that runs these detectors and those of `other`, with what either measures."""
+        """Return a pipeline that runs these detectors and those of `other`, with what either measures
+        and tells."""
         if not isinstance(other, Pipeline):
             return attrs.evolve(self, detectors=(*self.detectors, *check_detectors(other)))
         return Pipeline(
@@ -55,7 +85,19 @@ class Pipeline:
             detectors=(*self.detectors, *other.detectors),
             detail="full" if "full" in (self.detail, other.detail) else "cheap",
             measurements=tuple(dict.fromkeys((*self.measurements, *other.measurements))),
+            summaries=tuple(dict.fromkeys((*self.summaries, *other.summaries))),
         )
+
+
+def _lines(summary: Summary, record: FlowRecord) -> tuple[str, ...]:
+    found = summary(record)
+    lines = text_lines(found)
+    if lines is None:
+        name = getattr(summary, "__qualname__", type(summary).__name__)
+        raise PipelineError(
+            f"Pipeline: summary {name} returned {found!r}; expected lines of text, such as a list of str."
+        )
+    return lines
 
 
 def flow(

@@ -5,6 +5,8 @@ verdicts by definition: `Issue` and `Cause`. Arrays are read-only NumPy arrays w
 step; a value that was not measured at a step is NaN. Nothing here imports torch.
 """
 
+import attrs
+
 from gradflow.records.attention import (
     AttentionGradients,
     AttentionRecord,
@@ -13,12 +15,31 @@ from gradflow.records.attention import (
     BranchRecord,
     TransformerRecord,
 )
-from gradflow.records.fields import NAN, Bools, Floats, Ints, array_field, float_field, mapping_field
-from gradflow.records.flow import FlowRecord, Provenance
+from gradflow.records.fields import (
+    NAN,
+    Bools,
+    Floats,
+    Ints,
+    array_field,
+    float_field,
+    mapping_field,
+    text_lines,
+)
+from gradflow.records.flow import FlowRecord, Provenance, check_record, read
 from gradflow.records.graph import EdgeRecord, GraphRecord, NodeRecord
-from gradflow.records.issues import Cause, Issue, IssueSeverity, IssueType
+from gradflow.records.issues import (
+    AnyIssueType,
+    Cause,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    OwnIssueType,
+    check_causes,
+    check_issues,
+    issue_type,
+    type_place,
+)
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
-from gradflow.records.plain import FORMAT_VERSION, from_plain, to_plain
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
 from gradflow.records.recurrent import (
     GateRecord,
@@ -29,6 +50,12 @@ from gradflow.records.recurrent import (
     depth,
     mean_profile,
 )
+from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, to_plain, write
+from gradflow.records.saving.registered import register_record
+from gradflow.records.values import ReadOnlyMapping, frozen, unkept
+
+for _cls in [value for value in globals().values() if isinstance(value, type) and attrs.has(value)]:
+    register_record(_cls)
 
 __all__ = [
     "FORMAT_VERSION",
@@ -36,6 +63,7 @@ __all__ = [
     "ActionDeviation",
     "ActionDistribution",
     "ActivationRecord",
+    "AnyIssueType",
     "AttentionGradients",
     "AttentionRecord",
     "AttentionScores",
@@ -55,20 +83,33 @@ __all__ = [
     "LayerRecord",
     "NodeRecord",
     "NumericalRecord",
+    "OwnIssueType",
     "ParameterRecord",
     "PolicyDistributionStats",
     "PolicyRecord",
     "Provenance",
+    "ReadOnlyMapping",
     "RecurrenceRecord",
     "RecurrentLevelRecord",
     "ReservoirDynamics",
     "TransformerRecord",
     "array_field",
+    "check_causes",
+    "check_issues",
+    "check_record",
     "decay_rate",
     "depth",
     "float_field",
     "from_plain",
+    "frozen",
+    "issue_type",
     "mapping_field",
     "mean_profile",
+    "read",
+    "register_record",
+    "text_lines",
     "to_plain",
+    "type_place",
+    "unkept",
+    "write",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import attrs
 import numpy as np
 
-from gradflow.records.fields import Floats, array_field, by_name, to_tuple
+from gradflow.records.fields import Floats, array_field, by_name, float_field, to_tuple
 
 
 @attrs.frozen(kw_only=True)
@@ -39,21 +39,21 @@ class AttentionStats:
     """
 
     num_heads: int
-    mean_entropy: float
-    entropy_share: float
-    max_attention: float
-    head_diversity: float
-    rank_collapse: float
-    input_residual: float
-    slope: float
-    saturated_share: float
-    logit_std: float
-    logit_peak: float
-    query_grad_norm: float
-    key_grad_norm: float
-    value_grad_norm: float
-    output_grad_norm: float
-    branch_share: float
+    mean_entropy: float = float_field()
+    entropy_share: float = float_field()
+    max_attention: float = float_field()
+    head_diversity: float = float_field()
+    rank_collapse: float = float_field()
+    input_residual: float = float_field()
+    slope: float = float_field()
+    saturated_share: float = float_field()
+    logit_std: float = float_field()
+    logit_peak: float = float_field()
+    query_grad_norm: float = float_field()
+    key_grad_norm: float = float_field()
+    value_grad_norm: float = float_field()
+    output_grad_norm: float = float_field()
+    branch_share: float = float_field()
 
 
 @attrs.frozen(kw_only=True)
@@ -69,10 +69,10 @@ class AttentionScores:
         saturated_share: share of rows whose slope is below 1 percent.
     """
 
-    logit_std: Floats = array_field()
-    logit_peak: Floats = array_field()
-    slope: Floats = array_field()
-    saturated_share: Floats = array_field()
+    logit_std: Floats = array_field(axes=2)
+    logit_peak: Floats = array_field(axes=2)
+    slope: Floats = array_field(axes=2)
+    saturated_share: Floats = array_field(axes=2)
 
 
 @attrs.frozen(kw_only=True)
@@ -133,13 +133,13 @@ class AttentionRecord:
     num_heads: int
     num_queries: int
     num_keys: Floats = array_field()
-    entropy: Floats = array_field()
-    entropy_share: Floats = array_field()
-    max_weight: Floats = array_field()
-    first_weight: Floats = array_field()
-    head_output: Floats = array_field()
-    head_grad: Floats = array_field()
-    nearest_head: Floats = array_field()
+    entropy: Floats = array_field(axes=2)
+    entropy_share: Floats = array_field(axes=2)
+    max_weight: Floats = array_field(axes=2)
+    first_weight: Floats = array_field(axes=2)
+    head_output: Floats = array_field(axes=2)
+    head_grad: Floats = array_field(axes=2)
+    nearest_head: Floats = array_field(axes=2)
     head_diversity: Floats = array_field()
     input_residual: Floats = array_field()
     output_residual: Floats = array_field()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import attrs
 import numpy as np
 import numpy.typing as npt
 
-from gradflow.errors import UnknownLayerError
+from gradflow.errors import MeasurementError, UnknownLayerError
+from gradflow.records.values import NAN as NAN
+from gradflow.records.values import ReadOnlyMapping, frozen, one_nan, read_only, unkept
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -20,75 +21,75 @@ Bools = npt.NDArray[np.bool_]
 # NOTE [Arrays in frozen records]
 # `attrs.frozen` compares fields with `==`, which for arrays is elementwise and has no truth value, so
 # every array field is declared with `array_field`, which compares by content (NaN equal to NaN). Frozen
-# is shallow: the converter copies and clears the write flag, and mappings become `MappingProxyType`.
+# is shallow: the converter copies and clears the write flag, and mappings become `ReadOnlyMapping`.
 # A NaN differs from itself, and its sign depends on the processor and the operation that made it; every
 # converter puts the one object `NAN` in its place, so that records compare, and survive JSON, all the same.
-
-NAN = float("nan")
-
-
-def _float(value: float) -> float:
-    return NAN if value != value else value
 
 
 def to_floats(values: Sequence[float]) -> tuple[float, ...]:
     """Return numbers as a tuple in which every NaN is the same one."""
-    return tuple(_float(value) for value in values)
+    return tuple(one_nan(value) for value in values)
 
 
 def _boxed(value: float) -> tuple[float]:
-    return (value,)  # tuples compare their members by identity first
-
-
-def _read_only(dtype: type, nullable: bool = False) -> Any:
-    def convert(value: Any) -> Any:
-        if value is None and nullable:
-            return None
-        array = np.array(value, dtype=dtype)
-        if dtype is np.float64:
-            array[np.isnan(array)] = np.nan  # one bit pattern, so that equal content is equal bytes
-        if np.issubdtype(dtype, np.floating):
-            array[np.isnan(array)] = NAN
-        array.setflags(write=False)
-        return array
-
-    return convert
+    return (one_nan(value),)  # tuples compare their members by identity first
 
 
 def _same_array(value: Any) -> Any:
-    return None if value is None else (value.shape, value.tobytes())
+    return (value.shape, value.tobytes())
 
 
-def array_field(dtype: type = np.float64, *, nullable: bool = False) -> Any:
-    """Return an attrs field for a read-only array that is compared by content."""
-    if nullable:
-        return attrs.field(default=None, converter=_read_only(dtype, True), eq=_same_array, repr=False)
-    return attrs.field(converter=_read_only(dtype), eq=_same_array, repr=False)
+def array_field(dtype: type = np.float64, *, axes: int = 1) -> Any:
+    """Return an attrs field for a read-only array that is compared by content.
+
+    Args:
+        dtype: of its elements.
+        axes: how many it has; the first is the step.
+    """
+    return attrs.field(
+        converter=lambda value: read_only(value, dtype),
+        eq=_same_array,
+        repr=False,
+        metadata={"axes": axes},
+    )
 
 
 def float_field(default: Any = attrs.NOTHING) -> Any:
     """Return an attrs field for a float that may be NaN, and then equals another NaN."""
-    return attrs.field(default=default, converter=lambda value: _float(float(value)), eq=_boxed)
+    return attrs.field(default=default, converter=lambda value: one_nan(float(value)), eq=_boxed)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(_plain(v) for v in value)
-    return _float(value) if isinstance(value, float) else value
-
-
-def _read_only_mapping(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    return types.MappingProxyType({str(k): _plain(v) for k, v in value.items()})
+def _by_text(value: Mapping[str, Any]) -> ReadOnlyMapping:
+    return ReadOnlyMapping({str(key): entry for key, entry in value.items()})
 
 
 def mapping_field() -> Any:
     """Return an attrs field for a read-only mapping from names to plain values."""
-    return attrs.field(factory=dict, converter=_read_only_mapping, eq=dict)
+    return attrs.field(factory=dict, converter=_by_text)
+
+
+def _kept(value: Mapping[str, Any]) -> ReadOnlyMapping:
+    for name, entry in value.items():
+        if problem := unkept(frozen(entry), f"extras[{name!r}]"):
+            raise MeasurementError(f"FlowRecord: {problem}")
+    return _by_text(value)
+
+
+def extras_field() -> Any:
+    """Return an attrs field for a mapping whose values are checked to be such that JSON brings them back."""
+    return attrs.field(factory=dict, converter=_kept)
 
 
 def to_tuple(value: Sequence[Any]) -> tuple[Any, ...]:
     """Return a tuple of the members: the converter of fields that hold several."""
     return tuple(value)
+
+
+def text_lines(value: Any) -> tuple[str, ...] | None:
+    """Return the lines of a text or of several; None if it is neither."""
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    lines = [line for text in texts if isinstance(text, str) for line in text.splitlines() or [""]]
+    return tuple(lines) if all(isinstance(text, str) for text in texts) else None
 
 
 _Named = TypeVar("_Named")

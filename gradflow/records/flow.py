@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from gradflow.errors import RecordFormatError
+from gradflow.errors import RecordFormatError, RecordInputError
 from gradflow.records.attention import TransformerRecord
-from gradflow.records.fields import Floats, array_field, by_name, mapping_field, to_floats, to_tuple
+from gradflow.records.fields import (
+    Floats,
+    array_field,
+    by_name,
+    extras_field,
+    mapping_field,
+    to_floats,
+    to_tuple,
+)
 from gradflow.records.graph import GraphRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
-from gradflow.records.plain import FORMAT_VERSION, from_plain, to_plain, write
 from gradflow.records.policy import PolicyRecord
 from gradflow.records.recurrent import RecurrenceRecord
+from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, parsed, to_plain, write
 
 if TYPE_CHECKING:  # the one name that points down the layout: see FlowRecord.graph
     from gradflow.graph import LayerGraph
@@ -79,6 +87,8 @@ class FlowRecord:
         provenance: where the numbers come from.
         recurrences: what `recurrence()` measured of recurrent layers over time.
         policy: what `policy_heads()` measured of a policy; None without it.
+        extras: what measurements of one's own measured, by name: numbers, texts, NumPy arrays, tuples and
+            mappings of them, and attrs records; see `gradflow.register_record`.
     """
 
     format_version: ClassVar[int] = FORMAT_VERSION
@@ -96,6 +106,7 @@ class FlowRecord:
     provenance: Provenance = attrs.field(factory=Provenance)
     recurrences: tuple[RecurrenceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     policy: PolicyRecord | None = None
+    extras: Mapping[str, Any] = extras_field()
 
     def __iter__(self) -> Iterator[LayerRecord]:
         return iter(self.layers)
@@ -157,15 +168,55 @@ class FlowRecord:
         return write(to_plain(self), path)
 
     @classmethod
-    def from_json(cls, source: str | Path) -> FlowRecord:
-        """Return the record from JSON text, or from a `Path` to a file of it.
+    def from_json(cls, source: str | os.PathLike[str]) -> FlowRecord:
+        """Return the record from JSON text, or from a file of it.
+
+        Args:
+            source: JSON text, or the path of a file of it.
 
         Raises:
-            RecordFormatError: if the text is not a record of this format.
+            RecordFormatError: if it is no record of this format; the message tells the field.
+            FileNotFoundError: if it is a `Path` to no file.
         """
-        text = source.read_text() if isinstance(source, Path) else source
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise RecordFormatError.at(f"the text is not JSON: {error}") from error
+        data = read(source)
+        if isinstance(data, dict) and {"ok", "record"} <= data.keys():
+            raise RecordFormatError.at("expected a record, got a whole report, which Report.from_json reads")
         return from_plain(cls, data)
+
+
+def read(source: Any) -> Any:
+    """Return the data of JSON text, or of a file of it: a path, or the text of one.
+
+    Raises:
+        RecordFormatError: if it is neither.
+        FileNotFoundError: if it is a `Path` to no file.
+    """
+    if isinstance(source, os.PathLike):
+        return parsed(Path(os.fspath(source)).read_bytes())
+    if not isinstance(source, str):
+        raise RecordFormatError.at(f"expected JSON text or a path, got {type(source).__name__}")
+    if source.lstrip()[:1] in ("{", "["):
+        return parsed(source)
+    try:
+        is_file = os.path.isfile(source)
+    except ValueError:  # a zero character
+        is_file = False
+    if is_file:
+        return parsed(Path(source).read_bytes())
+    if source.endswith(".json"):
+        raise RecordFormatError.at(f"there is no file {source!r} in {os.getcwd()}")
+    return parsed(source)
+
+
+def check_record(call: str, value: Any) -> None:
+    """Check that what a call was given is a record.
+
+    Raises:
+        RecordInputError: if it is something else.
+    """
+    if isinstance(value, FlowRecord):
+        return
+    hint = "analyze(model, batches, loss_fn) returns one, and diagnose has it as report.record"
+    if isinstance(getattr(value, "record", None), FlowRecord):
+        hint = "pass its `record`"
+    raise RecordInputError(f"{call}: expected a FlowRecord, got {type(value).__name__}: {hint}.")

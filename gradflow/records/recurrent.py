@@ -58,14 +58,14 @@ class RecurrentLevelRecord:
 
     level: str
     state_size: int = 0
-    gradient_profile: Floats = array_field()
-    state_profile: Floats = array_field()
-    readout_profile: Floats = array_field()
+    gradient_profile: Floats = array_field(axes=2)
+    state_profile: Floats = array_field(axes=2)
+    readout_profile: Floats = array_field(axes=2)
     spectral_radius: Floats = array_field()
     spectral_residual: Floats = array_field()
     lyapunov: Floats = array_field()
-    hidden_rms: Floats = array_field()
-    cell_rms: Floats = array_field()
+    hidden_rms: Floats = array_field(axes=2)
+    cell_rms: Floats = array_field(axes=2)
     gates: tuple[GateRecord, ...] = attrs.field(default=(), converter=to_tuple)
 
     def gate(self, name: str) -> GateRecord | None:

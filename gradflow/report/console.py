@@ -42,17 +42,27 @@ def summary_text(issues: Sequence[Issue], *, limit: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def report_text(record: FlowRecord, issues: Sequence[Issue], causes: Sequence[Cause]) -> str:
-    """Return the text of a report: verdict, what was measured how, causes, issues, healthy count."""
-    lines = [f"gradflow: {verdict(issues, causes)}"]
+def report_text(
+    record: FlowRecord, issues: Sequence[Issue], causes: Sequence[Cause], lines: Sequence[str] = ()
+) -> str:
+    """Return the text of a report: verdict, what was measured how, causes, issues, more lines, healthy count.
+
+    Args:
+        record: what was measured.
+        issues: in the order to be shown.
+        causes: what explains them.
+        lines: what the pipeline tells of the record besides.
+    """
+    text = [f"gradflow: {verdict(issues, causes)}"]
     facts = [("model", model_line(record)), *measured_facts(record), ("loss", loss_line(record))]
-    lines += [f"  {label:<9}{text}" for label, text in facts]
+    text += [f"  {label:<9}{fact}" for label, fact in facts]
     for number, cause in enumerate(causes, start=1):
-        lines += ["", *_cause_lines(number, cause)]
+        text += ["", *_cause_lines(number, cause)]
     healthy = len(healthy_layers(record, issues))
-    lines += ["", summary_text(issues, limit=MAX_DETAILS)]
-    lines += ["", f"Healthy: {healthy} of {len(record.layers)} layer calls have no issue."]
-    return "\n".join(lines)
+    text += ["", summary_text(issues, limit=MAX_DETAILS)]
+    text += ["", *lines] if lines else []
+    text += ["", f"Healthy: {healthy} of {len(record.layers)} layer calls have no issue."]
+    return "\n".join(text)
 
 
 def _cause_lines(number: int, cause: Cause) -> list[str]:

@@ -30,8 +30,17 @@ from gradflow.report.wording import (
 MAX_ROWS = 400  # layers in the table and the profile; the sick ones are always among them
 
 
-def report_html(record: FlowRecord, issues: Sequence[Issue], causes: Sequence[Cause]) -> str:
-    """Return the report as the text of one self-contained HTML page."""
+def report_html(
+    record: FlowRecord, issues: Sequence[Issue], causes: Sequence[Cause], lines: Sequence[str] = ()
+) -> str:
+    """Return the report as the text of one self-contained HTML page.
+
+    Args:
+        record: what was measured.
+        issues: in the order to be shown.
+        causes: what explains them.
+        lines: what the pipeline tells of the record besides.
+    """
     worst = _worst_by_layer(issues)
     layers = _shown_layers(record, worst)
     body = "".join(
@@ -40,6 +49,7 @@ def report_html(record: FlowRecord, issues: Sequence[Issue], causes: Sequence[Ca
             _causes_section(causes),
             _profile_section(layers, worst),
             _issues_section(issues),
+            _lines_section(lines),
             _layers_section(record, layers, worst),
             _numerics_section(record),
             _parameters_section(record),
@@ -159,7 +169,7 @@ def _causes_section(causes: Sequence[Cause]) -> str:
     cards = []
     for number, cause in enumerate(causes, start=1):
         worst = max((issue.severity for issue in cause.issues), default=IssueSeverity.INFO)
-        share = f"{100 * min(max(cause.confidence, 0.0), 1.0):.0f}%"
+        share = f"{100 * min(max(0.0, cause.confidence), 1.0):.0f}%"  # 0 for NaN
         evidence = _list(cause.evidence) if cause.evidence else ""
         explained = " ".join(
             _badge(f"{i.issue_type.value} {layer_label(i.layer)}", i.severity, "badge hollow")
@@ -195,6 +205,13 @@ def _issues_section(issues: Sequence[Issue]) -> str:
             f"<p>{escape(issue.description)}</p>{actions}{metrics}</div>"
         )
     return f"<h2>Issues</h2>{''.join(cards)}"
+
+
+def _lines_section(lines: Sequence[str]) -> str:
+    if not lines:
+        return ""
+    text = escape("\n".join(lines))
+    return f'<h2>Besides</h2><div class="card"><pre class="mono">{text}</pre></div>'
 
 
 def _profile_section(layers: Sequence[LayerRecord], worst: Mapping[str, IssueSeverity]) -> str:

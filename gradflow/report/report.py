@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
+from typing import Any
 
 import attrs
 
-from gradflow.records import FORMAT_VERSION, Cause, FlowRecord, Issue, to_plain
+from gradflow.errors import RecordFormatError, RecordInputError
+from gradflow.records import (
+    FORMAT_VERSION,
+    Cause,
+    FlowRecord,
+    Issue,
+    check_causes,
+    check_issues,
+    check_record,
+    from_plain,
+    read,
+    text_lines,
+    to_plain,
+    write,
+)
 from gradflow.report.console import report_text
 from gradflow.report.html import report_html
 from gradflow.report.wording import serious_issues
+
+
+def _to_lines(value: Any) -> tuple[str, ...]:
+    lines = text_lines(value)
+    if lines is None:
+        raise RecordInputError(f"Report: expected lines of text, got {value!r}.")
+    return lines
 
 
 @attrs.frozen(kw_only=True, repr=False)
@@ -21,11 +43,16 @@ class Report:
         record: what was measured.
         issues: the verdicts, most severe first.
         causes: what explains them, the one that explains most first.
+        lines: what the pipeline's summaries tell of the record.
+
+    Raises:
+        RecordInputError: if any of these is something else.
     """
 
-    record: FlowRecord
-    issues: tuple[Issue, ...] = attrs.field(default=(), converter=tuple)
-    causes: tuple[Cause, ...] = attrs.field(default=(), converter=tuple)
+    record: FlowRecord = attrs.field(validator=lambda report, field, value: check_record("Report", value))
+    issues: tuple[Issue, ...] = attrs.field(default=(), converter=lambda v: check_issues("Report", v))
+    causes: tuple[Cause, ...] = attrs.field(default=(), converter=lambda v: check_causes("Report", v))
+    lines: tuple[str, ...] = attrs.field(default=(), converter=_to_lines)
 
     @property
     def ok(self) -> bool:
@@ -33,7 +60,7 @@ class Report:
         return not serious_issues(self.issues)
 
     def __str__(self) -> str:
-        return report_text(self.record, self.issues, self.causes)
+        return report_text(self.record, self.issues, self.causes, self.lines)
 
     def __repr__(self) -> str:
         model = self.record.provenance.model or "model"
@@ -45,14 +72,35 @@ class Report:
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the report as strict JSON, and write it to `path` where one is given.
 
-        The object has the keys `format`, `ok`, `issues`, `causes` and `record`; the last one is what
+        The object has the keys `format`, `ok`, `issues`, `causes`, `lines` and `record`; the last one is what
         `FlowRecord.from_json` reads.
         """
-        text = json.dumps({"format": FORMAT_VERSION, "ok": self.ok, **to_plain(self)}, allow_nan=False)
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        return write({"format": FORMAT_VERSION, "ok": self.ok, **to_plain(self)}, path)
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> Report:
+        """Return the report from JSON text, or from a file of it.
+
+        Args:
+            source: JSON text, or the path of a file of it.
+
+        Raises:
+            RecordFormatError: if it is no report of this format; the message tells the field.
+            FileNotFoundError: if it is a `Path` to no file.
+        """
+        data = read(source)
+        if not isinstance(data, dict) or "ok" not in data:
+            raise RecordFormatError.at(
+                "expected a report, an object with the keys ok, record, issues, causes"
+            )
+        if type(data.get("format")) is not int or data["format"] != FORMAT_VERSION:
+            raise RecordFormatError.at(f"expected format {FORMAT_VERSION}, got {data.get('format')!r}")
+        report = from_plain(cls, {key: value for key, value in data.items() if key not in ("format", "ok")})
+        if data["ok"] is not report.ok:
+            raise RecordFormatError.at(f"ok: expected {report.ok}, as the issues have it, got {data['ok']!r}")
+        return report
 
     def to_html(self, path: str | Path) -> None:
         """Write the report to `path` as one HTML file that needs nothing else."""
-        Path(path).write_text(report_html(self.record, self.issues, self.causes), encoding="utf-8")
+        page = report_html(self.record, self.issues, self.causes, self.lines)
+        Path(path).write_text(page, encoding="utf-8")

@@ -24,6 +24,7 @@ h1 { font-size: 26px; line-height: 1.25; margin: 4px 0 8px; }
 h2 { font-size: 17px; margin: 34px 0 10px; }
 h3 { font-size: 15px; margin: 0 0 6px; }
 p { margin: 4px 0; }
+pre { margin: 0; white-space: pre-wrap; }
 code, .mono { font-family: ui-monospace, "SF Mono", Menlo, "DejaVu Sans Mono", monospace; font-size: 0.93em; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 16px 20px;
   margin: 12px 0; box-shadow: 0 1px 2px rgba(15, 23, 42, 0.05); overflow-x: auto; }

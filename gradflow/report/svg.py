@@ -68,7 +68,8 @@ def sparkline(values: Floats, domain: Domain, *, colour: str, width: int = 150, 
     """Return a sparkline of gradients over steps on a logarithmic axis.
 
     Args:
-        values: shape (steps,); NaN is a gap, zero and infinity are marks at the edges.
+        values: shape (steps,); NaN, and what is below zero, is a gap; zero and infinity are marks at the
+            edges.
         domain: log10 of the lower and upper edge, shared by all that are to be compared.
         colour: of the line.
         width: in pixels.
@@ -84,7 +85,7 @@ def sparkline(values: Floats, domain: Domain, *, colour: str, width: int = 150, 
             marks.append(
                 f'<circle cx="{x:.1f}" cy="{height - 3}" r="1.8" fill="none" stroke="{ZERO_COLOUR}"/>'
             )
-        elif math.isinf(value):
+        elif value == math.inf:
             marks.append(f'<rect x="{x - 1.5:.1f}" y="1" width="3" height="5" fill="{BAD_COLOUR}"/>')
     return _svg(width, height, line + "".join(marks), "spark")
 
@@ -96,8 +97,7 @@ def loss_chart(losses: Floats, *, width: int = 220, height: int = 44) -> str:
     if not len(finite):
         return ""
     low, high = float(finite.min()), float(finite.max())
-    domain = Domain(low, high) if high > low else Domain(low - 1.0, high + 1.0)
-    line = polyline(losses, domain, colour="#334155", width=width, height=height)
+    line = polyline(losses, Domain(low, high), colour="#334155", width=width, height=height)
     return _svg(width, height, line, "loss")
 
 
@@ -125,8 +125,17 @@ def _positions(count: int, width: int) -> list[float]:
 
 
 def _height_of(value: float, domain: Domain, height: int, margin: float = 3.0) -> float:
-    share = (value - domain.low) / (domain.high - domain.low)
+    share = _share(value, domain)
     return height - margin - (height - 2 * margin) * min(max(share, 0.0), 1.0)
+
+
+def _share(value: float, domain: Domain) -> float:
+    """Return how far up an axis a value stands; half way where the axis has no length."""
+    size = max(abs(domain.low), abs(domain.high), abs(value))  # no difference may overflow
+    if size == 0:
+        return 0.5
+    low, high = domain.low / size, domain.high / size
+    return (value / size - low) / (high - low) if high > low else 0.5
 
 
 def _svg(width: float, height: float, body: str, kind: str) -> str:
@@ -182,8 +191,8 @@ def _shortened(name: str, limit: int = 32) -> str:
 
 
 def _plot_height(value: float, domain: Domain, plot: int) -> float | None:
-    """Return where a gradient is drawn; None where it is not known."""
-    if math.isnan(value):
+    """Return where a gradient is drawn; None where it is not known, or no norm."""
+    if math.isnan(value) or value < 0:
         return None
     if value == 0:
         return float(plot)

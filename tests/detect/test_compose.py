@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import gradflow as gf
 from gradflow.detect import (
     all_of,
     check_detectors,
@@ -22,9 +23,9 @@ from gradflow.detect import (
     vanishing,
     without,
 )
-from gradflow.errors import PipelineError
+from gradflow.errors import PipelineError, RecordInputError
 from gradflow.pipelines import Pipeline, flow
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, issue_type
 from tests.detect.builders import Layer, decaying, flow_record
 from tests.samples import make_issue
 
@@ -40,11 +41,12 @@ def finds(*issues: Issue):
     return detector
 
 
+TYPES = [*IssueType, issue_type("OUTLIERS"), issue_type("ASLEEP")]
 ISSUES = st.lists(
     st.builds(
         make_issue,
         st.sampled_from(["fc0", "fc1", "fc2", "elsewhere"]),
-        st.sampled_from(list(IssueType)),
+        st.sampled_from(TYPES),
         st.sampled_from(list(IssueSeverity)),
         description=st.sampled_from(["one", "two"]),
     ),
@@ -77,7 +79,7 @@ def test_only_and_its_complement_give_the_whole(issues: list[Issue]) -> None:
     assert sorted(map(str, part + rest)) == sorted(map(str, issues))
 
 
-@given(ISSUES, st.sets(st.sampled_from(list(IssueType))))
+@given(ISSUES, st.sets(st.sampled_from(TYPES)))
 def test_without_leaves_out_just_those(issues: list[Issue], types: set[IssueType]) -> None:
     assert list(without(finds(*issues), *types)(RECORD)) == [i for i in issues if i.issue_type not in types]
 
@@ -156,6 +158,71 @@ def test_a_detector_that_returns_no_issues_is_named() -> None:
         detect(RECORD, lambda record: 3)
     with pytest.raises(PipelineError, match="gave str 'x'; expected only Issue"):
         detect(RECORD, lambda record: ["x"])
+
+
+@pytest.mark.parametrize("wrong", [{"issue_type": "OUTLIERS"}, {"severity": "HIGH"}, {"issue_type": None}])
+def test_an_issue_of_no_type_or_severity_is_told_with_its_detector(wrong: Any) -> None:
+    def careless(record: FlowRecord) -> Iterable[Issue]:
+        return [attrs.evolve(make_issue(), **wrong)]
+
+    with pytest.raises(PipelineError, match=r"careless gave an issue of type .*issue_type\("):
+        detect(RECORD, careless)
+
+
+def test_own_types_are_sorted_behind_the_seven_and_merged_by_value() -> None:
+    own = [make_issue("fc1", issue_type("OUTLIERS"), recommended_actions=(str(i),)) for i in range(2)]
+    found = detect(RECORD, finds(*own, make_issue("fc1", issue_type("ASLEEP")), make_issue("fc1")))
+    assert [i.issue_type.value for i in found] == ["VANISHING", "ASLEEP", "OUTLIERS"]
+    assert found[2].recommended_actions == ("0", "1")
+    assert [i.issue_type.value for i in without(finds(*found), issue_type("OUTLIERS"))(RECORD)] == [
+        "VANISHING",
+        "ASLEEP",
+    ]
+
+
+def test_the_record_comes_first() -> None:
+    with pytest.raises(RecordInputError, match="detect: expected a FlowRecord, got list"):
+        detect([vanishing()], RECORD)  # type: ignore[arg-type]
+
+
+def test_diagnose_tells_a_wrong_pipeline_before_it_runs() -> None:
+    with pytest.raises(PipelineError, match="^diagnose: expected a pipeline, a detector .* got int"):
+        gf.diagnose(None, None, pipeline=5)  # type: ignore[arg-type]
+    with pytest.raises(PipelineError, match="^diagnose_custom: expected a pipeline, a detector .* got int"):
+        gf.diagnose_custom(None, None, pipeline=5)  # type: ignore[arg-type]
+    with pytest.raises(PipelineError, match="^Pipeline: expected a pipeline, a detector .* got int"):
+        Pipeline("five", 5)  # type: ignore[arg-type]
+
+
+def one_line(record: FlowRecord) -> list[str]:
+    return [f"{len(record)} layer calls"]
+
+
+def test_summaries_tell_lines_and_add_up() -> None:
+    one = Pipeline("one", [], summaries=one_line)
+    two = one + Pipeline(
+        "two", [], summaries=[lambda record: "first\nsecond", one_line, lambda record: ["", "a"]]
+    )
+    assert one.lines(RECORD) == ("5 layer calls",)
+    assert two.lines(RECORD) == ("5 layer calls", "first", "second", "", "a")
+    assert (flow() + two).lines(RECORD) == two.lines(RECORD)
+    assert (one + vanishing()).lines(RECORD) == one.lines(RECORD)
+    assert flow().lines(RECORD) == ()
+
+
+@pytest.mark.parametrize("wrong", ["text", 3, [one_line, 3], [Pipeline]])
+def test_what_are_no_summaries_is_refused(wrong: Any) -> None:
+    with pytest.raises(PipelineError, match="Pipeline: expected summaries to be functions from a FlowRecord"):
+        Pipeline("wrong", [], summaries=wrong)
+
+
+@pytest.mark.parametrize("told", [None, 3, [1], ["a", b"b"]])
+def test_a_summary_that_gives_no_lines_is_named(told: Any) -> None:
+    def wordless(record: FlowRecord) -> Any:
+        return told
+
+    with pytest.raises(PipelineError, match="summary .*wordless returned .*; expected lines of text"):
+        Pipeline("wrong", [], summaries=wordless).lines(RECORD)
 
 
 def test_wrong_arguments_of_combinators() -> None:

@@ -177,3 +177,17 @@ def test_a_huge_model_shows_its_sick_layers_and_says_what_is_left_out() -> None:
     assert (rows[-1][1], rows[-1][-1]) == (last, "HIGH")
     assert "50 more layer calls without an issue are not shown." in text_of(page)
     assert "50 more are not shown." in text_of(page)
+
+
+@pytest.mark.parametrize("loss", [0.0, 1.6e19, -1e308, 1.7e308, 5e-324, np.inf, np.nan])
+def test_a_page_of_a_constant_loss_is_written(loss: float) -> None:
+    record = chain_record(depth=2, steps=3, losses=[loss] * 3)
+    assert "loss over 3 steps" in text_of(report_html(record, (), ()))
+    one = chain_record(depth=2, steps=1, losses=[loss])
+    assert "loss over 1 steps" in text_of(report_html(one, (), ()))
+
+
+def test_a_confidence_that_is_no_number_draws_no_bar() -> None:
+    record, issues, causes = sick_chain()
+    page = report_html(record, issues, [attrs.evolve(causes[0], confidence=float("nan"))])
+    assert 'style="width:0%"' in page

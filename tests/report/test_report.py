@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
 
-from gradflow.records import FlowRecord, IssueSeverity
+from gradflow.errors import RecordInputError
+from gradflow.records import FlowRecord, IssueSeverity, issue_type
 from gradflow.report import Report, report_html, report_text
 from tests.samples import chain_record, make_issue, sick_chain
 
@@ -35,7 +37,7 @@ def test_ok_is_no_issue_of_medium_or_above(severity: IssueSeverity, ok: bool) ->
 
 def test_print_is_the_console_text() -> None:
     report = sick_report()
-    assert str(report) == report_text(report.record, report.issues, report.causes)
+    assert str(report) == report_text(report.record, report.issues, report.causes, report.lines)
     assert repr(report) == "Report(Chain: sick, 3 issues, 1 causes)"
     assert repr(Report(record=chain_record())) == "Report(Chain: ok, 0 issues, 0 causes)"
 
@@ -53,7 +55,7 @@ def test_json_holds_everything(tmp_path: Path) -> None:
     text = report.to_json(path)
     assert path.read_text(encoding="utf-8") == text
     data = json.loads(text)
-    assert set(data) == {"format", "ok", "record", "issues", "causes"}
+    assert set(data) == {"format", "ok", "record", "issues", "causes", "lines"}
     assert (data["format"], data["ok"]) == (1, False)
     assert FlowRecord.from_json(json.dumps(data["record"])) == report.record
     assert [issue["layer"] for issue in data["issues"]] == ["fc1", "fc2", "fc4"]
@@ -64,4 +66,41 @@ def test_json_holds_everything(tmp_path: Path) -> None:
 def test_html_is_written_as_the_page(tmp_path: Path) -> None:
     report, path = sick_report(), tmp_path / "report.html"
     report.to_html(path)
-    assert path.read_text(encoding="utf-8") == report_html(report.record, report.issues, report.causes)
+    page = report_html(report.record, report.issues, report.causes, report.lines)
+    assert path.read_text(encoding="utf-8") == page
+
+
+def test_json_comes_back(tmp_path: Path) -> None:
+    report, path = attrs.evolve(sick_report(), lines=["a", "b"]), tmp_path / "report.json"
+    text = report.to_json(path)
+    assert Report.from_json(text) == Report.from_json(path) == Report.from_json(str(path)) == report
+    assert Report.from_json(path).to_json() == text
+
+
+def test_lines_are_shown_in_the_text_and_on_the_page_and_nothing_is_there_without() -> None:
+    report = attrs.evolve(sick_report(), lines="Outliers:\n  fc1 <b>  5%")
+    assert report.lines == ("Outliers:", "  fc1 <b>  5%")
+    assert "\n\nOutliers:\n  fc1 <b>  5%\n\nHealthy: " in str(report)
+    page = report_html(report.record, (), (), report.lines)
+    assert '<pre class="mono">Outliers:\n  fc1 &lt;b&gt;  5%</pre>' in page
+    assert "<pre" not in report_html(report.record, (), ())
+    assert str(report).replace("Outliers:\n  fc1 <b>  5%\n\n", "") == str(sick_report())
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [3], ["a", None]])
+def test_what_are_no_lines_is_refused(wrong: Any) -> None:
+    with pytest.raises(RecordInputError, match="Report: expected lines of text, got"):
+        Report(record=chain_record(), lines=wrong)
+
+
+def test_own_types_of_issues_are_shown_everywhere(tmp_path: Path) -> None:
+    record, _, causes = sick_chain()
+    issue = make_issue("fc1", issue_type("OUTLIERS"))
+    cause = attrs.evolve(causes[0], issue_type=issue.issue_type, issues=(issue,))
+    report = Report(record=record, issues=[issue], causes=[cause])
+    assert str(report).startswith("gradflow: OUTLIERS in fc1\n")
+    assert "[CRITICAL] OUTLIERS in fc1 (Linear)" in str(report)
+    assert "Cause 1: OUTLIERS in fc1" in str(report)
+    report.to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("OUTLIERS") >= 3
+    assert json.loads(report.to_json())["issues"][0]["issue_type"] == "OUTLIERS"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gradflow.report.svg import (
     MAX_NAMES,
@@ -21,6 +24,75 @@ from gradflow.report.svg import (
     sparkline,
     thinned,
 )
+
+COORDINATES = ("x", "y", "x1", "y1", "x2", "y2", "cx", "cy", "r", "width", "height", "points", "transform")
+EXTREMES = [0.0, -0.0, 5e-324, 1e-310, 2.2e-308, 1.0, -1.0, 1e15, 1.6e19, 1e308, 1.7976931348623157e308]
+series = st.lists(
+    st.floats() | st.sampled_from([*EXTREMES, *(-v for v in EXTREMES), np.nan, np.inf, -np.inf]), max_size=8
+) | st.builds(
+    lambda value, count: [value] * count, st.floats() | st.sampled_from(EXTREMES), st.integers(1, 200)
+)
+
+
+def check_drawn(svg: str, width: float, height: float) -> None:
+    """Check that all coordinates of a drawing are finite numbers, and those of its marks within it."""
+    for element in ElementTree.fromstring(svg).iter() if svg else ():
+        for name in COORDINATES:
+            words = re.findall(r"[^\s,()]+", element.attrib.get(name, "").removeprefix("rotate"))
+            values = [float(word) for word in words]
+            assert all(math.isfinite(value) for value in values), (name, element.attrib)
+        for name, limit in (("cx", width), ("cy", height), ("y1", height), ("y2", height)):
+            assert -1 <= float(element.attrib.get(name, 0)) <= limit + 1, (name, element.attrib)
+
+
+@settings(deadline=None)
+@given(series)
+def test_every_loss_is_drawn_at_finite_places(values: list[float]) -> None:
+    losses = np.array(values, dtype=np.float64)
+    drawn = loss_chart(losses)
+    check_drawn(drawn, 220, 44)
+    assert bool(drawn) == bool(np.isfinite(losses).any())
+    heights = [y for line in points_of(drawn) for _, y in line]
+    assert all(3.0 <= y <= 41.0 for y in heights)
+    if len(values) > 1 and len(set(values)) == 1 and np.isfinite(values[0]):
+        assert set(heights) == {22.0}  # what is constant runs in the middle
+
+
+@settings(deadline=None)
+@given(st.lists(series, min_size=1, max_size=3))
+def test_every_gradient_is_drawn_at_finite_places(several: list[list[float]]) -> None:
+    arrays = [np.array(values, dtype=np.float64) for values in several]
+    domain = log_domain(arrays)
+    assert domain.low < domain.high
+    for values in arrays:
+        check_drawn(sparkline(values, domain, colour="red"), 150, 28)
+        check_drawn(sparkline(values, log_domain([]), colour="red"), 150, 28)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(*[st.floats() | st.sampled_from(EXTREMES)] * 3), max_size=40))
+def test_every_profile_is_drawn_at_finite_places(layers: list[tuple[float, float, float]]) -> None:
+    points = [Point(f"layer{i}", *numbers, "green", "tip") for i, numbers in enumerate(layers)]
+    drawn = profile(points)
+    check_drawn(drawn, 1040, 220)
+    root = ElementTree.fromstring(drawn)
+    unknown = sum(math.isnan(p.middle) or p.middle < 0 for p in points)
+    assert len([t for t in root.findall("text") if t.get("class") == "none"]) == unknown
+    assert len(root.findall("circle")) == len(points) - unknown
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
+def test_larger_losses_stand_higher_wherever_they_lie(one: float, other: float) -> None:
+    low, high = sorted((one, other))
+    (((_, y_low), (_, y_high)),) = points_of(loss_chart(np.array([low, high])))
+    assert y_low >= y_high
+    if high / 2 - low / 2 > 1e-12 * max(abs(low), abs(high)) and high - low > 1e-300:
+        assert (y_low, y_high) == (41.0, 3.0)
+
+
+@given(st.floats())
+def test_heat_is_a_colour_for_any_number(decades: float) -> None:
+    assert re.fullmatch("#[0-9a-f]{6}", heat(decades))
 
 
 def points_of(svg: str) -> list[list[tuple[float, float]]]:

@@ -9,7 +9,16 @@ import attrs
 from gradflow.detect.causes.explains import PRECEDENCE, roots
 from gradflow.detect.evidence import Flow, flow_of, late
 from gradflow.detect.wiring import layer_name, node_name
-from gradflow.records import Cause, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import (
+    Cause,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    OwnIssueType,
+    check_issues,
+    check_record,
+)
 
 
 def find_causes(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Cause, ...]:
@@ -22,10 +31,14 @@ def find_causes(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Cause, ...
         record: what was measured.
         issues: what `detect` saw in it.
 
+    Raises:
+        RecordInputError: if either is something else.
+
     >>> find_causes(FlowRecord(steps=0, losses=[], layers=(), parameters=()), ())
     ()
     """
-    return explain(record, issues)[1]
+    check_record("find_causes", record)
+    return explain(record, check_issues("find_causes", issues))[1]
 
 
 def explain(record: FlowRecord, issues: Iterable[Issue]) -> tuple[tuple[Issue, ...], tuple[Cause, ...]]:
@@ -38,8 +51,12 @@ def explain(record: FlowRecord, issues: Iterable[Issue]) -> tuple[tuple[Issue, .
     Returns:
         The issues in the order given, and the causes as `find_causes` gives them; the issues in the causes
         are the amended ones.
+
+    Raises:
+        RecordInputError: if either argument is something else.
     """
-    given = tuple(issues)
+    check_record("explain", record)
+    given = check_issues("explain", issues)
     if not given:
         return (), ()
     flow = flow_of(record)
@@ -93,6 +110,8 @@ def _confidence(flow: Flow, issue: Issue, explained: int) -> tuple[float, str]:
         )
     if issue.severity < IssueSeverity.MEDIUM:
         return 0.3, "the evidence is weak, or it may be by design"
+    if isinstance(issue.issue_type, OwnIssueType):
+        return 0.5, "a type of one's own: what it can bring about, or what brings it about, is not known"
     if not flow.wiring.known:
         return 0.5, "no layer graph: the order of execution stood in for it"
     if issue.issue_type is IssueType.DEAD:
@@ -131,16 +150,17 @@ def _evidence(flow: Flow, issue: Issue, others: Sequence[Issue], most: int = 12)
     return tuple(lines)
 
 
-def _rank(flow: Flow) -> Callable[[Cause], tuple[int, int, int, int, str]]:
-    def key(cause: Cause) -> tuple[int, int, int, int, str]:
+def _rank(flow: Flow) -> Callable[[Cause], tuple[int, int, int, int, str, str]]:
+    def key(cause: Cause) -> tuple[int, int, int, int, str, str]:
         first = cause.issues[0]
         layer = flow.layers.get(node_name(cause.layer))
         return (
             -first.severity.rank,
             -sum(issue.severity.rank for issue in cause.issues),
-            PRECEDENCE[cause.issue_type],
+            PRECEDENCE.get(cause.issue_type, len(PRECEDENCE)),  # types of one's own last
             -(layer.order if layer else 0),
             cause.layer,
+            cause.issue_type.value,
         )
 
     return key

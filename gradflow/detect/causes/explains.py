@@ -7,7 +7,8 @@ travels the other way. So one issue explains another where the first *can* bring
 (`_CAN_EXPLAIN`), stands between it and the loss (or, forward, before it), and was there no later. Of
 several that explain an issue, the gravest, and of these the one nearest the loss is its cause, for it is
 the first that the gradient meets; and a cause that is itself explained hands its victims on. What nothing
-explains is a cause.
+explains is a cause. So is every issue of a type that is not one of the seven: of those nobody knows what they
+bring about, or what brings them about.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ import attrs
 
 from gradflow.detect.evidence import Flow, heads
 from gradflow.detect.wiring import node_name
-from gradflow.records import Issue, IssueSeverity, IssueType
+from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType
 
 _T = IssueType
 
 # What an issue of a type (first) can bring about upstream of it, downstream of it, or anywhere.
-_CAN_EXPLAIN: dict[IssueType, dict[str, frozenset[IssueType]]] = {
+_CAN_EXPLAIN: dict[AnyIssueType, dict[str, frozenset[AnyIssueType]]] = {
     _T.DEAD: {
         "upstream": frozenset({_T.DEAD, _T.VANISHING, _T.BOTTLENECK}),
         "downstream": frozenset({_T.DEAD, _T.BOTTLENECK}),
@@ -301,7 +302,7 @@ def _grows(flow: Flow, s: Suspect) -> tuple[int, bool, int]:
 
 
 # Where two types could each explain the other: what is the more basic event.
-PRECEDENCE = {
+PRECEDENCE: dict[AnyIssueType, int] = {
     t: i
     for i, t in enumerate(
         (_T.NUMERICAL, _T.EXPLODING, _T.DEAD, _T.SATURATION, _T.VANISHING, _T.UNSTABLE, _T.BOTTLENECK)

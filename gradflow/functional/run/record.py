@@ -8,6 +8,7 @@ import platform
 import numpy as np
 import torch
 
+from gradflow.functional.extras import measured
 from gradflow.functional.model.layers import ancestors, owner, passed_by
 from gradflow.functional.model.optimizers import learning_rates, optimized
 from gradflow.functional.model.supported import standing_notes
@@ -67,6 +68,7 @@ def assembled(run: Run) -> FlowRecord:
             never[module] = never.get(module, False) or used
     chosen = optimized(plan.optimizer, run.program.given.model) if plan.optimizer is not None else None
     idle = [name for name, used in never.items() if not used]
+    found = measured(run.sessions)
     return FlowRecord(
         steps=len(history.rows),
         losses=np.array([row.loss for row in history.rows]),
@@ -77,8 +79,9 @@ def assembled(run: Run) -> FlowRecord:
         never_called=idle,
         passed_by=passed_by(idle, called | {call.module for call in run.graph.calls}, modules),
         graph_record=run.graph.record(),
-        provenance=_provenance(run),
-        **{name: value for session in run.sessions for name, value in session.fields().items()},
+        provenance=_provenance(run, found.notes),
+        extras=found.extras,
+        **found.fields,
     )
 
 
@@ -89,11 +92,11 @@ def _version() -> str:
         return "0"
 
 
-def _provenance(run: Run) -> Provenance:
+def _provenance(run: Run, said: tuple[str, ...]) -> Provenance:
     model, plan, steps = run.program.given.model, run.plan, len(run.history.rows)
     parameters = list(run.program.state.parameters.values())
     notes = [*run.findings.notes, *standing_notes(model, plan.optimizer)]
-    notes += [note for session in run.sessions for note in session.notes()]
+    notes += said
     if run.program.taps.hooked and plan.detail == "full":
         notes.append(
             "The model puts hooks on tensors. The flow on the edges is without them; gradients are with them."

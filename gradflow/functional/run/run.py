@@ -9,6 +9,7 @@ import attrs
 import torch
 
 from gradflow.errors import ModelInputError
+from gradflow.functional.extras import check_names
 from gradflow.functional.measurement import Measurement, Session
 from gradflow.functional.run.graph_findings import GraphFindings
 from gradflow.functional.run.history import History
@@ -36,6 +37,7 @@ def _measurements(given: Any) -> tuple[Measurement, ...]:
 
     Raises:
         ModelInputError: if one is none.
+        MeasurementError: if a name that one declares is taken.
     """
     found = tuple(given) if isinstance(given, Iterable) else (given,)
     for entry in found:
@@ -44,7 +46,9 @@ def _measurements(given: Any) -> tuple[Measurement, ...]:
                 f"measurements holds {entry!r}, which is no measurement. A factory must be called first: "
                 "`measurements=[attention()]`."
             )
-    return tuple(dict.fromkeys(found))
+    chosen = tuple(dict.fromkeys(found))
+    check_names(chosen)
+    return chosen
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -59,6 +63,7 @@ class Plan:
     Raises:
         ValueError: if `steps`, `mode`, `detail` or `transform` is none of those that there are.
         ModelInputError: if `measurements` holds what is no measurement.
+        MeasurementError: if a name that one declares is taken.
     """
 
     steps: int = attrs.field(default=20, validator=_at_least_one)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradflow.detect import detect, explain, find_causes
-from gradflow.records import FlowRecord, IssueSeverity, IssueType, NumericalRecord
+from gradflow.records import FlowRecord, IssueSeverity, IssueType, NumericalRecord, issue_type
 from tests.detect.builders import STEPS, Layer, activation, decaying, flow_record
 from tests.samples import make_issue
 
@@ -27,7 +27,7 @@ ISSUES = st.lists(
     st.builds(
         make_issue,
         st.sampled_from([f"fc{i}" for i in range(5)]),
-        st.sampled_from(list(IssueType)),
+        st.sampled_from([*IssueType, issue_type("OUTLIERS"), issue_type("ASLEEP")]),
         st.sampled_from(list(IssueSeverity)),
         metrics=st.just({}),
     ),
@@ -45,6 +45,17 @@ def test_every_issue_has_one_cause_whatever_the_order(issues: list[Any], draw: r
     assert sorted(map(str, told)) == sorted(str((i.layer, i.issue_type)) for i in issues)
     assert all(c.issues[0].layer == c.layer and c.issues[0].issue_type is c.issue_type for c in found)
     assert all(0 <= c.confidence <= 1 and c.reason for c in found)
+
+
+def test_an_issue_of_an_own_type_is_a_cause_and_no_victim() -> None:
+    record = decaying(5, 0.02)
+    own = [make_issue(f"fc{i}", issue_type("OUTLIERS"), metrics={}) for i in range(3)]
+    amended, found = explain(record, [*detect(record), *own])
+    theirs = [c for c in found if c.issue_type == issue_type("OUTLIERS")]
+    assert [c.layer for c in theirs] == ["fc2", "fc1", "fc0"]
+    assert all(c.confidence == 0.5 and "a type of one's own" in c.reason for c in theirs)
+    assert all("Explained by" not in i.description for i in amended if i.issue_type == issue_type("OUTLIERS"))
+    assert [c.layer for c in found if c.issue_type is IssueType.VANISHING] == ["fc0"]
 
 
 def test_no_issues_no_causes() -> None:
