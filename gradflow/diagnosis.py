@@ -24,6 +24,7 @@ def diagnose(
     *,
     steps: int = 20,
     optimizer: Optimizer | None = None,
+    clip: float | None = None,
     seed: int | None = None,
     mode: Mode = "train",
     pipeline: Any = None,
@@ -46,6 +47,8 @@ def diagnose(
         steps: how many batches to run at most; 20 are enough to tell a trend from noise.
         optimizer: steps *copies* of the parameters, to cover the first steps of real training. None
             holds the parameters fixed.
+        clip: the norm that your loop clips gradients to before each update, as `clip_grad_norm_` does; None
+            steps with them as they are.
         seed: makes dropout and the like repeatable; None draws from the global random state.
         mode: `train`, `eval`, or `keep` for the mode that each submodule is in.
         pipeline: a pipeline, a detector or several; None for the default detectors.
@@ -72,8 +75,8 @@ def diagnose(
     """
     detectors = check_detectors(pipeline, "diagnose")
     plan = Plan(
-        steps=steps, optimizer=optimizer, seed=seed, mode=mode, transform=transform, progress=progress,
-        **_wanted(detectors, detail),
+        steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, transform=transform,
+        progress=progress, **_wanted(detectors, detail),
     )  # fmt: skip
     record = analyzed(model, batches, loss_fn, plan)
     return _judged(record, detectors)
@@ -86,6 +89,7 @@ def diagnose_custom(
     *,
     steps: int = 20,
     optimizer: Optimizer | None = None,
+    clip: float | None = None,
     seed: int | None = None,
     mode: Mode = "train",
     pipeline: Any = None,
@@ -99,7 +103,7 @@ def diagnose_custom(
         model: the model.
         forward_fn: (model, step) → output; draws its own data.
         loss_fn: output → scalar; None where the output is the loss or holds it.
-        steps, optimizer, seed, mode, pipeline, detail, transform, progress: as for `diagnose`.
+        steps, optimizer, clip, seed, mode, pipeline, detail, transform, progress: as for `diagnose`.
 
     Raises:
         GradflowError: those that `analyze_custom` raises.
@@ -113,8 +117,8 @@ def diagnose_custom(
     """
     detectors = check_detectors(pipeline, "diagnose_custom")
     plan = Plan(
-        steps=steps, optimizer=optimizer, seed=seed, mode=mode, transform=transform, progress=progress,
-        **_wanted(detectors, detail),
+        steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, transform=transform,
+        progress=progress, **_wanted(detectors, detail),
     )  # fmt: skip
     record = analyzed_custom(model, forward_fn, loss_fn, plan)
     return _judged(record, detectors)

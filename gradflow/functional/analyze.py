@@ -31,6 +31,7 @@ def analyze(
     *,
     steps: int = 20,
     optimizer: torch.optim.Optimizer | None = None,
+    clip: float | None = None,
     seed: int | None = None,
     mode: Mode = "train",
     detail: Detail = "cheap",
@@ -57,6 +58,9 @@ def analyze(
         steps: how many steps; fewer are run if the batches end, and the record says so.
         optimizer: if given, a copy of it steps copies of the parameters after each step, so that the
             record covers the first steps of real training. Without one the parameters stay as they are.
+        clip: if given, the norm that the gradients of the model are clipped to before each update, as
+            `torch.nn.utils.clip_grad_norm_(model.parameters(), clip)` does in a training loop. What is
+            recorded are the gradients before that.
         seed: seeds torch, numpy and Python for the run; None goes on from the present states.
         mode: `train` or `eval` switches the model over if it is not in that mode (a model that is keeps
             the modes of its parts); `keep` changes nothing.
@@ -78,7 +82,7 @@ def analyze(
         ModelNotCalledError: if the first step calls no layer of the model.
         OptimizerMismatchError: if the optimizer holds none of the model's parameters.
         MeasurementError: if two measurements declare the same name, or one a field of the record.
-        ValueError: if `steps`, `mode`, `detail` or `transform` is none of those above.
+        ValueError: if `steps`, `clip`, `mode`, `detail` or `transform` is none of those above.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -88,8 +92,8 @@ def analyze(
     (3, ['0', '1', '2'])
     """
     plan = Plan(
-        steps=steps, optimizer=optimizer, seed=seed, mode=mode, detail=detail, transform=transform,
-        progress=progress, deepen=deepen, measurements=measurements,
+        steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, detail=detail,
+        transform=transform, progress=progress, deepen=deepen, measurements=measurements,
     )  # fmt: skip
     return analyzed(model, batches, loss_fn, plan)
 
@@ -101,6 +105,7 @@ def analyze_custom(
     *,
     steps: int = 20,
     optimizer: torch.optim.Optimizer | None = None,
+    clip: float | None = None,
     seed: int | None = None,
     mode: Mode = "train",
     detail: Detail = "cheap",
@@ -115,7 +120,7 @@ def analyze_custom(
         model: the model.
         forward_fn: (model, step) → output; draws its own data.
         loss_fn: output → scalar; None where the output is the loss or holds it.
-        steps, optimizer, seed, mode, detail, transform, progress, deepen, measurements: as for
+        steps, optimizer, clip, seed, mode, detail, transform, progress, deepen, measurements: as for
             `analyze`.
 
     Raises:
@@ -127,8 +132,8 @@ def analyze_custom(
     ['(model)', '@1']
     """
     plan = Plan(
-        steps=steps, optimizer=optimizer, seed=seed, mode=mode, detail=detail, transform=transform,
-        progress=progress, deepen=deepen, measurements=measurements,
+        steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, detail=detail,
+        transform=transform, progress=progress, deepen=deepen, measurements=measurements,
     )  # fmt: skip
     return analyzed_custom(model, forward_fn, loss_fn, plan)
 

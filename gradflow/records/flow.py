@@ -47,6 +47,7 @@ class Provenance:
         detail: `cheap` or `full`.
         optimizer: class name of the optimizer whose copy stepped, or `""`.
         learning_rates: of its parameter groups.
+        clip: the norm that gradients were clipped to before each update, or None.
         notes: what a reader must know to trust the numbers.
     """
 
@@ -63,6 +64,7 @@ class Provenance:
     detail: str = "cheap"
     optimizer: str = ""
     learning_rates: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
+    clip: float | None = None
     notes: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
 
 

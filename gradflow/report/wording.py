@@ -75,6 +75,7 @@ def measured_facts(record: FlowRecord) -> list[tuple[str, str]]:
     if provenance.optimizer:
         rates = ", ".join(f"{rate:.4g}" for rate in provenance.learning_rates)
         how = f"a copy of the parameters stepped by a copy of {provenance.optimizer} (lr {rates})"
+        how += "" if provenance.clip is None else f", gradients clipped to norm {provenance.clip:g}"
     else:
         how = "parameters held fixed"
     seed = "no seed" if provenance.seed is None else f"seed {provenance.seed}"

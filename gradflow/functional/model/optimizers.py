@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +58,19 @@ def optimized(optimizer: torch.optim.Optimizer, model: nn.Module) -> set[str]:
 def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
     """Return the learning rate of every parameter group."""
     return tuple(float(group["lr"]) for group in optimizer.param_groups if "lr" in group)
+
+
+def clip_gradients(gradients: Iterable[Tensor | None], max_norm: float) -> None:
+    """Scale gradients, in place, so that their norm over all of them is at most `max_norm`.
+
+    As `torch.nn.utils.clip_grad_norm_` does: by max_norm / (norm + 1e-6), where that is below 1.
+    """
+    known = [gradient for gradient in gradients if gradient is not None]
+    if known:
+        norms = [torch.linalg.vector_norm(gradient.detach()).to(known[0].device) for gradient in known]
+        share = (max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+        for gradient in known:
+            gradient.detach().mul_(share.to(gradient.device))
 
 
 def update(

@@ -13,7 +13,7 @@ from gradflow.errors import ModelInputError, ModelNotCalledError
 from gradflow.functional.measurement import Session
 from gradflow.functional.model.batches import detached_loss
 from gradflow.functional.model.layers import ancestors, owner
-from gradflow.functional.model.optimizers import update
+from gradflow.functional.model.optimizers import clip_gradients, update
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.run.again import deepened, summed_exactly, traced
 from gradflow.functional.run.program import Before, Program
@@ -202,16 +202,21 @@ def _captured(run: Run) -> set[str]:
 
 def _update(run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, request: Request) -> None:
     """Step the working parameters; an optimizer that asks for the loss again has it called without taps."""
-    given, state = run.program.given, run.program.state
+    given, state, clip = run.program.given, run.program.state, run.plan.clip
     trainable = state.trainable
+
+    def clipped(gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+        if clip is not None:
+            clip_gradients((gradients[name] for name in trainable if name in state.parameters), clip)
+        return gradients
 
     def again() -> Tensor:
         with state.swapped():
             loss = evaluated(given, request)
             gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-        for parameter, gradient in zip(trainable.values(), gradients, strict=True):
-            parameter.grad = gradient
+        for name, gradient in clipped(dict(zip(trainable, gradients, strict=True))).items():
+            trainable[name].grad = gradient
         return loss.detach()
 
-    gradients = {name: outcome.gradients.parameters[name] for name in trainable}
+    gradients = clipped({name: outcome.gradients.parameters[name] for name in trainable})
     update(optimizer, trainable, gradients, again, outcome.loss)

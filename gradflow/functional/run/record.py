@@ -128,6 +128,7 @@ def _provenance(run: Run, said: tuple[str, ...]) -> Provenance:
         mode=plan.mode,
         detail=plan.detail,
         optimizer=type(plan.optimizer).__name__ if plan.optimizer is not None else "",
+        clip=None if plan.clip is None else float(plan.clip),
         learning_rates=learning_rates(plan.optimizer) if plan.optimizer is not None else (),
         notes=notes,
     )

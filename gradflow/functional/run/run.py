@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,6 +23,18 @@ Progress = Callable[[int, int], None]
 def _at_least_one(plan: Plan, field: attrs.Attribute[int], value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}.")
+
+
+def _a_norm(plan: Plan, field: attrs.Attribute[float | None], value: float | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{field.name} must be a positive number, the norm to clip to, got {value!r}.")
+    if plan.optimizer is None:
+        raise ValueError(
+            f"{field.name}={value!r} says how updates are clipped, and there is no optimizer: "
+            "pass `optimizer=` as well, or leave it out."
+        )
 
 
 def _one_of(*known: str) -> Callable[[Plan, attrs.Attribute[str], str], None]:
@@ -61,13 +74,14 @@ class Plan:
         num_batches: how many there are, if that is known.
 
     Raises:
-        ValueError: if `steps`, `mode`, `detail` or `transform` is none of those that there are.
+        ValueError: if `steps`, `clip`, `mode`, `detail` or `transform` is none of those that there are.
         ModelInputError: if `measurements` holds what is no measurement.
         MeasurementError: if a name that one declares is taken.
     """
 
     steps: int = attrs.field(default=20, validator=_at_least_one)
     optimizer: torch.optim.Optimizer | None = None
+    clip: float | None = attrs.field(default=None, validator=_a_norm)
     seed: int | None = None
     mode: str = attrs.field(default="train", validator=_one_of("train", "eval", "keep"))
     detail: str = attrs.field(default="cheap", validator=_one_of("cheap", "full"))
