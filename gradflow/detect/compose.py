@@ -65,10 +65,14 @@ def sorted_issues(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Issue, .
 
 
 def _merged(first: Issue, second: Issue) -> Issue:
-    """Return the graver issue with what the other one adds: its actions, and metrics of other names."""
+    """Return the graver issue with what the other one adds: its actions, evidence, and metrics of other
+    names."""
     actions = dict.fromkeys((*first.recommended_actions, *second.recommended_actions))
     return attrs.evolve(
-        first, recommended_actions=tuple(actions), metrics={**second.metrics, **first.metrics}
+        first,
+        recommended_actions=tuple(actions),
+        metrics={**second.metrics, **first.metrics},
+        evidence=first.evidence.merged(second.evidence),
     )
 
 

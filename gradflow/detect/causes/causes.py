@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
-from gradflow.detect.causes.explains import PRECEDENCE, roots
+from gradflow.detect.causes.explains import roots
+from gradflow.detect.causes.rules import Rule, precedence
 from gradflow.detect.evidence import Flow, flow_of, late
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
@@ -16,12 +17,15 @@ from gradflow.records import (
     IssueSeverity,
     IssueType,
     OwnIssueType,
+    Role,
     check_issues,
     check_record,
 )
 
 
-def find_causes(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Cause, ...]:
+def find_causes(
+    record: FlowRecord, issues: Iterable[Issue], *, rules: Iterable[Rule] = ()
+) -> tuple[Cause, ...]:
     """Return what explains the issues, the cause of the gravest and of most first.
 
     Every issue belongs to exactly one cause. See NOTE [Who explains whom] in
@@ -29,7 +33,8 @@ def find_causes(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Cause, ...
 
     Args:
         record: what was measured.
-        issues: what `detect` saw in it.
+        issues: what `detect` saw in it, issues of types and detectors of one's own included.
+        rules: what one issue can bring about, beside what `gradflow.detect.RULES` tells.
 
     Raises:
         RecordInputError: if either is something else.
@@ -38,15 +43,18 @@ def find_causes(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Cause, ...
     ()
     """
     check_record("find_causes", record)
-    return explain(record, check_issues("find_causes", issues))[1]
+    return explain(record, check_issues("find_causes", issues), rules=rules)[1]
 
 
-def explain(record: FlowRecord, issues: Iterable[Issue]) -> tuple[tuple[Issue, ...], tuple[Cause, ...]]:
+def explain(
+    record: FlowRecord, issues: Iterable[Issue], *, rules: Iterable[Rule] = ()
+) -> tuple[tuple[Issue, ...], tuple[Cause, ...]]:
     """Return the issues, victims told so in their description, and the causes.
 
     Args:
         record: what was measured.
         issues: what `detect` saw in it.
+        rules: as for `find_causes`.
 
     Returns:
         The issues in the order given, and the causes as `find_causes` gives them; the issues in the causes
@@ -60,7 +68,7 @@ def explain(record: FlowRecord, issues: Iterable[Issue]) -> tuple[tuple[Issue, .
     if not given:
         return (), ()
     flow = flow_of(record)
-    root = roots(flow, given)
+    root = roots(flow, given, rules)
     amended = tuple(
         issue if root[i] == i else _amended(issue, given[root[i]]) for i, issue in enumerate(given)
     )
@@ -77,7 +85,8 @@ def explain(record: FlowRecord, issues: Iterable[Issue]) -> tuple[tuple[Issue, .
 def _amended(issue: Issue, cause: Issue) -> Issue:
     name = cause.layer or "(model)"
     text = f"{issue.description} Explained by {cause.issue_type.value} in {name}."
-    return attrs.evolve(issue, description=text, metrics={**issue.metrics, "explained_by": cause.layer})
+    evidence = attrs.evolve(issue.evidence, explained_by=cause.layer)
+    return attrs.evolve(issue, description=text, evidence=evidence)
 
 
 def _cause(flow: Flow, issues: Sequence[Issue], root: int, members: Sequence[int]) -> Cause:
@@ -98,11 +107,11 @@ def _cause(flow: Flow, issues: Sequence[Issue], root: int, members: Sequence[int
 def _confidence(flow: Flow, issue: Issue, explained: int) -> tuple[float, str]:
     """By what the verdict rests on: read off exactly, measured against others, or in the order of
     execution."""
-    metrics = issue.metrics
-    if issue.issue_type is IssueType.NUMERICAL and metrics.get("op"):
+    known = issue.evidence
+    if issue.issue_type is IssueType.NUMERICAL and known.op:
         return 0.97, "the operation that made it was seen"
-    if metrics.get("role") in ("cut off", "never called"):
-        sure = bool(metrics.get("op")) or metrics.get("role") == "never called"
+    if known.plays(Role.CUT, Role.UNUSED):
+        sure = bool(known.op) or known.plays(Role.UNUSED)
         return (
             (0.95, "read off the wiring")
             if sure
@@ -157,7 +166,7 @@ def _rank(flow: Flow) -> Callable[[Cause], tuple[int, int, int, int, str, str]]:
         return (
             -first.severity.rank,
             -sum(issue.severity.rank for issue in cause.issues),
-            PRECEDENCE.get(cause.issue_type, len(PRECEDENCE)),  # types of one's own last
+            precedence(first),
             -(layer.order if layer else 0),
             cause.layer,
             cause.issue_type.value,

@@ -21,7 +21,7 @@ from gradflow.detect.evidence import (
     shares,
 )
 from gradflow.graph.queries.dominators import immediate_dominators
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
 
 MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum", "mean")
 
@@ -208,9 +208,8 @@ def _waist_issue(flow: Flow, waist: _Waist, rank_excess: float, lost_samples: fl
             "width_behind": waist.behind,
             "effective_rank_behind": needed,
             "samples_stopped": lost,
-            "undecided": severity is IssueSeverity.INFO and not math.isfinite(needed),
-            "role": "waist",
         },
+        evidence=Evidence(undecided=severity is IssueSeverity.INFO and not math.isfinite(needed)),
     )
 
 
@@ -315,5 +314,5 @@ def _smoothing_issue(flow: Flow, node: str, variation: float, most: float, times
         "and no gradient can bring it back.",
         magnitude=variation,
         recommended_actions=smoothing_actions(layer.name, times),
-        metrics={"variation": variation, "variation_before": most, "num_mixings": times, "role": "alike"},
+        metrics={"variation": variation, "variation_before": most, "num_mixings": times},
     )

@@ -26,6 +26,7 @@ from gradflow.detect.evidence import (
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
     ActivationRecord,
+    Evidence,
     Floats,
     FlowRecord,
     Issue,
@@ -33,6 +34,7 @@ from gradflow.records import (
     IssueType,
     LayerRecord,
     ParameterRecord,
+    Role,
 )
 
 
@@ -80,7 +82,7 @@ def dead(
         flow = flow_of(record)
         zero = _all_zero(flow, min_updates)
         # A layer whose gradient is zero because none of its units fires is told once.
-        told = {issue.layer for issue in zero if issue.metrics["role"] == "source"}
+        told = {issue.layer for issue in zero if issue.evidence.plays(Role.BLOCKING)}
         silent = [i for i in _silent_units(flow, threshold, some, few) if i.layer not in told]
         return [*_never_called(flow), *_cut_off(flow), *zero, *silent]
 
@@ -120,12 +122,8 @@ def _never_called(flow: Flow) -> list[Issue]:
                 f"({len(names)} module(s)) never change.{branch}",
                 magnitude=float(number),
                 recommended_actions=never_called_actions(container),
-                metrics={
-                    "modules": tuple(names),
-                    "num_parameters": number,
-                    "passed_by": aside,
-                    "role": "never called",
-                },
+                metrics={"modules": tuple(names), "num_parameters": number, "passed_by": aside},
+                evidence=Evidence(roles=Role.UNUSED),
             )
         )
     return issues
@@ -180,8 +178,8 @@ def _cut_issue(flow: Flow, node: str, layer: LayerRecord, wanted: Sequence[Param
             "reason": reason,
             "num_parameters": number,
             "parameters": tuple(p.name for p in wanted),
-            "role": "cut off",
         },
+        evidence=Evidence(roles=Role.CUT, op=op),
     )
 
 
@@ -309,13 +307,15 @@ def _zero_issue(
         recommended_actions=zero_actions(flow, node, why, at),
         metrics={
             "why": why,
-            "at": layer_name(at),
             "num_parameters": number,
             "num_updates": updates,
-            "input_zero": late(layer.input_rms) == 0,
-            "alive_at_start": any(np.any(p.grad_norm > 0) for p in wanted),
-            "role": "source" if at == node else "zero",
         },
+        evidence=Evidence(
+            roles=Role.BLOCKING if at == node else Role.BLOCKED,
+            origin=layer_name(at) if at else None,
+            developed=any(np.any(p.grad_norm > 0) for p in wanted),
+            no_input=why == "zero input" or late(layer.input_rms) == 0,
+        ),
     )
 
 
@@ -387,8 +387,10 @@ def _silent_issue(
             "never_fired": share,
             "num_units": activation.num_units,
             "fired_share": now,
-            "alive_at_start": bool(np.any(activation.fired_share > 0)) and share == 1,
             "op": activation.op,
-            "role": "silent units",
         },
+        evidence=Evidence(
+            roles=Role.SILENT if share == 1 else Role.PARTLY_SILENT,
+            developed=bool(np.any(activation.fired_share > 0)) and share == 1,
+        ),
     )

@@ -26,7 +26,7 @@ from gradflow.detect.evidence import (
 )
 from gradflow.detect.flow.recurrent_weights import memory
 from gradflow.detect.wiring import layer_name
-from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 
 def exploding(
@@ -190,9 +190,13 @@ def _issue(
             "row_gain": row_gain(flow, node),
             "forward_growth": forward,
             "growth_at_start": start,
-            "elsewhere": bool(part) and not layer.module.startswith(f"{part}."),
-            "role": "amplifies",
         },
+        evidence=Evidence(
+            num_calls=calls,
+            developed=start < total / 10,
+            growth=growth,
+            elsewhere=bool(part) and not layer.module.startswith(f"{part}."),
+        ),
     )
 
 
@@ -222,6 +226,7 @@ def _runaway(flow: Flow, threshold: float) -> list[Issue]:
                 magnitude=kept.kept,
                 recommended_actions=exploding_actions(flow, node, calls=kept.steps),
                 metrics={"growth": kept.kept, "kept_per_step": kept.rate, "num_steps": kept.steps},
+                evidence=Evidence(growth=kept.kept),
             )
         )
     return issues
@@ -245,6 +250,7 @@ def _large_weights(flow: Flow, threshold: float) -> list[Issue]:
             continue
         others = [value for other, value in rms.items() if other != node and value > 0]
         severity = IssueSeverity.HIGH if gain >= threshold**2 else IssueSeverity.MEDIUM
+        start = row_gain(flow, node, at=lambda norms: float(norms[0]))
         issues.append(
             Issue(
                 layer=layer.name,
@@ -258,11 +264,11 @@ def _large_weights(flow: Flow, threshold: float) -> list[Issue]:
                 metrics={
                     "row_gain": gain,
                     "total_growth": gain,
-                    "growth_at_start": row_gain(flow, node, at=lambda norms: float(norms[0])),
+                    "growth_at_start": start,
                     "output_rms": rms[node],
                     "median_output_rms": float(np.median(others)) if others else math.nan,
-                    "role": "weights",
                 },
+                evidence=Evidence(developed=start < gain / 10),
             )
         )
     return issues
@@ -310,7 +316,7 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
             f"output: {off:.3g}).",
             magnitude=ratio,
             recommended_actions=dominance_actions(layer.name, layer_name(rival), ratio),
-            metrics={"dominance": ratio, "off_scale": off, "rival": layer_name(rival), "role": "dominates"},
+            metrics={"dominance": ratio, "off_scale": off, "rival": layer_name(rival)},
         )
     ]
 
@@ -348,6 +354,7 @@ def _far_targets(flow: Flow, off_scale: float) -> list[Issue]:
             f"{off:.3g} at the first step), and the steps that follow blow it up.",
             magnitude=off,
             recommended_actions=far_actions(layer.name, record.provenance.learning_rates),
-            metrics={"off_scale": off, "role": "far targets"},
+            metrics={"off_scale": off},
+            evidence=Evidence(roles=Role.OFF_SCALE),
         )
     ]

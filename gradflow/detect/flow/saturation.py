@@ -13,7 +13,7 @@ from gradflow.detect.actions import gate_actions, saturation_actions
 from gradflow.detect.evidence import Flow, early, flow_of, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.recurrent_weights import gate_drive
 from gradflow.detect.wiring import node_name
-from gradflow.records import ActivationRecord, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import ActivationRecord, Evidence, FlowRecord, Issue, IssueSeverity, IssueType
 
 
 def saturation(
@@ -103,13 +103,15 @@ def _issue(
             "fed_by": feeder,
             "feeder_row_gain": row_gain(flow, node_name(feeder)) if feeder in _names(flow) else math.nan,
         },
+        evidence=Evidence(developed=seen > first + 0.2),
     )
 
 
 def _worst(calls: Sequence[Issue]) -> Issue:
     """Of several calls of one module, the worst, which then speaks for all."""
     worst = max(calls, key=lambda issue: issue.magnitude)
-    return attrs.evolve(worst, metrics={**worst.metrics, "num_calls": len(calls)})
+    evidence = attrs.evolve(worst.evidence, num_calls=len(calls))
+    return attrs.evolve(worst, metrics={**worst.metrics, "num_calls": len(calls)}, evidence=evidence)
 
 
 def _driven_gates(flow: Flow, share: float) -> list[Issue]:

@@ -20,8 +20,7 @@ from gradflow.detect.evidence import (
     shares,
 )
 from gradflow.detect.flow.recurrent_weights import memory
-from gradflow.detect.wiring import layer_name
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 _SHAPES = ("view", "reshape", "expand", "transpose", "permute", "squeeze", "clone", "split", "select")
 LOCAL = 1e-2  # what a layer must fall short of its kind to be named: out of any usual initialisation's range
@@ -263,11 +262,13 @@ def _issues(flow: Flow, plain: Shares, starved: Sequence[_Starved], fed: Mapping
             worst.setdefault(s.absorber, s)
     if not told:
         return []
-    issues = [_starved_issue(flow, plain, s, fed[s.node]) for s in told.values()]
-    return [*issues, *(_absorber_issue(flow, s) for s in worst.values())]
+    absorbers = {name: _absorber_issue(flow, s) for name, s in worst.items()}
+    at = {name: issue.layer for name, issue in absorbers.items()}
+    issues = [_starved_issue(flow, plain, s, fed[s.node], at.get(s.absorber)) for s in told.values()]
+    return [*issues, *absorbers.values()]
 
 
-def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float) -> Issue:
+def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float, origin: str | None) -> Issue:
     layer = flow.layers[s.node]
     per_layer = s.arriving ** (1.0 / max(s.num_layers - 1, 1))
     if s.absorber:
@@ -292,12 +293,15 @@ def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float) -> Issue:
             "share_of_expected": s.share,
             "num_layers_to_loss": s.num_layers,
             "kept_per_layer": per_layer,
-            "absorber": layer_name(s.absorber),
             "row_gain": row_gain(flow, s.node),
             "first_steps": first,
-            "side_branch": fed > 3 * s.share,
-            "elsewhere": bool(s.part) and not layer.module.startswith(f"{s.part}."),
         },
+        evidence=Evidence(
+            roles=Role.STARVED,
+            origin=origin,
+            elsewhere=bool(s.part) and not layer.module.startswith(f"{s.part}."),
+            side_branch=fed > 3 * s.share,
+        ),
     )
 
 
@@ -317,7 +321,8 @@ def _absorber_issue(flow: Flow, s: _Starved) -> Issue:
         + f". Upstream, {s.arriving:.1e} of the gradient arrives at {s.node}.",
         magnitude=s.local,
         recommended_actions=vanishing_actions(flow, at, absorber=node, per_layer=s.local),
-        metrics={"local_share": s.local, "row_gain": gain, "op": op, "absorbs": node},
+        metrics={"local_share": s.local, "row_gain": gain, "op": op},
+        evidence=Evidence(roles=Role.ABSORBING, op=op),
     )
 
 
@@ -339,7 +344,8 @@ def _forgetful(flow: Flow, threshold: float) -> list[Issue]:
                 f"step.",
                 magnitude=kept.kept,
                 recommended_actions=forgetful_actions(layer.name, kept.rate),
-                metrics={"kept_per_step": kept.rate, "num_steps": kept.steps, "absorbs": node},
+                metrics={"kept_per_step": kept.rate, "num_steps": kept.steps},
+                evidence=Evidence(roles=Role.ABSORBING),
             )
         )
     return issues

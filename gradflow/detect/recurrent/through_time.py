@@ -21,6 +21,7 @@ from gradflow.detect.recurrent.actions import (
 )
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
+    Evidence,
     FlowRecord,
     GateRecord,
     Issue,
@@ -28,6 +29,7 @@ from gradflow.records import (
     IssueType,
     RecurrenceRecord,
     RecurrentLevelRecord,
+    Role,
     depth,
 )
 
@@ -196,9 +198,8 @@ def _fading_issue(flow: Flow, r: RecurrenceRecord, share: float, heard: float, f
             "spectral_radius": rate,
             "keep_gate": mean,
             "level": level.level,
-            "absorbs": node_name(r.name),
-            "role": "through time",
         },
+        evidence=Evidence(roles=Role.ABSORBING),
     )
 
 
@@ -251,8 +252,8 @@ def _amplifying_issue(
             "spectral_radius": radius,
             "lyapunov": exponent,
             "level": level.level,
-            "role": "through time",
         },
+        evidence=Evidence(developed=early(growth_of(level)) < growth / 10, growth=growth),
     )
 
 
@@ -310,8 +311,8 @@ def _stuck_issue(flow: Flow, r: RecurrenceRecord, stuck: _Stuck, severe_share: f
             "first_steps": first,
             "input_rms": entering,
             "level": stuck.level.level,
-            "role": "through time",
         },
+        evidence=Evidence(developed=stuck.share > first + 0.2),
     )
 
 
@@ -346,7 +347,6 @@ def _closed_issue(flow: Flow, r: RecurrenceRecord, level: RecurrentLevelRecord) 
             "steps_to_percent": reach,
             "num_steps": steps,
             "level": level.level,
-            "absorbs": node_name(r.name),
-            "role": "forget gate closed",
         },
+        evidence=Evidence(roles=Role.ABSORBING),
     )
