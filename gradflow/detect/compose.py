@@ -13,6 +13,7 @@ from typing import Any, cast
 import attrs
 
 from gradflow.detect.defaults import default_detectors
+from gradflow.detect.view import shared_flow
 from gradflow.errors import PipelineError
 from gradflow.records import (
     AnyIssueType,
@@ -45,7 +46,9 @@ def detect(record: FlowRecord, pipeline: Any = None) -> tuple[Issue, ...]:
     ()
     """
     check_record("detect", record)
-    found = [issue for detector in check_detectors(pipeline) for issue in _issues(detector, record)]
+    detectors = check_detectors(pipeline)
+    with shared_flow():
+        found = [issue for detector in detectors for issue in _issues(detector, record)]
     return sorted_issues(record, found)
 
 

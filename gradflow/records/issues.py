@@ -101,7 +101,7 @@ class IssueSeverity(enum.Enum):
     @property
     def rank(self) -> int:
         """0 for INFO up to 4 for CRITICAL."""
-        return len(IssueSeverity) - 1 - list(IssueSeverity).index(self)
+        return _RANKS[self]
 
     def __lt__(self, other: IssueSeverity) -> bool:
         return self.rank < other.rank
@@ -114,6 +114,9 @@ class IssueSeverity(enum.Enum):
 
     def __ge__(self, other: IssueSeverity) -> bool:
         return self.rank >= other.rank
+
+
+_RANKS = {severity: len(IssueSeverity) - 1 - i for i, severity in enumerate(IssueSeverity)}
 
 
 @attrs.frozen(kw_only=True)

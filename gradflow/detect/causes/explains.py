@@ -18,7 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import attrs
 
 from gradflow.detect.causes.rules import RULES, Rule, Where, is_lent, order, precedence, shown
-from gradflow.detect.evidence import Flow, heads
+from gradflow.detect.evidence import heads
+from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import Issue, IssueSeverity, IssueType, Role
 
@@ -58,24 +59,36 @@ class _Relation:
         self.flow = flow
         found: list[Suspect] = []
         for kind in dict.fromkeys(s.issue.issue_type for s in issues):
-            alike = [s for s in issues if s.issue.issue_type is kind]
+            alike = [s for s in issues if s.issue.issue_type == kind]
             found.extend(sorted(alike, key=self._weight)[:MOST_SUSPECTS])
         # Graver first, then nearer the loss.
         self.suspects = sorted(found, key=lambda s: (-s.issue.severity.rank, -order(flow, s.issue), s.index))
         self.suspected = {s.index for s in found}
-        kinds = {s.issue.issue_type for s in found}
-        self.rules = {kind: [r for r in rules if not r.cause or kind in r.cause] for kind in kinds}
+        # By type of cause and victim the rules that speak of them; by type of victim the suspects.
+        causes = {s.issue.issue_type for s in found}
+        victims = {s.issue.issue_type for s in issues}
+        self.rules = {
+            (a, b): [r for r in rules if (not r.cause or a in r.cause) and (not r.victim or b in r.victim)]
+            for a in causes
+            for b in victims
+        }
+        self.able = {b: [s for s in self.suspects if self.rules[s.issue.issue_type, b]] for b in victims}
         self.places = _Places(flow, self.suspects)
 
     def _weight(self, s: Suspect) -> tuple[int | bool, ...]:
-        rank = -s.issue.severity.rank
+        rank, known = -s.issue.severity.rank, s.issue.evidence
         if s.issue.issue_type is IssueType.VANISHING:  # told where it shows most
-            return (rank, not s.issue.evidence.plays(Role.ABSORBING), *shown(self.flow, s.issue)[1:])
-        return (rank, -order(self.flow, s.issue))
+            return (rank, not known.plays(Role.ABSORBING), *shown(self.flow, s.issue)[1:])
+        if s.issue.issue_type is IssueType.EXPLODING:
+            decade, here, place = _grows(self.flow, s.issue)
+            return (rank, -decade, not here, -place)
+        # What is zero because of others explains little, what makes zeros of what enters it most.
+        makes_zeros = known.plays(Role.BLOCKING) and not known.no_input
+        return (rank, known.plays(Role.BLOCKED), not makes_zeros, -order(self.flow, s.issue))
 
     def parent(self, victim: Suspect) -> int:
         """Return the index of the issue that explains this one, or its own."""
-        for s in self.suspects:
+        for s in self.able[victim.issue.issue_type]:
             if s.index != victim.index and self.explains(s, victim):
                 # One that its own victim could explain would close a circle: what is more basic decides then.
                 circle = victim.index in self.suspected and self.explains(victim, s)
@@ -88,8 +101,9 @@ class _Relation:
         a, b = cause.issue, victim.issue
         if a.severity < IssueSeverity.MEDIUM and a.severity < b.severity:
             return False
-        where = self.places.of(cause, victim)
-        return any(rule.holds(self.flow, a, b, where) for rule in self.rules[a.issue_type])
+        rules = self.rules[a.issue_type, b.issue_type]
+        where = self.places.of(cause, victim) if rules else "apart"
+        return any(rule.holds(self.flow, a, b, where) for rule in rules)
 
 
 class _Places:
@@ -104,10 +118,10 @@ class _Places:
             for node in _nodes(flow, s):
                 marked[node] = marked.get(node, 0) | self.bit[s.index]
         # By node, the suspects that it feeds, and those that feed it.
-        self.feeds = _gathered(reversed(wires.order), wires.succs, marked)
-        self.fed_by = _gathered(wires.order, wires.preds, marked)
+        self.feeds = gathered(reversed(wires.order), wires.succs, marked)
+        self.fed_by = gathered(wires.order, wires.preds, marked)
         last = {node: 1 << i for i, node in enumerate(heads(flow))}
-        ends = _gathered(reversed(wires.order), wires.succs, last)
+        ends = gathered(reversed(wires.order), wires.succs, last)
         self.ends = {node: bits | last.get(node, 0) for node, bits in ends.items()}
 
     def of(self, cause: Suspect, victim: Suspect) -> Where:
@@ -122,7 +136,7 @@ class _Places:
         return "beside" if self.ends.get(cause.node, 0) & self.ends.get(victim.node, 0) else "apart"
 
 
-def _gathered(
+def gathered(
     nodes: Iterable[str], step: Mapping[str, tuple[str, ...]], marked: Mapping[str, int]
 ) -> dict[str, int]:
     """Return by node the bits of all nodes that `step` leads to, in one pass along the order of the graph."""
@@ -154,7 +168,7 @@ def _same_module(cause: Suspect, victim: Suspect) -> bool:
 def _prior(flow: Flow, a: Issue, b: Issue) -> bool:
     """Whether of two that could explain each other the first is what starts the chain. A uniform loss or
     growth starts nowhere, and is told where it shows most; else the graver, then the nearer to the loss."""
-    if a.issue_type is b.issue_type:
+    if a.issue_type == b.issue_type:
         if a.issue_type is IssueType.EXPLODING:
             return _grows(flow, a) > _grows(flow, b)
         return (a.severity.rank, order(flow, a)) > (b.severity.rank, order(flow, b))

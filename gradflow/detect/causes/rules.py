@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 
 import attrs
 
-from gradflow.detect.evidence import Flow
+from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.errors import PipelineError
-from gradflow.records import Issue, IssueSeverity, IssueType, Role
+from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType, Role
 
 # Where the victim stands, seen from the cause: at the same layer call or module; before it, so that the
 # cause is between it and the loss; behind it; on another branch that ends in the same last layer; or apart.
@@ -68,8 +68,8 @@ class Rule:
     ('upstream',)
     """
 
-    cause: tuple[Any, ...] = attrs.field(converter=_to_tuple)
-    victim: tuple[Any, ...] = attrs.field(converter=_to_tuple)
+    cause: tuple[AnyIssueType, ...] = attrs.field(converter=_to_tuple)
+    victim: tuple[AnyIssueType, ...] = attrs.field(converter=_to_tuple)
     where: tuple[Where, ...] = attrs.field(converter=_to_tuple, validator=_check_where)
     because: str
     roles: tuple[Role, ...] = attrs.field(default=(), converter=_to_tuple)
@@ -102,7 +102,7 @@ def _strong(flow: Flow, cause: Issue, victim: Issue) -> bool:
 
 def _developed(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """The victim came about in training, of numbers that had grown too large."""
-    return _grown_in_training(victim) and victim.issue_type is not cause.issue_type
+    return _grown_in_training(victim) and victim.issue_type != cause.issue_type
 
 
 def _there_before(flow: Flow, cause: Issue, victim: Issue) -> bool:
@@ -355,7 +355,7 @@ RULES: tuple[Rule, ...] = (
 """What the built-in types bring about, and any type by the role of its layer."""
 
 # Where two types could each explain the other: what is the more basic event. Types not named come last.
-PRECEDENCE: dict[Any, int] = {
+PRECEDENCE: dict[AnyIssueType, int] = {
     kind: i
     for i, kind in enumerate(
         (_T.NUMERICAL, _T.EXPLODING, _T.DEAD, _T.SATURATION, _T.VANISHING, _T.UNSTABLE, _T.BOTTLENECK)

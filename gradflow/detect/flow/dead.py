@@ -14,20 +14,13 @@ from gradflow.detect.actions import (
     rectifier_actions,
     zero_actions,
 )
-from gradflow.detect.evidence import (
-    RECTIFIERS,
-    Flow,
-    activations_of,
-    flow_of,
-    largest_gradient,
-    late,
-    typical_zero,
-)
+from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
+from gradflow.detect.flow.zeros import zeros_of
+from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
     ActivationRecord,
     Evidence,
-    Floats,
     FlowRecord,
     Issue,
     IssueSeverity,
@@ -62,7 +55,8 @@ def dead(
     ran would call it on a branch not taken, it may belong to another kind of batch, such as a vision tower
     without images, and only an optimizer that holds it says that it is meant to train on these: LOW without.
 
-    Looks alike and is not: frozen parameters, and those of another optimizer; a head or an expert that other
+    Looks alike and is not: a gradient that has become too small for its format on a long way, which is
+    VANISHING; frozen parameters, and those of another optimizer; a head or an expert that other
     batches use; rows of an embedding that no token asked for; a bias under a softmax or before a batch norm,
     whose gradient is zero but for rounding; a bounded loss that is met by most samples; a rectifier in the
     loss (a hinge), which is meant to be off; half of the units off at a time, which is what a rectifier does.
@@ -190,78 +184,26 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
     issues = []
     told: set[str] = set()
     updates = flow.record.steps - 1 if flow.record.provenance.optimizer else 0
-    scale, muted = largest_gradient(flow), _muted(flow)
+    zeros = zeros_of(flow)
     for node, layer in flow.layers.items():
         wanted = [p for p in flow.trainable(node) if p.reached.any()]
         if not wanted or layer.module in told:
             continue
         if not all(
-            typical_zero(p.grad_norm, scale, at_end=updates >= min_updates, muted=node in muted)
+            typical_zero(p.grad_norm, zeros.scale, at_end=updates >= min_updates, muted=node in zeros.muted)
             for p in wanted
         ):
             continue
         told.add(layer.module)
-        why, at = ("one feature", muted[node]) if node in muted else _blocked_by(flow, node, scale)
+        why, at = zeros.blocked_by(flow, node)
+        if why == "underflow":  # the end of a long decay, which is VANISHING
+            continue
         if why in ("rectifier", "one alternative", "one feature"):
             severity = IssueSeverity.CRITICAL
         else:
             severity = IssueSeverity.HIGH if updates >= min_updates else IssueSeverity.INFO
         issues.append(_zero_issue(flow, node, wanted, why, at, severity, updates))
     return issues
-
-
-def _muted(flow: Flow) -> dict[str, str]:
-    """Nodes whose every way to the loss goes through a norm over one feature, which gives its bias whatever
-    comes in, with the node before it."""
-    wires = flow.wiring
-    constant = {
-        n
-        for n in flow.norms
-        if flow.layers[n].type == "LayerNorm"
-        and flow.layers[n].shape[-1:] == (1,)
-        and all(p.num_elements == 1 for p in flow.parameters_of(n))
-    }
-    found: dict[str, str] = {}
-    for node in reversed(wires.order) if constant else ():
-        behind = wires.succs[node]
-        if behind and all(s in constant or s in found for s in behind):
-            found[node] = next((found[s] for s in behind if s in found), node)
-    return found
-
-
-def _blocked_by(flow: Flow, node: str, scale: Floats) -> tuple[str, str]:
-    """Why the gradients of a layer's parameters are zero, and the layer call that makes them so.
-
-    The gradient is followed from the layer to the first place, seen from there, that gets some.
-    """
-    here, seen = node, {node}
-    while True:
-        if not typical_zero(flow.grad[here], scale, at_end=True):
-            source = next((u for u in flow.wiring.before(here) if _silent(flow, u)), "")
-            return ("zero input", source) if here == node else ("upstream", here)
-        for activation in activations_of(flow, here):
-            if activation.kind == "softmax" and activation.width == 1:
-                return "one alternative", here
-            if _is_dead(activation) or (activation.kind == "rectifier" and late(activation.fired_share) == 0):
-                return "rectifier", here
-        behind = [n for n in flow.wiring.after(here) if n not in seen]
-        if not behind:
-            return "loss", here
-        # Where several layers take its output, all of them give zero; the one that gets some tells why.
-        live = [n for n in behind if n in flow.grad and not typical_zero(flow.grad[n], scale, at_end=True)]
-        for n in live:
-            zero = [p for p in flow.parameters_of(n) if len(p.norm) and late(p.norm) == 0]
-            return ("zero weight", n) if zero else ("operation", n)
-        here = behind[0]
-        seen.add(here)
-
-
-def _silent(flow: Flow, node: str) -> bool:
-    return node in flow.layers and late(flow.layers[node].output_rms) == 0
-
-
-def _is_dead(activation: ActivationRecord) -> bool:
-    return activation.kind == "rectifier" and activation.never_fired == 1.0
 
 
 _WHY = {
@@ -272,7 +214,6 @@ _WHY = {
     "zero input": "its own output gets a gradient, but what enters it is zero",
     "operation": "it is lost between here and {at}, in a functional operation",
     "loss": "the loss hands back exactly zero",
-    "upstream": "it is lost at {at}",
 }
 
 
@@ -353,7 +294,7 @@ def _rectifiers(flow: Flow) -> dict[str, list[ActivationRecord]]:
             continue
         node = node_name(activation.layer)
         # With no layer behind it, a rectifier that is a function is a part of the loss: a hinge.
-        if activation.functional and flow.wiring.known and not flow.wiring.after(node):
+        if activation.functional and flow.wiring.known and flow.wiring.is_last(node):
             continue
         layer = flow.layers.get(node)
         if layer is not None and not layer.output_finite.all():  # a NaN does not fire either

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from gradflow.detect.actions import numerical_actions
-from gradflow.detect.evidence import Flow, flow_of
+from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
     Bools,

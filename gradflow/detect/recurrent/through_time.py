@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import Flow, early, flow_of, late, loss_fell, middle
+from gradflow.detect.evidence import early, late, loss_fell, middle
 from gradflow.detect.flow.recurrent_weights import growth_of, late_profile
 from gradflow.detect.recurrent.actions import (
     amplifying_actions,
@@ -19,6 +19,7 @@ from gradflow.detect.recurrent.actions import (
     fading_actions,
     stuck_actions,
 )
+from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
     Evidence,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +9,11 @@ import pytest
 
 from gradflow.detect import RULES, Rule, detect, explain, find_causes
 from gradflow.errors import PipelineError
-from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role, issue_type
 from tests.detect.builders import Layer, decaying, flow_record
 from tests.samples import make_issue
 
-
-class Own(enum.Enum):
-    """A type of issue that is not built in."""
-
-    GATED = "GATED"
+GATED = issue_type("GATED")
 
 
 def told(record: FlowRecord, *issues: Issue, **options: Any) -> list[tuple[str, str, int]]:
@@ -27,7 +22,7 @@ def told(record: FlowRecord, *issues: Issue, **options: Any) -> list[tuple[str, 
 
 
 def own(layer: str, **evidence: Any) -> Issue:
-    return make_issue(layer, Own.GATED, evidence=Evidence(**evidence))  # type: ignore[arg-type]
+    return make_issue(layer, GATED, evidence=Evidence(**evidence))
 
 
 def test_the_table_can_be_read() -> None:
@@ -37,7 +32,7 @@ def test_the_table_can_be_read() -> None:
     assert all(set(rule.cause) <= known and set(rule.victim) <= known for rule in RULES)
 
 
-@pytest.mark.parametrize("kind", [Own.GATED, IssueType.BOTTLENECK, IssueType.SATURATION])
+@pytest.mark.parametrize("kind", [GATED, IssueType.BOTTLENECK, IssueType.SATURATION])
 def test_what_absorbs_by_the_word_of_a_detector_of_ones_own_explains_what_starves(kind: Any) -> None:
     record = decaying(6, 0.02)
     starved = detect(record)
@@ -94,7 +89,7 @@ def test_layers_beside_each_other_and_apart() -> None:
         *(Layer(name=name) for name in ("left", "right", "head", "alone")),
         edges=[("left", "head"), ("right", "head"), ("head", "loss"), ("alone", "loss")],
     )
-    kinds = {"cause": Own.GATED, "victim": IssueType.DEAD, "because": "why"}
+    kinds = {"cause": GATED, "victim": IssueType.DEAD, "because": "why"}
     for where, right, alone in (("beside", 1, 2), ("apart", 2, 1)):
         rules = [Rule(**{"where": where, **kinds})]  # type: ignore[arg-type]
         assert len(told(record, own("left"), make_issue("right", IssueType.DEAD), rules=rules)) == right

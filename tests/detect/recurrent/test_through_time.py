@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import gradflow as gf
 from gradflow.detect import amplifying, detect, fading, gated
-from gradflow.detect.evidence import flow_of
 from gradflow.detect.flow.recurrent_weights import growth_of, late_profile, memory
+from gradflow.detect.view import flow_of
 from gradflow.pipelines import recurrent
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, Role
 from gradflow.report import Report
