@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         TransformerAnalyzer,
     )
     from gradflow.detect import (
+        Rule,
         all_of,
         bottleneck,
         dead,
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from gradflow.records import (
         AttentionStats,
         Cause,
+        Evidence,
         FlowRecord,
         Issue,
         IssueSeverity,
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
         OwnIssueType,
         PolicyDistributionStats,
         ReservoirDynamics,
+        Role,
         issue_type,
         register_record,
     )
@@ -97,6 +100,7 @@ _PLACES = {
         "TransformerAnalyzer",
     ),
     "gradflow.detect": (
+        "Rule",
         "all_of",
         "bottleneck",
         "dead",
@@ -134,6 +138,7 @@ _PLACES = {
     "gradflow.records": (
         "AttentionStats",
         "Cause",
+        "Evidence",
         "FlowRecord",
         "Issue",
         "IssueSeverity",
@@ -141,6 +146,7 @@ _PLACES = {
         "OwnIssueType",
         "PolicyDistributionStats",
         "ReservoirDynamics",
+        "Role",
         "issue_type",
         "register_record",
     ),
@@ -187,6 +193,7 @@ sys.modules[__name__].__class__ = _Package
 __all__ = [
     "AttentionStats",
     "Cause",
+    "Evidence",
     "FlowAnalyzer",
     "FlowRecord",
     "GradflowError",
@@ -204,6 +211,8 @@ __all__ = [
     "RecurrentAnalyzer",
     "Report",
     "ReservoirDynamics",
+    "Role",
+    "Rule",
     "Session",
     "TransformerAnalyzer",
     "__version__",

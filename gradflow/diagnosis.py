@@ -136,7 +136,9 @@ def _wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:
 
 def _judged(record: FlowRecord, detectors: Sequence[Detector]) -> Report:
     issues, causes = explain(record, detect(record, detectors))
-    causes_first = sorted(issues, key=lambda issue: (-issue.severity.rank, "explained_by" in issue.metrics))
+    causes_first = sorted(
+        issues, key=lambda issue: (-issue.severity.rank, issue.evidence.explained_by is not None)
+    )
     lines = [line for part in detectors if isinstance(part, Pipeline) for line in part.lines(record)]
     return Report(record=record, issues=tuple(causes_first), causes=causes, lines=lines)
 

@@ -108,7 +108,7 @@ def test_it_looks_deeper_only_where_an_issue_is_undecided() -> None:
             severity=IssueSeverity.INFO,
             description="Decided." if measured else "Undecided.",
             magnitude=1.0,
-            metrics={} if measured else {"undecided": True},
+            evidence=gf.Evidence(undecided=not measured),
         )
 
     arguments = (make_model(), make_batches(), nn.CrossEntropyLoss())

@@ -52,6 +52,7 @@ ROOMS: dict[str, list[set[str]]] = {
     ],
     "detect": [
         {"wiring"},
+        {"view"},
         {"evidence"},
         {"actions"},
         {"flow", "causes"},

@@ -186,7 +186,7 @@ def test_opposed_gradients_are_found() -> None:
         return (logits[:, 0] - logits[:, 1]).mean() - 0.9 * value.mean() + 0.0 * logits.log_softmax(-1).mean()
 
     results = gf.RLPolicyAnalyzer(model, "fc2", "fc3").analyze(lambda: data.states, loss, steps=5)
-    (issue,) = [i for i in results.gradient_issues if i.metrics.get("role") == "conflict"]
+    (issue,) = [i for i in results.gradient_issues if "gradient_cosine" in i.metrics]
     assert (issue.severity, issue.layer) == (gf.IssueSeverity.MEDIUM, "fc1")
     assert results.policy_distribution_stats.gradient_cosine == pytest.approx(-1, abs=1e-3)
 
@@ -199,7 +199,7 @@ def test_a_deviation_out_of_range_is_found(log_std: float, kind: Any) -> None:
     model = Gaussian(lambda mean, log_std: Normal(mean, log_std.exp()))
     nn.init.constant_(model.log_std, log_std)
     results = gf.RLPolicyAnalyzer(model).analyze(lambda: data.states, gaussian_loss(data), steps=4)
-    found = [i.issue_type for i in results.gradient_issues if i.metrics.get("role") == "deviation"]
+    found = [i.issue_type for i in results.gradient_issues if "std_min" in i.metrics]
     assert found == ([kind] if kind else [])
     assert results.policy_distribution_stats.std_min == pytest.approx(math.exp(log_std), rel=1e-5)
 
@@ -210,7 +210,11 @@ def test_a_policy_that_is_sure_from_the_start_is_found() -> None:
     with torch.no_grad():
         model.action_head.weight.mul_(300)
     results = gf.RLPolicyAnalyzer(model).analyze(lambda: data.states, actor_critic_loss(data), steps=4)
-    worst = [i for i in results.gradient_issues if i.metrics.get("role") == "sure"]
+    worst = [
+        i
+        for i in results.gradient_issues
+        if "entropy_share" in i.metrics or "deterministic_share" in i.metrics
+    ]
     assert [(i.layer, i.issue_type) for i in worst] == [("action_head", gf.IssueType.SATURATION)]
     assert worst[0].severity >= gf.IssueSeverity.MEDIUM
 

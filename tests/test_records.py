@@ -17,6 +17,7 @@ from gradflow.errors import RecordFormatError, UnknownLayerError
 from gradflow.records import (
     ActivationRecord,
     EdgeRecord,
+    Evidence,
     FlowRecord,
     GraphRecord,
     IssueSeverity,
@@ -26,6 +27,7 @@ from gradflow.records import (
     NumericalRecord,
     ParameterRecord,
     Provenance,
+    Role,
     from_plain,
     to_plain,
 )
@@ -282,11 +284,15 @@ def test_what_is_not_a_record_is_refused(text: str, message: str) -> None:
 def test_issues_and_causes_survive_plain_data_too() -> None:
     _, issues, causes = sick_chain()
     issue = attrs.evolve(
-        issues[0], magnitude=float("inf"), metrics={"depth": (1, (2, float("nan"))), "op": "relu"}
+        issues[0],
+        magnitude=float("inf"),
+        metrics={"depth": (1, (2, float("nan"))), "op": "relu"},
+        evidence=Evidence(roles=(Role.BLOCKED, Role.STARVED), origin="", explained_by="fc2", growth=3.0),
     )
     plain = json.loads(json.dumps(to_plain(issue), allow_nan=False))
     again = from_plain(type(issue), plain)
     assert again.magnitude == float("inf")
+    assert again.evidence == issue.evidence
     assert repr(again.metrics) == repr(issue.metrics)
     assert from_plain(type(causes[0]), json.loads(json.dumps(to_plain(causes[0])))) == causes[0]
 

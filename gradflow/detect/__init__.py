@@ -4,6 +4,7 @@ from gradflow.detect.attention.attention import collapsed_attention, growing_log
 from gradflow.detect.attention.depth import collapsed_rank, idle_branches
 from gradflow.detect.attention.heads import redundant_heads, unbalanced_attention
 from gradflow.detect.causes.causes import explain, find_causes
+from gradflow.detect.causes.rules import RULES, Rule
 from gradflow.detect.compose import Detector, all_of, check_detectors, detect, only, remap, without
 from gradflow.detect.defaults import default_detectors
 from gradflow.detect.flow.bottleneck import bottleneck
@@ -24,7 +25,9 @@ from gradflow.detect.policy.policy import (
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
 
 __all__ = [
+    "RULES",
     "Detector",
+    "Rule",
     "all_of",
     "amplifying",
     "bottleneck",

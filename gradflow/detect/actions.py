@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 
-from gradflow.detect.evidence import Flow, activations_of, late, row_gain
+from gradflow.detect.evidence import activations_of, late, row_gain
+from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import ActivationRecord, NumericalRecord
 
@@ -220,7 +221,7 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
     actions: list[str] = []
     if activation.kind == "softmax":
         joint = activation.functional and node_name(activation.layer) not in flow.layers
-        last = not flow.wiring.after(node_name(activation.layer))
+        last = flow.wiring.is_last(node_name(activation.layer))
         if joint or (activation.functional and "attn" in activation.layer.lower()):
             actions.append(
                 "Divide the attention scores by sqrt(head dimension), or normalise queries and keys."
@@ -246,7 +247,7 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
         elif math.isfinite(gain):
             actions.append(f"Scale its weights down: {initialisation(flow, node_name(feeder))}.")
         actions.append(f"Replace the {activation.op} by ReLU or GELU if it is a hidden layer.")
-        if not flow.wiring.after(node_name(activation.layer)):
+        if flow.wiring.is_last(node_name(activation.layer)):
             actions.append("If it is an output: compute the loss on what enters it (BCEWithLogitsLoss).")
     return tuple(actions) or ("Scale down what enters it.",)
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import attrs
 
 from gradflow.detect.defaults import default_detectors
+from gradflow.detect.view import shared_flow
 from gradflow.errors import PipelineError
 from gradflow.records import (
     AnyIssueType,
@@ -45,7 +46,9 @@ def detect(record: FlowRecord, pipeline: Any = None) -> tuple[Issue, ...]:
     ()
     """
     check_record("detect", record)
-    found = [issue for detector in check_detectors(pipeline) for issue in _issues(detector, record)]
+    detectors = check_detectors(pipeline)
+    with shared_flow():
+        found = [issue for detector in detectors for issue in _issues(detector, record)]
     return sorted_issues(record, found)
 
 
@@ -65,10 +68,14 @@ def sorted_issues(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Issue, .
 
 
 def _merged(first: Issue, second: Issue) -> Issue:
-    """Return the graver issue with what the other one adds: its actions, and metrics of other names."""
+    """Return the graver issue with what the other one adds: its actions, evidence, and metrics of other
+    names."""
     actions = dict.fromkeys((*first.recommended_actions, *second.recommended_actions))
     return attrs.evolve(
-        first, recommended_actions=tuple(actions), metrics={**second.metrics, **first.metrics}
+        first,
+        recommended_actions=tuple(actions),
+        metrics={**second.metrics, **first.metrics},
+        evidence=first.evidence.merged(second.evidence),
     )
 
 

@@ -7,6 +7,7 @@ stands in as one chain, and `Wiring.known` is False, so that verdicts can say so
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
@@ -16,6 +17,9 @@ from gradflow.records import EdgeRecord, FlowRecord, GraphRecord, LayerRecord, N
 
 LOSS = "loss"
 MODEL = "(model)"
+# Along a residual stream every later block takes a part of a layer's output. To look at all of them from each
+# layer would take the square of the depth, and one so far away is no neighbour.
+MOST_NEIGHBOURS = 32
 
 
 @attrs.frozen(kw_only=True)
@@ -31,6 +35,8 @@ class Wiring:
         sources: by name, the nodes whose data it takes, along edges that cut the gradient too.
         known: whether this is the graph, and not the order of execution.
         loss: the name of the loss, which is another than `loss` where a layer has that.
+
+    What is called nearest here is at most `MOST_NEIGHBOURS`, those with the fewest operations between first.
     """
 
     nodes: Mapping[str, NodeRecord]
@@ -41,6 +47,7 @@ class Wiring:
     sources: Mapping[str, tuple[str, ...]]
     known: bool
     loss: str = LOSS
+    _fed_by: dict[str, frozenset[str]] = attrs.field(factory=dict, init=False, eq=False, repr=False)
 
     def is_layer(self, name: str) -> bool:
         """Whether a node is a layer call."""
@@ -48,19 +55,27 @@ class Wiring:
 
     def before(self, name: str) -> tuple[str, ...]:
         """Return the nearest layer calls upstream, across the functional ops between."""
-        return tuple(self._nearest(name, self.preds))
+        return tuple(itertools.islice(self._nearest(name, self.preds), MOST_NEIGHBOURS))
+
+    def is_first(self, name: str) -> bool:
+        """Whether no layer call stands upstream of a node."""
+        return next(self._nearest(name, self.preds), None) is None
+
+    def is_last(self, name: str) -> bool:
+        """Whether no layer call stands downstream of a node."""
+        return next(self._nearest(name, self.succs), None) is None
 
     def after(self, name: str) -> tuple[str, ...]:
         """Return the nearest layer calls downstream, across the functional ops between."""
-        return tuple(self._nearest(name, self.succs))
+        return tuple(itertools.islice(self._nearest(name, self.succs), MOST_NEIGHBOURS))
 
     def ops_after(self, name: str) -> tuple[str, ...]:
         """Return the types of the functional ops between a layer call and the next ones downstream."""
-        return self._ops(name, self.succs)
+        return tuple(itertools.islice(self._ops(name, self.succs), MOST_NEIGHBOURS))
 
-    def ops_before(self, name: str) -> tuple[str, ...]:
-        """Return the types of the functional ops between a layer call and the next ones upstream."""
-        return self._ops(name, self.preds)
+    def feeds_op(self, name: str) -> bool:
+        """Whether a functional op takes the output of a layer call."""
+        return next(self._ops(name, self.succs), None) is not None
 
     def upstream(self, name: str) -> frozenset[str]:
         """Return all nodes that feed a node, directly or not."""
@@ -72,12 +87,14 @@ class Wiring:
 
     def fed_by(self, name: str) -> frozenset[str]:
         """Return all nodes whose data reaches a node, whether or not a gradient comes back."""
-        return _closure(name, self.sources)
+        if name not in self._fed_by:
+            self._fed_by[name] = _closure(name, self.sources)
+        return self._fed_by[name]
 
     def _nearest(self, name: str, step: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-        seen, todo = {name}, list(step.get(name, ()))
+        seen, todo = {name}, deque(step.get(name, ()))
         while todo:
-            node = todo.pop(0)
+            node = todo.popleft()
             if node in seen:
                 continue
             seen.add(node)
@@ -86,16 +103,15 @@ class Wiring:
             else:
                 todo.extend(step.get(node, ()))
 
-    def _ops(self, name: str, step: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-        seen, todo, found = {name}, list(step.get(name, ())), []
+    def _ops(self, name: str, step: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+        seen, todo = {name}, deque(step.get(name, ()))
         while todo:
-            node = todo.pop(0)
+            node = todo.popleft()
             if node in seen or self.is_layer(node) or self.nodes[node].kind != "op":
                 continue
             seen.add(node)
-            found.append(self.nodes[node].type)
+            yield self.nodes[node].type
             todo.extend(step.get(node, ()))
-        return tuple(found)
 
 
 def _closure(name: str, step: Mapping[str, tuple[str, ...]]) -> frozenset[str]:

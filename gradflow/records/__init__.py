@@ -1,4 +1,4 @@
-"""The immutable records that every part of gradflow hands to the next, and the two enums.
+"""The immutable records that every part of gradflow hands to the next, and the enums.
 
 A record holds numbers and names, never a tensor and never a verdict, with two exceptions that are
 verdicts by definition: `Issue` and `Cause`. Arrays are read-only NumPy arrays whose first axis is the
@@ -15,6 +15,7 @@ from gradflow.records.attention import (
     BranchRecord,
     TransformerRecord,
 )
+from gradflow.records.evidence import Evidence, Role
 from gradflow.records.fields import (
     NAN,
     Bools,
@@ -72,6 +73,7 @@ __all__ = [
     "BranchRecord",
     "Cause",
     "EdgeRecord",
+    "Evidence",
     "Floats",
     "FlowRecord",
     "GateRecord",
@@ -92,6 +94,7 @@ __all__ = [
     "RecurrenceRecord",
     "RecurrentLevelRecord",
     "ReservoirDynamics",
+    "Role",
     "TransformerRecord",
     "array_field",
     "check_causes",

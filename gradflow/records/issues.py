@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 
 from gradflow.errors import PipelineError, RecordInputError
+from gradflow.records.evidence import Evidence
 from gradflow.records.fields import float_field, mapping_field, to_tuple
 
 
@@ -100,7 +101,7 @@ class IssueSeverity(enum.Enum):
     @property
     def rank(self) -> int:
         """0 for INFO up to 4 for CRITICAL."""
-        return len(IssueSeverity) - 1 - list(IssueSeverity).index(self)
+        return _RANKS[self]
 
     def __lt__(self, other: IssueSeverity) -> bool:
         return self.rank < other.rank
@@ -115,6 +116,9 @@ class IssueSeverity(enum.Enum):
         return self.rank >= other.rank
 
 
+_RANKS = {severity: len(IssueSeverity) - 1 - i for i, severity in enumerate(IssueSeverity)}
+
+
 @attrs.frozen(kw_only=True)
 class Issue:
     """A verdict on one layer.
@@ -127,7 +131,8 @@ class Issue:
         description: one or two sentences with the number that decided it.
         magnitude: that number; its unit is told in the description.
         recommended_actions: what to change, most likely cure first.
-        metrics: the evidence, by name; plain numbers, strings and tuples.
+        metrics: what was measured, by name, for the reader: plain numbers, strings and tuples.
+        evidence: how it came about, as far as it is known, for finding causes.
 
     >>> print(Issue(layer="fc", layer_type="Linear", issue_type=IssueType.DEAD,
     ...             severity=IssueSeverity.HIGH, description="No unit ever fires.", magnitude=1.0,
@@ -147,6 +152,7 @@ class Issue:
     magnitude: float = float_field()
     recommended_actions: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     metrics: Mapping[str, Any] = mapping_field()
+    evidence: Evidence = attrs.field(factory=Evidence)
 
     def __str__(self) -> str:
         name = self.layer or "(model)"

@@ -7,7 +7,7 @@ import pytest
 
 from gradflow.detect import default_detectors, detect
 from gradflow.detect.actions import cut_actions, initialisation, vanishing_actions
-from gradflow.detect.evidence import flow_of
+from gradflow.detect.view import flow_of
 from tests.detect.builders import Layer, activation, decaying, flow_record
 
 

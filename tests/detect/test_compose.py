@@ -25,7 +25,7 @@ from gradflow.detect import (
 )
 from gradflow.errors import PipelineError, RecordInputError
 from gradflow.pipelines import Pipeline, flow
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, issue_type
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role, issue_type
 from tests.detect.builders import Layer, decaying, flow_record
 from tests.samples import make_issue
 
@@ -94,14 +94,34 @@ def test_remap_by_mapping_and_by_function_agree(issues: list[Issue]) -> None:
 
 
 def test_merged_issues_keep_actions_and_metrics_of_both() -> None:
-    grave = make_issue("fc1", recommended_actions=("a",), metrics={"x": 1})
+    grave = make_issue(
+        "fc1",
+        recommended_actions=("a",),
+        metrics={"x": 1},
+        evidence=Evidence(roles=Role.STARVED, num_calls=3),
+    )
     light = make_issue(
-        "fc1", severity=IssueSeverity.LOW, recommended_actions=("b", "a"), metrics={"x": 2, "y": 3}
+        "fc1",
+        severity=IssueSeverity.LOW,
+        recommended_actions=("b", "a"),
+        metrics={"x": 2, "y": 3},
+        evidence=Evidence(roles=Role.ABSORBING, origin="fc2", growth=2.0, num_calls=2),
     )
     (issue,) = detect(RECORD, [finds(light), finds(grave)])
     assert issue.severity is IssueSeverity.CRITICAL
     assert issue.recommended_actions == ("a", "b")
     assert dict(issue.metrics) == {"x": 1, "y": 3}
+    both = (Role.STARVED, Role.ABSORBING)
+    assert issue.evidence == Evidence(roles=both, origin="fc2", growth=2.0, num_calls=3)
+
+
+def test_of_what_becomes_of_a_gradient_merged_issues_keep_what_the_graver_tells() -> None:
+    blocked = make_issue("fc1", evidence=Evidence(roles=Role.BLOCKED, origin="fc2"))
+    silent = make_issue(
+        "fc1", severity=IssueSeverity.LOW, evidence=Evidence(roles=(Role.PARTLY_SILENT, Role.STARVED))
+    )
+    (issue,) = detect(RECORD, [finds(silent), finds(blocked)])
+    assert issue.evidence == Evidence(roles=(Role.BLOCKED, Role.STARVED), origin="fc2")
 
 
 def test_all_of_reports_what_any_reports() -> None:

@@ -8,7 +8,16 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from gradflow.detect.evidence import early, late
-from gradflow.records import AttentionRecord, Bools, Floats, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import (
+    AttentionRecord,
+    Bools,
+    Evidence,
+    Floats,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+)
 
 RESTING = 0.5  # weight on the first key from which a head is taken to rest there
 
@@ -61,7 +70,6 @@ def collapsed_attention(
                 recommended_actions=_calmer(layer, record),
                 metrics={
                     "op": layer.op,
-                    "role": "collapsed",
                     "entropy_share": mean,
                     "entropy": late_mean(layer.entropy, heads),
                     "first_steps": first,
@@ -117,12 +125,12 @@ def saturated_attention(
                 recommended_actions=_calmer(layer, record),
                 metrics={
                     "op": layer.op,
-                    "role": "saturated",
                     "saturated_share": seen,
                     "first_steps": first,
                     "max_attention": largest,
                     "logit_std": late_mean(layer.scores.logit_std, heads),
                 },
+                evidence=Evidence(developed=seen > first + 0.2),
             )
 
     return detector
@@ -173,7 +181,6 @@ def growing_logits(
                 recommended_actions=_calmer(layer, record),
                 metrics={
                     "op": layer.op,
-                    "role": "growing scores",
                     "logit_std": at_end,
                     "first_steps": first,
                     "logit_peak": float(np.nanmax(late_by_head(layer.scores.logit_peak))),

@@ -56,7 +56,6 @@ def collapsed_rank(
                     ),
                     metrics={
                         "op": layer.op,
-                        "role": "alike",
                         "residual": residual,
                         "residual_before": most,
                         "before": at,
@@ -115,7 +114,7 @@ def idle_branches(
                     "Look for a factor that scales the branch down: a gate, a LayerScale, a weight of zero.",
                     "If it is meant to start at zero, see that its last factor is trained, and at what rate.",
                 ),
-                metrics={"role": "idle branch", "share": end, "first_steps": float(known[0])},
+                metrics={"share": end, "first_steps": float(known[0])},
             )
 
     return detector

@@ -67,7 +67,6 @@ def _dead_heads(layer: AttentionRecord, dead: float, some: float) -> Iterable[Is
         ),
         metrics={
             "op": layer.op,
-            "role": "dead heads",
             "heads": tuple(int(h) for h in np.flatnonzero(silent)),
             "output_share": tuple(float(v) for v in given),
             "gradient_share": tuple(float(v) for v in got),
@@ -105,7 +104,6 @@ def _duplicates(layer: AttentionRecord, alike: float, some: float, sharp: float)
         ),
         metrics={
             "op": layer.op,
-            "role": "duplicate heads",
             "heads": tuple(int(h) for h in np.flatnonzero(twins)),
             "head_diversity": late(layer.head_diversity),
             "logit_std": late_mean(layer.scores.logit_std, np.ones(layer.num_heads, dtype=bool)),
@@ -201,7 +199,6 @@ def _imbalance(
         ),
         metrics={
             "op": layer.op,
-            "role": "unbalanced",
             "query_grad": norms[0],
             "key_grad": norms[1],
             "value_grad": norms[2],

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
-from gradflow.detect.causes.explains import PRECEDENCE, roots
-from gradflow.detect.evidence import Flow, flow_of, late
+from gradflow.detect.causes.explains import gathered, roots
+from gradflow.detect.causes.rules import Rule, precedence
+from gradflow.detect.evidence import late
+from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
     Cause,
@@ -16,12 +18,15 @@ from gradflow.records import (
     IssueSeverity,
     IssueType,
     OwnIssueType,
+    Role,
     check_issues,
     check_record,
 )
 
 
-def find_causes(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Cause, ...]:
+def find_causes(
+    record: FlowRecord, issues: Iterable[Issue], *, rules: Iterable[Rule] = ()
+) -> tuple[Cause, ...]:
     """Return what explains the issues, the cause of the gravest and of most first.
 
     Every issue belongs to exactly one cause. See NOTE [Who explains whom] in
@@ -29,7 +34,8 @@ def find_causes(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Cause, ...
 
     Args:
         record: what was measured.
-        issues: what `detect` saw in it.
+        issues: what `detect` saw in it, issues of types and detectors of one's own included.
+        rules: what one issue can bring about, beside what `gradflow.detect.RULES` tells.
 
     Raises:
         RecordInputError: if either is something else.
@@ -38,15 +44,18 @@ def find_causes(record: FlowRecord, issues: Iterable[Issue]) -> tuple[Cause, ...
     ()
     """
     check_record("find_causes", record)
-    return explain(record, check_issues("find_causes", issues))[1]
+    return explain(record, check_issues("find_causes", issues), rules=rules)[1]
 
 
-def explain(record: FlowRecord, issues: Iterable[Issue]) -> tuple[tuple[Issue, ...], tuple[Cause, ...]]:
+def explain(
+    record: FlowRecord, issues: Iterable[Issue], *, rules: Iterable[Rule] = ()
+) -> tuple[tuple[Issue, ...], tuple[Cause, ...]]:
     """Return the issues, victims told so in their description, and the causes.
 
     Args:
         record: what was measured.
         issues: what `detect` saw in it.
+        rules: as for `find_causes`.
 
     Returns:
         The issues in the order given, and the causes as `find_causes` gives them; the issues in the causes
@@ -60,14 +69,15 @@ def explain(record: FlowRecord, issues: Iterable[Issue]) -> tuple[tuple[Issue, .
     if not given:
         return (), ()
     flow = flow_of(record)
-    root = roots(flow, given)
+    root = roots(flow, given, rules)
     amended = tuple(
         issue if root[i] == i else _amended(issue, given[root[i]]) for i, issue in enumerate(given)
     )
+    trail = _Trail(flow)
     groups: dict[int, list[int]] = {}
     for i, r in enumerate(root):
         groups.setdefault(r, []).append(i)
-    causes = [_cause(flow, amended, r, sorted(members)) for r, members in groups.items()]
+    causes = [_cause(trail, amended, r, sorted(members)) for r, members in groups.items()]
     return amended, tuple(sorted(causes, key=_rank(flow)))
 
 
@@ -77,13 +87,14 @@ def explain(record: FlowRecord, issues: Iterable[Issue]) -> tuple[tuple[Issue, .
 def _amended(issue: Issue, cause: Issue) -> Issue:
     name = cause.layer or "(model)"
     text = f"{issue.description} Explained by {cause.issue_type.value} in {name}."
-    return attrs.evolve(issue, description=text, metrics={**issue.metrics, "explained_by": cause.layer})
+    evidence = attrs.evolve(issue.evidence, explained_by=cause.layer)
+    return attrs.evolve(issue, description=text, evidence=evidence)
 
 
-def _cause(flow: Flow, issues: Sequence[Issue], root: int, members: Sequence[int]) -> Cause:
+def _cause(trail: _Trail, issues: Sequence[Issue], root: int, members: Sequence[int]) -> Cause:
     issue = issues[root]
     others = [issues[i] for i in members if i != root]
-    confidence, reason = _confidence(flow, issue, len(others))
+    confidence, reason = _confidence(trail.flow, issue, len(others))
     return Cause(
         layer=issue.layer,
         issue_type=issue.issue_type,
@@ -91,18 +102,18 @@ def _cause(flow: Flow, issues: Sequence[Issue], root: int, members: Sequence[int
         issues=(issue, *others),
         confidence=confidence,
         reason=reason,
-        evidence=_evidence(flow, issue, others),
+        evidence=trail.evidence(issue, others),
     )
 
 
 def _confidence(flow: Flow, issue: Issue, explained: int) -> tuple[float, str]:
     """By what the verdict rests on: read off exactly, measured against others, or in the order of
     execution."""
-    metrics = issue.metrics
-    if issue.issue_type is IssueType.NUMERICAL and metrics.get("op"):
+    known = issue.evidence
+    if issue.issue_type is IssueType.NUMERICAL and known.op:
         return 0.97, "the operation that made it was seen"
-    if metrics.get("role") in ("cut off", "never called"):
-        sure = bool(metrics.get("op")) or metrics.get("role") == "never called"
+    if known.plays(Role.CUT, Role.UNUSED):
+        sure = bool(known.op) or known.plays(Role.UNUSED)
         return (
             (0.95, "read off the wiring")
             if sure
@@ -110,7 +121,7 @@ def _confidence(flow: Flow, issue: Issue, explained: int) -> tuple[float, str]:
         )
     if issue.severity < IssueSeverity.MEDIUM:
         return 0.3, "the evidence is weak, or it may be by design"
-    if isinstance(issue.issue_type, OwnIssueType):
+    if isinstance(issue.issue_type, OwnIssueType) and not explained:
         return 0.5, "a type of one's own: what it can bring about, or what brings it about, is not known"
     if not flow.wiring.known:
         return 0.5, "no layer graph: the order of execution stood in for it"
@@ -123,31 +134,40 @@ def _confidence(flow: Flow, issue: Issue, explained: int) -> tuple[float, str]:
     return 0.7, "measured against the other layers; it explains no other issue"
 
 
-def _evidence(flow: Flow, issue: Issue, others: Sequence[Issue], most: int = 12) -> tuple[str, ...]:
-    """The path from the loss to the cause and on to what it explains, one line a layer."""
-    at = node_name(issue.layer)
-    places = {at, *(node_name(i.layer) for i in others)}
-    behind = flow.wiring.downstream(at)
-    on_path = [
-        node
-        for node in reversed(flow.wiring.order)
-        if node in flow.layers
-        and not flow.layers[node].composite
-        and (node in places or (node in behind and flow.wiring.loss in flow.wiring.succs[node]))
-    ]
-    lines = []
-    for node in on_path[:most]:
-        layer = flow.layers[node]
-        norm, rms = late(flow.grad[node]), late(layer.output_rms)
-        if layer.reached.any():
+class _Trail:
+    """The path from the loss to a cause and on to what it explains."""
+
+    def __init__(self, flow: Flow) -> None:
+        wires = flow.wiring
+        self.flow = flow
+        self.place = {node: i for i, node in enumerate(wires.order)}
+        # By node, which of the layer calls at the loss it feeds, as bits.
+        self.ends = {n: 1 << i for i, n in enumerate(wires.preds.get(wires.loss, ())) if n in flow.layers}
+        self.feeds = gathered(reversed(wires.order), wires.succs, self.ends)
+
+    def evidence(self, issue: Issue, others: Sequence[Issue], most: int = 12) -> tuple[str, ...]:
+        """Return what was seen along the path, one line a layer, the nearest to the loss first."""
+        flow, at = self.flow, node_name(issue.layer)
+        reached = self.feeds.get(at, 0)
+        nodes = {
+            at,
+            *(node_name(i.layer) for i in others),
+            *(n for n, bit in self.ends.items() if reached & bit),
+        }
+        known = [n for n in nodes if n in self.place and n in flow.layers and not flow.layers[n].composite]
+        on_path = sorted(known, key=lambda n: -self.place[n])
+        lines = []
+        for node in on_path[:most]:
+            layer = flow.layers[node]
+            norm, rms = late(flow.grad[node]), late(layer.output_rms)
             seen = f"gradient norm {norm:.2e}, output rms {rms:.2e}"
-        else:
-            seen = "no path from the loss"
-        mark = " (cause)" if node == at else ""
-        lines.append(f"{layer_name(node) or '(model)'} ({layer.type}): {seen}{mark}")
-    if len(on_path) > most:
-        lines.append(f"... {len(on_path) - most} more")
-    return tuple(lines)
+            if not layer.reached.any():
+                seen = "no path from the loss"
+            mark = " (cause)" if node == at else ""
+            lines.append(f"{layer_name(node) or '(model)'} ({layer.type}): {seen}{mark}")
+        if len(on_path) > most:
+            lines.append(f"... {len(on_path) - most} more")
+        return tuple(lines)
 
 
 def _rank(flow: Flow) -> Callable[[Cause], tuple[int, int, int, int, str, str]]:
@@ -157,7 +177,7 @@ def _rank(flow: Flow) -> Callable[[Cause], tuple[int, int, int, int, str, str]]:
         return (
             -first.severity.rank,
             -sum(issue.severity.rank for issue in cause.issues),
-            PRECEDENCE.get(cause.issue_type, len(PRECEDENCE)),  # types of one's own last
+            precedence(first),
             -(layer.order if layer else 0),
             cause.layer,
             cause.issue_type.value,

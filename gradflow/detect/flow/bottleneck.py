@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 import numpy as np
 
 from gradflow.detect.actions import narrow_actions, rectified_actions, smoothing_actions
-from gradflow.detect.evidence import (
-    RECTIFIERS,
-    Flow,
-    activations_of,
-    flow_of,
-    heads,
-    kept_at_least,
-    late,
-    middle,
-    shares,
-)
+from gradflow.detect.evidence import RECTIFIERS, activations_of, heads, kept_at_least, late, middle, shares
+from gradflow.detect.view import Flow, flow_of
 from gradflow.graph.queries.dominators import immediate_dominators
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
 
 MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum", "mean")
 
@@ -74,8 +65,8 @@ def bottleneck(
             return []
         passages = _passages(flow)
         waists = _waists(flow, passages, ratio)
-        narrow = [_waist_issue(flow, waist, rank_excess, lost_samples) for waist in waists]
-        return [*(i for i in narrow if i), *_smoothing(flow, passages, alike, alike_fall)]
+        narrow = _narrow(flow, waists, rank_excess, lost_samples)
+        return [*narrow, *_smoothing(flow, passages, alike, alike_fall)]
 
     return detector
 
@@ -111,7 +102,7 @@ def _passages(flow: Flow) -> list[str]:
             a = above[a]
         return a
 
-    entries = [n for n in wires.order if n in flow.layers and n in depth and not wires.before(n)]
+    entries = [n for n in wires.order if n in flow.layers and n in depth and wires.is_first(n)]
     only_entry = entries if len({flow.layers[n].module for n in entries}) == 1 else []
     common: dict[str, str] = {}  # of all nodes before a node
     feeds: dict[str, bool] = {}  # whether any layer before a node is to be trained
@@ -161,14 +152,30 @@ def _waists(flow: Flow, passages: list[str], ratio: float) -> list[_Waist]:
     ]
 
 
-def _waist_issue(flow: Flow, waist: _Waist, rank_excess: float, lost_samples: float) -> Issue | None:
+def _narrow(flow: Flow, waists: list[_Waist], rank_excess: float, lost_samples: float) -> list[Issue]:
+    if not waists:
+        return []
+    same_size = _gives_back_its_input(flow)
+    # One number is narrow by no design, unless no more comes out: it can put things in a row, and no more.
+    most = max((_width(flow, n) for n in heads(flow)), default=0)
+    calls: dict[str, list[str]] = {}  # by module
+    for node, layer in flow.layers.items():
+        calls.setdefault(layer.module, []).append(node)
+    issues = []
+    for waist in waists:
+        by_design = same_size or _takes_data_too(flow, waist.node, calls)
+        single = waist.width == 1 and most > 2
+        issues.append(_waist_issue(flow, waist, rank_excess, lost_samples, by_design, single))
+    return issues
+
+
+def _waist_issue(
+    flow: Flow, waist: _Waist, rank_excess: float, lost_samples: float, by_design: bool, single: bool
+) -> Issue:
     layer = flow.layers[waist.node]
     needed = _rank_behind(flow, waist.node)
     lost, fired = _stopped(flow, waist)
-    by_design = _gives_back_its_input(flow) or _takes_data_too(flow, waist.node)
     needs_more = needed > rank_excess * waist.width and not by_design
-    # One number is narrow by no design, unless no more comes out: it can put things in a row, and no more.
-    single = waist.width == 1 and max((_width(flow, n) for n in heads(flow)), default=0) > 2
     if lost >= lost_samples:
         severity = IssueSeverity.MEDIUM
         why = (
@@ -208,9 +215,8 @@ def _waist_issue(flow: Flow, waist: _Waist, rank_excess: float, lost_samples: fl
             "width_behind": waist.behind,
             "effective_rank_behind": needed,
             "samples_stopped": lost,
-            "undecided": severity is IssueSeverity.INFO and not math.isfinite(needed),
-            "role": "waist",
         },
+        evidence=Evidence(undecided=severity is IssueSeverity.INFO and not math.isfinite(needed)),
     )
 
 
@@ -230,13 +236,13 @@ def _rank_behind(flow: Flow, node: str) -> float:
     return max(ranks, default=math.nan)
 
 
-def _takes_data_too(flow: Flow, node: str) -> bool:
+def _takes_data_too(flow: Flow, node: str, calls: Mapping[str, Sequence[str]]) -> bool:
     """Whether what stands behind a waist is also called on something that does not come through it: a critic
     or a discriminator, which sees the data and its imitation. The data then set the width."""
-    behind = {flow.layers[n].module for n in flow.wiring.after(node) if n in flow.layers}
-    calls = [n for n, layer in flow.layers.items() if layer.module in behind]
-    same = {n for n, layer in flow.layers.items() if layer.module == flow.layers[node].module}
-    return any(not (same & flow.wiring.upstream(n)) for n in calls)
+    behind = [n for n in flow.wiring.after(node) if n in flow.layers]
+    others = {n for b in behind for n in calls[flow.layers[b].module]}.difference(behind)
+    same = set(calls[flow.layers[node].module])
+    return any(not (same & flow.wiring.upstream(n)) for n in others)
 
 
 def _gives_back_its_input(flow: Flow) -> bool:
@@ -244,7 +250,7 @@ def _gives_back_its_input(flow: Flow) -> bool:
     taken = {
         p.shape[1]
         for node in flow.layers
-        if flow.has_matrix(node) and not flow.is_table(node) and not flow.wiring.before(node)
+        if flow.has_matrix(node) and not flow.is_table(node) and flow.wiring.is_first(node)
         for p in flow.parameters_of(node)
         if len(p.shape) >= 2
     }
@@ -286,7 +292,7 @@ def _smoothing(flow: Flow, passages: list[str], alike: float, fall: float) -> li
             continue
         if variation > alike or most[node] < fall * max(variation, alike):
             continue
-        if mixed[node] < 2 or not wires.after(node):
+        if mixed[node] < 2 or wires.is_last(node):
             continue
         return [] if starved[node] else [_smoothing_issue(flow, node, variation, most[node], mixed[node])]
     return []
@@ -315,5 +321,5 @@ def _smoothing_issue(flow: Flow, node: str, variation: float, most: float, times
         "and no gradient can bring it back.",
         magnitude=variation,
         recommended_actions=smoothing_actions(layer.name, times),
-        metrics={"variation": variation, "variation_before": most, "num_mixings": times, "role": "alike"},
+        metrics={"variation": variation, "variation_before": most, "num_mixings": times},
     )

@@ -14,25 +14,20 @@ from gradflow.detect.actions import (
     rectifier_actions,
     zero_actions,
 )
-from gradflow.detect.evidence import (
-    RECTIFIERS,
-    Flow,
-    activations_of,
-    flow_of,
-    largest_gradient,
-    late,
-    typical_zero,
-)
+from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
+from gradflow.detect.flow.zeros import zeros_of
+from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
     ActivationRecord,
-    Floats,
+    Evidence,
     FlowRecord,
     Issue,
     IssueSeverity,
     IssueType,
     LayerRecord,
     ParameterRecord,
+    Role,
 )
 
 
@@ -60,7 +55,8 @@ def dead(
     ran would call it on a branch not taken, it may belong to another kind of batch, such as a vision tower
     without images, and only an optimizer that holds it says that it is meant to train on these: LOW without.
 
-    Looks alike and is not: frozen parameters, and those of another optimizer; a head or an expert that other
+    Looks alike and is not: a gradient that has become too small for its format on a long way, which is
+    VANISHING; frozen parameters, and those of another optimizer; a head or an expert that other
     batches use; rows of an embedding that no token asked for; a bias under a softmax or before a batch norm,
     whose gradient is zero but for rounding; a bounded loss that is met by most samples; a rectifier in the
     loss (a hinge), which is meant to be off; half of the units off at a time, which is what a rectifier does.
@@ -80,7 +76,7 @@ def dead(
         flow = flow_of(record)
         zero = _all_zero(flow, min_updates)
         # A layer whose gradient is zero because none of its units fires is told once.
-        told = {issue.layer for issue in zero if issue.metrics["role"] == "source"}
+        told = {issue.layer for issue in zero if issue.evidence.plays(Role.BLOCKING)}
         silent = [i for i in _silent_units(flow, threshold, some, few) if i.layer not in told]
         return [*_never_called(flow), *_cut_off(flow), *zero, *silent]
 
@@ -120,12 +116,8 @@ def _never_called(flow: Flow) -> list[Issue]:
                 f"({len(names)} module(s)) never change.{branch}",
                 magnitude=float(number),
                 recommended_actions=never_called_actions(container),
-                metrics={
-                    "modules": tuple(names),
-                    "num_parameters": number,
-                    "passed_by": aside,
-                    "role": "never called",
-                },
+                metrics={"modules": tuple(names), "num_parameters": number, "passed_by": aside},
+                evidence=Evidence(roles=Role.UNUSED),
             )
         )
     return issues
@@ -180,8 +172,8 @@ def _cut_issue(flow: Flow, node: str, layer: LayerRecord, wanted: Sequence[Param
             "reason": reason,
             "num_parameters": number,
             "parameters": tuple(p.name for p in wanted),
-            "role": "cut off",
         },
+        evidence=Evidence(roles=Role.CUT, op=op),
     )
 
 
@@ -192,78 +184,26 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
     issues = []
     told: set[str] = set()
     updates = flow.record.steps - 1 if flow.record.provenance.optimizer else 0
-    scale, muted = largest_gradient(flow), _muted(flow)
+    zeros = zeros_of(flow)
     for node, layer in flow.layers.items():
         wanted = [p for p in flow.trainable(node) if p.reached.any()]
         if not wanted or layer.module in told:
             continue
         if not all(
-            typical_zero(p.grad_norm, scale, at_end=updates >= min_updates, muted=node in muted)
+            typical_zero(p.grad_norm, zeros.scale, at_end=updates >= min_updates, muted=node in zeros.muted)
             for p in wanted
         ):
             continue
         told.add(layer.module)
-        why, at = ("one feature", muted[node]) if node in muted else _blocked_by(flow, node, scale)
+        why, at = zeros.blocked_by(flow, node)
+        if why == "underflow":  # the end of a long decay, which is VANISHING
+            continue
         if why in ("rectifier", "one alternative", "one feature"):
             severity = IssueSeverity.CRITICAL
         else:
             severity = IssueSeverity.HIGH if updates >= min_updates else IssueSeverity.INFO
         issues.append(_zero_issue(flow, node, wanted, why, at, severity, updates))
     return issues
-
-
-def _muted(flow: Flow) -> dict[str, str]:
-    """Nodes whose every way to the loss goes through a norm over one feature, which gives its bias whatever
-    comes in, with the node before it."""
-    wires = flow.wiring
-    constant = {
-        n
-        for n in flow.norms
-        if flow.layers[n].type == "LayerNorm"
-        and flow.layers[n].shape[-1:] == (1,)
-        and all(p.num_elements == 1 for p in flow.parameters_of(n))
-    }
-    found: dict[str, str] = {}
-    for node in reversed(wires.order) if constant else ():
-        behind = wires.succs[node]
-        if behind and all(s in constant or s in found for s in behind):
-            found[node] = next((found[s] for s in behind if s in found), node)
-    return found
-
-
-def _blocked_by(flow: Flow, node: str, scale: Floats) -> tuple[str, str]:
-    """Why the gradients of a layer's parameters are zero, and the layer call that makes them so.
-
-    The gradient is followed from the layer to the first place, seen from there, that gets some.
-    """
-    here, seen = node, {node}
-    while True:
-        if not typical_zero(flow.grad[here], scale, at_end=True):
-            source = next((u for u in flow.wiring.before(here) if _silent(flow, u)), "")
-            return ("zero input", source) if here == node else ("upstream", here)
-        for activation in activations_of(flow, here):
-            if activation.kind == "softmax" and activation.width == 1:
-                return "one alternative", here
-            if _is_dead(activation) or (activation.kind == "rectifier" and late(activation.fired_share) == 0):
-                return "rectifier", here
-        behind = [n for n in flow.wiring.after(here) if n not in seen]
-        if not behind:
-            return "loss", here
-        # Where several layers take its output, all of them give zero; the one that gets some tells why.
-        live = [n for n in behind if n in flow.grad and not typical_zero(flow.grad[n], scale, at_end=True)]
-        for n in live:
-            zero = [p for p in flow.parameters_of(n) if len(p.norm) and late(p.norm) == 0]
-            return ("zero weight", n) if zero else ("operation", n)
-        here = behind[0]
-        seen.add(here)
-
-
-def _silent(flow: Flow, node: str) -> bool:
-    return node in flow.layers and late(flow.layers[node].output_rms) == 0
-
-
-def _is_dead(activation: ActivationRecord) -> bool:
-    return activation.kind == "rectifier" and activation.never_fired == 1.0
 
 
 _WHY = {
@@ -274,7 +214,6 @@ _WHY = {
     "zero input": "its own output gets a gradient, but what enters it is zero",
     "operation": "it is lost between here and {at}, in a functional operation",
     "loss": "the loss hands back exactly zero",
-    "upstream": "it is lost at {at}",
 }
 
 
@@ -309,13 +248,15 @@ def _zero_issue(
         recommended_actions=zero_actions(flow, node, why, at),
         metrics={
             "why": why,
-            "at": layer_name(at),
             "num_parameters": number,
             "num_updates": updates,
-            "input_zero": late(layer.input_rms) == 0,
-            "alive_at_start": any(np.any(p.grad_norm > 0) for p in wanted),
-            "role": "source" if at == node else "zero",
         },
+        evidence=Evidence(
+            roles=Role.BLOCKING if at == node else Role.BLOCKED,
+            origin=layer_name(at) if at else None,
+            developed=any(np.any(p.grad_norm > 0) for p in wanted),
+            no_input=why == "zero input" or late(layer.input_rms) == 0,
+        ),
     )
 
 
@@ -353,7 +294,7 @@ def _rectifiers(flow: Flow) -> dict[str, list[ActivationRecord]]:
             continue
         node = node_name(activation.layer)
         # With no layer behind it, a rectifier that is a function is a part of the loss: a hinge.
-        if activation.functional and flow.wiring.known and not flow.wiring.after(node):
+        if activation.functional and flow.wiring.known and flow.wiring.is_last(node):
             continue
         layer = flow.layers.get(node)
         if layer is not None and not layer.output_finite.all():  # a NaN does not fire either
@@ -387,8 +328,10 @@ def _silent_issue(
             "never_fired": share,
             "num_units": activation.num_units,
             "fired_share": now,
-            "alive_at_start": bool(np.any(activation.fired_share > 0)) and share == 1,
             "op": activation.op,
-            "role": "silent units",
         },
+        evidence=Evidence(
+            roles=Role.SILENT if share == 1 else Role.PARTLY_SILENT,
+            developed=bool(np.any(activation.fired_share > 0)) and share == 1,
+        ),
     )

@@ -18,4 +18,4 @@ def needs_depth(record: FlowRecord, issues: Iterable[Issue]) -> bool:
     """
     if record.graph_record is None or record.graph_record.measured:
         return False
-    return any(issue.metrics.get("undecided") for issue in issues)
+    return any(issue.evidence.undecided for issue in issues)

@@ -11,11 +11,9 @@ import numpy as np
 
 from gradflow.detect.actions import dominance_actions, exploding_actions, far_actions
 from gradflow.detect.evidence import (
-    Flow,
     Shares,
     activations_of,
     early,
-    flow_of,
     heads,
     kept_at_most,
     late,
@@ -25,8 +23,9 @@ from gradflow.detect.evidence import (
     total_gradient,
 )
 from gradflow.detect.flow.recurrent_weights import memory
+from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name
-from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 
 def exploding(
@@ -102,7 +101,10 @@ def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
     severity = _severity(total, threshold)
     start = early(seen.share[peak][:3])
     part = _part(amplifiers)
-    return [_issue(flow, a, path, total, start, severity, part) for a in strong]
+    first: dict[str, str] = {}  # by module
+    for node in sorted(flow.layers, key=lambda n: flow.layers[n].order):
+        first.setdefault(flow.layers[node].module, node)
+    return [_issue(flow, a, first[a.module], path, total, start, severity, part) for a in strong]
 
 
 def _typical(values: np.ndarray) -> float:
@@ -125,7 +127,7 @@ def _amplifiers(flow: Flow, path: Sequence[str], grown: dict[str, float]) -> lis
     for before, node in itertools.pairwise(path):
         if grown[before] > 0 and grown[node] > 0:
             growth = grown[before] / grown[node]
-            at = node if _amplifies(flow, node, growth) or not flow.wiring.ops_after(before) else before
+            at = node if _amplifies(flow, node, growth) or not flow.wiring.feeds_op(before) else before
             booked.setdefault(flow.layers[at].module, []).append((math.log(growth), at))
     return [
         _Amplifier(
@@ -158,6 +160,7 @@ def _amplifies(flow: Flow, node: str, growth: float) -> bool:
 def _issue(
     flow: Flow,
     amplifier: _Amplifier,
+    first: str,
     path: Sequence[str],
     total: float,
     start: float,
@@ -166,8 +169,7 @@ def _issue(
 ) -> Issue:
     calls = len(amplifier.nodes)
     # The growth of a first call has nothing before it to show in; it is still the module that amplifies.
-    same = [n for n in flow.layers if flow.layers[n].module == amplifier.module]
-    node = min(same if calls > 1 else amplifier.nodes, key=lambda n: flow.layers[n].order)
+    node = first if calls > 1 else amplifier.nodes[0]
     layer, growth = flow.layers[node], math.exp(amplifier.growth)
     across = f"over its {calls} calls" if calls > 1 else "on its way through"
     forward = _forward_growth(flow, path)
@@ -190,9 +192,13 @@ def _issue(
             "row_gain": row_gain(flow, node),
             "forward_growth": forward,
             "growth_at_start": start,
-            "elsewhere": bool(part) and not layer.module.startswith(f"{part}."),
-            "role": "amplifies",
         },
+        evidence=Evidence(
+            num_calls=calls,
+            developed=start < total / 10,
+            growth=growth,
+            elsewhere=bool(part) and not layer.module.startswith(f"{part}."),
+        ),
     )
 
 
@@ -222,6 +228,7 @@ def _runaway(flow: Flow, threshold: float) -> list[Issue]:
                 magnitude=kept.kept,
                 recommended_actions=exploding_actions(flow, node, calls=kept.steps),
                 metrics={"growth": kept.kept, "kept_per_step": kept.rate, "num_steps": kept.steps},
+                evidence=Evidence(growth=kept.kept),
             )
         )
     return issues
@@ -241,10 +248,11 @@ def _large_weights(flow: Flow, threshold: float) -> list[Issue]:
             continue
         if rms[node] < threshold * middle(layer.input_rms):  # its input is such that it does not
             continue
-        if flow.wiring.before(node) or flow.is_table(node) or _tamed(flow, node):
+        if not flow.wiring.is_first(node) or flow.is_table(node) or _tamed(flow, node):
             continue
         others = [value for other, value in rms.items() if other != node and value > 0]
         severity = IssueSeverity.HIGH if gain >= threshold**2 else IssueSeverity.MEDIUM
+        start = row_gain(flow, node, at=lambda norms: float(norms[0]))
         issues.append(
             Issue(
                 layer=layer.name,
@@ -258,11 +266,11 @@ def _large_weights(flow: Flow, threshold: float) -> list[Issue]:
                 metrics={
                     "row_gain": gain,
                     "total_growth": gain,
-                    "growth_at_start": row_gain(flow, node, at=lambda norms: float(norms[0])),
+                    "growth_at_start": start,
                     "output_rms": rms[node],
                     "median_output_rms": float(np.median(others)) if others else math.nan,
-                    "role": "weights",
                 },
+                evidence=Evidence(developed=start < gain / 10),
             )
         )
     return issues
@@ -283,12 +291,16 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
     strength = {node: middle(flow.grad[node]) for node in ends}
     strongest = max(ends, key=lambda node: (strength[node], node))
     trunk = flow.wiring.upstream(strongest)
+    shared = {n for n in trunk if n in flow.layers and flow.trainable(n)}
+    fed: dict[
+        str, bool
+    ] = {}  # by node, whether something to be trained feeds it that feeds the strongest too
+    for node in flow.wiring.order:
+        fed[node] = any(n in shared or fed[n] for n in flow.wiring.preds[node])
     rivals = [
         node
         for node in ends
-        if flow.layers[node].module != flow.layers[strongest].module
-        and any(flow.trainable(n) for n in trunk & flow.wiring.upstream(node) if n in flow.layers)
-        and strength[node] > 0
+        if flow.layers[node].module != flow.layers[strongest].module and fed[node] and strength[node] > 0
     ]
     if not rivals:
         return []
@@ -310,7 +322,7 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
             f"output: {off:.3g}).",
             magnitude=ratio,
             recommended_actions=dominance_actions(layer.name, layer_name(rival), ratio),
-            metrics={"dominance": ratio, "off_scale": off, "rival": layer_name(rival), "role": "dominates"},
+            metrics={"dominance": ratio, "off_scale": off, "rival": layer_name(rival)},
         )
     ]
 
@@ -348,6 +360,7 @@ def _far_targets(flow: Flow, off_scale: float) -> list[Issue]:
             f"{off:.3g} at the first step), and the steps that follow blow it up.",
             magnitude=off,
             recommended_actions=far_actions(layer.name, record.provenance.learning_rates),
-            metrics={"off_scale": off, "role": "far targets"},
+            metrics={"off_scale": off},
+            evidence=Evidence(roles=Role.OFF_SCALE),
         )
     ]

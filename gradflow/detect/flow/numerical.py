@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from gradflow.detect.actions import numerical_actions
-from gradflow.detect.evidence import Flow, flow_of
+from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
-from gradflow.records import Bools, FlowRecord, Issue, IssueSeverity, IssueType, NumericalRecord
+from gradflow.records import (
+    Bools,
+    Evidence,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    NumericalRecord,
+    Role,
+)
+
+# Operations that leave the range of floats for reasons of their own; in others, such as a product or a
+# sum, it is what enters that has become too large.
+_OWN_DOMAIN = ("exp", "log", "sqrt", "div", "norm", "pow", "softmax", "attention", "acos", "mean", "where")
+_HUGE = 1e15  # the square of a float32 overflows at 1e19
 
 
 def numerical() -> Callable[[FlowRecord], Iterable[Issue]]:
@@ -89,7 +104,19 @@ def _issue(flow: Flow, layer: str, found: Sequence[NumericalRecord], broken: Boo
             "line": first.line,
             "loss_finite": first.loss_finite,
         },
+        evidence=Evidence(roles=_roles(first), op=first.op, developed=first.step > 0),
     )
+
+
+def _roles(birth: NumericalRecord) -> tuple[Role, ...]:
+    """Whether the operation is at fault, or what came in from outside; neither where what entered it had
+    become too large before."""
+    entered = (abs(value) for value in (birth.input_min, birth.input_max))
+    # No operation takes numbers that are huge: what made them is at fault.
+    takes = not any(math.isfinite(value) and value > _HUGE for value in entered)
+    if takes and any(word in birth.op.lower() for word in _OWN_DOMAIN):
+        return (Role.UNDEFINED,)
+    return (Role.GIVEN,) if birth.phase in ("input", "parameter") else ()
 
 
 def _born(birth: NumericalRecord) -> str:
@@ -133,4 +160,5 @@ def _unborn(flow: Flow, broken: Bools) -> Issue:
         magnitude=float(broken.mean()),
         recommended_actions=numerical_actions(None),
         metrics={"phase": phase, "step": step, "loss_finite": bool(np.isfinite(flow.record.losses[step]))},
+        evidence=Evidence(developed=step > 0),
     )

@@ -18,7 +18,8 @@ import math
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import Flow, late, middle
+from gradflow.detect.evidence import late, middle
+from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
 from gradflow.records import Floats, RecurrenceRecord, RecurrentLevelRecord
 

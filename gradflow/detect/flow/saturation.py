@@ -10,10 +10,11 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import gate_actions, saturation_actions
-from gradflow.detect.evidence import Flow, early, flow_of, late, loss_fell, middle, row_gain
+from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.recurrent_weights import gate_drive
+from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
-from gradflow.records import ActivationRecord, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import ActivationRecord, Evidence, FlowRecord, Issue, IssueSeverity, IssueType
 
 
 def saturation(
@@ -84,6 +85,7 @@ def _issue(
     trend = f" It was {first:.0%} in the first steps." if seen > first + 0.2 else ""
     calm = " The loss has fallen by more than half meanwhile: it may simply be sure." if learned else ""
     feeder = _feeder(flow, activation)
+    fed_by = node_name(feeder)
     return Issue(
         layer=activation.layer,
         layer_type=layer.type if layer else activation.op,
@@ -101,15 +103,17 @@ def _issue(
             "input_rms": middle(activation.input_rms),
             "op": activation.op,
             "fed_by": feeder,
-            "feeder_row_gain": row_gain(flow, node_name(feeder)) if feeder in _names(flow) else math.nan,
+            "feeder_row_gain": row_gain(flow, fed_by) if fed_by in flow.layers else math.nan,
         },
+        evidence=Evidence(developed=seen > first + 0.2),
     )
 
 
 def _worst(calls: Sequence[Issue]) -> Issue:
     """Of several calls of one module, the worst, which then speaks for all."""
     worst = max(calls, key=lambda issue: issue.magnitude)
-    return attrs.evolve(worst, metrics={**worst.metrics, "num_calls": len(calls)})
+    evidence = attrs.evolve(worst.evidence, num_calls=len(calls))
+    return attrs.evolve(worst, metrics={**worst.metrics, "num_calls": len(calls)}, evidence=evidence)
 
 
 def _driven_gates(flow: Flow, share: float) -> list[Issue]:
@@ -135,15 +139,12 @@ def _driven_gates(flow: Flow, share: float) -> list[Issue]:
     return issues
 
 
-def _names(flow: Flow) -> frozenset[str]:
-    return frozenset(layer.name for layer in flow.layers.values())
-
-
 def _has_learned(flow: Flow, activation: ActivationRecord, first: float, seen: float) -> bool:
     """Whether an output has become sure within the run while its loss fell by half."""
-    last = not any(flow.parameters_of(n) for n in flow.wiring.downstream(node_name(activation.layer))
-                   if n in flow.layers)  # fmt: skip
-    return last and seen > first + 0.2 and loss_fell(flow.record)
+    if not seen > first + 0.2 or not loss_fell(flow.record):
+        return False
+    behind = flow.wiring.downstream(node_name(activation.layer))
+    return not any(flow.parameters_of(n) for n in behind if n in flow.layers)
 
 
 def _feeder(flow: Flow, activation: ActivationRecord) -> str:

@@ -9,8 +9,9 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
-from gradflow.detect.evidence import Flow, flow_of, late, middle, total_gradient
-from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.detect.evidence import late, middle, total_gradient
+from gradflow.detect.view import Flow, flow_of
+from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 
 def unstable(
@@ -142,8 +143,8 @@ def _jumps(
                 "step": found.step,
                 "series": name,
                 "optimizer": record.provenance.optimizer,
-                "role": "jumps",
             },
+            evidence=Evidence(roles=Role.JUMPING if stepped else ()),
         )
     ]  # fmt: skip
 
@@ -175,8 +176,8 @@ def _risen(flow: Flow, risen: float) -> list[Issue]:
                 "series": "loss",
                 "step": 1,
                 "optimizer": record.provenance.optimizer,
-                "role": "jumps",
             },
+            evidence=Evidence(roles=Role.JUMPING),
         )
     ]
 
@@ -218,7 +219,7 @@ def _small_batch_norms(flow: Flow, few_values: int) -> list[Issue]:
                    "where they are close." if few else "its statistics are noisy."),
                 magnitude=values if math.isfinite(values) else 0.0,
                 recommended_actions=batch_norm_actions(values),
-                metrics={"values_per_channel": values, "role": "batch statistics"},
+                metrics={"values_per_channel": values},
             )
         )  # fmt: skip
     return issues

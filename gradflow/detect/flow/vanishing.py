@@ -8,23 +8,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import attrs
 
 from gradflow.detect.actions import forgetful_actions, vanishing_actions
-from gradflow.detect.evidence import (
-    Flow,
-    Shares,
-    activations_of,
-    early,
-    flow_of,
-    kept_at_least,
-    late,
-    row_gain,
-    shares,
-)
+from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
+from gradflow.detect.flow.falls import falls_of, known
 from gradflow.detect.flow.recurrent_weights import memory
-from gradflow.detect.wiring import layer_name
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.detect.flow.zeros import zeros_of
+from gradflow.detect.view import Flow, flow_of
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 _SHAPES = ("view", "reshape", "expand", "transpose", "permute", "squeeze", "clone", "split", "select")
-LOCAL = 1e-2  # what a layer must fall short of its kind to be named: out of any usual initialisation's range
 
 
 def vanishing(
@@ -51,7 +42,8 @@ def vanishing(
 
     Looks alike and is not: a branch beside a path that carries the gradient (zero or tiny gates, LayerScale);
     the modest decay of a stack at PyTorch's default initialisation; the fall behind a pooling; a small last
-    layer (policy heads at gain 0.01); exact zeros, which are `dead`'s.
+    layer (policy heads at gain 0.01); exact zeros, which are `dead`'s, unless they are what a decay comes to
+    where the format of the numbers ends.
 
     Args:
         threshold: what arrives, below which the verdict is at least MEDIUM whatever the kinds of layers, and
@@ -70,7 +62,8 @@ def vanishing(
         flow = flow_of(record)
         against = shares(flow, kept_at_least(flow), from_peak=True)
         plain = shares(flow, kept_at_least(flow, by_matrix=1.0))
-        starved = _starved(against, plain, threshold, share, local_share)
+        gone = zeros_of(flow).underflown()
+        starved = _starved(against, plain, gone, threshold, share, local_share)
         fed = _best_upstream(flow, against)
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
         return [*_issues(flow, plain, starved, fed), *_forgetful(flow, threshold)]
@@ -94,6 +87,9 @@ class _Starved:
         at_once: whether most is lost between two neighbours on the path, at a layer or at an operation.
         part: the part of the model in which most of the loss on its path happens.
         num_starved: layers with a weight matrix on the path, itself included, that get too little.
+        kept_per_layer: what each layer on the path keeps, as a geometric mean of the plain ratio; up to where
+            the gradient has become too small for its format, if it has.
+        least: the plain ratio here, or where that happened.
     """
 
     node: str
@@ -107,32 +103,34 @@ class _Starved:
     at_once: bool
     num_starved: int
     part: str
+    kept_per_layer: float
+    least: float
 
 
 def _starved(
-    against: Shares, plain: Shares, threshold: float, share: float, local_share: float
+    against: Shares,
+    plain: Shares,
+    gone: Mapping[str, str],
+    threshold: float,
+    share: float,
+    local_share: float,
 ) -> list[_Starved]:
-    """Every starved layer, worst first.
-
-    What is said of the worst one holds for the others on its path: a layer near the loss, whose path is
-    short, would else be blamed for the largest of few small falls.
-    """
+    """Every starved layer, worst first; of `gone` are those to which nothing comes, by underflow."""
     seen = {node: late(values) for node, values in against.share.items()}
     arriving = {node: late(plain.share[node]) if node in plain.share else seen[node] for node in seen}
     severity = {node: _severity(seen[node], arriving[node], threshold, share) for node in seen}
+    for node in gone.keys() & seen.keys():
+        seen[node], arriving[node], severity[node] = 0.0, 0.0, IssueSeverity.CRITICAL
     # How many layers, and how many starved ones with a weight matrix, stand between a node and the loss.
     depth, num_starved = _counts(against, severity)
-    blamed: dict[str, tuple[_Fall, bool]] = {}
+    worst_first = sorted((n for n in seen if severity[n]), key=lambda n: (seen[n], n))
+    blamed = falls_of(against, seen, worst_first, gone, local_share)
     found = []
-    for node in sorted((n for n in seen if severity[n]), key=lambda n: (seen[n], n)):
-        if node not in blamed:
-            path = against.path(node)
-            fall = _sole_fall(path, seen, local_share, against.flow)
-            end = path.index(fall.node) if fall.node else 0
-            for i, here in enumerate(path):
-                blamed.setdefault(here, (fall, i < end))
+    for node in worst_first:
         fall, ahead = blamed[node]
         absorber = fall.node if ahead and fall.to_blame else ""
+        last = gone.get(node, node)
+        least = arriving.get(last, 0.0)
         found.append(
             _Starved(
                 node=node,
@@ -146,6 +144,8 @@ def _starved(
                 at_once=ahead,
                 num_starved=num_starved[node],
                 part=fall.part,
+                kept_per_layer=least ** (1.0 / max(depth.get(last, 1) - 1, 1)),
+                least=least,
             )
         )
     return found
@@ -172,58 +172,6 @@ def _by_the_way(s: _Starved, fed: float, bypass: float) -> bool:
     return fed > bypass * s.share and (s.at_once or s.num_starved <= 2)
 
 
-@attrs.frozen(kw_only=True)
-class _Fall:
-    """The one place on a path that accounts for most of its loss; none if `node` is empty.
-
-    Args:
-        node: the layer on the loss's side of it.
-        before: the layer on the other side.
-        kept: what passes, against the layer's kind.
-        to_blame: whether it is the layer itself: none of the layers right before it gets its due. If one
-            does, the operations on the way to the others are to blame.
-        part: the part of the model in which most of the loss happens: a prefix of names.
-    """
-
-    node: str = ""
-    before: str = ""
-    kept: float = 1.0
-    to_blame: bool = False
-    part: str = ""
-
-
-def _sole_fall(path: Sequence[str], seen: Mapping[str, float], local_share: float, flow: Flow) -> _Fall:
-    values = [min(max(_known(seen[node]), 1e-300), 1.0) for node in path]
-    falls = [(values[i] / values[i + 1], i) for i in range(len(path) - 1)]
-    least, i = min(falls, default=(1.0, 0))
-    part = _part(flow, path, values)
-    if least > LOCAL or math.log(least) > local_share * math.log(max(values[0], 1e-300)):
-        return _Fall(part=part)
-    node = path[i + 1]
-    if not flow.has_matrix(node) and not flow.is_norm(node) and not _saturates(flow, path[i]):
-        return _Fall(node=node, before=path[i], kept=least, part=part)
-    handed = max((_known(seen.get(n, 0.0)) for n in flow.wiring.before(node)), default=0.0)
-    little = max(handed, values[i]) <= 10 * LOCAL * values[i + 1]
-    return _Fall(node=node, before=path[i], kept=least, to_blame=little, part=part)
-
-
-def _part(flow: Flow, path: Sequence[str], values: Sequence[float]) -> str:
-    """The part of the model, by the first component in which names differ, that loses most on a path."""
-    names = [flow.layers[node].module.split(".") for node in path]
-    level = 0
-    while all(len(n) > level + 1 for n in names) and len({n[level] for n in names}) == 1:
-        level += 1
-    lost: dict[str, float] = {}
-    for i in range(len(path) - 1):
-        part = ".".join(names[i + 1][: level + 1]) if len(names[i + 1]) > level + 1 else ""
-        lost[part] = lost.get(part, 0.0) + math.log(values[i + 1] / values[i])
-    return max(lost, key=lambda part: (lost[part], part), default="")
-
-
-def _saturates(flow: Flow, node: str) -> bool:
-    return any(late(a.saturated_share) > 0.5 for a in activations_of(flow, node))
-
-
 def _severity(seen: float, arriving: float, threshold: float, share: float) -> IssueSeverity | None:
     """Worst of two scales: against the kinds of layers, and absolutely."""
     if not (seen > 0 and arriving >= 0):  # exact zeros and NaN are other illnesses
@@ -242,13 +190,9 @@ def _best_upstream(flow: Flow, against: Shares) -> dict[str, float]:
     best: dict[str, float] = {}
     own = {node: late(values) for node, values in against.share.items()}
     for node in flow.wiring.order:
-        before = [max(best.get(p, 0.0), _known(own.get(p, 0.0))) for p in flow.wiring.preds[node]]
+        before = [max(best.get(p, 0.0), known(own.get(p, 0.0))) for p in flow.wiring.preds[node]]
         best[node] = max(before, default=0.0)
     return best
-
-
-def _known(value: float) -> float:
-    return value if math.isfinite(value) else 0.0
 
 
 def _issues(flow: Flow, plain: Shares, starved: Sequence[_Starved], fed: Mapping[str, float]) -> list[Issue]:
@@ -263,28 +207,32 @@ def _issues(flow: Flow, plain: Shares, starved: Sequence[_Starved], fed: Mapping
             worst.setdefault(s.absorber, s)
     if not told:
         return []
-    issues = [_starved_issue(flow, plain, s, fed[s.node]) for s in told.values()]
-    return [*issues, *(_absorber_issue(flow, s) for s in worst.values())]
+    absorbers = {name: _absorber_issue(flow, s) for name, s in worst.items()}
+    at = {name: issue.layer for name, issue in absorbers.items()}
+    issues = [_starved_issue(flow, plain, s, fed[s.node], at.get(s.absorber)) for s in told.values()]
+    return [*issues, *absorbers.values()]
 
 
-def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float) -> Issue:
+def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float, origin: str | None) -> Issue:
     layer = flow.layers[s.node]
-    per_layer = s.arriving ** (1.0 / max(s.num_layers - 1, 1))
+    per_layer = s.kept_per_layer
+    arriving = f"Only {s.arriving:.2e}" if s.arriving else "Nothing"
     if s.absorber:
         how = f"it is lost at {s.absorber}, which hands back {s.local:.1e} of what a layer of its kind should"
     else:
         how = f"each of the {s.num_layers - 1} layers on its way keeps about {per_layer:.2g} of it"
+    share = f"{s.share:.1e} of what should" if s.arriving else "for it has become too small for its format"
     first = early(plain.share[s.node]) if s.node in plain.share else math.nan
     trend = ""
-    if math.isfinite(first) and first > 100 * s.arriving:
+    if math.isfinite(first) and first > 100 * s.least:
         trend = f" It was {first:.1e} in the first steps: training has brought this about."
     return Issue(
         layer=layer.name,
         layer_type=layer.type,
         issue_type=IssueType.VANISHING,
         severity=s.severity,
-        description=f"Only {s.arriving:.2e} of the gradient that enters the model at the loss arrives here, "
-        f"{s.share:.1e} of what should: {how}.{trend}",
+        description=f"{arriving} of the gradient that enters the model at the loss arrives here, {share}: "
+        f"{how}.{trend}",
         magnitude=s.arriving,
         recommended_actions=vanishing_actions(flow, s.node, absorber=s.absorber, per_layer=per_layer),
         metrics={
@@ -292,12 +240,15 @@ def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float) -> Issue:
             "share_of_expected": s.share,
             "num_layers_to_loss": s.num_layers,
             "kept_per_layer": per_layer,
-            "absorber": layer_name(s.absorber),
             "row_gain": row_gain(flow, s.node),
             "first_steps": first,
-            "side_branch": fed > 3 * s.share,
-            "elsewhere": bool(s.part) and not layer.module.startswith(f"{s.part}."),
         },
+        evidence=Evidence(
+            roles=Role.STARVED,
+            origin=origin,
+            elsewhere=bool(s.part) and not layer.module.startswith(f"{s.part}."),
+            side_branch=fed > 3 * s.share,
+        ),
     )
 
 
@@ -317,7 +268,8 @@ def _absorber_issue(flow: Flow, s: _Starved) -> Issue:
         + f". Upstream, {s.arriving:.1e} of the gradient arrives at {s.node}.",
         magnitude=s.local,
         recommended_actions=vanishing_actions(flow, at, absorber=node, per_layer=s.local),
-        metrics={"local_share": s.local, "row_gain": gain, "op": op, "absorbs": node},
+        metrics={"local_share": s.local, "row_gain": gain, "op": op},
+        evidence=Evidence(roles=Role.ABSORBING, op=op),
     )
 
 
@@ -339,7 +291,8 @@ def _forgetful(flow: Flow, threshold: float) -> list[Issue]:
                 f"step.",
                 magnitude=kept.kept,
                 recommended_actions=forgetful_actions(layer.name, kept.rate),
-                metrics={"kept_per_step": kept.rate, "num_steps": kept.steps, "absorbs": node},
+                metrics={"kept_per_step": kept.rate, "num_steps": kept.steps},
+                evidence=Evidence(roles=Role.ABSORBING),
             )
         )
     return issues

@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import attrs
 
 from gradflow.detect.evidence import loss_fell
-from gradflow.records import ActionDistribution, FlowRecord, Issue, IssueSeverity, IssueType, LayerRecord
+from gradflow.records import (
+    ActionDistribution,
+    Evidence,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    LayerRecord,
+    Role,
+)
 
 Detector = Callable[[FlowRecord], Iterable[Issue]]
 
@@ -41,7 +50,7 @@ def sparing_policies(detector: Detector) -> Detector:
             why = ""
             if p is not None and issue.issue_type is IssueType.BOTTLENECK and _is_in(issue, p.policy_heads):
                 why = "An action has few numbers, by design."
-            elif p is not None and issue.metrics.get("role") == "never called" and _is_in(issue, p.others):
+            elif p is not None and issue.evidence.plays(Role.UNUSED) and _is_in(issue, p.others):
                 why = "By its name it is a value or a target network, which may have a loss of its own."
             yield _weakened(issue, why) if why else issue
 
@@ -80,6 +89,7 @@ def policy_issue(
     magnitude: float,
     actions: tuple[str, ...],
     metrics: dict[str, object],
+    evidence: Evidence | None = None,
 ) -> Issue:
     """Return an issue at the last layer of some heads; the other arguments are those of `Issue`."""
     layer = _layer(record, heads)
@@ -92,4 +102,5 @@ def policy_issue(
         magnitude=magnitude,
         recommended_actions=actions,
         metrics=metrics,
+        evidence=evidence or Evidence(),
     )

@@ -12,7 +12,16 @@ import numpy as np
 from gradflow.detect.evidence import middle
 from gradflow.detect.policy.actions import conflict_actions, dominance_actions, starved_actions
 from gradflow.detect.policy.evidence import Detector, policy_issue
-from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType, PolicyRecord
+from gradflow.records import (
+    Evidence,
+    Floats,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    PolicyRecord,
+    Role,
+)
 
 
 def dominant_value(ratio: float = 1e-4, *, severe_ratio: float = 1e-5, own_ratio: float = 2e-3) -> Detector:
@@ -60,7 +69,7 @@ def dominant_value(ratio: float = 1e-4, *, severe_ratio: float = 1e-5, own_ratio
             "it alone steers them.",
             1 / seen,
             dominance_actions(", ".join(p.value_heads), heads, seen),
-            {"dominance": 1 / seen, "own_ratio": own, "rival": heads, "role": "dominates"},
+            {"dominance": 1 / seen, "own_ratio": own, "rival": heads},
         )
 
     return detector
@@ -106,7 +115,7 @@ def conflicting_heads(cosine: float = -0.5, *, kept: float = 0.3, looks: int = 3
             f"{much}.",
             seen,
             conflict_actions(p.policy_heads, p.value_heads),
-            {"gradient_cosine": seen, "kept": left, "role": "conflict"},
+            {"gradient_cosine": seen, "kept": left},
         )
 
     return detector
@@ -148,7 +157,8 @@ def starved_policy() -> Detector:
             text,
             0.0,
             starved_actions(reached=reached),
-            {"role": "zero" if reached else "cut off", "value_reached": bool(p.value_reached.any())},
+            {"value_reached": bool(p.value_reached.any())},
+            Evidence(roles=Role.BLOCKED if reached else Role.CUT),
         )
 
     return detector

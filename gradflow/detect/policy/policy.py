@@ -63,7 +63,7 @@ def collapsed_policy(
                 f"and one has a probability of {_last(d.max_prob):.3f} on average.{was}{_calm(taught)}",
                 last,
                 sure_actions(record, fell=fell),
-                {"entropy_share": last, "entropy": _last(d.entropy), "first_share": first, "role": "sure"},
+                {"entropy_share": last, "entropy": _last(d.entropy), "first_share": first},
             )
 
     return detector
@@ -105,7 +105,7 @@ def deterministic_policy(share: float = 0.5, *, severe_share: float = 0.9) -> De
                 f"One action has a probability above 0.99 in {last:.0%} of the samples.{was}{_calm(taught)}",
                 last,
                 sure_actions(record, fell=fell),
-                {"deterministic_share": last, "first_deterministic_share": first, "role": "sure"},
+                {"deterministic_share": last, "first_deterministic_share": first},
             )
 
     return detector
@@ -155,7 +155,7 @@ def misscaled_deviation(smallest: float = 1e-3, largest: float = 20.0) -> Detect
                 f"{mean:.2g}.",
                 found,
                 actions,
-                {"std_min": low, "std_max": high, "mean_rms": mean, "role": "deviation"},
+                {"std_min": low, "std_max": high, "mean_rms": mean},
             )
 
     return detector
@@ -186,7 +186,7 @@ def renormalised_policy() -> Detector:
                     f"probability above {most:.2g}.",
                     most,
                     twice_actions(),
-                    {"largest_possible": most, "role": "normalised twice"},
+                    {"largest_possible": most},
                 )
 
     return detector

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import Flow, early, flow_of, late, loss_fell, middle
+from gradflow.detect.evidence import early, late, loss_fell, middle
 from gradflow.detect.flow.recurrent_weights import growth_of, late_profile
 from gradflow.detect.recurrent.actions import (
     amplifying_actions,
@@ -19,8 +19,10 @@ from gradflow.detect.recurrent.actions import (
     fading_actions,
     stuck_actions,
 )
+from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
+    Evidence,
     FlowRecord,
     GateRecord,
     Issue,
@@ -28,6 +30,7 @@ from gradflow.records import (
     IssueType,
     RecurrenceRecord,
     RecurrentLevelRecord,
+    Role,
     depth,
 )
 
@@ -196,9 +199,8 @@ def _fading_issue(flow: Flow, r: RecurrenceRecord, share: float, heard: float, f
             "spectral_radius": rate,
             "keep_gate": mean,
             "level": level.level,
-            "absorbs": node_name(r.name),
-            "role": "through time",
         },
+        evidence=Evidence(roles=Role.ABSORBING),
     )
 
 
@@ -251,8 +253,8 @@ def _amplifying_issue(
             "spectral_radius": radius,
             "lyapunov": exponent,
             "level": level.level,
-            "role": "through time",
         },
+        evidence=Evidence(developed=early(growth_of(level)) < growth / 10, growth=growth),
     )
 
 
@@ -310,8 +312,8 @@ def _stuck_issue(flow: Flow, r: RecurrenceRecord, stuck: _Stuck, severe_share: f
             "first_steps": first,
             "input_rms": entering,
             "level": stuck.level.level,
-            "role": "through time",
         },
+        evidence=Evidence(developed=stuck.share > first + 0.2),
     )
 
 
@@ -346,7 +348,6 @@ def _closed_issue(flow: Flow, r: RecurrenceRecord, level: RecurrentLevelRecord) 
             "steps_to_percent": reach,
             "num_steps": steps,
             "level": level.level,
-            "absorbs": node_name(r.name),
-            "role": "forget gate closed",
         },
+        evidence=Evidence(roles=Role.ABSORBING),
     )

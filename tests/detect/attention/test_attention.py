@@ -231,13 +231,25 @@ def test_a_branch_is_judged_after_some_updates() -> None:
 # ----------------------------------------------------------------------------- models
 
 
+SAID = {
+    "collapsed": "attention has collapsed",
+    "saturated": "softmax passes less",
+    "growing scores": "scores grow",
+    "alike": "have become one",
+    "dead heads": "heads are dead",
+    "duplicate heads": "attend exactly like another",
+    "unbalanced": "times smaller than at its",
+    "idle branch": "residual branch",
+}
+
+
 def serious(
     model: nn.Module, batch: Any, loss: Any = token_loss, **options: Any
 ) -> list[tuple[str, str, str]]:
     options = {"steps": 6, "seed": 0, **options}
     report = gf.diagnose(model, lambda: batch, loss, pipeline=[*list(OWN), transformer()], **options)
     return [
-        (i.issue_type.value, i.layer, str(i.metrics.get("role")))
+        (i.issue_type.value, i.layer, next(kind for kind, words in SAID.items() if words in i.description))
         for i in gf.detect(report.record, list(OWN))
         if i.severity >= SERIOUS
     ]

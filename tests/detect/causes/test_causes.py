@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradflow.detect import detect, explain, find_causes
-from gradflow.records import FlowRecord, IssueSeverity, IssueType, NumericalRecord, issue_type
+from gradflow.records import Evidence, FlowRecord, IssueSeverity, IssueType, NumericalRecord, Role, issue_type
 from tests.detect.builders import STEPS, Layer, activation, decaying, flow_record
 from tests.samples import make_issue
 
@@ -23,13 +23,21 @@ def causes(record: FlowRecord) -> list[tuple[str, str, int]]:
     return [(c.layer, c.issue_type.value, len(c.issues)) for c in find_causes(record, detect(record))]
 
 
+EVIDENCE = st.builds(
+    Evidence,
+    roles=st.lists(st.sampled_from(list(Role)), max_size=2),
+    origin=st.sampled_from([None, "fc1", "fc3"]),
+    developed=st.booleans(),
+    num_calls=st.sampled_from([1, 2]),
+    no_input=st.booleans(),
+)
 ISSUES = st.lists(
     st.builds(
         make_issue,
         st.sampled_from([f"fc{i}" for i in range(5)]),
         st.sampled_from([*IssueType, issue_type("OUTLIERS"), issue_type("ASLEEP")]),
         st.sampled_from(list(IssueSeverity)),
-        metrics=st.just({}),
+        evidence=EVIDENCE,
     ),
     max_size=8,
     unique_by=lambda i: (i.layer, i.issue_type),
@@ -229,8 +237,8 @@ def test_saturation_at_one_call_speaks_for_the_module() -> None:
 def test_the_gravest_cause_comes_first() -> None:
     record = decaying(4, 1.0)
     issues = [
-        make_issue("fc0", IssueType.SATURATION, IssueSeverity.LOW, metrics={}),
-        make_issue("fc3", IssueType.NUMERICAL, IssueSeverity.CRITICAL, metrics={"op": "exp"}),
+        make_issue("fc0", IssueType.SATURATION, IssueSeverity.LOW),
+        make_issue("fc3", IssueType.NUMERICAL, IssueSeverity.CRITICAL, evidence=Evidence(op="exp")),
     ]
     assert [c.layer for c in find_causes(record, issues)] == ["fc3", "fc0"]
     assert find_causes(record, issues)[0].confidence > find_causes(record, issues)[1].confidence

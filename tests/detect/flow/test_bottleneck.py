@@ -38,7 +38,7 @@ def seen(record: FlowRecord) -> dict[str, Issue]:
 def test_the_rank_behind_a_waist_decides(rank: float, severity: IssueSeverity) -> None:
     issue = seen(hourglass(2, rank=rank))["waist"]
     assert issue.severity is severity
-    assert not issue.metrics["undecided"]
+    assert not issue.evidence.undecided
 
 
 def test_without_the_rank_it_is_undecided_and_asks_for_depth() -> None:
@@ -155,7 +155,7 @@ def test_rows_made_alike_by_mixing() -> None:
     ids=["nothing mixes rows", "still different", "the gradient dies out"],
 )
 def test_rows_alike_for_other_reasons(record: FlowRecord) -> None:
-    assert not [i for i in seen(record).values() if i.metrics["role"] == "alike"]
+    assert not [i for i in seen(record).values() if "alike" in i.description]
 
 
 def test_a_constant_input_is_alike_from_the_start() -> None:

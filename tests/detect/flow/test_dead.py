@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gradflow.detect import dead, detect
-from gradflow.records import FlowRecord, Issue, IssueSeverity
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, Role
 from tests.detect.builders import STEPS, Layer, activation, flow_record
 
 LOST = np.full(STEPS, np.nan)
@@ -143,8 +143,8 @@ def test_a_silent_rectifier_is_never_by_design() -> None:
     )
     found = seen(record)
     assert found["fc2"].severity is found["fc1"].severity is IssueSeverity.CRITICAL
-    assert found["fc2"].metrics["role"] == "source"
-    assert found["fc1"].metrics["at"] == "fc2"
+    assert found["fc2"].evidence.roles == (Role.BLOCKING,)
+    assert found["fc1"].evidence == Evidence(roles=Role.BLOCKED, origin="fc2")
     assert "kaiming" in found["fc2"].recommended_actions[0]
 
 
@@ -240,7 +240,7 @@ def test_units_that_have_died_in_training() -> None:
     fired = np.array([0.5, 0.2, 0, 0, 0, 0, 0, 0])
     issue = seen(partly_silent(0.4, fired_share=fired))["fc"]
     assert issue.severity is IssueSeverity.CRITICAL
-    assert issue.metrics["alive_at_start"]
+    assert issue.evidence.developed
 
 
 def test_a_batch_with_a_nan_spoils_the_count_of_firing_units() -> None:

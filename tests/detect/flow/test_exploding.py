@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradflow.detect import detect, exploding
-from gradflow.records import FlowRecord, IssueSeverity
+from gradflow.records import FlowRecord, IssueSeverity, Role
 from tests.detect.builders import Layer, activation, flow_record
 from tests.detect.flow.test_vanishing import scaled
 
@@ -181,5 +181,5 @@ def test_far_targets_explain_a_run_that_blows_up(blows_up: bool, loss: float) ->
     record = flow_record(
         Layer(name="fc", grad=grad), Layer(name="out", grad=grad, fields=size), losses=losses, optimizer="SGD"
     )
-    found = [i for i in detect(record, exploding()) if i.metrics["role"] == "far targets"]
+    found = [i for i in detect(record, exploding()) if i.evidence.plays(Role.OFF_SCALE)]
     assert [i.layer for i in found] == (["out"] if blows_up and loss > 10 else [])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradflow.detect import detect, vanishing
-from gradflow.records import FlowRecord, IssueSeverity
+from gradflow.records import Evidence, FlowRecord, IssueSeverity, Role
 from tests.detect.builders import Layer, activation, decaying, flow_record
 
 
@@ -64,8 +64,8 @@ def test_one_layer_that_absorbs_is_named() -> None:
     )
     issues = {i.layer: i for i in detect(record, vanishing())}
     assert set(issues) == {"a", "tiny"}
-    assert issues["tiny"].metrics["absorbs"] == "tiny"
-    assert issues["a"].metrics["absorber"] == "tiny"
+    assert issues["tiny"].evidence == Evidence(roles=Role.ABSORBING)
+    assert issues["a"].evidence == Evidence(roles=Role.STARVED, origin="tiny")
     assert "lost at tiny" in issues["a"].description
     assert any("rms" in action for action in issues["tiny"].recommended_actions)
 
@@ -207,7 +207,7 @@ def test_the_part_that_loses_it_is_told_from_what_it_starves() -> None:
         *(Layer(name=f"blocks.{i}", grad=0.1 ** (5 - i), gain=1.4) for i in range(6)),
         Layer(name="head"),
     )
-    found = {i.layer: i.metrics["elsewhere"] for i in detect(record, vanishing())}
+    found = {i.layer: i.evidence.elsewhere for i in detect(record, vanishing())}
     assert found["stem"]
     assert not found["blocks.0"]
 

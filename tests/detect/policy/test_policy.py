@@ -26,11 +26,13 @@ from gradflow.detect.policy.evidence import sparing_policies
 from gradflow.records import (
     ActionDeviation,
     ActionDistribution,
+    Evidence,
     FlowRecord,
     Issue,
     IssueSeverity,
     IssueType,
     PolicyRecord,
+    Role,
 )
 from tests.detect.builders import Layer, flow_record
 
@@ -318,19 +320,19 @@ def test_page_and_docstring_tell_measure_reason_and_thresholds(factory: Any) -> 
 
 
 def test_what_policies_are_like_by_design_is_spared() -> None:
-    def issue(layer: str, kind: IssueType, **metrics: Any) -> Issue:
+    def issue(layer: str, kind: IssueType, *roles: Role) -> Issue:
         return Issue(
             layer=layer, layer_type="Linear", issue_type=kind, severity=S.HIGH, description="", magnitude=1.0,
-            metrics=metrics,
+            evidence=Evidence(roles=roles),
         )  # fmt: skip
 
     given = [
         issue("pi", T.BOTTLENECK),
         issue("trunk", T.BOTTLENECK),
-        issue("critic_target", T.DEAD, role="never called"),
-        issue("critic_target.0", T.DEAD, role="never called"),
-        issue("critic_target", T.DEAD, role="cut off"),
-        issue("trunk", T.DEAD, role="never called"),
+        issue("critic_target", T.DEAD, Role.UNUSED),
+        issue("critic_target.0", T.DEAD, Role.UNUSED),
+        issue("critic_target", T.DEAD, Role.CUT),
+        issue("trunk", T.DEAD, Role.UNUSED),
     ]
     found = list(sparing_policies(lambda r: given)(record(others=("critic_target",))))
     assert [i.severity for i in found] == [S.LOW, S.HIGH, S.LOW, S.LOW, S.HIGH, S.HIGH]

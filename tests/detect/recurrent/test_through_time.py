@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import gradflow as gf
 from gradflow.detect import amplifying, detect, fading, gated
-from gradflow.detect.evidence import flow_of
 from gradflow.detect.flow.recurrent_weights import growth_of, late_profile, memory
+from gradflow.detect.view import flow_of
 from gradflow.pipelines import recurrent
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, Role
 from gradflow.report import Report
 
 OURS = [fading(), amplifying(), gated()]
@@ -332,7 +332,8 @@ def test_forget_gates_that_are_closed(kind: type[nn.RNNBase]) -> None:
     report = diagnosed(Reader(scaled(rnn(kind), keep=-5.0), "every"), 40)
     issue = ours(report.record)[("rnn", IssueType.VANISHING)]
     assert issue.severity is IssueSeverity.MEDIUM
-    assert issue.metrics["role"] == "forget gate closed"
+    assert "gate is closed" in issue.description
+    assert issue.evidence.plays(Role.ABSORBING)
     assert issue.metrics["steps_to_percent"] <= 5
     short = diagnosed(Reader(scaled(rnn(kind), keep=-5.0), "every"), 8)
     assert ours(short.record) == {}

@@ -1,0 +1,131 @@
+"""A record seen along its wiring: `Flow`, which every detector looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import attrs
+import numpy as np
+
+from gradflow.detect.wiring import Wiring, node_name, wiring
+from gradflow.records import ActivationRecord, Floats, FlowRecord, LayerRecord, ParameterRecord
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Flow:
+    """A record seen along its wiring.
+
+    Args:
+        record: the record.
+        wiring: who feeds whom.
+        layers: layer calls by the name of their node.
+        parameters: parameters by name.
+        grad: measured norm of the output gradient by node; NaN at steps where it was not there.
+        norms: the layer calls that normalise.
+        summed: by name of a sum, the layer call whose output goes into it and nowhere else.
+        functions: by name of a layer call, the activations that are functions of its output.
+        modules: by name of a layer call, the activations that it is itself.
+    """
+
+    record: FlowRecord
+    wiring: Wiring
+    layers: Mapping[str, LayerRecord]
+    parameters: Mapping[str, ParameterRecord]
+    grad: Mapping[str, Floats]
+    norms: frozenset[str]
+    summed: Mapping[str, str]
+    functions: Mapping[str, tuple[ActivationRecord, ...]]
+    modules: Mapping[str, tuple[ActivationRecord, ...]]
+
+    def parameters_of(self, node: str) -> tuple[ParameterRecord, ...]:
+        """Return the parameters that a layer call owns."""
+        return tuple(self.parameters[n] for n in self.layers[node].parameters if n in self.parameters)
+
+    def trainable(self, node: str) -> tuple[ParameterRecord, ...]:
+        """Return the parameters of a layer call that training is meant to change."""
+        return tuple(p for p in self.parameters_of(node) if p.trainable and p.optimized)
+
+    def has_matrix(self, node: str) -> bool:
+        """Whether a layer call owns a weight matrix or kernel, and holds no other layers."""
+        if node not in self.layers or self.layers[node].composite:
+            return False
+        return any(len(p.shape) >= 2 for p in self.parameters_of(node)) and not self.is_norm(node)
+
+    def is_table(self, node: str) -> bool:
+        """Whether a layer call looks rows up in a table: nothing flows through it."""
+        return node in self.layers and "embedding" in self.layers[node].type.lower()
+
+    def is_norm(self, node: str) -> bool:
+        """Whether a layer call normalises, by the name of its class."""
+        return node in self.norms
+
+
+_SHARED: ContextVar[dict[int, Flow] | None] = ContextVar("shared flow", default=None)
+
+
+@contextmanager
+def shared_flow() -> Iterator[None]:
+    """Let all that asks `flow_of` for the same record meanwhile get the same one, made once."""
+    if _SHARED.get() is not None:
+        yield
+        return
+    token = _SHARED.set({})
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def flow_of(record: FlowRecord) -> Flow:
+    """Return a record with its wiring."""
+    made = _SHARED.get()
+    if made is None:
+        return _flow_of(record)
+    if id(record) not in made:  # the flow holds the record, so the number stays its own
+        made[id(record)] = _flow_of(record)
+    return made[id(record)]
+
+
+def _flow_of(record: FlowRecord) -> Flow:
+    layers = {node_name(layer.name): layer for layer in record.layers}
+    grad = {}
+    for name, layer in layers.items():
+        known = layer.called & layer.reached & layer.grad_finite & np.isfinite(layer.grad_norm)
+        grad[name] = np.where(known, layer.grad_norm, np.nan)
+    wires = wiring(record)
+    return Flow(
+        record=record,
+        wiring=wires,
+        summed=_summed(wires, layers),
+        layers=layers,
+        parameters={p.name: p for p in record.parameters},
+        grad=grad,
+        norms=frozenset(name for name, layer in layers.items() if "norm" in layer.type.lower()),
+        functions=_grouped((a.layer, a) for a in record.activations if a.functional),
+        modules=_grouped((a.name, a) for a in record.activations if not a.functional),
+    )
+
+
+def _grouped(pairs: Iterator[tuple[str, ActivationRecord]]) -> dict[str, tuple[ActivationRecord, ...]]:
+    found: dict[str, list[ActivationRecord]] = {}
+    for name, activation in pairs:
+        found.setdefault(name, []).append(activation)
+    return {name: tuple(several) for name, several in found.items()}
+
+
+def _summed(wires: Wiring, layers: Mapping[str, LayerRecord]) -> dict[str, str]:
+    found = {}
+    for node, record in wires.nodes.items():
+        if record.kind == "op" and record.type.lower() in ("add", "add_", "sub"):
+            for source in wires.preds[node]:
+                alike = wires.nodes[source].num_elements == record.num_elements
+                if (
+                    source in layers
+                    and alike
+                    and wires.succs[source] == (node,)
+                    and layers[source].parameters
+                ):
+                    found[node] = source
+    return found
