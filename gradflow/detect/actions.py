@@ -311,11 +311,14 @@ def unstable_actions(flow: Flow, node: str, ratio: float) -> Actions:
     provenance = flow.record.provenance
     name = layer_name(node) or "the model"
     if provenance.optimizer and provenance.learning_rates:
-        rate = max(provenance.learning_rates)
+        rate, clip = max(provenance.learning_rates), "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)"
         return (
             f"Lower the learning rate of {provenance.optimizer}: {rate:.3g} to about {rate / 30:.1g}, with "
             f"a warm-up.",
-            "Clip the gradient: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).",
+            f"Clip the gradient: {clip}. If your loop does, say so: diagnose(..., clip=1.0); the steps here "
+            "were not clipped."
+            if provenance.clip is None
+            else f"Clip the gradient to less than {provenance.clip:g}.",
             f"If single batches do it: look for outliers in the targets of {name}, or use a Huber loss.",
         )
     return (

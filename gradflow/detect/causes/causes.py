@@ -88,7 +88,10 @@ def _amended(issue: Issue, cause: Issue) -> Issue:
     name = cause.layer or "(model)"
     text = f"{issue.description} Explained by {cause.issue_type.value} in {name}."
     evidence = attrs.evolve(issue.evidence, explained_by=cause.layer)
-    return attrs.evolve(issue, description=text, evidence=evidence)
+    # What steps that are too large have made of a model is no graver than those steps.
+    made = cause.evidence.plays(Role.JUMPING) and issue.evidence.developed
+    severity = min(issue.severity, cause.severity) if made else issue.severity
+    return attrs.evolve(issue, description=text, severity=severity, evidence=evidence)
 
 
 def _cause(trail: _Trail, issues: Sequence[Issue], root: int, members: Sequence[int]) -> Cause:

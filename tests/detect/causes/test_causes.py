@@ -250,3 +250,18 @@ def test_without_a_graph_the_confidence_is_lower() -> None:
     without_graph = find_causes(record, detect(record))[0]
     assert without_graph.layer == with_graph.layer
     assert without_graph.confidence < with_graph.confidence
+
+
+@pytest.mark.parametrize(
+    ("developed", "severity"), [(True, IssueSeverity.HIGH), (False, IssueSeverity.CRITICAL)]
+)
+def test_what_steps_have_made_of_a_model_is_no_graver_than_those_steps(
+    developed: bool, severity: IssueSeverity
+) -> None:
+    jumps = make_issue("fc3", IssueType.UNSTABLE, IssueSeverity.HIGH, evidence=Evidence(roles=Role.JUMPING))
+    grown = make_issue(
+        "fc1", IssueType.EXPLODING, IssueSeverity.CRITICAL, evidence=Evidence(developed=developed)
+    )
+    amended, _ = explain(decaying(4, 1.0), [jumps, grown])
+    assert amended[1].severity is severity
+    assert (amended[1].evidence.explained_by == "fc3") is developed
