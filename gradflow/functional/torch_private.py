@@ -69,6 +69,7 @@ __all__ = [
     "transform_level",
     "transforms",
     "unwatched",
+    "unwrapped",
 ]
 
 # ------------------------------------------------------------------------------------ nodes of autograd
@@ -196,6 +197,14 @@ def transforms() -> list[Any]:
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which no transform of `torch.func` is active."""
     return pyfunctorch.temporarily_clear_interpreter_stack()
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return the tensor inside the wrappers that derivatives of `torch.func` put around it; a batch stays."""
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 # --------------------------------------------------------------------------------------- checkpointing

@@ -13,7 +13,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from gradflow.functional.model.exclusive import exclusive
 from gradflow.functional.model.purity import preserved
 from gradflow.functional.model.supported import check_has_values
-from gradflow.functional.torch_private import as_class, gradient_hooks, lazy_clone, own_memory, stores
+from gradflow.functional.torch_private import (
+    as_class,
+    gradient_hooks,
+    lazy_clone,
+    own_memory,
+    stores,
+    unwrapped,
+)
 
 Tensors = dict[str, Tensor]
 Copy = Callable[[Tensor], Tensor]
@@ -135,6 +142,9 @@ class Swap:
             for store, key, name in self._places:
                 if name in tensors:
                     store[key] = tensors[name]
+            for store, key, was in old:
+                if type(store[key]) is Tensor and isinstance(was, nn.Parameter):
+                    _copy_as_parameter(store[key], requires_grad=was.requires_grad)
             yield
         finally:
             for store, key, tensor in old:
@@ -147,6 +157,20 @@ class Swap:
             if name in names and name not in found and store.get(key) is not None:
                 found[name] = store[key]
         return found
+
+
+def _copy_as_parameter(tensor: Tensor, *, requires_grad: bool) -> None:
+    """Let copies of a tensor that stands in for a parameter be parameters with its values.
+
+    Under a transform it is part of a graph, and no such tensor can be copied; a model may copy its modules
+    while it runs. The copy belongs to the transform as well, so that the model may write to it.
+    """
+    values = unwrapped(tensor)  # no reference to the tensor itself, which would never be freed
+
+    def copied(memo: Any = None) -> nn.Parameter:
+        return nn.Parameter(values.detach().clone(), requires_grad=requires_grad)
+
+    vars(tensor)["__deepcopy__"] = copied
 
 
 @exclusive()
