@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -158,7 +159,8 @@ def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None,
         return dict(named_tensors(objective.inputs(batch), "input"))
 
     given = Given(model, _module(loss_fn), evaluate, inputs_of)
-    return measure(given, draw, attrs.evolve(plan, num_batches=source.length))
+    with contextlib.closing(source):
+        return measure(given, draw, attrs.evolve(plan, num_batches=source.length))
 
 
 def analyzed_custom(

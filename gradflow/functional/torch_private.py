@@ -23,12 +23,14 @@ release that it runs on. All are there since 2.4, the oldest release that gradfl
 | `utils._pytree` | nested values, those of Hugging Face included | an error |
 | `Module._parameters`, `Module._buffers` | swapping copies in | an error |
 | `_BatchNorm`, `_NormBase`, `_InstanceNorm` | which layers keep running statistics | an error |
+| `DataLoader._iterator` | fresh workers, where a loader keeps its own | those it keeps |
 | the frames of `torch.utils.checkpoint` | telling one running checkpoint from another | taken for one |
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -41,6 +43,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 __all__ = [
     "BatchNorm",
@@ -70,6 +73,7 @@ __all__ = [
     "transforms",
     "unwatched",
     "unwrapped",
+    "without_workers",
 ]
 
 # ------------------------------------------------------------------------------------ nodes of autograd
@@ -172,6 +176,13 @@ def own_memory(storage_of_copy: StorageWeakRef) -> None:
 def stores(module: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     """Return the very dicts that hold a module's own parameters and buffers."""
     return module._parameters, module._buffers  # type: ignore[return-value]
+
+
+def without_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a copy of a loader that will start workers of its own."""
+    loader = copy.copy(loader)
+    vars(loader)["_iterator"] = None
+    return loader
 
 
 # ------------------------------------------------------------------------- transforms and what is watched

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import random
+import types
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+_SLOT = types.MemberDescriptorType
 _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device)
 
 
@@ -37,8 +39,10 @@ def content(value: Any, seen: dict[int, str] | None = None, path: str = "") -> A
     if isinstance(value, random.Random):
         return ("generator", id(value), hash(value.getstate()))
     if isinstance(value, dict):
-        items = [(repr(k), content(v, seen, f"{path}[{k!r}]")) for k, v in value.items()]
-        return ("dict", id(value), items)
+        keys = [id(k) if isinstance(k, Tensor) else repr(k) for k in value]
+        items = [(k, content(v, seen, f"{path}[{k!r}]")) for k, v in zip(keys, value.values(), strict=True)]
+        own = dict(getattr(value, "__dict__", {}))
+        return ("dict", id(value), items, content(own, seen, f"{path}.__dict__")[2] if own else [])
     if isinstance(value, (list, tuple, collections.deque)):
         return (
             type(value).__name__,
@@ -47,16 +51,34 @@ def content(value: Any, seen: dict[int, str] | None = None, path: str = "") -> A
         )
     if isinstance(value, (set, frozenset)):
         return (type(value).__name__, id(value), sorted(map(repr, value)))
-    if isinstance(slots := getattr(type(value), "__slots__", None), tuple) and slots:
-        return ("slots", id(value), [content(getattr(value, n, None), seen, f"{path}.{n}") for n in slots])
+    if isinstance(value, types.FunctionType):  # of what it refers to, modules alone
+        cells = [c.cell_contents for c in value.__closure__ or () if isinstance(c.cell_contents, nn.Module)]
+        return ("function", id(value), [content(m, seen, f"{path}.cell") for m in cells])
+    slots = [m for k in type(value).__mro__ for m in vars(k).values() if isinstance(m, _SLOT)]
+    if slots and not type(value).__module__.startswith(("torch", "builtins", "collections")):
+        held = [content(_slot(m, value), seen, f"{path}.{m.__name__}") for m in slots]
+        return ("slots", id(value), held)
     inner = getattr(value, "__dict__", None)
-    if isinstance(value, nn.Module) or (isinstance(inner, dict) and not callable(value)):
+    if isinstance(inner, dict) and not isinstance(value, type):
         return (type(value).__name__, id(value), content(inner, seen, f"{path}.__dict__"))
     return (type(value).__name__, id(value))
 
 
+def _slot(member: Any, value: Any) -> Any:
+    try:
+        return member.__get__(value)
+    except AttributeError:
+        return None
+
+
 def _tensor(value: Tensor, seen: dict[int, str], path: str) -> Any:
     held = value.detach()
+    if held.is_nested:
+        return (
+            "nested",
+            id(value),
+            [_tensor(part, seen, f"{path}[{i}]")[2:5] for i, part in enumerate(held.unbind())],
+        )
     parts = [held._indices(), held._values()] if held.is_sparse else [held]
     # a clone, since a tensor that was once seen by NumPy can no longer be resized
     raw = [p.contiguous().clone().view(-1).view(torch.uint8).numpy().tobytes() for p in parts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from gradflow.errors import (
 )
 from gradflow.functional import analyze, analyze_custom
 from tests.functional.naive import naive_step
+from tests.functional.snapshots import content, difference, process
 
 X, Y, T = torch.randn(6, 3), torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])
 
@@ -526,3 +528,97 @@ def test_inputs_are_placed_on_the_models_device() -> None:
     assert placed["n"] == 3
     assert prepared(X, torch.device("meta")).is_meta
     assert not prepared(X, None).is_meta
+
+
+# ------------------------------------------------------------------------ what drawing batches leaves behind
+
+
+class Noisy(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Draws each sample from random numbers: torch's, numpy's, Python's and a generator of its own."""
+
+    def __init__(self) -> None:
+        self.own = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.randn(3) + float(np.random.rand()) + random.random() + float(self.own.random())
+
+
+def loader(**options: Any) -> DataLoader[Any]:
+    return DataLoader(Noisy(), batch_size=6, **options)
+
+
+class Epochs:
+    """Iterated anew for every run, it draws from the random numbers before the first batch."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = torch.randperm(6)
+        return iter([X[order], X[order] + np.random.rand()])
+
+
+class ByIndex:
+    """Has no `__iter__`."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index > 2:
+            raise IndexError
+        return torch.randn(6, 3)
+
+
+SOURCES: dict[str, Callable[[], Any]] = {
+    "loader": loader,
+    "shuffling loader": lambda: loader(shuffle=True),
+    "loader with a generator": lambda: loader(shuffle=True, generator=torch.Generator().manual_seed(1)),
+    "loader with a sampler's generator": lambda: loader(
+        sampler=torch.utils.data.RandomSampler(range(24), generator=torch.Generator().manual_seed(1))
+    ),
+    "two workers": lambda: loader(shuffle=True, num_workers=2),
+    "two workers that are kept": lambda: loader(num_workers=2, persistent_workers=True),
+    "an iterable": Epochs,
+    "a sequence by index": ByIndex,
+    "a function": lambda: lambda: torch.randn(6, 3),
+    "a function that makes a loader": lambda: lambda: next(iter(loader(shuffle=True))),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_drawing_batches_moves_no_random_numbers_and_a_seed_fixes_them(kind: str, fails: bool) -> None:
+    model, source = linear(), SOURCES[kind]()
+
+    def states() -> Any:
+        parts = [source, getattr(source, "sampler", None), getattr(source, "dataset", None)]
+        held = [v for part in parts for v in vars(part or linear).values()]
+        return content([v for v in held if isinstance(v, (torch.Generator, np.random.Generator))])[
+            2
+        ], process()
+
+    def failing(y: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    before, first = states(), source
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            analyze(model, source, failing, steps=3, seed=0)
+        assert difference(before, states()) == ""
+        return
+    one = analyze(model, source, mean_square, steps=3)
+    assert difference(before, states()) == ""
+    seeded = [analyze(model, source, mean_square, steps=3, seed=0).losses.tolist() for _ in range(2)]
+    assert difference(before, states()) == ""
+    assert seeded[0] == seeded[1]
+    assert len(set(seeded[0])) == len(one.losses)  # the batches differ
+    assert getattr(first, "_iterator", None) is None
+
+
+def test_an_iterator_goes_on_where_the_run_left_it() -> None:
+    batches = iter([X, X, X, 2 * X])
+    analyze(linear(), batches, mean_square, steps=3)
+    assert torch.equal(next(batches), 2 * X)
+
+
+def test_a_class_of_batches_is_told_from_an_instance() -> None:
+    with pytest.raises(ModelInputError, match="batches is the class Epochs, not an instance of it"):
+        analyze(linear(), Epochs, mean_square)
