@@ -20,10 +20,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import io
-import logging
-import queue
-import threading
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -41,6 +37,7 @@ from gradflow.functional.model.undo import (
     entries,
     generator_undo,
     kind_of,
+    may_hold_state,
     refill_dict,
     restore_array,
     restore_container,
@@ -48,6 +45,7 @@ from gradflow.functional.model.undo import (
     restore_flags,
     restore_slots,
     slot_value,
+    slots_of,
 )
 from gradflow.functional.torch_private import stores
 
@@ -58,18 +56,9 @@ _ATOMS = frozenset(
 )
 _CODE = (types.FunctionType, types.MethodType, functools.partial)
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
-_LIVE = (
-    threading.Thread, threading.Event, threading.Condition, threading.local, queue.Queue, logging.Logger,
-    logging.Handler, io.IOBase, type,
-)  # fmt: skip
 _PLAIN = (dict, collections.OrderedDict)
 _HELD_AS_KEYS = (Tensor, nn.Module, tuple)
 _LARGE = 10_000
-_MACHINERY = ("threading", "queue", "logging", "concurrent", "asyncio", "multiprocessing", "networkx")
-_WITH_STATE = (  # packages of PyTorch whose objects hold state of the user's
-    "torch.optim", "torch.quasirandom", "torch.distributions", "torch.amp", "torch.cuda.amp", "torch.nn",
-    "torch.ao",
-)  # fmt: skip
 
 
 class ModuleState:
@@ -144,7 +133,7 @@ class ModuleState:
             self._remember_array(value)
         elif (undo := generator_undo(value)) is not None:
             self._undo.append((kind_of(value), undo))
-        elif not isinstance(value, _LIVE) and _may_hold_state(type(value).__module__):
+        elif may_hold_state(value):
             self._remember_attributes(value)
 
     def _remember_swapped(self, module: nn.Module) -> None:
@@ -198,7 +187,7 @@ class ModuleState:
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict) and self._new(attributes):
             self._remember_dict(attributes)
-        slots = list(_slots(type(value)))
+        slots = slots_of(type(value))
         saved = [slot_value(slot, value) for slot in slots]
         if slots:
             self._undo.append((kind_of(value), functools.partial(restore_slots, value, slots, saved)))
@@ -237,13 +226,6 @@ def key_ids(container: Any) -> Iterator[int]:
 # --------------------------------------------------------------------------------------- what is followed
 
 
-def _may_hold_state(module: str) -> bool:
-    """Whether objects of a class from this Python module are looked into."""
-    if module.startswith("torch."):
-        return module.startswith(_WITH_STATE)
-    return module.partition(".")[0] not in _MACHINERY
-
-
 def _has_state(value: Any) -> bool:
     """Whether a value that a function refers to is remembered."""
     kinds = (nn.Module, Tensor, torch.optim.Optimizer, types.FunctionType, types.MethodType)
@@ -269,13 +251,3 @@ def _referred_to(code: Any) -> Iterator[Any]:
             yield from value.values()
         elif isinstance(value, (list, tuple)) and len(value) <= _LARGE:
             yield from value
-
-
-@functools.cache
-def _slots(kind: type) -> tuple[Any, ...]:
-    """Return the descriptors of the slots of a class, private ones and those of its bases included."""
-    return tuple(
-        held for base in kind.__mro__ for held in vars(base).values()
-        if isinstance(held, types.MemberDescriptorType) and _may_hold_state(base.__module__)
-        and base.__module__ not in ("builtins", "collections")
-    )  # fmt: skip

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import collections
 import functools
+import io
+import logging
 import operator
+import queue
 import random
-from collections.abc import Callable, Iterable
+import threading
+import types
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +24,40 @@ from torch import Tensor
 
 from gradflow.functional.torch_private import is_view, num_writes
 
+_LIVE = (
+    threading.Thread, threading.Event, threading.Condition, threading.local, queue.Queue, logging.Logger,
+    logging.Handler, io.IOBase, type,
+)  # fmt: skip
+_MACHINERY = ("threading", "queue", "logging", "concurrent", "asyncio", "multiprocessing", "networkx")
+_WITH_STATE = (  # packages of PyTorch whose objects hold state of the user's
+    "torch.optim", "torch.quasirandom", "torch.distributions", "torch.amp", "torch.cuda.amp", "torch.nn",
+    "torch.ao",
+)  # fmt: skip
+
 Undo = Callable[[], Any]
+
+
+def may_hold_state(value: Any) -> bool:
+    """Whether an object is looked into for state of the user's."""
+    module = type(value).__module__
+    return not isinstance(value, _LIVE) and _is_looked_into(module)
+
+
+def _is_looked_into(module: str) -> bool:
+    """Whether a class of this Python module may be one whose objects hold state of the user's."""
+    if module.startswith("torch."):
+        return module.startswith(_WITH_STATE)
+    return module.partition(".")[0] not in _MACHINERY
+
+
+@functools.cache
+def slots_of(kind: type) -> tuple[Any, ...]:
+    """Return the descriptors of the slots of a class, private ones and those of its bases included."""
+    return tuple(
+        held for base in kind.__mro__ for held in vars(base).values()
+        if isinstance(held, types.MemberDescriptorType) and _is_looked_into(base.__module__)
+        and base.__module__ not in ("builtins", "collections")
+    )  # fmt: skip
 
 
 def attempt(failures: list[str], kind: str, undo: Undo) -> None:
@@ -106,7 +144,13 @@ def slot_value(slot: Any, value: Any) -> Any:
         return _EMPTY
 
 
-def restore_slots(value: Any, slots: list[Any], saved: list[Any]) -> None:
+def slot_values(value: Any) -> list[tuple[Any, Any]]:
+    """Return the slots of an object that hold something, and what they hold."""
+    held = [(slot, slot_value(slot, value)) for slot in slots_of(type(value))]
+    return [(slot, found) for slot, found in held if found is not _EMPTY]
+
+
+def restore_slots(value: Any, slots: Sequence[Any], saved: list[Any]) -> None:
     """Put the slots of an object back."""
     for slot, old in zip(slots, saved, strict=True):
         if slot_value(slot, value) is not old:
