@@ -83,7 +83,7 @@ def analyze(
         ModelNotCalledError: if the first step calls no layer of the model.
         OptimizerMismatchError: if the optimizer holds none of the model's parameters.
         MeasurementError: if two measurements declare the same name, or one a field of the record.
-        ValueError: if `steps`, `clip`, `mode`, `detail` or `transform` is none of those above.
+        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is none of those above.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -16,6 +16,7 @@ release that it runs on. All are there since 2.4, the oldest release that gradfl
 | `Optimizer._optimizer_step_pre_hooks`, `..._post_hooks` | telling that they are not run | taken for none |
 | `Tensor._lazy_clone`, `_C._is_cow_tensor` | working copies that take no memory | real copies |
 | `UntypedStorage._new_with_weak_ptr` | whether somebody still holds such a copy | an error |
+| `UntypedStorage._cdata` | whether tensors are on one memory | an error |
 | `Tensor._make_subclass` | a copy of a parameter of a class of the user's | an error |
 | `_C.DisableTorchFunction` | operations of ours that our watch need not see | an error |
 | `_C._functorch`, `_functorch.pyfunctorch` | transforms that are active around a call | an error |
@@ -49,6 +50,7 @@ __all__ = [
     "BatchNorm",
     "InstanceNorm",
     "NormWithStatistics",
+    "address",
     "as_class",
     "checkpoint_segment",
     "gradient_hooks",
@@ -59,6 +61,7 @@ __all__ = [
     "in_reverse_pass",
     "input_metadata",
     "is_view",
+    "is_wrapped",
     "lazy_clone",
     "node_class",
     "node_number",
@@ -163,6 +166,11 @@ def lazy_clone(tensor: Tensor) -> Tensor | None:
         return None
 
 
+def address(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor from others; a lazy copy is left one, unlike by `data_ptr`."""
+    return tensor.untyped_storage()._cdata
+
+
 def own_memory(storage_of_copy: StorageWeakRef) -> None:
     """Give a lazy copy memory of its own, if somebody still holds it."""
     storage = torch.UntypedStorage._new_with_weak_ptr(storage_of_copy.cdata)  # type: ignore[attr-defined]
@@ -208,6 +216,11 @@ def transforms() -> list[Any]:
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which no transform of `torch.func` is active."""
     return pyfunctorch.temporarily_clear_interpreter_stack()
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one of a transform of `torch.func`, around another."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

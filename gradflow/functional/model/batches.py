@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gradflow.errors import EmptyBatchesError, LossError, ModelInputError
-from gradflow.functional.model.trees import map_tensors, same_device, shapes
+from gradflow.functional.model.supported import check_not_wrapped
+from gradflow.functional.model.trees import private_copy, same_device, shapes
 from gradflow.functional.model.undo import GeneratorStates
 from gradflow.functional.torch_private import without_workers
 
@@ -158,6 +159,11 @@ def make_objective(loss_fn: Any) -> Objective:
             f"loss_fn is a {type(loss_fn).__name__}, which cannot be called. Pass the function, not its "
             "value: `nn.CrossEntropyLoss()`, `F.mse_loss`, or `lambda output: ...`."
         )
+    if isinstance(loss_fn, type):
+        raise ModelInputError(
+            f"loss_fn is the class {loss_fn.__name__}, not an instance of it. Call it first: "
+            f"`loss_fn={loss_fn.__name__}()`."
+        )
     number = _num_required(loss_fn)
     if number in (1, 2):
         return Objective(loss_fn, takes_target=number == 2)
@@ -221,25 +227,26 @@ def prepared(batch: Any, device: torch.device | None) -> Any:
     """Return the batch on `device`, its tensors copied: a model that writes to its input harms nobody."""
 
     def place(tensor: Tensor) -> Tensor:
-        if tensor.requires_grad or tensor.layout is not torch.strided:
+        check_not_wrapped("a tensor of the batch", tensor)
+        if tensor.requires_grad:
             return tensor
         if device is not None and tensor.device != device:
             return tensor.to(device)
         return tensor.clone()
 
-    return map_tensors(place, batch)
+    return private_copy(place, batch)
 
 
 def private_batch(model: nn.Module, batch: Any) -> Any:
     """Return the batch on the model's device, detached and copied."""
     with torch.inference_mode(False):
-        return map_tensors(Tensor.detach, prepared(batch, same_device(model)))
+        return private_copy(Tensor.detach, prepared(batch, same_device(model)))
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:
     """Call the model on a copy of the batch; what it raises gets a note with the batch's shapes."""
     try:
-        return invoke(model, map_tensors(Tensor.clone, batch))
+        return invoke(model, private_copy(Tensor.clone, batch))
     except Exception as error:
         error.add_note(
             f"gradflow: raised by the model on a batch that holds {shapes(batch)}. The batch is what the "

@@ -21,7 +21,7 @@ from __future__ import annotations
 import collections
 import functools
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ from gradflow.functional.model.undo import (
     restore_flags,
     restore_slots,
     slot_value,
+    slot_values,
     slots_of,
 )
 from gradflow.functional.torch_private import stores
@@ -54,6 +55,7 @@ _ATOMS = frozenset(
     | {torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format}
     | {types.BuiltinFunctionType, types.ModuleType, types.CodeType, types.GenericAlias}
 )
+_NOT_KEYED = (nn.Module, Tensor, torch.optim.Optimizer, np.ndarray)
 _CODE = (types.FunctionType, types.MethodType, functools.partial)
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _PLAIN = (dict, collections.OrderedDict)
@@ -91,12 +93,6 @@ class ModuleState:
         for kind, undo in reversed(self._undo):
             attempt(failures, kind, undo)
         return failures
-
-    def keyed_by(self, ids: Iterable[int]) -> list[Any]:
-        """Return the dicts and sets among what was seen that have some of these tensors, or ids, for keys."""
-        wanted = set(ids)
-        found = (v for v in self._seen.values() if isinstance(v, (dict, set)) and 0 < len(v) <= _LARGE)
-        return [v for v in found if not wanted.isdisjoint(key_ids(v))]
 
     # -------------------------------------------------------------------------------- what is remembered
 
@@ -214,13 +210,57 @@ class ModuleState:
             self._waiting += [(item, False) for item in value.flat]
 
 
-def key_ids(container: Any) -> Iterator[int]:
-    """Yield the id of every key of a dict or set that is a tensor, and keys that may be ids themselves."""
-    for key in container:
-        if isinstance(key, Tensor):
-            yield id(key)
-        elif type(key) is int:
-            yield key
+def keyed_by(model: nn.Module, ids: Container[int]) -> list[Any]:
+    """Return the dicts and sets that a model's modules hold with tensors for keys, or with their ids.
+
+    Those of an optimizer are not among them: it holds the tensors as well.
+
+    Args:
+        model: the model.
+        ids: of the tensors that count.
+    """
+    found: list[Any] = []
+    seen: dict[int, Any] = {}
+    waiting = [value for module in model.modules() for value in vars(module).values() if value]
+    while waiting:
+        value = waiting.pop()
+        if type(value) in _ATOMS or isinstance(value, _NOT_KEYED) or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, (dict, *_CONTAINERS)):
+            if len(value) > _LARGE:
+                continue
+            if isinstance(value, (dict, set)) and any(_key_id(key) in ids for key in value):
+                found.append(value)
+            waiting += base_of(value).values(value) if isinstance(value, dict) else list(value)
+        elif may_hold_state(value):
+            waiting += [*getattr(value, "__dict__", {}).values(), *(v for _, v in slot_values(value))]
+    return found
+
+
+def rekey(container: Any, new: Mapping[int, Tensor]) -> None:
+    """Put other tensors, or their ids, in the place of those that are the keys of a dict or set.
+
+    Args:
+        container: the dict or set; its order is kept.
+        new: the tensors by the ids of those whose places they take.
+    """
+
+    def changed(key: Any) -> Any:
+        tensor = new.get(_key_id(key))
+        return key if tensor is None else id(tensor) if type(key) is int else tensor
+
+    if isinstance(container, set):
+        keys = [changed(key) for key in container]
+        set.clear(container)
+        set.update(container, keys)
+    else:
+        keys, values = entries(container)
+        refill_dict(container, [changed(key) for key in keys], values)
+
+
+def _key_id(key: Any) -> int:
+    return key if type(key) is int else id(key)
 
 
 # --------------------------------------------------------------------------------------- what is followed

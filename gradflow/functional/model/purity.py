@@ -8,6 +8,7 @@ the default dtype. Parameters and buffers are never touched: the run works on co
 from __future__ import annotations
 
 import contextlib
+import operator
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -108,7 +109,27 @@ def _cuda_in_use() -> bool:
 
 
 def seed_all(seed: int) -> None:
-    """Seed torch, numpy and Python."""
+    """Seed torch, numpy and Python.
+
+    Raises:
+        ValueError: if `seed` is no whole number that torch takes.
+    """
+    seed = checked_seed(seed)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def checked_seed(seed: Any) -> int:
+    """Return a seed as an int, whatever kind of whole number it is (numpy's included).
+
+    Raises:
+        ValueError: if it is no whole number from -2**63 to 2**64 - 1, which are those that torch takes.
+    """
+    number = None if isinstance(seed, bool) or not hasattr(seed, "__index__") else operator.index(seed)
+    if number is None or not -(2**63) <= number < 2**64:
+        raise ValueError(
+            f"seed must be a whole number from -2**63 to 2**64 - 1, or None, got {seed!r:.100}. "
+            "Of a larger one take the rest: `seed % 2**64`."
+        )
+    return number
