@@ -15,17 +15,25 @@ _SLOT = types.MemberDescriptorType
 _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device)
 
 
-def content(value: Any, seen: dict[int, str] | None = None, path: str = "") -> Any:
+class Seen(dict[int, str]):
+    """The paths to what was met, by id; what was met is kept alive, so that no id is used again."""
+
+    def add(self, value: Any, path: str) -> None:
+        self[id(value)] = path
+        vars(self).setdefault("alive", []).append(value)
+
+
+def content(value: Any, seen: Seen | None = None, path: str = "") -> Any:
     """Return what a value holds, to any depth, with the identity of every mutable object in it.
 
     What was met before is told by the path to it alone, so that cycles end.
     """
-    seen = {} if seen is None else seen
+    seen = Seen() if seen is None else seen
     if isinstance(value, _ATOMS):
         return (type(value).__name__, repr(value))
     if id(value) in seen:
         return ("seen", seen[id(value)])
-    seen[id(value)] = path
+    seen.add(value, path)
     if isinstance(value, Tensor):
         return _tensor(value, seen, path)
     if isinstance(value, np.ndarray):
@@ -41,8 +49,8 @@ def content(value: Any, seen: dict[int, str] | None = None, path: str = "") -> A
     if isinstance(value, dict):
         keys = [id(k) if isinstance(k, Tensor) else repr(k) for k in value]
         items = [(k, content(v, seen, f"{path}[{k!r}]")) for k, v in zip(keys, value.values(), strict=True)]
-        own = dict(getattr(value, "__dict__", {}))
-        return ("dict", id(value), items, content(own, seen, f"{path}.__dict__")[2] if own else [])
+        own = getattr(value, "__dict__", None)
+        return ("dict", id(value), items, content(own, seen, f"{path}.__dict__") if own else ())
     if isinstance(value, (list, tuple, collections.deque)):
         return (
             type(value).__name__,
@@ -71,7 +79,7 @@ def _slot(member: Any, value: Any) -> Any:
         return None
 
 
-def _tensor(value: Tensor, seen: dict[int, str], path: str) -> Any:
+def _tensor(value: Tensor, seen: Seen, path: str) -> Any:
     held = value.detach()
     if held.is_nested:
         return (
@@ -83,7 +91,7 @@ def _tensor(value: Tensor, seen: dict[int, str], path: str) -> Any:
     # a clone, since a tensor that was once seen by NumPy can no longer be resized
     raw = [p.contiguous().clone().view(-1).view(torch.uint8).numpy().tobytes() for p in parts]
     grad = content(value.grad, seen, f"{path}.grad") if value.is_leaf else None
-    own = content(vars(value), seen, f"{path}.__dict__")[2]
+    own = content(vars(value), seen, f"{path}.__dict__")
     return ("tensor", id(value), tuple(value.shape), str(value.dtype), raw, value.requires_grad, grad, own)
 
 

@@ -221,14 +221,14 @@ def keyed_by(model: nn.Module, ids: Container[int]) -> list[Any]:
     """
     found: list[Any] = []
     seen: dict[int, Any] = {}
-    waiting = [value for module in model.modules() for value in vars(module).values() if value]
+    waiting = [value for module in model.modules() for value in vars(module).values()]
     while waiting:
         value = waiting.pop()
         if type(value) in _ATOMS or isinstance(value, _NOT_KEYED) or id(value) in seen:
             continue
         seen[id(value)] = value
         if isinstance(value, (dict, *_CONTAINERS)):
-            if len(value) > _LARGE:
+            if not 0 < len(value) <= _LARGE:
                 continue
             if isinstance(value, (dict, set)) and any(_key_id(key) in ids for key in value):
                 found.append(value)

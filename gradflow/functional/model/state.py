@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -219,11 +220,11 @@ def _copy_as_parameter(tensor: Tensor, *, requires_grad: bool) -> None:
     while it runs. The copy belongs to the transform as well, so that the model may write to it.
     """
     values = unwrapped(tensor)  # no reference to the tensor itself, which would never be freed
+    vars(tensor)["__deepcopy__"] = functools.partial(_as_parameter, values, requires_grad)
 
-    def copied(memo: Any = None) -> nn.Parameter:
-        return nn.Parameter(values.detach().clone(), requires_grad=requires_grad)
 
-    vars(tensor)["__deepcopy__"] = copied
+def _as_parameter(values: Tensor, requires_grad: bool, memo: Any) -> nn.Parameter:
+    return nn.Parameter(values.detach().clone(), requires_grad=requires_grad)
 
 
 @exclusive()

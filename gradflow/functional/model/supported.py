@@ -49,7 +49,7 @@ def check_not_wrapped(what: str, tensor: Tensor) -> None:
     if is_wrapped(tensor):
         raise ModelInputError(
             f"{what} belongs to a transform of torch.func (`grad`, `vmap`, ...) that the analysis is called "
-            "in, and no transform follows the plain numbers of a record: analyse outside of it, on plain tensors."
+            "in, and no transform follows the plain numbers of a record: analyse outside of it."
         )
 
 

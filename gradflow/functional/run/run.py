@@ -86,7 +86,7 @@ class Plan:
         num_batches: how many there are, if that is known.
 
     Raises:
-        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is none of those that there are.
+        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is none of those there are.
         ModelInputError: if `measurements` holds what is no measurement, or `progress` or `deepen` cannot be
             called.
         MeasurementError: if a name that one declares is taken.
