@@ -75,6 +75,21 @@ class EmptyBatchesError(GradflowError, ValueError):
     """There was no batch at all."""
 
 
+class NotRestoredError(GradflowError, RuntimeError):
+    """Something that the run changed could not be put back; everything else was."""
+
+    @classmethod
+    def of(cls, failures: Sequence[str]) -> NotRestoredError:
+        """Return the error for objects that could not be put back, each with the reason."""
+        more = f" (and {len(failures) - 3} more)" if len(failures) > 3 else ""
+        return cls(
+            f"{len(failures)} of the objects that the model holds could not be put back as they were before "
+            f"the run; all others were. {'; '.join(failures[:3])}{more}. The model changes them when it is "
+            "called, and they refuse to be written to: keep such an object out of the model's attributes, or "
+            "analyse a copy of the model, `copy.deepcopy(model)`."
+        )
+
+
 class ModelCallError(GradflowError, RuntimeError):
     """The model or the loss raised; the original exception is the cause and stays visible."""
 

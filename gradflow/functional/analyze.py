@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -82,7 +83,7 @@ def analyze(
         ModelNotCalledError: if the first step calls no layer of the model.
         OptimizerMismatchError: if the optimizer holds none of the model's parameters.
         MeasurementError: if two measurements declare the same name, or one a field of the record.
-        ValueError: if `steps`, `clip`, `mode`, `detail` or `transform` is none of those above.
+        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is none of those above.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -158,7 +159,8 @@ def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None,
         return dict(named_tensors(objective.inputs(batch), "input"))
 
     given = Given(model, _module(loss_fn), evaluate, inputs_of)
-    return measure(given, draw, attrs.evolve(plan, num_batches=source.length))
+    with contextlib.closing(source):
+        return measure(given, draw, attrs.evolve(plan, num_batches=source.length))
 
 
 def analyzed_custom(

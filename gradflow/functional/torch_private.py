@@ -16,6 +16,7 @@ release that it runs on. All are there since 2.4, the oldest release that gradfl
 | `Optimizer._optimizer_step_pre_hooks`, `..._post_hooks` | telling that they are not run | taken for none |
 | `Tensor._lazy_clone`, `_C._is_cow_tensor` | working copies that take no memory | real copies |
 | `UntypedStorage._new_with_weak_ptr` | whether somebody still holds such a copy | an error |
+| `UntypedStorage._cdata` | whether tensors are on one memory | an error |
 | `Tensor._make_subclass` | a copy of a parameter of a class of the user's | an error |
 | `_C.DisableTorchFunction` | operations of ours that our watch need not see | an error |
 | `_C._functorch`, `_functorch.pyfunctorch` | transforms that are active around a call | an error |
@@ -23,12 +24,14 @@ release that it runs on. All are there since 2.4, the oldest release that gradfl
 | `utils._pytree` | nested values, those of Hugging Face included | an error |
 | `Module._parameters`, `Module._buffers` | swapping copies in | an error |
 | `_BatchNorm`, `_NormBase`, `_InstanceNorm` | which layers keep running statistics | an error |
+| `DataLoader._iterator` | fresh workers, where a loader keeps its own | those it keeps |
 | the frames of `torch.utils.checkpoint` | telling one running checkpoint from another | taken for one |
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -41,11 +44,13 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
 from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 __all__ = [
     "BatchNorm",
     "InstanceNorm",
     "NormWithStatistics",
+    "address",
     "as_class",
     "checkpoint_segment",
     "gradient_hooks",
@@ -56,6 +61,7 @@ __all__ = [
     "in_reverse_pass",
     "input_metadata",
     "is_view",
+    "is_wrapped",
     "lazy_clone",
     "node_class",
     "node_number",
@@ -69,6 +75,8 @@ __all__ = [
     "transform_level",
     "transforms",
     "unwatched",
+    "unwrapped",
+    "without_workers",
 ]
 
 # ------------------------------------------------------------------------------------ nodes of autograd
@@ -158,6 +166,11 @@ def lazy_clone(tensor: Tensor) -> Tensor | None:
         return None
 
 
+def address(tensor: Tensor) -> int:
+    """Return what tells the memory of a tensor from others; a lazy copy is left one, unlike by `data_ptr`."""
+    return tensor.untyped_storage()._cdata
+
+
 def own_memory(storage_of_copy: StorageWeakRef) -> None:
     """Give a lazy copy memory of its own, if somebody still holds it."""
     storage = torch.UntypedStorage._new_with_weak_ptr(storage_of_copy.cdata)  # type: ignore[attr-defined]
@@ -171,6 +184,13 @@ def own_memory(storage_of_copy: StorageWeakRef) -> None:
 def stores(module: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     """Return the very dicts that hold a module's own parameters and buffers."""
     return module._parameters, module._buffers  # type: ignore[return-value]
+
+
+def without_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a copy of a loader that will start workers of its own."""
+    loader = copy.copy(loader)
+    vars(loader)["_iterator"] = None
+    return loader
 
 
 # ------------------------------------------------------------------------- transforms and what is watched
@@ -196,6 +216,19 @@ def transforms() -> list[Any]:
 def outside_transforms() -> contextlib.AbstractContextManager[Any]:
     """Return a context in which no transform of `torch.func` is active."""
     return pyfunctorch.temporarily_clear_interpreter_stack()
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor is one of a transform of `torch.func`, around another."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return the tensor inside the wrappers that derivatives of `torch.func` put around it; a batch stays."""
+    functorch = torch._C._functorch  # type: ignore[attr-defined]
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 # --------------------------------------------------------------------------------------- checkpointing

@@ -66,6 +66,7 @@ OWNERS = {
     "Function": type("Own", (torch.autograd.Function,), {}),
     "Optimizer": torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1),
     "UntypedStorage": torch.UntypedStorage,
+    "DataLoader": torch.utils.data.DataLoader([1]),
     "_C": torch._C,
     "autograd": torch.autograd,
     "utils": torch.utils,

@@ -9,9 +9,13 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from gradflow.errors import EmptyBatchesError, LossError, ModelInputError
-from gradflow.functional.model.trees import map_tensors, same_device, shapes
+from gradflow.functional.model.supported import check_not_wrapped
+from gradflow.functional.model.trees import private_copy, same_device, shapes
+from gradflow.functional.model.undo import GeneratorStates
+from gradflow.functional.torch_private import without_workers
 
 _SHOW = (
     "Pass a function that returns the next batch (`lambda: next(it)`), a DataLoader, or a list of batches."
@@ -19,11 +23,14 @@ _SHOW = (
 
 
 class Source:
-    """Draws one batch at a time, never ahead; `None` when there are no more."""
+    """Draws one batch at a time, never ahead; `None` when there are no more.
+
+    The iterator is made with the first batch, inside the run: a DataLoader draws from torch's random numbers
+    when it is asked for one, and seeds its workers and its sampler by them. Generators of its own, of which
+    `torch` does not know, are put back by `close`.
+    """
 
     def __init__(self, batches: Any) -> None:
-        self._call: Callable[[], Any] | None = None
-        self._iterator: Iterator[Any] | None = None
         if isinstance(batches, (Tensor, Mapping)):
             raise ModelInputError(
                 f"batches is one {type(batches).__name__}, which looks like a single batch. "
@@ -34,17 +41,21 @@ class Source:
                 f"batches is a tuple of tensors ({shapes(batches)}), which looks like a single batch. "
                 f"Wrap it: `[batch]`, or `lambda: batch` for every step. {_SHOW}"
             )
-        if hasattr(batches, "__iter__") or hasattr(batches, "__getitem__"):
-            self._iterator = iter(batches)
-        elif callable(batches):
-            self._call = batches
-        else:
+        iterable = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+        if isinstance(batches, type) and iterable:
+            raise ModelInputError(f"batches is the class {batches.__name__}, not an instance of it. {_SHOW}")
+        if not (iterable or callable(batches)):
             raise ModelInputError(f"batches is a {type(batches).__name__}. {_SHOW}")
-
-        self.length = _length(batches) if self._iterator is not None else None
+        self.length = _length(batches) if iterable else None
+        self._batches: Any = batches
+        self._call: Callable[[], Any] | None = None if iterable else self._batches
+        self._iterator: Iterator[Any] | None = None
+        self._generators = GeneratorStates(_with_generators(batches))
 
     def draw(self) -> Any:
         """Return the next batch, or None at the end."""
+        if self._call is None and self._iterator is None:
+            self._iterator = _fresh_iterator(self._batches)
         try:
             batch = self._call() if self._call is not None else next(self._iterator)  # type: ignore[arg-type]
         except StopIteration:
@@ -57,6 +68,28 @@ class Source:
                 "Pass the iterator itself: `batches=make_batches()`."
             )
         return batch
+
+    def close(self) -> None:
+        """Let go of the iterator, and put back the generators of what can be iterated anew."""
+        self._iterator = None
+        self._generators.restore()
+
+
+def _fresh_iterator(batches: Any) -> Iterator[Any]:
+    """Return an iterator with workers of its own: those that a loader keeps have drawn random numbers."""
+    if isinstance(batches, DataLoader) and batches.persistent_workers:
+        return iter(without_workers(batches))
+    return iter(batches)
+
+
+def _with_generators(batches: Any) -> Iterator[Any]:
+    """Yield what may hold generators of what can be iterated anew: a loader, its samplers, its data set."""
+    if isinstance(batches, Iterator) or not hasattr(batches, "__iter__"):
+        return
+    yield batches
+    for name in ("sampler", "batch_sampler", "dataset"):
+        part = getattr(batches, name, None)
+        yield from (part, getattr(part, "sampler", None))
 
 
 def _length(batches: Any) -> int | None:
@@ -126,6 +159,11 @@ def make_objective(loss_fn: Any) -> Objective:
             f"loss_fn is a {type(loss_fn).__name__}, which cannot be called. Pass the function, not its "
             "value: `nn.CrossEntropyLoss()`, `F.mse_loss`, or `lambda output: ...`."
         )
+    if isinstance(loss_fn, type):
+        raise ModelInputError(
+            f"loss_fn is the class {loss_fn.__name__}, not an instance of it. Call it first: "
+            f"`loss_fn={loss_fn.__name__}()`."
+        )
     number = _num_required(loss_fn)
     if number in (1, 2):
         return Objective(loss_fn, takes_target=number == 2)
@@ -189,25 +227,26 @@ def prepared(batch: Any, device: torch.device | None) -> Any:
     """Return the batch on `device`, its tensors copied: a model that writes to its input harms nobody."""
 
     def place(tensor: Tensor) -> Tensor:
-        if tensor.requires_grad or tensor.layout is not torch.strided:
+        check_not_wrapped("a tensor of the batch", tensor)
+        if tensor.requires_grad:
             return tensor
         if device is not None and tensor.device != device:
             return tensor.to(device)
         return tensor.clone()
 
-    return map_tensors(place, batch)
+    return private_copy(place, batch)
 
 
 def private_batch(model: nn.Module, batch: Any) -> Any:
     """Return the batch on the model's device, detached and copied."""
     with torch.inference_mode(False):
-        return map_tensors(Tensor.detach, prepared(batch, same_device(model)))
+        return private_copy(Tensor.detach, prepared(batch, same_device(model)))
 
 
 def run_model(model: nn.Module, batch: Any) -> Any:
     """Call the model on a copy of the batch; what it raises gets a note with the batch's shapes."""
     try:
-        return invoke(model, map_tensors(Tensor.clone, batch))
+        return invoke(model, private_copy(Tensor.clone, batch))
     except Exception as error:
         error.add_note(
             f"gradflow: raised by the model on a batch that holds {shapes(batch)}. The batch is what the "

@@ -29,12 +29,23 @@ def callable_modules(model: nn.Module) -> dict[str, nn.Module]:
 def is_layer(module: nn.Module) -> bool:
     """Whether a module owns a parameter directly, or has no child modules.
 
+    Parameters in a `ParameterList` or `ParameterDict`, or in lists of those, belong to the module that holds
+    the list.
+
     >>> is_layer(nn.Linear(2, 2)), is_layer(nn.ReLU()), is_layer(nn.Sequential(nn.ReLU()))
     (True, True, False)
     """
     if any(True for _ in module.parameters(recurse=False)) or parametrize.is_parametrized(module):
         return True
-    return not any(True for _ in module.children())
+    children = list(module.children())
+    return not children or any(map(_holds_parameters, children))
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    """Whether a module is a container of parameters, or of such containers, and holds any."""
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)) and any(True for _ in module.parameters()):
+        return True
+    return isinstance(module, _CONTAINERS) and any(map(_holds_parameters, module.children()))
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:

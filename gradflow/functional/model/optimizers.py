@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import OptimizerMismatchError
+from gradflow.functional.model.undo import may_hold_state, same_bits, slot_values
 
 
 def copy_optimizer(
@@ -40,13 +43,67 @@ def copy_optimizer(
             "for another model, or before the model was replaced (a deep copy, say). "
             "Build it on this one: `torch.optim.Adam(model.parameters())`."
         )
-    clone = copy.deepcopy(optimizer, memo)
-    # Optimizers that wrap another keep it in an attribute of their own, which `Optimizer.__getstate__` drops.
-    # Callables are left out: a learning-rate scheduler puts a `step` there that steps the user's optimizer.
-    for name, value in optimizer.__dict__.items():
-        if name not in clone.__dict__ and not callable(value) and "hook" not in name:
-            clone.__dict__[name] = copy.deepcopy(value, memo)
-    return clone
+    return _copied(optimizer, memo)
+
+
+# NOTE [Copying an optimizer]
+# `copy.deepcopy` of an optimizer ends in `Optimizer.__setstate__`, which puts a wrapper on the `step` of its
+# class: an optimizer that wraps another and never called `Optimizer.__init__` could not step any more. So a
+# copy is made by hand: an empty object of the class, and deep copies of the attributes. Left out are hooks,
+# and what stands in the object in place of a method: a scheduler puts a `step` there that steps the original.
+# What cannot be copied (a lock, a stream) is shared.
+
+
+_ATOMS = (type, str, bytes, int, float, complex, type(None), types.FunctionType, types.BuiltinFunctionType)
+
+
+def _copied(optimizer: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of an optimizer and of those that it wraps; see NOTE [Copying an optimizer]."""
+    found: list[Any] = []
+    _prepare(optimizer, memo, found, set())
+    shells = [(original, object.__new__(type(original))) for original in found]
+    memo.update((id(original), shell) for original, shell in shells)
+    for original, shell in shells:
+        for name, value in vars(original).items():
+            if name.startswith("_optimizer_") and name.endswith("_hooks"):
+                object.__setattr__(shell, name, type(value)())
+            elif not (callable(value) and hasattr(type(original), name)):
+                vars(shell)[name] = copy.deepcopy(value, memo)
+        for slot, value in slot_values(original):
+            slot.__set__(shell, copy.deepcopy(value, memo))
+    return memo[id(optimizer)]
+
+
+def _prepare(value: Any, memo: dict[int, Any], found: list[Any], seen: set[int]) -> None:
+    """Find the optimizers below a value, and enter in the memo what no deep copy can be made of."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or id(value) in memo or isinstance(value, _ATOMS):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+        elif isinstance(value, Mapping):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+            waiting += list(value)
+        elif isinstance(value, types.MethodType):
+            waiting.append(value.__self__)
+        elif (hasattr(value, "__dict__") or slot_values(value)) and may_hold_state(value):
+            if hasattr(value, "param_groups") and callable(getattr(value, "step", None)):
+                found.append(value)
+            waiting += [*getattr(value, "__dict__", {}).values(), *(v for _, v in slot_values(value))]
+        else:
+            memo[id(value)] = _copied_or_shared(value)
+
+
+def _copied_or_shared(value: Any) -> Any:
+    try:
+        return value.clone_state() if isinstance(value, torch.Generator) else copy.deepcopy(value)
+    except Exception:
+        return value
 
 
 def optimized(optimizer: torch.optim.Optimizer, model: nn.Module) -> set[str]:
@@ -82,30 +139,45 @@ def update(
 ) -> None:
     """Step the working copies with the gradients of the step that was measured.
 
+    An optimizer that takes a closure may call it any number of times, with the parameters moved in between.
+    As long as they are where they were, it is answered with the loss and the gradients that were measured.
+
     Args:
         optimizer: the copy.
         parameters: working copies by qualified name.
         gradients: their gradients; None where there is none.
-        again: evaluates loss and gradients anew, for optimizers that search along a line (LBFGS).
-        loss: the loss that was measured, which the first evaluation returns.
+        again: evaluates loss and gradients anew, for optimizers that look at other points (LBFGS, SAM).
+        loss: the loss that was measured.
     """
-    for name, parameter in parameters.items():
-        parameter.grad = gradients[name]
+    takes = inspect.signature(optimizer.step).parameters.get("closure")
+    own = not type(optimizer).__module__.startswith("torch.optim")
+    # Where a closure is an option it is handed to classes of users, since some refuse to go without; those of
+    # PyTorch do the same with it as without.
+    handed = takes is not None and (own or takes.default is takes.empty)
+    values = {n: p.detach().clone() for n, p in parameters.items()} if handed and own else {}
     first = True
+
+    def hand_gradients() -> None:
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name]
 
     def closure() -> Any:
         nonlocal first
-        if first:
+        moved = not all(same_bits(parameters[name], was) for name, was in values.items())
+        if first and not moved:
             first = False
+            hand_gradients()
             return loss.detach()
-        return again()
+        first = False
+        with torch.enable_grad():
+            return again()
 
-    required = inspect.signature(type(optimizer).step).parameters.get("closure")
+    hand_gradients()
     try:
-        if required is not None and required.default is required.empty:
-            optimizer.step(closure)  # type: ignore[call-overload]
-        else:
-            optimizer.step()
+        optimizer.step(closure) if handed else optimizer.step()  # type: ignore[call-overload]
+    except Exception as error:
+        error.add_note(f"gradflow: raised by the step of a copy of the {type(optimizer).__name__}.")
+        raise
     finally:
         for parameter in parameters.values():
             parameter.grad = None

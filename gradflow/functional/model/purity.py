@@ -1,39 +1,55 @@
 """The purity contract: whatever a run does, everything of the user's is put back bit for bit.
 
-What may be changed by running a model: its module attributes (counters, stored activations, modes), the
-global random states, the grad mode and the default dtype. Parameters and buffers are never touched: the
-run works on copies that are swapped in.
+What may be changed by running a model: what its modules hold outside of parameters and buffers (counters,
+stored activations, modes, a teacher in a list; see `memory.py`), the global random states, the grad mode and
+the default dtype. Parameters and buffers are never touched: the run works on copies that are swapped in.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import operator
 import random
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradflow.functional.torch_private import is_view, num_writes, stores
+from gradflow.errors import NotRestoredError
+from gradflow.functional.model.memory import ModuleState
 
 
 @contextlib.contextmanager
 def preserved(*modules: nn.Module) -> Iterator[None]:
-    """Put back, on any exit, the modules' attributes and the process's random and global states."""
+    """Put back, on any exit, what modules hold and the process's random and global states.
+
+    Args:
+        modules: those that are run, with other parameters and buffers swapped in.
+
+    Raises:
+        NotRestoredError: if something could not be put back. An exception of the run itself is raised as it
+            is, with a note.
+    """
     saved_modules = ModuleState(modules)
     saved_random = RandomState()
     grad_enabled, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    raised: BaseException | None = None
     try:
         yield
+    except BaseException as error:
+        raised = error
+        raise
     finally:
         torch.set_grad_enabled(grad_enabled)
         torch.set_default_dtype(dtype)
         saved_random.restore()
-        saved_modules.restore()
+        if failures := saved_modules.restore():
+            error = NotRestoredError.of(failures)
+            if raised is None:
+                raise error
+            raised.add_note(f"gradflow: {error}")
 
 
 class RandomState:
@@ -93,184 +109,27 @@ def _cuda_in_use() -> bool:
 
 
 def seed_all(seed: int) -> None:
-    """Seed torch, numpy and Python."""
+    """Seed torch, numpy and Python.
+
+    Raises:
+        ValueError: if `seed` is no whole number that torch takes.
+    """
+    seed = checked_seed(seed)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
-# NOTE [State outside buffers]
-# A module may keep a counter, a list of activations, a plain tensor or an object of its own class. All are
-# reached from its `__dict__`: shallow values are put back by restoring the dict; containers, tensors, arrays,
-# generators and objects of user classes that it refers to are remembered with their contents and restored in
-# place, so that other references to them see the old contents too. Parameters and buffers are skipped (they
-# are swapped for copies) unless an attribute holds them as well; so are modules (each is remembered on its
-# own), classes and functions.
+def checked_seed(seed: Any) -> int:
+    """Return a seed as an int, whatever kind of whole number it is (numpy's included).
 
-_ATOMS = (int, float, complex, str, bytes, bool, type(None), type, torch.dtype, torch.device, torch.Size)
-_LARGE = 10_000
-_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
-
-
-class ModuleState:
-    """All that the modules below some roots hold outside their parameters and buffers.
-
-    Args:
-        roots: the modules.
+    Raises:
+        ValueError: if it is no whole number from -2**63 to 2**64 - 1, which are those that torch takes.
     """
-
-    def __init__(self, roots: Sequence[nn.Module]) -> None:
-        self._seen: dict[int, Any] = {}  # keeps what it has seen alive, so that ids stay unique
-        self._undo: list[Any] = []
-        self._stores: set[int] = set()  # dicts of parameters and buffers: the dicts alone are remembered
-        for root in roots:
-            for module in root.modules():
-                self._remember_module(module)
-
-    def restore(self) -> None:
-        """Put it back; may be done again."""
-        for undo in reversed(self._undo):
-            undo()
-
-    def _new(self, value: Any) -> bool:
-        if id(value) in self._seen:
-            return False
-        self._seen[id(value)] = value
-        return True
-
-    def _remember_module(self, module: nn.Module) -> None:
-        if not self._new(module):
-            return
-        parameters, buffers = stores(module)
-        self._stores |= {id(parameters), id(buffers)}
-        flags = [(p, p.requires_grad) for p in parameters.values() if p is not None]
-        self._undo.append(lambda: [p.requires_grad_(flag) for p, flag in flags if p.requires_grad != flag])
-        self._remember_dict(module.__dict__)
-
-    def _remember_dict(self, mapping: dict[Any, Any]) -> None:
-        saved = dict(mapping)
-
-        def undo() -> None:
-            if len(mapping) != len(saved) or any(
-                k not in mapping or mapping[k] is not v for k, v in saved.items()
-            ):
-                mapping.clear()
-                mapping.update(saved)
-
-        self._undo.append(undo)
-        if len(saved) > _LARGE or id(mapping) in self._stores:
-            return
-        for value in saved.values():
-            self._remember(value)
-
-    def _remember(self, value: Any) -> None:
-        if isinstance(value, nn.Module):
-            for module in value.modules():
-                self._remember_module(module)
-            return
-        if isinstance(value, (_ATOMS, _CODE)) or not self._new(value):
-            return
-        if isinstance(value, Tensor):
-            self._remember_tensor(value)
-        elif isinstance(value, dict):
-            self._remember_dict(value)
-        elif isinstance(value, (list, collections.deque, set, bytearray)):
-            self._remember_container(value)
-        elif isinstance(value, (tuple, frozenset)):
-            for item in value:
-                self._remember(item)
-        else:
-            self._remember_object(value)
-
-    def _remember_tensor(self, value: Tensor) -> None:
-        if value.is_meta or value.is_inference():
-            return
-        saved, version = value.detach().clone(), num_writes(value)
-        leaf, flag, grad = value.is_leaf, value.requires_grad, value.grad if value.is_leaf else None
-
-        def undo() -> None:
-            if leaf and not value.is_leaf and not is_view(value):
-                value.detach_()  # an operation in place had joined it to a graph
-            if value.is_leaf:
-                if value.requires_grad != flag:
-                    value.requires_grad_(flag)
-                value.grad = grad
-            same = value.shape == saved.shape and value.dtype == saved.dtype
-            if num_writes(value) != version or not same or not _same_bits(value, saved):
-                with torch.no_grad():
-                    if same:
-                        value.copy_(saved)
-                    else:
-                        value.data = saved.clone()
-
-        self._undo.append(undo)
-
-    def _remember_container(self, value: Any) -> None:
-        saved = list(value)
-
-        def undo() -> None:
-            if len(value) != len(saved) or any(a is not b for a, b in zip(value, saved, strict=True)):
-                value.clear()
-                value.update(saved) if isinstance(value, set) else value.extend(saved)
-
-        self._undo.append(undo)
-        if not isinstance(value, bytearray) and len(saved) <= _LARGE:  # a data set, not state
-            for item in saved:
-                self._remember(item)
-
-    def _remember_object(self, value: Any) -> None:
-        if isinstance(value, np.ndarray):
-            saved = value.copy()
-            self._undo.append(lambda: np.copyto(value, saved) if value.flags.writeable else None)
-        elif isinstance(value, np.random.RandomState):
-            legacy = value.get_state()
-            self._undo.append(lambda: value.set_state(legacy))
-        elif isinstance(value, torch.Generator):
-            state = value.get_state()
-            self._undo.append(lambda: value.set_state(state))
-        elif isinstance(value, np.random.Generator):
-            bits = value.bit_generator.state
-            self._undo.append(lambda: setattr(value.bit_generator, "state", bits))
-        elif isinstance(value, random.Random):
-            internal = value.getstate()
-            self._undo.append(lambda: value.setstate(internal))
-        elif _is_users(value):
-            self._remember_slots(value)
-            if isinstance(attributes := getattr(value, "__dict__", None), dict):
-                self._remember_dict(attributes)
-
-    def _remember_slots(self, value: Any) -> None:
-        """Remember attributes without a dict, as classes of `attrs` and `dataclass(slots=True)` keep them."""
-        declared = [vars(cls).get("__slots__", ()) for cls in type(value).__mro__]
-        names = [n for names in declared for n in ([names] if isinstance(names, str) else names)]
-        saved = {n: getattr(value, n) for n in names if not n.startswith("__") and hasattr(value, n)}
-
-        def undo() -> None:
-            for name, old in saved.items():
-                if getattr(value, name, None) is not old:
-                    object.__setattr__(value, name, old)
-
-        if saved:
-            self._undo.append(undo)
-        for item in saved.values():
-            self._remember(item)
-
-
-def _is_users(value: Any) -> bool:
-    return not type(value).__module__.startswith(("torch.", "networkx."))
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype are equal bit for bit, where PyTorch can compare their kind."""
-    if a.layout is torch.sparse_coo:
-        return torch.equal(a._indices(), b._indices()) and _same_bits(a._values(), b._values())
-    return a.layout is not torch.strided or torch.equal(_bits(a), _bits(b))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """Return a view in which NaN equals NaN, where the dtype has one of the same size."""
-    same = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-    tensor = tensor.detach()
-    if tensor.is_complex() or tensor.layout is not torch.strided or tensor.is_quantized:
-        return tensor
-    return tensor.view(same[tensor.element_size()]) if tensor.dim() else tensor.reshape(1)
+    number = None if isinstance(seed, bool) or not hasattr(seed, "__index__") else operator.index(seed)
+    if number is None or not -(2**63) <= number < 2**64:
+        raise ValueError(
+            f"seed must be a whole number from -2**63 to 2**64 - 1, or None, got {seed!r:.100}. "
+            "Of a larger one take the rest: `seed % 2**64`."
+        )
+    return number

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +13,18 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.memory import keyed_by, rekey
 from gradflow.functional.model.purity import preserved
 from gradflow.functional.model.supported import check_has_values
-from gradflow.functional.torch_private import as_class, gradient_hooks, lazy_clone, own_memory, stores
+from gradflow.functional.torch_private import (
+    address,
+    as_class,
+    gradient_hooks,
+    lazy_clone,
+    own_memory,
+    stores,
+    unwrapped,
+)
 
 Tensors = dict[str, Tensor]
 Copy = Callable[[Tensor], Tensor]
@@ -30,14 +41,24 @@ Copy = Callable[[Tensor], Tensor]
 class LazyCopies:
     """Makes copies that take memory only when they are written to; see NOTE [Copies on write].
 
-    It is a context: at its end the originals have their memory for themselves again.
+    It is a context: at its end the originals have their memory for themselves again. Copies of tensors whose
+    memory overlaps, such as a weight that is tied to the transpose of another, overlap likewise.
+
+    Args:
+        models: whose tensors will be copied.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *models: nn.Module) -> None:
+        self._common = dict.fromkeys(_overlapping(models))  # the copies of their memory, once made
         self._shared: list[tuple[Tensor, StorageWeakRef]] = []
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor; a real one, where its memory cannot be shared in this way."""
+        if (key := _memory(tensor)) in self._common:
+            held = self._common[key]
+            if held is None:
+                held = self._common[key] = tensor.untyped_storage().clone()
+            return tensor.new_empty(0).set_(held, tensor.storage_offset(), tensor.shape, tensor.stride())
         copy = lazy_clone(tensor) if _can_be_shared(tensor) else None
         if copy is None:
             return tensor.clone()
@@ -52,6 +73,29 @@ class LazyCopies:
             own_memory(copy)
             original.data_ptr()
         self._shared.clear()
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory, 0 for one that has none of its own to speak of."""
+    plain = tensor.layout is torch.strided and not tensor.is_nested and type(tensor) in (Tensor, nn.Parameter)
+    return address(tensor) if plain and not tensor.is_meta else 0
+
+
+def _overlapping(models: Sequence[nn.Module]) -> Iterator[int]:
+    """Yield the addresses of memory in which tensors of the models overlap, each tensor counted once."""
+    spans: dict[int, list[tuple[int, int]]] = {}
+    tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
+    for tensor in tensors.values():
+        if (key := _memory(tensor)) and tensor.numel():
+            size, first = tensor.element_size(), int(tensor.storage_offset())
+            last = first + sum(
+                (int(n) - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+            )
+            spans.setdefault(key, []).append((first * size, (last + 1) * size))
+    for key, found in spans.items():
+        found.sort()
+        if any(end > start for (_, end), (start, _) in itertools.pairwise(found)):
+            yield key
 
 
 def _can_be_shared(tensor: Tensor) -> bool:
@@ -103,12 +147,22 @@ def copy_buffers(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
     return buffers
 
 
+def loss_prefix(model: nn.Module) -> str:
+    """Return what the names of a loss module's parameters begin with, and none of the model's."""
+    prefix = "loss_fn."
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    while any(name.startswith(prefix) for name in names):
+        prefix = f"_{prefix}"
+    return prefix
+
+
 class Swap:
     """A reusable swap of a model's parameters and buffers, tied names included.
 
     It does what `torch.func.functional_call` does, with the names resolved once for a whole run, and it
     can be held open while the caller's closures draw a batch, so that a policy rolled out between two
-    steps acts with the parameters of that step.
+    steps acts with the parameters of that step. Dicts and sets of the model with these tensors for keys, or
+    with their ids, follow the swap: `self.importance[p]` finds its entry.
 
     Args:
         model: whose parameters and buffers are swapped.
@@ -126,17 +180,27 @@ class Swap:
                         qualified = f"{module_name}.{key}" if module_name else key
                         name = first.setdefault(id(tensor), prefix + qualified)
                         self._places.append((store, key, name))
+        self._keyed = keyed_by(model, first)
 
     @contextlib.contextmanager
     def __call__(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Put `tensors` in place for the length of the context; names it lacks stay as they are."""
         old = [(store, key, store[key]) for store, key, name in self._places if name in tensors]
+        placed: list[tuple[Tensor, Tensor]] = []
         try:
             for store, key, name in self._places:
                 if name in tensors:
                     store[key] = tensors[name]
+            for store, key, was in old:
+                if type(store[key]) is Tensor and isinstance(was, nn.Parameter):
+                    _copy_as_parameter(store[key], requires_grad=was.requires_grad)
+            placed = [(tensor, store[key]) for store, key, tensor in old] if self._keyed else []
+            for container in self._keyed:
+                rekey(container, {id(was): new for was, new in placed})
             yield
         finally:
+            for container in self._keyed:
+                rekey(container, {id(new): was for was, new in placed})
             for store, key, tensor in old:
                 store[key] = tensor
 
@@ -147,6 +211,20 @@ class Swap:
             if name in names and name not in found and store.get(key) is not None:
                 found[name] = store[key]
         return found
+
+
+def _copy_as_parameter(tensor: Tensor, *, requires_grad: bool) -> None:
+    """Let copies of a tensor that stands in for a parameter be parameters with its values.
+
+    Under a transform it is part of a graph, and no such tensor can be copied; a model may copy its modules
+    while it runs. The copy belongs to the transform as well, so that the model may write to it.
+    """
+    values = unwrapped(tensor)  # no reference to the tensor itself, which would never be freed
+    vars(tensor)["__deepcopy__"] = functools.partial(_as_parameter, values, requires_grad)
+
+
+def _as_parameter(values: Tensor, requires_grad: bool, memo: Any) -> nn.Parameter:
+    return nn.Parameter(values.detach().clone(), requires_grad=requires_grad)
 
 
 @exclusive()

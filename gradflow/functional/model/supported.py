@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradflow.errors import ModelInputError
-from gradflow.functional.torch_private import has_post_accumulate_hooks, has_step_hooks
+from gradflow.functional.torch_private import has_post_accumulate_hooks, has_step_hooks, is_wrapped
 
 
 def check_supported(model: nn.Module) -> None:
@@ -19,7 +19,7 @@ def check_supported(model: nn.Module) -> None:
 
     Raises:
         ModelInputError: if parts of it are sharded over processes, quantised, or spread over devices by
-            `nn.DataParallel`.
+            `nn.DataParallel`, or if a transform of `torch.func` has put its own tensors into it.
     """
     for name, module in model.named_modules():
         place = f"{name or '(model)'!r} is a {type(module).__name__}"
@@ -33,10 +33,24 @@ def check_supported(model: nn.Module) -> None:
         if ".quantized" in type(module).__module__:
             raise ModelInputError(f"{place}: {_QUANTISED}")
     for name, tensor in _tensors(model):
+        check_not_wrapped(repr(name), tensor)
         if type(tensor).__name__ == "DTensor":
             raise ModelInputError(f"{name!r} is a DTensor: {_SHARDED}")
         if tensor.is_quantized:
             raise ModelInputError(f"{name!r} has dtype {tensor.dtype}: {_QUANTISED}")
+
+
+def check_not_wrapped(what: str, tensor: Tensor) -> None:
+    """Raise if a tensor belongs to a transform of `torch.func` that the analysis is called in.
+
+    Raises:
+        ModelInputError: if it does.
+    """
+    if is_wrapped(tensor):
+        raise ModelInputError(
+            f"{what} belongs to a transform of torch.func (`grad`, `vmap`, ...) that the analysis is called "
+            "in, and no transform follows the plain numbers of a record: analyse outside of it."
+        )
 
 
 def check_module(model: Any) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from gradflow.functional.model.undo import slot_values
 from gradflow.functional.torch_private import pytree
 
 
@@ -34,12 +38,66 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 def _map_leaf(function: Callable[[Tensor], Tensor], leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return function(leaf)
+    if isinstance(leaf, Mapping):  # of a class that PyTorch does not know, such as a tokenizer's encoding
+        mapped = {key: map_tensors(function, value) for key, value in leaf.items()}
+        if all(mapped[key] is value for key, value in leaf.items()):
+            return leaf
+        changed: Any = copy.copy(leaf)
+        for key, value in mapped.items():
+            changed[key] = value
+        return changed
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
         old = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.init}
         new = {name: map_tensors(function, value) for name, value in old.items()}
         changed = any(new[name] is not old[name] for name in old)
         return dataclasses.replace(leaf, **new) if changed else leaf
     return leaf
+
+
+def private_copy(place: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a copy of a batch that can be written to, with the tensors that `place` returns for its own.
+
+    Arrays are copied too, and objects of any class that hold tensors, to any depth: a graph with tensors for
+    attributes, an encoding. Modules, and what cannot be copied, are shared.
+    """
+    if isinstance(value, Tensor):
+        return place(value)
+    if type(value) in (tuple, list):
+        return type(value)([private_copy(place, item) for item in value])
+    if type(value) is dict:
+        return {key: private_copy(place, item) for key, item in value.items()}
+    if value is None or isinstance(value, (int, float, str, bytes, bool)):
+        return value
+    if isinstance(value, np.ndarray):
+        return value.copy()
+    memo = {id(held): new for held, new in _held_tensors(place, value)}
+    try:
+        return copy.deepcopy(value, memo) if memo else value
+    except Exception:  # an object with a lock, a file
+        return map_tensors(place, value)
+
+
+def _held_tensors(place: Callable[[Tensor], Tensor], value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the tensors below an object and what stands in for each; a module stands for itself."""
+    seen: dict[int, Any] = {}
+    waiting = [value]
+    while waiting:
+        held = waiting.pop()
+        if id(held) in seen or isinstance(held, (str, bytes, int, float, type(None), type)):
+            continue
+        seen[id(held)] = held
+        if isinstance(held, Tensor):
+            yield held, place(held)
+        elif isinstance(held, nn.Module):
+            yield held, held
+        elif isinstance(held, Mapping) and type(held).__module__ in ("builtins", "collections"):
+            waiting += list(held.values())
+        elif isinstance(held, (list, tuple, set, frozenset, collections.deque)):
+            waiting += list(held)
+        elif not callable(held) or isinstance(held, Mapping) or hasattr(held, "__dict__"):
+            attributes = getattr(held, "__dict__", {})
+            waiting += [*attributes.values(), *(v for _, v in slot_values(held))]
+            waiting += list(dict.values(held)) if isinstance(held, dict) else []
 
 
 def iter_tensors(value: Any) -> Iterator[Tensor]:
@@ -65,6 +123,9 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         name = ".".join([*([prefix] if prefix else []), *(_key(k) for k in path)])
         if isinstance(leaf, Tensor):
             yield name, leaf
+        elif isinstance(leaf, Mapping):
+            for key, item in leaf.items():
+                yield from named_tensors(item, f"{name}.{key}" if name else str(key))
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             for field in dataclasses.fields(leaf):
                 joined = f"{name}.{field.name}" if name else field.name
@@ -81,6 +142,13 @@ def _key(key: Any) -> str:
 def is_differentiable(tensor: Tensor) -> bool:
     """Whether a gradient with respect to a tensor of this dtype exists."""
     return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
+def summable(tensor: Tensor) -> Tensor:
+    """Return a tensor, as floating-point numbers if its dtype is of whole numbers or of 8 bits: for sums."""
+    if tensor.is_complex() or (tensor.dtype.is_floating_point and tensor.element_size() > 1):
+        return tensor
+    return tensor.float() if tensor.dtype.is_floating_point else tensor.to(wide_dtype(tensor.device))
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.state import Tensors
-from gradflow.functional.model.trees import wide_dtype
+from gradflow.functional.model.trees import summable, wide_dtype
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation
 from gradflow.functional.tap.probes import is_safe, magnitude, num_nonzero, safe_range
@@ -314,7 +314,7 @@ class History:
         found = []
         for name, parameter in self.parameters.items():
             if moved:
-                found.append(("norm", name, parameter.detach()))
+                found.append(("norm", name, summable(parameter.detach())))
             gradient = outcome.gradients.parameters.get(name)
             if gradient is not None:
                 found.append(("pgrad", name, gradient))

@@ -12,7 +12,7 @@ from gradflow.errors import NoTrainableParametersError
 from gradflow.functional.model.exclusive import exclusive, uncompiled
 from gradflow.functional.model.optimizers import copy_optimizer
 from gradflow.functional.model.purity import preserved, seed_all
-from gradflow.functional.model.state import LazyCopies
+from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
 from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
@@ -38,7 +38,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     outside = outside_transforms()  # a record holds plain numbers
     grad = torch.enable_grad()
     with (
-        exclusive(), LazyCopies() as copies, preserved(*given.modules), outside, uncompiled(),
+        exclusive(), LazyCopies(*given.modules) as copies, preserved(*given.modules), outside, uncompiled(),
         torch.inference_mode(False), grad,
     ):  # fmt: skip
         _set_mode(model, plan.mode)
@@ -90,10 +90,10 @@ class _Both(nn.Module):
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         model, loss_module = self._both
         yield from model.named_parameters()
-        shared = {id(p) for p in model.parameters()}
+        shared, prefix = {id(p) for p in model.parameters()}, loss_prefix(model)
         for name, parameter in loss_module.named_parameters():
             if id(parameter) not in shared:
-                yield f"loss_fn.{name}", parameter
+                yield f"{prefix}{name}", parameter
 
 
 def _set_mode(model: nn.Module, mode: str) -> None:

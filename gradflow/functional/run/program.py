@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.purity import ModuleState, RandomState
-from gradflow.functional.model.state import Copy, Swap, Tensors, copy_buffers, copy_parameters
+from gradflow.functional.model.state import (
+    Copy,
+    Swap,
+    Tensors,
+    copy_buffers,
+    copy_parameters,
+    loss_prefix,
+)
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.tap.calls import ActivationKey
 from gradflow.functional.tap.tapped import TappedModel
@@ -65,7 +72,7 @@ class WorkingState:
         originals = {id(p): name for name, p in model.named_parameters()}
         if loss is None:
             return cls(parameters, {}, buffers, originals, [Swap(model)])
-        prefix = "loss_fn."
+        prefix = loss_prefix(model)
         shared = originals | {id(b): name for name, b in model.named_buffers()}
         own = {n for n, t in (*loss.named_parameters(), *loss.named_buffers()) if id(t) not in shared}
         loss_parameters, loss_buffers = copy_parameters(loss, copy_of), copy_buffers(loss, copy_of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from gradflow.errors import ModelInputError
 from gradflow.functional.extras import check_names
 from gradflow.functional.measurement import Measurement, Session
+from gradflow.functional.model.purity import checked_seed
 from gradflow.functional.run.graph_findings import GraphFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.program import Program
@@ -20,9 +22,19 @@ from gradflow.records import FlowRecord, NumericalRecord
 Progress = Callable[[int, int], None]
 
 
-def _at_least_one(plan: Plan, field: attrs.Attribute[int], value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}.")
+def _num_steps(value: Any) -> int:
+    """Return a number of steps as an int, whatever kind of whole number it is (numpy's included)."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or operator.index(value) < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, got {value!r}.")
+    return operator.index(value)
+
+
+def _callable(plan: Plan, field: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and not callable(value):
+        shown = {"progress": "`lambda done, steps: ...`", "deepen": "`lambda record: True`"}[field.name]
+        raise ModelInputError(
+            f"{field.name} is {value!r:.100}, which cannot be called. Pass a function, {shown}, or None."
+        )
 
 
 def _a_norm(plan: Plan, field: attrs.Attribute[float | None], value: float | None) -> None:
@@ -74,20 +86,21 @@ class Plan:
         num_batches: how many there are, if that is known.
 
     Raises:
-        ValueError: if `steps`, `clip`, `mode`, `detail` or `transform` is none of those that there are.
-        ModelInputError: if `measurements` holds what is no measurement.
+        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is none of those there are.
+        ModelInputError: if `measurements` holds what is no measurement, or `progress` or `deepen` cannot be
+            called.
         MeasurementError: if a name that one declares is taken.
     """
 
-    steps: int = attrs.field(default=20, validator=_at_least_one)
+    steps: int = attrs.field(default=20, converter=_num_steps)
     optimizer: torch.optim.Optimizer | None = None
     clip: float | None = attrs.field(default=None, validator=_a_norm)
-    seed: int | None = None
+    seed: int | None = attrs.field(default=None, converter=attrs.converters.optional(checked_seed))
     mode: str = attrs.field(default="train", validator=_one_of("train", "eval", "keep"))
     detail: str = attrs.field(default="cheap", validator=_one_of("cheap", "full"))
     transform: str = attrs.field(default="auto", validator=_one_of("auto", "fused", "vjp"))
-    progress: Progress | None = None
-    deepen: Callable[[FlowRecord], bool] | None = None
+    progress: Progress | None = attrs.field(default=None, validator=_callable)
+    deepen: Callable[[FlowRecord], bool] | None = attrs.field(default=None, validator=_callable)
     measurements: tuple[Measurement, ...] = attrs.field(default=(), converter=_measurements)
     num_batches: int | None = None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Iterator
+import random
+from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import BatchEncoding, BatchFeature
 
 from gradflow.errors import (
     EmptyBatchesError,
@@ -21,8 +23,9 @@ from gradflow.errors import (
     ModelNotCalledError,
     NoTrainableParametersError,
 )
-from gradflow.functional import analyze, analyze_custom
+from gradflow.functional import analyze, analyze_custom, layer_gain
 from tests.functional.naive import naive_step
+from tests.functional.snapshots import content, difference, process
 
 X, Y, T = torch.randn(6, 3), torch.randn(6, 2), torch.tensor([0, 1, 1, 0, 1, 0])
 
@@ -514,7 +517,7 @@ def test_an_exception_of_the_source_passes_as_it_is() -> None:
 
 
 def test_inputs_are_placed_on_the_models_device() -> None:
-    # without a second device: `prepared` hands back tensors of the device, copies of dense ones
+    # without a second device: `prepared` hands back tensors of the device, copies of all but leaves
     from gradflow.functional.model.batches import prepared
 
     leaf, sparse = X.clone().requires_grad_(), torch.eye(3).to_sparse()
@@ -522,7 +525,286 @@ def test_inputs_are_placed_on_the_models_device() -> None:
     assert torch.equal(placed["x"], X)
     assert placed["x"].data_ptr() != X.data_ptr()
     assert placed["leaf"] is leaf
-    assert placed["sparse"] is sparse
+    assert placed["sparse"] is not sparse
+    assert torch.equal(placed["sparse"].to_dense(), torch.eye(3))
     assert placed["n"] == 3
     assert prepared(X, torch.device("meta")).is_meta
     assert not prepared(X, None).is_meta
+
+
+# ------------------------------------------------------------------------ what drawing batches leaves behind
+
+
+class Noisy(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Draws each sample from random numbers: torch's, numpy's, Python's and a generator of its own."""
+
+    def __init__(self) -> None:
+        self.own = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.randn(3) + float(np.random.rand()) + random.random() + float(self.own.random())
+
+
+def loader(**options: Any) -> DataLoader[Any]:
+    return DataLoader(Noisy(), batch_size=6, **options)
+
+
+class Epochs:
+    """Iterated anew for every run, it draws from the random numbers before the first batch."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = torch.randperm(6)
+        return iter([X[order], X[order] + np.random.rand()])
+
+
+class ByIndex:
+    """Has no `__iter__`."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index > 2:
+            raise IndexError
+        return torch.randn(6, 3)
+
+
+SOURCES: dict[str, Callable[[], Any]] = {
+    "loader": loader,
+    "shuffling loader": lambda: loader(shuffle=True),
+    "loader with a generator": lambda: loader(shuffle=True, generator=torch.Generator().manual_seed(1)),
+    "loader with a sampler's generator": lambda: loader(
+        sampler=torch.utils.data.RandomSampler(range(24), generator=torch.Generator().manual_seed(1))
+    ),
+    "two workers": lambda: loader(shuffle=True, num_workers=2),
+    "two workers that are kept": lambda: loader(num_workers=2, persistent_workers=True),
+    "an iterable": Epochs,
+    "a sequence by index": ByIndex,
+    "a function": lambda: lambda: torch.randn(6, 3),
+    "a function that makes a loader": lambda: lambda: next(iter(loader(shuffle=True))),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_drawing_batches_moves_no_random_numbers_and_a_seed_fixes_them(kind: str, fails: bool) -> None:
+    model, source = linear(), SOURCES[kind]()
+
+    def states() -> Any:
+        parts = [source, getattr(source, "sampler", None), getattr(source, "dataset", None)]
+        held = [v for part in parts for v in vars(part or linear).values()]
+        return content([v for v in held if isinstance(v, (torch.Generator, np.random.Generator))])[
+            2
+        ], process()
+
+    def failing(y: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    before, first = states(), source
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            analyze(model, source, failing, steps=3, seed=0)
+        assert difference(before, states()) == ""
+        return
+    one = analyze(model, source, mean_square, steps=3)
+    assert difference(before, states()) == ""
+    seeded = [analyze(model, source, mean_square, steps=3, seed=0).losses.tolist() for _ in range(2)]
+    assert difference(before, states()) == ""
+    assert seeded[0] == seeded[1]
+    assert len(set(seeded[0])) == len(one.losses)  # the batches differ
+    assert getattr(first, "_iterator", None) is None
+
+
+def test_an_iterator_goes_on_where_the_run_left_it() -> None:
+    batches = iter([X, X, X, 2 * X])
+    analyze(linear(), batches, mean_square, steps=3)
+    assert torch.equal(next(batches), 2 * X)
+
+
+def test_a_class_of_batches_is_told_from_an_instance() -> None:
+    with pytest.raises(ModelInputError, match="batches is the class Epochs, not an instance of it"):
+        analyze(linear(), Epochs, mean_square)
+
+
+# --------------------------------------------------------- batches of any class, which a model writes to
+
+
+class Attributes:
+    """Holds tensors in attributes, as a graph does; one refers to the object itself."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.more, self.me = x, {"edges": [x.clone()]}, self
+
+
+class Slots:
+    __slots__ = ("x",)
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class Store(MutableMapping):  # type: ignore[type-arg]
+    """A mapping that keeps its tensors in a private dict, as a dict of tensors does."""
+
+    def __init__(self, **held: Any) -> None:
+        self._held = held
+
+    def __getitem__(self, key: str) -> Any:
+        return self._held[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._held[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._held[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: Tensor
+
+
+Named = namedtuple("Named", "x")
+
+BATCHES: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tensor": (lambda x: x, lambda b: b),
+    "dict": (lambda x: {"x": x}, lambda b: b["x"]),
+    "UserDict": (lambda x: UserDict(x=x), lambda b: b["x"]),
+    "BatchEncoding": (lambda x: BatchEncoding({"x": x}), lambda b: b["x"]),
+    "BatchFeature": (lambda x: BatchFeature({"x": x}), lambda b: b["x"]),
+    "store": (lambda x: Store(x=x), lambda b: b["x"]),
+    "ordered dict": (lambda x: OrderedDict(x=x), lambda b: b["x"]),
+    "attributes": (Attributes, lambda b: b.x),
+    "attributes, deeper": (lambda x: [Attributes(x)], lambda b: b[0].x),
+    "slots": (lambda x: (Slots(x),), lambda b: b[0].x),
+    "frozen dataclass": (Frozen, lambda b: b.x),
+    "named tuple": (Named, lambda b: b.x),
+    "array": (lambda x: (x.numpy(),), lambda b: torch.from_numpy(b[0])),
+    "packed": (
+        lambda x: nn.utils.rnn.pack_padded_sequence(x.view(2, 3, 3), torch.tensor([3, 2]), batch_first=True),
+        lambda b: b.data,
+    ),
+    "sparse": (lambda x: x.to_sparse(), lambda b: b),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_a_model_that_writes_to_its_input_leaves_the_batch_alone(kind: str) -> None:
+    make, find = BATCHES[kind]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 1)
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            found = [a.x for a in args if isinstance(a, (Attributes, Slots, Frozen, Named))]
+            found += [torch.from_numpy(a) for a in args if isinstance(a, np.ndarray)]
+            found += [a for a in args if type(a) is Tensor] + list(kwargs.values())
+            found += [a.data for a in args if isinstance(a, nn.utils.rnn.PackedSequence)]
+            (x,) = found
+            x.mul_(2.0)
+            return self.fc(x.to_dense() if x.is_sparse else x)
+
+    torch.manual_seed(0)
+    batch, model = make(torch.ones(6, 3)), Model()
+    before = content(batch)
+    losses = analyze(model, [batch] * 3, mean_square).losses
+    assert difference(before, content(batch)) == ""
+    assert bool((find(batch).to_dense() if kind == "sparse" else find(batch)).eq(1).all())
+    expected = float(model.fc(torch.full((6, 3), 2.0)).square().mean().detach())
+    np.testing.assert_allclose(losses, [expected] * 3, rtol=1e-6)
+
+
+def test_lists_without_tensors_in_a_batch_are_copied_as_well() -> None:
+    class Popping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 1)
+
+        def forward(self, x: Tensor, names: list[str], table: dict[str, list[int]]) -> Tensor:
+            names.pop()
+            table["more"] = [1]
+            return self.fc(x)
+
+    batch = (X, ["a", "b"], {"some": [0]})
+    analyze(Popping(), [batch] * 3, mean_square)
+    assert batch[1:] == (["a", "b"], {"some": [0]})
+
+
+# ------------------------------------------------------------------------------------- options of a run
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"loss_fn": nn.CrossEntropyLoss}, ModelInputError, "class CrossEntropyLoss, not an instance"),
+        ({"loss_fn": HuggingFaceLike}, ModelInputError, "class HuggingFaceLike, not an instance"),
+        ({"seed": 2**70}, ValueError, r"seed must be a whole number from -2\*\*63 to 2\*\*64 - 1"),
+        ({"seed": -(2**63) - 1}, ValueError, "seed must be a whole number"),
+        ({"seed": 1.0}, ValueError, "seed must be a whole number .* got 1.0"),
+        ({"seed": "1"}, ValueError, "seed must be a whole number"),
+        ({"seed": True}, ValueError, "seed must be a whole number"),
+        ({"steps": 2.0}, ValueError, "steps must be a whole number of at least 1, got 2.0"),
+        ({"steps": np.int64(0)}, ValueError, "steps must be a whole number of at least 1"),
+        ({"progress": 5}, ModelInputError, "progress is 5, which cannot be called"),
+        ({"deepen": True}, ModelInputError, "deepen is True, which cannot be called"),
+        ({"measurements": 5}, ModelInputError, "measurements holds 5, which is no measurement"),
+        ({"measurements": None}, ModelInputError, "measurements holds None, which is no measurement"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_told(options: Any, error: type[Exception], message: str) -> None:
+    given = {"loss_fn": nn.CrossEntropyLoss(), **options}
+    with pytest.raises(error, match=message):
+        analyze(linear(), [(X, T)] * 2, **given)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor])
+def test_whole_numbers_of_any_kind_are_taken(number: Any) -> None:
+    model = nn.Sequential(nn.Dropout(0.5), linear())
+    plain = analyze(model, [X] * 3, mean_square, steps=2, seed=3)
+    assert analyze(model, [X] * 3, mean_square, steps=number(2), seed=number(3)) == plain
+    for seed in (-(2**63), 2**64 - 1):
+        assert analyze(model, [X], mean_square, seed=seed).steps == 1
+
+
+@pytest.mark.parametrize("entry", ["analyze", "layer_gain"])
+def test_inside_a_transform_of_the_users_wrapped_tensors_are_refused(entry: str) -> None:
+    model = linear()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    outer: Any = {"grad": torch.func.grad, "vmap": torch.func.vmap}
+
+    def run(x: Tensor) -> Any:
+        return analyze(model, [x], mean_square) if entry == "analyze" else layer_gain(model, "", x)
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self) -> Tensor:
+            run(X)
+            return model(X).sum()
+
+    def of_parameters(given: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(Whole(), {f"model.{n}": p for n, p in given.items()}, ())
+
+    def of_batch(x: Tensor) -> Tensor:
+        run(x)
+        return x.sum()
+
+    message = "belongs to a transform of torch.func .* analyse outside of it"
+    with pytest.raises(ModelInputError, match=f"'weight' {message}"):
+        outer["grad"](of_parameters)(parameters)
+    stacked = {name: torch.stack([p, p]) for name, p in parameters.items()}
+    with pytest.raises(ModelInputError, match=f"'weight' {message}"):
+        outer["vmap"](of_parameters)(stacked)
+    for transform in outer.values():
+        with pytest.raises(ModelInputError, match=f"a tensor of the batch {message}"):
+            transform(of_batch)(torch.stack([X, X]) if transform is outer["vmap"] else X)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.utils.parametrizations as parametrizations
@@ -154,3 +158,55 @@ def test_what_the_code_that_ran_would_call_is_passed_by_and_what_it_forgets_is_n
     record = analyze(Model(), [torch.ones(3, 2)], lambda y: y.sum())
     assert set(record.never_called) == {"tower.0", "forgotten.0", "experts.1", "spare.0", "spare.1"}
     assert set(record.passed_by) == {"tower.0", "spare.0", "spare.1"}
+
+
+class Mixing(nn.Module):
+    """Has its parameters in a container, and multiplies by each."""
+
+    def __init__(self, make: Callable[[list[nn.Parameter]], nn.Module]) -> None:
+        super().__init__()
+        self.held = make([nn.Parameter(torch.randn(2, 2)) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.held.parameters():
+            x = torch.tanh(x @ weight)
+        return x
+
+
+CONTAINERS: dict[str, Callable[[list[nn.Parameter]], nn.Module]] = {
+    "list": nn.ParameterList,
+    "dict": lambda weights: nn.ParameterDict({f"w{i}": w for i, w in enumerate(weights)}),
+    "list of lists": lambda weights: nn.ModuleList(nn.ParameterList([w]) for w in weights),
+    "dict of dicts": lambda weights: nn.ModuleDict({"a": nn.ParameterDict({"w": weights[0]}),
+                                                    "b": nn.ParameterDict({"w": weights[1]})}),
+    "list in a list": lambda weights: nn.ModuleList([nn.ModuleList([nn.ParameterList(weights)])]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize("detail", ["cheap", "full"])
+def test_a_module_whose_parameters_are_all_in_containers_is_the_layer(kind: str, detail: Any) -> None:
+    torch.manual_seed(0)
+    model = Mixing(CONTAINERS[kind])
+    x = torch.randn(5, 2)
+    assert list(layers(model)) == [""]
+    record = analyze(model, [x], lambda y: y.square().mean(), detail=detail)
+    gradients = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+    found = [p.grad_norm[0] for p in record.parameters]
+    np.testing.assert_allclose(found, [float(g.norm()) for g in gradients], rtol=1e-6)
+    assert {p.layer for p in record.parameters} == {""}
+    whole = nn.Sequential(nn.Linear(2, 2), model, nn.Linear(2, 1))
+    names = [layer.name for layer in analyze(whole, [x], lambda y: y.square().mean(), detail=detail)]
+    assert names == ["0", "1", "2"]
+
+
+def test_containers_without_parameters_make_no_layer() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parameters_, self.parts = nn.ParameterList(), nn.ModuleList([nn.Linear(2, 2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts[0](x)
+
+    assert list(layers(Empty())) == ["parts.0"]

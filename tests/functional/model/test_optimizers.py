@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +104,97 @@ class Sharpness(Optimizer):
         self.base.step()
 
 
+class Bare(Optimizer):
+    """A wrapper that never calls `Optimizer.__init__` and borrows the attributes of the one inside."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base, self.param_groups, self.state, self.defaults = base, base.param_groups, base.state, {}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # that of `Optimizer` changes the class
+        self.base.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.base.step()
+
+
+class Perturbing(Optimizer):
+    """SAM as it is published: the closure is an option, and is called where the weights have been moved."""
+
+    def __init__(self, parameters: Any, base: Optimizer, *, by_data: bool) -> None:
+        super().__init__(parameters, {})
+        self.base, self.by_data, self.moves = base, by_data, {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert closure is not None
+        closure = torch.enable_grad()(closure)
+        held = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for sign in (1.0, -1.0):
+            for p in held:
+                self.moves.setdefault(p, 0.05 * p.grad)
+                (p.data if self.by_data else p).add_(self.moves[p], alpha=sign)
+            if sign > 0:
+                self.zero_grad()
+                closure()
+        self.moves.clear()
+        self.base.step()
+
+
+class Quantised(Optimizer):
+    """Keeps its momentum in integers and its scales in a list, beside what cannot be copied."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.05})
+        self.lock, self.generator = threading.Lock(), torch.Generator().manual_seed(1)
+        self.rounded = torch.round  # a function
+        self.scales = [torch.full((), 0.01)] * 2
+        self.noted: Any = None
+        self.slotted = Slotted(self.param_groups)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        with self.lock:
+            for p in self.slotted.groups[0]["params"]:
+                if p.grad is not None:
+                    kept = self.state[p].setdefault("momentum", torch.zeros(p.shape, dtype=torch.int8))
+                    noise = torch.rand(p.shape, generator=self.generator) - 0.5
+                    wanted = kept * self.scales[0] * 0.9 + p.grad
+                    kept.copy_(self.rounded(wanted / self.scales[0] + noise).clamp(-127, 127))
+                    p.sub_(kept * self.scales[1], alpha=0.05)
+
+
+class Slotted:
+    """Refers to the groups of an optimizer from a slot."""
+
+    __slots__ = ("groups",)
+
+    def __init__(self, groups: Any) -> None:
+        self.groups = groups
+
+
+class Averaging(Optimizer):
+    """Holds the model, which keeps what it computes, and draws its weights towards their average."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), {"lr": 0.1})
+        self.model, self.names = model, dict(model.named_parameters())
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model.kept = model.out(torch.ones(1, 4))  # with a graph, so it has no deep copy
+        self.then = self.shrink
+
+    def shrink(self) -> None:
+        for name, p in self.model.named_parameters():
+            self.average[name].lerp_(p, 0.5)
+            self.names[name].lerp_(self.average[name], 0.5)
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for p in self.model.parameters():
+            if p.grad is not None:
+                p.sub_(p.grad, alpha=0.1)
+        self.then()
+
+
 def groups(model: nn.Module) -> list[dict[str, Any]]:
     biases = [p for n, p in model.named_parameters() if n.endswith("bias")]
     others = [p for n, p in model.named_parameters() if not n.endswith("bias")]
@@ -121,6 +213,13 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "groups": lambda m: torch.optim.AdamW(groups(m), weight_decay=0.2),
     "some": lambda m: torch.optim.SGD(m.out.parameters(), lr=0.1),
     "wrapping": lambda m: Lookahead(torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)),
+    "foreach": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, foreach=True),
+    "fused": lambda m: torch.optim.AdamW(m.parameters(), lr=0.05, fused=True),
+    "muon": lambda m: torch.optim.Muon([p for p in m.parameters() if p.dim() == 2], lr=0.05),
+    "bare": lambda m: Bare(torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)),
+    "bare twice": lambda m: Bare(Bare(torch.optim.Adam(m.parameters(), lr=0.05))),
+    "quantised": lambda m: Quantised(m.parameters()),
+    "averaging": Averaging,
     "wrapped": lambda m: Wrapper(torch.optim.Adam(m.parameters(), lr=0.05)),
 }
 
@@ -213,7 +312,30 @@ def test_a_scheduler_on_the_optimizer_does_not_step_and_is_not_stepped(kind: str
     assert optimizer.param_groups[0]["lr"] != rate
 
 
-@pytest.mark.parametrize("name", ["lbfgs", "sharpness"])
+def test_copying_an_optimizer_leaves_its_class_alone() -> None:
+    model = make_net()
+    optimizer = Bare(torch.optim.SGD(model.parameters(), lr=0.1))
+    before = [dict(vars(kind)) for kind in (Bare, torch.optim.SGD, Optimizer)]
+    analyze(model, batches(), squares, steps=2, optimizer=optimizer)
+    assert [dict(vars(kind)) for kind in (Bare, torch.optim.SGD, Optimizer)] == before
+    optimizer.step()
+
+
+def test_an_error_of_the_optimizers_step_says_so() -> None:
+    class Second(Optimizer):
+        """Needs gradients that can be differentiated again."""
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for p in self.param_groups[0]["params"]:
+                torch.autograd.grad(p.grad.sum(), p)
+
+    model = make_net()
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
+        analyze(model, batches(), squares, steps=2, optimizer=Second(model.parameters(), {}))
+    assert "gradflow: raised by the step of a copy of the Second." in caught.value.__notes__
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "sharpness", "perturbing", "perturbing by data"])
 def test_optimizers_that_evaluate_the_loss_again(name: str) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 3))
@@ -221,6 +343,9 @@ def test_optimizers_that_evaluate_the_loss_again(name: str) -> None:
     optimizer: Any
     if name == "lbfgs":
         optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    elif name.startswith("perturbing"):
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        optimizer = Perturbing(model.parameters(), base, by_data=name.endswith("data"))
     else:
         optimizer = Sharpness(model.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -248,6 +373,8 @@ def test_optimizers_that_evaluate_the_loss_again(name: str) -> None:
     torch.manual_seed(11)  # so that the same elements drop out, as long as evaluations are as many
     for _ in range(3):
         firsts.clear()
+        if name.startswith("perturbing"):
+            closure()
         optimizer.step(closure)
     losses.append(float(loss_fn(model(batch)).detach()))
     assert losses[-1] < losses[0]
