@@ -9,7 +9,6 @@ import attrs
 from gradflow.detect.evidence import loss_fell
 from gradflow.records import (
     ActionDistribution,
-    Evidence,
     FlowRecord,
     Issue,
     IssueSeverity,
@@ -89,7 +88,6 @@ def policy_issue(
     magnitude: float,
     actions: tuple[str, ...],
     metrics: dict[str, object],
-    evidence: Evidence | None = None,
 ) -> Issue:
     """Return an issue at the last layer of some heads; the other arguments are those of `Issue`."""
     layer = _layer(record, heads)
@@ -102,5 +100,4 @@ def policy_issue(
         magnitude=magnitude,
         recommended_actions=actions,
         metrics=metrics,
-        evidence=evidence or Evidence(),
     )

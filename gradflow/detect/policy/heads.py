@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import attrs
 import numpy as np
 
 from gradflow.detect.evidence import middle
@@ -149,7 +150,7 @@ def starved_policy() -> Detector:
         if not p.policy_differentiable:
             severity = IssueSeverity.INFO
             text = "The policy was run without gradients: this loss, the value's maybe, cannot teach it."
-        yield policy_issue(
+        issue = policy_issue(
             record,
             p.policy_heads,
             IssueType.DEAD,
@@ -158,8 +159,8 @@ def starved_policy() -> Detector:
             0.0,
             starved_actions(reached=reached),
             {"value_reached": bool(p.value_reached.any())},
-            Evidence(roles=Role.BLOCKED if reached else Role.CUT),
         )
+        yield attrs.evolve(issue, evidence=Evidence(roles=Role.BLOCKED if reached else Role.CUT))
 
     return detector
 

@@ -22,6 +22,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from gradflow.functional.attention.followed import Weighted
 from gradflow.functional.attention.scores import (
     Part,
     Scored,
@@ -30,7 +31,7 @@ from gradflow.functional.attention.scores import (
     scored_by_product,
     scored_by_projection,
 )
-from gradflow.functional.attention.softmax import Follower, Weighted
+from gradflow.functional.attention.softmax import Follower
 from gradflow.functional.measurement import Session
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.tap.calls import Call

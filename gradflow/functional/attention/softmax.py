@@ -16,7 +16,6 @@ in an output's place, does not hide it; without a graph, by its identity.
 from __future__ import annotations
 
 import collections
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,9 +23,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from gradflow.functional.attention.followed import Followed, Origin, Weighted, fitting, hidden, unmerged
 from gradflow.functional.attention.products import PRODUCTS, Labels, operands_of
 from gradflow.functional.tap.probes import is_probe
-from gradflow.functional.tap.watch import MASKED
 from gradflow.functional.torch_private import num_writes
 
 End = Callable[[Any], None]
@@ -48,80 +47,6 @@ _SHAPING = frozenset(
 )
 _TURNS = frozenset(["T", "mT", "H", "mH"])
 _FEW = 16  # features of linear layers that are followed at a time
-
-
-@attrs.define(eq=False)
-class Origin:
-    """One softmax.
-
-    Args:
-        owner: the module call that holds what it gave.
-        logits: what entered it, as the model computes with it.
-        version: of that tensor at the time.
-        axis: along which it runs.
-        weights: what it gave, in the shape that it gave it.
-    """
-
-    owner: int
-    logits: Tensor
-    version: int
-    axis: int
-    weights: Tensor
-
-
-@attrs.frozen(eq=False)
-class Followed:
-    """A tensor on its way from a softmax to a product, or (without weights) from a linear layer to a softmax.
-
-    Args:
-        holder: keeps what it is recognised by alive.
-        trace: see NOTE [What a softmax is for].
-        weights: the softmax's output in this shape, before dropout.
-        logits: what entered the softmax, in this shape.
-        origin: the softmax.
-        lead: (samples, heads), where a linear layer's output has had both merged in its first axis.
-    """
-
-    holder: Any
-    trace: Tensor
-    weights: Tensor | None = None
-    logits: Tensor | None = None
-    origin: Origin | None = None
-    lead: tuple[int, ...] = ()
-
-    @property
-    def axes(self) -> list[int]:
-        """The axes in question."""
-        t = self.trace
-        return [d for d in range(t.dim()) if t.shape[d] > 1 and t.stride(d) != 0]
-
-
-@attrs.frozen(eq=False)
-class Weighted:
-    """Values weighted by a softmax: the attention that was seen, of shape (samples, heads, queries, keys).
-
-    Args:
-        weights: what the softmax gave.
-        logits: what entered it; None if it was overwritten.
-        queries: the tensor of queries, where the scores are a product.
-        keys: the tensor of keys, likewise.
-        values: the tensor of values.
-        head_axis: the axis of the product's output that counts heads, negative; 0 if there is none.
-        merged: whether samples and heads are merged in the first axis of that output.
-    """
-
-    weights: Tensor
-    logits: Tensor | None
-    queries: Tensor | None
-    keys: Tensor | None
-    values: Tensor
-    head_axis: int
-    merged: bool
-
-    @property
-    def allowed(self) -> Tensor:
-        """Which keys a query may attend to: those that no mask has pushed out of reach."""
-        return self.weights > 0 if self.logits is None else self.logits > MASKED
 
 
 class Follower:
@@ -217,7 +142,7 @@ class Follower:
             in_place = name.endswith("_") or kwargs.get("inplace", args[3:4] == (True,))
             kept = attrs.evolve(found, weights=found.weights.clone()) if in_place else found
             if name.startswith("masked_fill") and self._find(args[:1], self._weights) is found:
-                kept = _hidden(found, args[1] if len(args) > 1 else kwargs.get("mask"))
+                kept = hidden(found, args[1] if len(args) > 1 else kwargs.get("mask"))
 
             def follow(out: Any) -> None:
                 if isinstance(out, Tensor) and out.shape == kept.trace.shape:
@@ -316,7 +241,7 @@ class Follower:
         head = own[lead[-1]] if len(lead) >= 2 else ""
         q, k = self._scored_by(found.origin)
         behind = self._features.get(_key(values))
-        lead_shape = _unmerged(found, order) or _fitting(found.weights, behind)
+        lead_shape = unmerged(found, order) or fitting(found.weights, behind)
         return Weighted(
             weights=_four(found.weights.permute(order), lead_shape),
             logits=None if logits is None else _four(logits.permute(order), lead_shape),
@@ -357,35 +282,10 @@ class _Product:
     labels: Labels
 
 
-def _hidden(found: Followed, mask: Any) -> Followed:
-    """Return weights with those that a mask takes away after the softmax."""
-    assert found.weights is not None
-    if not isinstance(mask, Tensor):
-        return found
-    logits = None if found.logits is None else found.logits.masked_fill(mask, -math.inf)
-    return attrs.evolve(found, weights=found.weights.masked_fill(mask, 0.0), logits=logits)
-
-
 def _lead(before: torch.Size, after: torch.Size) -> tuple[int, ...]:
     """Return (samples, heads), where a change of shape merges them in the first axis."""
     merges = len(before) == 4 and tuple(after) == (before[0] * before[1], *before[2:])
     return tuple(before[:2]) if merges else ()
-
-
-def _fitting(weights: Tensor, values: Followed | None) -> tuple[int, ...]:
-    """Return the values' (samples, heads), where the first axis of the weights holds as many."""
-    lead = () if values is None else values.lead
-    return lead if weights.dim() == 3 and lead and math.prod(lead) == weights.shape[0] else ()
-
-
-def _unmerged(found: Followed, order: list[int]) -> tuple[int, ...]:
-    """Return the shape (samples, heads) that the first axis had at the softmax, if it was merged since."""
-    assert found.origin is not None
-    assert found.weights is not None
-    then, now = found.origin.weights, found.weights
-    plain = then.dim() == 4 and now.dim() == 3 and order == [0, 1, 2] and then.shape[2:] == now.shape[1:]
-    same = then.data_ptr() == now.data_ptr() and then.is_contiguous() and now.is_contiguous()
-    return tuple(then.shape[:2]) if plain and same else ()
 
 
 def _attribute(getter: Any) -> str:
