@@ -17,7 +17,7 @@ WAYS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "apply": GradientScale.apply,
     "function": gradient_scale,
 }
-FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
 def cube(x: Tensor, scale: float, way: str = "function") -> Tensor:

@@ -333,7 +333,7 @@ SCRIPTED: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.")
 @pytest.mark.parametrize("name", SCRIPTED)
 def test_scripted_and_traced(name: str) -> None:
     """What is scripted is one layer, seen from outside; a record says so."""

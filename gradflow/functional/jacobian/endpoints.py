@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gradflow.errors import ModelInputError, ModelNotCalledError, UnknownLayerError
 from gradflow.functional.jacobian.products import TensorFunction
 from gradflow.functional.model.batches import run_model
-from gradflow.functional.model.layers import ancestors, callable_modules
+from gradflow.functional.model.layers import ancestors, callable_modules, is_scripted
 from gradflow.functional.model.purity import RandomState
 from gradflow.functional.model.setting import Held, Setting
 from gradflow.functional.model.trees import floats, map_tensors, replaced, shapes
@@ -74,7 +74,7 @@ def find_place(model: nn.Module, name: str) -> Place:
         module, number = str(name), "0"
     if module not in modules:
         raise UnknownLayerError.at(name, list(modules))
-    if isinstance(modules[module], torch.jit.ScriptModule):
+    if is_scripted(modules[module]):
         raise ModelInputError(
             f"{name!r} is a TorchScript module, whose calls cannot be seen or varied. Build the model "
             "without `torch.jit.script` or `torch.jit.trace` for the measurement."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from collections.abc import Collection, Iterator, Mapping
 
@@ -46,6 +47,15 @@ def _holds_parameters(module: nn.Module) -> bool:
     if isinstance(module, (nn.ParameterList, nn.ParameterDict)) and any(True for _ in module.parameters()):
         return True
     return isinstance(module, _CONTAINERS) and any(map(_holds_parameters, module.children()))
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether a module is TorchScript, whose inside cannot be seen or varied.
+
+    TorchScript is deprecated: it is only looked at where the program has loaded it.
+    """
+    jit = sys.modules.get("torch.jit")
+    return jit is not None and isinstance(module, jit.ScriptModule)
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -210,5 +210,5 @@ def plain_kernels(*roots: nn.Module, recurrent: bool) -> Iterator[None]:
 def load_forward_mode() -> None:
     """Let torch load what its first forward-mode product needs, whose own deprecation warning is not ours."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.jit", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message=".*torch.jit")  # its category differs between releases
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))

@@ -6,11 +6,11 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradflow.errors import ModelInputError
+from gradflow.functional.model.layers import is_scripted
 from gradflow.functional.torch_private import has_post_accumulate_hooks, has_step_hooks, is_wrapped
 
 
@@ -114,7 +114,7 @@ def distributed(model: nn.Module) -> list[DistributedDataParallel]:
 
 def standing_notes(model: nn.Module, optimizer: Any) -> Iterator[str]:
     """Yield what a reader must know of what is not run, not seen or not put back."""
-    scripted = [name for name, module in model.named_modules() if isinstance(module, torch.jit.ScriptModule)]
+    scripted = [name for name, module in model.named_modules() if is_scripted(module)]
     inside = {n for n in scripted for m in scripted if n != m and n.startswith(f"{m}." if m else "")}
     if outermost := [name for name in scripted if name not in inside]:
         yield (

@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from gradflow.functional.model.layers import is_scripted
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.tap.probes import Site
 from gradflow.functional.torch_private import checkpoint_segment, num_writes, sequence_number
@@ -144,7 +145,7 @@ def unit_axis(y: Tensor, feeding: str) -> int:
 
 def type_name(module: nn.Module) -> str:
     """Return the name of a module's class; of the class that it was made from, where it is TorchScript."""
-    return module.original_name if isinstance(module, torch.jit.ScriptModule) else type(module).__name__
+    return str(module.original_name) if is_scripted(module) else type(module).__name__
 
 
 def version(value: Any) -> int:

@@ -562,7 +562,7 @@ def test_attributes_of_odd_kinds_are_left_alone() -> None:
     assert model.fc.weight.grad is not None
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.")
 def test_a_scripted_part_is_run_as_it_is() -> None:
     model = nn.Sequential(nn.Linear(3, 4), torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 1))
     record = analyze(model, [X], mean_square)

@@ -447,7 +447,7 @@ class Inside(nn.Module):
         return inner if self.kind == "vmap alone" else inner + self.net(x).squeeze(-1)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("kind", ["vmap of grad", "jvp", "vmap", "vmap alone"])
 @pytest.mark.parametrize("way", ["fused", "full", "vjp"])
 def test_what_a_model_runs_in_transforms_of_its_own_is_left_alone(kind: str, way: str) -> None:

@@ -38,7 +38,7 @@ def site(*, exact: bool = True) -> Site:
 
 
 # PyTorch's own, when forward mode is first used
-FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 PROBES: dict[str, Callable[..., Tensor]] = {"probe": probe, "eager": eager_probe}
 
 
