@@ -63,21 +63,23 @@ class Structure:
     loss: str = LOSS  # the name of the loss
     signature: list[Any] = attrs.field(factory=list)  # of the autograd graph: see `signature`
     placed: list[str | None] = attrs.field(factory=list)  # the group of every node, in their order
+    root: Tensor | None = None  # the loss: in older releases a custom function's node does not keep itself
 
     def release(self) -> None:
         """Let go of the autograd graph, and keep the contracted one."""
-        self.nodes, self.group_of, self.leaves, self.foreign = [], {}, {}, []
+        self.nodes, self.group_of, self.leaves, self.foreign, self.root = [], {}, {}, [], None
 
     def remember(self) -> None:
         """Remember the autograd graph, so that a later step that has the same is known again."""
         self.signature = signature(self.nodes)
         self.placed = [self.group_of.get(node) for node in self.nodes]
 
-    def again(self, nodes: list[Node], calls: list[Call]) -> Structure | None:
+    def again(self, root: Tensor, nodes: list[Node], calls: list[Call]) -> Structure | None:
         """Return the structure of a later step, if its graph and its calls are the same, else None.
 
         Args:
-            nodes: those of the later step, in topological order.
+            root: the loss of the later step.
+            nodes: those of its graph, in topological order.
             calls: its calls.
         """
         if len(nodes) != len(self.placed) or len(calls) != len(self.calls):
@@ -88,7 +90,7 @@ class Structure:
             return None
         group_of = {node: name for node, name in zip(nodes, self.placed, strict=True) if name is not None}
         leaves = {node: node.variable for node in nodes if is_leaf(node)}
-        return attrs.evolve(self, nodes=nodes, group_of=group_of, leaves=leaves)
+        return attrs.evolve(self, nodes=nodes, group_of=group_of, leaves=leaves, root=root)
 
 
 def topological(root: Node) -> list[Node]:
@@ -208,13 +210,13 @@ def build(
         before: the structure of an earlier step, which most often is the same.
     """
     nodes = topological(loss.grad_fn)
-    if before is not None and (same := before.again(nodes, recorder.calls)) is not None:
+    if before is not None and (same := before.again(loss, nodes, recorder.calls)) is not None:
         return same
     windows = Windows(recorder.calls)
     names = {id(p): n for n, p in parameters.items()}
     layers = names_of_layers(recorder.calls)
     end, model = own_name(LOSS, layers), own_name(MODEL, layers)
-    structure = Structure({}, {}, nodes, {}, {}, [], recorder.calls, loss=end)
+    structure = Structure({}, {}, nodes, {}, {}, [], recorder.calls, loss=end, root=loss)
     # name -> next number to try
     taken = dict.fromkeys([*(c.name for c in recorder.calls), LOSS, end, model], 1)
     structure.groups[end] = Group(end, "loss", 2**62, LOSS, type="loss")
