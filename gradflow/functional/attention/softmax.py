@@ -213,7 +213,7 @@ class Follower:
             if isinstance(out, Tensor) and isinstance(b, nn.Parameter):
                 self._mark_features(out)
             elif isinstance(out, Tensor) and out.grad_fn is not None:
-                self._products[id(out.grad_fn)] = _Product(out, a, b, labels)
+                self._products[id(out.grad_fn)] = _Product(out.grad_fn, out, a, b, labels)
 
         return end
 
@@ -276,6 +276,7 @@ class Follower:
 class _Product:
     """A product that may turn out to be scores."""
 
+    node: Any  # of the output: what it is recognised by is kept alive
     output: Tensor
     a: Tensor
     b: Tensor
