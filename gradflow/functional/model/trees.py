@@ -46,12 +46,25 @@ def _map_leaf(function: Callable[[Tensor], Tensor], leaf: Any) -> Any:
         for key, value in mapped.items():
             changed[key] = value
         return changed
+    old = _fields(leaf, init=True)
+    new = {name: map_tensors(function, value) for name, value in old.items()}
+    if all(new[name] is old[name] for name in old):
+        return leaf
+    return leaf._replace(**new) if isinstance(leaf, tuple) else dataclasses.replace(leaf, **new)  # type: ignore
+
+
+def _fields(leaf: Any, *, init: bool = False) -> dict[str, Any]:
+    """Return the fields of a dataclass, or of a named tuple that PyTorch takes for a leaf, else none.
+
+    Older releases take one of a derived class for a leaf, such as a `PackedSequence`.
+
+    Args:
+        leaf: any value.
+        init: of a dataclass only those that are arguments.
+    """
     if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-        old = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.init}
-        new = {name: map_tensors(function, value) for name, value in old.items()}
-        changed = any(new[name] is not old[name] for name in old)
-        return dataclasses.replace(leaf, **new) if changed else leaf
-    return leaf
+        return {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf) if f.init or not init}
+    return dict(zip(getattr(leaf, "_fields", ()), leaf, strict=False)) if isinstance(leaf, tuple) else {}
 
 
 def private_copy(place: Callable[[Tensor], Tensor], value: Any) -> Any:
@@ -123,13 +136,9 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         name = ".".join([*([prefix] if prefix else []), *(_key(k) for k in path)])
         if isinstance(leaf, Tensor):
             yield name, leaf
-        elif isinstance(leaf, Mapping):
-            for key, item in leaf.items():
-                yield from named_tensors(item, f"{name}.{key}" if name else str(key))
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            for field in dataclasses.fields(leaf):
-                joined = f"{name}.{field.name}" if name else field.name
-                yield from named_tensors(getattr(leaf, field.name), joined)
+        held = leaf if isinstance(leaf, Mapping) else _fields(leaf)
+        for key, item in held.items():
+            yield from named_tensors(item, f"{name}.{key}" if name else str(key))
 
 
 def _key(key: Any) -> str:

@@ -32,7 +32,8 @@ A probe costs some twenty microseconds of Python, on the way there and back. The
 can be asked for by its edge in autograd's graph instead, and be summed when the pass is over: autograd then
 hands it out on its way, at no cost. What is captured stays in memory until the end of the pass, so large
 outputs are probed. An output that was not made in the call (it is an input handed on) shares its edge with
-whoever made it, so it is probed too.
+whoever made it, so it is probed too. So is what a custom function made: in older releases of PyTorch its node
+does not keep itself alive, and to ask for the gradient at one that is gone ends the process.
 """
 
 from __future__ import annotations
@@ -186,6 +187,11 @@ _NODES = tuple(node_class(kind) for kind in (EagerProbe, Probe, InPlaceProbe))
 def is_probe(node: Any) -> bool:
     """Whether an autograd node is a probe."""
     return isinstance(node, _NODES)
+
+
+def is_custom(node: Any) -> bool:
+    """Whether an autograd node is of a function written in Python."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def magnitude(x: Tensor, *, exact: bool) -> Tensor:

@@ -30,6 +30,7 @@ from gradflow.functional.tap.probes import (
     Site,
     eager_probe,
     in_place_probe,
+    is_custom,
     magnitude,
     num_nonzero,
     probe,
@@ -289,7 +290,7 @@ class Recorder:
     def _capture(self, call: Call, y: Tensor) -> bool:
         """Have the gradient of an output handed out by its edge, if the call made it."""
         node = y.grad_fn
-        if node is None or node_number(node) < call.start:
+        if node is None or node_number(node) < call.start or is_custom(node):
             return False
         position = id(node), y.output_nr
         if position in self._edges:

@@ -179,7 +179,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.inp(x)
         w = self.gate(h).softmax(-1)
-        return self.experts[0](h) * w[:, :1] + self.experts[1](h) * w[:, 1:]
+        first, second = w.narrow(1, 0, 1), w.narrow(1, 1, 1)  # `w[:, :1]` is two operations in older releases
+        return self.experts[0](h) * first + self.experts[1](h) * second
 
     def by_hand(self, e: Edges, x: Tensor) -> Tensor:
         h = self.inp(x)

@@ -421,3 +421,36 @@ def test_a_loss_module_with_parameters_of_its_own_is_differentiated_and_left_alo
     np.testing.assert_allclose(record.parameter("weight").grad_norm, exact.norm(), rtol=1e-6)
     assert loss.seen == 1  # by the line above alone
     assert loss.log_scale.grad is None
+
+
+class Triple(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 3
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * 3
+
+
+def test_what_a_custom_function_made_may_be_dropped_in_a_later_step() -> None:
+    class Layer(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return Triple.apply(super().forward(x))  # type: ignore[return-value]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.calls = nn.Linear(3, 2), Layer(3, 2), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            dropped = self.second(x)
+            return self.first(x) + (dropped if self.calls == 1 else 0)
+
+    model, x = Model(), torch.randn(5, 3)
+    record = analyze(model, [x] * 20, squares, steps=20)
+    (output,) = torch.autograd.grad(squares(y := model.first(x) + model.second(x)), [y])
+    np.testing.assert_allclose(record["second"].grad_norm[0], output.norm(), rtol=1e-6)
+    assert record["second"].reached.tolist() == [True] + [False] * 19
+    assert record["first"].reached.all()
