@@ -107,7 +107,10 @@ CASES: dict[str, Case] = {
 def test_transformers(name: str) -> None:
     # tied weights and residual streams are read by many, and a probe changes the order of their sums
     # Mixtral takes what its routers give for its loss before the naive version, with its hooks, can step in
-    check(CASES[name], rtol=1e-5, mode="eval", outputs=name != "Mixtral")
+    # and looks where memory lies, up to PyTorch 2.10 on a CPU, which no transform lets it
+    refused = name == "Mixtral" and torch.__version__ < (2, 11)
+    vjp = "Cannot access data pointer" if refused else "agrees"
+    check(CASES[name], rtol=1e-5, mode="eval", outputs=name != "Mixtral", vjp=vjp)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -214,7 +214,7 @@ class Experts(nn.Module):
         p = self.gate(h).softmax(-1)
         out = torch.zeros(len(x), 3, dtype=x.dtype)
         for k, rows in enumerate((rows0, rows1)):
-            out = out.index_add(0, rows, self.experts[k](h[rows]) * p[:, k][rows].unsqueeze(-1))
+            out = out.index_add(0, rows, self.experts[k](h[rows]) * p.select(1, k)[rows].unsqueeze(-1))
         return out
 
     def by_hand(self, e: Hand, x: Tensor, rows0: Tensor, rows1: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class ClassToken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.cat([self.token.expand(len(x), -1, -1), self.a(x)], 1)
-        return self.b(h[:, 0] * h.sum(1))
+        return self.b(h.select(1, 0) * h.sum(1))  # `h[:, 0]` is two operations in older releases
 
     def by_hand(self, e: Hand, x: Tensor) -> Tensor:
         token = self.token.expand(len(x), -1, -1)
