@@ -2,12 +2,12 @@
 
 A private name may change with any release of PyTorch. So no other file uses one, and each is wrapped here in
 a function that says what it means; a test looks for others, and looks up every name of this table in the
-release that it runs on. All are there since 2.4, the oldest release that gradflow was tried with.
+release that it runs on. All are there since 2.5, and all but `Node._input_metadata` in 2.4.
 
 | name | for | without it |
 | --- | --- | --- |
 | `autograd._get_sequence_nr`, `Node._sequence_nr` | which layer call made a node | an error |
-| `Node._input_metadata` | shape and dtype that a cotangent must have | taken as it comes |
+| `Node._input_metadata` | shape and dtype that a cotangent must have | an error |
 | `Tensor._version`, `Tensor._is_view` | whether a tensor was written to | an error |
 | `autograd._unsafe_preserve_version_counter` | probes on outputs that are changed in place | an error |
 | `Function._backward_cls` | telling the nodes of probes from others | an error |
@@ -94,7 +94,7 @@ def node_number(node: Any) -> int:
 
 def input_metadata(node: Any) -> tuple[Any, ...]:
     """Return what autograd knows of the gradients that a node takes: shape and dtype of each."""
-    return getattr(node, "_input_metadata", None) or ()
+    return node._input_metadata
 
 
 def node_class(function: type[torch.autograd.Function]) -> type:

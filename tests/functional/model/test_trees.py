@@ -52,6 +52,20 @@ def test_tensors_are_named_by_their_path_in_order() -> None:
     assert next(iter_tensors(A)) is A
 
 
+def test_a_named_tuple_of_a_derived_class_is_entered() -> None:
+    packed = nn.utils.rnn.pack_padded_sequence(torch.ones(3, 2, 4), torch.tensor([3, 1]))
+    names = ["0.data", "0.batch_sizes", "0.sorted_indices", "0.unsorted_indices"]
+    assert [name for name, _ in named_tensors((packed, 1))] == names[
+        : 2 + 2 * (packed.sorted_indices is not None)
+    ]
+    new, one = map_tensors(lambda t: t * 2 if t.is_floating_point() else t, (packed, 1))
+    assert type(new) is type(packed)
+    assert torch.equal(new.data, torch.full((4, 4), 2.0))
+    assert new.batch_sizes is packed.batch_sizes
+    assert map_tensors(lambda t: t, packed) is packed
+    assert one == 1
+
+
 def test_mapping_rebuilds_what_changed_with_its_types() -> None:
     new = map_tensors(lambda t: t + 1, VALUE)
     assert torch.equal(new["a"][0], torch.full((2,), 2.0))
