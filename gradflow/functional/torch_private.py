@@ -2,7 +2,8 @@
 
 A private name may change with any release of PyTorch. So no other file uses one, and each is wrapped here in
 a function that says what it means; a test looks for others, and looks up every name of this table in the
-release that it runs on. All are there since 2.5, and all but `Node._input_metadata` in 2.4.
+release that it runs on. All are there in 2.6, the oldest release that gradflow works with; 2.4 has no
+`Node._input_metadata`.
 
 | name | for | without it |
 | --- | --- | --- |
