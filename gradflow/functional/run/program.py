@@ -57,7 +57,8 @@ class WorkingState:
     loss_parameters: Tensors
     buffers: Tensors
     originals: dict[int, str]  # names of the user's parameters, by id
-    _swaps: list[Swap]
+    _swap: Swap
+    _loss_swap: Swap | None = None
 
     @classmethod
     def of(cls, given: Given, copy_of: Copy = torch.clone) -> WorkingState:
@@ -71,7 +72,7 @@ class WorkingState:
         parameters, buffers = copy_parameters(model, copy_of), copy_buffers(model, copy_of)
         originals = {id(p): name for name, p in model.named_parameters()}
         if loss is None:
-            return cls(parameters, {}, buffers, originals, [Swap(model)])
+            return cls(parameters, {}, buffers, originals, Swap(model))
         prefix = loss_prefix(model)
         shared = originals | {id(b): name for name, b in model.named_buffers()}
         own = {n for n, t in (*loss.named_parameters(), *loss.named_buffers()) if id(t) not in shared}
@@ -81,7 +82,8 @@ class WorkingState:
             {prefix + n: p for n, p in loss_parameters.items() if n in own},
             buffers | {prefix + n: b for n, b in loss_buffers.items() if n in own},
             originals | {id(p): prefix + n for n, p in loss.named_parameters() if n in own},
-            [Swap(model), Swap(loss, prefix, shared)],
+            Swap(model),
+            Swap(loss, prefix, shared),
         )
 
     @property
@@ -98,17 +100,14 @@ class WorkingState:
     def swapped(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Put the working copies (or `tensors`) in the modules for the length of the context."""
         state = {**self.parameters, **self.loss_parameters, **self.buffers, **(tensors or {})}
-        with contextlib.ExitStack() as stack:
-            for swap in self._swaps:
-                stack.enter_context(swap(state))
+        loss = contextlib.nullcontext() if self._loss_swap is None else self._loss_swap(state)
+        with self._swap(state), loss:
             yield
 
     def current(self, buffers: Tensors) -> Tensors:
         """Return what stands in the modules now in the places of some buffers."""
-        found: Tensors = {}
-        for swap in self._swaps:
-            found |= swap.current(buffers)
-        return found
+        found = self._swap.current(buffers)
+        return found if self._loss_swap is None else found | self._loss_swap.current(buffers)
 
     def keep_buffers(self, buffers: Tensors | None = None) -> None:
         """Go on with the buffers as they stand in the modules now, or with those that are passed."""
