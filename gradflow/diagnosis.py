@@ -135,7 +135,8 @@ def _wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:
 
 
 def _judged(record: FlowRecord, detectors: Sequence[Detector]) -> Report:
-    issues, causes = explain(record, detect(record, detectors))
+    rules = [rule for part in detectors if isinstance(part, Pipeline) for rule in part.rules]
+    issues, causes = explain(record, detect(record, detectors), rules=rules)
     causes_first = sorted(
         issues, key=lambda issue: (-issue.severity.rank, issue.evidence.explained_by is not None)
     )

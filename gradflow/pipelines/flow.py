@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from gradflow.detect import Detector, check_detectors, default_detectors, detect
+from gradflow.detect import Detector, Rule, check_detectors, default_detectors, detect
 from gradflow.errors import PipelineError
 from gradflow.functional.measurement import Measurement
 from gradflow.records import FlowRecord, Issue, text_lines
@@ -39,6 +39,18 @@ def _to_summaries(value: Any) -> tuple[Summary, ...]:
     return found
 
 
+def _to_rules(value: Any) -> tuple[Rule, ...]:
+    found: tuple[Any, ...] = tuple(value) if isinstance(value, Iterable) else (value,)
+    for entry in found:
+        if not isinstance(entry, Rule):
+            raise PipelineError(
+                f"Pipeline: expected rules to be of gradflow.Rule, got {entry!r}. Write, for instance, "
+                "rules=[gf.Rule(cause=gf.IssueType.BOTTLENECK, victim=gf.IssueType.VANISHING, "
+                "where='upstream', because='it is too narrow')]."
+            )
+    return found
+
+
 @attrs.frozen
 class Pipeline:
     """A choice of measurements and detectors, immutable; itself a detector, so pipelines compose.
@@ -50,6 +62,8 @@ class Pipeline:
             or `full`, with the flow on every edge of the graph.
         measurements: what else it needs measured, such as `gradflow.functional.attention()`.
         summaries: functions from the record to lines of text, which the report shows.
+        rules: what one issue can bring about, for the causes that `gradflow.diagnose` finds, beside what is
+            built in; see `gradflow.Rule`.
 
     >>> from gradflow.detect import dead, vanishing
     >>> quick = Pipeline("quick", [dead()]) + vanishing()
@@ -62,6 +76,7 @@ class Pipeline:
     detail: str = attrs.field(default="cheap", validator=_check_detail)
     measurements: tuple[Measurement, ...] = attrs.field(default=(), converter=tuple)
     summaries: tuple[Summary, ...] = attrs.field(default=(), converter=_to_summaries)
+    rules: tuple[Rule, ...] = attrs.field(default=(), converter=_to_rules)
 
     def __call__(self, record: FlowRecord) -> tuple[Issue, ...]:
         """Return the issues that the detectors see in a record, most severe first."""
@@ -76,8 +91,8 @@ class Pipeline:
         return tuple(line for summary in self.summaries for line in _lines(summary, record))
 
     def __add__(self, other: Pipeline | Detector | Iterable[Detector]) -> Pipeline:
-        """Return a pipeline that runs these detectors and those of `other`, with what either measures
-        and tells."""
+        """Return a pipeline that runs these detectors and those of `other`, with what either measures,
+        tells and knows of causes."""
         if not isinstance(other, Pipeline):
             return attrs.evolve(self, detectors=(*self.detectors, *check_detectors(other)))
         return Pipeline(
@@ -86,6 +101,7 @@ class Pipeline:
             detail="full" if "full" in (self.detail, other.detail) else "cheap",
             measurements=tuple(dict.fromkeys((*self.measurements, *other.measurements))),
             summaries=tuple(dict.fromkeys((*self.summaries, *other.summaries))),
+            rules=tuple(dict.fromkeys((*self.rules, *other.rules))),
         )
 
 

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from gradflow.detect import RULES, Rule, detect, explain, find_causes
+from gradflow.diagnosis import diagnose
 from gradflow.errors import PipelineError
+from gradflow.pipelines import Pipeline
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role, issue_type
 from tests.detect.builders import Layer, decaying, flow_record
 from tests.samples import make_issue
@@ -115,3 +119,24 @@ def lighter(issue: Issue) -> Issue:
 def test_rules_that_are_none_are_refused(make: Callable[[], Rule], message: str) -> None:
     with pytest.raises(PipelineError, match=message):
         make()
+
+
+def test_a_pipeline_brings_its_rules_to_the_diagnosis() -> None:
+    rule = Rule(cause=GATED, victim=IssueType.DEAD, where="upstream", because="why")
+
+    def both(record: FlowRecord) -> tuple[Issue, ...]:
+        return make_issue("0", IssueType.DEAD), own("2")
+
+    def num_causes(pipeline: Pipeline) -> int:
+        return len(diagnose(model, [torch.ones(2, 4)], lambda y: y.sum(), pipeline=pipeline).causes)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    assert num_causes(Pipeline("plain", [both])) == 2
+    assert num_causes(Pipeline("ruled", [both], rules=rule)) == 1
+    assert (Pipeline("a", [both], rules=[rule]) + Pipeline("b", [both], rules=rule)).rules == (rule,)
+
+
+@pytest.mark.parametrize("rules", ["upstream", [1], 2])
+def test_a_pipeline_takes_rules_only(rules: Any) -> None:
+    with pytest.raises(PipelineError, match="Pipeline: expected rules to be of gradflow.Rule, got"):
+        Pipeline("ruled", [], rules=rules)
