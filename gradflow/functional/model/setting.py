@@ -34,8 +34,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradflow.functional.model.closures import modules_in
 from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.layers import callable_modules
 from gradflow.functional.model.purity import RandomState, preserved, seed_all
 from gradflow.functional.model.state import Swap, Tensors, copy_buffers, copy_parameters
+from gradflow.functional.model.threads import one_thread
 from gradflow.functional.torch_private import BatchNorm, InstanceNorm, NormWithStatistics, stores
 
 
@@ -139,6 +141,8 @@ class Setting:
             stack.enter_context(plain_kernels(self.module, *self.others, recurrent=self.plain_recurrent))
             for swap in self._swaps:
                 stack.enter_context(swap(state))
+            for root in (self.module, *self.others):
+                stack.enter_context(one_thread(callable_modules(root)))
             for part, mode in self.modes:
                 part.training = mode
             (random or self.random).restore()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.layers import ancestors, callable_modules, is_layer
+from gradflow.functional.model.threads import OneThread
 from gradflow.functional.tap.calls import Call, type_name
 from gradflow.functional.torch_private import has_gradient_hooks
 
@@ -29,6 +30,7 @@ class TappedModel:
 
     modules: Mapping[str, nn.Module]
     layer_names: set[str]
+    thread: OneThread = attrs.field(factory=OneThread)  # the one that runs the steps
     types: dict[str, str] = attrs.field(init=False)
     leaves: set[str] = attrs.field(init=False)  # modules without callable modules in them
     exact: dict[tuple[str, str], bool] = attrs.field(factory=dict)  # by call, and kind of sum
