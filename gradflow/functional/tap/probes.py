@@ -32,7 +32,8 @@ A probe costs some twenty microseconds of Python, on the way there and back. The
 can be asked for by its edge in autograd's graph instead, and be summed when the pass is over: autograd then
 hands it out on its way, at no cost. What is captured stays in memory until the end of the pass, so large
 outputs are probed. An output that was not made in the call (it is an input handed on) shares its edge with
-whoever made it, so it is probed too.
+whoever made it, so it is probed too. An output that is also used past its probe has both: the probe marks it
+in the graph, and the edge gathers the whole of its gradient.
 """
 
 from __future__ import annotations

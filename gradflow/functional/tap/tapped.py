@@ -35,6 +35,7 @@ class TappedModel:
     leaves: set[str] = attrs.field(init=False)  # modules without callable modules in them
     exact: dict[tuple[str, str], bool] = attrs.field(factory=dict)  # by call, and kind of sum
     unprobed: set[str] = attrs.field(factory=set)  # modules; see `Recorder.check_aliases`
+    entered: set[str] = attrs.field(factory=set)  # calls whose outputs are used past their probes
     hooked: bool = False  # whether there are hooks on tensors, as far as was seen
     known: list[Call] = attrs.field(factory=list)  # the calls of the last ordinary step
     recorder: Recorder | None = None  # of the step that is running
@@ -75,6 +76,10 @@ class TappedModel:
     def leave_unprobed(self, names: Iterable[str]) -> None:
         """Put no probes on the outputs of some modules from now on."""
         self.unprobed.update(names)
+
+    def gather_whole(self, calls: Iterable[str]) -> None:
+        """Take the whole gradient of some calls' outputs from now on, as they are used past their probes."""
+        self.entered.update(calls)
 
     def look_for_hooks(self) -> None:
         """See whether modules or parameters have hooks that act on gradients."""
