@@ -22,7 +22,10 @@ from gradflow.functional.jacobian.singular import (
     singular_values,
     top_singular_values,
 )
+from gradflow.functional.model.exclusive import measuring
 from gradflow.functional.model.setting import Setting
+from gradflow.functional.model.supported import check_plain
+from gradflow.functional.torch_private import outside_transforms
 
 Method = Literal["auto", "dense", "iterative"]
 logger = logging.getLogger("gradflow")
@@ -52,7 +55,8 @@ class Jacobian:
         self.function = function = function if own else Setting.of(nn.Module(), function).held(function)
         self.name, self.type = name, type
         self._shown = name or "the model"
-        with torch.inference_mode(False):
+        check_plain([point])
+        with outside_transforms(), torch.inference_mode(False):
             self.point = point.detach().clone()
             with torch.no_grad():
                 self.value = function(self.point).detach()
@@ -75,7 +79,7 @@ class Jacobian:
             ModelCallError: if the function cannot be differentiated.
         """
         tangent = _fitting(tangent, self.point, "tangent", "input", self._shown)
-        with torch.inference_mode(False), torch.enable_grad():
+        with outside_transforms(), torch.inference_mode(False), torch.enable_grad():
             if self._push is None:
                 self._push, product = first_way(PUSHES, self.function, self.point, tangent, self._shown)
             else:
@@ -90,7 +94,7 @@ class Jacobian:
             ModelCallError: if the function cannot be differentiated.
         """
         cotangent = _fitting(cotangent, self.value, "cotangent", "output", self._shown)
-        with torch.inference_mode(False), torch.enable_grad():
+        with outside_transforms(), torch.inference_mode(False), torch.enable_grad():
             if self._pull is None:
                 self._pull, product = first_way(PULLS, self.function, self.point, cotangent, self._shown)
             else:
@@ -99,6 +103,7 @@ class Jacobian:
 
     # ---------------------------------------------------------------------------- what products tell
 
+    @measuring()
     def gain(
         self, *, num_probes: int = 8, seed: int | None = None, distribution: Distribution = "rademacher"
     ) -> Gain:
@@ -122,6 +127,7 @@ class Jacobian:
             num_probes=num_probes,
         )  # fmt: skip
 
+    @measuring()
     def spectrum(
         self,
         k: int = 5,
@@ -196,6 +202,7 @@ class Jacobian:
         self._check_small("the condition number of", "Take `of_sample(0)`, or narrower layers.")
         return self.spectrum(method="dense").condition_number
 
+    @measuring()
     def dense(self, *, max_elements: int = 2**24) -> Tensor:
         """Return the matrix, shape (n_out, n_in), by as many products as its shorter side has.
 
@@ -317,4 +324,5 @@ def _fitting(vector: Any, like: Tensor, name: str, side: str, function: str) -> 
             f"the {name} must be shaped as the {side} of {function}, {tuple(like.shape)}; got {got}. "
             f"Make one with `torch.randn({', '.join(map(str, like.shape))})`."
         )
+    check_plain([vector])
     return vector.detach().to(dtype=like.dtype, device=like.device)
