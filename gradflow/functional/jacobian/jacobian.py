@@ -71,6 +71,7 @@ class Jacobian:
         """(n_out, n_in), the numbers of elements."""
         return self.value.numel(), self.point.numel()
 
+    @measuring()
     def jvp(self, tangent: Tensor) -> Tensor:
         """Return J v, shaped as the output, for a tangent v shaped as the input.
 
@@ -79,13 +80,14 @@ class Jacobian:
             ModelCallError: if the function cannot be differentiated.
         """
         tangent = _fitting(tangent, self.point, "tangent", "input", self._shown)
-        with outside_transforms(), torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             if self._push is None:
                 self._push, product = first_way(PUSHES, self.function, self.point, tangent, self._shown)
             else:
                 product = self._push(tangent)
         return product.detach()
 
+    @measuring()
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Return Jᵀ u, shaped as the input, for a cotangent u shaped as the output.
 
@@ -94,7 +96,7 @@ class Jacobian:
             ModelCallError: if the function cannot be differentiated.
         """
         cotangent = _fitting(cotangent, self.value, "cotangent", "output", self._shown)
-        with outside_transforms(), torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             if self._pull is None:
                 self._pull, product = first_way(PULLS, self.function, self.point, cotangent, self._shown)
             else:
@@ -173,6 +175,7 @@ class Jacobian:
             **common,
         )
 
+    @measuring()
     def singular_values(self, k: int | None = None, **options: Any) -> Tensor:
         """Return the k largest singular values, descending, float64; all of them without k.
 
@@ -193,6 +196,7 @@ class Jacobian:
             )
         return torch.tensor(found.singular_values[:k])
 
+    @measuring()
     def condition_number(self) -> float:
         """Return the largest over the smallest singular value; the Jacobian must be small.
 
@@ -256,6 +260,7 @@ class Jacobian:
 
     # ---------------------------------------------------------------------------- one sample of a batch
 
+    @measuring()
     def sample_axis(self, axes: tuple[int, ...] = (0,)) -> int | None:
         """Return the axis along which J treats every sample on its own, or None.
 
@@ -281,6 +286,7 @@ class Jacobian:
         stray.select(axis, index).zero_()
         return not bool(stray.any()) and not bool(rest.select(axis, index).any())
 
+    @measuring()
     def of_sample(self, index: int, *, axis: int | None = None) -> Jacobian:
         """Return the Jacobian of one sample's output with respect to the same sample's input.
 
