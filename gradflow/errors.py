@@ -67,6 +67,21 @@ class ModelNotCalledError(GradflowError, RuntimeError):
     """A step ran without any layer of the model being called."""
 
 
+class OtherThreadError(GradflowError, RuntimeError):
+    """A layer was called in another thread than the one that measures."""
+
+    @classmethod
+    def at(cls, layer: str, kind: str, thread: str, own: str) -> OtherThreadError:
+        """Return the error for a layer, of a class, that was called in one thread, and measured in `own`."""
+        return cls(
+            f"{layer or 'the model'!r} ({kind}) was called in the thread {thread!r} while {own!r} measures "
+            "the model. Autograd keeps its books by thread, so a gradient may be put down to a wrong layer. "
+            "Either the model runs branches in threads of its own: run them one after the other for the "
+            "measurement, `[branch(x) for branch in branches]`. Or another thread uses the model meanwhile: "
+            "let it wait."
+        )
+
+
 class OptimizerMismatchError(GradflowError, ValueError):
     """The optimizer holds parameters that are not the model's."""
 

@@ -20,7 +20,7 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `UntypedStorage._cdata` | whether tensors are on one memory | an error |
 | `Tensor._make_subclass` | a copy of a parameter of a class of the user's | an error |
 | `_C.DisableTorchFunction` | operations of ours that our watch need not see | an error |
-| `_C._functorch`, `_functorch.pyfunctorch` | transforms that are active around a call | an error |
+| `_C._functorch`, `_functorch.pyfunctorch` | transforms that are active, their tensors | an error |
 | `_C._current_graph_task_id` | a reverse pass inside another | an error |
 | `utils._pytree` | nested values, those of Hugging Face included | an error |
 | `Module._parameters`, `Module._buffers` | swapping copies in | an error |

@@ -13,7 +13,7 @@ from gradflow.functional.attention.capture import Capture, Seen
 from gradflow.functional.attention.session import AttentionSession
 from gradflow.functional.measurement import Session
 from gradflow.functional.model.batches import private_batch, run_model
-from gradflow.functional.model.exclusive import exclusive, uncompiled
+from gradflow.functional.model.exclusive import measuring, uncompiled
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.supported import check_model
 from gradflow.functional.tap.asked import Asked
@@ -53,7 +53,7 @@ def attention() -> Attention:
     return Attention()
 
 
-@exclusive()
+@measuring()
 def attention_weights(model: nn.Module, batch: Any, *, seed: int | None = None) -> dict[str, Tensor]:
     """Return the attention weights of every attention layer of a model at a batch.
 

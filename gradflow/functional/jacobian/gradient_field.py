@@ -22,7 +22,7 @@ from gradflow.functional.model.batches import (
     make_objective,
     private_batch,
 )
-from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.exclusive import measuring
 from gradflow.functional.model.setting import Held, Setting
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.supported import check_model
@@ -64,7 +64,7 @@ class VectorField:
     is_exact: bool = False
 
 
-@exclusive()
+@measuring()
 def vector_field(
     model: nn.Module,
     losses: Losses,
@@ -136,7 +136,7 @@ def vector_field(
     )  # fmt: skip
 
 
-@exclusive()
+@measuring()
 def field_jacobian(
     model: nn.Module, losses: Losses, batch: Any = None, *, seed: int | None = None
 ) -> Jacobian:

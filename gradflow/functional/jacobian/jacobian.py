@@ -22,7 +22,10 @@ from gradflow.functional.jacobian.singular import (
     singular_values,
     top_singular_values,
 )
+from gradflow.functional.model.exclusive import measuring
 from gradflow.functional.model.setting import Setting
+from gradflow.functional.model.supported import check_plain
+from gradflow.functional.torch_private import outside_transforms
 
 Method = Literal["auto", "dense", "iterative"]
 logger = logging.getLogger("gradflow")
@@ -52,7 +55,8 @@ class Jacobian:
         self.function = function = function if own else Setting.of(nn.Module(), function).held(function)
         self.name, self.type = name, type
         self._shown = name or "the model"
-        with torch.inference_mode(False):
+        check_plain([point])
+        with outside_transforms(), torch.inference_mode(False):
             self.point = point.detach().clone()
             with torch.no_grad():
                 self.value = function(self.point).detach()
@@ -67,6 +71,7 @@ class Jacobian:
         """(n_out, n_in), the numbers of elements."""
         return self.value.numel(), self.point.numel()
 
+    @measuring()
     def jvp(self, tangent: Tensor) -> Tensor:
         """Return J v, shaped as the output, for a tangent v shaped as the input.
 
@@ -82,6 +87,7 @@ class Jacobian:
                 product = self._push(tangent)
         return product.detach()
 
+    @measuring()
     def vjp(self, cotangent: Tensor) -> Tensor:
         """Return Jᵀ u, shaped as the input, for a cotangent u shaped as the output.
 
@@ -99,6 +105,7 @@ class Jacobian:
 
     # ---------------------------------------------------------------------------- what products tell
 
+    @measuring()
     def gain(
         self, *, num_probes: int = 8, seed: int | None = None, distribution: Distribution = "rademacher"
     ) -> Gain:
@@ -122,6 +129,7 @@ class Jacobian:
             num_probes=num_probes,
         )  # fmt: skip
 
+    @measuring()
     def spectrum(
         self,
         k: int = 5,
@@ -167,6 +175,7 @@ class Jacobian:
             **common,
         )
 
+    @measuring()
     def singular_values(self, k: int | None = None, **options: Any) -> Tensor:
         """Return the k largest singular values, descending, float64; all of them without k.
 
@@ -187,6 +196,7 @@ class Jacobian:
             )
         return torch.tensor(found.singular_values[:k])
 
+    @measuring()
     def condition_number(self) -> float:
         """Return the largest over the smallest singular value; the Jacobian must be small.
 
@@ -196,6 +206,7 @@ class Jacobian:
         self._check_small("the condition number of", "Take `of_sample(0)`, or narrower layers.")
         return self.spectrum(method="dense").condition_number
 
+    @measuring()
     def dense(self, *, max_elements: int = 2**24) -> Tensor:
         """Return the matrix, shape (n_out, n_in), by as many products as its shorter side has.
 
@@ -249,6 +260,7 @@ class Jacobian:
 
     # ---------------------------------------------------------------------------- one sample of a batch
 
+    @measuring()
     def sample_axis(self, axes: tuple[int, ...] = (0,)) -> int | None:
         """Return the axis along which J treats every sample on its own, or None.
 
@@ -274,6 +286,7 @@ class Jacobian:
         stray.select(axis, index).zero_()
         return not bool(stray.any()) and not bool(rest.select(axis, index).any())
 
+    @measuring()
     def of_sample(self, index: int, *, axis: int | None = None) -> Jacobian:
         """Return the Jacobian of one sample's output with respect to the same sample's input.
 
@@ -317,4 +330,5 @@ def _fitting(vector: Any, like: Tensor, name: str, side: str, function: str) -> 
             f"the {name} must be shaped as the {side} of {function}, {tuple(like.shape)}; got {got}. "
             f"Make one with `torch.randn({', '.join(map(str, like.shape))})`."
         )
+    check_plain([vector])
     return vector.detach().to(dtype=like.dtype, device=like.device)

@@ -25,7 +25,7 @@ from gradflow.functional.jacobian.products import TensorFunction
 from gradflow.functional.jacobian.records import Gain, Spectrum
 from gradflow.functional.jacobian.singular import Distribution, make_generator, probe_vector
 from gradflow.functional.model.batches import private_batch
-from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.exclusive import measuring
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.supported import check_model
 from gradflow.functional.model.trees import floats
@@ -67,7 +67,7 @@ class LayerFunction:
         return Jacobian(self.function, self.point, name=self.layer, type=self.layer_type)
 
 
-@exclusive()
+@measuring()
 def layer_function(
     model: nn.Module,
     layer: str,
@@ -135,7 +135,7 @@ def _check_reproduced(function: TensorFunction, point: Tensor, value: Tensor, pl
         )
 
 
-@exclusive()
+@measuring()
 def layer_jvp(
     model: nn.Module,
     layer: str,
@@ -172,7 +172,7 @@ def layer_jvp(
     return function.value, function.jacobian().jvp(tangent)
 
 
-@exclusive()
+@measuring()
 def layer_vjp(
     model: nn.Module,
     layer: str,
@@ -215,7 +215,7 @@ def _random_direction(like: Tensor, seed: int | None) -> Tensor:
     return drawn / norm if norm > 0 else drawn
 
 
-@exclusive()
+@measuring()
 def layer_gain(
     model: nn.Module,
     layer: str,
@@ -257,7 +257,7 @@ def layer_gain(
     return function.jacobian().gain(num_probes=num_probes, seed=seed, distribution=distribution)
 
 
-@exclusive()
+@measuring()
 def layer_spectrum(
     model: nn.Module,
     layer: str,
@@ -321,7 +321,7 @@ def layer_spectrum(
     )
 
 
-@exclusive()
+@measuring()
 def jacobian_between(
     model: nn.Module, source: str | None, target: str, batch: Any, *, seed: int | None = None
 ) -> Jacobian:

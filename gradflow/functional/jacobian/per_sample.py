@@ -25,7 +25,7 @@ from gradflow.functional.model.batches import (
     make_objective,
     private_batch,
 )
-from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.exclusive import measuring
 from gradflow.functional.model.layers import callable_modules, owner
 from gradflow.functional.model.purity import RandomState
 from gradflow.functional.model.setting import Setting
@@ -114,7 +114,7 @@ class GradientNoise(Sequence[LayerNoise]):
 # ------------------------------------------------------------------------------------ the two functions
 
 
-@exclusive()
+@measuring()
 def per_sample_gradients(
     model: nn.Module,
     batch: Any,
@@ -163,7 +163,7 @@ def per_sample_gradients(
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in program.trainable}
 
 
-@exclusive()
+@measuring()
 def gradient_noise(
     model: nn.Module,
     batch: Any,

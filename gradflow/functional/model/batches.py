@@ -238,7 +238,11 @@ def prepared(batch: Any, device: torch.device | None) -> Any:
 
 
 def private_batch(model: nn.Module, batch: Any) -> Any:
-    """Return the batch on the model's device, detached and copied."""
+    """Return the batch on the model's device, detached and copied.
+
+    Raises:
+        ModelInputError: if a tensor of it belongs to a transform of `torch.func`.
+    """
     with torch.inference_mode(False):
         return private_copy(Tensor.detach, prepared(batch, same_device(model)))
 

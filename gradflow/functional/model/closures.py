@@ -1,14 +1,14 @@
-"""The modules that a function of the user's holds: a loss with a layer of its own, a critic in a closure."""
+"""What functions of the user's hold: a loss a layer of its own, a closure a critic or a tensor."""
 
 from __future__ import annotations
 
 import dis
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _LIBRARIES = ("torch", "numpy", "builtins", "gradflow")
 _MOST_ITEMS = 1000  # of a container: a longer one is a data set
@@ -25,20 +25,32 @@ def modules_in(*values: Any) -> tuple[nn.Module, ...]:
     >>> modules_in(lambda y: norm(y).sum())
     (BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True),)
     """
-    found: dict[int, nn.Module] = {}
+    found = [value for value in _reachable(values) if isinstance(value, nn.Module)]
+    inner = {id(part) for module in found for part in module.modules() if part is not module}
+    return tuple(module for module in found if id(module) not in inner)
+
+
+def tensors_in(*values: Any) -> tuple[Tensor, ...]:
+    """Return the tensors that functions and objects can reach by what they hold, those of modules excepted.
+
+    >>> weight = torch.ones(2)
+    >>> tensors_in(lambda y: (weight * y).sum())
+    (tensor([1., 1.]),)
+    """
+    return tuple(value for value in _reachable(values) if isinstance(value, Tensor))
+
+
+def _reachable(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield all that some values hold, themselves included, each once; into modules it does not go."""
     seen: dict[int, Any] = {}  # keeps what it has seen alive, so that ids stay unique
     todo = list(values)[::-1]
     while todo:
         value = todo.pop()
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
-        if isinstance(value, nn.Module):
-            found[id(value)] = value
-        else:
-            todo.extend(_held(value))
-    inner = {id(part) for module in found.values() for part in module.modules() if part is not module}
-    return tuple(module for key, module in found.items() if key not in inner)
+        if id(value) not in seen:
+            seen[id(value)] = value
+            yield value
+            if not isinstance(value, (nn.Module, Tensor)):
+                todo.extend(_held(value))
 
 
 def _held(value: Any) -> Iterator[Any]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from gradflow.functional.torch_private import outside_transforms
+
 # NOTE [One run at a time]
 # A run depends on states that all threads of a process share: the random generators of torch, numpy and
 # Python, the default dtype, the stance of `torch.compile`, and the very modules of the model, into which
@@ -24,6 +26,13 @@ _running = threading.RLock()
 def exclusive() -> Iterator[None]:
     """Let one thread at a time run; see NOTE [One run at a time]."""
     with _running:
+        yield
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Let one thread at a time measure plain numbers, outside of the transforms of `torch.func` around it."""
+    with exclusive(), outside_transforms():
         yield
 
 

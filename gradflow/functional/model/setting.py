@@ -32,10 +32,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gradflow.functional.model.closures import modules_in
+from gradflow.functional.model.closures import modules_in, tensors_in
 from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.layers import callable_modules
 from gradflow.functional.model.purity import RandomState, preserved, seed_all
 from gradflow.functional.model.state import Swap, Tensors, copy_buffers, copy_parameters
+from gradflow.functional.model.supported import check_plain
+from gradflow.functional.model.threads import one_thread
 from gradflow.functional.torch_private import BatchNorm, InstanceNorm, NormWithStatistics, stores
 
 
@@ -85,7 +88,11 @@ class Setting:
             seed: seeds torch, numpy and Python instead.
             plain_recurrent: whether fused recurrent kernels are avoided too; first derivatives need it not,
                 and `vmap` accepts only some of the others.
+
+        Raises:
+            ModelInputError: if a tensor in any of them belongs to a transform of `torch.func`.
         """
+        check_plain([*(t for _, t in _tensors(module)), *tensors_in(*holders)])
         if random is None:
             with preserved():
                 if seed is not None:
@@ -139,6 +146,8 @@ class Setting:
             stack.enter_context(plain_kernels(self.module, *self.others, recurrent=self.plain_recurrent))
             for swap in self._swaps:
                 stack.enter_context(swap(state))
+            for root in (self.module, *self.others):
+                stack.enter_context(one_thread(callable_modules(root)))
             for part, mode in self.modes:
                 part.training = mode
             (random or self.random).restore()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,6 +63,21 @@ def check_module(model: Any) -> None:
         raise ModelInputError(
             f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself, built: "
             "`MyModel()`, not the class; for a function of modules, wrap them in one."
+        )
+
+
+def check_plain(tensors: Iterable[Tensor]) -> None:
+    """Raise if a tensor belongs to a transform of `torch.func`.
+
+    Raises:
+        ModelInputError: if one does.
+    """
+    if any(map(is_wrapped, tensors)):
+        raise ModelInputError(
+            "a tensor that was passed, or that the model or a function holds, belongs to a transform of "
+            "`torch.func` around this call (grad, vjp, jvp, vmap), which cannot go through it: call it "
+            "outside of the transform, or transform the layer itself, as in "
+            "`torch.func.jvp(layer_function(model, layer, batch), (x,), (v,))`."
         )
 
 

@@ -17,9 +17,10 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from gradflow.errors import ModelInputError
 from gradflow.functional.model.batches import checked_loss, detached_loss
-from gradflow.functional.model.exclusive import exclusive
+from gradflow.functional.model.exclusive import measuring
 from gradflow.functional.model.setting import Setting
-from gradflow.functional.model.trees import wide_dtype
+from gradflow.functional.model.supported import check_plain
+from gradflow.functional.model.trees import iter_tensors, wide_dtype
 from gradflow.functional.recurrent.cells import Cell, Level, State, levels_of, work_dtype
 
 
@@ -242,7 +243,7 @@ def track_gradients(
     return tuple(gradients)
 
 
-@exclusive()
+@measuring()
 def hidden_gradients(
     module: nn.RNNBase, x: Tensor, loss_fn: Callable[..., Tensor], hx: Any = None
 ) -> dict[str, Tensor]:
@@ -276,6 +277,7 @@ def hidden_gradients(
             f"{type(module).__name__} and {type(x).__name__}. For a whole model, or packed sequences, use "
             "`gradflow.analyze(..., measurements=[gradflow.functional.recurrence()])`."
         )
+    check_plain([x, *iter_tensors(hx)])
     layout, levels = Layout.of(module, x), levels_of(module)
     dtype = work_dtype(x, levels[0].weight_ih)
     setting = Setting.of(nn.Module(), loss_fn)

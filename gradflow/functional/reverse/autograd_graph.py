@@ -7,6 +7,15 @@ its site. Everything else that the walk from the loss meets is a functional oper
 layer in which other layers are called (a model that owns a class token) keeps only its probe: the operations
 in it, between its inner layers, stay operations. Nothing is put on the inputs of a layer, since an alias of
 an input would break models that write to it in place.
+
+NOTE [Derivatives in a model]
+A model may take a derivative and go on with it (a gradient penalty, a residual of a differential equation, an
+inner step of meta-learning). The nodes of that derivative are made when the layers have returned, so they are
+operations. They go on with what the layers have kept for it, and so enter a layer past its probe, in one of
+three places. At its output itself, before the probe: this is a part of the gradient of that output, as
+`retain_grad` would tell, and is joined with what the probe sees. At what a layer makes of its parameters
+alone, as a linear layer's transposed weight: then it is a way to the parameters, as if the operation held
+them itself. Anywhere else: there it is no gradient of an output; a note says so.
 """
 
 from __future__ import annotations
@@ -17,7 +26,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.probes import is_probe
@@ -314,26 +323,84 @@ def input_group(name: str, base: str, shape: tuple[int, ...]) -> Group:
 
 
 def boundaries(structure: Structure) -> Iterator[tuple[str, str, Node, tuple[Node, int]]]:
-    """Yield (source group, target group, node, (next node, output number)) where the groups differ."""
+    """Yield (source group, target group, node, (next node, output number)) where the groups differ.
+
+    Not where a layer is entered at what it makes of its parameters: see NOTE [Derivatives in a model].
+    """
+    weights, probed = of_parameters(structure.nodes), stands(structure)
     for node in structure.nodes:
         target = structure.group_of.get(node)
         if target is None:
             continue
         for child, number in node.next_functions:
             source = structure.group_of.get(child) if child is not None else None
-            if source is not None and source != target:
+            if source is None or source == target:
+                continue
+            if child not in weights or (child, number) in probed or structure.groups[source].kind != "layer":
                 yield source, target, node, (child, number)
 
 
-def bypassed(structure: Structure) -> list[str]:
-    """Return the layer calls that some gradient enters elsewhere than at the probe on what they returned.
+Position = tuple[Node, int]  # an output of a node
 
-    Their output is (also) kept on an attribute, returned inside an object of an unknown class, or the like.
+
+def stands(structure: Structure) -> dict[Position, Node]:
+    """Return what the probes stand on: by the output that a layer has made, the probe on it.
+
+    An input that a layer hands on as it is is the output of whoever made it.
+    """
+    group_of = structure.group_of
+    return {
+        node.next_functions[0]: node
+        for node in structure.nodes
+        if is_probe(node) and group_of.get(node.next_functions[0][0]) == group_of[node]
+    }
+
+
+def of_parameters(nodes: list[Node]) -> set[Node]:
+    """Return the nodes whose values are made of parameters alone.
+
+    Args:
+        nodes: all of them, in topological order.
+    """
+    found: set[Node] = set()
+    for node in reversed(nodes):
+        below = [child for child, _ in node.next_functions if child is not None]
+        if is_leaf(node):
+            if isinstance(node.variable, nn.Parameter):
+                found.add(node)
+        elif not is_probe(node) and below and all(child in found for child in below):
+            found.add(node)
+    return found
+
+
+def entered(structure: Structure) -> set[str]:
+    """Return the layer calls whose outputs are used past their probes; see NOTE [Derivatives in a model].
+
+    Those are left out whose output the call itself goes on with as well.
+    """
+    probed, found, inner = stands(structure), set(), set()
+    for node in structure.nodes:
+        for position in node.next_functions:
+            if position in probed and not is_probe(node):
+                source = structure.group_of[probed[position]]
+                (inner if structure.group_of.get(node) == source else found).add(source)
+    calls = [structure.groups[name].call for name in found - inner]
+    return {call.name for call in calls if call is not None}
+
+
+def bypassed(structure: Structure) -> list[str]:
+    """Return the layer calls that some gradient enters elsewhere than at what they returned.
+
+    Their output is returned inside an object of an unknown class, something else of theirs is kept on an
+    attribute or used by a derivative, or the like.
     """
     found: dict[str, None] = {}
-    for source, _, _, (child, _) in boundaries(structure):
+    probed, whole = stands(structure), entered(structure)
+    for source, _, _, (child, number) in boundaries(structure):
         call = structure.groups[source].call
-        if call is not None and not call.has_children and not is_probe(child):
+        if call is None or call.has_children or is_probe(child):
+            continue
+        if not ((child, number) in probed and call.name in whole):
             found[call.name] = None
     return list(found)
 
@@ -361,9 +428,16 @@ def capturable(structure: Structure) -> set[str]:
 
 
 def _attach_parameters(structure: Structure, names: Mapping[int, str]) -> None:
+    weights = of_parameters(structure.nodes)
     for node in structure.nodes:
         group = structure.group_of.get(node)
-        for child, _ in node.next_functions:
-            leaf = structure.leaves.get(child) if child is not None else None
-            if group is not None and leaf is not None and id(leaf) in names:
+        if group is None:
+            continue
+        todo = [child for child, _ in node.next_functions if child is not None]
+        while todo:
+            child = todo.pop()
+            leaf, inside = structure.leaves.get(child), structure.group_of.get(child)
+            if leaf is not None and id(leaf) in names:
                 structure.groups[group].use([names[id(leaf)]])
+            elif child in weights and inside != group and structure.groups[inside or group].kind == "layer":
+                todo += [below for below, _ in child.next_functions if below is not None]

@@ -10,14 +10,15 @@ NOTE [The flow on every edge]
 The norm of the cotangent that one consumer hands back is not to be had from a gradient with respect to the
 tensor, which is the sum over its consumers. The full mode therefore walks the autograd graph itself, from the
 loss back, calling each node with the gradient that has arrived: what a node returns for each of its inputs
-is the cotangent of that edge, exactly. Nothing is hooked and nothing aliased.
+is the cotangent of that edge, exactly. Nothing is hooked and nothing aliased. An output that is also used
+past its probe has gathered its whole gradient when the walk comes to what the probe stands on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -25,7 +26,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradflow.functional.reverse.autograd_graph import Node, Structure, is_leaf, topological
+from gradflow.functional.reverse.autograd_graph import (
+    Node,
+    Position,
+    Structure,
+    is_leaf,
+    of_parameters,
+    stands,
+    topological,
+)
 from gradflow.functional.tap.calls import unit_axis
 from gradflow.functional.tap.probes import as_norm, is_probe, magnitude
 from gradflow.functional.torch_private import in_reverse_pass, input_metadata
@@ -161,73 +170,108 @@ def walked(loss: Tensor, structure: Structure, *, exact: bool, ranks: bool = Fal
         ReentrantCheckpoint: if the graph holds one, whose inside cannot be walked.
     """
     check_walkable(structure)
-    flows = Flows()
-    arriving: dict[Node, dict[int, dict[str, Tensor]]] = {}
-    root = loss.grad_fn
-    arriving[root] = {0: {structure.loss: torch.ones_like(loss)}}
+    walk = _Walk(structure, exact, ranks)
     with torch.no_grad():
-        for node in structure.nodes:
-            incoming = arriving.pop(node, None)
-            if incoming is not None:
-                gradients = _gather(node, incoming, structure, flows, exact, ranks)
-                for cotangent, (child, number) in zip(
-                    call_node(node, gradients), node.next_functions, strict=False
-                ):
-                    if cotangent is not None and child is not None:
-                        _send(cotangent, node, child, number, structure, arriving)
-    return flows
+        walk.run(loss)
+    return walk.flows
 
 
-def _send(
-    cotangent: Tensor,
-    node: Node,
-    child: Node,
-    number: int,
-    structure: Structure,
-    arriving: dict[Node, dict[int, dict[str, Tensor]]],
-) -> None:
-    cotangent = validated(cotangent, child, number, structure)
-    by_group = arriving.setdefault(child, {}).setdefault(number, {})
-    source = structure.group_of[node]
-    old = by_group.get(source)
-    by_group[source] = cotangent if old is None else old + cotangent
+@attrs.define(eq=False)
+class _Walk:
+    """One walk from the loss back; see NOTE [The flow on every edge]."""
 
+    structure: Structure
+    exact: bool
+    ranks: bool
+    flows: Flows = attrs.field(factory=Flows)
+    _arriving: dict[Node, dict[int, dict[str, Tensor]]] = attrs.field(factory=dict)
+    _weights: set[Node] = attrs.field(init=False)
+    _stands: dict[Position, Node] = attrs.field(init=False)
+    _entered: set[Position] = attrs.field(init=False)  # outputs that are also used past their probes
+    _seen: dict[Position, Tensor] = attrs.field(factory=dict)  # what their probes saw
 
-def _gather(
-    node: Node,
-    incoming: dict[int, dict[str, Tensor]],
-    structure: Structure,
-    flows: Flows,
-    exact: bool,
-    ranks: bool,
-) -> dict[int, Tensor]:
-    """Sum what has arrived at a node over its consumers, noting what crossed a boundary."""
-    group = structure.group_of.get(node)
-    gradients: dict[int, Tensor] = {}
-    for number, by_group in incoming.items():
-        total: Tensor | None = None
-        size: Tensor | None = None
-        for source, cotangent in by_group.items():
-            total = cotangent if total is None else total + cotangent
-            if group is not None and source != group:
-                size = magnitude(cotangent, exact=exact)
-                _add(flows.edges, (group, source), size)
-        assert total is not None
-        gradients[number] = total
-        if group is None or not (is_probe(node) or any(source != group for source in by_group)):
-            continue
-        if size is None or len(by_group) > 1:
-            size = magnitude(total, exact=exact)
-        if any(source != group for source in by_group):
-            _add(flows.groups, group, size)
+    def __attrs_post_init__(self) -> None:
+        nodes, group_of = self.structure.nodes, self.structure.group_of
+        self._weights, self._stands = of_parameters(nodes), stands(self.structure)
+        self._entered = {
+            position
+            for node in nodes
+            for position in node.next_functions
+            if position in self._stands and group_of.get(node) != group_of[self._stands[position]]
+        }
+
+    def run(self, loss: Tensor) -> None:
+        """Call every node with the gradient that has arrived at it, from the loss back."""
+        self._arriving[loss.grad_fn] = {0: {self.structure.loss: torch.ones_like(loss)}}
+        for node in self.structure.nodes:
+            incoming = self._arriving.pop(node, None)
+            if incoming is None:
+                continue
+            gradients = {
+                number: self._gather(node, number, by_group) for number, by_group in incoming.items()
+            }
+            if node in self.structure.leaves:
+                self.flows.leaves[id(self.structure.leaves[node])] = gradients[0]
+                continue
+            for cotangent, (child, number) in zip(
+                call_node(node, gradients), node.next_functions, strict=False
+            ):
+                if cotangent is not None and child is not None:
+                    self._send(cotangent, node, child, number)
+
+    def _send(self, cotangent: Tensor, node: Node, child: Node, number: int) -> None:
+        cotangent = validated(cotangent, child, number, self.structure)
+        by_group = self._arriving.setdefault(child, {}).setdefault(number, {})
+        source = self.structure.group_of[node]
+        old = by_group.get(source)
+        by_group[source] = cotangent if old is None else old + cotangent
+
+    def _gather(self, node: Node, number: int, by_group: dict[str, Tensor]) -> Tensor:
+        """Sum what has arrived at a node over its consumers, noting what crossed a boundary."""
+        group = self.structure.group_of.get(node)
+        total = _total(by_group.values())
+        if group is None:
+            return total
+        outside = {source: c for source, c in by_group.items() if source != group}
+        probe = self._stands.get((node, number))
+        layer = self.structure.groups[group].kind == "layer"
+        if layer and probe is None and node in self._weights:
+            return total  # a way to the layer's parameters: see NOTE [Derivatives in a model]
+        sizes = [magnitude(cotangent, exact=self.exact) for cotangent in outside.values()]
+        for source, size in zip(outside, sizes, strict=True):
+            _add(self.flows.edges, (group, source), size)
         if is_probe(node):
-            flows.probes[id(node.site)] = size
-            if ranks and group not in flows.ranks:
-                flows.ranks[group] = effective_rank(total, structure.groups[group].type)
-    if node in structure.leaves:
-        flows.leaves[id(structure.leaves[node])] = gradients[0]
-        return {}
-    return gradients
+            if node.next_functions[0] in self._entered:
+                self._seen[node.next_functions[0]] = total
+            else:
+                whole = sizes[0] if len(sizes) == len(by_group) == 1 else None
+                self._note_output(node, group, total, whole)
+        elif (node, number) in self._entered and probe is not None:
+            seen = self._seen.pop((node, number), None)
+            self._note_output(probe, group, _total([*outside.values(), *([] if seen is None else [seen])]))
+        elif outside and not self._is_probed(group):
+            whole = sizes[0] if len(by_group) == 1 else magnitude(total, exact=self.exact)
+            _add(self.flows.groups, group, whole)
+        return total
+
+    def _note_output(self, probe: Node, group: str, gradient: Tensor, size: Tensor | None = None) -> None:
+        """Note the gradient of one output of a layer, of this magnitude if that is known."""
+        size = magnitude(gradient, exact=self.exact) if size is None else size
+        _add(self.flows.groups, group, size)
+        self.flows.probes[id(probe.site)] = size
+        if self.ranks and group not in self.flows.ranks:
+            self.flows.ranks[group] = effective_rank(gradient, self.structure.groups[group].type)
+
+    def _is_probed(self, group: str) -> bool:
+        call = self.structure.groups[group].call
+        return call is not None and bool(call.sites)
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    first, *others = parts
+    for part in others:
+        first = first + part
+    return first
 
 
 def _add(norms: dict[Any, Tensor], key: Any, size: Tensor) -> None:

@@ -14,6 +14,7 @@ from gradflow.functional.measurement import Session
 from gradflow.functional.model.batches import detached_loss
 from gradflow.functional.model.layers import ancestors, owner
 from gradflow.functional.model.optimizers import clip_gradients, update
+from gradflow.functional.reverse.autograd_graph import entered
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.run.again import deepened, summed_exactly, traced
 from gradflow.functional.run.program import Before, Program
@@ -125,18 +126,21 @@ def _first_step(run: Run, request: Request) -> Outcome:
 
 
 def _shown(program: Program, request: Request) -> tuple[Outcome, DataFlow]:
-    """Run a structural step until it is known which modules are the layers.
+    """Run a structural step until it is known which modules are the layers, and where their outputs go.
 
-    A parent that uses a child's parameters without calling the child is the layer: then it starts again.
+    A parent that uses a child's parameters without calling the child is the layer: then it starts again. So
+    it does where outputs are used past their probes.
     """
     while True:
         program.taps.look_for_hooks()
         dataflow = DataFlow(program.given.inputs_of(request.batch))
         outcome = run_step(program, attrs.evolve(request, listeners=(dataflow, *request.listeners)))
         promoted = _promoted(program, outcome)
-        if not promoted:
+        new = set() if outcome.structure is None else entered(outcome.structure) - program.taps.entered
+        if not promoted and (not new or program.learned.reentrant):
             return outcome, dataflow
         program.taps.promote(promoted)
+        program.taps.gather_whole(new)
         request.before.restore(program)
 
 

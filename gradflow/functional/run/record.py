@@ -33,12 +33,15 @@ def conclude(run: Run, skipped: int) -> None:
             f"No gradient could be measured at the output of {name!r}: it shares its storage with the "
             "layer's input, and is changed in place afterwards."
         )
-    for name in sorted(run.graph.bypassed):
+    past = run.graph.bypassed
+    if run.transform == "vjp" or run.program.learned.reentrant:  # which see what passes the probes alone
+        past = past | run.program.taps.entered
+    for name in sorted(past):
         if history.calls[name].module not in unprobed:
             note(
-                f"Some gradient enters {name or '(model)'!r} elsewhere than by what it returned (its output "
-                "is kept on an attribute, or is of an unknown class). It is no part of the output gradient "
-                "measured there."
+                f"Some gradient enters {name or '(model)'!r} elsewhere than by what it returned (something "
+                "of it is kept on an attribute or used by a derivative that the model takes, or its output "
+                "is of an unknown class). It is no part of the output gradient measured there."
             )
     if held and run.plan.optimizer is not None:
         note(

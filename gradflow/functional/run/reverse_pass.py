@@ -79,19 +79,23 @@ def reverse_pass(
         flows = walked(loss, structure, exact=True, ranks=ranks)  # nobody would see that a flow underflows
         _check_flat(recorder, trainable, len(leaves) - len(held))
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
-            gradients, outputs = found[:number], found[number:]
+            gradients, outputs = found[:number], _outputs(recorder, found[number:])
         else:
             gradients = [flows.leaves.get(id(p)) for p in (*trainable.values(), *held.values())]
             outputs = [flows.probes.get(id(site)) for site in recorder.sites]
     else:
         found = fused(loss, leaves)
         _check_flat(recorder, trainable, len(leaves) - len(held))
-        gradients = found[:number]
-        outputs = [
-            g if site.edge is None or g is None else magnitude(g, exact=site.exact)
-            for site, g in zip(recorder.sites, found[number:], strict=True)
-        ]
+        gradients, outputs = found[:number], _outputs(recorder, found[number:])
     return Gradients(_by_name(trainable, held, gradients), outputs, flows)
+
+
+def _outputs(recorder: Recorder, found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return the magnitude at each site, of what was found for its edge or its slot."""
+    return [
+        g if site.edge is None or g is None else magnitude(g, exact=site.exact)
+        for site, g in zip(recorder.sites, found, strict=True)
+    ]
 
 
 def _accumulated(program: Program, recorder: Recorder, loss: Tensor) -> Gradients:

@@ -33,7 +33,9 @@ can be asked for by its edge in autograd's graph instead, and be summed when the
 hands it out on its way, at no cost. What is captured stays in memory until the end of the pass, so large
 outputs are probed. An output that was not made in the call (it is an input handed on) shares its edge with
 whoever made it, so it is probed too. So is what a custom function made: in older releases of PyTorch its node
-does not keep itself alive, and to ask for the gradient at one that is gone ends the process.
+does not keep itself alive, and to ask for the gradient at one that is gone ends the process. An output that
+is also used past its probe has both: the probe marks it in the graph, and the edge gathers the whole of its
+gradient.
 """
 
 from __future__ import annotations

@@ -281,6 +281,8 @@ class Recorder:
         exact = self.model.exact.get((call.name, "grad"), True)
         slot = self._slot(y, exact)
         site = Site(call.index, len(call.sites), exact, slot)
+        if call.name in self.model.entered and self.asked.slots is None and y.grad_fn is not None:
+            site.edge = GradientEdge(y.grad_fn, y.output_nr)
         call.sites.append(site)
         self.sites.append(site)
         if in_place:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.layers import ancestors, callable_modules, is_layer
+from gradflow.functional.model.threads import OneThread
 from gradflow.functional.tap.calls import Call, type_name
 from gradflow.functional.torch_private import has_gradient_hooks
 
@@ -29,10 +30,12 @@ class TappedModel:
 
     modules: Mapping[str, nn.Module]
     layer_names: set[str]
+    thread: OneThread = attrs.field(factory=OneThread)  # the one that runs the steps
     types: dict[str, str] = attrs.field(init=False)
     leaves: set[str] = attrs.field(init=False)  # modules without callable modules in them
     exact: dict[tuple[str, str], bool] = attrs.field(factory=dict)  # by call, and kind of sum
     unprobed: set[str] = attrs.field(factory=set)  # modules; see `Recorder.check_aliases`
+    entered: set[str] = attrs.field(factory=set)  # calls whose outputs are used past their probes
     hooked: bool = False  # whether there are hooks on tensors, as far as was seen
     known: list[Call] = attrs.field(factory=list)  # the calls of the last ordinary step
     recorder: Recorder | None = None  # of the step that is running
@@ -73,6 +76,10 @@ class TappedModel:
     def leave_unprobed(self, names: Iterable[str]) -> None:
         """Put no probes on the outputs of some modules from now on."""
         self.unprobed.update(names)
+
+    def gather_whole(self, calls: Iterable[str]) -> None:
+        """Take the whole gradient of some calls' outputs from now on, as they are used past their probes."""
+        self.entered.update(calls)
 
     def look_for_hooks(self) -> None:
         """See whether modules or parameters have hooks that act on gradients."""

@@ -33,6 +33,9 @@ def tapped(model: TappedModel) -> Iterator[None]:
     """Lead the calls of a model's modules past the recorder that it has, for the length of the context.
 
     The model is also told when a hook is put on a tensor.
+
+    Raises:
+        OtherThreadError: if a module is called in another thread while a recorder listens.
     """
     names: dict[type, dict[int, str]] = {}
     with contextlib.ExitStack() as stack:
@@ -46,6 +49,7 @@ def tapped(model: TappedModel) -> Iterator[None]:
                 names[owner] = {}
                 stack.enter_context(_on_class(model, owner, names[owner]))
             names[owner][id(module)] = name
+        stack.enter_context(model.thread.insisted())
         yield
 
 
@@ -87,6 +91,7 @@ def _on_class(model: TappedModel, kind: type, names: dict[int, str]) -> Iterator
         recorder = model.recorder
         if name is None or recorder is None:
             return forward(self, *args, **kwargs)
+        model.thread.check(name, model.types[name])
         return recorder.run(name, types.MethodType(forward, self), args, kwargs)
 
     setattr(kind, "forward", tapped_forward)  # noqa: B010 (a class of the user's declares no such attribute)
@@ -122,6 +127,7 @@ class _OwnForward:
         recorder = self._model.recorder
         if recorder is None:
             return self._forward(*args, **kwargs)
+        self._model.thread.check(self._name, self._model.types[self._name])
         return recorder.run(self._name, self._forward, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Forward:

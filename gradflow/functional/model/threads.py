@@ -1,0 +1,99 @@
+"""A measurement follows one thread: a layer that is called in another is refused.
+
+NOTE [One thread a measurement]
+What is measured is put down to layers by the order of their calls, by the numbers that autograd gives to the
+nodes it makes, and by the transforms that are active. All three are kept by thread: calls of several threads
+would be nested in one another at random, numbers would repeat, and a transform would take what another thread
+computes for a constant, with a derivative of zero. So a call in another thread raises there, and again where
+the measurement ends, in case the model has swallowed it: there is no result that could be wrong. Autograd has
+threads of its own, in which a checkpoint runs its layers again; they work while the measuring thread waits
+for them, and are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+from torch import nn
+
+from gradflow.errors import OtherThreadError
+from gradflow.functional.torch_private import in_reverse_pass
+
+
+@attrs.define(eq=False)
+class OneThread:
+    """The thread that measures, from which calls are expected; see NOTE [One thread a measurement]."""
+
+    ident: int = attrs.field(factory=threading.get_ident)
+    name: str = attrs.field(factory=lambda: threading.current_thread().name)
+    error: OtherThreadError | None = None  # the first refusal
+
+    def check(self, layer: str, kind: str) -> None:
+        """Check that a layer is called in this thread, or in one of autograd's own.
+
+        Args:
+            layer: its name.
+            kind: its class.
+
+        Raises:
+            OtherThreadError: if it is not.
+        """
+        if threading.get_ident() == self.ident or in_reverse_pass():
+            return
+        error = OtherThreadError.at(layer, kind, threading.current_thread().name, self.name)
+        self.error = self.error or error
+        raise error
+
+    @contextlib.contextmanager
+    def insisted(self) -> Iterator[None]:
+        """Raise at the end of the context what was raised in another thread, if anything was."""
+        try:
+            yield
+        except BaseException as error:
+            if self.error is not None and error is not self.error:
+                raise self.error from error
+            raise
+        if self.error is not None:
+            raise self.error
+
+
+@contextlib.contextmanager
+def one_thread(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Refuse calls of modules in other threads, for the length of the context.
+
+    Args:
+        modules: by name.
+
+    Raises:
+        OtherThreadError: at the end, if there was such a call.
+    """
+    thread, missing = OneThread(), object()
+    swapped: list[tuple[nn.Module, Any]] = []
+
+    def checked(name: str, module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def checked_forward(*args: Any, **kwargs: Any) -> Any:
+            thread.check(name, type(module).__name__)
+            return forward(*args, **kwargs)
+
+        return checked_forward
+
+    with thread.insisted():
+        try:
+            for name, module in modules.items():
+                swapped.append((module, vars(module).get("forward", missing)))
+                vars(module)["forward"] = checked(name, module)
+            yield
+        finally:
+            for module, old in swapped:
+                if old is missing:
+                    vars(module).pop("forward", None)
+                else:
+                    vars(module)["forward"] = old
