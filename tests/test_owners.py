@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "gradflow" / "functional"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms in which a field is set by the object's own methods alone. In the others, the file of a class may.
 STRICT = {"tap", "reverse", "run", "measurement", "analyze"}
+TORCH = {"grad"}  # fields of tensors, of whatever name a class of ours may have one too
 OWN = {"self", "cls", "ctx"}  # `ctx`: on which an autograd function keeps what its backward needs
 
 
@@ -61,7 +62,9 @@ def trespasses(path: Path, tree: ast.Module) -> list[str]:
     return [
         f"line {line}: {owner}.{field}"
         for line, owner, field, item in settings(tree)
-        if owner not in OWN and field in EVERY and (field not in fields_of(tree) or (strict and not item))
+        if owner not in OWN
+        and field in EVERY - TORCH
+        and (field not in fields_of(tree) or (strict and not item))
     ]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradflow.functional.model.trees import iter_tensors, wide_dtype
 from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.nodes import nodes_under
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import node_number
@@ -104,18 +105,7 @@ def _may_be_stream(value: Any) -> bool:
 
 def _probes_behind(nodes: Iterable[Any]) -> list[Any]:
     """Return the nearest probes at or behind some autograd nodes."""
-    found, todo = [], list(nodes)
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
-        if is_probe(node):
-            found.append(node)
-            continue
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                todo.append(child)
-    return found
+    return [node for node in nodes_under(nodes, is_probe) if is_probe(node)]
 
 
 def _calls_behind(nodes: Iterable[Any]) -> list[int]:
@@ -125,13 +115,5 @@ def _calls_behind(nodes: Iterable[Any]) -> list[int]:
 def _comes_from(node: Any, source: Any) -> bool:
     """Whether an autograd node was computed from another; nodes older than that one are not gone into."""
     oldest = node_number(source)
-    todo = [node]
-    seen = {node}
-    while todo:
-        for child, _ in todo.pop().next_functions:
-            if child is source:
-                return True
-            if child is not None and child not in seen and node_number(child) > oldest:
-                seen.add(child)
-                todo.append(child)
-    return False
+    nodes = nodes_under([node], stops=lambda n: node_number(n) <= oldest)
+    return node is not source and any(found is source for found in nodes)

@@ -32,6 +32,11 @@ class Origin:
     axis: int
     weights: Tensor
 
+    def hand_over(self, call: int, parent: int) -> None:
+        """Give what a module call holds of it to the call that it returned to."""
+        if self.owner == call:
+            self.owner = parent
+
 
 @attrs.frozen(eq=False)
 class Followed:

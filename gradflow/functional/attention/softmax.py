@@ -94,7 +94,7 @@ class Follower:
                         table[_key(tensor)] = attrs.evolve(found, holder=_holder(tensor))
                 if found is not None and found.origin is not None:
                     kept.add(id(found.origin))
-                    found.origin.owner = parent if found.origin.owner == call else found.origin.owner
+                    found.origin.hand_over(call, parent)
         gone = [k for k, f in self._weights.items() if f.origin is not None and f.origin.owner == call]
         for k in gone:
             if id(self._weights[k].origin) not in kept:

@@ -23,11 +23,11 @@ from gradflow.functional.policy.scene import (
     inside,
     is_other,
     listed,
-    nodes_under,
 )
 from gradflow.functional.policy.seen import Seer
 from gradflow.functional.policy.statistics import ActionStatistics, action_statistics, family, is_bounded
 from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.nodes import nodes_under
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.records import NAN, ActionDeviation, ActionDistribution, Floats, PolicyRecord
 

@@ -13,7 +13,7 @@ is told in the record's `assumptions`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -24,6 +24,7 @@ from gradflow.errors import ModelInputError, UnknownLayerError
 from gradflow.functional.model.trees import named_tensors
 from gradflow.functional.policy.seen import Seer, tensors_in
 from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.nodes import below, nodes_under
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.recorder import Recorder
 
@@ -191,22 +192,7 @@ class Scene:
 
 def children(tensor: Tensor) -> list[Any]:
     """Return the autograd nodes that a tensor's own takes."""
-    return [] if tensor.grad_fn is None else [n for n, _ in tensor.grad_fn.next_functions if n is not None]
-
-
-def nodes_under(roots: Iterable[Any], stops: Callable[[Any], bool] = lambda node: False) -> Iterator[Any]:
-    """Yield the autograd nodes under others, themselves included, not going on from where it `stops`."""
-    todo = list(dict.fromkeys(roots))
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
-        yield node
-        if stops(node):
-            continue
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                todo.append(child)
+    return [] if tensor.grad_fn is None else below(tensor.grad_fn)
 
 
 def inside(module: str, name: str) -> bool:

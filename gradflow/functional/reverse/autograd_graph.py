@@ -21,21 +21,28 @@ them itself. Anywhere else: there it is no gradient of an output; a note says so
 from __future__ import annotations
 
 import bisect
-import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.nodes import (
+    Node,
+    Position,
+    is_leaf,
+    of_parameters,
+    operation,
+    signature,
+    topological,
+)
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import input_metadata, node_number
 
 LOSS = "loss"
 MODEL = "(model)"
-Node = Any  # an autograd node: a C++ one, or a BackwardCFunction
 
 
 @attrs.define(eq=False)
@@ -102,46 +109,6 @@ class Structure:
         return attrs.evolve(self, nodes=nodes, group_of=group_of, leaves=leaves, root=root)
 
 
-def topological(root: Node) -> list[Node]:
-    """Return the autograd nodes under `root`, consumers of a tensor before its producer."""
-    waiting: dict[Node, int] = {root: 0}
-    todo = [root]
-    while todo:
-        for child, _ in todo.pop().next_functions:
-            if child is not None:
-                if child not in waiting:
-                    waiting[child] = 0
-                    todo.append(child)
-                waiting[child] += 1
-    order, ready = [], [root]
-    while ready:
-        node = ready.pop()
-        order.append(node)
-        for child, _ in node.next_functions:
-            if child is not None:
-                waiting[child] -= 1
-                if not waiting[child]:
-                    ready.append(child)
-    return order
-
-
-def signature(nodes: list[Node]) -> list[Any]:
-    """Return what tells an autograd graph from others: kinds of nodes, edges, leaves, calls of the probes.
-
-    Args:
-        nodes: all of them, in topological order.
-    """
-    position = {node: i for i, node in enumerate(nodes)}
-    found: list[Any] = []
-    for node in nodes:
-        if is_leaf(node):
-            found.append(id(node.variable))
-        else:
-            found.append(node.site.call if is_probe(node) else node.name())
-            found.append([(position[c], k) for c, k in node.next_functions if c is not None])
-    return found
-
-
 def own_name(name: str, layers: Container[str]) -> str:
     """Return a name for a node that is no layer's: its own, in brackets where a layer has that name.
 
@@ -156,23 +123,6 @@ def own_name(name: str, layers: Container[str]) -> str:
 def names_of_layers(calls: Iterable[Call]) -> set[str]:
     """Return the names of the layer calls, which no other node may have; the model's own is empty."""
     return {call.name for call in calls if call.is_layer}
-
-
-def is_leaf(node: Node) -> bool:
-    """Whether an autograd node only accumulates the gradient of a leaf tensor."""
-    return hasattr(node, "variable")
-
-
-def operation(node: Node) -> str:
-    """Return the plain name of an autograd node: `AddBackward0` is `add`.
-
-    >>> import torch
-    >>> operation(torch.ones(1, requires_grad=True).log_softmax(0).grad_fn)
-    'log_softmax'
-    """
-    name = re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1]) or node.name()
-    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
-    return re.sub(r"(?<=\d)_d(?![a-z])", "d", name).strip("_")
 
 
 class Windows:
@@ -340,9 +290,6 @@ def boundaries(structure: Structure) -> Iterator[tuple[str, str, Node, tuple[Nod
                 yield source, target, node, (child, number)
 
 
-Position = tuple[Node, int]  # an output of a node
-
-
 def stands(structure: Structure) -> dict[Position, Node]:
     """Return what the probes stand on: by the output that a layer has made, the probe on it.
 
@@ -354,23 +301,6 @@ def stands(structure: Structure) -> dict[Position, Node]:
         for node in structure.nodes
         if is_probe(node) and group_of.get(node.next_functions[0][0]) == group_of[node]
     }
-
-
-def of_parameters(nodes: list[Node]) -> set[Node]:
-    """Return the nodes whose values are made of parameters alone.
-
-    Args:
-        nodes: all of them, in topological order.
-    """
-    found: set[Node] = set()
-    for node in reversed(nodes):
-        below = [child for child, _ in node.next_functions if child is not None]
-        if is_leaf(node):
-            if isinstance(node.variable, nn.Parameter):
-                found.add(node)
-        elif not is_probe(node) and below and all(child in found for child in below):
-            found.add(node)
-    return found
 
 
 def entered(structure: Structure) -> set[str]:

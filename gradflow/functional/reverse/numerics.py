@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import iter_tensors
-from gradflow.functional.reverse.autograd_graph import Node, Structure, Windows, is_leaf, operation
+from gradflow.functional.reverse.autograd_graph import Structure, Windows
 from gradflow.functional.reverse.reverse import call_node, validated
 from gradflow.functional.tap.asked import Listener
+from gradflow.functional.tap.nodes import Node, is_leaf, nodes_under, operation
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.watch import source_layer
@@ -208,16 +209,8 @@ def certificates(
 
 def _upstream(node: Node, recorder: Recorder) -> str:
     """Return the layer call nearest upstream of an autograd node."""
-    todo, seen = [node], {node}
-    while todo:
-        here = todo.pop(0)
-        if is_probe(here):
-            return recorder.calls[here.site.call].name
-        for child, _ in here.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                todo.append(child)
-    return ""
+    probe = next(filter(is_probe, nodes_under([node], nearest_first=True)), None)
+    return "" if probe is None else recorder.calls[probe.site.call].name
 
 
 def backward_birth(loss: Tensor, structure: Structure) -> tuple[Node, str] | None:

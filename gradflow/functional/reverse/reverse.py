@@ -26,16 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradflow.functional.reverse.autograd_graph import (
-    Node,
-    Position,
-    Structure,
-    is_leaf,
-    of_parameters,
-    stands,
-    topological,
-)
+from gradflow.functional.reverse.autograd_graph import Structure, stands
 from gradflow.functional.tap.calls import unit_axis
+from gradflow.functional.tap.nodes import Node, Position, is_leaf, of_parameters, topological
 from gradflow.functional.tap.probes import as_norm, is_probe, magnitude
 from gradflow.functional.torch_private import in_reverse_pass, input_metadata
 

@@ -280,9 +280,9 @@ class Recorder:
             return y  # without grad mode a probe would cut off what has a graph already
         exact = self.model.exact.get((call.name, "grad"), True)
         slot = self._slot(y, exact)
-        site = Site(call.index, len(call.sites), exact, slot)
-        if call.name in self.model.entered and self.asked.slots is None and y.grad_fn is not None:
-            site.edge = GradientEdge(y.grad_fn, y.output_nr)
+        used = call.name in self.model.entered and self.asked.slots is None and y.grad_fn is not None
+        edge = GradientEdge(y.grad_fn, y.output_nr) if used else None  # type: ignore[arg-type]
+        site = Site(call.index, len(call.sites), exact, slot, edge)
         call.sites.append(site)
         self.sites.append(site)
         if in_place:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gradflow.functional.tap.calls import ActivationKey, unit_axis
+from gradflow.functional.tap.nodes import nodes_under
 from gradflow.functional.tap.probes import is_probe, magnitude
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import transform_level, unwatched
@@ -188,19 +189,8 @@ def source_calls(x: Tensor) -> list[int]:
     """Return the layer calls whose outputs feed `x` through functional operations, by autograd's graph."""
     if not isinstance(x, Tensor) or x.grad_fn is None:
         return []
-    found: set[int] = set()
-    root: Any = x.grad_fn
-    seen, todo = {root}, [root]
-    while todo:
-        node = todo.pop()
-        if is_probe(node):
-            found.add(node.site.call)
-            continue
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                todo.append(child)
-    return sorted(found)
+    nodes = nodes_under([x.grad_fn], stops=is_probe)
+    return sorted({node.site.call for node in nodes if is_probe(node)})
 
 
 def source_layer(recorder: Recorder, x: Tensor, *, joint: bool = False) -> str:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gradflow.functional import analyze, graph_of
-from gradflow.functional.reverse.autograd_graph import is_leaf, operation, topological
 from gradflow.functional.reverse.reverse import accumulated, fused
 from gradflow.functional.run.program import Before, Given, Program, WorkingState
 from gradflow.functional.run.step import Request, run_step
+from gradflow.functional.tap.nodes import is_leaf, operation, topological
 from gradflow.functional.tap.recorder import NeedsRetry
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.records import FlowRecord

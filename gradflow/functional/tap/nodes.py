@@ -1,0 +1,115 @@
+"""Walks over autograd's nodes, and small questions to them."""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from gradflow.functional.tap.probes import is_probe
+
+Node = Any  # an autograd node: a C++ one, or a BackwardCFunction
+Position = tuple[Node, int]  # an output of a node
+
+
+def below(node: Node) -> list[Node]:
+    """Return the nodes that made what a node was computed from."""
+    return [child for child, _ in node.next_functions if child is not None]
+
+
+def nodes_under(
+    roots: Iterable[Node], stops: Callable[[Node], bool] = lambda node: False, *, nearest_first: bool = False
+) -> Iterator[Node]:
+    """Yield the nodes under others, themselves included, each once.
+
+    Args:
+        roots: where to start.
+        stops: whether not to go on from a node, which is yielded all the same.
+        nearest_first: whether to go level by level, and not one way to its end before the next.
+    """
+    todo = collections.deque(dict.fromkeys(roots))
+    seen = set(todo)
+    while todo:
+        node = todo.popleft() if nearest_first else todo.pop()
+        yield node
+        if not stops(node):
+            new = [child for child in dict.fromkeys(below(node)) if child not in seen]
+            seen.update(new)
+            todo.extend(new)
+
+
+def is_leaf(node: Node) -> bool:
+    """Whether an autograd node only accumulates the gradient of a leaf tensor."""
+    return hasattr(node, "variable")
+
+
+def topological(root: Node) -> list[Node]:
+    """Return the autograd nodes under `root`, consumers of a tensor before its producer."""
+    waiting: dict[Node, int] = {root: 0}
+    todo = [root]
+    while todo:
+        for child, _ in todo.pop().next_functions:
+            if child is not None:
+                if child not in waiting:
+                    waiting[child] = 0
+                    todo.append(child)
+                waiting[child] += 1
+    order, ready = [], [root]
+    while ready:
+        node = ready.pop()
+        order.append(node)
+        for child, _ in node.next_functions:
+            if child is not None:
+                waiting[child] -= 1
+                if not waiting[child]:
+                    ready.append(child)
+    return order
+
+
+def signature(nodes: list[Node]) -> list[Any]:
+    """Return what tells an autograd graph from others: kinds of nodes, edges, leaves, calls of the probes.
+
+    Args:
+        nodes: all of them, in topological order.
+    """
+    position = {node: i for i, node in enumerate(nodes)}
+    found: list[Any] = []
+    for node in nodes:
+        if is_leaf(node):
+            found.append(id(node.variable))
+        else:
+            found.append(node.site.call if is_probe(node) else node.name())
+            found.append([(position[c], k) for c, k in node.next_functions if c is not None])
+    return found
+
+
+def operation(node: Node) -> str:
+    """Return the plain name of an autograd node: `AddBackward0` is `add`.
+
+    >>> import torch
+    >>> operation(torch.ones(1, requires_grad=True).log_softmax(0).grad_fn)
+    'log_softmax'
+    """
+    name = re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1]) or node.name()
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    return re.sub(r"(?<=\d)_d(?![a-z])", "d", name).strip("_")
+
+
+def of_parameters(nodes: list[Node]) -> set[Node]:
+    """Return the nodes whose values are made of parameters alone.
+
+    Args:
+        nodes: all of them, in topological order.
+    """
+    found: set[Node] = set()
+    for node in reversed(nodes):
+        below = [child for child, _ in node.next_functions if child is not None]
+        if is_leaf(node):
+            if isinstance(node.variable, nn.Parameter):
+                found.add(node)
+        elif not is_probe(node) and below and all(child in found for child in below):
+            found.add(node)
+    return found
