@@ -13,9 +13,9 @@ from gradflow.functional.attention.capture import Capture, Seen
 from gradflow.functional.attention.session import AttentionSession
 from gradflow.functional.measurement import Session
 from gradflow.functional.model.batches import private_batch, run_model
-from gradflow.functional.model.exclusive import measuring, uncompiled
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.supported import check_model
+from gradflow.functional.model.threads import measuring, uncompiled
 from gradflow.functional.tap.asked import Asked
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.tapped import TappedModel

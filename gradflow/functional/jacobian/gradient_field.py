@@ -22,10 +22,10 @@ from gradflow.functional.model.batches import (
     make_objective,
     private_batch,
 )
-from gradflow.functional.model.exclusive import measuring
 from gradflow.functional.model.setting import Held, Setting
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.supported import check_model
+from gradflow.functional.model.threads import measuring
 from gradflow.functional.model.trees import map_tensors
 from gradflow.records import float_field
 

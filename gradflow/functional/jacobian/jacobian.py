@@ -22,9 +22,9 @@ from gradflow.functional.jacobian.singular import (
     singular_values,
     top_singular_values,
 )
-from gradflow.functional.model.exclusive import measuring
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.supported import check_plain
+from gradflow.functional.model.threads import measuring
 from gradflow.functional.torch_private import outside_transforms
 
 Method = Literal["auto", "dense", "iterative"]

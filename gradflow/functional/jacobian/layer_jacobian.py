@@ -25,9 +25,9 @@ from gradflow.functional.jacobian.products import TensorFunction
 from gradflow.functional.jacobian.records import Gain, Spectrum
 from gradflow.functional.jacobian.singular import Distribution, make_generator, probe_vector
 from gradflow.functional.model.batches import private_batch
-from gradflow.functional.model.exclusive import measuring
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.supported import check_model
+from gradflow.functional.model.threads import measuring
 from gradflow.functional.model.trees import floats
 
 

@@ -25,12 +25,12 @@ from gradflow.functional.model.batches import (
     make_objective,
     private_batch,
 )
-from gradflow.functional.model.exclusive import measuring
 from gradflow.functional.model.layers import callable_modules, owner
 from gradflow.functional.model.purity import RandomState
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.supported import check_model
+from gradflow.functional.model.threads import measuring
 from gradflow.functional.model.trees import iter_tensors, map_tensors, shapes, wide_dtype
 from gradflow.functional.torch_private import BatchNorm
 from gradflow.records.fields import by_name, float_field

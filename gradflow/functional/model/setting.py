@@ -33,12 +33,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradflow.functional.model.closures import modules_in, tensors_in
-from gradflow.functional.model.exclusive import exclusive
 from gradflow.functional.model.layers import callable_modules
 from gradflow.functional.model.purity import RandomState, preserved, seed_all
 from gradflow.functional.model.state import Swap, Tensors, copy_buffers, copy_parameters
 from gradflow.functional.model.supported import check_plain
-from gradflow.functional.model.threads import one_thread
+from gradflow.functional.model.threads import exclusive, one_thread
 from gradflow.functional.torch_private import BatchNorm, InstanceNorm, NormWithStatistics, stores
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gradflow.functional.model.exclusive import exclusive
 from gradflow.functional.model.memory import keyed_by, rekey
 from gradflow.functional.model.purity import preserved
 from gradflow.functional.model.supported import check_has_values
+from gradflow.functional.model.threads import exclusive
 from gradflow.functional.torch_private import (
     address,
     as_class,

@@ -1,4 +1,4 @@
-"""A measurement follows one thread: a layer that is called in another is refused.
+"""Threads: one run at a time in a process, on models as they were written, and one thread a measurement.
 
 NOTE [One thread a measurement]
 What is measured is put down to layers by the order of their calls, by the numbers that autograd gives to the
@@ -14,15 +14,47 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
+import torch
 from torch import nn
 
 from gradflow.errors import OtherThreadError
-from gradflow.functional.torch_private import in_reverse_pass
+from gradflow.functional.torch_private import in_reverse_pass, outside_transforms
+
+# NOTE [One run at a time]
+# A run depends on states that all threads of a process share: the random generators of torch, numpy and
+# Python, the default dtype, the stance of `torch.compile`, and the very modules of the model, into which
+# its working copies are swapped. Two runs at once would draw each other's random numbers and put back each
+# other's states. So one thread at a time runs, whatever its model, and the others wait; a run within a run
+# (of a loss that analyses something itself) goes on. What other threads do with those states in the
+# meantime, or with the model, cannot be kept apart: do not train or call a model while it is analysed.
+_running = threading.RLock()
+
+
+@contextlib.contextmanager
+def exclusive() -> Iterator[None]:
+    """Let one thread at a time run; see NOTE [One run at a time]."""
+    with _running:
+        yield
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Let one thread at a time measure plain numbers, outside of the transforms of `torch.func` around it."""
+    with exclusive(), outside_transforms():
+        yield
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Let models of `torch.compile` run as they were written: a compiler cannot see past our taps."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @attrs.define(eq=False)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.measurement import gradients
-from gradflow.functional.model.exclusive import exclusive
 from gradflow.functional.model.purity import preserved
+from gradflow.functional.model.threads import exclusive
 from gradflow.functional.policy.scene import children
 from gradflow.functional.tap.nodes import nodes_under
 from gradflow.functional.torch_private import node_number

@@ -17,8 +17,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from gradflow.functional.model.exclusive import exclusive
 from gradflow.functional.model.setting import Setting
+from gradflow.functional.model.threads import exclusive
 
 State = tuple[Tensor, ...]  # (h,) or (h, c), each (samples, size)
 

@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from gradflow.errors import ModelInputError
 from gradflow.functional.model.batches import checked_loss, detached_loss
-from gradflow.functional.model.exclusive import measuring
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.supported import check_plain
+from gradflow.functional.model.threads import measuring
 from gradflow.functional.model.trees import iter_tensors, wide_dtype
 from gradflow.functional.recurrent.cells import Cell, Level, State, levels_of, work_dtype
 

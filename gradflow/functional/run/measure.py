@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from gradflow.errors import NoTrainableParametersError
-from gradflow.functional.model.exclusive import exclusive, uncompiled
 from gradflow.functional.model.optimizers import copy_optimizer
 from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
+from gradflow.functional.model.threads import exclusive, uncompiled
 from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
 from gradflow.functional.run.program import Given, Program, WorkingState
