@@ -81,8 +81,9 @@ def analyze(
         LossError: if the loss is no scalar or carries no gradient.
         NoTrainableParametersError: if no parameter requires a gradient.
         ModelNotCalledError: if the first step calls no layer of the model.
-        OptimizerMismatchError: if the optimizer holds none of the model's parameters.
+        OptimizerMismatchError: if the optimizer is none, or holds none of the model's parameters.
         MeasurementError: if two measurements declare the same name, or one a field of the record.
+        NotRestoredError: if something of the user's could not be put back.
         ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is none of those above.
 
     >>> _ = torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What sessions measured, as fields and extras of the record; and that no two names are the same."""
+"""What sessions measured, as fields and extras of the record; and the check that no two share a name."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ In such a step it hears, in this order:
 3. `differentiate`, between the forward and the backward pass, with the loss and its whole graph at hand;
 4. `end`, once, when the step has gone well and will not be run again.
 
-It must leave no trace: no random numbers drawn (or put back), nothing written to a tensor that it was shown,
-no tensor held after `end`. What it says at last, `fields`, is in `FlowRecord.extras`, and `notes` among the
-notes of its provenance.
+It must leave no trace: no random state moved, nothing written to a tensor that it was shown, no tensor held
+after `end`. What `fields` returns is put in `FlowRecord.extras`, and `notes` among the notes of the record's
+provenance.
 
 What a session may rely on of a `Call`: `name`, the layer call's name as in the record (`relu@1`); `module`,
 the qualified name of the module; `type`, its class name; `is_layer`, whether it is a layer.
@@ -32,7 +32,7 @@ from gradflow.functional.tap.asked import Listener
 
 
 class Session(Listener):
-    """Listens to the measured steps of one run; see NOTE [Measured steps]. Here, it measures nothing."""
+    """Listens to the measured steps of one run; see NOTE [Measured steps]. This base measures nothing."""
 
     def differentiate(self, loss: Tensor) -> None:
         """Take gradients of the loss: `gradients(loss, tensors)` keeps the graph for the pass to come."""
@@ -56,7 +56,7 @@ class Session(Listener):
 class Measurement(Protocol):
     """A choice of what else to measure: immutable and hashable, so that pipelines can be joined.
 
-    It may have an attribute `names`, the names that its session's `fields` will return: then one that is
+    It may have an attribute `names`, the names that its session's `fields` will return: then a name that is
     taken is an error before the run. Without it, a name that another measurement took gets `@2` at its end.
     """
 

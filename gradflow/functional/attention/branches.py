@@ -1,9 +1,9 @@
-"""Residual branches: what is added to a stream that it was computed from, and how much of it there is.
+"""Residual branches: what is added to the stream that it was computed from, and its share of the stream.
 
 A sum of two tensors of one shape ends a residual branch where one of them, the branch, was computed from the
 other, the stream. That is read off autograd's graph: behind the branch stand module calls that all ran
 later than those behind the stream, and the stream itself. So an embedding of positions that is added to one
-of tokens is no branch, and nor are two projections that are added up.
+of tokens is no branch, nor are two projections that are added up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import node_number
 
 SUMS = frozenset({"add", "add_"})
-_ROUND = ("Dropout", "Identity", "DropPath", "StochasticDepth")  # a branch is named after what is before them
+_ROUND = ("Dropout", "Identity", "DropPath", "StochasticDepth")  # a branch is named after the call before
 
 
 @attrs.frozen(eq=False)
@@ -113,7 +113,7 @@ def _calls_behind(nodes: Iterable[Any]) -> list[int]:
 
 
 def _comes_from(node: Any, source: Any) -> bool:
-    """Whether an autograd node was computed from another; nodes older than that one are not gone into."""
+    """Whether an autograd node was computed from another; nodes older than `source` are not searched."""
     oldest = node_number(source)
     nodes = nodes_under([node], stops=lambda n: node_number(n) <= oldest)
     return node is not source and any(found is source for found in nodes)

@@ -9,8 +9,8 @@ weighted:
    same, by its in-projection;
 3. a softmax that is multiplied with values, see NOTE [What a softmax is for]: its own output.
 
-What is none of these (a kernel of one's own, linear attention) is not seen. A module that is called attention
-by its class, ran, and held no attention that was seen, is named in a note.
+What is none of these (a kernel of one's own, linear attention) is not seen. A module that ran, whose class
+is called attention, and in which none was seen, is named in a note.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Seen:
 
 
 class Capture(Session):
-    """Listens, and hands what attention is seen to `on_seen`, which may return what wants its output."""
+    """Hands each attention that is seen to `on_seen`, which may return a function to call with its output."""
 
     def __init__(self, on_seen: Callable[[Seen], Callable[[Any], None] | None]) -> None:
         self._on_seen = on_seen
@@ -94,7 +94,7 @@ class Capture(Session):
         self._follower.clear()
 
     def entered(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Remember the modules that are called attention."""
+        """Remember the modules whose class is called attention."""
         if "attention" in call.type.lower() or "attn" in call.type.lower():
             self._called[call.module] = call.type
 
@@ -117,7 +117,7 @@ class Capture(Session):
         return self._tell("softmax", _softmax(found)) if isinstance(found, Weighted) else found
 
     def unseen(self) -> list[tuple[str, str]]:
-        """Return name and class of the modules that are called attention and held none that was seen.
+        """Return name and class of the modules whose class is called attention, and in which none was seen.
 
         Of modules inside one another, the innermost.
         """
@@ -127,7 +127,7 @@ class Capture(Session):
         }
         return [(name, kind) for name, kind in left.items() if name not in inner]
 
-    # ------------------------------------------------------------------ what is told
+    # ------------------------------------------------------------------ what `on_seen` gets
 
     def _tell(self, op: str, what: dict[str, Any] | None) -> Callable[[Any], None] | None:
         if what is None:

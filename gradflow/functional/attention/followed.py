@@ -21,9 +21,9 @@ class Origin:
     Args:
         owner: the module call that holds what it gave.
         logits: what entered it, as the model computes with it.
-        version: of that tensor at the time.
+        version: how often that tensor had been written to at the time.
         axis: along which it runs.
-        weights: what it gave, in the shape that it gave it.
+        weights: its output, in its original shape.
     """
 
     owner: int
@@ -43,7 +43,7 @@ class Followed:
     """A tensor on its way from a softmax to a product, or (without weights) from a linear layer to a softmax.
 
     Args:
-        holder: keeps what it is recognised by alive.
+        holder: the autograd node, or tensor, that it is recognised by; kept alive.
         trace: see NOTE [What a softmax is for].
         weights: the softmax's output in this shape, before dropout.
         logits: what entered the softmax, in this shape.
@@ -60,7 +60,7 @@ class Followed:
 
     @property
     def axes(self) -> list[int]:
-        """The axes in question."""
+        """The axes that the trace marks."""
         t = self.trace
         return [d for d in range(t.dim()) if t.shape[d] > 1 and t.stride(d) != 0]
 
@@ -94,7 +94,7 @@ class Weighted:
 
 
 def hidden(found: Followed, mask: Any) -> Followed:
-    """Return weights with those that a mask takes away after the softmax."""
+    """Return what is followed after a mask that is applied behind the softmax: masked weights are 0."""
     assert found.weights is not None
     if not isinstance(mask, Tensor):
         return found

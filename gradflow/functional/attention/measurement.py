@@ -39,8 +39,8 @@ def attention() -> Attention:
     NOTE [Where attention is seen] in `gradflow.functional.attention.capture`), and so is every sum that ends
     a residual branch. The record has them as `record.transformer`: statistics of the weights by head, the
     gradient at queries, keys and values, how alike the positions are before and after, and how much each
-    branch adds to its stream. Weights are those before dropout; no more of them is held than of some samples
-    at a time, but for attention written out, whose weights are held until they are used.
+    branch adds to its stream. Weights are taken before dropout. Those of fused attention are computed for
+    some samples at a time; those of attention written out are held until they are used.
 
     >>> import gradflow as gf
     >>> _ = torch.manual_seed(0)

@@ -179,7 +179,7 @@ def scored_by_projection(a: dict[str, Any]) -> Scored:
         v = a["static_v"].view(samples, heads, *a["static_v"].shape[1:])
     if a["add_zero_attn"]:
         k, v = (torch.cat([x, x.new_zeros(samples, heads, 1, x.shape[-1])], 2) for x in (k, v))
-    # PyTorch takes `is_causal` for the mask that it describes where nothing else is asked for.
+    # With no key padding and no weights asked for, PyTorch ignores the mask and masks causally itself.
     causal = a["is_causal"] and a["key_padding_mask"] is None and not a["need_weights"]
     mask = _joint_mask(a, samples, heads, k.shape[2], causal)
     return Scored(query=q, key=k, value=v, mask=mask, causal=causal, scale=1.0 / math.sqrt(q.shape[-1]))

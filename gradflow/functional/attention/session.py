@@ -1,4 +1,4 @@
-"""The session behind `attention()`: statistics of every attention and residual branch of the looks."""
+"""The session behind `attention()`: statistics of every attention and residual branch, at looks."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class AttentionSession(Session):
         return self._capture.function(func, args, kwargs)
 
     def _attention(self, seen: Seen) -> Callable[[Any], None]:
-        """Take the statistics of an attention; what is returned is called with its output."""
+        """Take the statistics of an attention, and return the function to call with its output."""
         pending = _Pending(seen, _weight_numbers(seen))
         self._pending.append(pending)
         assert self._recorder is not None
@@ -152,7 +152,7 @@ class AttentionSession(Session):
                     pending.numbers["output_residual"] = position_residual(rows.detach())
                     return
 
-    # ------------------------------------------------------------------ behind it
+    # ------------------------------------------------------------------ after the forward pass
 
     def differentiate(self, loss: Tensor) -> None:
         """Take the gradients at queries, keys, values, contexts and outputs."""
@@ -279,7 +279,7 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _context_norms(x: Tensor, seen: Seen) -> Tensor | None:
-    """Return the norms by head of what attention gives, or of its gradient; None where heads are not told."""
+    """Return the norms by head of an attention's output, or of its gradient; None if it has no head axis."""
     heads = seen.shape[1]
     if seen.merged:
         return _norms_by_head(x.unflatten(0, (-1, heads)), 1, heads)

@@ -8,9 +8,10 @@ along the features that a linear layer gives, whatever follows: those are classe
 keys.
 
 To know along which axis, every tensor that is followed has a *trace*: a tensor without data, of the same
-shape, whose strides are zero but for the axes in question. What changes the tensor's shape is done to the
-trace too. A tensor is recognised by the autograd node that made it, so that a probe, which puts a new tensor
-in an output's place, does not hide it; without a graph, by its identity.
+shape, whose strides are zero except along the axes that come from the softmax's (or the features') axis.
+Every change of the tensor's shape is applied to the trace too. A tensor is recognised by the autograd node
+that made it, so that a probe, which puts a new tensor in an output's place, does not hide it; without a
+graph, by its identity.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _SHAPING = frozenset(
     ]
 )
 _TURNS = frozenset(["T", "mT", "H", "mH"])
-_FEW = 16  # features of linear layers that are followed at a time
+_FEW = 16  # outputs of linear layers that are followed at a time
 
 
 class Follower:
@@ -65,7 +66,7 @@ class Follower:
         kwargs: Mapping[str, Any],
         owner: int,
     ) -> Weighted | End | None:
-        """Hear of a function: return attention if it is some, or what is to be called with its output."""
+        """Hear of a function call: return the attention that it is, or a function to call with its output."""
         if name == "softmax":
             return self._softmax(args, kwargs, owner)
         if name in PRODUCTS:
@@ -177,7 +178,7 @@ class Follower:
             outs = [out] if isinstance(out, Tensor) else list(out)
             try:
                 traces, weights, logits = same(found.trace), same(found.weights), same(found.logits)
-            except (RuntimeError, NotImplementedError, IndexError, TypeError):  # no such thing on the trace
+            except (RuntimeError, NotImplementedError, IndexError, TypeError):  # not possible on the trace
                 return
             for i, made in enumerate(outs):
                 if found.weights is None:
@@ -226,7 +227,7 @@ class Follower:
         dims = found.weights.dim()
         if len(axes) > 1 or len(own) != dims:
             return None
-        axis = axes[0] if axes else (dims - 1 if left else max(dims - 2, 0))  # a single key leaves no trace
+        axis = axes[0] if axes else (dims - 1 if left else max(dims - 2, 0))  # length one has no stride
         if own[axis] in labels.out or own[axis] not in other:
             return None
         rest = [d for d in range(dims) if d != axis]

@@ -156,7 +156,7 @@ def row_sums(weights: Tensor, allowed: Tensor, logits: Tensor | None) -> RowSums
 
 
 def finish(found: RowSums) -> HeadStatistics:
-    """Return the means behind which the sums stand."""
+    """Return the statistics that sums over all rows give."""
     some, keys, entropy, choice, share, largest, first, slope, saturated, variance = found.sums
     return HeadStatistics(
         num_keys=keys / some,
@@ -201,7 +201,7 @@ def head_distances(weights: Tensor) -> Tensor:
 
 
 def sampled_rows(batch: int, heads: int, queries: int, keys: int) -> Tensor:
-    """Return which of the batch × queries rows heads are compared in: evenly spaced, all if there are few."""
+    """Return in which of the batch × queries rows heads are compared: evenly spaced ones, or all if few."""
     number = max(1, _PAIRED // max(heads * keys, 1))
     rows = batch * queries
     if rows <= number:

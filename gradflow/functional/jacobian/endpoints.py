@@ -84,7 +84,7 @@ def find_place(model: nn.Module, name: str) -> Place:
 
 @contextlib.contextmanager
 def led(model: nn.Module, names: set[str], around: Around) -> Iterator[None]:
-    """For the length of the context, let `around(name, number, forward, args, kwargs)` run some forwards."""
+    """Let `around(name, number, forward, args, kwargs)` run the named modules' forwards, in this context."""
     missing = object()
     counts: dict[str, int] = {}
     swapped: list[tuple[nn.Module, Any]] = []
@@ -122,8 +122,8 @@ class Seen:
         arguments: (args, kwargs) of its forward; copies.
         output: what forward returned; copies.
         random: the random state when it began.
-        began: its place in the order of beginnings and ends.
-        ended: likewise.
+        began: the place of its beginning among all beginnings and ends.
+        ended: the place of its end among them.
     """
 
     arguments: tuple[Args, Kwargs]

@@ -268,9 +268,9 @@ class Jacobian:
         on all the others must leave it exactly zero.
 
         Args:
-            axes: those that may hold the samples, in the order they are tried; of length 1, which any
-                function treats so, last. (0, 1) for a module with `batch_first=False`; elsewhere axis 1 would
-                be taken for it where it holds channels.
+            axes: those that may hold the samples, in the order they are tried, but for axes of length 1,
+                which always pass and are tried last. (0, 1) is for a module with `batch_first=False`; in
+                others axis 1 may hold channels, which could pass as well.
         """
         sizes = dict(zip(range(self.value.dim()), self.point.shape, strict=False))
         fitting = [axis for axis in axes if sizes.get(axis) and sizes[axis] == self.value.shape[axis]]

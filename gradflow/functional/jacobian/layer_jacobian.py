@@ -327,8 +327,8 @@ def jacobian_between(
 ) -> Jacobian:
     """Return the end-to-end Jacobian from one layer's output to another's, as a linear map.
 
-    J = ∂(output of target) / ∂(output of source), all paths between them taken together; what goes round the
-    source stays as it is. A deep network trains fast where the singular values of this map are all near 1,
+    J = ∂(output of target) / ∂(output of source), all paths between them taken together; what bypasses the
+    source is held fixed. A deep network trains fast where the singular values of this map are all near 1,
     dynamical isometry (Pennington, Schoenholz and Ganguli, 2017, arXiv:1711.04735); their spread grows with
     depth for random weights, and does not for orthogonal ones.
 
@@ -339,7 +339,7 @@ def jacobian_between(
         model: the model, in the modes that it is to be measured in.
         source: qualified name of a module; `relu@1` is its second call. None: the model's own first
             floating-point input.
-        target: likewise; `""` is the model's output.
+        target: qualified name of a module; `""` is the model's output.
         batch: what the model takes, without a target.
         seed: seeds torch, numpy and Python for the run; None goes on from the present states.
 

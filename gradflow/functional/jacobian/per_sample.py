@@ -254,7 +254,7 @@ def _noise(
 
 @attrs.define(eq=False)
 class _Stream:
-    """Random numbers go on from call to call, so that every sample draws its own."""
+    """A random state that goes on from call to call, so that every sample draws its own numbers."""
 
     random: RandomState
 

@@ -1,4 +1,4 @@
-"""From whatever the user calls batches, a batch and a loss to plain calls."""
+"""What the user may pass as batches, as a batch and as a loss, made into plain calls."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ _SHOW = (
 class Source:
     """Draws one batch at a time, never ahead; `None` when there are no more.
 
-    The iterator is made with the first batch, inside the run: a DataLoader draws from torch's random numbers
-    when it is asked for one, and seeds its workers and its sampler by them. Generators of its own, of which
-    `torch` does not know, are put back by `close`.
+    The iterator is made with the first batch, inside the run, since making one draws torch's random numbers:
+    a DataLoader seeds its workers and its sampler by them. A loader's own generators are put back by `close`.
     """
 
     def __init__(self, batches: Any) -> None:
@@ -70,20 +69,20 @@ class Source:
         return batch
 
     def close(self) -> None:
-        """Let go of the iterator, and put back the generators of what can be iterated anew."""
+        """Let go of the iterator, and put back the loader's own generators."""
         self._iterator = None
         self._generators.restore()
 
 
 def _fresh_iterator(batches: Any) -> Iterator[Any]:
-    """Return an iterator with workers of its own: those that a loader keeps have drawn random numbers."""
+    """Return an iterator with new workers: persistent ones have already drawn random numbers."""
     if isinstance(batches, DataLoader) and batches.persistent_workers:
         return iter(without_workers(batches))
     return iter(batches)
 
 
 def _with_generators(batches: Any) -> Iterator[Any]:
-    """Yield what may hold generators of what can be iterated anew: a loader, its samplers, its data set."""
+    """Yield what may hold generators: a loader, its samplers, its data set; nothing for an iterator."""
     if isinstance(batches, Iterator) or not hasattr(batches, "__iter__"):
         return
     yield batches
@@ -224,7 +223,7 @@ def _is_single(inputs: Any) -> bool:
 
 
 def prepared(batch: Any, device: torch.device | None) -> Any:
-    """Return the batch on `device`, its tensors copied: a model that writes to its input harms nobody."""
+    """Return the batch on `device`; its tensors, but for those that require a gradient, are copied."""
 
     def place(tensor: Tensor) -> Tensor:
         check_not_wrapped("a tensor of the batch", tensor)

@@ -94,11 +94,11 @@ def ancestors(name: str) -> list[str]:
 
 
 def passed_by(idle: Collection[str], called: Collection[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return those of the modules that did not run which the code of a module that ran would call.
+    """Return the modules that did not run although the forward of a module that ran names them.
 
-    A part that is forgotten is named nowhere in the forward of the module that holds it. One that belongs to
-    another kind of input (a vision tower, attention to an encoder's output) is, behind a condition. A part
-    of a list counts only if nothing of the list ran: naming the list is not naming its parts.
+    Such a module belongs to another kind of input (a vision tower, cross-attention) and is called under a
+    condition; a forgotten one is named nowhere. A part of a list counts only if nothing of the list ran,
+    since the code names the list alone.
 
     Args:
         idle: names of modules that did not run.
@@ -127,7 +127,7 @@ def passed_by(idle: Collection[str], called: Collection[str], modules: Mapping[s
 
 
 def _names_in_forward(kind: type[nn.Module]) -> set[str]:
-    """Return the names of attributes in the code of a class's forward, and of the methods that it names."""
+    """Return the names in the code of a class's forward and in the methods that it uses."""
     names: set[str] = set()
     methods = ["forward"]
     while methods:

@@ -1,4 +1,4 @@
-"""What a run could change of all that modules hold outside of the tensors that are swapped, and its way back.
+"""State that modules hold besides their swapped parameters and buffers: remembered, and put back after a run.
 
 NOTE [State outside buffers]
 A module may keep a counter, a list of activations, a plain tensor, a teacher in a list, an optimizer of its
@@ -11,9 +11,9 @@ any other module that is reached, through a list, an object or a closure, are no
 NOTE [What is left alone]
 A function may refer to anything, and often to what is meant to see the run from outside: the list that a
 hook fills. So of what functions, bound methods and partials refer to, modules, optimizers, tensors and
-generators are remembered, and nothing else. Nor are threads, queues, files and loggers, which live on while a
-run is on, classes and Python modules, data sets (containers above some size), and objects of PyTorch's own
-that hold no state of the user's.
+generators are remembered, and nothing else. Also left alone are threads, queues, files and loggers, which
+others use during a run; classes and Python modules; data sets (containers above some size); and objects of
+PyTorch's own that hold no state of the user's.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ModuleState:
             self._remember(*self._waiting.pop())
 
     def restore(self) -> list[str]:
-        """Put it back, all that can be, and return what could not; may be done again."""
+        """Put back all that can be, and return what could not; may be called again."""
         failures: list[str] = []
         for mapping in self._empty:
             if mapping:
@@ -133,7 +133,7 @@ class ModuleState:
             self._remember_attributes(value)
 
     def _remember_swapped(self, module: nn.Module) -> None:
-        """Remember a module that is run with copies of its tensors: flags and gradients of its own alone."""
+        """Remember a module that is run with copies of its tensors; of these, all but the values."""
         if not self._new(module):
             return
         own = stores(module)
@@ -163,7 +163,7 @@ class ModuleState:
             kind = type(value)
             if kind in _ATOMS or id(value) in self._seen:
                 continue
-            if kind in _PLAIN and not value:  # most attributes of a module are: those of its hooks
+            if kind in _PLAIN and not value:  # as most dicts of a module are: those of its hooks
                 self._seen[id(value)] = value
                 self._empty.append(value)
             else:
@@ -213,7 +213,7 @@ class ModuleState:
 def keyed_by(model: nn.Module, ids: Container[int]) -> list[Any]:
     """Return the dicts and sets that a model's modules hold with tensors for keys, or with their ids.
 
-    Those of an optimizer are not among them: it holds the tensors as well.
+    Those of an optimizer are left out, since its parameter groups go on holding the original tensors.
 
     Args:
         model: the model.
@@ -263,7 +263,7 @@ def _key_id(key: Any) -> int:
     return key if type(key) is int else id(key)
 
 
-# --------------------------------------------------------------------------------------- what is followed
+# ------------------------------------------------------------------------------ what functions refer to
 
 
 def _has_state(value: Any) -> bool:
@@ -273,7 +273,7 @@ def _has_state(value: Any) -> bool:
 
 
 def _referred_to(code: Any) -> Iterator[Any]:
-    """Yield what a function, bound method or partial refers to, and what is in containers among that."""
+    """Yield what a function, bound method or partial refers to, and the items of containers among it."""
     if isinstance(code, types.MethodType):
         held: list[Any] = [code.__self__, code.__func__]
     elif isinstance(code, functools.partial):

@@ -27,7 +27,7 @@ def copy_optimizer(
         parameters: working copies by qualified name.
 
     Raises:
-        OptimizerMismatchError: if it holds none of the model's parameters.
+        OptimizerMismatchError: if it is no optimizer, or holds none of the model's parameters.
     """
     if not isinstance(getattr(optimizer, "param_groups", None), list):
         raise OptimizerMismatchError(
@@ -75,7 +75,7 @@ def _copied(optimizer: Any, memo: dict[int, Any]) -> Any:
 
 
 def _prepare(value: Any, memo: dict[int, Any], found: list[Any], seen: set[int]) -> None:
-    """Find the optimizers below a value, and enter in the memo what no deep copy can be made of."""
+    """Find the optimizers in a value, and enter in the memo what `deepcopy` cannot copy."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -140,7 +140,7 @@ def update(
     """Step the working copies with the gradients of the step that was measured.
 
     An optimizer that takes a closure may call it any number of times, with the parameters moved in between.
-    As long as they are where they were, it is answered with the loss and the gradients that were measured.
+    The first call, if they have not moved, is answered with the loss and the gradients that were measured.
 
     Args:
         optimizer: the copy.
@@ -151,8 +151,8 @@ def update(
     """
     takes = inspect.signature(optimizer.step).parameters.get("closure")
     own = not type(optimizer).__module__.startswith("torch.optim")
-    # Where a closure is an option it is handed to classes of users, since some refuse to go without; those of
-    # PyTorch do the same with it as without.
+    # An optional closure is passed to classes of the user's, since some fail without it after all; those of
+    # PyTorch do the same without it.
     handed = takes is not None and (own or takes.default is takes.empty)
     values = {n: p.detach().clone() for n, p in parameters.items()} if handed and own else {}
     first = True

@@ -5,9 +5,9 @@ modes and random numbers, whatever the user does to the model in between, and le
 
 NOTE [Kernels that can be differentiated twice]
 Fused attention has no forward-mode derivative and no second one, nor have the fused recurrent kernels of
-cuDNN and oneDNN. For the length of an evaluation attention is led to PyTorch's plain kernel, the fast path
-of the transformer layers is off, and so are cuDNN and oneDNN where the model holds recurrent layers. The
-values are the same up to rounding.
+cuDNN and oneDNN. For the length of an evaluation attention runs PyTorch's math kernel, the fast path of the
+transformer layers is off, and so are cuDNN and oneDNN where the model holds recurrent layers. The values are
+the same up to rounding.
 
 NOTE [BatchNorm in training]
 In training the running statistics do not take part in the output, yet they are updated in place, which the
@@ -48,7 +48,7 @@ class Setting:
     Args:
         module: what is evaluated: a model, or a layer of it.
         others: further modules whose state is held; see NOTE [Whose state is held].
-        parameters: copies, by qualified name; behind a number and a colon those of the others.
+        parameters: copies, by qualified name; names of the others' begin with a number and a colon.
         required: names of those that require a gradient.
         buffers: copies, by qualified name; None for statistics that are taken away.
         modes: train (True) or eval of every module in it.
@@ -85,8 +85,8 @@ class Setting:
             parameters: put in the place of the module's own; copies of those by default.
             random: the random state to start from; the present one by default.
             seed: seeds torch, numpy and Python instead.
-            plain_recurrent: whether fused recurrent kernels are avoided too; first derivatives need it not,
-                and `vmap` accepts only some of the others.
+            plain_recurrent: whether fused recurrent kernels are avoided too. First derivatives do not need
+                that, and `vmap` over them takes a fused LSTM, but not a plain one.
 
         Raises:
             ModelInputError: if a tensor in any of them belongs to a transform of `torch.func`.
@@ -134,7 +134,7 @@ class Setting:
         """Put the setting in place, for the length of the context.
 
         Args:
-            tensors: parameters and buffers that go before its own.
+            tensors: parameters and buffers to take the place of its own.
             random: a random state to start from instead of its own.
         """
         buffers = {name: b if b is None else b.clone() for name, b in self.buffers.items()}
@@ -216,7 +216,7 @@ def plain_kernels(*roots: nn.Module, recurrent: bool) -> Iterator[None]:
 
 @functools.cache
 def load_forward_mode() -> None:
-    """Let torch load what its first forward-mode product needs, whose own deprecation warning is not ours."""
+    """Take a first forward-mode product, without the deprecation warning of what torch loads for it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.jit")  # its category differs between releases
         torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))

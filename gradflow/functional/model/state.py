@@ -76,7 +76,7 @@ class LazyCopies:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Return the address of a tensor's memory, 0 for one that has none of its own to speak of."""
+    """Return the address of a plain tensor's memory; 0 for any other kind of tensor."""
     plain = tensor.layout is torch.strided and not tensor.is_nested and type(tensor) in (Tensor, nn.Parameter)
     return address(tensor) if plain and not tensor.is_meta else 0
 
@@ -148,7 +148,7 @@ def copy_buffers(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
 
 
 def loss_prefix(model: nn.Module) -> str:
-    """Return what the names of a loss module's parameters begin with, and none of the model's."""
+    """Return a prefix for the names of a loss module's parameters, which no name of the model's has."""
     prefix = "loss_fn."
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     while any(name.startswith(prefix) for name in names):
@@ -167,7 +167,7 @@ class Swap:
     Args:
         model: whose parameters and buffers are swapped.
         prefix: put before their qualified names.
-        known: names, by the tensor's id, that are taken as they are.
+        known: names that tensors already have, by the tensor's id; they get no prefix.
     """
 
     def __init__(self, model: nn.Module, prefix: str = "", known: Mapping[int, str] | None = None) -> None:
@@ -205,7 +205,7 @@ class Swap:
                 store[key] = tensor
 
     def current(self, names: Mapping[str, Tensor]) -> Tensors:
-        """Return what stands in the places of `names` now (a model may have replaced a buffer)."""
+        """Return the tensors that the model now holds under `names` (it may have replaced a buffer)."""
         found: Tensors = {}
         for store, key, name in self._places:
             if name in names and name not in found and store.get(key) is not None:
@@ -214,10 +214,10 @@ class Swap:
 
 
 def _copy_as_parameter(tensor: Tensor, *, requires_grad: bool) -> None:
-    """Let copies of a tensor that stands in for a parameter be parameters with its values.
+    """Make `deepcopy` of a tensor that stands in for a parameter return a parameter with its values.
 
-    Under a transform it is part of a graph, and no such tensor can be copied; a model may copy its modules
-    while it runs. The copy belongs to the transform as well, so that the model may write to it.
+    A model may copy its modules while it runs, but a tensor that is part of a graph, as it is under a
+    transform, cannot be copied. The copy belongs to the transform as well, so that the model may write to it.
     """
     values = unwrapped(tensor)  # no reference to the tensor itself, which would never be freed
     vars(tensor)["__deepcopy__"] = functools.partial(_as_parameter, values, requires_grad)
@@ -240,8 +240,8 @@ def call(
     Args:
         model: the model; it is left as it was, its own buffers included, and so are the random states.
         parameters: tensors by qualified name; missing names keep the model's own.
-        buffers: tensors by qualified name; missing names take the model's own. Neither are changed: the
-            model works on copies.
+        buffers: tensors by qualified name; missing names take the model's own. The model works on copies of
+            them.
         args: positional arguments of the model.
         kwargs: keyword arguments of the model.
 

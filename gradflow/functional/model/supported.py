@@ -1,4 +1,4 @@
-"""Which models are refused before they are run, and what of others is not measured or not put back."""
+"""Which models are refused before they run, and notes on what of the others is not measured or put back."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def check_not_wrapped(what: str, tensor: Tensor) -> None:
     if is_wrapped(tensor):
         raise ModelInputError(
             f"{what} belongs to a transform of torch.func (`grad`, `vmap`, ...) that the analysis is called "
-            "in, and no transform follows the plain numbers of a record: analyse outside of it."
+            "in. A record holds plain numbers, which no transform follows: analyse outside of it."
         )
 
 

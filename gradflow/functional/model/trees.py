@@ -68,7 +68,7 @@ def _fields(leaf: Any, *, init: bool = False) -> dict[str, Any]:
 
 
 def private_copy(place: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return a copy of a batch that can be written to, with the tensors that `place` returns for its own.
+    """Return a copy of a batch that can be written to, each tensor replaced by what `place` returns for it.
 
     Arrays are copied too, and objects of any class that hold tensors, to any depth: a graph with tensors for
     attributes, an encoding. Modules, and what cannot be copied, are shared.
@@ -154,14 +154,14 @@ def is_differentiable(tensor: Tensor) -> bool:
 
 
 def summable(tensor: Tensor) -> Tensor:
-    """Return a tensor, as floating-point numbers if its dtype is of whole numbers or of 8 bits: for sums."""
+    """Return a tensor in a dtype that sums can be taken in: integers and 8-bit floats are converted."""
     if tensor.is_complex() or (tensor.dtype.is_floating_point and tensor.element_size() > 1):
         return tensor
     return tensor.float() if tensor.dtype.is_floating_point else tensor.to(wide_dtype(tensor.device))
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """Return the widest floating-point dtype of a device: float64, which MPS lacks."""
+    """Return the widest floating-point dtype of a device: float64, or float32 on MPS, which lacks it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 

@@ -1,7 +1,7 @@
-"""How each kind of object is put back as it was, in place, and whatever a class of the user's makes of it.
+"""How each kind of object is put back as it was, in place.
 
-Methods of the built-in classes are called themselves: those of a subclass may refuse to clear or to update.
-Nothing is asked whether it is equal: objects are compared by identity, tensors by their bits.
+The built-in classes' own methods are called (`dict.clear(x)`), since a subclass may override them. `==` is
+never called, for the same reason: objects are compared by identity, tensors by their bits.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def kind_of(value: Any) -> str:
 
 
 def base_of(mapping: dict[Any, Any]) -> type[dict[Any, Any]]:
-    """Return the built-in class, whose methods do what they say whatever a subclass makes of them."""
+    """Return the built-in class of a dict, to call its methods whatever a subclass overrides."""
     return collections.OrderedDict if isinstance(mapping, collections.OrderedDict) else dict
 
 
@@ -85,7 +85,7 @@ def entries(mapping: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:
-    """Whether two lists hold the very same objects; nothing is asked whether it is equal."""
+    """Whether two lists hold the same objects, by identity."""
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
@@ -203,7 +203,7 @@ class TensorState:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype are equal bit for bit, where PyTorch can compare their kind."""
+    """Whether two tensors are equal bit for bit; those of a layout that cannot be compared count as equal."""
     if a.is_nested and b.is_nested:
         parts = a.unbind(), b.unbind()
         return len(parts[0]) == len(parts[1]) and all(map(same_bits, *parts))
@@ -217,7 +217,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Return a view in which NaN equals NaN, where the dtype has one of the same size."""
+    """Return a view as integers, in which NaN equals NaN; complex and quantised tensors as they are."""
     same = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
     tensor = tensor.detach()
     if tensor.is_complex() or tensor.is_quantized:

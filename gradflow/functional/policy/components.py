@@ -4,8 +4,8 @@ NOTE [What a head gives]
 The strongest evidence is a distribution of `torch.distributions` made of a head's output; then a function
 that takes logits, log-probabilities or probabilities; then values that are normalised, in the head's output
 or in what the model makes of it; then names, `mean` and `log_std`. Where there is none of these, several
-numbers per sample are taken for logits, unless they are bounded by a tanh or the like. Which it was is kept
-with every distribution as its `evidence`.
+numbers per sample are taken for logits, unless they are bounded, by a tanh for instance. Which evidence it
+was is kept with every distribution as its `evidence`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Component:
 
     @property
     def key(self) -> tuple[tuple[str, ...], str, int]:
-        """What is the same for it in every step."""
+        """What it is recognised by in every step."""
         return self.heads, family(self.distribution), self.place
 
 
@@ -230,8 +230,8 @@ def _made(given: str, x: Tensor) -> Distribution:
 def _part_dims(distribution: Distribution, outputs: Sequence[Tensor]) -> int:
     """Return how many of the last batch dimensions are parts of an action, by the shape of the head's output.
 
-    A head gives (samples..., features), so what has as many dimensions and no event has the parts last; a
-    head of one feature whose dimension was squeezed away has none.
+    A head gives (samples..., features). So the last batch dimension of a distribution with as many of them,
+    and no event dimension, is the parts; where the one feature of a head was squeezed away, there are none.
     """
     batch = distribution.batch_shape
     if not outputs or not batch:

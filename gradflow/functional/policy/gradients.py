@@ -121,7 +121,7 @@ def gradients_of(
 
 
 def _last(outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Return the cotangents of the paths that meet no other of `outputs` behind theirs."""
+    """Return the cotangents of the paths on which no other of `outputs` is nearer to the loss."""
     order = sorted(range(len(outputs)), key=lambda i: node_number(outputs[i].grad_fn))
     fns = {t.grad_fn for t in outputs}
     found = list(cotangents)
@@ -145,7 +145,7 @@ def _with_graph(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _leaves(outputs: Sequence[Tensor], stop: Sequence[Tensor]) -> set[int]:
-    """Return the ids of the leaves that outputs are computed from, past none of `stop`."""
+    """Return the ids of the leaves that outputs are computed from on paths that meet none of `stop`."""
     ends = {t.grad_fn for t in stop}
     roots = [t.grad_fn for t in outputs if t.grad_fn not in ends]
     below = nodes_under(roots, ends.__contains__)

@@ -43,9 +43,8 @@ def policy_heads(
     """Return the measurement of a policy, for `analyze(..., measurements=[policy_heads()])`.
 
     It fills `FlowRecord.policy`: the action distributions with their entropies, and the gradients through the
-    policy's heads and through the value's. How heads and distributions are found is told in NOTE [How heads
-    are found] of `policy_scene.py` and NOTE [What a head gives] of `policy_components.py`, how the gradients
-    are told apart in NOTE [Gradients through heads] of `policy_gradients.py`.
+    policy's heads and through the value's. See NOTE [How heads are found] in `scene.py`, NOTE [What a head
+    gives] in `components.py` and NOTE [Gradients through heads] in `gradients.py`.
 
     Args:
         policy_head_name: qualified name of the module that gives the policy, or several; found if None.

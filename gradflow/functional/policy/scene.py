@@ -164,7 +164,7 @@ class Scene:
         Those without a graph, of a target network for instance, are left out: who takes them is not known.
 
         Args:
-            takers: which calls count as such.
+            takers: which calls count as taking an output.
         """
         taken: set[int] = set()
         calls = [
@@ -283,5 +283,5 @@ def _modules(scene: Scene, calls: Iterable[int]) -> tuple[str, ...]:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return names of modules in a row; the model itself, whose name is empty, is `(model)`."""
+    """Return names of modules as one text; the model itself, whose name is empty, is `(model)`."""
     return ", ".join(name or "(model)" for name in names)

@@ -1,4 +1,4 @@
-"""What a step does with a head's output: distributions made of it, softmax and its like applied to it.
+"""What a step does with a head's output: distributions made of it, softmax and similar functions of it.
 
 NOTE [Distributions as they are used]
 A distribution is no PyTorch function, but its methods call some, its constructor included. When a session
@@ -24,7 +24,7 @@ from gradflow.functional.torch_private import num_writes, pytree
 
 Distribution = distributions.Distribution
 
-# name of a function -> what its input holds by that
+# name of a function -> what its input must hold
 USES = {
     **dict.fromkeys(("softmax", "log_softmax", "special_log_softmax", "logsumexp"), "logits"),
     **dict.fromkeys(("cross_entropy", "gumbel_softmax"), "logits"),

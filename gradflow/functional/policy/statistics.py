@@ -213,7 +213,7 @@ def _allowed(distribution: Distribution, p: Tensor) -> Tensor:
 
 
 def _unwrapped(distribution: Distribution) -> tuple[Distribution, int]:
-    """Return what is inside `Independent`, and how many parts that had joined."""
+    """Return the distribution inside `Independent`, and how many parts of an action that joins."""
     joined = 1
     while isinstance(distribution, distributions.Independent):
         number = distribution.reinterpreted_batch_ndims

@@ -130,7 +130,7 @@ def _as_track(chain: Sequence[CellCall], level: Level) -> tuple[Track, TrackGrad
 
 
 def _read_share(at_states: Sequence[Tensor], pulled: Sequence[Tensor]) -> float:
-    """Return the share of steps with a gradient beyond that which the step behind them hands back."""
+    """Return the share of steps with a gradient beyond what the following step hands back."""
     whole = torch.cat(list(at_states), -1)
     direct = whole.clone()
     direct[:-1] -= torch.cat(list(pulled), -1)[1:]
@@ -140,7 +140,7 @@ def _read_share(at_states: Sequence[Tensor], pulled: Sequence[Tensor]) -> float:
 
 
 def _rows(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return (samples, features) tensors of as many samples as the smallest has: loops may drop the rest."""
+    """Return (samples, features) tensors cut to the fewest samples: a loop may drop those that have ended."""
     tensors = [t if t.dim() > 1 else t.unsqueeze(0) for t in tensors]
     least = min(len(t) for t in tensors)
     return [t[:least] for t in tensors]
@@ -155,7 +155,7 @@ def _error(found: Sequence[Tensor], real: Sequence[Tensor]) -> float:
 def _readout(track: Track, whole: TrackGradients) -> Floats:
     """Return the profile of the last read step's gradient, sent back through the cell alone.
 
-    Behind the last step that a gradient arrives at there is nothing, so what arrives there is its own.
+    No step follows the last one that a gradient arrives at, so that gradient is of what is read there.
     """
     norms = whole.state_norms.numpy()
     ends = last_of(norms != 0)

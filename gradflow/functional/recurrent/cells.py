@@ -137,7 +137,7 @@ class Level:
 
 
 def work_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype to compute in: float64 where a tensor has it, float32 for the shorter ones too."""
+    """Return the dtype to compute in: float64 if a tensor has it, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -183,7 +183,7 @@ def level_of_cell(module: nn.RNNCellBase, dtype: torch.dtype | None = None) -> L
 
 @exclusive()
 def _weights(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return a module's weights by name, detached; parametrised ones are computed without a trace."""
+    """Return a module's weights by name, detached; parametrised ones are computed without side effects."""
     parametrized = nn.utils.parametrize.is_parametrized(module)
     with (
         torch.inference_mode(False),

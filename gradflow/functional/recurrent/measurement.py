@@ -6,8 +6,7 @@ for the loss's gradient at what came out, and then, beside the model, unrolls th
 same weights (`cells.py`) and sends that gradient back through them (`unroll.py`). The unrolled states are
 held against those that the model has computed; where they are not the same, a note says so. Dropout between
 the levels is drawn again from the random state at the call's start, by a generator of the session's own: on a
-CPU these are the masks of the model's call. Other devices draw elsewhere; there the levels are joined
-without.
+CPU these are the masks of the model's call. Other devices draw other numbers; there dropout is left out.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from gradflow.records import GateRecord, RecurrenceRecord, RecurrentLevelRecord
 
 _MOST_NUMBERS = 2**25  # of gates, over steps and samples; of larger batches some samples stand for all
 _FOREIGN = 0.1  # relative difference of the first states beyond which a layer computes something else
-_INEXACT = 0.01  # relative difference that a reader must know of
+_INEXACT = 0.01  # relative difference beyond which a note is made
 
 
 @attrs.frozen
@@ -58,7 +57,7 @@ class Recurrence:
 def recurrence(*, states: bool = True) -> Recurrence:
     """Return the measurement of gradient and state through time in recurrent layers.
 
-    Heard are `nn.RNN`, `nn.LSTM` and `nn.GRU` with all their options, packed sequences included, and loops
+    It covers `nn.RNN`, `nn.LSTM` and `nn.GRU` with all their options, packed sequences included, and loops
     over `nn.RNNCell`, `nn.LSTMCell` and `nn.GRUCell`. What is measured is in `FlowRecord.recurrences`.
 
     Args:
@@ -89,7 +88,7 @@ class _FusedCall:
 
 @attrs.frozen(eq=False, kw_only=True)
 class _Numbers:
-    """What one measured step gave for one record."""
+    """What one measured step gave for one call or loop."""
 
     num_steps: int
     read_share: float

@@ -31,7 +31,7 @@ from gradflow.functional.tap.watch import SATURATED
 from gradflow.records import Bools, Floats, Ints
 
 HEARD = 1e-6  # of a sample's largest: float32 keeps 7 digits, so what is smaller is lost in the sum
-IDLE = 0.1  # of a step, over a whole sequence
+IDLE = 0.1  # of a step: what an idle gate amounts to over a whole sequence, see `GateRecord`
 _POINTS = 8  # transitions whose eigenvalues are taken, and samples whose Lyapunov exponent is
 _MOST_STEPS = 512  # over which a tangent vector is carried
 
@@ -229,7 +229,7 @@ class Cotangents:
         """Return the gradient of what is read at the last step alone, and that step by sample.
 
         Args:
-            reverse: whether last means last for the reverse direction: the first of the sequence.
+            reverse: whether the last step in reverse is meant: the first of the sequence.
         """
         read, final, directions = self.read, self.final(reverse), self.directions
         lengths = self.lengths.numpy()
@@ -272,7 +272,7 @@ def heard_share(drives: Sequence[Tensor], alive: Tensor | None, *, one_way: bool
     Args:
         drives: ∂L/∂d_t of the lowest level, by direction, (steps, samples, gates · hidden).
         alive: which steps belong to each sample, (steps, samples); None where all do.
-        one_way: whether there is one direction, so that what is behind the last read step does not count.
+        one_way: whether there is one direction, so that steps after the last read one do not count.
     """
     wide = wide_dtype(drives[0].device)
     norms = [torch.linalg.vector_norm(d, dim=-1, dtype=wide).cpu().double().numpy() for d in drives]

@@ -172,9 +172,9 @@ def lyapunov_exponents(
 
 
 def _pushed(cell: Cell, drive: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the next state and A v, by what is beneath `torch.func.jvp`, at a third of its overhead."""
+    """Return the next state and A v, by dual numbers: `torch.func.jvp` at a third of its overhead."""
     with torch.inference_mode(False), forward_ad.dual_level():
-        s, v = (t.clone() if t.is_inference() else t for t in (s, v))  # those take no tangent
+        s, v = (t.clone() if t.is_inference() else t for t in (s, v))  # inference tensors take no tangent
         pair = forward_ad.unpack_dual(cell.flat(drive, forward_ad.make_dual(s, v)))
     assert pair.tangent is not None
     return pair.primal, pair.tangent

@@ -160,8 +160,8 @@ def _first_state(cell: Cell, x: Tensor, state: State | None, place: int) -> Stat
 def _track(level: Level, x: Tensor, state: State, alive: Tensor | None) -> Track:
     """Run one level over the sequence. Where a sample has ended (or, in reverse, not begun) its state stays.
 
-    An LSTM's c leaves a step by a tensor of its own, so that the gradient at it is that of the steps behind,
-    as for h: the two are the outputs of the step.
+    An LSTM's c leaves a step as a view, so that the gradient at it, as at an output of the step, comes from
+    later steps alone, and not through the h of the same step.
     """
     drive = level.drive(x)
     if alive is not None and level.reverse:
@@ -250,8 +250,8 @@ def hidden_gradients(
     """Return ∂L/∂h_t at every step, level and direction of a recurrent layer: the total derivative.
 
     Pure: everything of the layer's, of the modules that the loss holds, and every random state is put back.
-    What `torch.autograd.grad` would give with respect to h_t, were the layer a loop of one's own: along every
-    way from h_t to the loss, through all later steps and the levels above. Dropout between levels is off.
+    What `torch.autograd.grad` would give with respect to h_t, were the layer written as a loop: along every
+    path from h_t to the loss, through all later steps and the levels above. Dropout between levels is off.
 
     Args:
         module: an `nn.RNN`, `nn.LSTM` or `nn.GRU`; it is left as it is.

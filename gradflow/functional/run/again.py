@@ -18,8 +18,8 @@ from gradflow.records import FlowRecord
 def traced(run: Run, request: Request, row: Row) -> Row:
     """Run a step with a NaN or an Inf again, told of every operation, and keep its birth certificate.
 
-    The sums are in double precision this time: if nothing is found, only they had overflowed. The
-    row that is returned stands in for the first one.
+    Sums are taken in double precision this time: if nothing is found, only the sums had overflowed. The row
+    returned replaces the first one.
     """
     program, taps = run.program, run.program.taps
     if program.learned.reentrant or not run.findings.may_trace():
@@ -48,9 +48,9 @@ def traced(run: Run, request: Request, row: Row) -> Row:
 
 
 def summed_exactly(run: Run, request: Request, row: Row) -> Row:
-    """Run a step again with exact sums, where a fast one came out too small to be trusted.
+    """Run a step again with exact sums, where a fast one is so small that its squares may have underflowed.
 
-    Some or all of its squares may have underflowed. A sum that this happens to is exact from then on.
+    Such a sum is taken exactly from then on.
     """
     program = run.program
     if program.learned.reentrant:

@@ -85,7 +85,7 @@ def parameter_records(
     for name, parameter in history.parameters.items():
         grad, count = grads.get(name, nothing)
         norm = norms.get(name, nothing)[0]
-        if steps > 1 and np.isnan(norm[1:]).all():  # measured once, since nothing moved it
+        if steps > 1 and np.isnan(norm[1:]).all():  # measured once, since no optimizer moves it
             norm = np.full(steps, norm[0])
         records.append(
             ParameterRecord(

@@ -16,14 +16,14 @@ from gradflow.records import GraphRecord
 
 @attrs.define(eq=False)
 class GraphFindings:
-    """The graphs of the steps that were looked at, where data goes on without a gradient, and the flows."""
+    """The graphs of the steps that were looked at, their severed edges, and the flows."""
 
     dataflow: DataFlow | None = None
     calls: Sequence[Call] = ()  # of the first step
     structures: list[Structure] = attrs.field(factory=list)
     severed: list[Cut] = attrs.field(factory=list)
     bypassed: set[str] = attrs.field(factory=set)  # names of calls; see `autograd_graph.bypassed`
-    capturable: set[str] = attrs.field(factory=set)  # the like
+    capturable: set[str] = attrs.field(factory=set)  # names of calls; see `autograd_graph.capturable`
     arrived: set[str] = attrs.field(factory=set)  # names of calls at whose output a gradient was seen
     flows: list[HostFlows] = attrs.field(factory=list)
 
@@ -50,7 +50,7 @@ class GraphFindings:
         """Keep where the gradient was seen to arrive, at the end of a run.
 
         Args:
-            arrived: names of calls at whose probes it was.
+            arrived: names of calls at whose probes it arrived.
             unprobed: names of calls that could not be probed.
         """
         # The inside of a reentrant checkpoint is not in the graph, but the gradient is seen to arrive there.
@@ -70,7 +70,7 @@ class GraphFindings:
         )  # fmt: skip
 
     def record_of(self, step: int, outcome: Outcome) -> GraphRecord | None:
-        """Return the graph's plain data with the flows of one step alone, which is no part of the run."""
+        """Return the graph's plain data with the flows of one step that was run again, and those alone."""
         flows, structure = outcome.gradients.flows, outcome.structure
         if flows is None or structure is None or self.dataflow is None:
             return None

@@ -72,8 +72,8 @@ class Cut:
     source: str
     target: str
     reason: str
-    shape: tuple[int, ...] | None = None  # of the source, where that is a tensor of the batch: one of `base`
-    base: str = ""
+    shape: tuple[int, ...] | None = None  # of the source, where that is a tensor of the batch
+    base: str = ""  # that tensor's name in the batch
 
 
 def cuts(dataflow: DataFlow, structure: Structure | None, calls: Sequence[Call]) -> list[Cut]:
@@ -119,7 +119,7 @@ def _merged(
     flows: Sequence[HostFlows],
     arrived: Collection[str],
 ) -> _Merged:
-    """Return the union of the graphs of several steps and of what only the data of the first went through."""
+    """Return the union of the steps' graphs, with the calls of the first that no gradient reaches."""
     union = Union()
     images = {id(structures[0].groups): union.add(structures[0])} if structures else {}
     first = dict(next(iter(images.values()), {}))
@@ -204,7 +204,7 @@ def _edges(merged: _Merged) -> list[EdgeRecord]:
 
 
 def _cut_edges(merged: _Merged) -> list[EdgeRecord]:
-    """Return the edges that carry data and no gradient; one from an input needs none: it is not severed."""
+    """Return the edges that carry data and no gradient; an input needs none, so its edges are not severed."""
     records = []
     for cut in merged.severed:
         if (cut.source, cut.target) in merged.edges:

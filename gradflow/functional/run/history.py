@@ -22,12 +22,12 @@ from gradflow.records import Bools, Floats
 
 Place = tuple[str, Hashable]  # what a number is (`grad`, `out`, ...), and of what
 
-# Norms of what is gone when the step is over: they are taken fast or exactly, as the steps before tell; see
-# NOTE [Exact and fast] in probes.py. Those of parameters and their gradients can be taken again.
+# Norms of tensors that are gone after the step are taken fast or exactly, by what earlier steps gave; see
+# NOTE [Exact and fast] in tap/probes.py. Those of parameters and their gradients can be taken again.
 _SUMS = ("grad", "out", "input")
 _LASTING_SUMS = ("norm", "pgrad")
 _NORMS = (*_SUMS, *_LASTING_SUMS, "mean_row")
-_MERGED = 8  # steps whose peaks of a rectifier's units are merged at once, if no look comes first
+_MERGED = 8  # steps after which the peaks of rectifiers' units are merged, if no look comes first
 
 
 @attrs.frozen(eq=False)
@@ -105,10 +105,10 @@ def to_host(values: Sequence[Tensor]) -> list[float]:
 
 
 class Content(NamedTuple):
-    """What the numbers of a step without a look are of.
+    """What the numbers of a step that is no look were taken of.
 
     Args:
-        probed: indices of the calls behind its output gradients.
+        probed: indices of the calls whose output gradients were measured.
         reached: names of the parameters that had a gradient.
         moved: whether the norms of the parameters were taken.
         sizes: number of output elements of each layer call.
@@ -124,14 +124,14 @@ class Content(NamedTuple):
 
 @attrs.frozen(eq=False)
 class Form:
-    """What an ordinary step has given: the next one that gives the same needs no new layout.
+    """The form of an ordinary step's row; a later step of the same content reuses it.
 
     Args:
-        content: what its numbers are of.
+        content: what its numbers were taken of.
         layout: the layout of its row.
         counts: element counts of its row.
-        least: above which a norm must be to be safe, and any other number to be finite.
-        most: below which.
+        least: a norm must be above this to be safe, and any other number to be finite.
+        most: and below this.
     """
 
     content: Content
@@ -252,7 +252,7 @@ class History:
         return form
 
     def _noted(self, recorder: Recorder) -> list[Observation]:
-        """Return what was noted and goes into the row; what is kept for every unit is put aside."""
+        """Return what was noted and goes into the row; vectors over units are kept apart from it."""
         noted = []
         for observation in recorder.observations:
             if observation.kind == "peak":
@@ -269,10 +269,9 @@ class History:
         self.rows.append(row)
 
     def unsettled_rectifiers(self) -> list[ActivationKey]:
-        """Return the rectifiers that have units which never fired so far.
+        """Return the rectifiers with units that have not fired yet.
 
-        Whether every unit of a rectifier fires at some time is followed in every step, until all have; other
-        activations, at looks.
+        They are followed in every step; other activations, at looks.
         """
         return [key for key in self.peaks if key.kind == "rectifier" and key not in self.settled]
 
@@ -296,7 +295,7 @@ class History:
         self.stuck[key] = None if old is None or old.shape != units.shape else old & units
 
     def _settle(self, row: Row) -> None:
-        """Stop following rectifiers of which every unit has fired: nothing more can come of it."""
+        """Stop following the rectifiers of which every unit has fired."""
         before = len(self.settled)
         for position in row.layout.least_peaks:
             if row.values[position] > 0:
@@ -323,7 +322,7 @@ class History:
         return found
 
     def _choose_precision(self, row: Row) -> None:
-        """Choose how the next step's sums are taken; see NOTE [Exact and fast] in probes.py."""
+        """Choose how the next step's sums are taken; see NOTE [Exact and fast] in tap/probes.py."""
         exact, layout = self.taps.exact, row.layout
         any_exact = not exact or any(exact.values())
         unsafe = layout.sums & ~is_safe(row.values, row.counts)
@@ -348,7 +347,7 @@ def _number(kind: str, tensor: Tensor, exact: bool) -> Tensor:
 
 
 def _norms(scalars: list[Tensor], are_norms: Bools) -> Floats:
-    """Return numbers on the host, magnitudes as norms: see NOTE [Exact and fast] in probes.py."""
+    """Return numbers on the host, magnitudes as norms: see NOTE [Exact and fast] in tap/probes.py."""
     values, dtypes = np.array(to_host(scalars)), [scalar.dtype for scalar in scalars]
     squares = are_norms & np.array([dtype is torch.float32 for dtype in dtypes])
     with np.errstate(invalid="ignore"):
@@ -377,7 +376,7 @@ def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]
     """Return, by key, the numbers of a kind over the steps and the element counts behind them.
 
     Shapes (steps,). Where a step has none, the number is NaN and its count 0; several (the outputs of one
-    call) are added, norms as the sides of a right angle are.
+    call) are added, norms by their squares.
     """
     joined = np.hypot if kind in _NORMS else np.add
     rows, found = history.rows, {}

@@ -63,7 +63,7 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
                 _update(run, optimizer, outcome, request)
             else:
                 skipped += 1
-        del outcome  # its gradients would lie beside those of the next step
+        del outcome  # frees its gradients before the next step
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
     conclude(run, skipped)
@@ -191,7 +191,7 @@ def _check_not_held(program: Program) -> None:
 def _captured(run: Run) -> set[str]:
     """Return the calls whose output gradients are captured: the smallest, as far as memory goes.
 
-    They may hold a million elements (some megabytes) or 1 percent of what the parameters do.
+    Together they hold at most a million elements (some megabytes), or 1 percent of the parameters' number.
     """
     left = max(2**20, sum(p.numel() for p in run.program.state.parameters.values()) // 100)
     chosen, wanted = set(), run.graph.capturable - run.graph.bypassed
@@ -205,7 +205,7 @@ def _captured(run: Run) -> set[str]:
 
 
 def _update(run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, request: Request) -> None:
-    """Step the working parameters; an optimizer that asks for the loss again has it called without taps."""
+    """Step the working parameters; an optimizer's closure evaluates the loss without taps."""
     given, state, clip = run.program.given, run.program.state, run.plan.clip
     trainable = state.trainable
 

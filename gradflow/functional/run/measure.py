@@ -42,7 +42,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
         torch.inference_mode(False), grad,
     ):  # fmt: skip
         _set_mode(model, plan.mode)
-        for part in distributed(model):  # processes need not run in step; put back as any attribute is
+        for part in distributed(model):  # waits for no other process; `preserved` puts the attributes back
             part.require_backward_grad_sync = part.require_forward_param_sync = False
             part.find_unused_parameters = part.static_graph = False
         if plan.seed is not None:
@@ -58,7 +58,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
             return _measured(Program(given, state, taps), plan, draw, transform, reason)
         finally:
             taps.forget()
-            del state  # its copies are gone before the originals are given their memory back
+            del state  # frees the copies before the originals are given their memory back
 
 
 def _measured(

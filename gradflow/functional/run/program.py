@@ -1,6 +1,6 @@
 """What a run works with: what was given, working copies of its state, the model's taps, and what was learned.
 
-Each is a class of its own, and the only one that changes its fields.
+Each is a class of its own, which alone changes its fields.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class WorkingState:
 
     @property
     def trainable(self) -> Tensors:
-        """Those of them that require a gradient."""
+        """All working parameters that require a gradient."""
         return {name: p for name, p in self.every_parameter.items() if p.requires_grad}
 
     @contextlib.contextmanager
@@ -105,7 +105,7 @@ class WorkingState:
             yield
 
     def current(self, buffers: Tensors) -> Tensors:
-        """Return what stands in the modules now in the places of some buffers."""
+        """Return what the modules now hold in the place of some buffers."""
         found = self._swap.current(buffers)
         return found if self._loss_swap is None else found | self._loss_swap.current(buffers)
 
@@ -121,13 +121,13 @@ class Learned:
     changing: set[str] = attrs.field(factory=set)  # buffers that a step was seen to change
     watching: bool = True  # whether functions must be watched in steps without a look as well
     torch_random: bool = False  # whether model or loss were seen to draw from torch's random numbers
-    host_random: bool = False  # the like, from numpy's or Python's
+    host_random: bool = False  # the same for numpy's and Python's
     held: Tensors = attrs.field(factory=dict)  # the user's own parameters, where used past their modules
-    reentrant: bool = False  # whether the reverse pass must be `accumulated`
+    reentrant: bool = False  # whether the reverse pass must be by `reverse.accumulated`
     structure: Structure | None = None  # of the last step whose structure was taken
     num_slots: int = 0  # how many slots a step under `vjp` is given; 0 until it is known
-    captured: Collection[str] = frozenset()  # calls of small outputs: NOTE [Captured gradients]
-    rectifiers: Mapping[str, ActivationKey] = attrs.field(factory=dict)  # that are modules, by their calls
+    captured: Collection[str] = frozenset()  # see NOTE [Captured gradients] in tap/probes.py
+    rectifiers: Mapping[str, ActivationKey] = attrs.field(factory=dict)  # modules to follow, by layer call
 
     def saw_buffers_change(self, names: Collection[str]) -> None:
         """Hear which buffers a step has changed."""
@@ -139,7 +139,7 @@ class Learned:
         self.host_random |= random.host_moved()
 
     def saw_structure(self, structure: Structure, originals: Mapping[int, str]) -> None:
-        """Keep a step's structure, and which parameters of the user's own it holds."""
+        """Keep a step's structure, and which of the user's own parameters, not copies, it holds."""
         self.structure = structure
         self.held |= {originals[id(p)]: p for p in structure.foreign if id(p) in originals}
 
@@ -173,8 +173,10 @@ class Program:
 
 @attrs.frozen(eq=False)
 class Before:
-    """What a step starts from, so that it can be run again: random states, buffers, and in the first step,
-    which is run again most often, what modules hold outside of them (a counter, a part that they replace).
+    """What a step starts from, so that it can be run again: random states and buffers.
+
+    In the first step, which is run again most often, also what else modules hold (a counter, a part that
+    they replace).
     """
 
     random: RandomState
@@ -183,9 +185,10 @@ class Before:
 
     @classmethod
     def of(cls, program: Program, *, look: bool = True, first: bool = False) -> Before:
-        """Remember the present state: of the buffers, all in the first step, and those that change in others.
+        """Remember the present state.
 
-        Between looks, only the random states that were seen to move are remembered.
+        Of the buffers, all in the first step, and later those that were seen to change. Between looks, only
+        the random states that were seen to move.
         """
         held, learned = program.state.buffers, program.learned
         random = RandomState(torch=look or learned.torch_random, host=look or learned.host_random)
@@ -202,7 +205,7 @@ class Before:
 
     @contextlib.contextmanager
     def again(self, program: Program) -> Iterator[None]:
-        """Go back to it, and at the end of the context to where the run was."""
+        """Go back to that state for the length of the context."""
         buffers, random = dict(program.state.buffers), RandomState()
         self.restore(program)
         try:

@@ -60,7 +60,7 @@ def assembled(run: Run) -> FlowRecord:
     owners = {name: owner(name, modules) for name in parameters}
     owned: dict[str, list[str]] = {}
     reached = series(history, "pgrad")
-    never: dict[str, bool] = {}  # whether a parameter of it is used all the same
+    never: dict[str, bool] = {}  # by module that was never called: whether a parameter of it is used
     for name, module in owners.items():
         used = name in reached
         user = module

@@ -57,14 +57,14 @@ def reverse_pass(
         ranks: and the effective rank of every layer's output gradient.
 
     Raises:
-        ReentrantCheckpoint: if the step must be run again, and the pass be `accumulated`.
+        ReentrantCheckpoint: if the step must be run again, with `backward()` for its reverse pass.
     """
     if program.learned.reentrant:
         return _accumulated(program, recorder, loss)
     if structure is not None:
         check_walkable(structure)
     trainable = program.state.trainable
-    # A parameter that the model also keeps in a list, or its loss in a closure, is there without the swap.
+    # The original of a parameter enters the graph too, where a list or the loss's closure holds it.
     held = program.learned.held
     leaves = [
         *trainable.values(),
@@ -76,7 +76,7 @@ def reverse_pass(
     if full and structure is not None:
         hooked = program.taps.hooked
         found = fused(loss, leaves, retain_graph=True) if hooked else []
-        flows = walked(loss, structure, exact=True, ranks=ranks)  # nobody would see that a flow underflows
+        flows = walked(loss, structure, exact=True, ranks=ranks)  # an underflow would go unnoticed
         _check_flat(recorder, trainable, len(leaves) - len(held))
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
             gradients, outputs = found[:number], _outputs(recorder, found[number:])
@@ -117,9 +117,9 @@ def _accumulated(program: Program, recorder: Recorder, loss: Tensor) -> Gradient
 
 
 def _check_flat(recorder: Recorder, trainable: Tensors, num_leaves: int) -> None:
-    """Raise if the reverse pass ran another one inside, as a reversible layer of its own making does.
+    """Raise if another reverse pass ran inside this one, as in a hand-written reversible layer.
 
-    What that one found is in the `.grad` of our leaves, and the calls that it probed are new.
+    The inner pass has left its gradients in the `.grad` of our leaves, and has probed calls of its own.
     """
     if len(recorder.sites) + len(trainable) > num_leaves or any(
         p.grad is not None for p in trainable.values()

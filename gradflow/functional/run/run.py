@@ -61,7 +61,7 @@ def _measurements(given: Any) -> tuple[Measurement, ...]:
     """Return the measurements that were passed, each once.
 
     Raises:
-        ModelInputError: if one is none.
+        ModelInputError: if an entry is no measurement.
         MeasurementError: if a name that one declares is taken.
     """
     found = tuple(given) if isinstance(given, Iterable) else (given,)
@@ -78,7 +78,7 @@ def _measurements(given: Any) -> tuple[Measurement, ...]:
 
 @attrs.frozen(kw_only=True, eq=False)
 class Plan:
-    """What a run is asked to do: the options that `analyze`, `diagnose` and their kind share.
+    """What a run is asked to do: the options that `analyze`, `diagnose` and their variants share.
 
     See `analyze` for the meaning of each.
 
@@ -86,7 +86,7 @@ class Plan:
         num_batches: how many there are, if that is known.
 
     Raises:
-        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is none of those there are.
+        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` has a value not allowed.
         ModelInputError: if `measurements` holds what is no measurement, or `progress` or `deepen` cannot be
             called.
         MeasurementError: if a name that one declares is taken.

@@ -35,7 +35,7 @@ class Request:
         step: its number.
         before: the state to return to where the step has to be run again.
         transform: `fused` or `vjp`.
-        first: it is the first of a run: calls note whether what enters them requires a gradient.
+        first: it is the first of a run: calls note whether their inputs require a gradient.
         structural: take the contracted autograd graph too (fused only).
         look: take the costlier statistics of the forward pass.
         full: measure the flow on every edge (fused only).
@@ -165,7 +165,7 @@ def _fused_step(program: Program, request: Request) -> Outcome:
 def _reverse(
     program: Program, request: Request, recorder: Recorder, loss: Tensor, structure: Structure | None
 ) -> Gradients:
-    """Run the reverse pass; what is raised in it (by a hook, a custom function) is told the step."""
+    """Run the reverse pass; an exception in it (of a hook, a custom function) gets a note with the step."""
     try:
         return reverse_pass(program, recorder, loss, structure, full=request.full, ranks=request.ranks)
     except ReentrantCheckpoint:
