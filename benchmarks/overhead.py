@@ -2,13 +2,13 @@
 
     python benchmarks/overhead.py [--steps 20] [--threads 1 2] [--only NAME ...] [--write]
 
-gradflow draws a batch before each of its steps; the plain step is run and timed there, on a copy of the
+gradflow draws a batch before each of its steps; at that moment the plain step is timed, on a copy of the
 model, so that every step has a plain one next to it. A *step* is the median ratio over the pairs, the steps
 that are looked at closely (the first, each power of four, the last) left out; a *run* is all that a call of
 so many steps takes, building the record included, over as many plain steps. The other tools are timed in the
 same way, step by step in turn with plain ones. Memory is the peak resident size of a process of its own.
 *Parts* tell where the time of a cheap step goes, in percent of the plain step next to it; *bare sums* is the
-plain step with nothing but a dot product of every parameter's gradient with itself behind it.
+plain step followed by a dot product of every parameter's gradient with itself.
 `--write` puts the tables into docs/performance.md.
 """
 
@@ -336,8 +336,7 @@ memory only when they are written to. In full detail the graph of a step is kept
 _PARTS = """How much longer each part of a cheap step takes than in the plain step, in percent of the whole
 plain step ({threads} thread{s}). The sums read every gradient once more, which no tool that knows the norms
 can do without (*bare sums* above); where a batch has few samples for its parameters that is much beside the
-pass itself. The rest is Python: some ten microseconds for every layer call, behind caches that the passes
-have emptied.
+pass itself. The rest is Python: some ten microseconds for every layer call, run with cold caches.
 """
 
 

@@ -2,7 +2,7 @@
 
     python docs/draw_graph.py [FILE.png]
 
-Needs the extra `plot`. The model is the one that the page asks its questions about.
+Needs the extra `plot`. The model is the one that the page queries.
 """
 
 from __future__ import annotations

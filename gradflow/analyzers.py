@@ -1,4 +1,4 @@
-"""The class face: what people know from other tools, as thin shells over the functions. No logic here."""
+"""The class interface, as people know it from other tools: thin shells over the functions, without logic."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ class GradientFlowAnalyzer(_Diagnosing):
             layers, as `gradflow.pipelines.recurrent` does.
         enable_circular_flow_analyser: also measure the flow along every edge of the layer graph, for
             divergence, circulation and curl; slower.
-        vanishing_threshold: see `gradflow.detect.flow.vanishing`.
-        exploding_threshold: see `gradflow.detect.flow.exploding`.
-        dead_threshold: see `gradflow.detect.flow.dead`.
-        unstable_cv_threshold: see `gradflow.detect.flow.unstable`.
+        vanishing_threshold: see `gradflow.vanishing`.
+        exploding_threshold: see `gradflow.exploding`.
+        dead_threshold: see `gradflow.dead`.
+        unstable_cv_threshold: see `gradflow.unstable`.
 
     >>> import torch
     >>> from torch import nn
@@ -329,8 +329,8 @@ class RecurrentAnalyzer(_Diagnosing):
 
     Args:
         model: any model with recurrent layers, or with loops over recurrent cells; it is left as it is.
-        enable_rnn_analyzer: measure and judge what happens through time; False leaves `flow`, which any model
-            can have, and `reservoir_dynamics` without numbers.
+        enable_rnn_analyzer: measure and judge what happens through time; False runs the pipeline `flow` alone
+            and leaves `reservoir_dynamics` without numbers.
         track_hidden_states: also measure the rms of h, and of c, at every step, for
             `results.report.record.recurrences`; the dynamics and the issues do not depend on it.
 

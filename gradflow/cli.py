@@ -1,7 +1,7 @@
 """The `gradflow` command: diagnose a model that a Python file builds, and gate on the verdict.
 
 Exit status: 0 done, 1 an issue at or above `--fail-on`, 2 bad usage, or a file, name or model that cannot
-be run. What can go wrong in the user's code is told in one line on standard error; `--traceback` shows all.
+be run, 130 interrupted. An error in the user's code is one line on standard error; `--traceback` shows all.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ways in that join several parts: `diagnose` measures, judges and explains; `layer_graph` draws."""
+"""The calls that join several parts: `diagnose` measures, judges, explains; `layer_graph` gives a graph."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def diagnose(
     Raises:
         GradflowError: those that `analyze` raises, where the model cannot be run as it was passed; what
             the model or the loss raises comes through as it is.
-        PipelineError: if `pipeline` cannot be used as one; told before the model is run.
+        PipelineError: if `pipeline` cannot be used as one; raised before the model is run.
+        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is not as `analyze` takes it.
 
     >>> import torch
     >>> from torch import nn
@@ -107,7 +108,8 @@ def diagnose_custom(
 
     Raises:
         GradflowError: those that `analyze_custom` raises.
-        PipelineError: if `pipeline` cannot be used as one; told before the model is run.
+        PipelineError: if `pipeline` cannot be used as one; raised before the model is run.
+        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is not as `analyze` takes it.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)

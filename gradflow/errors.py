@@ -31,7 +31,7 @@ class RecordInputError(GradflowError, TypeError):
 
 
 class MeasurementError(GradflowError, TypeError):
-    """What a measurement gives has a name that is taken, or cannot be kept in a record."""
+    """What a measurement gives, or a record of one's own, cannot be kept, or has a name that is taken."""
 
 
 class UnknownLayerError(GradflowError, KeyError):
@@ -83,7 +83,7 @@ class OtherThreadError(GradflowError, RuntimeError):
 
 
 class OptimizerMismatchError(GradflowError, ValueError):
-    """The optimizer holds parameters that are not the model's."""
+    """What was passed as an optimizer is none, or holds none of the model's parameters."""
 
 
 class EmptyBatchesError(GradflowError, ValueError):
@@ -106,11 +106,11 @@ class NotRestoredError(GradflowError, RuntimeError):
 
 
 class ModelCallError(GradflowError, RuntimeError):
-    """The model or the loss raised; the original exception is the cause and stays visible."""
+    """The model cannot be differentiated in the way asked for; the exception it raised is the `__cause__`."""
 
 
 class PipelineError(GradflowError, TypeError):
-    """What was passed as a pipeline or as a detector cannot be used as one."""
+    """What was passed as a pipeline, a detector, a rule or a type of issue cannot be used as one."""
 
 
 class NotAnalyzedError(GradflowError, RuntimeError):

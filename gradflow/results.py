@@ -1,4 +1,4 @@
-"""What the analyzers of the class face return: issues, the report, and the numbers of one kind of model."""
+"""What the analyzers return: issues, the report, and the numbers of one kind of model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradflow.report import Report
 
 @attrs.frozen(kw_only=True)
 class Results:
-    """What the analyzers of one kind of model return, but for what is particular to the kind."""
+    """What the analyzers of one kind of model all return; subclasses add the numbers of the kind."""
 
     gradient_issues: tuple[Issue, ...]
     report: Report

@@ -1,4 +1,4 @@
-"""The class face says what the functions say, and nothing of its own."""
+"""The class interface says what the functions say, and nothing of its own."""
 
 from __future__ import annotations
 

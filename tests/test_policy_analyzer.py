@@ -1,4 +1,4 @@
-"""The class face for policies, on the example, on stable-baselines3 as it is, and on healthy policies."""
+"""The class interface for policies, on the example, on stable-baselines3 as it is, on healthy policies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The class face for recurrent networks: what it documents exists, is finite, and moves the right way."""
+"""The class interface for recurrent networks: what it documents exists, is finite, moves the right way."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import gradflow
 PACKAGE = Path(__file__).parent.parent / "gradflow"
 LINES, FIELDS, PARAMETERS = 400, 20, 8
 # What is public takes what its users want to say: the functions of `gradflow.__all__`, and the methods of the
-# class face. Records are built by name, so their constructors are measured by their fields.
+# class interface. Records are built by name, so their constructors are measured by their fields.
 PUBLIC_METHODS = "analyzers.py"
 # What is larger still, and waits for being taken apart. A name that needs no exception any more must go.
 LARGER = {

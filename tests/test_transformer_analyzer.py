@@ -1,4 +1,4 @@
-"""The class face for transformers: what it documents exists, is finite, and moves the right way."""
+"""The class interface for transformers: what it documents exists, is finite, and moves the right way."""
 
 from __future__ import annotations
 

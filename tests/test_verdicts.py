@@ -1,4 +1,4 @@
-"""The textbook cases, sick and healthy, end to end through the class face and `diagnose`."""
+"""The textbook cases, sick and healthy, end to end through the class interface and `diagnose`."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def digits() -> Callable[[], tuple[Tensor, Tensor]]:
 
 
 def analysed(model: nn.Module, **options: object) -> list[gf.Issue]:
-    """Run the class face, whose loss finds its target itself."""
+    """Run the class interface, whose loss finds its target itself."""
     draw, box = digits(), {}
 
     def input_fn() -> Tensor:

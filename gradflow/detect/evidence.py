@@ -23,11 +23,10 @@ norm is what a layer keeps, whatever its width):
   illness itself.
 
 For growth the expectation is generous in the other direction: a matrix keeps 1 (before a bounded activation
-the rms of its rows, if that is more: what large weights amplify there, the saturation they cause has taken
-before, and `saturation` tells it), a norm layer multiplies by
-its output's rms over its input's (it must: it undoes the scale of what is before it), a broadcast or a sum
-over k elements multiplies by sqrt(k) (a concatenation does not), and a node with more than four consumers
-by half their number.
+the rms of its rows, if that is more: the saturation that large weights cause there takes what they amplify,
+and `saturation` reports it), a norm layer multiplies by its output's rms over its input's (it must: it undoes
+the scale of what is upstream), a broadcast or a sum over k elements multiplies by sqrt(k) (a concatenation
+does not), and a node with more than four consumers by half their number.
 """
 
 from __future__ import annotations

@@ -28,13 +28,13 @@ class Wiring:
 
     Args:
         nodes: every node by name; layer nodes carry the name of the layer call: see `node_name`.
-        order: names of the nodes, each behind all that feed it.
+        order: names of the nodes, each after all that feed it.
         preds: by name, the nodes that feed it.
         succs: by name, the nodes that it feeds.
         cuts: by name of a node, the reasons why an edge out of it carries no gradient.
         sources: by name, the nodes whose data it takes, along edges that cut the gradient too.
         known: whether this is the graph, and not the order of execution.
-        loss: the name of the loss, which is another than `loss` where a layer has that.
+        loss: the name of the loss's node: `loss`, unless a layer has that name.
 
     What is called nearest here is at most `MOST_NEIGHBOURS`, those with the fewest operations between first.
     """
@@ -168,8 +168,8 @@ def wiring(record: FlowRecord) -> Wiring:
 def _by_layers(graph: GraphRecord, layers: set[str]) -> GraphRecord:
     """Return the graph with the names of `node_name`, and as layers only the calls that the record has.
 
-    In the graph every layer keeps its name, and others give way to it; here names of layers are told by
-    `node_name`. A call that some steps ran at another place is a further node there; it has no record of its
+    In the graph every layer keeps its name, and others give way to it; here `node_name` gives the names
+    of layers. A call that some steps ran at another place is a further node there; it has no record of its
     own, and counts as an operation on the way.
     """
     names: dict[str, str] = {}

@@ -1,12 +1,12 @@
 """The layer graph: where the gradient goes, and what stops it.
 
-`LayerGraph` holds a graph record and answers questions about it; every answer is a frozen record of
-numbers. This folder never calls a model.
+`LayerGraph` holds a graph record and has its queries as methods; a query returns numbers, mostly as a frozen
+record. This folder never calls a model.
 
 From low to high, each importing only from those before it: `table.py` (the record as arrays), `flow.py`
-(gain, coherence, ω), `algebra/` (the Hodge decomposition), `data.py` (all of these together, which every
-question is asked of), `values.py` (nodes and edges with their numbers) and `coarse/` (contraction),
-`queries/` (the questions) and `export.py`, `layer_graph.py` (the face).
+(gain, coherence, ω), `algebra/` (the Hodge decomposition), `data.py` (a record with all of these, which every
+query takes), `values.py` (nodes and edges with their numbers) and `coarse/` (contraction), `queries/` and
+`export.py`, `layer_graph.py` (the public class).
 """
 
 from gradflow.graph.algebra.hodge import HodgeDecomposition

@@ -1,4 +1,4 @@
-"""The graph as the questions see it: the record, and what is computed from it once."""
+"""`GraphData`: a graph record with what is computed from it once; every query takes one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gradflow.records import FlowRecord, GraphRecord
 
 @attrs.frozen(slots=False, repr=False)
 class GraphData:
-    """A graph record, and its arrays, numbers and their decomposition, computed when first asked for.
+    """A graph record with its arrays, flow numbers and Hodge decomposition, computed on first use.
 
-    The functions that answer a question take this; `LayerGraph` adds them as methods.
+    Queries are functions of this; `LayerGraph` has them as methods.
 
     Args:
         record: the plain data.
@@ -57,7 +57,7 @@ class GraphData:
         return cls(record.graph_record)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy needs; what follows from it is computed again there."""
+        """Return the fields alone: a copy or a pickle computes its cached arrays anew."""
         return {"record": self.record, "level": self.level, "origin": self.origin}
 
     @functools.cached_property

@@ -1,4 +1,4 @@
-"""The graph for others: networkx, node-link JSON, GraphML and DOT, with plain attributes.
+"""Exports of the graph: networkx, node-link JSON, GraphML and DOT, with plain attributes.
 
 networkx takes longer to import than the rest of gradflow together, so it is imported where it is needed.
 """
@@ -21,7 +21,7 @@ def networkx_graph(graph: GraphData) -> nx.DiGraph:
 
     Attributes are strings, whole numbers, finite numbers and truth values only, which node-link JSON,
     GraphML and DOT all take; what was not measured is absent. Shapes read `32x64`, parameter names are
-    separated by a blank.
+    separated by a space.
 
     Returns:
         The graph: nodes in the order of execution, with the attributes of `Node`; edges with `flow`,
@@ -132,7 +132,7 @@ def _quoted(text: str) -> str:
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
-    """Drop what was not measured: GraphML has no word for it, and strict JSON none for NaN."""
+    """Drop what was not measured: GraphML has no null, and strict JSON no NaN."""
     return {k: v for k, v in values.items() if not (isinstance(v, float) and not math.isfinite(v))}
 
 

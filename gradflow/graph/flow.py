@@ -18,9 +18,9 @@ from gradflow.records import NAN, Bools, Floats
 
 @attrs.frozen(eq=False, kw_only=True, repr=False)
 class FlowNumbers:
-    """The numbers of `design.md` section 5, per step and averaged, aligned with `names` and `edges`.
+    """The numbers of docs/graph.md, per step and averaged, aligned with `names` and `edges`.
 
-    Per step, NaN where a number has no meaning or was not measured; arrays are read-only.
+    NaN where a number is undefined or was not measured; arrays are read-only.
 
     Args:
         names: node names, N of them, in the order of execution.
@@ -130,8 +130,8 @@ def node_gain(table: FlowTable) -> Floats:
     """Return ‖c_v‖ / ‖g_v‖, shape (N, S).
 
     Where ‖c_v‖ itself was not measured it is the root of the sum of squares of the flows on v's in-edges,
-    which it equals by definition: c_v is all of v's input cotangents together. A node all of whose inputs
-    are cut or data, with nothing to hand back to, has no gain.
+    which it equals by definition: c_v is all of v's input cotangents together. A node whose in-edges are
+    all cut, or that has none, hands nothing back and has no gain.
     """
     squares = np.zeros_like(table.grad)
     np.add.at(squares, table.target, ratio(table.flow, table.grad[table.target]) ** 2)
@@ -158,15 +158,15 @@ def outflow(table: FlowTable) -> Floats:
 
 
 def handed(table: FlowTable, edges: Sequence[int] | slice = slice(None)) -> Floats:
-    """Return what edges add to the gradient at their u, shape (E, S): their flow, 0 where one is absent."""
+    """Return what edges add to the gradient at their u, shape (E, S): their flow, 0 at steps that lack it."""
     return np.where(absent(table, edges), 0.0, table.flow[edges])
 
 
 def absent(table: FlowTable, edges: Sequence[int] | slice = slice(None)) -> Bools:
-    """Return where a step does not have an edge that others have, shape (E, S).
+    """Return at which steps an edge is missing that other steps have, shape (E, S).
 
-    Its flow is NaN there, and the gradient at its u a number all the same: a flow that is NaN itself would
-    have made that NaN too.
+    There its flow is NaN, but the gradient norm at u finite: a flow that was measured as NaN would have made
+    that norm NaN too.
     """
     return np.isnan(table.flow[edges]) & np.isfinite(table.grad[table.source[edges]])
 
@@ -188,12 +188,12 @@ def log_of(values: Floats) -> Floats:
 
 
 def number_field() -> Any:
-    """Return an attrs field for a number that may be NaN and equals itself then, so that records compare."""
+    """Return an attrs field for a float in which NaN equals NaN, so that records compare."""
     return attrs.field(converter=lambda x: NAN if x != x else float(x), eq=lambda x: (x,))
 
 
 def exponential(nats: float) -> float:
-    """Return e^nats; infinite where a float has no room for it."""
+    """Return e^nats; infinite where that overflows."""
     return math.exp(nats) if nats < 709.0 else math.inf
 
 

@@ -1,4 +1,4 @@
-"""`LayerGraph`: the face of a graph, with every question as a method."""
+"""`LayerGraph`: a graph record with every query as a method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @attrs.frozen(slots=False, repr=False)
 class LayerGraph(GraphData):
-    """The model's graph as the gradient sees it, ready for questions.
+    """The model's graph as the gradient sees it, ready for queries.
 
     Nodes are layer calls, operations between them, inputs and the loss, by unique names. An edge u→v runs
     with the data; the gradient runs along it from v back to u. Iterating gives the names in the order of
@@ -119,7 +119,7 @@ class LayerGraph(GraphData):
         ]
         return f"LayerGraph({self.level}: {', '.join(parts)})"
 
-    # ------------------------------------------------------------------------ questions
+    # -------------------------------------------------------------------------- queries
 
     __getitem__ = values.node_at
     edge = values.edge_between

@@ -27,7 +27,7 @@ class FlowTable:
         target: position of every edge's v, shape (E,).
         out_edges: for every node the edges to its consumers.
         in_edges: for every node the edges from its inputs.
-        topo: positions in an order in which every edge runs forward, or None if the graph has a cycle.
+        topo: positions in topological order, or None if the graph has a cycle.
         steps: which steps were measured.
         severed: whether an edge carries nothing: cut, or exactly zero at every measured step, shape (E,).
         cut: whether an edge is cut by an operation, so that no gradient can flow, shape (E,).
@@ -65,7 +65,7 @@ class FlowTable:
         return self.nodes[node].name
 
     def arrow(self, edge: int) -> str:
-        """Return an edge as a reader sees it: `u -> v`."""
+        """Return an edge as text: `u -> v`."""
         return f"{self.edges[edge].source} -> {self.edges[edge].target}"
 
     def check_measured(self, call: str) -> None:
@@ -102,7 +102,7 @@ class FlowTable:
     def scalars(self) -> set[int]:
         """Return the operations with one element, such as a mean over the batch.
 
-        One of unknown size counts if only the loss and such operations read it.
+        An operation of unknown size counts if only the loss and operations with one element read it.
         """
         found = {i for i, node in enumerate(self.nodes) if node.kind == "loss"}
         for i in reversed(self.topo if self.topo is not None else range(len(self.nodes))):

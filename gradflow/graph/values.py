@@ -1,4 +1,4 @@
-"""Nodes and edges with their numbers: means over the measured steps, one record or one row of fields each."""
+"""Nodes and edges with their numbers, means over the measured steps: as records, or as dicts of fields."""
 
 from __future__ import annotations
 

@@ -58,8 +58,8 @@ class Pipeline:
     Args:
         name: what it is called in reports.
         detectors: functions from a `FlowRecord` to issues.
-        detail: the measurements it needs, as for `gradflow.analyze`: `cheap`, which costs next to nothing,
-            or `full`, with the flow on every edge of the graph.
+        detail: the measurements it needs, as for `gradflow.analyze`: `cheap`, or `full`, with the flow on
+            every edge of the graph.
         measurements: what else it needs measured, such as `gradflow.functional.attention()`.
         summaries: functions from the record to lines of text, which the report shows.
         rules: what one issue can bring about, for the causes that `gradflow.diagnose` finds, beside what is
@@ -83,7 +83,7 @@ class Pipeline:
         return detect(record, self.detectors)
 
     def lines(self, record: FlowRecord) -> tuple[str, ...]:
-        """Return what the report shows of a record besides: the lines of all summaries.
+        """Return the lines of all summaries of a record, which the report shows.
 
         Raises:
             PipelineError: if a summary returns something else than lines of text.
@@ -91,8 +91,7 @@ class Pipeline:
         return tuple(line for summary in self.summaries for line in _lines(summary, record))
 
     def __add__(self, other: Pipeline | Detector | Iterable[Detector]) -> Pipeline:
-        """Return a pipeline that runs these detectors and those of `other`, with what either measures,
-        tells and knows of causes."""
+        """Return a pipeline with the detectors, measurements, summaries and rules of this one and of `other`."""
         if not isinstance(other, Pipeline):
             return attrs.evolve(self, detectors=(*self.detectors, *check_detectors(other)))
         return Pipeline(
@@ -127,10 +126,10 @@ def flow(
     """Return the base pipeline: one detector of each of the seven types, for any model.
 
     Args:
-        vanishing_threshold: see `gradflow.detect.flow.vanishing`.
-        exploding_threshold: see `gradflow.detect.flow.exploding`.
-        dead_threshold: see `gradflow.detect.flow.dead`.
-        unstable_cv_threshold: see `gradflow.detect.flow.unstable`.
+        vanishing_threshold: see `gradflow.vanishing`.
+        exploding_threshold: see `gradflow.exploding`.
+        dead_threshold: see `gradflow.dead`.
+        unstable_cv_threshold: see `gradflow.unstable`.
         detail: what to measure, `cheap` or `full`.
 
     >>> flow().name, len(flow().detectors)

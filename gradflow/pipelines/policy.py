@@ -28,7 +28,7 @@ def policy(
     """Return the pipeline for actor-critics and other models that give a distribution of actions.
 
     Args:
-        base: what is judged besides; `flow()` by default.
+        base: the pipeline to add to; `flow()` by default.
         policy_head_name: see `gradflow.functional.policy_heads`, as for the other two.
         value_head_name: see there.
         shared_backbone_name: see there.

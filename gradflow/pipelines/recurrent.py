@@ -11,7 +11,7 @@ def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True)
     """Return the pipeline for models with recurrent layers, or loops over recurrent cells.
 
     Args:
-        base: what is judged besides; `flow()` by default.
+        base: the pipeline to add to; `flow()` by default.
         track_hidden_states: also measure the rms of h and c at every step.
 
     >>> pipeline = recurrent()

@@ -19,7 +19,7 @@ def transformer(base: Pipeline | None = None) -> Pipeline:
     """Return the pipeline for models with attention: what attention and residual branches show besides.
 
     Args:
-        base: what is judged besides; `flow()` by default.
+        base: the pipeline to add to; `flow()` by default.
 
     >>> pipeline = transformer()
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)

@@ -12,10 +12,10 @@ from gradflow.records.fields import Floats, array_field, by_name, float_field, t
 
 @attrs.frozen(kw_only=True)
 class AttentionStats:
-    """One attention layer in plain numbers: the medians over the last third of the steps looked at.
+    """One attention layer in plain numbers: the medians over the last third of the looks.
 
     Over query rows with at least two allowed keys, but for `mean_entropy`, which counts those with one too
-    (their entropy is 0); means over rows, samples and heads. A number that could not be had is NaN.
+    (their entropy is 0); means over rows, samples and heads. A number that could not be measured is NaN.
 
     Args:
         num_heads: number of heads; 1 where batch and heads are merged in one axis.
@@ -25,7 +25,7 @@ class AttentionStats:
         head_diversity: mean Jensen–Shannon distance between two heads, in √nats: 0 where all heads attend
             alike, √ln 2 = 0.83 where they share no key; NaN with one head.
         rank_collapse: residual ‖X − 1x̄ᵀ‖ / ‖X‖ of the layer's output over the positions of a sample: 0 where
-            all positions have become one.
+            all positions are equal.
         input_residual: the same of what enters the layer.
         slope: trace 1 − Σp² of the softmax's Jacobian, over its largest value 1 − 1/n.
         saturated_share: share of rows whose slope is below 1 percent.
@@ -102,8 +102,8 @@ class AttentionRecord:
     """What was measured at one attention layer, in the steps that were looked at.
 
     The first axis of every array is that of `TransformerRecord.steps`; arrays by head have shape
-    (looks, heads). A number that could not be had is NaN. For the meaning of those that `AttentionStats`
-    has too, see there; here they are by head.
+    (looks, heads). A number that could not be measured is NaN. For those that `AttentionStats` has too, see
+    there; here they are by head.
 
     Args:
         name: qualified name of the module that holds it; `@1`, `@2`, ... for its later attentions in a step.
@@ -115,7 +115,7 @@ class AttentionRecord:
         num_queries: number of query positions at the last look.
         num_keys: mean number of allowed keys of a row, shape (looks,).
         entropy, entropy_share, max_weight: by head.
-        first_weight: mean weight on the first key, by head: a head that rests sends it there.
+        first_weight: mean weight on the first key, by head: an idle head puts most there (an attention sink).
         head_output: ‖context of the head‖₂, by head: what it hands to the output projection.
         head_grad: norm of the gradient at that context, by head (of the head's value weights, where
             `gradients.at` is `weights`).

@@ -40,7 +40,7 @@ class Role(enum.Enum):
     """A value that is not finite comes in from outside: with the data, or in a parameter."""
 
 
-# Of these a layer plays one: what becomes of the gradient that should reach its parameters.
+# A layer plays at most one of these: they tell what becomes of the gradient that its parameters should get.
 _ONE_OF = frozenset((Role.UNUSED, Role.CUT, Role.BLOCKING, Role.BLOCKED, Role.SILENT, Role.PARTLY_SILENT))
 
 
@@ -65,7 +65,7 @@ class Evidence:
         growth: by how much signal or gradient grow here, as a factor; NaN where they do not, or it is not
             known.
         no_input: whether nothing but zeros enters it, so that what is before it is at fault.
-        elsewhere: whether more of the loss or the growth happens in another part of the model.
+        elsewhere: whether more of the decay or the growth happens in another part of the model.
         side_branch: whether it stands on a branch beside a path that gets more.
         undecided: whether the verdict hangs on what only full detail measures; `diagnose` then measures it.
         explained_by: name of the layer whose issue explains this one; set by `explain`, None where none does.

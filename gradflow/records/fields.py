@@ -76,7 +76,7 @@ def _kept(value: Mapping[str, Any]) -> ReadOnlyMapping:
 
 
 def extras_field() -> Any:
-    """Return an attrs field for a mapping whose values are checked to be such that JSON brings them back."""
+    """Return an attrs field for a mapping of values that JSON brings back; others are refused."""
     return attrs.field(factory=dict, converter=_kept)
 
 

@@ -42,7 +42,8 @@ class Provenance:
         num_parameters: number of elements of all parameters.
         seed: the seed given, or None.
         requested_steps: the number of steps asked for; `FlowRecord.steps` is what was run.
-        transform: `fused` or `vjp`, and why it was chosen.
+        transform: `fused` or `vjp`.
+        transform_reason: why it was chosen.
         mode: `train`, `eval` or `keep`.
         detail: `cheap` or `full`.
         optimizer: class name of the optimizer whose copy stepped, or `""`.
@@ -81,9 +82,9 @@ class FlowRecord:
         layers: one record per layer call, in the order of execution.
         parameters: one record per parameter, in the order of `model.named_parameters()`.
         activations: one record per activation, module or functional.
-        numerics: birth certificates of NaN and Inf, in the order of steps.
+        numerics: the operations in which a NaN or an Inf first appeared, in the order of steps.
         never_called: qualified names of modules with parameters that no step ran or used.
-        passed_by: those of them that code which ran would call on a branch that it did not take.
+        passed_by: those of `never_called` that code which ran names, on a branch that it did not take.
         graph_record: the graph's data, or None if it could not be taken.
         transformer: what `attention()` measured; empty without it.
         provenance: where the numbers come from.

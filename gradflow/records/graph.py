@@ -14,7 +14,7 @@ class NodeRecord:
     Args:
         name: unique: a layer call's name, an op (`add`, `relu@3`), an input (`input.0`), or `loss`.
             The model itself, where it is a layer, is `(model)`. Where a layer has one of these names, the
-            other is put in brackets. A layer call that some steps ran at another place is `act (2)` there.
+            other is put in brackets. A layer call that some steps run in another order is `act (2)` for them.
         kind: `layer`, `op`, `input` or `loss`.
         layer: qualified module name for a layer; for an op, the innermost module it ran in.
         type: class name, or the op's name.

@@ -25,7 +25,7 @@ class LayerRecord:
         composite: whether other layers are called inside it.
         parameters: names of the parameters it owns (all calls of a module share them).
         shape: shape of its (first) output at the last step it ran.
-        inputs_differentiable: whether, in the first step, any input carried a gradient graph.
+        inputs_differentiable: whether any input required a gradient, in the first step.
         called: whether it ran in this step.
         reached: whether a path leads from the loss to its output in this step.
         grad_norm: ‖g‖₂; 0 is exactly zero, NaN where not reached, or where the gradient holds a NaN.

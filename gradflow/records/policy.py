@@ -101,7 +101,7 @@ class PolicyDistributionStats:
         gradient_cosine: cosine between the two gradients at the shared parameters; −1 is full conflict.
         policy_head_grad_norm: norm of the gradient of the policy heads' own parameters.
         value_head_grad_norm: norm of the gradient of the value heads' own parameters.
-        assumptions: what was not told but found or assumed, and why a number is missing.
+        assumptions: what was not given but found or assumed, and why a number is missing.
     """
 
     mean_entropy: float = float_field()
@@ -132,8 +132,8 @@ class PolicyRecord:
         value_heads: names of the modules that the value comes from.
         backbone: names of the modules whose parameters both share, in the order of registration.
         shared_parameters: names of those parameters.
-        others: names of modules that are by their names a value's, or a copy that lags behind (a target
-            network): a loss of the policy alone need not run them.
+        others: names of modules that, by their names, are a value or a target network: a loss of the policy
+            alone need not run them.
         distributions: the action distributions.
         policy_differentiable: whether the policy heads ran with gradients on, so that a loss could reach
             them.
@@ -148,7 +148,7 @@ class PolicyRecord:
         policy_head_grad_norm: norm of the gradient of the policy heads' own parameters, those that enter the
             distribution directly included.
         value_head_grad_norm: norm of the gradient of the value heads' own parameters.
-        assumptions: what was not told but found or assumed, and why a number is missing.
+        assumptions: what was not given but found or assumed, and why a number is missing.
     """
 
     steps: Ints = array_field(np.int64)

@@ -37,21 +37,21 @@ class GateRecord:
 class RecurrentLevelRecord:
     """One level of a recurrent layer in one direction. The first axis of arrays is that of measured steps.
 
-    Profiles are in the order in which it reads, and end at the last step of each sample that the loss's
-    gradient arrives at: what is behind it (padding) does not count. A profile's entry is √(n · mean over the
-    samples that reach so far of ‖·‖²), n being the number of samples: the norm over the batch where all are
-    equally long.
+    Profiles are in the order in which the level reads, and end at the last step of each sample that the
+    loss's gradient arrives at: steps after that one (padding) do not count. A profile's entry is √(n · mean
+    over the samples that reach so far of ‖·‖²), n being the number of samples: the norm over the batch where
+    all are equally long.
 
     Args:
         level: `l0`, `l1`, `l0_reverse`, ..., as in the names of its parameters.
         state_size: numbers in the state s: h, or h and c.
         gradient_profile: ‖∂L/∂h_t‖, (measured steps, steps). NaN in front where a batch was shorter.
-        state_profile: ‖∂L/∂s_t‖, the same; equal to it but for an LSTM.
+        state_profile: ‖∂L/∂s_t‖, likewise; another profile for an LSTM only, where s is (h, c).
         readout_profile: ‖∂ℓ/∂s_t‖ for what the loss reads at the last step alone; ends there.
         spectral_radius: largest eigenvalue modulus of A_t = ∂s_{t+1}/∂s_t, mean over sampled t and samples.
         spectral_residual: largest relative residual of these; 0 where the Jacobian was taken whole.
         lyapunov: mean log growth per step of a tangent vector carried along the sequence, mean over samples.
-        hidden_rms: rms of h_t, (measured steps, steps), in the order in which it reads; empty if not tracked.
+        hidden_rms: rms of h_t, (measured steps, steps), in the order of reading; empty if not tracked.
         cell_rms: rms of c_t, the same; empty if there is no c.
         gates: one record per gate.
     """
@@ -85,10 +85,10 @@ class RecurrenceRecord:
         loop: whether it is a loop over a cell.
         measured_steps: which steps of the run were measured.
         num_steps: steps of the longest sequence.
-        read_share: share of the steps whose output the loss reads directly, not by the steps behind it.
-        heard_share: share of the steps up to the last one that is read whose gradient at what the input
-            brings, W_ih x_t + b_ih in the lowest level, is at least 1e-6 of the sample's largest: the others
-            are lost to rounding in the sum that is the gradient of W_ih. Directions count together.
+        read_share: share of the steps whose output the loss reads directly, not through later steps.
+        heard_share: share of the steps, up to the last one that is read, whose gradient at W_ih x_t + b_ih in
+            the lowest level is at least 1e-6 of the sample's largest. The others are lost to rounding in the
+            gradient of W_ih, a sum over steps. Both directions count together.
         state_error: relative difference of the states from those that the model itself has computed.
         levels: in PyTorch's order.
     """

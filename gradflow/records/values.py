@@ -144,7 +144,7 @@ def _hash(content: Any) -> int:
 
 
 def unkept(value: Any, where: str, depth: int = 0) -> str:
-    """Return in words what of a value a record cannot keep and JSON cannot bring back; "" where it can.
+    """Return why a record cannot keep a value, or JSON not bring it back; "" where they can.
 
     Args:
         value: what is to be kept.

@@ -1,4 +1,4 @@
-"""Rendering: console text, HTML, progress. The only part of gradflow that makes things to look at."""
+"""Rendering: console text, HTML, plots, progress. The only part of gradflow that renders."""
 
 from gradflow.report.attention import attention_text
 from gradflow.report.console import report_text, summary_text

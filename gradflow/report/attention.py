@@ -18,7 +18,7 @@ _COLUMNS = (
 
 
 def attention_text(stats: Mapping[str, AttentionStats]) -> str:
-    """Return a table of attention layers, a line each; `-` where a number could not be had.
+    """Return a table of attention layers, a line each; `-` for NaN.
 
     Args:
         stats: by the layer's name, in the order to be shown.

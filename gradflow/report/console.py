@@ -1,4 +1,4 @@
-"""Plain text for a terminal: the summary of the class face, and the fuller text of a report."""
+"""Plain text for a terminal: the summary that analyzers print, and the fuller text of a report."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def report_text(
         record: what was measured.
         issues: in the order to be shown.
         causes: what explains them.
-        lines: what the pipeline tells of the record besides.
+        lines: what the pipeline's summaries tell of the record.
     """
     text = [f"gradflow: {verdict(issues, causes)}"]
     facts = [("model", model_line(record)), *measured_facts(record), ("loss", loss_line(record))]

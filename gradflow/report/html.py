@@ -39,7 +39,7 @@ def report_html(
         record: what was measured.
         issues: in the order to be shown.
         causes: what explains them.
-        lines: what the pipeline tells of the record besides.
+        lines: what the pipeline's summaries tell of the record.
     """
     worst = _worst_by_layer(issues)
     layers = _shown_layers(record, worst)

@@ -121,7 +121,7 @@ def graph_layout(graph: LayerGraph) -> Layout:
 
     A node's depth is the length of its longest way from a node without inputs. Nodes of one depth stand
     side by side, each below what it reads; an edge whose straight line would cross a box runs in a lane
-    beside all boxes, no two lines of one lane side by side.
+    beside all boxes; lines in one lane do not overlap.
 
     Raises:
         GraphUnavailableError: if the graph has a cycle.

@@ -87,7 +87,7 @@ def draw_graph(
 
 
 def _matplotlib() -> Any:
-    """Import what is drawn with, late: the package works without it."""
+    """Import matplotlib, late: the package works without it."""
     try:
         from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg

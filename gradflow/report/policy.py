@@ -19,7 +19,7 @@ _ROWS = (
 
 
 def policy_text(stats: PolicyDistributionStats) -> str:
-    """Return a policy's numbers, a line each, and what was assumed; those that could not be had are left out.
+    """Return a policy's numbers, a line each, and what was assumed; those that are NaN are left out.
 
     >>> import attrs
     >>> numbers = {f.name: 0.5 for f in attrs.fields(PolicyDistributionStats) if f.name != "assumptions"}

@@ -17,7 +17,7 @@ def progress_bar(stream: TextIO, *, label: str = "measuring") -> Iterator[Progre
     Args:
         stream: where to draw. On a terminal the bar is drawn by `rich`, if that is installed, and is gone
             when the block ends; anywhere else it is one line of text that is drawn over.
-        label: what is told to be going on.
+        label: what the bar says is going on.
 
     Yields:
         `move(step, total)`: draw that `step` of `total` steps are done.

@@ -38,7 +38,7 @@ def log_domain(series: Sequence[Floats]) -> Domain:
 
 
 def heat(decades: float) -> str:
-    """Return a colour for a gradient `decades` powers of ten above (red) or below (blue) the usual.
+    """Return a colour for a gradient `decades` powers of ten above (red) or below (blue) a reference.
 
     >>> heat(0.0), heat(-6.0), heat(6.0)
     ('#64748b', '#1d4ed8', '#c2410c')

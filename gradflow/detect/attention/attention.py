@@ -28,8 +28,8 @@ def collapsed_attention(
     """Return the detector of attention whose entropy has collapsed.
 
     Measured: for every attention layer and head the entropy of the weights, over its largest value ln n (n
-    allowed keys), as a mean over the rows that have a choice; at the end of the run. A layer is told where
-    half of its heads are below `share`.
+    allowed keys), as a mean over the rows that have a choice; at the end of the run. A layer is reported
+    where half of its heads are below `share`.
 
     Why this is evidence: the share says how many of the keys are used, whatever the length and the mask.
     Such a head passes on next to one value per query, and training with it is unstable (Zhai et al.,

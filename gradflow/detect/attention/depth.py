@@ -79,8 +79,8 @@ def idle_branches(
     long as it does not grow, training does nothing about it.
 
     Looks alike and is not: branches that start at zero or close to it by design (zero-initialised last
-    layers, adaLN-zero, LayerScale, gates), which grow with the first steps: so only a run with an optimizer
-    tells, and only a branch that has not grown is told; without one it is INFO.
+    layers, adaLN-zero, LayerScale, gates), which grow with the first steps: so only a branch that has not
+    grown in a run with an optimizer is judged; without an optimizer it is INFO.
 
     Args:
         share: below which a branch carries nothing. Hugging Face's models start above 0.005.

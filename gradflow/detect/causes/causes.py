@@ -50,7 +50,7 @@ def find_causes(
 def explain(
     record: FlowRecord, issues: Iterable[Issue], *, rules: Iterable[Rule] = ()
 ) -> tuple[tuple[Issue, ...], tuple[Cause, ...]]:
-    """Return the issues, victims told so in their description, and the causes.
+    """Return the issues, with the cause named in the description of each victim, and the causes.
 
     Args:
         record: what was measured.

@@ -2,12 +2,11 @@
 
 NOTE [Who explains whom]
 One issue explains another where a rule says that it *can* bring the other about from where it stands
-(`RULES`): at the same layer, between it and the loss, behind it, or on another branch. A weak issue explains
+(`RULES`): at the same layer, downstream of it, upstream of it, or on another branch. A weak issue explains
 none that is graver. Of several that explain an issue, the gravest, and of these the one nearest the loss is
 its cause, for it is the first that the gradient meets; and a cause that is itself explained hands its victims
-on. What nothing explains is a cause.
-So is every
-issue of a type that is not one of the seven, unless its evidence or a rule of one's own tells more.
+on. What nothing explains is a cause. So is every issue of a type that is not one of the seven, unless its
+evidence or a rule of one's own tells more.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from gradflow.detect.wiring import node_name
 from gradflow.errors import PipelineError
 from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType, Role
 
-# Where the victim stands, seen from the cause: at the same layer call or module; before it, so that the
-# cause is between it and the loss; behind it; on another branch that ends in the same last layer; or apart.
+# Where the victim stands, seen from the cause: at the same layer call or module; upstream, so that the cause
+# is between it and the loss; downstream; on another branch that ends in the same last layer; or apart.
 Where = Literal["same", "upstream", "downstream", "beside", "apart"]
 Condition = Callable[[Flow, Issue, Issue], bool]
 
@@ -52,7 +52,7 @@ class Rule:
     Args:
         cause: types of issue that can be the cause; one or several, none for any.
         victim: types of issue that it can bring about; one or several, none for any.
-        where: where the victim stands, seen from the cause: `same` layer, `upstream` of it (before it),
+        where: where the victim stands, seen from the cause: `same` layer, `upstream` of it,
             `downstream`, `beside` it (on another branch that ends in the same last layer), `apart`; one or
             several.
         because: how it comes about, in one line.
@@ -153,7 +153,7 @@ def _starved_of_input(flow: Flow, cause: Issue, victim: Issue) -> bool:
 
 
 def _shows_more(flow: Flow, cause: Issue, victim: Issue) -> bool:
-    """No one layer loses the gradient, each a little: it is told where it shows most."""
+    """No one layer loses the gradient, each a little: it is reported where it shows most."""
     gradual = cause.evidence.origin is None and victim.evidence.origin is None
     return gradual and shown(flow, cause) < shown(flow, victim)
 

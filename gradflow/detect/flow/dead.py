@@ -75,7 +75,7 @@ def dead(
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
         zero = _all_zero(flow, min_updates)
-        # A layer whose gradient is zero because none of its units fires is told once.
+        # A layer whose gradient is zero because none of its units fires is reported once.
         told = {issue.layer for issue in zero if issue.evidence.plays(Role.BLOCKING)}
         silent = [i for i in _silent_units(flow, threshold, some, few) if i.layer not in told]
         return [*_never_called(flow), *_cut_off(flow), *zero, *silent]
@@ -91,7 +91,7 @@ def _wanted(parameter: ParameterRecord) -> bool:
 
 
 def _never_called(flow: Flow) -> list[Issue]:
-    """One issue for each part that no step runs; the parts of a container are told together."""
+    """One issue for each part that no step runs; the parts of a container are reported together."""
     owned: dict[str, list[ParameterRecord]] = {}
     for parameter in flow.record.parameters:
         if _wanted(parameter):

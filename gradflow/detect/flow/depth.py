@@ -1,4 +1,4 @@
-"""When the cheap measurements do not decide: what `diagnose` asks before it looks deeper."""
+"""Whether a verdict needs full detail: what `diagnose` asks after the cheap measurements."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gradflow.records import FlowRecord, Issue
 def needs_depth(record: FlowRecord, issues: Iterable[Issue]) -> bool:
     """Return whether the flow on every edge and the rank of the gradients would change a verdict.
 
-    So where the graph is there without flows, and an issue says that it is undecided (a waist whose width may
-    or may not be enough). A healthy model without a waist pays for no more than the cheap measurements.
+    True where the graph was taken without flows and an issue is undecided (a waist whose width may or may not
+    be enough). A healthy model without a waist pays for no more than the cheap measurements.
 
     >>> needs_depth(FlowRecord(steps=0, losses=[], layers=(), parameters=()), ())
     False

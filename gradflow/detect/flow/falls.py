@@ -15,7 +15,7 @@ LOCAL = 1e-2  # what a layer must fall short of its kind to be named: out of any
 
 @attrs.frozen(kw_only=True)
 class Fall:
-    """The one place on a path that accounts for most of its loss; none if `node` is empty.
+    """The one place on a path where the gradient falls most; none if `node` is empty.
 
     Args:
         node: the layer on the loss's side of it.
@@ -23,7 +23,7 @@ class Fall:
         kept: what passes, against the layer's kind.
         to_blame: whether it is the layer itself: none of the layers right before it gets its due. If one
             does, the operations on the way to the others are to blame.
-        part: the part of the model in which most of the loss happens: a prefix of names.
+        part: the part of the model in which the gradient falls most: a prefix of names.
     """
 
     node: str = ""
@@ -51,7 +51,7 @@ def falls_of(
         seen: by layer call, what the run came to of it.
         worst_first: the starved layers.
         gone: those to which nothing comes because the gradient has become too small for its format.
-        local_share: part of the whole loss, in logarithms, that one place must account for.
+        local_share: part of the whole fall, in logarithms, that one place must account for.
     """
     drops = _drops(against, seen, gone)
     found: dict[str, tuple[Fall, bool]] = {}

@@ -31,7 +31,7 @@ def numerical() -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of values that are not finite.
 
     Measured: at every step, whether the loss, each layer's output, each output gradient and each
-    parameter's gradient are finite, and for a step in which one is not, the birth certificate: the layer,
+    parameter's gradient are finite, and for a step in which one is not, its `NumericalRecord`: the layer,
     the operation, forward or backward, and the range of what entered it.
 
     Why this is evidence: a NaN has no other meaning. Both sides are looked at, for a loss may be finite
@@ -137,7 +137,7 @@ def _range(birth: NumericalRecord) -> str:
 
 
 def _unborn(flow: Flow, broken: Bools) -> Issue:
-    """Without a birth certificate: the first layer whose output is not finite, else the last whose gradient
+    """Without a `NumericalRecord`: the first layer whose output is not finite, else the last whose gradient
     is not, for that is the one nearest the loss."""
     step = int(np.argmax(broken))
     calls = sorted((c for c in flow.layers.values() if not c.composite), key=lambda c: c.order)

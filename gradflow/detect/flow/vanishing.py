@@ -26,8 +26,8 @@ def vanishing(
     Measured: the norm of the output gradient of each layer call, over the norm measured at the layers
     nearest the loss, along the path of the graph that should carry most. Two ratios: the plain one (what
     *arrives*), and the one over what the layers between should let through by their kind (NOTE [What should
-    arrive] in `gradflow.detect.evidence`). They are medians over the last third of the steps, so that a loss
-    of gradient that training has cured does not count, and one that training has brought about does.
+    arrive] in `gradflow.detect.evidence`). They are medians over the last third of the steps, so that a fall
+    that training has cured does not count, and one that training has brought about does.
 
     Why this is evidence: the loss, the batch and the width cancel in a ratio of norms on one path. The
     gradient of the *weights* is not looked at: large inputs enlarge it, and a uniform decay makes those of
@@ -36,9 +36,9 @@ def vanishing(
     A fused plain recurrent layer whose last step alone is read is judged by its recurrent weights, see
     `gradflow.detect.flow.recurrent_weights`.
 
-    Where one layer accounts for half of the loss on a path, in logarithms, it is named, or the operation that
-    its input goes through. Where none does, the loss is told where it shows most, in the part of the model
-    that loses most.
+    Where one layer accounts for half of the fall along a path, in logarithms, that layer is named, or the
+    operation that its input goes through. Where none does, the fall is reported where it shows most, in the
+    part of the model that loses most.
 
     Looks alike and is not: a branch beside a path that carries the gradient (zero or tiny gates, LayerScale);
     the modest decay of a stack at PyTorch's default initialisation; the fall behind a pooling; a small last
@@ -51,7 +51,7 @@ def vanishing(
             where it meets another gradient.
         share: arriving over expected, below which a layer is starved. 1e-3: a single badly scaled layer
             (0.01) and a factor of ten of ordinary spread are both still above it.
-        local_share: part of the whole loss, in logarithms, that one layer must account for to be named as the
+        local_share: part of the whole fall, in logarithms, that one layer must account for to be named as the
             one that absorbs the gradient. One half: no other can account for more.
         bypass: how many times more than a layer one further upstream must get for the layer to be on a
             branch that others do not depend on. A branch of one or two layers, or one that loses its
@@ -85,7 +85,7 @@ class _Starved:
         local: what passes the absorber, against its kind.
         before: the layer that the absorber hands to.
         at_once: whether most is lost between two neighbours on the path, at a layer or at an operation.
-        part: the part of the model in which most of the loss on its path happens.
+        part: the part of the model in which the gradient falls most on its path.
         num_starved: layers with a weight matrix on the path, itself included, that get too little.
         kept_per_layer: what each layer on the path keeps, as a geometric mean of the plain ratio; up to where
             the gradient has become too small for its format, if it has.

@@ -52,8 +52,8 @@ class Zeros:
 def zeros_of(flow: Flow) -> Zeros:
     """Return what is known of exact zeros.
 
-    From each layer call whose gradient is zero, it is followed to the first place, seen from there, that gets
-    some. What one of them finds holds for those before it, so this takes one pass.
+    Each layer call whose gradient is zero is followed downstream to the first place that gets some. What is
+    found for one holds for those upstream of it, so this takes one pass.
     """
     scale = largest_gradient(flow)
     zero = {node for node, grad in flow.grad.items() if typical_zero(grad, scale, at_end=True)}

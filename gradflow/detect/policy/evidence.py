@@ -32,7 +32,7 @@ def has_imitated(record: FlowRecord, distribution: ActionDistribution) -> bool:
 
 
 def sparing_policies(detector: Detector) -> Detector:
-    """Return a detector that thinks no harm of what policies are like by design.
+    """Return a detector that lowers to LOW what is by design in policies.
 
     Actor and critic may have losses of their own (SAC, TD3, DDPG), so a value or target network that a loss
     of the policy does not run is no illness; and an action has few numbers, so a critic behind an actor sees

@@ -21,7 +21,7 @@ from gradflow.records import ActionDistribution, Floats, FlowRecord, Issue, Issu
 def collapsed_policy(
     share: float = 0.05, *, severe_share: float = 0.01, fallen_from: float = 0.3
 ) -> Detector:
-    """Return the detector of policies that have stopped to explore.
+    """Return the detector of policies that have stopped exploring.
 
     Measured: the entropy of every discrete action distribution over its largest possible value, the logarithm
     of the number of allowed alternatives, as a mean over samples, at the first and at the last measured step.

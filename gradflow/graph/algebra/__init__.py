@@ -1,4 +1,4 @@
 """The mathematics: a solver for graph Laplacians, and the discrete Hodge decomposition that uses it.
 
-May import: `table.py`, and nothing else of this part.
+May import, of `graph/`: `table.py`, and nothing else.
 """

@@ -107,7 +107,7 @@ def _same_columns(live: np.ndarray) -> list[list[int]]:
 
 
 def _gauge(table: FlowTable, s: Floats, edges: np.ndarray, level: Floats) -> tuple[Floats, list[int]]:
-    """Return what to add to s so that every component's anchor stands at its level, and the nodes used."""
+    """Return what to add to s to make it `level` at one node of each component, and the nodes of them all."""
     near: dict[int, list[int]] = {}
     for u, v in zip(table.source[edges].tolist(), table.target[edges].tolist(), strict=True):
         near.setdefault(u, []).append(v)

@@ -1,4 +1,4 @@
-"""Blocks: the graph contracted to module names of any depth, with flows summed rightly."""
+"""Blocks: the graph with each module of a chosen name or depth contracted to one node."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def at(graph: G, pattern: str | None = None, *, depth: int | None = None, max_ed
     - cotangents at different tensors are coordinates of one vector: root of the sum of squares;
     - at a step that lacks a part of what is summed (a branch not taken), the sum is not known;
     - a block's output gradient is what reaches, from outside, the tensors that leave it; its gain is the
-      norm of what it hands back to the outside over the norm of that.
+      norm of what it hands back to the outside over the norm of its output gradient.
 
     A block that the data leaves and enters again (shared modules, say) makes a cycle. The graph still has
     its numbers, but path, transmission, circulation and layouts need one without cycles.

@@ -76,17 +76,17 @@ def layers(graph: G, *, max_edges: int = 100_000) -> G:
 
     The flow of the edge is ‖g_v‖ times what the paths through operations transmit: back from v, each
     operation w multiplies by r(u→w) = f(u→w) / ‖g_w‖. That is exact where every operation between has one
-    consumer, and also at additions and other operations that scale every cotangent alike. Where it has
-    several, v's part is taken to shrink as the whole does. Several paths from u to the same v meet at u's
-    tensor and add as vectors, with one cosine for all pairs that explains the measured ‖g_u‖; with v as
-    u's only consumer the sum is exactly ‖g_u‖. Nodes keep their numbers.
+    consumer, and also at additions and other operations that scale every cotangent alike. Where an operation
+    has several consumers, v's part is taken to shrink as the whole does. Several paths from u to the same v
+    meet at u's tensor and add as vectors, with one cosine for all pairs that explains the measured ‖g_u‖;
+    with v as u's only consumer the sum is exactly ‖g_u‖. Nodes keep their numbers.
 
     On a stream of residual additions every layer is read by all later ones, and the edges grow with the
     square of the depth. Above `max_edges` the operations that both join and fork stay as nodes of kind
     `op` (the additions of the stream), which keeps the graph linear.
 
     Args:
-        max_edges: how many edges to allow, the ones that operations hold on the way included; 100 000 are
+        max_edges: how many edges to make at most, those that operations hold meanwhile included; 100 000 are
             some 300 residual blocks and take about a second.
 
     Returns:

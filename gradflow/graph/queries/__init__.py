@@ -1,5 +1,5 @@
-"""The questions: each file holds one, its answer as a frozen record, and the function that finds it.
+"""The queries: each file holds one, and the frozen record that it returns.
 
-Every question is a function of `GraphData`; `LayerGraph` has it as a method. May import: `table.py`,
-`flow.py`, `data.py`, `algebra/` and `coarse/`.
+Every query is a function of `GraphData`; `LayerGraph` has it as a method. May import: `table.py`, `flow.py`,
+`data.py`, `values.py`, `algebra/` and `coarse/`.
 """

@@ -28,16 +28,16 @@ class Bottleneck:
             all trainable layers: (what is lost) × (share of the trainable layers that must pass here).
         gain: ‖c_v‖ / ‖g_v‖; NaN if not measured.
         gain_ratio: gain over the network's usual gain (the median over its layers, at most 1).
-        width_before: its number of elements over that of the widest node before it; NaN if unknown.
-        width_after: its number of elements over that of the widest node behind it on the way to the loss.
+        width_before: its number of elements over that of the widest node upstream; NaN if unknown.
+        width_after: its number of elements over that of the widest node downstream; NaN if unknown.
         effective_rank: of its output gradient; NaN if not measured.
         rank_ratio: effective rank over the most it could be: the rank at the nearest dominator on the way
-            to the loss that has one, or its own number of samples or features if that is smaller. It says
-            how much rank is lost here and not further on; NaN if not measured at both.
-        must_pass: share of the trainable layers behind it (itself included) whose gradient has no way but
+            to the loss that has one, or its own number of samples or features if that is smaller:
+            how much rank is lost at this node alone. NaN if not measured at both.
+        must_pass: share of the trainable layers upstream (itself included) whose gradient has no way but
             through it, in [0, 1].
-        is_dominator: whether that is the majority of them.
-        cut_capacity: least sum of effective ranks of nodes that separates the loss from what is behind,
+        is_dominator: whether `must_pass` is above one half.
+        cut_capacity: least sum of effective ranks of nodes that separates the loss from what is upstream,
             taken here: its own rank for a dominator, the min cut of its region for one of several parallel
             ways; NaN if unknown or unlimited. Features stand in for ranks not measured.
         waist: whether it is narrower than both sides and nothing is lost there: narrow by design.
@@ -82,21 +82,21 @@ def bottlenecks(
 ) -> tuple[Bottleneck, ...]:
     """Return where the gradient must pass and is throttled, worst first; healthy waists come last.
 
-    The gradient must pass where a node dominates the trainable layers behind it: every way from the loss
+    The gradient must pass where a node dominates the trainable layers upstream: every way from the loss
     to them leads through it. It is throttled by a low gain (against the network's median), or by a low
     effective rank (against what arrives), or squeezed by a width below that of both sides. The score is
 
-        (ln 1/gain_ratio · layers strictly behind + (ln 1/rank_ratio + width) · layers behind and itself)
+        (ln 1/gain_ratio · layers dominated + (ln 1/rank_ratio + width) · layers dominated and itself)
         / all trainable layers
 
-    with terms below zero dropped, and the width term, ln of how often it fits in the narrower side, only
+    with terms below zero dropped, and the width term, ln(elements of the narrower side / its own), only
     for nodes that are a local minimum of width on the chain of dominators (the first of equals). The loss
     and operations with one element are left out: their gain says how a mean spreads over a batch.
 
     Args:
         k: how many to return at most.
-        throttle: a node is listed if `gain_ratio` or `rank_ratio` is below it; a half is the smallest
-            factor that layers of one network do not differ by from their initialisation alone.
+        throttle: a node is listed if `gain_ratio` or `rank_ratio` is below it; a half, as
+            layers of one network differ by less than a factor of 2 from their initialisation alone.
         narrow: a node is narrow if both width shares are below it; a half, as widths go in powers of two.
 
     Returns:
@@ -168,7 +168,7 @@ def _weighed(context: _Context, node: int, throttle: float) -> Bottleneck | None
     if not inside:
         return None
     gain, rank = context.gains[node], context.ranks[node]
-    gain_ratio = gain / context.usual_gain if inside > own else math.nan  # else there is nothing behind
+    gain_ratio = gain / context.usual_gain if inside > own else math.nan  # else it dominates no other
     rank_ratio = rank / context.rank_room[node]
     lost, squeezed = _nats(gain_ratio), _nats(rank_ratio)
     throttled = gain_ratio < throttle or rank_ratio < throttle
@@ -249,7 +249,7 @@ def _rank_room(table: FlowTable, tree: DominatorTree, ranks: list[float]) -> lis
 
 
 def _widest(table: FlowTable) -> tuple[list[int], list[int]]:
-    """Return for every node the most elements of any node before it, and behind it up to the loss."""
+    """Return for every node the most elements of any node upstream, and of any node downstream."""
     order = table.topo if table.topo is not None else list(range(len(table.nodes)))
     elements = table.elements.tolist()
     sources, targets = table.source.tolist(), table.target.tolist()

@@ -37,21 +37,21 @@ class CriticalPoint:
 def critical_points(
     graph: GraphData, *, divergence: float = 0.8, curl: float = math.log(2)
 ) -> tuple[CriticalPoint, ...]:
-    """Return the nodes where the flow is created, absorbed or turned round.
+    """Return the nodes where the flow is amplified or absorbed, or circulates.
 
     | | curl below its threshold | curl above |
     | --- | --- | --- |
     | divergence above +threshold | source: it amplifies the gradient | saddle |
-    | divergence below −threshold | sink: it absorbs it | saddle |
+    | divergence below −threshold | sink: it absorbs the gradient | saddle |
     | between | | vortex: parallel ways past it carry unlike shares |
 
-    A saddle does both: it changes the size of the gradient and its ways round it disagree. The loss,
+    A saddle does both: it changes the size of the gradient, and the ways round it disagree. The loss,
     inputs, and operations with a single element (a mean over the batch, say) are left out: there the
     gradient of one number is spread over many, which is no property of the network.
 
     Args:
-        divergence: threshold on |divergence|, in (0, 1). 0.8 = tanh(ln 3): a gain above 3 or below 1/3, as
-            a linear layer with PyTorch's initialisation has √(1/3) = 0.58, or 0.41 where it halves a width.
+        divergence: threshold on |divergence|, in (0, 1). 0.8 = tanh(ln 3): a gain above 3 or below 1/3,
+            for a linear layer at PyTorch's initialisation has √(1/3) = 0.58, or 0.41 where it halves a width.
         curl: threshold on the curl, in nats. ln 2: on average over its edges, what the gradient keeps is
             off by a factor of 2 from what a potential could explain. A circulation c round a lone cycle
             of n edges shares out as c/n each.

@@ -28,9 +28,9 @@ class DominatorTree:
         parent: immediate dominator of every node; −1 for the loss, None where no way leads from the loss.
         order: the nodes reached, each after its parent.
         inside: trainable nodes that the node dominates, itself included.
-        behind: trainable nodes that the data reaches it from, itself included.
-        heavy: of the nodes it immediately dominates, the one where the data comes from: the one with the most
-            trainable nodes inside among those that dominate a node without inputs; −1 for none.
+        behind: trainable nodes upstream of it, itself included.
+        heavy: of the nodes it immediately dominates, the one on the trunk: the one with the most trainable
+            nodes inside among those that dominate a node without inputs; −1 for none.
         trainable: number of trainable nodes reached.
     """
 
@@ -139,7 +139,7 @@ def _down(parent: list[int | None]) -> list[int]:
 
 
 def _heavy(table: FlowTable, parent: list[int | None], order: list[int], inside: list[int]) -> list[int]:
-    """Return for every node the heavy one of those below it: a branch has no source, the trunk has."""
+    """Return `heavy` of every node: the trunk leads to a node without inputs, a branch need not."""
     source = [all(table.cut[edge] for edge in edges) for edges in table.in_edges]
     heavy = [-1] * len(parent)
     for node in reversed(order):
@@ -154,7 +154,7 @@ def _heavy(table: FlowTable, parent: list[int | None], order: list[int], inside:
 
 
 def _behind(table: FlowTable, parent: list[int | None]) -> list[int]:
-    """Return how many trainable nodes lie behind each node, itself included: sets as the bits of integers."""
+    """Return how many trainable nodes lie upstream of each node, itself included; sets are integers' bits."""
     trainable = [i for i, n in enumerate(table.nodes) if parent[i] is not None and n.parameters]
     bits = [0] * len(table.nodes)
     for place, node in enumerate(trainable):

@@ -23,8 +23,8 @@ class GradientPath:
     """A path through the graph, and what the gradient keeps along it; means over the measured steps.
 
     Args:
-        source: where it was asked to begin.
-        target: where it was asked to end.
+        source: the node that it was to begin at.
+        target: the node that it was to end at.
         nodes: names along it, from `source` to `target`; empty if no path carries any gradient.
         ratios: f(u→v) / ‖g_v‖ of each of its edges, one fewer than nodes: what one edge keeps.
         gains: ‖c_v‖ / ‖g_v‖ of each of its nodes, NaN where there is none.
@@ -227,7 +227,7 @@ def transmission(graph: GraphData, a: str, b: str) -> float:
         )
     flow, gone = table.flow, absent(table)
     kept, some_gone = edge_ratios(table), bool(gone.any())
-    pull = ratio(table.grad, outflow(table))  # the coherence, not rounded to 1: so that it telescopes
+    pull = ratio(table.grad, outflow(table))  # coherence without the cap at 1: the product telescopes
     pull[(table.grad == 0) & (outflow(table) == 0)] = 0.0
     sources: dict[int, Floats] = {start: np.ones(len(table.steps))}
     heads = table.target.tolist()

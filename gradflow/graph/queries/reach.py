@@ -72,7 +72,7 @@ def unreachable(graph: GraphData) -> tuple[Unreachable, ...]:
 
 
 def _nearest_cuts(graph: GraphData, alive: np.ndarray) -> dict[int, int]:
-    """Return for every node behind a cut the nearest severed edge that leads to what is alive."""
+    """Return for every node upstream of a cut the nearest severed edge into a node that is alive."""
     table = graph.table
     nearest: dict[int, int] = {}
     queue: deque[int] = deque()

@@ -92,12 +92,12 @@ def _worded(values: Any) -> Any:
 
 
 def array_of(data: Any, dtype: np.dtype[Any], axes: int) -> np.ndarray[Any, Any]:
-    """Return the array that nested lists stand for, with just these numbers.
+    """Return the array that nested lists stand for, without loss.
 
     Args:
         data: lists of numbers in lists, as deep as there are axes.
         dtype: of the elements: floats, integers, booleans or texts.
-        axes: how many; an empty list has none after the first.
+        axes: how many the array has; an empty list stands for size 0 along all of them.
 
     Raises:
         Wrong: if it is no such list, the rows differ in length, or a number does not fit the dtype.

@@ -7,10 +7,10 @@ JSON has no word for are the words `nan`, `inf` and `-inf`. Where a field may ho
 with a key that begins with `$` for what else there is (`gradflow.records.saving.free`).
 
 NOTE [What is checked]
-Nothing that `to_plain` cannot have written is accepted: every field is read by its type hint, an array
-besides by the number of its axes, and by the number of steps, which its first axis is. The steps of an array
-are those of the innermost record around it that has a field `measured_steps` or `steps`. Errors tell the path
-of the field.
+Only what `to_plain` can have written is accepted: every field is read by its type hint, an array also by its
+number of axes and by the number of steps, which is the length of its first axis. That number is told by the
+innermost record around the array that has a field `measured_steps` or `steps`. Errors tell the path of the
+field.
 """
 
 from __future__ import annotations

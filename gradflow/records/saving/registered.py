@@ -1,9 +1,9 @@
 """Classes of records by name: what JSON writes down of them, and how pickle and copies make them anew.
 
 NOTE [Made anew]
-A record that pickle or `copy` rebuilt field by field would hold arrays that can be written to, for NumPy's
-own copies can; so a registered record is made anew by its class, whose converters see to that. The records of
-gradflow are registered as those of one's own are.
+A record that pickle or `copy` rebuilt field by field would hold writable arrays, as NumPy's copies are; so a
+registered record is rebuilt by calling its class, whose converters make arrays read-only. gradflow's own
+records are registered in the same way.
 """
 
 from __future__ import annotations
