@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import importlib.util
-import io
 import itertools
 import os
 import re
@@ -33,6 +31,7 @@ from unittest import mock
 
 import numpy
 import torch
+from other_tools import OTHERS, installed
 from workloads import DESCRIPTIONS, WORKLOADS, Workload, build
 
 import gradflow as gf
@@ -42,6 +41,8 @@ from gradflow.functional.run import step as step_module
 from gradflow.functional.run.run import Plan
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+
+
 GRADFLOW: dict[str, dict[str, Any]] = {
     "cheap": {},
     "full": {"detail": "full"},
@@ -55,77 +56,6 @@ class Cost(NamedTuple):
     step: float
     run: float
     plain: float
-
-
-# ------------------------------------------------------------------------------- the other tools
-
-
-def hooks(work: Workload) -> Iterator[None]:
-    """A monitor written by hand: a hook on every layer that reads a norm with `.item()`."""
-    norms: dict[str, float] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def read(module: Any, grad_input: Any, grad_output: Any) -> None:
-            norms[name] = grad_output[0].norm().item() if grad_output[0] is not None else 0.0
-
-        return read
-
-    leaves = [(n, m) for n, m in work.model.named_modules() if not any(True for _ in m.children())]
-    handles = [module.register_full_backward_hook(hook(name)) for name, module in leaves]
-    try:
-        while True:
-            work.plain_step()
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def torchmortem(work: Workload) -> Iterator[None]:
-    from torchmortem import Autopsy  # type: ignore[import-not-found]
-
-    optimizer = torch.optim.SGD(work.model.parameters(), lr=0.0)
-    with Autopsy(work.model, optimizer=optimizer) as autopsy:
-        while True:
-            work.plain_step(lambda loss: autopsy.step(loss=loss.item()))
-            yield
-
-
-def torchdiag(work: Workload) -> Iterator[None]:
-    """Its two checks that tell of gradients and units; dead units take another forward pass."""
-    import torchdiag as tool  # type: ignore[import-not-found]
-
-    def check(_: Any) -> None:
-        with contextlib.redirect_stdout(io.StringIO()):
-            tool.check_gradients(work.model)
-            if not isinstance(work.batch, dict):
-                tool.check_dead_neurons(work.model, work.batch)
-
-    while True:
-        work.plain_step(check)
-        yield
-
-
-def bare_sums(work: Workload) -> Iterator[None]:
-    """No tool: the least that it takes to know the norm of every parameter's gradient."""
-
-    def sums(_: Any) -> None:
-        flat = [p.grad.view(-1) for p in work.model.parameters() if p.grad is not None]
-        torch.stack([torch.dot(g, g) for g in flat]).tolist()
-
-    while True:
-        work.plain_step(sums)
-        yield
-
-
-OTHERS = {"bare sums": bare_sums, "hooks": hooks, "torchmortem": torchmortem, "torchdiag": torchdiag}
-
-
-def installed(tool: str) -> bool:
-    return tool in ("hooks", "bare sums") or importlib.util.find_spec(tool) is not None
-
-
-# ------------------------------------------------------------------------------------- time
 
 
 def cost_of_gradflow(work: Workload, steps: int, options: dict[str, Any]) -> Cost:
@@ -265,9 +195,6 @@ def show_row(row: dict[str, Cost]) -> str:
     return f"plain {plain * 1e3:.1f} ms; " + ", ".join(ratios)
 
 
-# ------------------------------------------------------------------------------------- memory
-
-
 def peak_memory(name: str, variant: str, steps: int) -> float:
     """Return the peak resident size of a process of its own that does so many steps, in MiB."""
     command = [sys.executable, __file__, "--only", name, "--steps", str(steps), "--peak-of", variant]
@@ -311,8 +238,6 @@ def memory_table(names: list[str], steps: int) -> dict[str, dict[str, float]]:
     return found
 
 
-# ------------------------------------------------------------------------------------- the page
-
 _INTRO = """# Performance
 
 What measuring costs, as a ratio to the same plain steps without it: forward pass, loss and backward pass. All
@@ -327,11 +252,13 @@ on {machine}. {how}
 {workloads}
 """
 
+
 _MEMORY = """Peak resident size of a process of its own that makes {steps} steps, in MiB, PyTorch's own
 included (one thread). gradflow works on copies of the parameters, since a model may write to them; they take
 memory only when they are written to. In full detail the graph of a step is kept until it has been walked.
 *Long* is a run of three times as many steps: nothing grows with them but the record.
 """
+
 
 _PARTS = """How much longer each part of a cheap step takes than in the plain step, in percent of the whole
 plain step ({threads} thread{s}). The sums read every gradient once more, which no tool that knows the norms

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,9 @@ import pytest
 
 import gradflow
 
-PACKAGE = Path(__file__).parent.parent / "gradflow"
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "gradflow"
+FOLDERS = ("gradflow", "tests", "benchmarks", "examples", "docs")  # where no file may be long
 LINES, FIELDS, PARAMETERS = 400, 20, 8
 # What is public takes what its users want to say: the functions of `gradflow.__all__`, and the methods of the
 # class interface. Records are built by name, so their constructors are measured by their fields.
@@ -84,12 +86,21 @@ def definitions(tree: ast.AST, above: str = "") -> Iterator[tuple[str, ast.AST]]
             yield from definitions(node, above)
 
 
+def lines(root: Path = ROOT, folders: Sequence[str] = FOLDERS) -> list[Size]:
+    """Return how many lines every file of these folders has, the longest first."""
+    found = [
+        Size(str(path.relative_to(root)), "", len(path.read_text(encoding="utf-8").splitlines()))
+        for folder in folders
+        for path in sorted((root / folder).rglob("*.py"))
+    ]
+    return sorted(found, key=lambda size: -size.number)
+
+
 def sizes(package: Path = PACKAGE) -> dict[str, list[Size]]:
-    """Return the sizes of files, classes and functions by kind, the largest first."""
-    found: dict[str, list[Size]] = {kind: [] for kind in ("lines", "fields", "parameters", "length")}
+    """Return the sizes of classes and functions by kind, the largest first."""
+    found: dict[str, list[Size]] = {kind: [] for kind in ("fields", "parameters", "length")}
     for path in sorted(package.rglob("*.py")):
         text, file = path.read_text(encoding="utf-8"), str(path.relative_to(package))
-        found["lines"].append(Size(file, "", len(text.splitlines())))
         for name, node in definitions(ast.parse(text)):
             if isinstance(node, ast.ClassDef):
                 found["fields"].append(Size(file, name, fields(node)))
@@ -105,7 +116,7 @@ def is_public(size: Size) -> bool:
     return not is_private and (size.file == PUBLIC_METHODS or size.name in gradflow.__all__)
 
 
-SIZES = sizes()
+SIZES = {"lines": lines(), **sizes()}
 LIMITS = {"lines": LINES, "fields": FIELDS, "parameters": PARAMETERS}
 
 
@@ -117,14 +128,22 @@ def test_nothing_is_too_large(kind: str) -> None:
     assert {size.where for size in large} == LARGER[kind], [f"{size.where}: {size.number}" for size in large]
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_files_of_every_folder_are_counted(folder: str) -> None:
+    assert any(size.file.startswith(f"{folder}/") for size in SIZES["lines"])
+
+
 def test_sizes_are_counted(tmp_path: Path) -> None:
     (tmp_path / "x.py").write_text(
         "class A:\n    a: int\n    kind: ClassVar[int] = 1\n"
         "    def __init__(self, b, *c, d=1, **e):\n        self.b = self.c = b\n        self.b.x = 1\n"
         "def f(a, /, b):\n    def g(c):\n        pass\n"
     )
+    (tmp_path / "y").mkdir()
+    (tmp_path / "y" / "z.py").write_text("a = 1\n" * 12)
+    assert lines(tmp_path, ["."]) == [("y/z.py", "", 12), ("x.py", "", 9)]
+    assert lines(tmp_path, ["y"]) == [("y/z.py", "", 12)]
     found = sizes(tmp_path)
-    assert found["lines"] == [("x.py", "", 9)]
     assert found["fields"] == [("x.py", "A", 3)]
     assert found["parameters"] == [("x.py", "A.__init__", 4), ("x.py", "f", 2), ("x.py", "f.g", 1)]
     assert found["length"] == [("x.py", "A.__init__", 3), ("x.py", "f", 3), ("x.py", "f.g", 2)]

@@ -91,7 +91,7 @@ class Pipeline:
         return tuple(line for summary in self.summaries for line in _lines(summary, record))
 
     def __add__(self, other: Pipeline | Detector | Iterable[Detector]) -> Pipeline:
-        """Return a pipeline with the detectors, measurements, summaries and rules of this one and of `other`."""
+        """Return a pipeline with what this one and `other` detect, measure, summarise and know of causes."""
         if not isinstance(other, Pipeline):
             return attrs.evolve(self, detectors=(*self.detectors, *check_detectors(other)))
         return Pipeline(

@@ -11,87 +11,14 @@ from typing import Any
 import attrs
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradflow as gf
 from gradflow.detect import amplifying, detect, fading, gated
 from gradflow.detect.flow.recurrent_weights import growth_of, late_profile, memory
 from gradflow.detect.view import flow_of
-from gradflow.pipelines import recurrent
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, Role
-from gradflow.report import Report
-
-OURS = [fading(), amplifying(), gated()]
-LOW = IssueSeverity.LOW
-
-
-class Reader(nn.Module):
-    """A recurrent layer, read at its last step, at every step, or by its last states."""
-
-    def __init__(self, rnn: nn.RNNBase, read: str = "last") -> None:
-        super().__init__()
-        self.rnn, self.read = rnn, read
-        self.head = nn.Linear(rnn.hidden_size * (2 if rnn.bidirectional else 1), 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output, last = self.rnn(x)
-        if self.read == "states":
-            h_n = last[0] if isinstance(last, tuple) else last
-            return self.head(torch.cat(list(h_n[-2:] if self.rnn.bidirectional else h_n[-1:]), -1))
-        return self.head(output[:, -1] if self.read == "last" else output)
-
-
-def rnn(kind: type[nn.RNNBase], width: int = 24, **options: Any) -> nn.RNNBase:
-    torch.manual_seed(0)
-    return kind(4, width, batch_first=True, **options)
-
-
-def scaled(module: nn.RNNBase, *, recurrent: float = 1.0, keep: float = 0.0) -> nn.RNNBase:
-    """Scale the recurrent weights, and shift the bias of the gate that holds on to the state."""
-    width = module.hidden_size
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if "weight_hh" in name:
-                parameter.mul_(recurrent)
-            if "bias_ih" in name:
-                parameter[width : 2 * width] += keep
-    return module
-
-
-def diagnosed(
-    model: nn.Module,
-    length: int,
-    *,
-    batch: int = 16,
-    scale: float = 1.0,
-    size: float = 1.0,
-    lr: float | None = 1e-3,
-    steps: int = 6,
-) -> Report:
-    generator = torch.Generator().manual_seed(0)
-    dtype = next(model.parameters()).dtype
-
-    def draw() -> tuple[Tensor, Tensor]:
-        x = size * torch.randn(batch, length, 4, generator=generator)
-        every = getattr(model, "read", "") == "every"
-        y = torch.randint(0, 3, (batch, length) if every else (batch,), generator=generator)
-        return x.to(dtype), y
-
-    def loss(y: Tensor, target: Tensor) -> Tensor:
-        return scale * F.cross_entropy(y.flatten(0, -2).float(), target.flatten())
-
-    optimizer = None if lr is None else torch.optim.Adam(model.parameters(), lr)
-    return gf.diagnose(model, draw, loss, steps=steps, optimizer=optimizer, pipeline=recurrent(), seed=0)
-
-
-def ours(record: FlowRecord) -> dict[tuple[str, IssueType], Issue]:
-    return {(i.layer, i.issue_type): i for i in detect(record, OURS)}
-
-
-def loud(report: Report) -> list[tuple[str, str, str]]:
-    return [(i.severity.value, i.issue_type.value, i.layer) for i in report.issues if i.severity > LOW]
-
+from gradflow.records import IssueSeverity, IssueType
+from tests.detect.recurrent.readers import LOW, OURS, Reader, diagnosed, loud, ours, rnn, scaled
 
 # -------------------------------------------------------------------------------------- healthy
 
@@ -280,77 +207,6 @@ def test_orthogonal_weights_neither_fade_nor_grow() -> None:
         module.weight_ih_l0.mul_(0.02)
         module.bias_ih_l0.zero_(), module.bias_hh_l0.zero_()
     assert loud(diagnosed(Reader(module), 60)) == []
-
-
-# --------------------------------------------------------------------------------------- gated
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_inputs_out_of_scale_saturate_the_gates(kind: type[nn.RNNBase]) -> None:
-    report = diagnosed(Reader(rnn(kind)), 20, size=1000.0)
-    issue = ours(report.record)[("rnn", IssueType.SATURATION)]
-    assert issue.severity is IssueSeverity.HIGH
-    assert issue.metrics["gate"] == "candidate"
-    assert issue.recommended_actions[0].startswith("Standardise what enters rnn (rms ")
-    assert loud(report)[0] == ("HIGH", "SATURATION", "rnn")
-
-
-def test_a_gate_that_never_writes_is_stuck_and_one_that_never_forgets_is_not() -> None:
-    sick = ours(diagnosed(Reader(scaled(rnn(nn.GRU), keep=14.0)), 20).record)
-    issue = sick[("rnn", IssueType.SATURATION)]
-    assert (issue.metrics["gate"], issue.severity) == ("update", IssueSeverity.HIGH)
-    assert "it never writes" in issue.description
-    assert ours(diagnosed(Reader(scaled(rnn(nn.LSTM), keep=14.0)), 20).record) == {}
-
-
-@pytest.mark.parametrize(("part", "text"), [(0, "it never writes"), (3, "it lets nothing out")])
-def test_input_and_output_gates_that_are_shut(part: int, text: str) -> None:
-    module = rnn(nn.LSTM)
-    with torch.no_grad():
-        module.bias_ih_l0[part * 24 : (part + 1) * 24] -= 16.0
-    issue = ours(diagnosed(Reader(module), 20, lr=None, steps=1).record)[("rnn", IssueType.SATURATION)]
-    assert text in issue.description
-    assert issue.recommended_actions[0].startswith("Start the ")
-
-
-def test_chrono_initialisation_is_no_illness() -> None:
-    """Forget gates at up to 1 − 1/T and input gates as nearly closed: saturated, and needed so."""
-    module, length = rnn(nn.LSTM), 800
-    bias = torch.log(torch.rand(24) * (length - 2) + 1)
-    with torch.no_grad():
-        module.bias_hh_l0.zero_()
-        module.bias_ih_l0[24:48], module.bias_ih_l0[:24] = bias, -bias
-    record = diagnosed(Reader(module), length, lr=None, steps=1, batch=4).record
-    forget = record.recurrences[0].levels[0].gate("forget")
-    assert forget is not None
-    assert forget.saturated_share[0] > 0.3
-    assert all(issue.severity <= LOW for issue in ours(record).values())
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_forget_gates_that_are_closed(kind: type[nn.RNNBase]) -> None:
-    report = diagnosed(Reader(scaled(rnn(kind), keep=-5.0), "every"), 40)
-    issue = ours(report.record)[("rnn", IssueType.VANISHING)]
-    assert issue.severity is IssueSeverity.MEDIUM
-    assert "gate is closed" in issue.description
-    assert issue.evidence.plays(Role.ABSORBING)
-    assert issue.metrics["steps_to_percent"] <= 5
-    short = diagnosed(Reader(scaled(rnn(kind), keep=-5.0), "every"), 8)
-    assert ours(short.record) == {}
-    learned = attrs.evolve(report.record, losses=[1.0] * 3 + [0.1] * 3)
-    assert ours(learned)[("rnn", IssueType.VANISHING)].severity is LOW
-
-
-def test_gated_thresholds() -> None:
-    record = diagnosed(Reader(rnn(nn.LSTM)), 20, lr=None, steps=1, size=30.0).record
-    candidate = record.recurrences[0].levels[0].gate("candidate")
-    assert candidate is not None
-    share = float(candidate.saturated_share[0])
-    assert 0.3 < share < 1.0
-    (medium,) = detect(record, gated(share - 0.01, severe_share=share + 0.01))
-    (high,) = detect(record, gated(share - 0.01, severe_share=share - 0.01))
-    assert (medium.severity, high.severity) == (IssueSeverity.MEDIUM, IssueSeverity.HIGH)
-    assert detect(record, gated(share + 0.01)) == ()
 
 
 # -------------------------------------------------------------------------------------- records

@@ -10,6 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import gradflow as gf
+from gradflow.functional import attention
+from gradflow.records import FlowRecord
+
 WAYS = ("sdpa", "mask", "module", "einsum", "ellipsis", "in place", "right", "merged", "merged late")
 
 
@@ -155,3 +159,7 @@ def hugging_face(name: str, attention: str) -> tuple[nn.Module, dict[str, Tensor
     if name in ("bert", "t5"):
         mask[1, 5:] = mask[2, 3:] = 0
     return model, {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
+
+
+def measured(model: nn.Module, batch: Any, loss: Any = token_loss, **options: Any) -> FlowRecord:
+    return gf.analyze(model, [batch], loss, measurements=[attention()], **options)

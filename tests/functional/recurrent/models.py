@@ -1,14 +1,20 @@
 """Recurrent layers of every kind, and the same layers as slow loops over PyTorch's own cells.
 
-The loops are the reference that the unrolled layers are held against: they share no code with them.
+The loops are the reference that the unrolled layers are held against: they share no code with them. `Loop` is
+the model that has such a loop in its forward pass, and `measured` the record of a run of any of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import gradflow as gf
+from gradflow.functional import recurrence
+from gradflow.records import FlowRecord, RecurrenceRecord
 
 CELLS: dict[str, type[nn.RNNCellBase]] = {
     "RNN_TANH": nn.RNNCell, "RNN_RELU": nn.RNNCell, "LSTM": nn.LSTMCell, "GRU": nn.GRUCell,
@@ -89,3 +95,47 @@ def weighed(result: Any) -> Tensor:
         weights = torch.linspace(-1.0, 2.0, part.numel(), dtype=part.dtype).reshape(part.shape)
         total = total + (k + 1) * (weights * part).sin().sum()
     return total
+
+
+KINDS = ["tanh", "relu", "lstm", "gru"]
+
+
+def inputs(steps: int = 6, samples: int = 4, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(steps, samples, 3, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def measured(model: nn.Module, batches: Any, loss: Callable[..., Tensor], **given: Any) -> FlowRecord:
+    listens = given.pop("measurement", recurrence())
+    given = {"steps": 1, "seed": 0, **given}
+    return gf.analyze(model, batches, loss, measurements=[listens], **given)
+
+
+def only(record: FlowRecord) -> RecurrenceRecord:
+    (found,) = record.recurrences
+    return found
+
+
+def last_step(result: Any) -> Tensor:
+    return result[0][-1].square().sum()
+
+
+class Loop(nn.Module):
+    """A loop over a cell with the weights of a one-level layer; returns every h, and the last state."""
+
+    def __init__(self, module: nn.RNNBase) -> None:
+        super().__init__()
+        kinds = {"LSTM": nn.LSTMCell, "GRU": nn.GRUCell}
+        options = {"nonlinearity": "relu"} if module.mode == "RNN_RELU" else {}
+        self.cell = kinds.get(module.mode, nn.RNNCell)(module.input_size, module.hidden_size, **options)
+        self.cell.to(module.weight_ih_l0.dtype)
+        with torch.no_grad():
+            for name, parameter in self.cell.named_parameters():
+                parameter.copy_(getattr(module, f"{name}_l0"))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        state, steps = None, []
+        for step in x:
+            state = self.cell(step, state)
+            steps.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(steps), state

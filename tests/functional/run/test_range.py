@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradflow as gf
+from gradflow.functional import analyze
 from tests.functional.naive import naive_step
+from tests.models import squares
 
 STEPS = 9
 
@@ -187,3 +189,91 @@ def test_a_gradient_that_fades_over_many_layers_is_not_zero() -> None:
         assert grad is not None
         np.testing.assert_allclose(parameter.grad_norm, norm(grad), rtol=1e-10)
         assert (parameter.grad_norm > 0).all()
+
+
+class Scaled(nn.Module):
+    """Two layers, the first behind a gradient that is scaled on its way back."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.first, self.second, self.scale = nn.Linear(3, 4), nn.Linear(4, 2), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x) * self.scale)
+
+
+WAYS = [("fused", "cheap"), ("fused", "full"), ("vjp", "cheap")]
+
+
+@pytest.mark.parametrize(("transform", "detail"), WAYS)
+def test_a_tiny_gradient_is_not_zero_and_a_zero_one_is(transform: str, detail: str) -> None:
+    options: dict[str, Any] = {"steps": 3, "transform": transform, "detail": detail}
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    for scale in (1e-30, 0.0):
+        torch.manual_seed(0)
+        model = Scaled(scale)
+        record = analyze(model, [x] * 3, squares, **options)
+        (exact,) = torch.autograd.grad(squares(model(x)), [model.first.bias])
+        if scale:
+            assert 0 < float(exact.double().norm()) < 1e-28
+            np.testing.assert_allclose(
+                record.parameter("first.bias").grad_norm, exact.double().norm(), rtol=1e-5
+            )
+            assert (record["first"].grad_norm > 0).all()
+            assert (record["first"].grad_norm < 1e-28).all()
+        else:
+            assert (record["first"].grad_norm == 0).all()
+            assert (record.parameter("first.bias").grad_norm == 0).all()
+            assert (record.parameter("first.bias").grad_zero_share == [1, 1, 1]).all()
+        assert (record["first"].grad_zero == (scale == 0)).all()
+        assert not record["second"].grad_zero.any()
+        assert record["first"].reached.all()
+
+
+@pytest.mark.parametrize(("transform", "detail"), WAYS)
+def test_a_huge_finite_gradient_is_not_infinite(transform: str, detail: str) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3)
+    options: dict[str, Any] = {"steps": 4, "transform": transform, "detail": detail}
+    record = analyze(model, [x] * 4, lambda y: y.mean() * 1e25, **options)
+    naive = naive_step(model, x, lambda y: y.mean() * 1e25)
+    for layer in record:
+        assert layer.grad_finite.all()
+        np.testing.assert_allclose(layer.grad_norm, naive.output_norm(layer.name), rtol=1e-6)
+    for parameter in record.parameters:
+        assert parameter.grad_finite.all()
+        np.testing.assert_allclose(parameter.grad_norm, naive.parameter_norm(parameter.name), rtol=1e-6)
+    assert record.numerics == ()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_a_gradient_that_jumps_in_one_step_is_summed_right_in_that_step(scale: float) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3)
+    scales = [1.0, 1.0, scale, 1.0, scale, 1.0, scale, 1.0, scale, 1.0, scale, 1.0]
+    batches = [(x, torch.tensor(s)) for s in scales]
+    record = analyze(model, batches, lambda y, s: squares(y) * s, steps=12)
+    once = float(record["0"].grad_norm[0])
+    np.testing.assert_allclose(record["0"].grad_norm, once * np.array(scales), rtol=1e-5)
+    weight = record.parameter("0.weight").grad_norm
+    np.testing.assert_allclose(weight, float(weight[0]) * np.array(scales), rtol=1e-5)
+    assert not record["0"].grad_zero.any()
+    assert record["0"].grad_finite.all()
+
+
+@pytest.mark.parametrize(("transform", "detail"), WAYS)
+def test_an_infinite_gradient_is_told_from_a_finite_one(transform: str, detail: str) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3)
+    batches = [(x, torch.tensor(factor)) for factor in (1.0, float("inf"), 1.0)]
+    record = analyze(
+        model, batches, lambda y, factor: y.mean() * factor, steps=3, transform=transform, detail=detail
+    )
+    assert record["1"].grad_finite.tolist() == [True, False, True]
+    assert record.parameter("1.bias").grad_finite.tolist() == [True, False, True]
+
+
+def test_a_step_that_cannot_be_run_again_keeps_the_numbers_of_its_first_time() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), torch.randn(5, 3)
+    factors = iter([1.0, float("inf"), 1.0, 1.0])  # the loss draws on it, so the second run is another
+    record = analyze(model, [x] * 3, lambda y: y.mean() * next(factors), steps=3)
+    assert np.isfinite(record.losses).tolist() == [True, False, True]
+    assert record["1"].grad_finite.tolist() == [True, False, True]
+    assert any("Step 1 gave another loss when it was run again" in note for note in record.provenance.notes)

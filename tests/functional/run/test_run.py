@@ -1,4 +1,4 @@
-"""The run as a whole: seeds, modes, steps, progress, depth on demand, and where the numbers come from."""
+"""The run as a whole: seeds, steps, progress, depth on demand, and where the numbers come from."""
 
 from __future__ import annotations
 
@@ -18,31 +18,8 @@ from gradflow.functional.run.history import to_host
 from gradflow.functional.run.run import Plan
 from gradflow.records import FlowRecord
 from tests.functional.naive import naive_step
+from tests.functional.run.models import Noisy, X, mean_square
 from tests.models import CASES, squares
-
-X = torch.randn(6, 4)
-
-
-def mean_square(y: Tensor) -> Tensor:
-    return y.square().mean()
-
-
-class Noisy(nn.Module):
-    """Draws random numbers of every kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.bn, self.drop, self.b = (
-            nn.Linear(4, 4),
-            nn.BatchNorm1d(4),
-            nn.Dropout(0.5),
-            nn.Linear(4, 2),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        noise = torch.rand(()) + np.random.rand() + random.random()
-        return self.b(self.drop(torch.relu(self.bn(self.a(x))))) * noise
 
 
 def without_seed(record: FlowRecord) -> FlowRecord:
@@ -138,81 +115,6 @@ def test_costly_statistics_are_taken_at_looks_alone() -> None:
     for parameter in record.parameters:
         assert (~np.isnan(parameter.grad_zero_share)).tolist() == looked
         assert np.isfinite(parameter.norm).all()
-
-
-# ------------------------------------------------------------------------------------------ modes
-
-
-def test_train_eval_and_keep() -> None:
-    seen: list[tuple[bool, bool]] = []
-
-    class Telling(Noisy):
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append((self.training, self.bn.training))
-            return super().forward(x)
-
-    for mode, training, bn, expected in [
-        ("train", True, True, (True, True)),
-        ("train", True, False, (True, False)),  # a model in the mode asked for keeps the modes of its parts
-        ("train", False, False, (True, True)),
-        ("eval", True, True, (False, False)),
-        ("eval", False, True, (False, True)),
-        ("keep", True, False, (True, False)),
-        ("keep", False, False, (False, False)),
-    ]:
-        model = Telling()
-        model.train(training)
-        model.bn.train(bn)
-        seen.clear()
-        record = analyze(model, [X], mean_square, steps=1, mode=mode)
-        assert seen == [expected], (mode, training, bn)
-        assert (model.training, model.bn.training) == (training, bn)
-        assert record.provenance.mode == mode
-
-
-def test_buffers_move_on_from_step_to_step_within_a_run_and_not_beyond() -> None:
-    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, momentum=0.5))
-    model.train()
-    means: list[Tensor] = []
-
-    def loss(y: Tensor) -> Tensor:
-        means.append(model[1].running_mean.clone())  # type: ignore[union-attr]
-        return mean_square(y)
-
-    batches = [X, 2 * X, 3 * X]
-    unwrapped = torch._C._functorch.get_unwrapped  # type: ignore[attr-defined]
-    for transform in ("fused", "vjp"):
-        means.clear()
-        analyze(model, batches, loss, steps=3, transform=transform)  # type: ignore[arg-type]
-        expected, mean = [], torch.zeros(3)
-        for x in batches:
-            mean = 0.5 * mean + 0.5 * model[0](x).detach().mean(0)
-            expected.append(mean)
-        for found, wanted in zip(means[-3:], expected, strict=True):
-            torch.testing.assert_close(unwrapped(found) if transform == "vjp" else found, wanted)
-        assert torch.equal(model[1].running_mean, torch.zeros(3))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("transform", ["fused", "vjp"])
-def test_buffers_that_are_bound_anew_move_on_too(transform: Any) -> None:
-    class Centred(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.fc = nn.Linear(4, 3)
-            self.register_buffer("mean", torch.zeros(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.fc(x)
-            self.mean = 0.5 * self.mean + 0.5 * h.detach().mean(0)
-            return h - self.mean
-
-    batches = [X, X + 1.0, X - 2.0, X]
-    model, real = Centred(), Centred()
-    record = analyze(model, batches, mean_square, steps=4, transform=transform)
-    expected = [float(mean_square(real(x)).detach()) for x in batches]
-    np.testing.assert_allclose(record.losses, expected, rtol=1e-6)
-    assert torch.equal(model.mean, torch.zeros(3))
 
 
 # ---------------------------------------------------------------------------------- depth on demand

@@ -4,41 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
-from gradflow.functional import effective_rank, probe
-from gradflow.functional.tap.probes import (
-    Site,
-    as_norm,
-    eager_probe,
-    is_probe,
-    is_safe,
-    magnitude,
-    num_nonzero,
-    safe_range,
-    statistics_dtype,
-)
-
-
-def slot(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-
-
-def site(*, exact: bool = True) -> Site:
-    return Site(0, 0, exact)
-
+from gradflow.functional import probe
+from gradflow.functional.tap.probes import as_norm, eager_probe, is_probe, statistics_dtype
+from tests.functional.tap.sites import site, slot
 
 # PyTorch's own, when forward mode is first used
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+
+
 PROBES: dict[str, Callable[..., Tensor]] = {"probe": probe, "eager": eager_probe}
 
 
@@ -151,156 +131,6 @@ def test_the_statistic_is_the_magnitude_and_the_gradient_passes_unchanged(
         np.testing.assert_allclose(as_norm(size).item(), math.sqrt(squares), rtol=1e-6)
 
 
-# ------------------------------------------------------------------------------- the range of numbers
-
-
-def true_norm(x: Tensor) -> Fraction:
-    """Return the square root of Σx² to some thirty digits, by exact arithmetic."""
-    total = sum((Fraction(v) ** 2 for v in x.detach().double().reshape(-1).tolist()), Fraction(0))
-    scale = 10 ** (40 + len(str(total.denominator)))
-    return Fraction(math.isqrt(total.numerator * scale**2 // total.denominator), scale)
-
-
-def assert_norm(found: Tensor | float, expected: Fraction, *, rtol: float) -> None:
-    error = abs(Fraction(float(found)) - expected)
-    # the smallest number that there is bounds what can be asked for next to zero
-    assert error <= Fraction(rtol) * expected + Fraction(1, 2**1074), (float(found), float(expected))
-
-
-def spread(dtype: torch.dtype, low: float, high: float, number: int, seed: int) -> Tensor:
-    """Return numbers whose logarithms are even between two powers of ten, of either sign."""
-    generator = torch.Generator().manual_seed(seed)
-    power = torch.rand(number, generator=generator, dtype=torch.float64) * (high - low) + low
-    signs = torch.randint(0, 2, (number,), generator=generator) * 2 - 1
-    return (10.0**power * signs).to(dtype)
-
-
-POWERS = {  # of ten, from the smallest number that is not zero to near the largest
-    torch.float64: (-323.0, 300.0),
-    torch.float32: (-45.0, 37.0),
-    torch.bfloat16: (-40.0, 37.0),
-    torch.float16: (-7.5, 4.5),
-    torch.complex128: (-323.0, 300.0),
-}
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    dtype=st.sampled_from(list(POWERS)),
-    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
-    number=st.sampled_from([1, 2, 7, 50]),
-    seed=st.integers(0, 1000),
-    stride=st.sampled_from([1, 2]),
-)
-def test_exact_norms_hold_the_whole_range(
-    dtype: torch.dtype, ends: tuple[float, float], number: int, seed: int, stride: int
-) -> None:
-    least, most = POWERS[dtype]
-    low, high = (least + share * (most - least) for share in sorted(ends))
-    real = torch.float64 if dtype.is_complex else dtype
-    x = spread(real, low, high, 2 * number * stride, seed)
-    expected = true_norm(x[::stride] if not dtype.is_complex else x)
-    given = torch.view_as_complex(x.view(-1, 2)) if dtype.is_complex else x[::stride]
-    found = magnitude(given, exact=True)
-    assert found.dtype == torch.float64
-    assert_norm(found, expected, rtol=1e-12)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-    center=st.floats(0, 1),
-    width=st.floats(0, 6),
-    number=st.sampled_from([1, 3, 64, 500]),
-    seed=st.integers(0, 1000),
-)
-def test_what_a_fast_sum_finds_in_the_safe_range_is_right(
-    dtype: torch.dtype, center: float, width: float, number: int, seed: int
-) -> None:
-    least, most = POWERS[dtype]
-    middle = least + center * (most - least)
-    x = spread(dtype, max(middle - width, least), min(middle + width, most), number, seed)
-    found = float(as_norm(magnitude(x, exact=False)))
-    if is_safe(np.array([found]), np.array([number]))[0]:
-        assert_norm(found, true_norm(x), rtol=1e-5)
-
-
-@pytest.mark.parametrize("number", [10**3, 10**6])
-def test_many_squares_that_underflow_beside_few_that_do_not(number: int) -> None:
-    """The most that can be lost in the safe range: every small square comes to zero."""
-    least, _ = safe_range(number)
-    small = 1e-23
-    assert float(torch.tensor(small).square()) == 0.0
-    for above in (1.01, 3.0, 100.0):
-        x = torch.full((number,), small)
-        x[0] = above * least
-        truth = math.sqrt((number - 1) * float(x[1]) ** 2 + float(x[0]) ** 2)
-        found = float(as_norm(magnitude(x, exact=False)))
-        assert is_safe(np.array([found]), np.array([number]))[0]
-        assert found == pytest.approx(truth, rel=1e-6)
-
-
-def test_partial_underflow_lies_outside_of_the_safe_range() -> None:
-    lost = 0
-    for power in np.arange(-25.0, -10.0, 0.125):
-        x = torch.linspace(0.1, 3.0, 1000) * 10.0**power
-        found, truth = float(as_norm(magnitude(x, exact=False))), float(x.double().norm())
-        if found > 0 and abs(found / truth - 1) > 1e-4:
-            lost += 1
-            assert not is_safe(np.array([found]), np.array([1000]))[0]
-    assert lost > 3
-
-
-@settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 10_000), power=st.integers(-30, 30), contiguous=st.booleans())
-def test_probes_neither_overflow_nor_underflow(seed: int, power: int, contiguous: bool) -> None:
-    torch.manual_seed(seed)
-    g = torch.randn(7, 3) * 10.0**power
-    g = g if contiguous else g.mT.contiguous().mT
-    x, s = torch.zeros(7, 3, requires_grad=True), slot()
-    size = torch.autograd.grad(eager_probe(x, s, site()), s, g)[0]
-    assert_norm(size, true_norm(g), rtol=1e-12)
-    if abs(power) <= 10:  # in the range that is called safe
-        assert is_safe(np.array([float(size)]), np.array([g.numel()]))[0]
-        s = torch.zeros((), requires_grad=True)
-        fast = torch.autograd.grad(eager_probe(x, s, site(exact=False)), s, g)[0]
-        assert_norm(as_norm(fast), true_norm(g), rtol=1e-5)
-    if abs(power) >= 13:
-        assert not is_safe(np.array([float(size)]), np.array([g.numel()]))[0]
-
-
-def test_safe_is_a_matter_of_the_mean_and_not_of_the_number() -> None:
-    norms = np.array([0.0, 1e-15, 1e-10, 1.0, 1e10, 1e15, np.inf, np.nan])
-    assert is_safe(norms, np.ones(8)).tolist() == [False, False, True, True, True, False, False, False]
-    assert is_safe(norms * 1e5, np.full(8, 1e10)).tolist() == is_safe(norms, np.ones(8)).tolist()
-
-
-LAYOUTS: dict[str, Callable[[], Tensor]] = {
-    "contiguous": lambda: torch.randn(4, 5, 6),
-    "transposed": lambda: torch.randn(4, 5, 6).transpose(0, 2),
-    "channels last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    "strided": lambda: torch.randn(8, 6)[::2, ::3],
-    "expanded": lambda: torch.randn(5, 1).expand(5, 7),
-    "scalar": lambda: torch.randn(()),
-    "empty": lambda: torch.randn(0, 3),
-    "sparse, with repeated indices": lambda: torch.sparse_coo_tensor(
-        torch.tensor([[0, 1, 0]]), torch.tensor([1.0, 2.0, 5.0]), (3,)
-    ),
-    "sparse rows": lambda: torch.eye(3).to_sparse_csr(),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-def test_sums_of_every_layout(name: str, exact: bool) -> None:
-    x = LAYOUTS[name]()
-    dense = x.to_dense() if x.layout is not torch.strided else x
-    found = as_norm(magnitude(x, exact=exact))
-    np.testing.assert_allclose(float(found), float(dense.double().norm()), rtol=1e-5)
-
-
 def test_a_slot_of_two_tells_reached_and_zero_from_never_reached() -> None:
     def loss(x: Tensor, s: Tensor, factor: float) -> Tensor:
         y = probe(x, s, site())
@@ -323,7 +153,11 @@ def cubic(w: Tensor, s: Tensor, *, probed: bool = True) -> Tensor:
 
 
 W = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
 SLOT = torch.zeros((), dtype=torch.float64)
+
+
 EXPECTED = float((3 * torch.tanh(W).square()).norm())
 
 
@@ -393,94 +227,3 @@ def test_what_is_not_reached_costs_nothing_and_gives_none(kind: str) -> None:
     x, s = torch.randn(3, requires_grad=True), slot()
     PROBES[kind](x, s, site())
     assert torch.autograd.grad(x.sum(), (s,), allow_unused=True) == (None,)
-
-
-# --------------------------------------------------------------------------------- effective rank
-
-
-def test_a_rank_one_gradient_has_rank_one() -> None:
-    u, v = torch.randn(9, 1), torch.randn(1, 5)
-    assert effective_rank(u @ v) == pytest.approx(1.0, abs=1e-6)
-    assert effective_rank((u @ v).double() * 1e-200) == pytest.approx(1.0, abs=1e-9)
-
-
-@pytest.mark.parametrize("shape", [(6, 6), (9, 4), (4, 9)])
-def test_an_orthogonal_gradient_has_the_rank_of_its_width(shape: tuple[int, int]) -> None:
-    q = torch.linalg.qr(torch.randn(max(shape), min(shape), dtype=torch.float64))[0]
-    q = q if shape[0] >= shape[1] else q.T
-    assert effective_rank(q) == pytest.approx(min(shape), rel=1e-9)
-    assert effective_rank(1e3 * q) == pytest.approx(min(shape), rel=1e-9)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 12), d=st.integers(1, 12), seed=st.integers(0, 10_000),
-    spread=st.floats(0, 6), scale=st.sampled_from([1e-20, 1.0, 1e20]),
-)  # fmt: skip
-def test_it_lies_between_one_and_the_smaller_side_and_is_that_of_the_svd(
-    n: int, d: int, seed: int, spread: float, scale: float
-) -> None:
-    torch.manual_seed(seed)
-    g = torch.randn(n, d, dtype=torch.float64) * torch.logspace(0, -spread, d, dtype=torch.float64)
-    rank = effective_rank(g * scale)
-    assert 1.0 - 1e-9 <= rank <= min(n, d) * (1 + 1e-9)
-    shares = torch.linalg.svdvals(g).square()
-    shares = shares / shares.sum()
-    expected = float(torch.exp(-(shares * shares.clamp(min=1e-300).log()).sum()))
-    assert rank == pytest.approx(expected, rel=1e-6)
-
-
-def test_complex_gradients_have_a_rank_too() -> None:
-    u, v = torch.randn(9, 1, dtype=torch.complex128), torch.randn(1, 5, dtype=torch.complex128)
-    assert effective_rank(u @ v) == pytest.approx(1.0, abs=1e-9)
-    q = torch.linalg.qr(torch.randn(9, 4, dtype=torch.complex128))[0]
-    assert effective_rank(q) == pytest.approx(4.0)
-
-
-def test_it_is_of_samples_by_features_wherever_the_features_are() -> None:
-    g = torch.randn(3, 2, 4, 4)  # channels behind a convolution, features last in a sequence
-    assert effective_rank(g, "Conv2d") == pytest.approx(effective_rank(g.movedim(1, -1).reshape(-1, 2)))
-    assert effective_rank(g, "Linear") == pytest.approx(effective_rank(g.reshape(-1, 4)))
-    assert effective_rank(g, "Conv2d") <= 2
-
-
-def test_it_is_nan_where_there_is_none() -> None:
-    values: list[Any] = [
-        torch.zeros(3, 2),
-        torch.tensor([[1.0, float("nan")]]),
-        torch.full((2, 2), float("inf")),
-    ]
-    assert all(math.isnan(effective_rank(v)) for v in values)
-    assert effective_rank(torch.randn(5)) == 1.0
-    assert math.isnan(effective_rank(torch.zeros(5)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (700, 900)])
-def test_elements_that_are_not_zero_are_counted(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.relu(torch.randn(shape, generator=generator)).to(dtype)
-    for view in (x, x.mT) if x.dim() == 2 else (x,):
-        assert float(num_nonzero(view)) == float((view != 0).sum())
-
-
-def test_tiny_numbers_are_not_zero() -> None:
-    assert float(num_nonzero(torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1e38]))) == 3
-
-
-@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-20, 1.0, 1e19, 1e30])
-@pytest.mark.parametrize("size", [100, 20_000, 600_000])
-def test_exact_norms_of_many_pieces(size: int, scale: float) -> None:
-    x = torch.randn(size, generator=torch.Generator().manual_seed(0)) * scale
-    for dtype in (torch.float32, torch.float64):
-        found = float(magnitude(x.to(dtype), exact=True))
-        assert found == pytest.approx(float(x.double().norm()), rel=1e-5)
-
-
-@pytest.mark.parametrize("size", [100, 20_000])
-def test_exact_norms_of_zeros_and_of_what_is_not_finite(size: int) -> None:
-    x = torch.zeros(size)
-    assert float(magnitude(x, exact=True)) == 0.0
-    for value in (float("nan"), float("inf")):
-        x[size // 2] = value
-        assert not np.isfinite(float(magnitude(x, exact=True)))
