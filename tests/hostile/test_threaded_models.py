@@ -18,6 +18,7 @@ import gradflow as gf
 from gradflow.errors import OtherThreadError
 from gradflow.functional import Jacobian
 from tests.functional.snapshots import difference, snapshot
+from tests.hostile.runs import BATCH, run_of
 from tests.models import squares
 
 

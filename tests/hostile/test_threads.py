@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import gradflow as gf
 from gradflow.functional import call, layer_gain, levels_of
 from tests.functional.snapshots import difference, process, snapshot
+from tests.hostile.runs import BATCH, run_of
 from tests.models import CASES as MODELS
 from tests.models import squares
 
@@ -55,13 +56,6 @@ def together(*runs: Callable[[], Any]) -> list[Any]:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     return results
-
-
-BATCH = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
-
-
-def run_of(model: nn.Module, **options: Any) -> Callable[[], gf.FlowRecord]:
-    return lambda: gf.analyze(model, [BATCH] * 6, squares, steps=6, **options)
 
 
 @pytest.mark.parametrize("seed", [None, 3])
