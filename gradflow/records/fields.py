@@ -7,15 +7,15 @@ from typing import Any, TypeVar
 
 import attrs
 import numpy as np
-import numpy.typing as npt
 
 from gradflow.errors import MeasurementError, UnknownLayerError
 from gradflow.records.values import NAN as NAN
 from gradflow.records.values import ReadOnlyMapping, frozen, one_nan, read_only, unkept
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
+# Written out: what `numpy.typing.NDArray` stands for cannot be read off it in every release.
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 # NOTE [Arrays in frozen records]

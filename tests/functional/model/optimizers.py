@@ -206,10 +206,11 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "wrapping": lambda m: Lookahead(torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)),
     "foreach": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, foreach=True),
     "fused": lambda m: torch.optim.AdamW(m.parameters(), lr=0.05, fused=True),
-    "muon": lambda m: torch.optim.Muon([p for p in m.parameters() if p.dim() == 2], lr=0.05),
     "bare": lambda m: Bare(torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)),
     "bare twice": lambda m: Bare(Bare(torch.optim.Adam(m.parameters(), lr=0.05))),
     "quantised": lambda m: Quantised(m.parameters()),
     "averaging": Averaging,
     "wrapped": lambda m: Wrapper(torch.optim.Adam(m.parameters(), lr=0.05)),
 }
+if hasattr(torch.optim, "Muon"):  # since 2.9
+    OPTIMIZERS["muon"] = lambda m: torch.optim.Muon([p for p in m.parameters() if p.dim() == 2], lr=0.05)
