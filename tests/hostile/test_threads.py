@@ -208,6 +208,3 @@ def test_a_look_at_a_model_that_another_thread_analyses_is_at_the_users_own(name
     gf.analyze(model, batches, squares, steps=6, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
     threads[0].join(60)
     assert found == [alone]
-
-
-# ------------------------------------------------------------------------------- threads in a model
