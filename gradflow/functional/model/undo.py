@@ -28,7 +28,9 @@ _LIVE = (
     threading.Thread, threading.Event, threading.Condition, threading.local, queue.Queue, logging.Logger,
     logging.Handler, io.IOBase, type,
 )  # fmt: skip
-_MACHINERY = ("threading", "queue", "logging", "concurrent", "asyncio", "multiprocessing", "networkx")
+_MACHINERY = (
+    "threading", "queue", "logging", "concurrent", "asyncio", "multiprocessing", "networkx", "gradflow",
+)  # fmt: skip
 _WITH_STATE = (  # packages of PyTorch whose objects hold state of the user's
     "torch.optim", "torch.quasirandom", "torch.distributions", "torch.amp", "torch.cuda.amp", "torch.nn",
     "torch.ao",

@@ -41,6 +41,9 @@ def tapped(model: TappedModel) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_told_of_hooks(model))
         for name, module in model.modules.items():
+            forward = getattr(module, "forward", None)
+            if forward is None or forward == types.MethodType(nn.Module.forward, module):
+                continue  # it only holds parameters, or exports other methods
             owner = _definer(module)
             if owner is None:
                 stack.enter_context(_on_module(model, name, module))

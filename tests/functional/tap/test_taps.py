@@ -286,3 +286,35 @@ def test_other_modules_of_a_class_are_left_alone_while_one_is_tapped() -> None:
         assert recorder.calls == []
         model(X)
         assert [call.name for call in recorder.calls] == [""]
+
+
+@pytest.mark.parametrize("kind", ["holder", "patched", "scripted"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+def test_what_a_run_learns_is_not_put_back_by_it(kind: str) -> None:
+    """A parent that uses a child's parameters is made a layer in the first step, which starts again then."""
+
+    class Holder(nn.Module):
+        """Has parameters, and no `forward`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held, self.out = Holder(), nn.Linear(4, 1)
+            if kind == "scripted":
+                self.held = torch.jit.script(nn.Linear(4, 4, bias=False))
+            elif kind == "patched":
+                self.held.forward = global_forward  # type: ignore[method-assign]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x @ self.held.weight)
+
+    model = Model()
+    for detail in ("cheap", "full"):
+        record = gf.analyze(model, [X] * 2, square, detail=detail)  # type: ignore[arg-type]
+        assert [layer.name for layer in record] == ["", "out"]
+        gradient = torch.autograd.grad(square(model(X)), model.held.weight)[0]
+        assert record.parameter("held.weight").grad_norm[0] == pytest.approx(float(gradient.norm()))
