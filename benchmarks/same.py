@@ -1,7 +1,7 @@
 """Shows that a restructuring changed nothing: dumps what gradflow says of many models, and compares dumps.
 
     python benchmarks/same.py dump FILE [--cases FOLDER ...] [--only PART] [--gradflow PATH]
-    python benchmarks/same.py compare OLD NEW [--only PART] [--strict] [--verbose]
+    python benchmarks/same.py compare OLD NEW [--only PART] [--rtol X] [--strict] [--verbose]
 
 The models are those of the zoo (every case, sick, repaired or healthy, at its usual width, in float32), those
 of `examples/`, and those of every folder of labelled cases: one whose `cases.py` has `CASES`. Each is
@@ -16,10 +16,10 @@ file runs against older ones:
     python benchmarks/same.py dump new.json.gz
     python benchmarks/same.py compare old.json.gz new.json.gz
 
-Every value counts: numbers to the last bit, the order of issues, what only one dump has. Two things may
-change without a difference, and are listed apart, once each: fields that only the new dump has, and metrics
-of issues that vanished or appeared, since they may have moved to fields of their own. `--strict` counts these
-too. The exit status is 1 if there is a difference.
+Every value counts: numbers to the last bit (or to the relative difference that `--rtol` allows), the order of
+issues, what only one dump has. Two things may change without a difference, and are listed apart, once each:
+fields that only the new dump has, and metrics of issues that vanished or appeared, since they may have moved
+to fields of their own. `--strict` counts these too. The exit status is 1 if there is a difference.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import math
 import re
 import sys
 import time
@@ -259,8 +260,15 @@ class Difference:
         text = f"{self.path}: {shown(self.old)} -> {shown(self.new)}"
         if not (isinstance(self.old, float) and isinstance(self.new, float)):
             return text
+        return f"{text} (relative {self.relative:.1e})"
+
+    @property
+    def relative(self) -> float:
+        """Of two numbers, the difference over the larger one; infinite for anything else."""
+        if not (isinstance(self.old, float) and isinstance(self.new, float)):
+            return math.inf
         largest = max(abs(self.old), abs(self.new))
-        return f"{text} (relative {abs(self.old - self.new) / largest if largest else 0.0:.1e})"
+        return abs(self.old - self.new) / largest if largest else 0.0
 
 
 def shown(value: Any) -> str:
@@ -329,7 +337,7 @@ def compare(args: argparse.Namespace) -> int:
         told = []
         for difference in run_differences(old[key], new[key]):
             if difference.kind == "value" or args.strict:
-                told.append(difference)
+                told += [difference] if difference.relative > args.rtol else []
             else:
                 fields[difference.kind][difference.field] += 1
         if told:
@@ -358,6 +366,7 @@ def main() -> int:
     add("old", type=Path, metavar="OLD")
     add("new", type=Path, metavar="NEW")
     add("--only", default="", metavar="PART", help="a part of the names of the runs to compare")
+    add("--rtol", type=float, default=-1.0, metavar="X", help="relative difference that two numbers may have")
     add("--strict", action="store_true", help="new fields and moved ones are differences")
     add("--verbose", action="store_true", help="every difference, not only the first of each run")
     commands.choices["compare"].set_defaults(run=compare)
