@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gradflow.errors import ModelInputError
 from gradflow.functional.measurement import Measurement
 from gradflow.functional.model.batches import Source, invoke, make_objective, no_batches, prepared
+from gradflow.functional.model.closures import modules_in, optimizers_in
 from gradflow.functional.model.supported import check_module
 from gradflow.functional.model.trees import named_tensors, same_device
 from gradflow.functional.run.measure import measure
@@ -159,7 +160,7 @@ def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None,
     def inputs_of(batch: Any) -> dict[str, Tensor]:
         return dict(named_tensors(objective.inputs(batch), "input"))
 
-    given = Given(model, _module(loss_fn), evaluate, inputs_of)
+    given = Given(model, _module(loss_fn), evaluate, inputs_of, _held(loss_fn))
     with contextlib.closing(source):
         return measure(given, draw, attrs.evolve(plan, num_batches=source.length))
 
@@ -187,7 +188,9 @@ def analyzed_custom(
     def evaluate(batch: Any, step: int) -> Any:
         return objective.loss(forward_fn(model, step), None)
 
-    return measure(Given(model, _module(loss_fn), evaluate, lambda batch: {}), lambda step: (), plan)
+    return measure(
+        Given(model, _module(loss_fn), evaluate, lambda batch: {}, _held(loss_fn)), lambda step: (), plan
+    )
 
 
 def graph_of(
@@ -197,6 +200,11 @@ def graph_of(
     record = analyze(model, [batch], loss_fn, steps=1, detail=detail)
     assert record.graph_record is not None
     return record.graph_record
+
+
+def _held(loss_fn: Any) -> tuple[Any, ...]:
+    """Return what a loss holds that running it may change: itself, modules and optimizers."""
+    return (loss_fn, *modules_in(loss_fn), *optimizers_in(loss_fn))
 
 
 def _module(loss_fn: Any) -> nn.Module | None:

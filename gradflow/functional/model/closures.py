@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 _LIBRARIES = ("torch", "numpy", "builtins", "gradflow")
 _MOST_ITEMS = 1000  # of a container: a longer one is a data set
@@ -28,6 +29,11 @@ def modules_in(*values: Any) -> tuple[nn.Module, ...]:
     found = [value for value in _reachable(values) if isinstance(value, nn.Module)]
     inner = {id(part) for module in found for part in module.modules() if part is not module}
     return tuple(module for module in found if id(module) not in inner)
+
+
+def optimizers_in(*values: Any) -> tuple[Optimizer, ...]:
+    """Return the optimizers that functions and objects can reach by what they hold, each once."""
+    return tuple(value for value in _reachable(values) if isinstance(value, Optimizer))
 
 
 def tensors_in(*values: Any) -> tuple[Tensor, ...]:

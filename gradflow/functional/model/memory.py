@@ -68,9 +68,10 @@ class ModuleState:
 
     Args:
         swapped: modules that a run works on, whose parameters and buffers it swaps for copies.
+        also: what else a run calls, such as a loss: remembered is what it holds.
     """
 
-    def __init__(self, swapped: Sequence[nn.Module]) -> None:
+    def __init__(self, swapped: Sequence[nn.Module], also: Sequence[Any] = ()) -> None:
         self._seen: dict[int, Any] = {}  # keeps what it has seen alive, so that ids stay unique
         self._empty: list[dict[Any, Any]] = []
         self._dicts: list[tuple[dict[Any, Any], list[Any], list[Any]]] = []
@@ -79,6 +80,7 @@ class ModuleState:
         for root in swapped:
             for module in root.modules():
                 self._remember_swapped(module)
+        self._waiting += [(value, False) for value in also]
         while self._waiting:
             self._remember(*self._waiting.pop())
 

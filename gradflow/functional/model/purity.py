@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,17 +22,18 @@ from gradflow.functional.model.memory import ModuleState
 
 
 @contextlib.contextmanager
-def preserved(*modules: nn.Module) -> Iterator[None]:
+def preserved(*modules: nn.Module, also: Sequence[Any] = ()) -> Iterator[None]:
     """Put back, on any exit, what modules hold and the process's random and global states.
 
     Args:
         modules: those that are run, with other parameters and buffers swapped in.
+        also: what else is called, such as a loss.
 
     Raises:
         NotRestoredError: if something could not be put back. An exception of the run itself is raised as it
             is, with a note.
     """
-    saved_modules = ModuleState(modules)
+    saved_modules = ModuleState(modules, also)
     saved_random = RandomState()
     grad_enabled, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     raised: BaseException | None = None

@@ -38,7 +38,8 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     outside = outside_transforms()  # a record holds plain numbers
     grad = torch.enable_grad()
     with (
-        exclusive(), LazyCopies(*given.modules) as copies, preserved(*given.modules), outside, uncompiled(),
+        exclusive(), LazyCopies(*given.modules) as copies,
+        preserved(*given.modules, also=given.functions), outside, uncompiled(),
         torch.inference_mode(False), grad,
     ):  # fmt: skip
         _set_mode(model, plan.mode)

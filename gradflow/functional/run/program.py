@@ -36,12 +36,14 @@ class Given:
         loss_module: the loss, if it is a module with a state of its own.
         evaluate: batch, step → loss, calling the user's model and loss once each.
         inputs_of: batch → the model's input tensors by name.
+        functions: of the user's that `evaluate` calls.
     """
 
     model: nn.Module
     loss_module: nn.Module | None
     evaluate: Callable[[Any, int], Any]
     inputs_of: Callable[[Any], Tensors]
+    functions: tuple[Any, ...] = ()
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -193,7 +195,7 @@ class Before:
         held, learned = program.state.buffers, program.learned
         random = RandomState(torch=look or learned.torch_random, host=look or learned.host_random)
         names = held if first else [name for name in learned.changing if name in held]
-        modules = ModuleState(program.given.modules) if first else None
+        modules = ModuleState(program.given.modules, program.given.functions) if first else None
         return cls(random, {name: held[name].clone() for name in names}, modules)
 
     def restore(self, program: Program) -> None:

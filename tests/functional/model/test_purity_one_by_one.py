@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gradflow as gf
 from gradflow.functional import analyze, analyze_custom, call, graph_of
 from tests.functional.model.habits import Boom, Creature, make_optimizer
 from tests.functional.snapshots import difference, snapshot
@@ -233,3 +235,39 @@ def test_a_scripted_part_is_run_as_it_is() -> None:
     gradient = torch.autograd.grad(mean_square(model(X)), [model[0].weight])[0]
     np.testing.assert_allclose(record.parameter("0.weight").grad_norm, gradient.norm(), rtol=1e-6)
     assert record.parameter("1.weight").reached.all()
+
+
+@pytest.mark.parametrize("way", ["closure", "partial", "object", "method"])
+def test_what_a_loss_that_is_a_function_holds_is_put_back(way: str) -> None:
+    """A critic with running statistics, its counter, and an optimizer that the loss steps."""
+    critic = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
+    optimizer = torch.optim.Adam(critic.parameters())
+
+    class Score:
+        def __init__(self) -> None:
+            self.critic, self.calls = critic, 0
+
+        def __call__(self, y: Tensor) -> Tensor:
+            self.calls += 1
+            optimizer.zero_grad()
+            self.critic(y.detach()).mean().backward()
+            optimizer.step()
+            return self.critic(y).mean()
+
+        def method(self, y: Tensor) -> Tensor:
+            return self(y)
+
+    score = Score()
+    losses: dict[str, Any] = {
+        "closure": lambda y: score(y),
+        "partial": functools.partial(lambda s, y: s(y), score),
+        "object": score,
+        "method": score.method,
+    }
+    before = {name: value.clone() for name, value in critic.state_dict().items()}
+    record = gf.analyze(nn.Linear(3, 4), [torch.randn(8, 3)] * 4, losses[way], steps=4)
+    assert record.steps == 4
+    for name, value in critic.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not optimizer.state
+    assert all(p.grad is None for p in critic.parameters())
