@@ -39,8 +39,9 @@ def optimizers_in(*values: Any) -> tuple[Optimizer, ...]:
 def tensors_in(*values: Any) -> tuple[Tensor, ...]:
     """Return the tensors that functions and objects can reach by what they hold, those of modules excepted.
 
+    >>> import torch
     >>> weight = torch.ones(2)
-    >>> tensors_in(lambda y: (weight * y).sum())
+    >>> tensors_in(functools.partial(torch.dot, weight))
     (tensor([1., 1.]),)
     """
     return tuple(value for value in _reachable(values) if isinstance(value, Tensor))
