@@ -15,7 +15,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -25,16 +25,15 @@ from torch import Tensor, nn
 from gradflow.errors import ModelInputError, ModelNotCalledError, UnknownLayerError
 from gradflow.functional.jacobian.products import TensorFunction
 from gradflow.functional.model.batches import run_model
-from gradflow.functional.model.layers import ancestors, callable_modules, is_scripted
+from gradflow.functional.model.layers import Forward, ancestors, callable_modules, is_scripted, led
 from gradflow.functional.model.purity import RandomState
 from gradflow.functional.model.setting import Held, Setting
 from gradflow.functional.model.trees import floats, map_tensors, replaced, shapes
 from gradflow.functional.torch_private import pytree
 
-Forward = Callable[..., Any]
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-Around = Callable[[str, int, Forward, Args, Kwargs], Any]
+Around = Callable[[int, str, Forward, Args, Kwargs], Any]
 
 
 @attrs.frozen
@@ -82,33 +81,15 @@ def find_place(model: nn.Module, name: str) -> Place:
     return Place(str(name), module, int(number), type(modules[module]).__name__)
 
 
-@contextlib.contextmanager
-def led(model: nn.Module, names: set[str], around: Around) -> Iterator[None]:
-    """Let `around(name, number, forward, args, kwargs)` run the named modules' forwards, in this context."""
-    missing = object()
+def numbered(model: nn.Module, names: set[str], around: Around) -> contextlib.AbstractContextManager[None]:
+    """Let `around(number, name, forward, args, kwargs)` run the named modules' forwards, in this context."""
     counts: dict[str, int] = {}
-    swapped: list[tuple[nn.Module, Any]] = []
 
-    def lead(name: str, forward: Forward) -> Forward:
-        @functools.wraps(forward)
-        def forward_led(*args: Any, **kwargs: Any) -> Any:
-            number = counts[name] = counts.get(name, -1) + 1
-            return around(name, number, forward, args, kwargs)
+    def lead(name: str) -> Callable[..., Any]:
+        counts[name] = counts.get(name, -1) + 1
+        return functools.partial(around, counts[name])
 
-        return forward_led
-
-    try:
-        for name in names:
-            module = model.get_submodule(name)
-            swapped.append((module, module.__dict__.get("forward", missing)))
-            module.__dict__["forward"] = lead(name, module.forward)
-        yield
-    finally:
-        for module, old in swapped:
-            if old is missing:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = old
+    return led({name: model.get_submodule(name) for name in names}, lead)
 
 
 # ------------------------------------------------------------------------------------ one forward pass
@@ -143,7 +124,7 @@ def observe(setting: Setting, batch: Any, places: list[Place]) -> dict[Place, Se
     clock = 0
     counts: dict[str, int] = {}
 
-    def around(name: str, number: int, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+    def around(number: int, name: str, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
         nonlocal clock
         counts[name] = number + 1
         here = [place for place in places if place.is_at(name, number)]
@@ -161,7 +142,7 @@ def observe(setting: Setting, batch: Any, places: list[Place]) -> dict[Place, Se
         torch.inference_mode(False),
         torch.no_grad(),
         setting.evaluating(),
-        led(setting.module, names, around),
+        numbered(setting.module, names, around),
     ):
         run_model(setting.module, batch)
     for place in places:
@@ -276,12 +257,12 @@ def layer_alone(setting: Setting, place: Place, seen: Seen, positions: tuple[int
     def function(x: Tensor) -> Tensor:
         outputs: list[Any] = []
 
-        def around(name: str, number: int, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+        def around(number: int, name: str, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
             args, kwargs = replaced(_copied(held), positions, x.clone())
             outputs.append(forward(*args, **kwargs))
             return outputs[0]
 
-        with setting.evaluating(), led(setting.module, {""}, around):
+        with setting.evaluating(), numbered(setting.module, {""}, around):
             args, kwargs = _copied(held)
             setting.module(*args, **kwargs)
         return first_output(place, outputs[0])
@@ -316,7 +297,7 @@ def through_model(setting: Setting, batch: Any, start: Start, target: Place) -> 
     """Return the function from a tensor at `start` to the output of `target`, by running the model."""
 
     def function(x: Tensor) -> Tensor:
-        def around(name: str, number: int, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+        def around(number: int, name: str, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
             here = start.place.is_at(name, number)
             if here and start.side == "input":
                 args, kwargs = replaced((args, kwargs), start.positions, x.clone())
@@ -328,7 +309,7 @@ def through_model(setting: Setting, batch: Any, start: Start, target: Place) -> 
             return output
 
         names = {start.place.module, target.module}
-        with setting.evaluating(), led(setting.module, names, around):
+        with setting.evaluating(), numbered(setting.module, names, around):
             return _run_until_reached(setting.module, batch, target)
 
     return Held(function, setting)

@@ -1,11 +1,27 @@
-"""Which modules of a model are layers, and what they are called."""
+"""Which modules of a model are layers, what they are called, and how their calls are led past a function.
+
+NOTE [Where a tap sits]
+A model may copy its own modules while it runs: a target network, the skeleton of an ensemble, the learner of
+a meta-learning step. A copy is no part of the model. So a tap sits where copies do not take it along: on the
+class that defines `forward`, where it looks up which module it was called on, and leaves all but those that
+are named alone. Nothing is put into the modules themselves. Where a module has a `forward` of its own, put on
+it by the user, or one that is no plain function (TorchScript), the tap stands in for it in the module, and
+hands the original to whoever copies or pickles it.
+
+Classes, modules, hooks and `__call__` are as they were afterwards, exceptions included; the hooks of the user
+run as ever.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import inspect
 import sys
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import torch.nn.utils.parametrize as parametrize
 from torch import nn
@@ -143,3 +159,114 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):  # a comprehension, a function within
             yield from _names_in(constant)
+
+
+# ------------------------------------------------------------------------- calls led past a function
+
+Forward = Callable[..., Any]
+Choice = Callable[[str], Callable[[str, Forward, tuple[Any, ...], dict[str, Any]], Any] | None]
+
+
+@contextlib.contextmanager
+def led(modules: Mapping[str, nn.Module], lead: Choice) -> Iterator[None]:
+    """Have a function run the forwards of some modules, for the length of the context.
+
+    A call is one frame deeper on Python's stack than without, and those of that function.
+
+    Args:
+        modules: by name.
+        lead: from a module's name to the function that runs this call, as `run(name, forward, args, kwargs)`
+            in the place of `forward(*args, **kwargs)`; None for `forward` itself.
+
+    >>> net, calls = nn.Sequential(nn.Identity(), nn.Identity()), []
+    >>> with led({"first": net[0]}, calls.append):
+    ...     net(1.0), calls
+    (1.0, ['first'])
+    """
+    names: dict[type, dict[int, str]] = {}
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            forward = getattr(module, "forward", None)
+            if forward is None or forward == types.MethodType(nn.Module.forward, module):
+                continue  # it only holds parameters, or exports other methods
+            owner = _definer(module)
+            if owner is None:
+                stack.enter_context(_on_module(lead, name, module))
+                continue
+            if owner not in names:
+                names[owner] = {}
+                stack.enter_context(_on_class(lead, owner, names[owner]))
+            names[owner][id(module)] = name
+        yield
+
+
+def _definer(module: nn.Module) -> type | None:
+    """Return the class whose `forward` a module runs; None where that is not a plain function of a class."""
+    if "forward" in vars(module):
+        return None
+    for kind in type(module).__mro__:
+        if "forward" in vars(kind):
+            plain = isinstance(vars(kind)["forward"], types.FunctionType)
+            return kind if plain and type(kind) is type else None
+    return None
+
+
+@contextlib.contextmanager
+def _on_class(lead: Choice, kind: type, names: dict[int, str]) -> Iterator[None]:
+    """Put a tap on a class; `names` tells the modules that it is meant for, by their ids."""
+    forward: Forward = vars(kind)["forward"]
+
+    @functools.wraps(forward)
+    def tapped_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        name = names.get(id(self))
+        run = None if name is None else lead(name)
+        if run is None or name is None:
+            return forward(self, *args, **kwargs)
+        return run(name, types.MethodType(forward, self), args, kwargs)
+
+    setattr(kind, "forward", tapped_forward)  # noqa: B010 (a class of the user's declares no such attribute)
+    try:
+        yield
+    finally:
+        setattr(kind, "forward", forward)  # noqa: B010
+
+
+@contextlib.contextmanager
+def _on_module(lead: Choice, name: str, module: nn.Module) -> Iterator[None]:
+    """Put a tap in a module's own attributes."""
+    missing = object()
+    old = vars(module).get("forward", missing)
+    vars(module)["forward"] = tap = _OwnForward(lead, name, module.forward)
+    try:
+        yield
+    finally:
+        tap.rest()  # a copy that shares the module's attributes may keep it
+        if old is missing:
+            vars(module).pop("forward", None)
+        else:
+            vars(module)["forward"] = old
+
+
+class _OwnForward:
+    """Stands in for the `forward` in a module's attributes; a copy of it is a copy of the original."""
+
+    def __init__(self, lead: Choice, name: str, forward: Forward) -> None:
+        functools.update_wrapper(self, forward, updated=())
+        self._name, self._forward = name, forward
+        self._lead: Choice | None = lead
+
+    def rest(self) -> None:
+        """Lead calls nowhere from now on."""
+        self._lead = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = None if self._lead is None else self._lead(self._name)
+        if run is None:
+            return self._forward(*args, **kwargs)
+        return run(self._name, self._forward, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forward:
+        return copy.deepcopy(self._forward, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (self._forward,)

@@ -13,10 +13,9 @@ for them, and are left alone.
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -24,6 +23,7 @@ import torch
 from torch import nn
 
 from gradflow.errors import OtherThreadError
+from gradflow.functional.model.layers import led
 from gradflow.functional.torch_private import in_reverse_pass, outside_transforms
 
 # NOTE [One run at a time]
@@ -104,28 +104,10 @@ def one_thread(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     Raises:
         OtherThreadError: at the end, if there was such a call.
     """
-    thread, missing = OneThread(), object()
-    swapped: list[tuple[nn.Module, Any]] = []
+    thread = OneThread()
 
-    def checked(name: str, module: nn.Module) -> Callable[..., Any]:
-        forward = module.forward
+    def check(name: str) -> None:
+        thread.check(name, type(modules[name]).__name__)
 
-        @functools.wraps(forward)
-        def checked_forward(*args: Any, **kwargs: Any) -> Any:
-            thread.check(name, type(module).__name__)
-            return forward(*args, **kwargs)
-
-        return checked_forward
-
-    with thread.insisted():
-        try:
-            for name, module in modules.items():
-                swapped.append((module, vars(module).get("forward", missing)))
-                vars(module)["forward"] = checked(name, module)
-            yield
-        finally:
-            for module, old in swapped:
-                if old is missing:
-                    vars(module).pop("forward", None)
-                else:
-                    vars(module)["forward"] = old
+    with thread.insisted(), led(modules, check):
+        yield

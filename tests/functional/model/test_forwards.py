@@ -1,4 +1,4 @@
-"""Taps sit where copies do not take them along, and are gone afterwards."""
+"""Calls are led past a function from where copies do not take it along, and nothing of it is left."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradflow as gf
+from gradflow.functional.model.layers import led
 from gradflow.functional.tap.asked import Asked
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.tapped import TappedModel
@@ -318,3 +319,32 @@ def test_what_a_run_learns_is_not_put_back_by_it(kind: str) -> None:
         assert [layer.name for layer in record] == ["", "out"]
         gradient = torch.autograd.grad(square(model(X)), model.held.weight)[0]
         assert record.parameter("held.weight").grad_norm[0] == pytest.approx(float(gradient.norm()))
+
+
+@pytest.mark.parametrize("kind", [k for k in COPIES if k not in ("pickle", "torch.save")])
+def test_copies_run_as_themselves_in_every_way_in(kind: str) -> None:
+    """`layer_gain` and attention run the model too, and lead calls of their own."""
+    torch.manual_seed(1)
+    model = Target(COPIES[kind])
+    before = snapshot(model)
+    outputs: list[Tensor] = []
+    model.head.register_forward_pre_hook(lambda module, args: outputs.append(args[0].detach().clone()))
+    expected = model(X) is not None and outputs.pop()
+    before = snapshot(model)
+    gain = gf.functional.layer_gain(model, "part", X, num_probes=4, seed=1)
+    assert torch.equal(outputs[0], expected)
+    assert difference(before, snapshot(model)) == ""
+    alone = gf.functional.layer_gain(nn.Sequential(model.part), "0", X, num_probes=4, seed=1)
+    assert gain.gain == pytest.approx(alone.gain)
+
+
+def test_a_tap_that_a_shallow_copy_took_along_rests_afterwards() -> None:
+    model, calls = nn.Sequential(nn.Identity()), []
+    model[0].forward = global_forward  # type: ignore[method-assign]
+
+    with led({"0": model[0]}, calls.append):
+        clone = copy.copy(model[0])
+        model(X)
+    assert torch.equal(clone(X), 3 * X)
+    assert calls == ["0"]
+    assert vars(model[0])["forward"] is global_forward
