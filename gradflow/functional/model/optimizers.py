@@ -122,12 +122,11 @@ def clip_gradients(gradients: Iterable[Tensor | None], max_norm: float) -> None:
 
     As `torch.nn.utils.clip_grad_norm_` does: by max_norm / (norm + 1e-6), where that is below 1.
     """
-    known = [gradient for gradient in gradients if gradient is not None]
+    known = [gradient.detach() for gradient in gradients if gradient is not None]
     if known:
-        norms = [torch.linalg.vector_norm(gradient.detach()).to(known[0].device) for gradient in known]
-        share = (max_norm / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+        share = (max_norm / (torch.nn.utils.get_total_norm(known) + 1e-6)).clamp(max=1.0)
         for gradient in known:
-            gradient.detach().mul_(share.to(gradient.device))
+            gradient.mul_(share.to(gradient.device))
 
 
 def update(
