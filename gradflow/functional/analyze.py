@@ -46,7 +46,8 @@ def analyze(
 
     Pure: the model, its buffers, `.grad`, modes, attributes, the optimizer and every random state are
     afterwards what they were, bit for bit, also when it raises. Each step draws one batch, calls the model
-    once and the loss once, in that order and never ahead. Threads that analyse wait for one another, and no
+    once and the loss once, in that order and never ahead; after the last step the loss is asked of two
+    guesses made of its outputs (`FlowRecord.knowledge`). Threads that analyse wait for one another, and no
     other thread may use the model meanwhile. An exception of the model or the loss is raised
     as it is, with a note that tells the step and the batch's shapes.
 
@@ -154,13 +155,15 @@ def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None,
             raise no_batches(batches)
         return None if batch is None else prepared(batch, device)
 
-    def evaluate(batch: Any, step: int) -> Any:
-        return objective.loss(invoke(model, objective.inputs(batch)), batch)
+    def forward(batch: Any, step: int) -> Any:
+        return invoke(model, objective.inputs(batch))
 
     def inputs_of(batch: Any) -> dict[str, Tensor]:
         return dict(named_tensors(objective.inputs(batch), "input"))
 
-    given = Given(model, _module(loss_fn), evaluate, inputs_of, _held(loss_fn))
+    given = Given(
+        model, _module(loss_fn), forward, objective.loss, inputs_of, _held(loss_fn), loss_fn is None
+    )
     with contextlib.closing(source):
         return measure(given, draw, attrs.evolve(plan, num_batches=source.length))
 
@@ -185,12 +188,16 @@ def analyzed_custom(
             "`lambda output: F.cross_entropy(output, y)`."
         )
 
-    def evaluate(batch: Any, step: int) -> Any:
-        return objective.loss(forward_fn(model, step), None)
+    def forward(batch: Any, step: int) -> Any:
+        return forward_fn(model, step)
 
-    return measure(
-        Given(model, _module(loss_fn), evaluate, lambda batch: {}, _held(loss_fn)), lambda step: (), plan
+    def loss_of(output: Any, batch: Any) -> Any:
+        return objective.loss(output, None)
+
+    given = Given(
+        model, _module(loss_fn), forward, loss_of, lambda batch: {}, _held(loss_fn), loss_fn is None
     )
+    return measure(given, lambda step: (), plan)
 
 
 def graph_of(

@@ -40,6 +40,7 @@ from gradflow.records.issues import (
     issue_type,
     type_place,
 )
+from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
 from gradflow.records.recurrent import (
@@ -82,6 +83,7 @@ __all__ = [
     "Issue",
     "IssueSeverity",
     "IssueType",
+    "KnowledgeRecord",
     "LayerRecord",
     "NodeRecord",
     "NumericalRecord",

@@ -21,6 +21,7 @@ from gradflow.records.fields import (
     to_tuple,
 )
 from gradflow.records.graph import GraphRecord
+from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.policy import PolicyRecord
 from gradflow.records.recurrent import RecurrenceRecord
@@ -92,6 +93,7 @@ class FlowRecord:
         policy: what `policy_heads()` measured of a policy; None without it.
         extras: what measurements of one's own measured, by name: numbers, texts, NumPy arrays, tuples and
             mappings of them, and attrs records; see `gradflow.register_record`.
+        knowledge: what the outputs of the last step are worth against guesses; None where it is not known.
     """
 
     format_version: ClassVar[int] = FORMAT_VERSION
@@ -110,6 +112,7 @@ class FlowRecord:
     recurrences: tuple[RecurrenceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     policy: PolicyRecord | None = None
     extras: Mapping[str, Any] = extras_field()
+    knowledge: KnowledgeRecord | None = None
 
     def __iter__(self) -> Iterator[LayerRecord]:
         return iter(self.layers)

@@ -17,6 +17,7 @@ from gradflow.functional.model.optimizers import clip_gradients, update
 from gradflow.functional.reverse.autograd_graph import entered
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.run.again import deepened, summed_exactly, traced
+from gradflow.functional.run.knowledge import knowledge
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.record import assembled, conclude
 from gradflow.functional.run.run import Run
@@ -34,7 +35,7 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
     """
     program, plan, history = run.program, run.plan, run.history
     request: Request | None = None
-    skipped = 0
+    skipped, output = 0, None
     for step in range(plan.steps):
         with program.state.swapped():  # closures that run the model see the parameters of this step
             batch = draw(step)
@@ -56,6 +57,7 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
         elif history.in_doubt:
             row = summed_exactly(run, request, row)
         history.keep(row)
+        output = outcome.output
         if outcome.structure is not None:
             outcome.structure.release()
         if optimizer is not None and step < plan.steps - 1:
@@ -67,7 +69,8 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
     conclude(run, skipped)
-    record = assembled(run)
+    known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
+    record = assembled(run, known)
     if plan.deepen is not None and request is not None and plan.detail == "cheap" and plan.deepen(record):
         return deepened(run, request, record)
     return record
@@ -88,6 +91,7 @@ def _request(run: Run, step: int, batch: Any) -> Request:
         full=plan.detail == "full" and fused,
         ranks=plan.is_end(step),
         listeners=run.sessions if look and fused else (),
+        keep_output=fused and not run.program.given.own_loss and plan.is_last(step),
     )
 
 
@@ -216,7 +220,7 @@ def _update(run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, reques
 
     def again() -> Tensor:
         with state.swapped():
-            loss = evaluated(given, request)
+            loss, _ = evaluated(given, request)
             gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
         for name, gradient in clipped(dict(zip(trainable, gradients, strict=True))).items():
             trainable[name].grad = gradient

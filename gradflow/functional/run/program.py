@@ -34,16 +34,20 @@ class Given:
     Args:
         model: the model.
         loss_module: the loss, if it is a module with a state of its own.
-        evaluate: batch, step → loss, calling the user's model and loss once each.
+        forward: batch, step → the model's output, calling the user's model once.
+        loss_of: output, batch → the user's loss of it, which is called once.
         inputs_of: batch → the model's input tensors by name.
-        functions: of the user's that `evaluate` calls.
+        functions: of the user's that `loss_of` calls.
+        own_loss: whether the output holds the loss already, since the model computes it.
     """
 
     model: nn.Module
     loss_module: nn.Module | None
-    evaluate: Callable[[Any, int], Any]
+    forward: Callable[[Any, int], Any]
+    loss_of: Callable[[Any, Any], Any]
     inputs_of: Callable[[Any], Tensors]
     functions: tuple[Any, ...] = ()
+    own_loss: bool = False
 
     @property
     def modules(self) -> list[nn.Module]:

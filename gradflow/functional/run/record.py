@@ -15,7 +15,7 @@ from gradflow.functional.model.supported import standing_notes
 from gradflow.functional.run.assembly import activation_records, layer_records, parameter_records
 from gradflow.functional.run.history import series
 from gradflow.functional.run.run import Run
-from gradflow.records import FlowRecord, Provenance
+from gradflow.records import FlowRecord, KnowledgeRecord, Provenance
 
 
 def conclude(run: Run, skipped: int) -> None:
@@ -52,7 +52,7 @@ def conclude(run: Run, skipped: int) -> None:
     run.graph.conclude(arrived, {name for name, call in history.calls.items() if call.module in unprobed})
 
 
-def assembled(run: Run) -> FlowRecord:
+def assembled(run: Run, knowledge: KnowledgeRecord | None) -> FlowRecord:
     """Return the record of a run."""
     modules, parameters = run.program.taps.modules, run.program.state.parameters
     plan, history = run.plan, run.history
@@ -84,6 +84,7 @@ def assembled(run: Run) -> FlowRecord:
         graph_record=run.graph.record(),
         provenance=_provenance(run, found.notes),
         extras=found.extras,
+        knowledge=knowledge,
         **found.fields,
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradflow.errors import GradflowError
 from gradflow.functional.model.batches import checked_loss
 from gradflow.functional.model.state import Tensors
-from gradflow.functional.model.trees import shapes
+from gradflow.functional.model.trees import map_tensors, shapes
 from gradflow.functional.reverse.autograd_graph import Structure, build
 from gradflow.functional.reverse.reverse import ReentrantCheckpoint
 from gradflow.functional.run.program import Before, Given, Program
@@ -42,6 +42,7 @@ class Request:
         ranks: and, of every layer, the effective rank of its output gradient.
         listeners: told of what happens in the step (fused only).
         inspect: called with the loss and the graph between the forward and the reverse pass (fused only).
+        keep_output: keep the model's output in the outcome (fused only).
     """
 
     batch: Any
@@ -55,6 +56,7 @@ class Request:
     ranks: bool = False
     listeners: tuple[Listener, ...] = ()
     inspect: Callable[[Tensor, Structure | None], None] | None = None
+    keep_output: bool = False
 
 
 @attrs.frozen(eq=False)
@@ -65,6 +67,7 @@ class Outcome:
     gradients: Gradients
     recorder: Recorder
     structure: Structure | None = None
+    output: Any = None  # the model's, detached, where it was asked for
 
 
 def run_step(program: Program, request: Request) -> Outcome:
@@ -101,8 +104,8 @@ def _asked(program: Program, request: Request, slots: list[Tensor] | None = None
     )
 
 
-def evaluated(given: Given, request: Request, recorder: Recorder | None = None) -> Tensor:
-    """Call model and loss once, and return the loss.
+def evaluated(given: Given, request: Request, recorder: Recorder | None = None) -> tuple[Tensor, Any]:
+    """Call model and loss once, and return the loss, and the output where it is to be kept.
 
     An exception of the user's code keeps its type and gets a note with the step and the batch's shapes.
 
@@ -114,9 +117,9 @@ def evaluated(given: Given, request: Request, recorder: Recorder | None = None) 
     batch, step = request.batch, request.step
     try:
         if recorder is None or not recorder.asked.watched:
-            return checked_loss(given.evaluate(batch, step))
+            return _called(given, request)
         with Watch(recorder):
-            return checked_loss(given.evaluate(batch, step))
+            return _called(given, request)
     except (NeedsRetry, GradflowError):
         raise
     except Exception as error:
@@ -126,6 +129,12 @@ def evaluated(given: Given, request: Request, recorder: Recorder | None = None) 
         raise
 
 
+def _called(given: Given, request: Request) -> tuple[Tensor, Any]:
+    output = given.forward(request.batch, request.step)
+    kept = map_tensors(Tensor.detach, output) if request.keep_output else None
+    return checked_loss(given.loss_of(output, request.batch)), kept
+
+
 def _fused_step(program: Program, request: Request) -> Outcome:
     given, state, learned = program.given, program.state, program.learned
     recorder = Recorder(program.taps, _asked(program, request))
@@ -133,7 +142,7 @@ def _fused_step(program: Program, request: Request) -> Outcome:
     with program.taps.heard_by(recorder), state.swapped():
         for listener in request.listeners:
             listener.begin(request.step, recorder)
-        loss = evaluated(given, request, recorder)
+        loss, output = evaluated(given, request, recorder)
         recorder.check_aliases()
         state.keep_buffers()
         learned.saw_buffers_change(
@@ -159,7 +168,7 @@ def _fused_step(program: Program, request: Request) -> Outcome:
         for listener in request.listeners:
             listener.differentiate(loss)
         gradients = _reverse(program, request, recorder, loss, structure)
-    return Outcome(loss.detach(), gradients, recorder, structure)
+    return Outcome(loss.detach(), gradients, recorder, structure, output)
 
 
 def _reverse(
@@ -191,7 +200,7 @@ def _vjp_step(program: Program, request: Request) -> Outcome:
         trainable = {name: arrival(p, arrived[name]) for name, p in trainable.items()}
         buffers = {name: b.clone() for name, b in state.buffers.items()}
         with program.taps.heard_by(recorder), state.swapped({**trainable, **buffers}):
-            loss = evaluated(program.given, request, recorder)
+            loss, _ = evaluated(program.given, request, recorder)
             current = state.current(buffers)
         return loss, ([observation.value for observation in recorder.observations], current)
 

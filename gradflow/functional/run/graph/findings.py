@@ -8,7 +8,7 @@ import attrs
 
 from gradflow.functional.reverse.autograd_graph import Structure, bypassed, capturable
 from gradflow.functional.reverse.dataflow import DataFlow
-from gradflow.functional.run.graph_record import Cut, HostFlows, cuts, graph_record, read_flows
+from gradflow.functional.run.graph.record import Cut, HostFlows, cuts, graph_record, read_flows
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import Call
 from gradflow.records import GraphRecord

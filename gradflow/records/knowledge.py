@@ -1,0 +1,46 @@
+"""What a model's outputs are worth: their loss against that of guesses made of the very same outputs."""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+
+from gradflow.records.fields import NAN, float_field
+
+
+@attrs.frozen(kw_only=True)
+class KnowledgeRecord:
+    """The loss of a batch's outputs, and of what they would be without knowledge of the inputs.
+
+    A loss near `shuffled` is that of a model which guesses: its outputs fit other samples as well as their
+    own. A small part of it is that of one which knows. A gradient that is gone, or an output that is sure,
+    means one thing in the former and another in the latter. All are taken at the end of the run, without
+    gradients, from one forward pass.
+
+    Args:
+        step: the step whose outputs they are.
+        loss: of the outputs as they are.
+        shuffled: of the same outputs, each given to another sample.
+        averaged: of their mean over the samples, given to all of them.
+        num_samples: number of rows that were shuffled.
+    """
+
+    step: int
+    loss: float = float_field(NAN)
+    shuffled: float = float_field(NAN)
+    averaged: float = float_field(NAN)
+    num_samples: int = 0
+
+    @property
+    def ignorance(self) -> float:
+        """The smaller of the losses of both guesses: what it costs to know nothing of the inputs."""
+        known = [x for x in (self.shuffled, self.averaged) if math.isfinite(x)]
+        return min(known, default=NAN)
+
+    @property
+    def share_left(self) -> float:
+        """`loss` over `shuffled`: 1 guesses, 0 knows; NaN where the losses are not positive."""
+        if self.loss >= 0 and self.shuffled > 0 and math.isfinite(self.shuffled):
+            return self.loss / self.shuffled
+        return NAN
