@@ -6,7 +6,7 @@ import math
 
 import attrs
 
-from gradflow.records.fields import NAN, float_field
+from gradflow.records.fields import NAN, float_field, to_floats, to_tuple
 
 
 @attrs.frozen(kw_only=True)
@@ -23,14 +23,21 @@ class KnowledgeRecord:
         loss: of the outputs as they are.
         shuffled: of the same outputs, each given to another sample.
         averaged: of their mean over the samples, given to all of them.
+        silent: of zeros in their place. For a cross entropy over k classes that is ln k.
         num_samples: number of rows that were shuffled.
+        variations: of every floating-point output that has such rows, ‖Y − mean row‖_F / ‖Y‖_F: 0 where it is
+            the same for all of them.
+        shapes: theirs, in the same order.
     """
 
     step: int
     loss: float = float_field(NAN)
     shuffled: float = float_field(NAN)
     averaged: float = float_field(NAN)
+    silent: float = float_field(NAN)
     num_samples: int = 0
+    variations: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
+    shapes: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
 
     @property
     def ignorance(self) -> float:

@@ -1,21 +1,24 @@
 """What the last outputs of a run are worth: the loss is asked once more, of guesses made of them.
 
 NOTE [Guesses]
-A guess has everything of an output but the knowledge which sample it belongs to. `shuffled` gives each sample
-the output of another one, so it is as sure, as large and as varied as the model is; `averaged` gives all
-the mean. Several outputs (two views, an image and its text) are shuffled each in its own way. The rows are
-samples where there are enough of them, else samples and positions together. The order is drawn from a
-generator of its own, so that no random state of the user's moves. A loss that needs the graph of its outputs
-(a gradient penalty, a residual of a differential equation) cannot be asked, nor one that the model computes.
+A guess has everything of an output but the knowledge which sample it belongs to. `shuffled` gives each
+sample the output of another one, so it is as sure, as large and as varied as the model is; `averaged` gives
+all the mean; `silent` gives zeros. Several outputs (two views, an image and its text) are shuffled each in
+its own way. The rows are samples where there are enough of them, else samples and positions together. The
+order is drawn from a generator of its own, so that no random state of the user's moves. A loss that needs the
+graph of its outputs (a gradient penalty, a residual of a differential equation) cannot be asked, nor one that
+the model computes.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -38,55 +41,86 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         output: the model's, detached; None if it was not kept.
         loss: of the step.
     """
-    rows = _rows(output)
-    if rows is None or rows[1] < 2:
+    rows = _Rows.of(output)
+    if rows is None or rows.number < 2:
         return None
-    axes, number = rows
-    generator = torch.Generator().manual_seed(number)
+    generator = torch.Generator().manual_seed(rows.number)
 
-    def shuffled(position: int, tensor: Tensor) -> Tensor:
-        return _by_rows(tensor, axes, number, lambda flat: flat[_derangement(number, generator, flat.device)])
+    def shuffled(flat: Tensor) -> Tensor:
+        return flat[_derangement(rows.number, generator).to(flat.device)]
 
-    def averaged(position: int, tensor: Tensor) -> Tensor:
-        return _by_rows(tensor, axes, number, lambda flat: flat.mean(0, keepdim=True).expand_as(flat))
+    def averaged(flat: Tensor) -> Tensor:
+        return flat.mean(0, keepdim=True).expand_as(flat)
 
-    def loss_of(change: Callable[[int, Tensor], Tensor]) -> float:
+    def loss_of(change: Callable[[Tensor], Tensor]) -> float:
         with Before.of(program).again(program):
-            return float(given.loss_of(map_floats(change, private_copy(Tensor.clone, output)), request.batch))
+            guess = map_floats(lambda _, tensor: rows.changed(tensor, change), private_copy(_own, output))
+            return float(given.loss_of(guess, request.batch))
 
     given, held = program.given, ModuleState(program.given.modules, program.given.functions)
     try:
         with torch.no_grad(), program.state.swapped(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            guessed, level = loss_of(shuffled), loss_of(averaged)
+            guesses = [loss_of(change) for change in (shuffled, averaged, torch.zeros_like)]
     except Exception as error:  # a loss that takes nothing but the model's own outputs
         _LOG.debug("the loss cannot be asked of guesses: %r", error)
         return None
     finally:
         held.restore()
-    return KnowledgeRecord(step=request.step, loss=loss, shuffled=guessed, averaged=level, num_samples=number)
+    parts = [t for t in iter_tensors(output) if t.dtype.is_floating_point and rows.fit(t)]
+    return KnowledgeRecord(
+        step=request.step,
+        loss=loss,
+        shuffled=guesses[0],
+        averaged=guesses[1],
+        silent=guesses[2],
+        num_samples=rows.number,
+        shapes=[tuple(part.shape) for part in parts],
+        variations=[_variation(part.reshape(rows.number, -1)) for part in parts],
+    )
 
 
-def _rows(output: Any) -> tuple[int, int] | None:
-    """Return over how many leading axes rows run, and their number; None where there are no outputs."""
-    first = next((t for t in iter_tensors(output) if t.dtype.is_floating_point and t.dim()), None)
-    if first is None:
-        return None
-    if first.shape[0] < _FEW and first.dim() == 3:
-        return 2, first.shape[0] * first.shape[1]
-    return 1, first.shape[0]
+@attrs.frozen
+class _Rows:
+    """What the rows of an output are: over how many leading axes they run, and their number."""
+
+    axes: int
+    number: int
+
+    @classmethod
+    def of(cls, output: Any) -> _Rows | None:
+        """Return the rows of an output; None where it holds no floating-point tensor with any."""
+        first = next((t for t in iter_tensors(output) if t.dtype.is_floating_point and t.dim()), None)
+        if first is None:
+            return None
+        axes = 2 if first.shape[0] < _FEW and first.dim() == 3 else 1
+        return cls(axes, first.shape[:axes].numel())
+
+    def fit(self, tensor: Tensor) -> bool:
+        """Whether a tensor has these rows; an auxiliary scalar has not."""
+        return tensor.dim() >= self.axes and tensor.shape[: self.axes].numel() == self.number
+
+    def changed(self, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return a tensor with its rows changed, or as it is where it has others."""
+        if not self.fit(tensor):
+            return tensor
+        return change(tensor.reshape(self.number, *tensor.shape[self.axes :])).reshape(tensor.shape)
 
 
-def _by_rows(tensor: Tensor, axes: int, number: int, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return a tensor changed row by row, or as it is if its rows are others (an auxiliary scalar)."""
-    if tensor.dim() < axes or tensor.shape[:axes].numel() != number:
-        return tensor
-    return change(tensor.reshape(number, *tensor.shape[axes:])).reshape(tensor.shape)
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.clone()
 
 
-def _derangement(number: int, generator: torch.Generator, device: torch.device) -> Tensor:
+def _variation(rows: Tensor) -> float:
+    """The part of a matrix (rows × features) that differs between its rows; NaN where it is zero."""
+    wide = rows.double()
+    size = float(wide.norm())
+    return float((wide - wide.mean(0)).norm()) / size if size > 0 else math.nan
+
+
+def _derangement(number: int, generator: torch.Generator) -> Tensor:
     """Return an order in which no row keeps its place: along a random ring, each takes the next one's."""
     ring = torch.randperm(number, generator=generator)
     order = torch.empty_like(ring)
     order[ring] = ring.roll(1)
-    return order.to(device)
+    return order

@@ -25,7 +25,10 @@ def test_two_samples_are_swapped_and_averaged() -> None:
     assert found.loss == pytest.approx(F.mse_loss(out, y).item(), rel=1e-5)
     assert found.shuffled == pytest.approx(F.mse_loss(out.flip(0), y).item(), rel=1e-5)
     assert found.averaged == pytest.approx(F.mse_loss(out.mean(0).expand(2, 1), y).item(), rel=1e-5)
-    assert (found.step, found.num_samples) == (1, 2)
+    assert found.silent == pytest.approx(8.0)
+    assert (found.step, found.num_samples, found.shapes) == (1, 2, ((2, 1),))
+    naive = float((out - out.mean(0)).norm() / out.norm())
+    assert found.variations == pytest.approx((naive,), rel=1e-5)
 
 
 @pytest.mark.parametrize("number", [3, 8, 50])
@@ -53,6 +56,7 @@ def test_a_constant_output_guesses_at_the_price_of_ignorance() -> None:
     nn.init.zeros_(model.bias)
     found = known(model, (x, y), nn.CrossEntropyLoss())
     assert found.shuffled == pytest.approx(math.log(5), rel=1e-6)
+    assert found.silent == pytest.approx(math.log(5), rel=1e-6)
     assert found.ignorance == pytest.approx(math.log(5), rel=1e-6)
     assert found.share_left == pytest.approx(1.0, rel=1e-6)
 
