@@ -309,3 +309,25 @@ def total_gradient(record: FlowRecord) -> Floats:
     with np.errstate(over="ignore", invalid="ignore"):
         total = np.sqrt(np.nansum(np.square(norms), axis=0))
     return np.where(np.isfinite(norms).any(axis=0), total, np.nan)
+
+
+def guesses(record: FlowRecord, least: float = 0.9) -> bool:
+    """Whether the last outputs fit other samples as well as their own, so that the model knows nothing yet.
+
+    False where that is not known; see `KnowledgeRecord`.
+    """
+    known = record.knowledge
+    if known is None:
+        return False
+    if known.share_left == known.share_left:
+        return known.share_left >= least
+    return math.isfinite(known.shuffled) and known.shuffled - known.loss <= (1 - least) * abs(known.shuffled)
+
+
+def knows(record: FlowRecord, most: float = 0.2) -> bool:
+    """Whether the last outputs fit their own samples far better than any others: the model has learned.
+
+    False where that is not known; see `KnowledgeRecord`. Healthy trained models come to 0.1 and less, those
+    that went bad have 0.3 and more left.
+    """
+    return record.knowledge is not None and record.knowledge.share_left <= most

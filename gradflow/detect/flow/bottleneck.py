@@ -10,6 +10,7 @@ import numpy as np
 
 from gradflow.detect.actions import narrow_actions, rectified_actions, smoothing_actions
 from gradflow.detect.evidence import RECTIFIERS, activations_of, heads, kept_at_least, late, middle, shares
+from gradflow.detect.flow.ends import collapsed
 from gradflow.detect.view import Flow, flow_of
 from gradflow.graph.queries.dominators import immediate_dominators
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
@@ -24,6 +25,7 @@ def bottleneck(
     lost_samples: float = 0.02,
     alike: float = 1e-2,
     alike_fall: float = 30.0,
+    collapse: float = 0.03,
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of places that let too little through.
 
@@ -55,6 +57,8 @@ def bottleneck(
         lost_samples: share of samples that a rectified waist stops altogether. Each of its units is off for
             half of the samples: a waist of 8 stops less than half a percent, one of 4 a sixteenth.
         alike: variation between rows below which they are alike: what is left is a percent of the signal.
+        collapse: variation between samples below which two outputs that the loss compares have collapsed,
+            where the model guesses.
         alike_fall: by how much the variation must have fallen on the way, from at least as many times
             `alike`.
     """
@@ -66,7 +70,8 @@ def bottleneck(
         passages = _passages(flow)
         waists = _waists(flow, passages, ratio)
         narrow = _narrow(flow, waists, rank_excess, lost_samples)
-        return [*narrow, *_smoothing(flow, passages, alike, alike_fall)]
+        smooth = _smoothing(flow, passages, alike, alike_fall)
+        return [*narrow, *(smooth or collapsed(flow, collapse))]
 
     return detector
 

@@ -22,14 +22,15 @@ from gradflow.detect.evidence import (
     shares,
     total_gradient,
 )
+from gradflow.detect.flow.ends import loud_heads, off_scale_of
 from gradflow.detect.flow.recurrent_weights import memory
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name
-from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 
 def exploding(
-    threshold: float = 10.0, *, dominance: float = 100.0, off_scale: float = 30.0
+    threshold: float = 10.0, *, dominance: float = 100.0, off_scale: float = 30.0, loud: float = 3.0
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of gradients that grow on their way back from the loss.
 
@@ -60,6 +61,8 @@ def exploding(
             targets' scale. A regression that starts from zero-mean outputs and targets of the same size has
             about 1 to 5. Squared, from which far targets explain a run that blows up: a few hundred are
             common, and most optimizers cope.
+        loud: how many times what zeros cost the first cross entropy must be. Scores of variance one cost a
+            tenth more; three times takes scores that are sure of wrong classes.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
@@ -70,7 +73,8 @@ def exploding(
             issues = _dominating_heads(flow, dominance, off_scale)
         far = _far_targets(flow, off_scale)
         grown = [issue for issue in issues if not any(issue.layer == other.layer for other in far)]
-        return [*grown, *far, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
+        scores = [] if grown or far else loud_heads(flow, loud)
+        return [*grown, *far, *scores, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
 
     return detector
 
@@ -307,7 +311,7 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
     rival = max(rivals, key=lambda node: (strength[node], node))
     ratio = strength[strongest] / strength[rival]
     layer = flow.layers[strongest]
-    off = middle(_off_scale(flow, strongest))
+    off = middle(off_scale_of(flow, strongest))
     if not (ratio >= dominance and off >= off_scale):
         return []
     return [
@@ -327,14 +331,6 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
     ]
 
 
-def _off_scale(flow: Flow, node: str) -> Floats:
-    """|loss| / (‖gradient‖ ‖output‖) of a head, shape (steps,): for a squared error half of error/output."""
-    layer = flow.layers[node]
-    size = layer.output_rms * np.sqrt(np.maximum(layer.num_elements, 1))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return np.abs(flow.record.losses) / (flow.grad[node] * size)
-
-
 def _far_targets(flow: Flow, off_scale: float) -> list[Issue]:
     """A head whose targets are so far from its outputs that the first steps blow it up.
 
@@ -346,7 +342,7 @@ def _far_targets(flow: Flow, off_scale: float) -> list[Issue]:
         return []
     blown = np.any(~np.isfinite(record.losses)) or np.nanmax(norms) >= 1e3 * norms[0]
     head = max(ends, key=lambda node: (np.nan_to_num(flow.grad[node][0]), node))
-    off = float(_off_scale(flow, head)[0])
+    off = float(off_scale_of(flow, head)[0])
     if not blown or not off_scale**2 <= off < math.inf:
         return []
     layer = flow.layers[head]

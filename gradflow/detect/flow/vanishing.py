@@ -9,6 +9,7 @@ import attrs
 
 from gradflow.detect.actions import forgetful_actions, vanishing_actions
 from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
+from gradflow.detect.flow.ends import unheard
 from gradflow.detect.flow.falls import falls_of, known
 from gradflow.detect.flow.recurrent_weights import memory
 from gradflow.detect.flow.zeros import zeros_of
@@ -19,7 +20,12 @@ _SHAPES = ("view", "reshape", "expand", "transpose", "permute", "squeeze", "clon
 
 
 def vanishing(
-    threshold: float = 1e-6, *, share: float = 1e-3, local_share: float = 0.5, bypass: float = 100.0
+    threshold: float = 1e-6,
+    *,
+    share: float = 1e-3,
+    local_share: float = 0.5,
+    bypass: float = 100.0,
+    leverage: float = 1e-4,
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of gradients that are lost between the loss and a layer.
 
@@ -56,6 +62,9 @@ def vanishing(
         bypass: how many times more than a layer one further upstream must get for the layer to be on a
             branch that others do not depend on. A branch of one or two layers, or one that loses its
             gradient at one place (a gate), is then no illness; a long one that loses it layer by layer is.
+        leverage: part of the loss that the last outputs can change by changing as much as they are large,
+            below which the loss does not hear them, where the model guesses: then what stands between the
+            last layer and the loss is measured, and told if it keeps less than `share`.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
@@ -66,7 +75,8 @@ def vanishing(
         starved = _starved(against, plain, gone, threshold, share, local_share)
         fed = _best_upstream(flow, against)
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
-        return [*_issues(flow, plain, starved, fed), *_forgetful(flow, threshold)]
+        found = [*_issues(flow, plain, starved, fed), *_forgetful(flow, threshold)]
+        return [*found, *unheard(flow, leverage, share)]
 
     return detector
 

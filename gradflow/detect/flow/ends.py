@@ -1,0 +1,218 @@
+"""Between the last layers and the loss: outputs too loud for it, outputs it does not hear, outputs all alike.
+
+What the layers before do is told by the detectors of each type, which call these.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gradflow.detect.actions import alike_actions, loud_actions, unheard_actions
+from gradflow.detect.evidence import early, guesses, heads, late, loss_fell, row_gain
+from gradflow.detect.view import Flow
+from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, Role
+
+
+def off_scale_of(flow: Flow, node: str) -> Floats:
+    """Return |loss| / (‖gradient‖ ‖output‖) of a head, shape (steps,).
+
+    For a squared error that is half of error / output. Its inverse is the part of the loss that the outputs could change, to first order, by changing as much as
+    they are large.
+    """
+    layer = flow.layers[node]
+    size = layer.output_rms * np.sqrt(np.maximum(layer.num_elements, 1))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        return np.abs(flow.record.losses) / (flow.grad[node] * size)
+
+
+# ------------------------------------------------------------------------------------- too loud
+
+
+def loud_heads(flow: Flow, above: float) -> list[Issue]:
+    """Heads whose scores are so large at the start that their cross entropy is far above that of silence.
+
+    Zeros for all classes cost ln k, or what the loss makes of it (a sum, weights). At the usual scale of
+    initialisation the scores have a variance of about one, and cost half a unit more.
+
+    Args:
+        flow: the record along its wiring.
+        above: how many times the cost of zeros the first loss must be.
+    """
+    known, losses = flow.record.knowledge, flow.record.losses
+    if known is None or not len(losses) or not 0 < known.silent < math.inf:
+        return []
+    over = float(losses[0]) / known.silent
+    if not above <= over < math.inf:
+        return []
+    found = []
+    for node in heads(flow):
+        layer, ops = flow.layers[node], flow.wiring.ops_after(node)
+        size = float(layer.output_rms[0])
+        if "nll_loss" not in ops or not flow.trainable(node) or not size >= 3.0:
+            continue
+        gain = row_gain(flow, node, at=lambda norms: float(norms[0]))
+        found.append(
+            Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.EXPLODING,
+                severity=IssueSeverity.HIGH if over >= 2 * above else IssueSeverity.MEDIUM,
+                description=f"The first loss is {over:.3g} times what it costs to know nothing "
+                f"({losses[0]:.3g}; scores of zero cost {known.silent:.3g}): its scores have rms {size:.3g}, "
+                "so the model is sure before it has learned anything, and of the wrong classes. The rms of "
+                f"its rows is {gain:.3g}; a usual initialisation has 0.6 to 1.4.",
+                magnitude=over,
+                recommended_actions=loud_actions(layer.name, size, gain),
+                metrics={
+                    "over_silence": over,
+                    "silent_loss": known.silent,
+                    "output_rms": size,
+                    "row_gain": gain,
+                },
+                evidence=Evidence(growth=over),
+            )
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------- not heard
+
+
+def unheard(flow: Flow, leverage: float, kept: float) -> list[Issue]:
+    """Heads of a model that guesses, whose outputs the loss hardly depends on since operations behind them
+    hand back next to nothing.
+
+    Undecided (INFO) until the flow through those operations has been measured.
+
+    Args:
+        flow: the record along its wiring.
+        leverage: largest part of the loss that the outputs can change by changing as much as they are large.
+        kept: largest part of the gradient that the operations keep.
+    """
+    ends = heads(flow)
+    moved = [1.0 / late(off_scale_of(flow, node)) for node in ends if late(off_scale_of(flow, node)) > 0]
+    if not moved or len(moved) < len(ends) or not max(moved) < leverage:
+        return []
+    if not guesses(flow.record) or loss_fell(flow.record):
+        return []
+    measured = flow.record.graph_record is not None and flow.record.graph_record.measured
+    found = []
+    for node, part in zip(ends, moved, strict=True):
+        share, op = _kept_behind(flow, node) if measured else (math.nan, "")
+        if measured and not share < kept:
+            continue
+        found.append(_unheard_issue(flow, node, part, share, op))
+    return found
+
+
+def _kept_behind(flow: Flow, node: str) -> tuple[float, str]:
+    """The part of the gradient that the operations between a layer and the loss hand on to it, and the node
+    of the one that keeps least. Those that give one number form the loss, and are left out."""
+    wires, least, op, at, seen = flow.wiring, math.inf, "", node, {node}
+    total = 1.0
+    while behind := [s for s in wires.succs.get(at, ()) if s not in seen and wires.nodes[s].kind == "op"]:
+        following = max(behind, key=lambda s: (_known(wires.nodes[s].input_grad_norm), s))
+        seen.add(following)
+        here = wires.nodes[following]
+        if here.num_elements <= 1:
+            break
+        arrives, hands = _known(here.grad_norm), _known(here.input_grad_norm)
+        if arrives > 0:
+            total *= min(hands / arrives, 1.0)
+            if hands / arrives < least:
+                least, op = hands / arrives, following
+        at = following
+    return total, op
+
+
+def _known(values: Floats) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if len(finite) else 0.0
+
+
+def _unheard_issue(flow: Flow, node: str, part: float, share: float, op: str) -> Issue:
+    layer, wires = flow.layers[node], flow.wiring
+    decided = math.isfinite(share)
+    name = wires.nodes[op].type if op else ""
+    others = [s for s in wires.sources.get(op, ()) if wires.nodes[s].kind == "input"]
+    by = f" by {' and '.join(others)}, which comes from the batch" if others else ""
+    between = (
+        f" The operations behind it hand back {share:.1e} of the gradient that reaches them; most is lost in "
+        f"`{name}`{by}."
+        if decided
+        else ""
+    )
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.VANISHING,
+        severity=(IssueSeverity.HIGH if decided else IssueSeverity.INFO),
+        description=f"The loss hardly depends on its output: if that changed by as much as it is large, the "
+        f"loss would change by {part:.1e} of itself, and the model guesses.{between}",
+        magnitude=share if decided else part,
+        recommended_actions=unheard_actions(layer.name, name, others),
+        metrics={"leverage": part, "kept_behind": share, "op": op},
+        evidence=Evidence(roles=Role.ABSORBING if decided else (), op=op, undecided=not decided),
+    )
+
+
+# ------------------------------------------------------------------------------------- all alike
+
+
+def collapsed(flow: Flow, alike: float) -> list[Issue]:
+    """Two outputs that are compared with each other and are the same for all samples: a collapsed embedding.
+
+    Where a model makes its own targets (two views, a teacher), giving the same for every input meets the loss
+    and teaches nothing. Seen in the outputs of the last step, and in the first step's layers already; where
+    the variation rises within the run, the model is about to learn.
+
+    Args:
+        flow: the record along its wiring.
+        alike: largest part of the outputs that differs between samples.
+    """
+    known = flow.record.knowledge
+    if known is None or not guesses(flow.record):
+        return []
+    same = [v for s, v in zip(known.shapes, known.variations, strict=True) if known.shapes.count(s) >= 2]
+    if len(same) < 2 or not max(same) < alike:
+        return []
+    lost = _first_alike(flow, alike)
+    if lost is None:
+        return []
+    layer, before = flow.layers[lost[0]], lost[1]
+    now, first = late(layer.output_variation), early(layer.output_variation)
+    if now > 1.5 * first:
+        return []
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.BOTTLENECK,
+            severity=IssueSeverity.HIGH,
+            description=f"What comes out is the same for all samples: only {now:.1e} of its output differs "
+            f"between them, after {before:.2g} before, and {max(same):.1e} of the outputs that the loss "
+            "compares. Given the outputs of other samples, the loss is the same: it is met without telling "
+            "one input from another.",
+            magnitude=now,
+            recommended_actions=alike_actions(layer.name),
+            metrics={"variation": now, "variation_before": before, "share_left": known.share_left},
+        )
+    ]
+
+
+def _first_alike(flow: Flow, alike: float) -> tuple[str, float] | None:
+    """The first layer whose rows are alike, and the largest variation upstream, ten times as much or more."""
+    most: dict[str, float] = {}
+    for node in flow.wiring.order:
+        preds = flow.wiring.preds[node]
+        most[node] = max((most[p] for p in preds), default=0.0)
+        layer = flow.layers.get(node)
+        here = late(layer.output_variation) if layer is not None else math.nan
+        if not math.isfinite(here):
+            continue
+        if here < alike and most[node] > 10 * alike and layer is not None and not layer.composite:
+            return node, most[node]
+        most[node] = max(most[node], here)
+    return None
