@@ -6,7 +6,6 @@ Each function returns the sentences for one situation, the most likely cure firs
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from gradflow.detect.evidence import activations_of, late, row_gain
 from gradflow.detect.view import Flow
@@ -362,40 +361,4 @@ def smoothing_actions(layer: str, times: int) -> Actions:
         f"Add skip connections round the mixing before {layer}, so that each row keeps what is its own.",
         f"Mix less often: it is done {times} times; two to four are usual in graph networks.",
         "Or normalise the differences between rows (PairNorm), or drop edges at random.",
-    )
-
-
-def loud_actions(layer: str, size: float, gain: float) -> Actions:
-    """For a head whose scores start far too large."""
-    first = (
-        f"Draw the weights of {layer} at their usual scale, so that scores start with rms 1, not {size:.2g} "
-        f"(nn.init.normal_({layer}.weight, std={layer}.in_features ** -0.5))."
-        if not gain < 3.0
-        else f"Normalise what enters {layer} (a LayerNorm before it): its weights are of a usual size, and "
-        f"its scores have rms {size:.2g}."
-    )
-    return (first, f"Or divide its scores by a constant, {size:.2g}, before the loss.")
-
-
-def unheard_actions(layer: str, op: str, others: Sequence[str]) -> Actions:
-    """For outputs that the loss hardly depends on."""
-    what = f"`{op}`" if op else "what stands"
-    by = (
-        f" Look at {' and '.join(others)}: a scale taken from the batch may be next to zero there."
-        if others
-        else ""
-    )
-    return (
-        f"Check {what} between {layer} and the loss: it multiplies the output by next to nothing.{by}",
-        "Take the loss before that operation, or guard its factor from below: scale.clamp_min(eps).",
-    )
-
-
-def alike_actions(layer: str) -> Actions:
-    """For two outputs that are compared with each other and are the same for all samples."""
-    return (
-        "Stop the gradient on the side that makes the target (target.detach(), a slow teacher), and give the "
-        "other side a predictor of its own.",
-        "Or add a term that keeps samples apart: variance and covariance (VICReg), or negatives (InfoNCE).",
-        f"Start {layer} anew: an embedding that has collapsed does not come back by itself.",
     )

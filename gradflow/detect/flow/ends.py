@@ -6,10 +6,11 @@ What the layers before do is told by the detectors of each type, which call thes
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from gradflow.detect.actions import alike_actions, loud_actions, unheard_actions
+from gradflow.detect.actions import Actions
 from gradflow.detect.evidence import early, guesses, heads, late, loss_fell, row_gain
 from gradflow.detect.view import Flow
 from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, Role
@@ -18,8 +19,8 @@ from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, 
 def off_scale_of(flow: Flow, node: str) -> Floats:
     """Return |loss| / (‖gradient‖ ‖output‖) of a head, shape (steps,).
 
-    For a squared error that is half of error / output. Its inverse is the part of the loss that the outputs could change, to first order, by changing as much as
-    they are large.
+    For a squared error that is half of error / output. Its inverse is the part of the loss that the
+    outputs could change, to first order, by changing as much as they are large.
     """
     layer = flow.layers[node]
     size = layer.output_rms * np.sqrt(np.maximum(layer.num_elements, 1))
@@ -64,7 +65,7 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
                 "so the model is sure before it has learned anything, and of the wrong classes. The rms of "
                 f"its rows is {gain:.3g}; a usual initialisation has 0.6 to 1.4.",
                 magnitude=over,
-                recommended_actions=loud_actions(layer.name, size, gain),
+                recommended_actions=_loud_actions(layer.name, size, gain),
                 metrics={
                     "over_silence": over,
                     "silent_loss": known.silent,
@@ -152,7 +153,7 @@ def _unheard_issue(flow: Flow, node: str, part: float, share: float, op: str) ->
         description=f"The loss hardly depends on its output: if that changed by as much as it is large, the "
         f"loss would change by {part:.1e} of itself, and the model guesses.{between}",
         magnitude=share if decided else part,
-        recommended_actions=unheard_actions(layer.name, name, others),
+        recommended_actions=_unheard_actions(layer.name, name, others),
         metrics={"leverage": part, "kept_behind": share, "op": op},
         evidence=Evidence(roles=Role.ABSORBING if decided else (), op=op, undecided=not decided),
     )
@@ -196,7 +197,7 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
             "compares. Given the outputs of other samples, the loss is the same: it is met without telling "
             "one input from another.",
             magnitude=now,
-            recommended_actions=alike_actions(layer.name),
+            recommended_actions=_alike_actions(layer.name),
             metrics={"variation": now, "variation_before": before, "share_left": known.share_left},
         )
     ]
@@ -216,3 +217,42 @@ def _first_alike(flow: Flow, alike: float) -> tuple[str, float] | None:
             return node, most[node]
         most[node] = max(most[node], here)
     return None
+
+
+# ------------------------------------------------------------------------------------- what to change
+
+
+def _loud_actions(layer: str, size: float, gain: float) -> Actions:
+    """For a head whose scores start far too large."""
+    first = (
+        f"Draw the weights of {layer} at their usual scale, so that scores start with rms 1, not {size:.2g} "
+        f"(nn.init.normal_({layer}.weight, std={layer}.in_features ** -0.5))."
+        if not gain < 3.0
+        else f"Normalise what enters {layer} (a LayerNorm before it): its weights are of a usual size, and "
+        f"its scores have rms {size:.2g}."
+    )
+    return (first, f"Or divide its scores by a constant, {size:.2g}, before the loss.")
+
+
+def _unheard_actions(layer: str, op: str, others: Sequence[str]) -> Actions:
+    """For outputs that the loss hardly depends on."""
+    what = f"`{op}`" if op else "what stands"
+    by = (
+        f" Look at {' and '.join(others)}: a scale taken from the batch may be next to zero there."
+        if others
+        else ""
+    )
+    return (
+        f"Check {what} between {layer} and the loss: it multiplies the output by next to nothing.{by}",
+        "Take the loss before that operation, or guard its factor from below: scale.clamp_min(eps).",
+    )
+
+
+def _alike_actions(layer: str) -> Actions:
+    """For two outputs that are compared with each other and are the same for all samples."""
+    return (
+        "Stop the gradient on the side that makes the target (target.detach(), a slow teacher), and give the "
+        "other side a predictor of its own.",
+        "Or add a term that keeps samples apart: variance and covariance (VICReg), or negatives (InfoNCE).",
+        f"Start {layer} anew: an embedding that has collapsed does not come back by itself.",
+    )
