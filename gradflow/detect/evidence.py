@@ -324,10 +324,23 @@ def guesses(record: FlowRecord, least: float = 0.9) -> bool:
     return math.isfinite(known.shuffled) and known.shuffled - known.loss <= (1 - least) * abs(known.shuffled)
 
 
-def knows(record: FlowRecord, most: float = 0.2) -> bool:
-    """Whether the last outputs fit their own samples far better than any others: the model has learned.
+def knows(record: FlowRecord, most: float = 0.25) -> bool:
+    """Whether the model came to the run with what it has learned, and still has it at the end.
 
-    False where that is not known; see `KnowledgeRecord`. Healthy trained models come to 0.1 and less, those
-    that went bad have 0.3 and more left.
+    Its loss is a small part of what ignorance costs, from the first steps on, and its last outputs fit their
+    own samples far better than any others. False where that is not known; see `KnowledgeRecord`. Healthy
+    trained models come to 0.1 and less, those that went bad have 0.3 and more left; a sick model on an easy
+    task may come to 0.2 within a run, but did not begin it there.
     """
-    return record.knowledge is not None and record.knowledge.share_left <= most
+    known = record.knowledge
+    if known is None or not known.share_left <= most:
+        return False
+    return early(record.losses) <= most * known.ignorance
+
+
+def calm(record: FlowRecord, most: float = 0.5) -> bool:
+    """Whether no loss of the run comes near what ignorance costs; False where that is not known."""
+    known, losses = record.knowledge, record.losses[np.isfinite(record.losses)]
+    if known is None or len(losses) < len(record.losses) or not len(losses):
+        return False
+    return bool(losses.min() >= 0) and float(losses.max()) <= most * known.ignorance

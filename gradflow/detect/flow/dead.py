@@ -14,7 +14,7 @@ from gradflow.detect.actions import (
     rectifier_actions,
     zero_actions,
 )
-from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
+from gradflow.detect.evidence import RECTIFIERS, knows, late, typical_zero
 from gradflow.detect.flow.zeros import zeros_of
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name
@@ -312,7 +312,8 @@ def _silent_issue(
     else:
         alike = _fed_variation(flow, activation) < 0.5
         by_chance = 2.0 / math.sqrt(max(activation.num_units, 1)) if alike else 0.0
-        severity = IssueSeverity.MEDIUM if share >= some + by_chance else IssueSeverity.LOW
+        many = share >= some + by_chance and not knows(flow.record)
+        severity = IssueSeverity.MEDIUM if many else IssueSeverity.LOW
     fires = f" At the end, {now:.0%} of its elements fire." if math.isfinite(now) else ""
     return Issue(
         layer=activation.layer,

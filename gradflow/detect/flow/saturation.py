@@ -10,7 +10,7 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import gate_actions, saturation_actions
-from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
+from gradflow.detect.evidence import early, knows, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.recurrent_weights import gate_drive
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
@@ -59,6 +59,10 @@ def saturation(
     return detector
 
 
+_LEARNED = " The loss has fallen by more than half meanwhile: it may simply be sure."
+_KNOWS = " The model came to this run with a loss far below that of guesses: it is sure, and right."
+
+
 def _issue(
     flow: Flow, activation: ActivationRecord, share: float, severe_share: float, stuck_share: float
 ) -> Issue | None:
@@ -83,7 +87,9 @@ def _issue(
     unit = "rows" if activation.kind == "softmax" else "elements"
     stuck_text = f", {stuck:.0%} of its units for every sample" if stuck >= stuck_share else ""
     trend = f" It was {first:.0%} in the first steps." if seen > first + 0.2 else ""
-    calm = " The loss has fallen by more than half meanwhile: it may simply be sure." if learned else ""
+    calm = _LEARNED if learned else ""
+    if not learned and knows(flow.record):
+        severity, calm = IssueSeverity.LOW, _KNOWS
     feeder = _feeder(flow, activation)
     fed_by = node_name(feeder)
     return Issue(

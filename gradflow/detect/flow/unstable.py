@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
-from gradflow.detect.evidence import late, middle, total_gradient
+from gradflow.detect.evidence import calm, late, middle, total_gradient
 from gradflow.detect.view import Flow, flow_of
 from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
@@ -39,8 +39,9 @@ def unstable(
 
     Looks alike and is not: a fast fall of the loss (only what rises counts); the noise of small batches, a
     factor of a few; a batch that is harder than a nearly solved run is used to (it stays below the start);
-    an outlier that a robust loss tames (the loss jumps, its gradient does not); steps in which the loss is
-    exactly zero (a margin that is met), which are left out.
+    a solved run, next to whose loss every hard sample is a jump (no loss of it comes near what ignorance
+    costs: LOW); an outlier that a robust loss tames (the loss jumps, its gradient does not); steps in which
+    the loss is exactly zero (a margin that is met), which are left out.
 
     Args:
         cv_threshold: coefficient of variation from which the verdict is MEDIUM. Gradient norms of batches of
@@ -120,6 +121,8 @@ def _jumps(
     if found.variation < cv_threshold or found.ratio < needed:
         return []
     severity = IssueSeverity.HIGH if found.ratio >= 10 * jump else IssueSeverity.MEDIUM
+    if calm(record):
+        severity = IssueSeverity.LOW
     node = _layer_of_jump(flow, found.step)
     layer = flow.layers[node] if node else None
     stepped = bool(record.provenance.optimizer)
@@ -133,7 +136,8 @@ def _jumps(
             f"to; "
             f"over the run, the rises above it have a coefficient of variation of {found.variation:.2g}. "
             + ("The steps of the optimizer bring it about or fail to damp it." if stepped else
-               "The parameters were held fixed, so it is the batches that differ."),
+               "The parameters were held fixed, so it is the batches that differ.")
+            + (" No loss of the run comes near that of a model which knows nothing." if calm(record) else ""),
             magnitude=found.ratio,
             recommended_actions=unstable_actions(flow, node, found.ratio),
             metrics={
