@@ -57,6 +57,12 @@ class Flow:
         """Whether a layer call looks rows up in a table: nothing flows through it."""
         return node in self.layers and "embedding" in self.layers[node].type.lower()
 
+    def is_last(self, node: str) -> bool:
+        """Whether no layer stands downstream of a layer call, but for those that hold others."""
+        return all(
+            n in self.layers and self.layers[n].composite and self.is_last(n) for n in self.wiring.after(node)
+        )
+
     def is_norm(self, node: str) -> bool:
         """Whether a layer call normalises, by the name of its class."""
         return node in self.norms

@@ -58,7 +58,7 @@ def bottleneck(
             half of the samples: a waist of 8 stops less than half a percent, one of 4 a sixteenth.
         alike: variation between rows below which they are alike: what is left is a percent of the signal.
         collapse: variation between samples below which two outputs that the loss compares have collapsed,
-            where the model guesses.
+            where a constant would cost no more.
         alike_fall: by how much the variation must have fallen on the way, from at least as many times
             `alike`.
     """
@@ -297,7 +297,7 @@ def _smoothing(flow: Flow, passages: list[str], alike: float, fall: float) -> li
             continue
         if variation > alike or most[node] < fall * max(variation, alike):
             continue
-        if mixed[node] < 2 or wires.is_last(node):
+        if mixed[node] < 2 or flow.is_last(node):
             continue
         return [] if starved[node] else [_smoothing_issue(flow, node, variation, most[node], mixed[node])]
     return []

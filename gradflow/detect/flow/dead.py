@@ -198,6 +198,8 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
         why, at = zeros.blocked_by(flow, node)
         if why == "underflow":  # the end of a long decay, which is VANISHING
             continue
+        if why == "loss" and knows(flow.record):  # it is met
+            continue
         if why in ("rectifier", "one alternative", "one feature"):
             severity = IssueSeverity.CRITICAL
         else:

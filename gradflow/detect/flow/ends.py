@@ -166,15 +166,16 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
     """Two outputs that are compared with each other and are the same for all samples: a collapsed embedding.
 
     Where a model makes its own targets (two views, a teacher), giving the same for every input meets the loss
-    and teaches nothing. Seen in the outputs of the last step, and in the first step's layers already; where
-    the variation rises within the run, the model is about to learn.
+    and teaches nothing: the loss of a constant output is no larger than that of the model. Seen in the
+    outputs of the last step, and in the first step's layers already; where the variation rises within the
+    run, the model is about to learn.
 
     Args:
         flow: the record along its wiring.
         alike: largest part of the outputs that differs between samples.
     """
     known = flow.record.knowledge
-    if known is None or not guesses(flow.record):
+    if known is None or not known.averaged <= known.loss + 1e-3 * abs(known.loss):
         return []
     same = [v for s, v in zip(known.shapes, known.variations, strict=True) if known.shapes.count(s) >= 2]
     if len(same) < 2 or not max(same) < alike:
@@ -194,11 +195,11 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
             severity=IssueSeverity.HIGH,
             description=f"What comes out is the same for all samples: only {now:.1e} of its output differs "
             f"between them, after {before:.2g} before, and {max(same):.1e} of the outputs that the loss "
-            "compares. Given the outputs of other samples, the loss is the same: it is met without telling "
-            "one input from another.",
+            f"compares. With the same output for all samples the loss is {known.averaged:.3g}, no more than "
+            f"the {known.loss:.3g} of the model: it is met without telling one input from another.",
             magnitude=now,
             recommended_actions=_alike_actions(layer.name),
-            metrics={"variation": now, "variation_before": before, "share_left": known.share_left},
+            metrics={"variation": now, "variation_before": before, "constant_loss": known.averaged},
         )
     ]
 
@@ -206,6 +207,7 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
 def _first_alike(flow: Flow, alike: float) -> tuple[str, float] | None:
     """The first layer whose rows are alike, and the largest variation upstream, ten times as much or more."""
     most: dict[str, float] = {}
+    found: dict[str, float] = {}
     for node in flow.wiring.order:
         preds = flow.wiring.preds[node]
         most[node] = max((most[p] for p in preds), default=0.0)
@@ -214,9 +216,10 @@ def _first_alike(flow: Flow, alike: float) -> tuple[str, float] | None:
         if not math.isfinite(here):
             continue
         if here < alike and most[node] > 10 * alike and layer is not None and not layer.composite:
-            return node, most[node]
+            found[node] = most[node]
         most[node] = max(most[node], here)
-    return None
+    first = min(found, key=lambda node: flow.layers[node].order, default="")
+    return (first, found[first]) if found else None
 
 
 # ------------------------------------------------------------------------------------- what to change

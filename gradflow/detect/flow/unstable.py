@@ -161,7 +161,7 @@ def _risen(flow: Flow, risen: float) -> list[Issue]:
     if not record.provenance.optimizer or len(losses) < 5 or losses.min() <= 0 or norms[0] <= 0:
         return []
     ratio = float(late(losses) / losses[0])
-    if ratio < risen or late(norms) < risen * norms[0]:
+    if ratio < risen or late(norms) < risen * norms[0] or calm(record):
         return []
     node = _layer_of_jump(flow, int(np.flatnonzero(known)[-1]))
     layer = flow.layers[node] if node else None
