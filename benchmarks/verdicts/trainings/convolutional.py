@@ -25,7 +25,7 @@ from .data import (
 from .registry import Training, healthy
 
 
-@healthy("conv-digits-pooled", 300, at_least=0.95)
+@healthy("conv-digits-pooled", 500, at_least=0.95)
 def pooled() -> Training:
     """Two convolutions, pooling and a linear head, as in the oldest of tutorials."""
     x, y, xt, yt = pictures()
@@ -223,7 +223,7 @@ def boxes() -> Training:
     return training(model, sample, loss, 2e-3, part)
 
 
-@healthy("conv-super-resolution", 300, at_most=0.012)
+@healthy("conv-super-resolution", 300, at_most=0.03)
 def super_resolution() -> Training:
     """Digits of half the size made whole by shuffled pixels, with the mean absolute error."""
     x, _, xt, _ = pictures()

@@ -60,7 +60,7 @@ def training(
     """
     g = seeded(0)
     latest: dict[str, Any] = {}
-    if isinstance(optimizer, float):
+    if not isinstance(optimizer, Optimizer):
         optimizer = torch.optim.Adam(parameters(model), lr=optimizer)
 
     def make_batch() -> Any:

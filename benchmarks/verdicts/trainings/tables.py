@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -293,16 +294,16 @@ class Straight(torch.autograd.Function):
     """The sign, whose gradient is passed straight through where the input is small."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         """Return the sign."""
         ctx.save_for_backward(x)
         return torch.where(x >= 0, 1.0, -1.0)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
         """Return the gradient inside [-1, 1]."""
         (x,) = ctx.saved_tensors
-        return grad * (x.abs() <= 1)
+        return grads[0] * (x.abs() <= 1)
 
 
 class BinaryLinear(nn.Linear):
