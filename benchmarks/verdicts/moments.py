@@ -15,7 +15,8 @@ where nothing is.
   early clean   an early look at one that goes bad, without such issues
 
 Whether a training has learned by its end, and whether the illness is there, is told by its own figure, taken
-with plain PyTorch; one whose figure is not as registered is named, and left out of the shares. `--cache`
+with plain PyTorch: a healthy one is not within its bounds when it is new, and is at its end and long after.
+One whose figure is not as registered is named, and left out of the shares. `--cache`
 keeps the trainings as they are at the moments, so that looking again does not train again; what is kept is
 known by the sources that it comes from.
 """
@@ -39,6 +40,7 @@ import cloudpickle
 import torch
 from score import under
 from tools import SERIOUS
+from torch.nn.utils import parametrize
 from trainings import CASES, Case, Training
 from zoo import TYPES
 
@@ -122,13 +124,22 @@ def kept_under(case: Case) -> str:
     return f"{case.id}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
+def pickled(training: Training) -> bytes:
+    """Return the training, pickled as a whole, with parametrized modules, which refuse that unless their
+    class forgets to."""
+    for module in training.model.modules():
+        if parametrize.is_parametrized(module) and "__getstate__" in vars(type(module)):
+            del type(module).__getstate__
+    return cloudpickle.dumps(training)
+
+
 def snapshots(case: Case) -> tuple[dict[str, bytes], dict[str, float]]:
     """Return the training at every moment, and its figures there. Trains it."""
     training, kept, figures = case.build(), {}, {}
     for moment, share in moments_of(case).items():
         training.carry_on(round(share * case.steps))
         figures[moment] = training.measured()
-        kept[moment] = cloudpickle.dumps(training)
+        kept[moment] = pickled(training)
     return kept, figures
 
 
@@ -147,7 +158,8 @@ def kept_snapshots(case: Case, cache: Path | None) -> tuple[dict[str, bytes], di
 def is_as_registered(case: Case, figures: dict[str, float]) -> bool:
     """Whether the training learned and stayed so, or is well early and ill late."""
     if case.healthy:
-        return case.within(figures["converged"]) and case.within(figures["long after"])
+        learned = case.within(figures["converged"]) and case.within(figures["long after"])
+        return learned and not case.within(figures["new"])
     return case.within(figures[LATE]) and not case.within(figures[EARLY])
 
 

@@ -219,7 +219,7 @@ class Perceiver(nn.Module):
     def __init__(self, inputs: int, size: int, latents: int) -> None:
         super().__init__()
         self.enter = nn.Sequential(nn.Linear(inputs, size), nn.GELU(), nn.Linear(size, size))
-        self.latents = nn.Parameter(0.2 * torch.randn(latents, size))
+        self.latents = nn.Parameter(torch.randn(latents, size))
         self.read, self.think = Attention(size), nn.Sequential(Layer(size), Layer(size))
         self.norm, self.head = nn.LayerNorm(size), nn.Linear(size, 3)
 
@@ -230,7 +230,7 @@ class Perceiver(nn.Module):
         return self.head(self.norm(self.think(latents)).mean(1))
 
 
-@healthy("attention-perceiver-point-sets", 350, at_least=0.9)
+@healthy("attention-perceiver-point-sets", 500, at_least=0.9)
 def perceiver() -> Training:
     """Latent points read a set: is it a ring, a ball or a line? With a rate that starts over (cosine)."""
 
@@ -244,7 +244,7 @@ def perceiver() -> Training:
         return stacked[kind, torch.arange(32)] + 0.05 * normal(g, 32, 20, 2), kind
 
     model = Perceiver(2, 24, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     after = scheduled(optimizer, lambda step: 0.55 + 0.45 * math.cos(math.pi * (step % 100) / 100))
     return training(model, sample, F.cross_entropy, optimizer, accuracy(*sample(seeded(98))), after=after)
 
@@ -289,10 +289,8 @@ def in_context() -> Training:
         previous = torch.cat([torch.zeros(32, 1, 2), x[:, :-1]], 1)
         return torch.cat([asked, previous], -1), y
 
-    blocks = [Layer(class_size, causal=True) for _ in range(2)]
-    model = nn.Sequential(
-        nn.Linear(5, class_size), *blocks, nn.LayerNorm(class_size), nn.Linear(class_size, 1)
-    )
+    blocks = [Layer(32, causal=True) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(5, 32), *blocks, nn.LayerNorm(32), nn.Linear(32, 1))
     x, y = sample(seeded(98))
 
     def late_part(net: nn.Module) -> float:

@@ -36,7 +36,8 @@ def gpt2() -> Training:
     """GPT-2 of the transformers library, new and small, on letters, whose loss is its own."""
     model = published(
         "GPT2", parts=("LMHeadModel", "Config"), vocab_size=text()[1], n_positions=32, n_embd=48, n_layer=2,
-        n_head=4, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        n_head=4, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     sample = passages(24, 16)
 
