@@ -41,6 +41,7 @@ from gradflow.records.issues import (
     type_place,
 )
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
+from gradflow.records.parts import BlockRecord, MatrixRecord, NormRecord, PartsRecord, TwinsRecord
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
 from gradflow.records.recurrent import (
     GateRecord,
@@ -69,6 +70,7 @@ __all__ = [
     "AttentionRecord",
     "AttentionScores",
     "AttentionStats",
+    "BlockRecord",
     "Bools",
     "BranchRecord",
     "Cause",
@@ -83,10 +85,13 @@ __all__ = [
     "IssueSeverity",
     "IssueType",
     "LayerRecord",
+    "MatrixRecord",
     "NodeRecord",
+    "NormRecord",
     "NumericalRecord",
     "OwnIssueType",
     "ParameterRecord",
+    "PartsRecord",
     "PolicyDistributionStats",
     "PolicyRecord",
     "Provenance",
@@ -96,6 +101,7 @@ __all__ = [
     "ReservoirDynamics",
     "Role",
     "TransformerRecord",
+    "TwinsRecord",
     "array_field",
     "check_causes",
     "check_issues",
