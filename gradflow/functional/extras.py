@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import typing
 from collections.abc import Iterable, Mapping
@@ -49,19 +50,22 @@ class Measured:
         fields: fields of the record.
         extras: the rest, by name.
         notes: what a reader must know of both.
+        found: what sessions found of their own accord.
     """
 
     fields: Mapping[str, Any]
     extras: Mapping[str, Any]
     notes: tuple[str, ...]
+    found: tuple[str, ...]
 
 
 def measured(sessions: Iterable[Session]) -> Measured:
     """Return what sessions measured. What is wrong with a name or a value is noted: the run is not lost."""
-    hints = typing.get_type_hints(FlowRecord)
+    hints = _hints()
     fields: dict[str, Any] = {}
     extras: dict[str, Any] = {}
     notes: list[str] = []
+    found: list[str] = []
     for session in sessions:
         kind = type(session).__name__
         given: Any = session.fields()
@@ -80,7 +84,13 @@ def measured(sessions: Iterable[Session]) -> Measured:
                 if place != name:
                     notes.append(f"{name!r} was given before: that of {kind} is extras[{place!r}].")
         notes += session.notes()
-    return Measured(fields=fields, extras=extras, notes=tuple(notes))
+        found += session.found()
+    return Measured(fields=fields, extras=extras, notes=tuple(notes), found=tuple(found))
+
+
+@functools.cache
+def _hints() -> Mapping[str, Any]:
+    return typing.get_type_hints(FlowRecord)
 
 
 def _free_name(name: str, taken: Mapping[str, Any]) -> str:
