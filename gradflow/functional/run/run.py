@@ -14,6 +14,7 @@ from gradflow.errors import ModelInputError
 from gradflow.functional.extras import check_names
 from gradflow.functional.measurement import Measurement, Session
 from gradflow.functional.model.purity import checked_seed
+from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.graph_findings import GraphFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.program import Program
@@ -110,8 +111,11 @@ class Plan:
 
     def is_end(self, step: int) -> bool:
         """Whether a step is the first or the last, as far as that is known: the costliest are taken there."""
-        last = self.steps if self.num_batches is None else min(self.steps, self.num_batches)
-        return step in (0, last - 1)
+        return step == 0 or self.is_last(step)
+
+    def is_last(self, step: int) -> bool:
+        """Whether a step is the last, as far as that is known."""
+        return step == (self.steps if self.num_batches is None else min(self.steps, self.num_batches)) - 1
 
 
 _MAX_TRACES = 3  # a NaN that comes back in every step is traced no more often than this
@@ -150,6 +154,7 @@ class Run:
         transform_reason: why.
         sessions: of the measurements that were asked for.
         history: the numbers of the steps.
+        reach: at which numbers gradient has arrived.
         graph: what they have shown of the graph.
         findings: what else was found.
     """
@@ -160,5 +165,6 @@ class Run:
     transform_reason: str
     sessions: tuple[Session, ...]
     history: History
+    reach: ReachFindings
     graph: GraphFindings = attrs.field(factory=GraphFindings)
     findings: Findings = attrs.field(factory=Findings)

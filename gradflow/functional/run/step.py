@@ -42,6 +42,7 @@ class Request:
         ranks: and, of every layer, the effective rank of its output gradient.
         listeners: told of what happens in the step (fused only).
         inspect: called with the loss and the graph between the forward and the reverse pass (fused only).
+        keep: the autograd graph outlives the reverse pass, so that it can be walked (fused only).
     """
 
     batch: Any
@@ -55,6 +56,7 @@ class Request:
     ranks: bool = False
     listeners: tuple[Listener, ...] = ()
     inspect: Callable[[Tensor, Structure | None], None] | None = None
+    keep: bool = False
 
 
 @attrs.frozen(eq=False)
@@ -167,7 +169,10 @@ def _reverse(
 ) -> Gradients:
     """Run the reverse pass; an exception in it (of a hook, a custom function) gets a note with the step."""
     try:
-        return reverse_pass(program, recorder, loss, structure, full=request.full, ranks=request.ranks)
+        return reverse_pass(
+            program, recorder, loss, structure, full=request.full, ranks=request.ranks,
+            keep=request.keep,
+        )  # fmt: skip
     except ReentrantCheckpoint:
         raise
     except Exception as error:
