@@ -32,25 +32,23 @@ does not), and a node with more than four consumers by half their number.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 import numpy as np
 
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
-from gradflow.records import ActivationRecord, Floats, FlowRecord, Issue, IssueSeverity
+from gradflow.records import ActivationRecord, Floats, FlowRecord
 
 KEPT_BY_MATRIX = 0.4
 ROUNDING = (
     1e-3  # of the largest gradient of a step: float32 rounds at 1e-7, and a norm multiplies that by up to 300
 )
-KNOWING = 0.5  # of the loss that ignorance costs, from which a model is taken to know
 JOINS = ("cat", "stack", "pad")
 RECTIFIERS = frozenset({"relu", "relu6", "threshold", "relu_", "clamp", "clamp_min", "clip"})
 
 Keep = Callable[[str, str], float]
-Detector = Callable[[FlowRecord], Iterable[Issue]]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -260,33 +258,6 @@ def loss_fell(record: FlowRecord) -> bool:
     return 0 <= late(record.losses) <= 0.5 * early(record.losses)
 
 
-def knows(record: FlowRecord) -> bool:
-    """Whether the model is far better than ignorance: at most half of the loss that answers alike would cost.
-
-    What looks like an illness in a model that guesses, a sharp attention or a closed gate, is how one looks
-    that has learned. Known where loss functions of PyTorch were heard; see `TransformerRecord.loss_share`.
-    """
-    shares = [record.transformer.loss_share, *(r.loss_share for r in record.recurrences)]
-    return any(share <= KNOWING for share in shares)
-
-
-def excused(detector: Detector) -> Detector:
-    """Return a detector whose issues are LOW at most in a model that knows the answers; see `knows`."""
-
-    def sparing(record: FlowRecord) -> Iterable[Issue]:
-        knowing = knows(record)
-        for issue in detector(record):
-            serious = issue.severity > IssueSeverity.LOW
-            yield _excused(issue) if knowing and serious else issue
-
-    return sparing
-
-
-def _excused(issue: Issue) -> Issue:
-    calm = "The loss is at most half of what ignorance costs: a model that has learned may look like this."
-    return attrs.evolve(issue, severity=IssueSeverity.LOW, description=f"{issue.description} {calm}")
-
-
 def typical_zero(values: Floats, scale: Floats, *, at_end: bool, muted: bool = False) -> bool:
     """Whether norms are zero wherever they are known: throughout, or over the last third of them.
 
@@ -338,38 +309,3 @@ def total_gradient(record: FlowRecord) -> Floats:
     with np.errstate(over="ignore", invalid="ignore"):
         total = np.sqrt(np.nansum(np.square(norms), axis=0))
     return np.where(np.isfinite(norms).any(axis=0), total, np.nan)
-
-
-def guesses(record: FlowRecord, least: float = 0.9) -> bool:
-    """Whether the last outputs fit other samples as well as their own, so that the model knows nothing yet.
-
-    False where that is not known; see `KnowledgeRecord`.
-    """
-    known = record.knowledge
-    if known is None:
-        return False
-    if known.share_left == known.share_left:
-        return known.share_left >= least
-    return math.isfinite(known.shuffled) and known.shuffled - known.loss <= (1 - least) * abs(known.shuffled)
-
-
-def knows(record: FlowRecord, most: float = 0.25) -> bool:
-    """Whether the model came to the run with what it has learned, and still has it at the end.
-
-    Its loss is a small part of what ignorance costs, from the first steps on, and its last outputs fit their
-    own samples far better than any others. False where that is not known; see `KnowledgeRecord`. Healthy
-    trained models come to 0.1 and less, those that went bad have 0.3 and more left; a sick model on an easy
-    task may come to 0.2 within a run, but did not begin it there.
-    """
-    known = record.knowledge
-    if known is None or not known.share_left <= most:
-        return False
-    return early(record.losses) <= most * known.ignorance
-
-
-def calm(record: FlowRecord, most: float = 0.5) -> bool:
-    """Whether no loss of the run comes near what ignorance costs; False where that is not known."""
-    known, losses = record.knowledge, record.losses[np.isfinite(record.losses)]
-    if known is None or len(losses) < len(record.losses) or not len(losses):
-        return False
-    return bool(losses.min() >= 0) and float(losses.max()) <= most * known.ignorance

@@ -44,6 +44,7 @@ from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.parts import BlockRecord, MatrixRecord, NormRecord, PartsRecord, TwinsRecord
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
+from gradflow.records.reach import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 from gradflow.records.recurrent import (
     GateRecord,
     RecurrenceRecord,
@@ -91,17 +92,22 @@ __all__ = [
     "NodeRecord",
     "NormRecord",
     "NumericalRecord",
+    "OutsideRecord",
     "OwnIssueType",
     "ParameterRecord",
     "PartsRecord",
     "PolicyDistributionStats",
     "PolicyRecord",
     "Provenance",
+    "ReachAccount",
+    "ReachRecord",
     "ReadOnlyMapping",
+    "Reason",
     "RecurrenceRecord",
     "RecurrentLevelRecord",
     "ReservoirDynamics",
     "Role",
+    "TermRecord",
     "TransformerRecord",
     "TwinsRecord",
     "array_field",

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from gradflow.detect.evidence import early, excused, late
+from gradflow.detect.evidence import early, late
+from gradflow.detect.knowledge import excused
 from gradflow.records import (
     AttentionRecord,
     Bools,

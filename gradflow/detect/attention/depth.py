@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from gradflow.detect.attention.attention import num_updates
-from gradflow.detect.evidence import excused, late
+from gradflow.detect.evidence import late
+from gradflow.detect.knowledge import excused
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
 

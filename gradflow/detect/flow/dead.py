@@ -14,8 +14,9 @@ from gradflow.detect.actions import (
     rectifier_actions,
     zero_actions,
 )
-from gradflow.detect.evidence import RECTIFIERS, knows, late, typical_zero
+from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
 from gradflow.detect.flow.zeros import zeros_of
+from gradflow.detect.knowledge import came_knowing
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
@@ -198,7 +199,7 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
         why, at = zeros.blocked_by(flow, node)
         if why == "underflow":  # the end of a long decay, which is VANISHING
             continue
-        if why == "loss" and knows(flow.record):  # it is met
+        if why == "loss" and came_knowing(flow.record):  # it is met
             continue
         if why in ("rectifier", "one alternative", "one feature"):
             severity = IssueSeverity.CRITICAL
@@ -314,7 +315,7 @@ def _silent_issue(
     else:
         alike = _fed_variation(flow, activation) < 0.5
         by_chance = 2.0 / math.sqrt(max(activation.num_units, 1)) if alike else 0.0
-        many = share >= some + by_chance and not knows(flow.record)
+        many = share >= some + by_chance and not came_knowing(flow.record)
         severity = IssueSeverity.MEDIUM if many else IssueSeverity.LOW
     fires = f" At the end, {now:.0%} of its elements fire." if math.isfinite(now) else ""
     return Issue(

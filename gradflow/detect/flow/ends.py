@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradflow.detect.actions import Actions
-from gradflow.detect.evidence import early, guesses, heads, late, loss_fell, row_gain
+from gradflow.detect.evidence import early, heads, late, loss_fell, row_gain
+from gradflow.detect.knowledge import guesses
 from gradflow.detect.view import Flow
 from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, Role
 

@@ -10,8 +10,9 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import gate_actions, saturation_actions
-from gradflow.detect.evidence import early, knows, late, loss_fell, middle, row_gain
+from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.recurrent_weights import gate_drive
+from gradflow.detect.knowledge import came_knowing
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import ActivationRecord, Evidence, FlowRecord, Issue, IssueSeverity, IssueType
@@ -88,7 +89,7 @@ def _issue(
     stuck_text = f", {stuck:.0%} of its units for every sample" if stuck >= stuck_share else ""
     trend = f" It was {first:.0%} in the first steps." if seen > first + 0.2 else ""
     calm = _LEARNED if learned else ""
-    if not learned and knows(flow.record):
+    if not learned and came_knowing(flow.record):
         severity, calm = IssueSeverity.LOW, _KNOWS
     feeder = _feeder(flow, activation)
     fed_by = node_name(feeder)

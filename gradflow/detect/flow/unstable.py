@@ -9,7 +9,8 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
-from gradflow.detect.evidence import calm, late, middle, total_gradient
+from gradflow.detect.evidence import late, middle, total_gradient
+from gradflow.detect.knowledge import calm
 from gradflow.detect.view import Flow, flow_of
 from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import early, excused, late, loss_fell, middle
+from gradflow.detect.evidence import early, late, loss_fell, middle
 from gradflow.detect.flow.recurrent_weights import growth_of, late_profile
+from gradflow.detect.knowledge import excused
 from gradflow.detect.recurrent.actions import (
     amplifying_actions,
     closed_actions,
