@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import early
+from gradflow.detect.evidence import early, loss_fell
 from gradflow.records import FlowRecord, Issue, IssueSeverity
 
 Detector = Callable[[FlowRecord], Iterable[Issue]]
@@ -67,6 +67,16 @@ def came_knowing(record: FlowRecord, most: float = 0.25) -> bool:
     if known is None or not known.share_left <= most:
         return False
     return early(record.losses) <= most * known.ignorance
+
+
+def has_learned(record: FlowRecord, most: float = 0.1) -> bool:
+    """Whether the run itself has taught the model what it knows: a tenth of the loss of guesses is left, and
+    half of what there was at first.
+
+    False where that is not known; see `KnowledgeRecord`.
+    """
+    known = record.knowledge
+    return known is not None and known.share_left <= most and loss_fell(record)
 
 
 def calm(record: FlowRecord, most: float = 0.5) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 import attrs
@@ -78,7 +79,7 @@ def explain(
     for i, r in enumerate(root):
         groups.setdefault(r, []).append(i)
     causes = [_cause(trail, amended, r, sorted(members)) for r, members in groups.items()]
-    return amended, tuple(sorted(causes, key=_rank(flow)))
+    return amended, tuple(sorted(causes, key=_rank(flow, causes)))
 
 
 # ----------------------------------------------------------------------------------- the causes
@@ -173,15 +174,29 @@ class _Trail:
         return tuple(lines)
 
 
-def _rank(flow: Flow) -> Callable[[Cause], tuple[int, int, int, int, str, str]]:
-    def key(cause: Cause) -> tuple[int, int, int, int, str, str]:
-        first = cause.issues[0]
+def _rank(flow: Flow, causes: Sequence[Cause]) -> Callable[[Cause], tuple[int, int, int, int, int, str, str]]:
+    """The gravest first, and of those alike the one nearest the loss; of like parts of repeated blocks, which
+    do not explain one another, the first."""
+    last: dict[tuple[str, str], int] = {}  # by kind of part, the place of the one nearest the loss
+
+    def place(cause: Cause) -> int:
         layer = flow.layers.get(node_name(cause.layer))
+        return layer.order if layer else 0
+
+    def kind(cause: Cause) -> tuple[str, str]:
+        return cause.issue_type.value, re.sub(r"\d+", "#", cause.layer)
+
+    for cause in causes:
+        last[kind(cause)] = max(last.get(kind(cause), 0), place(cause))
+
+    def key(cause: Cause) -> tuple[int, int, int, int, int, str, str]:
+        first = cause.issues[0]
         return (
             -first.severity.rank,
             -sum(issue.severity.rank for issue in cause.issues),
             precedence(first),
-            -(layer.order if layer else 0),
+            -last[kind(cause)],
+            place(cause),
             cause.layer,
             cause.issue_type.value,
         )

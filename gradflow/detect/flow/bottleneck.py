@@ -25,7 +25,7 @@ def bottleneck(
     lost_samples: float = 0.02,
     alike: float = 1e-2,
     alike_fall: float = 30.0,
-    collapse: float = 0.03,
+    collapse: float = 0.1,
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of places that let too little through.
 

@@ -206,7 +206,7 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
 
 
 def _first_alike(flow: Flow, alike: float) -> tuple[str, float] | None:
-    """The first layer whose rows are alike, and the largest variation upstream, ten times as much or more."""
+    """The first layer whose rows are alike, and the largest variation upstream, three times it or more."""
     most: dict[str, float] = {}
     found: dict[str, float] = {}
     for node in flow.wiring.order:
@@ -216,7 +216,7 @@ def _first_alike(flow: Flow, alike: float) -> tuple[str, float] | None:
         here = late(layer.output_variation) if layer is not None else math.nan
         if not math.isfinite(here):
             continue
-        if here < alike and most[node] > 10 * alike and layer is not None and not layer.composite:
+        if here < alike and most[node] > 3 * alike and layer is not None and not layer.composite:
             found[node] = most[node]
         most[node] = max(most[node], here)
     first = min(found, key=lambda node: flow.layers[node].order, default="")

@@ -331,6 +331,12 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
     ]
 
 
+def _shut(flow: Flow, node: str) -> bool:
+    """Whether an activation behind a layer is at its ends from the first step on, and lets nothing pass."""
+    ends = [a for a in activations_of(flow, node) if a.kind in ("bounded", "softmax")]
+    return any(len(a.saturated_share) and a.saturated_share[0] >= 0.5 for a in ends)
+
+
 def _far_targets(flow: Flow, off_scale: float) -> list[Issue]:
     """A head whose targets are so far from its outputs that the first steps blow it up.
 
@@ -343,7 +349,7 @@ def _far_targets(flow: Flow, off_scale: float) -> list[Issue]:
     blown = np.any(~np.isfinite(record.losses)) or np.nanmax(norms) >= 1e3 * norms[0]
     head = max(ends, key=lambda node: (np.nan_to_num(flow.grad[node][0]), node))
     off = float(off_scale_of(flow, head)[0])
-    if not blown or not off_scale**2 <= off < math.inf:
+    if not blown or not off_scale**2 <= off < math.inf or _shut(flow, head):
         return []
     layer = flow.layers[head]
     return [

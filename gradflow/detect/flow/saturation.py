@@ -12,7 +12,7 @@ import numpy as np
 from gradflow.detect.actions import gate_actions, saturation_actions
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.recurrent_weights import gate_drive
-from gradflow.detect.knowledge import came_knowing
+from gradflow.detect.knowledge import came_knowing, has_learned
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import ActivationRecord, Evidence, FlowRecord, Issue, IssueSeverity, IssueType
@@ -35,8 +35,10 @@ def saturation(
     The gates of a fused recurrent layer are out of sight; there the rms of its input times that of the rows
     of its input weights tells what enters them (`gradflow.detect.flow.recurrent_weights`).
 
-    Looks alike and is not: the few percent of any healthy tanh; gates that are closed for part of their
-    units; a softmax over many alternatives that gives each of them little; an output that is confident
+    Looks alike and is not: the few percent of any healthy tanh; a clamp that some samples pass, which hands
+    their gradient back whole (`severe_share` counts there); a few of many calls; gates that are closed for
+    part of their units; a softmax over many alternatives that gives each of them little; an output that is
+    confident
     because it has learned to be (its loss has fallen by more than half within the run: LOW); a softmax over
     one alternative, which is `dead`'s; a sigmoid of scores of which those not chosen were set to minus
     infinity, which is off for them by intent (an infinity that was not meant is `numerical`'s).
@@ -52,16 +54,21 @@ def saturation(
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
         found: dict[str, list[Issue]] = {}
+        uses: dict[str, int] = {}
         for activation in record.activations:
+            name = re.sub(r"@\d+", "", activation.name)
+            uses[name] = uses.get(name, 0) + 1
             if issue := _issue(flow, activation, share, severe_share, stuck_share):
-                found.setdefault(re.sub(r"@\d+", "", activation.name), []).append(issue)
-        return [*(_worst(calls) for calls in found.values()), *_driven_gates(flow, share)]
+                found.setdefault(name, []).append(issue)
+        worst = [_worst(calls, uses[name]) for name, calls in found.items()]
+        return [*worst, *_driven_gates(flow, share)]
 
     return detector
 
 
+_STRAIGHT = ("clamp", "hardtanh", "hardsigmoid", "relu6")
 _LEARNED = " The loss has fallen by more than half meanwhile: it may simply be sure."
-_KNOWS = " The model came to this run with a loss far below that of guesses: it is sure, and right."
+_KNOWS = " The loss is far below that of guesses: the model is sure, and right."
 
 
 def _issue(
@@ -78,6 +85,8 @@ def _issue(
         return None
     seen = late(activation.saturated_share)
     stuck = activation.always_saturated
+    if activation.op in _STRAIGHT:  # it passes whole what it passes, in whatever units
+        share = severe_share
     if not (seen >= share or stuck >= stuck_share):
         return None
     severity = IssueSeverity.HIGH if seen >= severe_share else IssueSeverity.MEDIUM
@@ -89,7 +98,7 @@ def _issue(
     stuck_text = f", {stuck:.0%} of its units for every sample" if stuck >= stuck_share else ""
     trend = f" It was {first:.0%} in the first steps." if seen > first + 0.2 else ""
     calm = _LEARNED if learned else ""
-    if not learned and came_knowing(flow.record):
+    if not learned and (came_knowing(flow.record) or has_learned(flow.record)):
         severity, calm = IssueSeverity.LOW, _KNOWS
     feeder = _feeder(flow, activation)
     fed_by = node_name(feeder)
@@ -116,9 +125,12 @@ def _issue(
     )
 
 
-def _worst(calls: Sequence[Issue]) -> Issue:
-    """Of several calls of one module, the worst, which then speaks for all."""
+def _worst(calls: Sequence[Issue], uses: int) -> Issue:
+    """Of several calls of one module, the worst, which speaks for all: LOW where most are not saturated."""
     worst = max(calls, key=lambda issue: issue.magnitude)
+    if 2 * len(calls) < uses:
+        text = f"{worst.description} So are {len(calls)} of its {uses} calls."
+        worst = attrs.evolve(worst, severity=IssueSeverity.LOW, description=text)
     evidence = attrs.evolve(worst.evidence, num_calls=len(calls))
     return attrs.evolve(worst, metrics={**worst.metrics, "num_calls": len(calls)}, evidence=evidence)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
 from gradflow.detect.evidence import late, middle, total_gradient
+from gradflow.detect.flow.steps import thrown
 from gradflow.detect.knowledge import calm
 from gradflow.detect.view import Flow, flow_of
 from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
@@ -31,8 +32,10 @@ def unstable(
     than the former. From these ratios the largest, and a coefficient of variation that counts only what is
     above the reference: the root mean square of (ratio - 1). The same for the loss where it is positive
     throughout, but of any two steps in a row the smaller one counts: a loss that has jumped away stays there,
-    one bad batch does not. With an optimizer, where loss and gradient end, over where they started. Apart
-    from this, how many values each channel of a batch norm averages over in training.
+    one bad batch does not. With an optimizer, where loss and gradient end, over where they started; and a
+    parameter that one step threw to `restless_jump` times its size while its own gradient was `jump` times
+    what it is used to, in a run that has come to nothing. Apart from this, how many values each channel of a
+    batch norm averages over in training.
 
     Why this is evidence: a step of plain or of momentum descent is proportional to the gradient, so a jump
     by an order of magnitude undoes many steps at once. The reference is the run's own, so the scale of the
@@ -61,10 +64,9 @@ def unstable(
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
-        return [
-            *(_jumps(flow, cv_threshold, jump, restless, restless_jump) or _risen(flow, risen)),
-            *_small_batch_norms(flow, few_values),
-        ]
+        found = _jumps(flow, cv_threshold, jump, restless, restless_jump) or _risen(flow, risen)
+        found = found or thrown(flow, jump, restless_jump)
+        return [*found, *_small_batch_norms(flow, few_values)]
 
     return detector
 
