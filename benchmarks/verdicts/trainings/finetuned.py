@@ -55,7 +55,7 @@ def low_rank() -> Training:
         assert isinstance(block, Layer)
         for name in ("q", "v", "out"):
             setattr(block.attention, name, LowRank(getattr(block.attention, name), 4))
-        block.mlp[0], block.mlp[2] = LowRank(block.mlp[0], 4), LowRank(block.mlp[2], 4)
+        block.mlp = nn.Sequential(*(LowRank(p, 4) if isinstance(p, nn.Linear) else p for p in block.mlp))
     optimizer = torch.optim.AdamW(parameters(model), lr=1e-2)
     return training(model, dialect, token_loss, optimizer, mean_loss(dialect, token_loss), clip=1.0)
 
