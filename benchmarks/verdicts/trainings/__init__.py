@@ -4,7 +4,10 @@ from importlib import import_module
 
 from .registry import CASES, Case, Training
 
-_FAMILIES = "tables convolutional recurrent attention published generative contrastive"
+_FAMILIES = """
+    tables convolutional recurrent attention published generative contrastive losses graphs physics finetuned
+    control agents
+"""
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its trainings register themselves
 

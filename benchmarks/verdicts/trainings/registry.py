@@ -9,6 +9,7 @@ the targets of the latest batch.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -151,8 +152,9 @@ class Case:
         return self.make()
 
     def within(self, figure: float) -> bool:
-        """Whether the figure is within its bounds; one that is no number is above every bound."""
-        figure = float("inf") if figure != figure else figure
+        """Whether the figure is within its bounds: learned, or ill. One that is no number is ill."""
+        if math.isnan(figure):
+            return not self.healthy
         return self.at_least <= figure <= self.at_most
 
 
