@@ -16,7 +16,7 @@ from gradflow.functional.model.layers import ancestors, owner
 from gradflow.functional.model.optimizers import clip_gradients, update
 from gradflow.functional.reverse.autograd_graph import entered
 from gradflow.functional.reverse.dataflow import DataFlow
-from gradflow.functional.run.again import deepened, summed_exactly, traced
+from gradflow.functional.run.again import deepened, heard_in_eval, summed_exactly, traced
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.record import assembled, conclude
 from gradflow.functional.run.run import Run
@@ -66,6 +66,8 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
         del outcome  # frees its gradients before the next step
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
+    if request is not None:
+        heard_in_eval(run, request)
     conclude(run, skipped)
     record = assembled(run)
     if plan.deepen is not None and request is not None and plan.detail == "cheap" and plan.deepen(record):
