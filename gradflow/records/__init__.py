@@ -42,7 +42,15 @@ from gradflow.records.issues import (
 )
 from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
-from gradflow.records.parts import BlockRecord, MatrixRecord, NormRecord, PartsRecord, TwinsRecord
+from gradflow.records.parts import (
+    BlockRecord,
+    DropoutRecord,
+    MatrixRecord,
+    NormRecord,
+    PartsRecord,
+    SightRecord,
+    TwinsRecord,
+)
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
 from gradflow.records.reach import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 from gradflow.records.recurrent import (
@@ -76,6 +84,7 @@ __all__ = [
     "Bools",
     "BranchRecord",
     "Cause",
+    "DropoutRecord",
     "EdgeRecord",
     "Evidence",
     "Floats",
@@ -107,6 +116,7 @@ __all__ = [
     "RecurrentLevelRecord",
     "ReservoirDynamics",
     "Role",
+    "SightRecord",
     "TermRecord",
     "TransformerRecord",
     "TwinsRecord",

@@ -22,6 +22,7 @@ from gradflow.functional.run.again import (
     closer_look,
     deepened,
     follow_reach,
+    heard_in_eval,
     learn_reach,
     looked_again,
     summed_exactly,
@@ -85,6 +86,7 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
             plan.progress(step + 1, plan.steps)
     if request is not None:
         looked_again(run, request)
+        heard_in_eval(run, request)
     conclude(run, skipped)
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
     record = assembled(run, known)
