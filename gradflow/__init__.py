@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from gradflow.functional.policy.statistics import action_entropy
     from gradflow.functional.recurrent.unroll import hidden_gradients
     from gradflow.functional.scale import GradientScale, gradient_scale
-    from gradflow.pipelines import Pipeline
+    from gradflow.pipelines import Pipeline, automatic, flow
     from gradflow.records import (
         AttentionStats,
         Cause,
@@ -134,7 +134,7 @@ _PLACES = {
     "gradflow.functional.policy.statistics": ("action_entropy",),
     "gradflow.functional.scale": ("GradientScale", "gradient_scale"),
     "gradflow.functional.recurrent.unroll": ("hidden_gradients",),
-    "gradflow.pipelines": ("Pipeline",),
+    "gradflow.pipelines": ("Pipeline", "automatic", "flow"),
     "gradflow.records": (
         "AttentionStats",
         "Cause",
@@ -221,6 +221,7 @@ __all__ = [
     "analyze",
     "analyze_custom",
     "attention_weights",
+    "automatic",
     "bottleneck",
     "dead",
     "default_detectors",
@@ -230,6 +231,7 @@ __all__ = [
     "exploding",
     "field_jacobian",
     "find_causes",
+    "flow",
     "gradient_noise",
     "gradient_scale",
     "head_gradients",

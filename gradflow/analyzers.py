@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from gradflow.diagnosis import diagnose, diagnose_custom
 from gradflow.errors import NotAnalyzedError, check_one_source
 from gradflow.functional.analyze import analyze, analyze_custom
-from gradflow.pipelines import Pipeline, flow, policy, recurrent, transformer
+from gradflow.pipelines import Pipeline, automatic, flow, policy, recurrent, transformer
 from gradflow.records import FlowRecord, Issue, LayerRecord, ReservoirDynamics
 from gradflow.report import Report, attention_text, dynamics_text, healthy_layers, policy_text, summary_text
 from gradflow.results import PolicyResults, RecurrentResults, TransformerResults
@@ -72,8 +72,8 @@ class GradientFlowAnalyzer(_Diagnosing):
     Args:
         model: the model; it is left as it is.
         name: how to call it; the class name of the model by default.
-        enable_rnn_analyzer: also measure and judge gradient, state and gates through time in recurrent
-            layers, as `gradflow.pipelines.recurrent` does.
+        enable_rnn_analyzer: measure gradient, state and gates through time in recurrent layers as fully as
+            `gradflow.pipelines.recurrent` does; otherwise as `gradflow.automatic` does.
         enable_circular_flow_analyser: also measure the flow along every edge of the layer graph, for
             divergence, circulation and curl; slower.
         vanishing_threshold: see `gradflow.vanishing`.
@@ -112,7 +112,7 @@ class GradientFlowAnalyzer(_Diagnosing):
             unstable_cv_threshold=unstable_cv_threshold,
             detail="full" if enable_circular_flow_analyser else "cheap",
         )
-        super().__init__(model, recurrent(base) if enable_rnn_analyzer else base)
+        super().__init__(model, automatic(recurrent(base) if enable_rnn_analyzer else base))
 
     def analyze(
         self,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # importing these for real imports torch, which takes seconds
 
 # Those of IssueSeverity; the records load numpy, which help and version need not wait for.
 SEVERITIES = ("CRITICAL", "HIGH", "MEDIUM", "LOW", "INFO")
-PIPELINES = ("flow", "transformer", "recurrent", "policy")  # functions of `gradflow.pipelines`
+PIPELINES = ("automatic", "flow", "transformer", "recurrent", "policy")  # functions of `gradflow.pipelines`
 DEFAULT_NAME = "build"
 OK, SICK, FAILED, INTERRUPTED = 0, 1, 2, 130
 _TARGET = re.compile(r"(?P<file>.*\.py)(?::(?P<name>.*))?", re.DOTALL)
@@ -82,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--pipeline",
         choices=PIPELINES,
-        help="what to measure and judge: for any model (flow, as by default), or also what attention, "
-        "recurrent layers or an actor-critic show",
+        help="what to measure and judge: what the model turns out to need (automatic, the default), the base "
+        "alone (flow), or also, in full, what attention, recurrent layers or an actor-critic show",
     )
     add("--seed", type=int, metavar="N", help="make dropout and the like repeatable")
     add("--json", type=Path, metavar="PATH", help="write the report as JSON")

@@ -12,7 +12,7 @@ from gradflow.detect import Detector, check_detectors, detect, explain, needs_de
 from gradflow.functional.analyze import Detail, Mode, Transform, analyze, analyzed, analyzed_custom
 from gradflow.functional.run.run import Plan
 from gradflow.graph import LayerGraph
-from gradflow.pipelines import Pipeline
+from gradflow.pipelines import Pipeline, automatic
 from gradflow.records import FlowRecord
 from gradflow.report import Report
 
@@ -51,7 +51,8 @@ def diagnose(
             steps with them as they are.
         seed: makes dropout and the like repeatable; None draws from the global random state.
         mode: `train`, `eval`, or `keep` for the mode that each submodule is in.
-        pipeline: a pipeline, a detector or several; None for the default detectors.
+        pipeline: a pipeline, a detector or several. None is `automatic()`: the base, `flow()`, and what the
+            model turns out to need in the first step: attention, recurrent layers, a policy.
         detail: `cheap`, or `full` to measure the flow along every edge of the layer graph; `full` also where
             the pipeline needs it.
         transform: the reverse pass: `auto`, `fused` or `vjp`.
@@ -74,7 +75,7 @@ def diagnose(
     >>> report.ok, [layer.name for layer in report.record]
     (True, ['0', '1', '2'])
     """
-    detectors = check_detectors(pipeline, "diagnose")
+    detectors = _detectors(pipeline, "diagnose")
     plan = Plan(
         steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, transform=transform,
         progress=progress, **_wanted(detectors, detail),
@@ -117,13 +118,17 @@ def diagnose_custom(
     >>> diagnose_custom(model, lambda m, step: m(x) - m(-x), lambda y: y.square().mean(), steps=3).ok
     True
     """
-    detectors = check_detectors(pipeline, "diagnose_custom")
+    detectors = _detectors(pipeline, "diagnose_custom")
     plan = Plan(
         steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, transform=transform,
         progress=progress, **_wanted(detectors, detail),
     )  # fmt: skip
     record = analyzed_custom(model, forward_fn, loss_fn, plan)
     return _judged(record, detectors)
+
+
+def _detectors(pipeline: Any, call: str) -> tuple[Detector, ...]:
+    return (automatic(),) if pipeline is None else check_detectors(pipeline, call)
 
 
 def _wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:

@@ -32,23 +32,25 @@ does not), and a node with more than four consumers by half their number.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 import numpy as np
 
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
-from gradflow.records import ActivationRecord, Floats, FlowRecord
+from gradflow.records import ActivationRecord, Floats, FlowRecord, Issue, IssueSeverity
 
 KEPT_BY_MATRIX = 0.4
 ROUNDING = (
     1e-3  # of the largest gradient of a step: float32 rounds at 1e-7, and a norm multiplies that by up to 300
 )
+KNOWING = 0.5  # of the loss that ignorance costs, from which a model is taken to know
 JOINS = ("cat", "stack", "pad")
 RECTIFIERS = frozenset({"relu", "relu6", "threshold", "relu_", "clamp", "clamp_min", "clip"})
 
 Keep = Callable[[str, str], float]
+Detector = Callable[[FlowRecord], Iterable[Issue]]
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -256,6 +258,33 @@ def _median(known: Floats) -> float:
 def loss_fell(record: FlowRecord) -> bool:
     """Whether the loss has fallen by half within the run, from its first third to its last."""
     return 0 <= late(record.losses) <= 0.5 * early(record.losses)
+
+
+def knows(record: FlowRecord) -> bool:
+    """Whether the model is far better than ignorance: at most half of the loss that answers alike would cost.
+
+    What looks like an illness in a model that guesses, a sharp attention or a closed gate, is how one looks
+    that has learned. Known where loss functions of PyTorch were heard; see `TransformerRecord.loss_share`.
+    """
+    shares = [record.transformer.loss_share, *(r.loss_share for r in record.recurrences)]
+    return any(share <= KNOWING for share in shares)
+
+
+def excused(detector: Detector) -> Detector:
+    """Return a detector whose issues are LOW at most in a model that knows the answers; see `knows`."""
+
+    def sparing(record: FlowRecord) -> Iterable[Issue]:
+        knowing = knows(record)
+        for issue in detector(record):
+            serious = issue.severity > IssueSeverity.LOW
+            yield _excused(issue) if knowing and serious else issue
+
+    return sparing
+
+
+def _excused(issue: Issue) -> Issue:
+    calm = "The loss is at most half of what ignorance costs: a model that has learned may look like this."
+    return attrs.evolve(issue, severity=IssueSeverity.LOW, description=f"{issue.description} {calm}")
 
 
 def typical_zero(values: Floats, scale: Floats, *, at_end: bool, muted: bool = False) -> bool:

@@ -49,11 +49,13 @@ class Measured:
         fields: fields of the record.
         extras: the rest, by name.
         notes: what a reader must know of both.
+        found: what sessions found of their own accord.
     """
 
     fields: Mapping[str, Any]
     extras: Mapping[str, Any]
     notes: tuple[str, ...]
+    found: tuple[str, ...]
 
 
 def measured(sessions: Iterable[Session]) -> Measured:
@@ -62,6 +64,7 @@ def measured(sessions: Iterable[Session]) -> Measured:
     fields: dict[str, Any] = {}
     extras: dict[str, Any] = {}
     notes: list[str] = []
+    found: list[str] = []
     for session in sessions:
         kind = type(session).__name__
         given: Any = session.fields()
@@ -80,7 +83,8 @@ def measured(sessions: Iterable[Session]) -> Measured:
                 if place != name:
                     notes.append(f"{name!r} was given before: that of {kind} is extras[{place!r}].")
         notes += session.notes()
-    return Measured(fields=fields, extras=extras, notes=tuple(notes))
+        found += session.found()
+    return Measured(fields=fields, extras=extras, notes=tuple(notes), found=tuple(found))
 
 
 def _free_name(name: str, taken: Mapping[str, Any]) -> str:

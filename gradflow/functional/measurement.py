@@ -15,13 +15,16 @@ It must leave no trace: no random state moved, nothing written to a tensor that 
 after `end`. What `fields` returns is put in `FlowRecord.extras`, and `notes` among the notes of the record's
 provenance.
 
+A session that has heard enough, or has found nothing for it in the first step, says so in `listens`: it then
+costs nothing in the steps that follow.
+
 What a session may rely on of a `Call`: `name`, the layer call's name as in the record (`relu@1`); `module`,
 the qualified name of the module; `type`, its class name; `is_layer`, whether it is a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +36,14 @@ from gradflow.functional.tap.asked import Listener
 
 class Session(Listener):
     """Listens to the measured steps of one run; see NOTE [Measured steps]. This base measures nothing."""
+
+    def listens(self, *, end: bool) -> bool:
+        """Return whether it wants to hear of a measured step; asked before each but the first.
+
+        Args:
+            end: whether it is the last one, as far as that is known.
+        """
+        return True
 
     def differentiate(self, loss: Tensor) -> None:
         """Take gradients of the loss: `gradients(loss, tensors)` keeps the graph for the pass to come."""
@@ -52,6 +63,10 @@ class Session(Listener):
         """Return what a reader must know to trust the numbers."""
         return ()
 
+    def found(self) -> Sequence[str]:
+        """Return what it found in the model of its own accord, and why; told in the report's head."""
+        return ()
+
 
 class Measurement(Protocol):
     """A choice of what else to measure: immutable and hashable, so that pipelines can be joined.
@@ -68,6 +83,19 @@ class Measurement(Protocol):
             modules: its callable modules by qualified name.
         """
         ...
+
+
+def some_of(names: Iterable[str], most: int = 2) -> str:
+    """Return names as one text, the first few of them if there are many.
+
+    >>> some_of(["a", "b", "c", "d"])
+    'a, b and 2 more'
+    """
+    every = list(names)
+    left = len(every) - most
+    if left <= 0:
+        return " and ".join(filter(None, (", ".join(every[:-1]), *every[-1:])))
+    return f"{', '.join(every[:most])} and {left} more"
 
 
 def gradients(

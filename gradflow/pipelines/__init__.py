@@ -1,8 +1,9 @@
 """Pipelines: what to measure, and which detectors judge it."""
 
+from gradflow.pipelines.automatic import automatic
 from gradflow.pipelines.flow import Pipeline, flow
 from gradflow.pipelines.policy import policy
 from gradflow.pipelines.recurrent import recurrent
 from gradflow.pipelines.transformer import transformer
 
-__all__ = ["Pipeline", "flow", "policy", "recurrent", "transformer"]
+__all__ = ["Pipeline", "automatic", "flow", "policy", "recurrent", "transformer"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import attrs
 
+from gradflow.detect import Detector
 from gradflow.detect.policy.evidence import sparing_policies
 from gradflow.detect.policy.heads import conflicting_heads, dominant_value, starved_policy
 from gradflow.detect.policy.policy import (
@@ -42,7 +43,18 @@ def policy(
         value_head_name=value_head_name,
         shared_backbone_name=shared_backbone_name,
     )
-    detectors = (
+    own = Pipeline("policy", policy_detectors(), measurements=(heads,))
+    return sparing(base or flow()) + own
+
+
+def sparing(base: Pipeline) -> Pipeline:
+    """Return a pipeline that lowers to LOW what is by design in policies; see `sparing_policies`."""
+    return attrs.evolve(base, detectors=[sparing_policies(d) for d in base.detectors])
+
+
+def policy_detectors() -> tuple[Detector, ...]:
+    """Return the detectors of action distributions and of the gradients through heads."""
+    return (
         collapsed_policy(),
         deterministic_policy(),
         misscaled_deviation(),
@@ -51,6 +63,3 @@ def policy(
         conflicting_heads(),
         starved_policy(),
     )
-    base = base or flow()
-    base = attrs.evolve(base, detectors=[sparing_policies(d) for d in base.detectors])
-    return base + Pipeline("policy", detectors, measurements=(heads,))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from gradflow.detect import Detector
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
 from gradflow.functional.recurrent.measurement import recurrence
 from gradflow.pipelines.flow import Pipeline, flow
+from gradflow.records import IssueSeverity
 
 
 def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True) -> Pipeline:
@@ -20,7 +22,16 @@ def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True)
     """
     through_time = Pipeline(
         "recurrent",
-        (fading(), amplifying(), gated()),
+        recurrence_detectors(),
         measurements=(recurrence(states=track_hidden_states),),
     )
     return (base or flow()) + through_time
+
+
+def recurrence_detectors(*, fresh: IssueSeverity = IssueSeverity.CRITICAL) -> tuple[Detector, ...]:
+    """Return the detectors of what happens through time.
+
+    Args:
+        fresh: see `fading`.
+    """
+    return (fading(fresh=fresh), amplifying(), gated())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gradflow.detect import (
+    Detector,
     collapsed_attention,
     collapsed_rank,
     growing_logits,
@@ -25,7 +26,13 @@ def transformer(base: Pipeline | None = None) -> Pipeline:
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
     ('flow+transformer', 14, 1)
     """
-    attentive = (
+    own = Pipeline("transformer", attention_detectors(), measurements=(attention(),))
+    return (base or flow()) + own
+
+
+def attention_detectors() -> tuple[Detector, ...]:
+    """Return the detectors of what attention and residual branches show."""
+    return (
         collapsed_attention(),
         saturated_attention(),
         growing_logits(),
@@ -34,4 +41,3 @@ def transformer(base: Pipeline | None = None) -> Pipeline:
         unbalanced_attention(),
         idle_branches(),
     )
-    return (base or flow()) + Pipeline("transformer", attentive, measurements=(attention(),))

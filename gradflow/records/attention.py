@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import attrs
 import numpy as np
 
-from gradflow.records.fields import Floats, array_field, by_name, float_field, to_tuple
+from gradflow.records.fields import NAN, Floats, array_field, by_name, float_field, to_tuple
 
 
 @attrs.frozen(kw_only=True)
@@ -199,6 +199,9 @@ class TransformerRecord:
         steps: the steps that were looked at: the first axis of every array below.
         attention: one record per attention layer, in the order of execution.
         branches: one record per residual branch, in the order of execution.
+        loss_share: the loss at the last look over what it costs to answer every sample alike, by the loss
+            functions of PyTorch that were called: near 1 the model guesses, near 0 it knows. NaN where the
+            loss is another.
 
     >>> TransformerRecord().attention
     ()
@@ -207,6 +210,7 @@ class TransformerRecord:
     steps: tuple[int, ...] = attrs.field(default=(), converter=to_tuple)
     attention: tuple[AttentionRecord, ...] = attrs.field(default=(), converter=to_tuple)
     branches: tuple[BranchRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    loss_share: float = float_field(NAN)
 
     def __getitem__(self, name: str) -> AttentionRecord:
         """Return the attention layer of that name.

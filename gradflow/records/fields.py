@@ -39,14 +39,20 @@ def _same_array(value: Any) -> Any:
     return (value.shape, value.tobytes())
 
 
-def array_field(dtype: type = np.float64, *, axes: int = 1) -> Any:
+def array_field(dtype: type = np.float64, *, axes: int = 1, unknown: str = "") -> Any:
     """Return an attrs field for a read-only array that is compared by content.
 
     Args:
         dtype: of its elements.
         axes: how many it has; the first is the step.
+        unknown: name of a field before it: without a value it is NaN, as often as that one has entries.
     """
+
+    def nan(record: Any) -> Any:
+        return np.full(len(getattr(record, unknown)), np.nan)
+
     return attrs.field(
+        default=attrs.Factory(nan, takes_self=True) if unknown else attrs.NOTHING,
         converter=lambda value: read_only(value, dtype),
         eq=_same_array,
         repr=False,

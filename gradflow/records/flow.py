@@ -51,6 +51,7 @@ class Provenance:
         learning_rates: of its parameter groups.
         clip: the norm that gradients were clipped to before each update, or None.
         notes: what a reader must know to trust the numbers.
+        chosen: what special measurements found in the model by themselves, why, and on what they were taken.
     """
 
     versions: Mapping[str, str] = mapping_field()
@@ -68,6 +69,7 @@ class Provenance:
     learning_rates: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     clip: float | None = None
     notes: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
+    chosen: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
 
 
 @attrs.frozen(kw_only=True, repr=False)

@@ -57,6 +57,8 @@ class ActionDistribution:
         max_prob: mean over samples of the largest action probability. NaN where continuous.
         largest_prob: the largest action probability of all samples.
         deterministic_share: share of the samples whose largest action probability is above 0.99.
+        mixture_share: entropy of the mean distribution over the samples, over its maximum. As small as
+            `entropy_share` where the same action is chosen in all states; large where the states decide.
         deviation: standard deviations and size of the mean action, where continuous.
     """
 
@@ -77,6 +79,7 @@ class ActionDistribution:
     max_prob: Floats = array_field()
     largest_prob: Floats = array_field()
     deterministic_share: Floats = array_field()
+    mixture_share: Floats = array_field(unknown="num_samples")
     deviation: ActionDeviation
 
 

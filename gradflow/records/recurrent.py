@@ -91,6 +91,7 @@ class RecurrenceRecord:
             gradient of W_ih, a sum over steps. Both directions count together.
         state_error: relative difference of the states from those that the model itself has computed.
         levels: in PyTorch's order.
+        loss_share: see `TransformerRecord`.
     """
 
     name: str
@@ -104,6 +105,7 @@ class RecurrenceRecord:
     heard_share: Floats = array_field()
     state_error: Floats = array_field()
     levels: tuple[RecurrentLevelRecord, ...] = attrs.field(converter=to_tuple)
+    loss_share: float = float_field(NAN)
 
 
 def mean_profile(profiles: Floats) -> Floats:

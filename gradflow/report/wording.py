@@ -86,6 +86,7 @@ def measured_facts(record: FlowRecord) -> list[tuple[str, str]]:
         ("run", f"{provenance.mode} mode, {provenance.device}, {dtypes}, {seed}"),
         ("reverse", f"{provenance.transform}{reason}; detail: {provenance.detail}"),
         ("graph", _graph_line(record.graph_record)),
+        *(("special", found) for found in provenance.chosen),
         *(("note", note) for note in provenance.notes),
     ]
 

@@ -32,6 +32,7 @@ WITHOUT = {
     *("layers", "lyapunov_exponents", "position_residual", "probe", "spectral_radii", "state_jacobians"),
     *("AttentionStats", "Evidence", "OwnIssueType", "Pipeline", "PolicyDistributionStats", "issue_type"),
     *("ReservoirDynamics", "Role", "Rule", "register_record", "unroll"),
+    *("automatic", "flow"),
     *("Measurement", "Session", "gradients"),  # parts of a run, which itself is held to the contract
 }
 

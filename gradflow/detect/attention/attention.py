@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from gradflow.detect.evidence import early, late
+from gradflow.detect.evidence import early, excused, late
 from gradflow.records import (
     AttentionRecord,
     Bools,
@@ -79,7 +79,7 @@ def collapsed_attention(
                 },
             )
 
-    return detector
+    return excused(detector)
 
 
 def saturated_attention(
@@ -133,7 +133,7 @@ def saturated_attention(
                 evidence=Evidence(developed=seen > first + 0.2),
             )
 
-    return detector
+    return excused(detector)
 
 
 def growing_logits(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from gradflow.detect.attention.attention import num_updates
-from gradflow.detect.evidence import late
+from gradflow.detect.evidence import excused, late
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
 
@@ -65,7 +65,7 @@ def collapsed_rank(
             if residual > most:
                 most, at = residual, layer.name
 
-    return detector
+    return excused(detector)
 
 
 def idle_branches(
@@ -117,4 +117,4 @@ def idle_branches(
                 metrics={"share": end, "first_steps": float(known[0])},
             )
 
-    return detector
+    return excused(detector)

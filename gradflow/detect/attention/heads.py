@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from gradflow.detect.attention.attention import late_by_head, late_mean
-from gradflow.detect.evidence import late
+from gradflow.detect.evidence import excused, late
 from gradflow.records import AttentionRecord, Floats, FlowRecord, Issue, IssueSeverity, IssueType
 
 
@@ -44,7 +44,7 @@ def redundant_heads(
                 yield from _dead_heads(layer, dead, some)
                 yield from _duplicates(layer, alike, some, sharp)
 
-    return detector
+    return excused(detector)
 
 
 def _dead_heads(layer: AttentionRecord, dead: float, some: float) -> Iterable[Issue]:
@@ -167,7 +167,7 @@ def unbalanced_attention(
                 small, large = ("values", "queries") if v < others else ("queries", "values")
                 yield _imbalance(layer, IssueSeverity.LOW, small, large, apart, (q, k, v))
 
-    return detector
+    return excused(detector)
 
 
 def _imbalance(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import middle
+from gradflow.detect.evidence import late, middle
 from gradflow.detect.policy.actions import conflict_actions, dominance_actions, starved_actions
 from gradflow.detect.policy.evidence import Detector, policy_issue
 from gradflow.records import (
@@ -23,6 +23,8 @@ from gradflow.records import (
     PolicyRecord,
     Role,
 )
+
+SURE = 0.2  # entropy share below which a policy is sure
 
 
 def dominant_value(ratio: float = 1e-4, *, severe_ratio: float = 1e-5, own_ratio: float = 2e-3) -> Detector:
@@ -38,7 +40,8 @@ def dominant_value(ratio: float = 1e-4, *, severe_ratio: float = 1e-5, own_ratio
     Looks alike and is not: a value gradient a hundred to a thousand times larger at the start, which is the
     rule: errors are as large as returns, advantages are of size one, and the policy's head starts with a
     hundredth of the usual weights, so that little gradient passes through it. That is why the heads' own
-    parameters, whose gradient does not pass through those weights, must agree.
+    parameters, whose gradient does not pass through those weights, must agree. And a policy that is sure,
+    whose gradient is small for that reason: LOW, for `collapsed_policy` judges whether it may be.
 
     Args:
         ratio: at the shared parameters, from which the verdict is MEDIUM. PPO and A2C with a shared trunk
@@ -61,11 +64,14 @@ def dominant_value(ratio: float = 1e-4, *, severe_ratio: float = 1e-5, own_ratio
             return
         heads = ", ".join(p.policy_heads)
         severe = seen <= severe_ratio and own <= own_ratio / 5
+        severity = IssueSeverity.HIGH if severe else IssueSeverity.MEDIUM
+        if any(late(d.entropy_share) <= SURE for d in p.distributions):
+            severity = IssueSeverity.LOW
         yield policy_issue(
             record,
             p.value_heads,
             IssueType.EXPLODING,
-            IssueSeverity.HIGH if severe else IssueSeverity.MEDIUM,
+            severity,
             f"Its gradient at the layers shared with {heads} is {1 / seen:.3g} times that of the policy, so "
             "it alone steers them.",
             1 / seen,

@@ -17,6 +17,8 @@ from gradflow.detect.policy.actions import narrow_actions, sure_actions, twice_a
 from gradflow.detect.policy.evidence import Detector, has_imitated, policy_issue
 from gradflow.records import ActionDistribution, Floats, FlowRecord, Issue, IssueSeverity, IssueType
 
+BY_STATE = 0.3  # entropy share of the mean over states from which the states decide
+
 
 def collapsed_policy(
     share: float = 0.05, *, severe_share: float = 0.01, fallen_from: float = 0.3
@@ -31,7 +33,9 @@ def collapsed_policy(
 
     Looks alike and is not: masks that leave one alternative (those samples do not count); a policy without a
     value that has learned a teacher's actions, by a cross-entropy that has fallen by half: LOW; one that was
-    sure before the run began, which may have finished learning: the description says so. That the loss of a
+    sure before the run began and takes other actions in other states, by the entropy of its mean over the
+    states: LOW, for it has learned to tell them apart. One that takes the same action everywhere has not, or
+    has finished learning where one action is always right: the description says so. That the loss of a
     policy gradient has fallen says nothing: with positive returns it does so by itself.
 
     Args:
@@ -53,12 +57,13 @@ def collapsed_policy(
             severe = fell or last <= severe_share
             severity = IssueSeverity.HIGH if severe else IssueSeverity.MEDIUM
             taught = fell and has_imitated(record, d)
-            was = f" It was {first:.2f} at the start." if fell else _SURE_BEFORE
+            calm = taught or (not fell and _by_state(d))
+            was = f" It was {first:.2f} at the start." if fell else _sure_before(d)
             yield policy_issue(
                 record,
                 d.heads,
                 IssueType.SATURATION,
-                _capped(severity, d, taught),
+                _capped(severity, d, calm),
                 f"Its actions have {last:.2g} of the largest entropy possible ({_last(d.entropy):.2g} nats), "
                 f"and one has a probability of {_last(d.max_prob):.3f} on average.{was}{_calm(taught)}",
                 last,
@@ -80,7 +85,7 @@ def deterministic_policy(share: float = 0.5, *, severe_share: float = 0.9) -> De
     for instance, make a fresh policy sure wherever they are large.
 
     Looks alike and is not: masks that leave one alternative; a policy that has learned a teacher's
-    actions within the run (LOW).
+    actions within the run, or takes other actions in other states, as `collapsed_policy` tells (LOW).
 
     Args:
         share: share of samples from which the verdict is MEDIUM. Runs that learn reach 0.07 on CartPole and
@@ -96,12 +101,13 @@ def deterministic_policy(share: float = 0.5, *, severe_share: float = 0.9) -> De
             fell = first < share
             severity = IssueSeverity.HIGH if last >= severe_share else IssueSeverity.MEDIUM
             taught = fell and has_imitated(record, d)
-            was = f" They were {first:.0%} at the start." if fell else _SURE_BEFORE
+            calm = taught or (not fell and _by_state(d))
+            was = f" They were {first:.0%} at the start." if fell else _sure_before(d)
             yield policy_issue(
                 record,
                 d.heads,
                 IssueType.SATURATION,
-                _capped(severity, d, taught),
+                _capped(severity, d, calm),
                 f"One action has a probability above 0.99 in {last:.0%} of the samples.{was}{_calm(taught)}",
                 last,
                 sure_actions(record, fell=fell),
@@ -194,8 +200,6 @@ def renormalised_policy() -> Detector:
 
 # ------------------------------------------------------------------------------------ shared parts
 
-_SURE_BEFORE = " It was so from the first step on; a policy that has finished learning may be."
-
 
 def _choices(record: FlowRecord) -> Iterator[ActionDistribution]:
     for d in () if record.policy is None else record.policy.distributions:
@@ -216,8 +220,19 @@ def _calm(taught: bool) -> str:
     return " Its cross-entropy has fallen by more than half: it has learned its teacher's." if taught else ""
 
 
-def _capped(severity: IssueSeverity, d: ActionDistribution, taught: bool) -> IssueSeverity:
-    return min(severity, IssueSeverity.LOW) if taught or d.assumed else severity
+def _capped(severity: IssueSeverity, d: ActionDistribution, calm: bool) -> IssueSeverity:
+    return min(severity, IssueSeverity.LOW) if calm or d.assumed else severity
+
+
+def _by_state(d: ActionDistribution) -> bool:
+    """Whether it is the state that decides: each action is sure, but not the same in all states."""
+    return _last(d.mixture_share) >= BY_STATE
+
+
+def _sure_before(d: ActionDistribution) -> str:
+    if _by_state(d):
+        return " It was so from the first step on, and the states decide which: it has learned, most likely."
+    return " It was so from the first step on; a policy that has finished learning may be."
 
 
 def _spread_heads(heads: Sequence[str]) -> Sequence[str]:

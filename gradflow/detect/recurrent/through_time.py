@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import early, late, loss_fell, middle
+from gradflow.detect.evidence import early, excused, late, loss_fell, middle
 from gradflow.detect.flow.recurrent_weights import growth_of, late_profile
 from gradflow.detect.recurrent.actions import (
     amplifying_actions,
@@ -40,7 +40,13 @@ _GROWN = 100.0
 _READ_BY_MANY = 0.5  # of the steps are read: then each has a gradient of its own
 
 
-def fading(heard: float = 0.33, *, few: float = 0.1, some: float = 0.9) -> Detector:
+def fading(
+    heard: float = 0.33,
+    *,
+    few: float = 0.1,
+    some: float = 0.9,
+    fresh: IssueSeverity = IssueSeverity.CRITICAL,
+) -> Detector:
     """Return the detector of recurrent layers whose early steps get no gradient from the late ones.
 
     Measured: the exact gradient at what the input brings to the lowest level, W_ih x_t + b_ih, at every step
@@ -65,6 +71,8 @@ def fading(heard: float = 0.33, *, few: float = 0.1, some: float = 0.9) -> Detec
             less than a third, most of the sequence is out of reach of even what is next to be learned.
         few: below which it is HIGH: what is heard is but the end.
         some: below which it is LOW.
+        fresh: the most that it is in a layer whose recurrent weights are as PyTorch draws them: it may
+            learn to keep more.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
@@ -73,9 +81,12 @@ def fading(heard: float = 0.33, *, few: float = 0.1, some: float = 0.9) -> Detec
             share = late(r.heard_share)
             grows = any(late(growth_of(level)) >= _GROWN for level in r.levels)  # no loss: see `amplifying`
             if share < some and not late(r.read_share) > _READ_BY_MANY and not grows:
-                yield _fading_issue(flow, r, share, heard, few)
+                issue = _fading_issue(flow, r, share, heard, few)
+                if issue.severity > fresh and _is_fresh(flow, r):
+                    issue = attrs.evolve(issue, severity=fresh, description=f"{issue.description}{_YOUNG}")
+                yield issue
 
-    return detector
+    return excused(detector)
 
 
 def amplifying(threshold: float = 10.0) -> Detector:
@@ -103,7 +114,7 @@ def amplifying(threshold: float = 10.0) -> Detector:
             if growth >= threshold**2:
                 yield _amplifying_issue(r, level, growth, threshold)
 
-    return detector
+    return excused(detector)
 
 
 def gated(share: float = 0.5, *, severe_share: float = 0.8, closed: float = 0.1) -> Detector:
@@ -144,7 +155,7 @@ def gated(share: float = 0.5, *, severe_share: float = 0.8, closed: float = 0.1)
                     yield _closed_issue(flow, r, level)
                     break
 
-    return detector
+    return excused(detector)
 
 
 # --------------------------------------------------------------------------------------- common
@@ -163,6 +174,18 @@ def _of(r: RecurrenceRecord, level: RecurrentLevelRecord) -> str:
 
 
 # -------------------------------------------------------------------------------------- fading
+
+_YOUNG = " Its weights are as they were drawn: it may yet learn to keep more, which a later run tells."
+
+
+def _is_fresh(flow: Flow, r: RecurrenceRecord) -> bool:
+    """Whether the recurrent weights have the norm that PyTorch draws them with, uniform in ±1 / √hidden."""
+    for p in flow.parameters_of(node_name(r.name)):
+        if "weight_hh" in p.name and len(p.shape) == 2 and len(p.norm):
+            drawn = math.sqrt(p.num_elements / (3.0 * p.shape[1]))
+            four_deviations = 2.0 / math.sqrt(p.num_elements)
+            return abs(early(p.norm) / drawn - 1.0) < four_deviations + 0.002
+    return False
 
 
 def _fading_issue(flow: Flow, r: RecurrenceRecord, share: float, heard: float, few: float) -> Issue:

@@ -46,8 +46,7 @@ class Seen:
         name: qualified name of the innermost module that is running; `@1`, ... for later ones in a step.
         call: index of that module's call.
         op: the function that it was seen in; `softmax` for one that is multiplied with values.
-        shape: (samples, heads, queries, keys).
-        parts: yields the weights, some samples at a time.
+        source: the weights, or what they are computed from.
         query: the queries as the model computes with them, for gradients; None if there are none.
         key: the keys, likewise.
         value: the values, likewise.
@@ -55,21 +54,32 @@ class Seen:
             of all three, or three.
         head_axis: the axis of the output that counts heads, negative; 0 if there is none.
         merged: whether samples and heads are merged in the first axis of the output.
-        scored: what the weights are computed from, where they are computed again.
     """
 
     name: str
     call: int
     op: str
-    shape: tuple[int, int, int, int]
-    parts: Callable[[], Iterator[Part]]
+    source: Scored | Weighted
     query: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
     projection: tuple[Tensor, ...] = ()
     head_axis: int = 0
     merged: bool = False
-    scored: Scored | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(samples, heads, queries, keys)."""
+        return self.source.shape
+
+    @property
+    def scored(self) -> Scored | None:
+        """What the weights are computed from, where they are computed again."""
+        return self.source if isinstance(self.source, Scored) else None
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the weights, some samples at a time."""
+        return self.source.parts()
 
 
 class Capture(Session):
@@ -108,13 +118,16 @@ class Capture(Session):
         """Look whether a function is attention."""
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
-            return self._tell(name, self._product(args, kwargs))
+            return self._product(name, args, kwargs)
         if name == "multi_head_attention_forward":
-            return self._tell(name, self._projection(args, kwargs))
+            return self._projection(name, args, kwargs)
         running = self._running()
         inside = running[-1].index if running else -1
         found = self._follower.function(name, func, args, kwargs, inside)
-        return self._tell("softmax", _softmax(found)) if isinstance(found, Weighted) else found
+        if not isinstance(found, Weighted):
+            return found
+        named = {"query": found.queries, "key": found.keys, "value": found.values}
+        return self._tell("softmax", found, head_axis=found.head_axis, merged=found.merged, **named)
 
     def unseen(self) -> list[tuple[str, str]]:
         """Return name and class of the modules whose class is called attention, and in which none was seen.
@@ -129,60 +142,34 @@ class Capture(Session):
 
     # ------------------------------------------------------------------ what `on_seen` gets
 
-    def _tell(self, op: str, what: dict[str, Any] | None) -> Callable[[Any], None] | None:
-        if what is None:
-            return None
+    def _tell(self, op: str, source: Scored | Weighted, **what: Any) -> Callable[[Any], None] | None:
         running = self._running()
         module = running[-1].module if running else ""
         number = self._counts.get(module, 0)
         self._counts[module] = number + 1
         self._holding.update(call.module for call in running)
         name = f"{module}@{number}" if number else module
-        return self._on_seen(Seen(name=name, call=running[-1].index if running else -1, op=op, **what))
+        call = running[-1].index if running else -1
+        return self._on_seen(Seen(name=name, call=call, op=op, source=source, **what))
 
-    @staticmethod
-    def _product(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _product(
+        self, op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[Any], None] | None:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        tensors = [given.get(n) for n in names[:3]]
-        if not all(_is_plain(t) for t in tensors):
+        named = {name: given.get(name) for name in names[:3]}
+        query = named["query"]
+        if not all(_is_plain(t) for t in named.values()) or query is None:
             return None
-        scored = scored_by_product(**given)
-        query, key, value = tensors
-        assert query is not None
-        return {
-            "shape": scored.shape, "parts": scored.parts, "scored": scored,
-            "query": query, "key": key, "value": value, "head_axis": -3 if query.dim() > 3 else 0,
-        }  # fmt: skip
+        return self._tell(op, scored_by_product(**given), head_axis=-3 if query.dim() > 3 else 0, **named)
 
-    @staticmethod
-    def _projection(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _projection(
+        self, op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[Any], None] | None:
         given = packed_arguments(args, kwargs)
         if not all(_is_plain(given[n]) for n in ("query", "key", "value")):
             return None
-        scored = scored_by_projection(given)
-        return {
-            "shape": scored.shape, "parts": scored.parts, "scored": scored,
-            "projection": tuple(projection_weights(given)),
-        }  # fmt: skip
-
-
-def _softmax(seen: Weighted) -> dict[str, Any]:
-    n, heads, queries, keys = seen.weights.shape
-    step = max(1, 2**22 // max(heads * queries * keys, 1))
-
-    def parts() -> Iterator[Part]:
-        allowed = seen.allowed
-        for start in range(0, n, step):
-            part = slice(start, start + step)
-            logits = None if seen.logits is None else seen.logits[part]
-            yield Part(seen.weights[part], allowed[part], logits)
-
-    return {
-        "shape": (n, heads, queries, keys), "parts": parts,
-        "query": seen.queries, "key": seen.keys, "value": seen.values, "head_axis": seen.head_axis,
-        "merged": seen.merged,
-    }  # fmt: skip
+        return self._tell(op, scored_by_projection(given), projection=tuple(projection_weights(given)))
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -6,11 +6,13 @@ For its trace see NOTE [What a softmax is for] in `softmax.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
 from torch import Tensor
 
+from gradflow.functional.attention.scores import PART, Part
 from gradflow.functional.tap.watch import MASKED
 
 
@@ -86,6 +88,26 @@ class Weighted:
     values: Tensor
     head_axis: int
     merged: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(samples, heads, queries, keys)."""
+        n, heads, queries, keys = self.weights.shape
+        return n, heads, queries, keys
+
+    def of(self, chosen: Tensor) -> Weighted:
+        """Return the attention of some samples, by their indices; its queries, keys and values are all."""
+        logits = None if self.logits is None else self.logits[chosen]
+        return attrs.evolve(self, weights=self.weights[chosen], logits=logits)
+
+    def parts(self) -> Iterator[Part]:
+        """Yield the attention, some samples at a time."""
+        samples, heads, queries, keys = self.shape
+        step = max(1, PART // max(heads * queries * keys, 1))
+        allowed = self.allowed
+        for start in range(0, samples, step):
+            part = slice(start, start + step)
+            yield Part(self.weights[part], allowed[part], None if self.logits is None else self.logits[part])
 
     @property
     def allowed(self) -> Tensor:

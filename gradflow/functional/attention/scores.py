@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradflow.functional.tap.watch import MASKED
 
-_PART = 2**22  # elements of weights that are held at a time
+PART = 2**22  # elements of weights that are held at a time
 _SMALL = 2**20  # up to which they are computed in double precision
 
 
@@ -63,10 +63,22 @@ class Scored:
         n, heads, queries, _ = self.query.shape
         return n, heads, queries, self.key.shape[-2]
 
+    def of(self, chosen: Tensor) -> Scored:
+        """Return the attention of some samples, by their indices."""
+        samples = self.shape[0]
+        masked = self.mask is not None and self.mask.shape[0] == samples > 1
+        return attrs.evolve(
+            self,
+            query=self.query[chosen],
+            key=self.key[chosen],
+            value=self.value[chosen],
+            mask=self.mask[chosen] if masked and self.mask is not None else self.mask,
+        )
+
     def parts(self) -> Iterator[Part]:
         """Yield the attention, some samples at a time."""
         samples, heads, queries, keys = self.shape
-        step = max(1, _PART // max(heads * queries * keys, 1))
+        step = max(1, PART // max(heads * queries * keys, 1))
         for start in range(0, samples, step):
             yield self._part(slice(start, start + step))
 

@@ -23,6 +23,7 @@ from gradflow.functional.attention.statistics import (
 from gradflow.functional.measurement import Session, gradients
 from gradflow.functional.model.trees import iter_tensors, wide_dtype
 from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.ignorance import Ignorance
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.records import (
     AttentionGradients,
@@ -57,7 +58,10 @@ class _Pending:
 class _Layer:
     """What is known of an attention layer over all looks."""
 
-    seen: Seen
+    name: str
+    op: str
+    heads: int
+    queries: int
     module: str
     type: str
     gradient_at: str = ""
@@ -65,10 +69,17 @@ class _Layer:
 
 
 class AttentionSession(Session):
-    """Listens for attention and residual branches; see `attention`."""
+    """Listens for attention and residual branches; see `attention`.
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = modules
+    Args:
+        modules: of the model, by qualified name.
+        most: elements of the weights of one attention that are read; of larger ones, some samples.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], most: float = math.inf) -> None:
+        self._modules, self._most = modules, most
+        self._thinned: dict[str, None] = {}  # what was read in part, in words
+        self._loss_share = math.nan
         self._capture = Capture(self._attention)
         self._steps: list[int] = []
         self._layers: dict[str, _Layer] = {}
@@ -81,6 +92,7 @@ class AttentionSession(Session):
         self._found: dict[tuple[str, str], Tensor] = {}
         self._branches: Branches | None = None
         self._recorder: Recorder | None = None
+        self._ignorance = Ignorance()
 
     # ------------------------------------------------------------------ while the model runs
 
@@ -110,7 +122,8 @@ class AttentionSession(Session):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Callable[[Any], None] | None:
         """Look whether a function is attention, or ends a residual branch."""
-        if getattr(func, "__name__", "") in SUMS:
+        self._ignorance.hear(func, args, kwargs)
+        if getattr(func, "__name__", "") in SUMS and self._takes_sums:
             assert self._branches is not None
             if (branch := self._branches.summed(args, kwargs.get("alpha", 1.0))) is not None:
                 self._found.setdefault((branch.name, branch.type), branch.share)
@@ -120,9 +133,14 @@ class AttentionSession(Session):
                         pending.numbers["branch_share"] = branch.share
         return self._capture.function(func, args, kwargs)
 
+    @property
+    def _takes_sums(self) -> bool:
+        """Whether sums are looked at for residual branches."""
+        return True
+
     def _attention(self, seen: Seen) -> Callable[[Any], None]:
         """Take the statistics of an attention, and return the function to call with its output."""
-        pending = _Pending(seen, _weight_numbers(seen))
+        pending = _Pending(seen, _weight_numbers(self._sampled(seen)))
         self._pending.append(pending)
         assert self._recorder is not None
         for call in reversed(self._recorder.running()[-3:]):
@@ -141,6 +159,16 @@ class AttentionSession(Session):
                 pending.numbers["head_output"] = norms
 
         return end
+
+    def _sampled(self, seen: Seen) -> Seen:
+        """Return an attention with the samples that are read of it: all, unless that is too many."""
+        samples, heads, queries, keys = seen.shape
+        number = max(1, int(min(self._most / (heads * queries * keys), samples)))
+        if number == samples:
+            return seen
+        self._thinned.setdefault(f"{number} of {samples} samples")
+        chosen = torch.linspace(0, samples - 1, number).round().long()
+        return attrs.evolve(seen, source=seen.source.of(chosen))
 
     def _note_output(self, pending: _Pending, call: Call, output: Any) -> None:
         queries, batch_first = pending.seen.shape[2], _batch_first(self._modules[call.module])
@@ -180,14 +208,18 @@ class AttentionSession(Session):
                 calls[pending.seen.call] if calls else None,
             )
             module, kind = (call.module, call.type) if call is not None else ("", "")
-            layer = self._layers.setdefault(seen.name, _Layer(seen, module, kind))
-            layer.seen = attrs.evolve(seen, parts=None, query=None, key=None, value=None, projection=(),
-                                      scored=None)  # fmt: skip
+            _, heads, queries, _ = seen.shape
+            layer = self._layers.setdefault(
+                seen.name, _Layer(seen.name, seen.op, heads, queries, module, kind)
+            )
+            layer.op, layer.heads, layer.queries = seen.op, heads, queries
             if "query_grad" in pending.numbers or "value_grad" in pending.numbers:
                 layer.gradient_at = "weights" if seen.projection else "tensors"
             layer.looks[look] = {name: _read(value) for name, value in pending.numbers.items()}
         for key, share in self._found.items():
             self._shares.setdefault(key, {})[look] = float(share)
+        if self._layers and not math.isnan(known := self._ignorance.share()):
+            self._loss_share = known
         self._capture.forget()
         self._forget()
 
@@ -204,6 +236,7 @@ class AttentionSession(Session):
                     )
                     for (name, kind), found in self._shares.items()
                 ],
+                loss_share=self._loss_share,
             )
         }
 
@@ -323,7 +356,7 @@ def _read(value: Any) -> Any:
 
 
 def _record(layer: _Layer, number: int) -> AttentionRecord:
-    heads = layer.seen.shape[1]
+    heads = layer.heads
     arrays: dict[str, Any] = {}
     for name in BY_HEAD:
         rows = np.full((number, heads), np.nan)
@@ -334,8 +367,8 @@ def _record(layer: _Layer, number: int) -> AttentionRecord:
     for name in SCALARS:
         arrays[name] = [layer.looks.get(look, {}).get(name, math.nan) for look in range(number)]
     return AttentionRecord(
-        name=layer.seen.name, module=layer.module, type=layer.type, op=layer.seen.op, num_heads=heads,
-        num_queries=layer.seen.shape[2], scores=AttentionScores(**_taken(AttentionScores, arrays)),
+        name=layer.name, module=layer.module, type=layer.type, op=layer.op, num_heads=heads,
+        num_queries=layer.queries, scores=AttentionScores(**_taken(AttentionScores, arrays)),
         gradients=AttentionGradients(at=layer.gradient_at, **_taken(AttentionGradients, arrays)), **arrays,
     )  # fmt: skip
 

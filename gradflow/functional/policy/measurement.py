@@ -31,7 +31,7 @@ from gradflow.functional.tap.nodes import nodes_under
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.records import NAN, ActionDeviation, ActionDistribution, Floats, PolicyRecord
 
-_NUMBERS = ("entropy", "entropy_share", "max_prob", "largest_prob", "deterministic_share")
+_NUMBERS = ("entropy", "entropy_share", "max_prob", "largest_prob", "deterministic_share", "mixture_share")
 
 
 def policy_heads(

@@ -83,7 +83,7 @@ class Seer:
     def hear(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
         """Note what the call of a PyTorch function tells."""
         running = False
-        for frame in _distribution_frames():
+        for frame in distribution_frames():
             running = True
             this = frame.f_locals.get("self")
             if isinstance(this, Distribution):
@@ -184,7 +184,7 @@ def is_normalised(x: Tensor) -> str:
     return ""
 
 
-def _distribution_frames() -> list[FrameType]:
+def distribution_frames() -> list[FrameType]:
     """Return the frames of `torch.distributions` that called the running function, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and _module(frame).startswith("gradflow."):

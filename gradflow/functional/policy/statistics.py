@@ -43,6 +43,7 @@ class ActionStatistics:
     max_prob: float = float_field(NAN)
     largest_prob: float = float_field(NAN)
     deterministic_share: float = float_field(NAN)
+    mixture_share: float = float_field(NAN)
     std_min: float = float_field(NAN)
     std_mean: float = float_field(NAN)
     std_max: float = float_field(NAN)
@@ -95,7 +96,8 @@ def action_statistics(distribution: Distribution, *, part_dims: int = 0) -> Acti
             return ActionStatistics(discrete=is_discrete(distribution), num_parts=parts, **values)
         base, joined = _unwrapped(distribution)
         if is_discrete(base):
-            return ActionStatistics(discrete=True, num_parts=parts * joined, **values, **_discrete(base))
+            numbers = _discrete(base, by_part=bool(part_dims) or joined > 1)
+            return ActionStatistics(discrete=True, num_parts=parts * joined, **values, **numbers)
         return ActionStatistics(
             discrete=False,
             num_parts=parts * math.prod(distribution.event_shape),
@@ -181,7 +183,7 @@ def family(distribution: Distribution) -> str:
 # ------------------------------------------------------------------------------------ discrete
 
 
-def _discrete(distribution: Distribution) -> dict[str, Any]:
+def _discrete(distribution: Distribution, *, by_part: bool) -> dict[str, Any]:
     p = probabilities(distribution)
     allowed = _allowed(distribution, p)
     choices = allowed.sum(-1)
@@ -196,7 +198,16 @@ def _discrete(distribution: Distribution) -> dict[str, Any]:
         "max_prob": float(largest.mean()),
         "largest_prob": float(largest.max()),
         "deterministic_share": float((largest > DETERMINISTIC).double().mean()),
+        "mixture_share": _mixture_share(p, allowed, by_part=by_part),
     }
+
+
+def _mixture_share(p: Tensor, allowed: Tensor, *, by_part: bool) -> float:
+    """Return the entropy of the mean over samples, over its largest; a mean over the parts of an action."""
+    rows = p.flatten(0, -3) if by_part and p.dim() > 2 else p.flatten(0, -2)[:, None]
+    can = allowed.reshape(rows.shape).any(0).sum(-1)
+    entropy = torch.special.entr(rows.mean(0)).sum(-1)
+    return float((entropy / can.clamp(min=2).double().log()).mean())
 
 
 def _allowed(distribution: Distribution, p: Tensor) -> Tensor:

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from gradflow.functional.model.trees import wide_dtype
 from gradflow.functional.recurrent.cells import Level, State
-from gradflow.functional.recurrent.numbers import LevelNumbers, heard_share, last_of, level_numbers, profile
+from gradflow.functional.recurrent.numbers import (
+    Budget,
+    LevelNumbers,
+    heard_share,
+    last_of,
+    level_numbers,
+    profile,
+)
 from gradflow.functional.recurrent.unroll import Track, TrackGradients
 from gradflow.functional.tap.calls import Call
 from gradflow.records import Floats
@@ -75,13 +82,13 @@ class LoopNumbers:
     level: LevelNumbers
 
 
-def loop_numbers(chain: Sequence[CellCall], level: Level, *, states: bool) -> LoopNumbers:
+def loop_numbers(chain: Sequence[CellCall], level: Level, *, budget: Budget) -> LoopNumbers:
     """Return the numbers of one loop.
 
     Args:
         chain: its calls, in the order of time.
         level: the cell.
-        states: whether the rms of its states are taken at every step.
+        budget: on how much the costlier numbers are taken.
     """
     track, whole, error = _as_track(chain, level)
     state = tuple(torch.stack(part).requires_grad_() for part in zip(*track.before, strict=True))
@@ -94,7 +101,7 @@ def loop_numbers(chain: Sequence[CellCall], level: Level, *, states: bool) -> Lo
         read_share=_read_share(parts, pulled),
         heard_share=heard_share([at_drive], None, one_way=True),
         state_error=error,
-        level=level_numbers(track, whole, _readout(track, whole), total=drive.shape[1], states=states),
+        level=level_numbers(track, whole, _readout(track, whole), total=drive.shape[1], budget=budget),
     )
 
 

@@ -25,20 +25,22 @@ from gradflow.functional.measurement import Session, gradients
 from gradflow.functional.recurrent.cell_loop import CellCall, chains, loop_numbers
 from gradflow.functional.recurrent.cells import KINDS, Level, level_of_cell, levels_of, work_dtype
 from gradflow.functional.recurrent.numbers import (
+    Budget,
     Cotangents,
     LevelNumbers,
     heard_share,
     level_numbers,
+    level_record,
     readout_profiles,
     spread,
 )
 from gradflow.functional.recurrent.unroll import Layout, given_state, track_gradients, unroll
 from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.ignorance import Ignorance
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.watch import source_calls
-from gradflow.records import GateRecord, RecurrenceRecord, RecurrentLevelRecord
+from gradflow.records import RecurrenceRecord
 
-_MOST_NUMBERS = 2**25  # of gates, over steps and samples; of larger batches some samples stand for all
 _FOREIGN = 0.1  # relative difference of the first states beyond which a layer computes something else
 _INEXACT = 0.01  # relative difference beyond which a note is made
 
@@ -51,7 +53,7 @@ class Recurrence:
 
     def start(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> Session:
         """Return the session of one run; see `Measurement`."""
-        return _Listener(modules, self.states)
+        return RecurrenceSession(modules, Budget(states=self.states))
 
 
 def recurrence(*, states: bool = True) -> Recurrence:
@@ -107,10 +109,17 @@ class _Key:
     loop: bool
 
 
-class _Listener(Session):
-    def __init__(self, modules: Mapping[str, nn.Module], states: bool) -> None:
-        self._modules = modules
-        self._states = states
+class RecurrenceSession(Session):
+    """Listens for recurrent layers and loops over cells; see `recurrence`.
+
+    Args:
+        modules: of the model, by qualified name.
+        budget: on how much the costlier numbers are taken.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], budget: Budget) -> None:
+        self._modules, self._budget = modules, budget
+        self._loss_share = math.nan
         self._keys: dict[str, _Key] = {}
         self._steps: dict[int, dict[str, _Numbers]] = {}
         self._notes: dict[str, None] = {}
@@ -121,12 +130,22 @@ class _Listener(Session):
         self._cells: dict[int, CellCall] = {}
         self._made: dict[int, int] = {}  # id of a cell's new h -> its call
         self._levels: dict[str, Level] = {}  # of the cells, with the weights of this step
+        self._ignorance = Ignorance()
 
     def begin(self, step: int, recorder: Recorder) -> None:
+        """Start a step."""
         self._now = self._steps[step] = {}
         self._forget()
 
+    def function(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[Any], None] | None:
+        """Note the loss functions."""
+        self._ignorance.hear(func, args, kwargs)
+        return None
+
     def entered(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Keep what enters a recurrent layer or cell."""
         module = self._modules[call.module]
         if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or not call.grad_enabled:
             return
@@ -156,6 +175,7 @@ class _Listener(Session):
         return known[-1] if known else None
 
     def left(self, call: Call, output: Any) -> None:
+        """Keep what a recurrent layer or cell gives."""
         if call.index in self._cells:
             heard = self._cells[call.index]
             heard.outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
@@ -177,12 +197,14 @@ class _Listener(Session):
                 self._foreign(call.name)
 
     def differentiate(self, loss: Tensor) -> None:
+        """Take the gradients at what they gave."""
         every = [*self._fused.values(), *self._cells.values()]
         found = iter(gradients(loss, [t for heard in every for t in heard.outputs]))
         for heard in every:
             heard.found = [next(found) for _ in heard.outputs]
 
     def end(self) -> None:
+        """Measure what was heard, and let go of the step's tensors."""
         device = next((t.device.type for heard in self._fused.values() for t in heard.outputs), "cpu")
         with torch.enable_grad(), torch.autocast(device, enabled=False):
             for heard in self._fused.values():
@@ -191,6 +213,8 @@ class _Listener(Session):
             for chain in chains(self._cells):
                 if any(g is not None for heard in chain for g in heard.found):
                     self._keep_loop(chain)
+        if self._now and not math.isnan(known := self._ignorance.share()):
+            self._loss_share = known
         self._forget()
 
     def _keep(self, call: Call, kind: str, numbers: _Numbers | None, *, loop: bool = False) -> None:
@@ -251,7 +275,7 @@ class _Listener(Session):
             heard_share=heard_share(lowest, alive, one_way=len(lowest) == 1),
             state_error=_error(unrolled.output, real, alive),
             levels=[
-                level_numbers(track, gradient, readout, total=x.shape[1], states=self._states)
+                level_numbers(track, gradient, readout, total=x.shape[1], budget=self._budget)
                 for track, gradient, readout in zip(unrolled.tracks, whole, readouts, strict=True)
             ],
             unmasked=not self._masks_known(heard),
@@ -264,13 +288,17 @@ class _Listener(Session):
     def _chosen(self, call: Call, levels: Sequence[Level], x: Tensor) -> list[int]:
         """Return the samples to unroll: all, unless that takes too much memory."""
         per_sample = len(x) * sum(level.weight_ih.shape[0] for level in levels)
-        most = max(_MOST_NUMBERS // per_sample, 8)
+        most = int(min(max(self._budget.numbers // per_sample, 8), self._budget.samples))
         if x.shape[1] > most:
-            self._notes[
-                f"The gradient through time of {call.name or 'the model'!r} was measured on {most} of "
-                f"{x.shape[1]} samples, and scaled up."
-            ] = None
+            self._thin(call, most, x.shape[1])
         return spread(x.shape[1], most)
+
+    def _thin(self, call: Call, most: int, number: int) -> None:
+        """Hear that some samples of a call stand for all."""
+        self._notes[
+            f"The gradient through time of {call.name or 'the model'!r} was measured on {most} of "
+            f"{number} samples, and scaled up."
+        ] = None
 
     def _dropout(
         self, heard: _FusedCall, layout: Layout, chosen: list[int]
@@ -306,7 +334,7 @@ class _Listener(Session):
     def _keep_loop(self, chain: Sequence[CellCall]) -> None:
         first = chain[0].call
         level = self._levels[first.module]
-        found = loop_numbers(chain, level, states=self._states)
+        found = loop_numbers(chain, level, budget=self._budget)
         numbers = _Numbers(
             num_steps=len(chain),
             read_share=found.read_share,
@@ -319,6 +347,7 @@ class _Listener(Session):
     # ------------------------------------------------------------------------------------ the record
 
     def fields(self) -> Mapping[str, Any]:
+        """Return the records, in the order of execution."""
         names = sorted(self._keys, key=lambda name: self._keys[name].order)
         return {"recurrences": tuple(self._record(name) for name in names)}
 
@@ -337,45 +366,17 @@ class _Listener(Session):
             read_share=np.array([n.read_share for n in numbers]),
             heard_share=np.array([n.heard_share for n in numbers]),
             state_error=np.array([n.state_error for n in numbers]),
-            levels=[_level_record(levels) for levels in zip(*(n.levels for n in numbers), strict=True)],
+            levels=[level_record(levels) for levels in zip(*(n.levels for n in numbers), strict=True)],
+            loss_share=self._loss_share,
         )
 
     def notes(self) -> Sequence[str]:
+        """Return how far the numbers can be trusted."""
         return tuple(self._notes)
 
 
 def _draws_on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
-
-
-def _level_record(numbers: Sequence[LevelNumbers]) -> RecurrentLevelRecord:
-    """Join what the measured steps gave for one level."""
-    return RecurrentLevelRecord(
-        level=numbers[0].level,
-        state_size=numbers[0].state_size,
-        gradient_profile=_padded([n.gradient_profile for n in numbers]),
-        state_profile=_padded([n.state_profile for n in numbers]),
-        readout_profile=_padded([n.readout_profile for n in numbers]),
-        spectral_radius=np.array([n.spectral_radius for n in numbers]),
-        spectral_residual=np.array([n.spectral_residual for n in numbers]),
-        lyapunov=np.array([n.lyapunov for n in numbers]),
-        hidden_rms=_padded([n.hidden_rms for n in numbers], front=False),
-        cell_rms=_padded([n.cell_rms for n in numbers], front=False),
-        gates=[
-            GateRecord(name=name, mean=values[:, 0], saturated_share=values[:, 1], idle_share=values[:, 2])
-            for name in numbers[0].gates
-            for values in [np.array([n.gates[name] for n in numbers])]
-        ],
-    )
-
-
-def _padded(rows: Sequence[np.ndarray], *, front: bool = True) -> np.ndarray:
-    """Return rows of different lengths as a matrix, with NaN in front of (or behind) the shorter ones."""
-    width = max(len(row) for row in rows)
-    sides = [((width - len(row), 0) if front else (0, width - len(row))) for row in rows]
-    return np.stack(
-        [np.pad(row, side, constant_values=math.nan) for row, side in zip(rows, sides, strict=True)]
-    )
 
 
 def _error(found: Tensor, real: Tensor, alive: Tensor | None) -> float:

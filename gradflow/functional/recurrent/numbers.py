@@ -28,12 +28,29 @@ from gradflow.functional.recurrent.cells import Cell, State
 from gradflow.functional.recurrent.transition import lyapunov_exponents, spectral_radii
 from gradflow.functional.recurrent.unroll import Track, TrackGradients, Unrolled, track_gradients
 from gradflow.functional.tap.watch import SATURATED
-from gradflow.records import Bools, Floats, Ints
+from gradflow.records import Bools, Floats, GateRecord, Ints, RecurrentLevelRecord
 
 HEARD = 1e-6  # of a sample's largest: float32 keeps 7 digits, so what is smaller is lost in the sum
 IDLE = 0.1  # of a step: what an idle gate amounts to over a whole sequence, see `GateRecord`
-_POINTS = 8  # transitions whose eigenvalues are taken, and samples whose Lyapunov exponent is
-_MOST_STEPS = 512  # over which a tangent vector is carried
+
+
+@attrs.frozen(kw_only=True)
+class Budget:
+    """On how much the costlier numbers are taken.
+
+    Args:
+        numbers: of gates, over steps and samples; of larger batches some samples stand for all.
+        samples: at most, whatever their size.
+        points: transitions whose eigenvalues are taken, and samples whose Lyapunov exponent is.
+        steps: over which a tangent vector is carried.
+        states: whether the rms of the states is taken at every step.
+    """
+
+    numbers: int = 2**25
+    samples: float = math.inf
+    points: int = 8
+    steps: int = 512
+    states: bool = True
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -88,7 +105,7 @@ def last_of(marks: Bools) -> Ints:
 
 
 def level_numbers(
-    track: Track, whole: TrackGradients, readout: Floats, *, total: int, states: bool
+    track: Track, whole: TrackGradients, readout: Floats, *, total: int, budget: Budget
 ) -> LevelNumbers:
     """Return the numbers of one track.
 
@@ -97,16 +114,16 @@ def level_numbers(
         whole: the gradients at its states.
         readout: the profile of the last read step alone.
         total: number of samples that the track's stand for.
-        states: whether the rms of its states are taken at every step.
+        budget: on how much the costlier numbers are taken.
     """
     hidden, both = whole.norms.numpy(), whole.state_norms.numpy()
     ends = last_of(hidden != 0)
     drive = track.drive.detach()
     drive = drive.flip(0) if track.level.reverse else drive
     before = [tuple(part.detach() for part in state) for state in track.before]
-    radii, residuals = _radii(track.level.cell, drive, before, track.alive)
+    radii, residuals = _radii(track.level.cell, drive, before, track.alive, budget.points)
     after = [torch.stack(part).detach() for part in zip(*track.after, strict=True)]
-    rms = [_rms(part, track.alive) for part in after] if states else []
+    rms = [_rms(part, track.alive) for part in after] if budget.states else []
     return LevelNumbers(
         level=track.level.name,
         state_size=sum(track.level.cell.sizes),
@@ -115,35 +132,67 @@ def level_numbers(
         readout_profile=readout,
         spectral_radius=float(radii.mean()),
         spectral_residual=float(residuals.max()),
-        lyapunov=_lyapunov(track.level.cell, drive, before[0], track.alive),
+        lyapunov=_lyapunov(track.level.cell, drive, before[0], track.alive, budget),
         hidden_rms=rms[0] if rms else np.empty(0),
         cell_rms=rms[1] if len(rms) > 1 else np.empty(0),
         gates=_gates(track.gates, track.alive),
     )
 
 
-def _radii(cell: Cell, drive: Tensor, before: Sequence[State], alive: Tensor | None) -> tuple[Tensor, Tensor]:
+def level_record(numbers: Sequence[LevelNumbers]) -> RecurrentLevelRecord:
+    """Join what the measured steps gave for one level."""
+    return RecurrentLevelRecord(
+        level=numbers[0].level,
+        state_size=numbers[0].state_size,
+        gradient_profile=_padded([n.gradient_profile for n in numbers]),
+        state_profile=_padded([n.state_profile for n in numbers]),
+        readout_profile=_padded([n.readout_profile for n in numbers]),
+        spectral_radius=np.array([n.spectral_radius for n in numbers]),
+        spectral_residual=np.array([n.spectral_residual for n in numbers]),
+        lyapunov=np.array([n.lyapunov for n in numbers]),
+        hidden_rms=_padded([n.hidden_rms for n in numbers], front=False),
+        cell_rms=_padded([n.cell_rms for n in numbers], front=False),
+        gates=[
+            GateRecord(name=name, mean=values[:, 0], saturated_share=values[:, 1], idle_share=values[:, 2])
+            for name in numbers[0].gates
+            for values in [np.array([n.gates[name] for n in numbers])]
+        ],
+    )
+
+
+def _padded(rows: Sequence[np.ndarray], *, front: bool = True) -> np.ndarray:
+    """Return rows of different lengths as a matrix, with NaN in front of (or behind) the shorter ones."""
+    width = max(len(row) for row in rows)
+    sides = [((width - len(row), 0) if front else (0, width - len(row))) for row in rows]
+    return np.stack(
+        [np.pad(row, side, constant_values=math.nan) for row, side in zip(rows, sides, strict=True)]
+    )
+
+
+def _radii(
+    cell: Cell, drive: Tensor, before: Sequence[State], alive: Tensor | None, number: int
+) -> tuple[Tensor, Tensor]:
     """Return spectral radii at moments spread over the steps and the samples."""
-    samples = spread(drive.shape[1], _POINTS)
+    samples = spread(drive.shape[1], number)
     points = []
-    for i in range(_POINTS):
+    for i in range(number):
         sample = samples[i % len(samples)]
         times = range(len(drive)) if alive is None else torch.nonzero(alive[:, sample]).flatten().tolist()
-        points.append((times[int((i + 0.5) / _POINTS * len(times))], sample))
+        points.append((times[int((i + 0.5) / number * len(times))], sample))
     points = sorted(set(points))
     state = tuple(torch.stack([before[t][k][b] for t, b in points]) for k in range(len(cell.sizes)))
     return spectral_radii(cell, torch.stack([drive[t, b] for t, b in points]), state)
 
 
-def _lyapunov(cell: Cell, drive: Tensor, first: State, alive: Tensor | None) -> float:
-    samples = spread(drive.shape[1], _POINTS)
+def _lyapunov(cell: Cell, drive: Tensor, first: State, alive: Tensor | None, budget: Budget) -> float:
+    samples = spread(drive.shape[1], budget.points)
     state = tuple(part[samples] for part in first)
     here = None if alive is None else alive[:, samples]
-    if here is not None and len(drive) > _MOST_STEPS:  # in reverse, the short ones begin late
+    if here is not None and len(drive) > budget.steps:  # in reverse, the short ones begin late
         start = int(here.any(1).float().argmax())
         drive, here = drive[start:], here[start:]
     exponents = lyapunov_exponents(
-        cell, drive[:_MOST_STEPS, samples], state, alive=None if here is None else here[:_MOST_STEPS]
+        cell, drive[: budget.steps, samples], state, alive=None if here is None else here[: budget.steps]
     )
     known = exponents[~exponents.isnan()]
     return float(known.mean()) if len(known) else math.nan

@@ -82,7 +82,7 @@ def assembled(run: Run, knowledge: KnowledgeRecord | None) -> FlowRecord:
         never_called=idle,
         passed_by=passed_by(idle, called | {call.module for call in run.graph.calls}, modules),
         graph_record=run.graph.record(),
-        provenance=_provenance(run, found.notes),
+        provenance=_provenance(run, found.notes, found.found),
         extras=found.extras,
         knowledge=knowledge,
         **found.fields,
@@ -96,7 +96,7 @@ def _version() -> str:
         return "0"
 
 
-def _provenance(run: Run, said: tuple[str, ...]) -> Provenance:
+def _provenance(run: Run, said: tuple[str, ...], chosen: tuple[str, ...]) -> Provenance:
     model, plan, steps = run.program.given.model, run.plan, len(run.history.rows)
     parameters = list(run.program.state.parameters.values())
     notes = [*run.findings.notes, *standing_notes(model, plan.optimizer)]
@@ -135,4 +135,5 @@ def _provenance(run: Run, said: tuple[str, ...]) -> Provenance:
         clip=None if plan.clip is None else float(plan.clip),
         learning_rates=learning_rates(plan.optimizer) if plan.optimizer is not None else (),
         notes=notes,
+        chosen=chosen,
     )

@@ -208,7 +208,7 @@ def test_rows_in_which_every_key_is_hidden_are_zero_and_do_not_count() -> None:
 
 def test_several_parts_of_a_batch_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = gf.attention_weights(gpt(), tokens(5))
-    monkeypatch.setattr(scores, "_PART", 2 * 2 * 6 * 6)
+    monkeypatch.setattr(scores, "PART", 2 * 2 * 6 * 6)
     parts = gf.attention_weights(gpt(), tokens(5))
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name])

@@ -100,7 +100,7 @@ def test_dropout_between_levels_is_that_of_the_call(
     assert only(record).state_error[0] < 1e-12
     assert not record.provenance.notes
     monkeypatch.setattr(recurrent, "_FOREIGN", math.inf)
-    monkeypatch.setattr(recurrent._Listener, "_dropout", lambda *_: None)
+    monkeypatch.setattr(recurrent.RecurrenceSession, "_dropout", lambda *_: None)
     assert only(measured(module, lambda: (x,), loss)).state_error[0] > 0.05
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -15,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import gradflow as gf
 from gradflow.functional import recurrence
+from gradflow.functional.measurement import Session
 from gradflow.functional.recurrent import measurement as recurrent
-from gradflow.functional.recurrent import numbers as recurrent_numbers
+from gradflow.functional.recurrent.measurement import RecurrenceSession
+from gradflow.functional.recurrent.numbers import Budget
 from gradflow.records import FlowRecord, RecurrentLevelRecord
 from tests.functional.recurrent.models import Loop, inputs, last_step, layer, looped, measured, only, weighed
 from tests.functional.snapshots import difference, snapshot
@@ -133,28 +136,41 @@ def test_states_that_could_not_be_computed_again_are_told(monkeypatch: pytest.Mo
     assert record.recurrences
 
 
-def test_of_a_batch_too_large_some_samples_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+@attrs.frozen
+class Budgeted:
+    """`recurrence()` with a budget of its own."""
+
+    budget: Budget
+
+    def start(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> Session:
+        return RecurrenceSession(modules, self.budget)
+
+
+def test_of_a_batch_too_large_some_samples_stand_for_all() -> None:
     module, x = layer("lstm", num_layers=2, dropout=0.5), inputs(6, 1).expand(6, 64, 3).contiguous()
     whole = measured(module, [x], weighed, mode="eval")
-    monkeypatch.setattr(recurrent, "_MOST_NUMBERS", 6 * 32 * 16)
-    some = measured(module, [x], weighed, mode="eval")
+    few = Budgeted(Budget(numbers=6 * 32 * 16))
+    some = measured(module, [x], weighed, mode="eval", measurement=few)
     assert "was measured on 16 of 64 samples" in some.provenance.notes[-1]
     a, b = only(whole).levels[0].gradient_profile, only(some).levels[0].gradient_profile
     np.testing.assert_allclose(a, b, rtol=0.5)  # of the same order: the weights of the loss differ
-    equal = only(measured(module, [x], lambda r: r[0].sum(), mode="eval")).levels[0].gradient_profile
-    monkeypatch.setattr(recurrent, "_MOST_NUMBERS", 2**25)
-    np.testing.assert_allclose(
-        equal, only(measured(module, [x], lambda r: r[0].sum(), mode="eval")).levels[0].gradient_profile
-    )
-    monkeypatch.setattr(recurrent, "_MOST_NUMBERS", 6 * 32 * 16)
-    assert only(measured(module, [x], weighed)).state_error[0] < 1e-12  # masks are drawn for all, then chosen
+    alike = [
+        only(measured(module, [x], lambda r: r[0].sum(), mode="eval", measurement=m))
+        .levels[0]
+        .gradient_profile
+        for m in (few, recurrence(), Budgeted(Budget(samples=5)))
+    ]
+    np.testing.assert_allclose(alike[0], alike[1])
+    np.testing.assert_allclose(alike[2], alike[1])
+    dropped = only(measured(module, [x], weighed, measurement=few))
+    assert dropped.state_error[0] < 1e-12  # masks are drawn for all, then chosen
 
 
-def test_long_sequences_carry_a_tangent_for_some_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recurrent_numbers, "_MOST_STEPS", 4)
+def test_long_sequences_carry_a_tangent_for_some_steps() -> None:
     packed = pack_sequence([inputs(9, 1)[:, 0], inputs(3, 1)[:, 0]])
     module = layer("tanh", bidirectional=True)
-    record = only(measured(module, lambda: (packed,), lambda r: r[0].data.sum()))
+    few = Budgeted(Budget(steps=4))
+    record = only(measured(module, lambda: (packed,), lambda r: r[0].data.sum(), measurement=few))
     assert all(np.isfinite(level.lyapunov).all() for level in record.levels)
 
 
