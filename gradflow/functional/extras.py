@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import typing
 from collections.abc import Iterable, Mapping
@@ -60,7 +61,7 @@ class Measured:
 
 def measured(sessions: Iterable[Session]) -> Measured:
     """Return what sessions measured. What is wrong with a name or a value is noted: the run is not lost."""
-    hints = typing.get_type_hints(FlowRecord)
+    hints = _hints()
     fields: dict[str, Any] = {}
     extras: dict[str, Any] = {}
     notes: list[str] = []
@@ -85,6 +86,11 @@ def measured(sessions: Iterable[Session]) -> Measured:
         notes += session.notes()
         found += session.found()
     return Measured(fields=fields, extras=extras, notes=tuple(notes), found=tuple(found))
+
+
+@functools.cache
+def _hints() -> Mapping[str, Any]:
+    return typing.get_type_hints(FlowRecord)
 
 
 def _free_name(name: str, taken: Mapping[str, Any]) -> str:

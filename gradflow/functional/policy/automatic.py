@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradflow.functional.measurement import Session
 from gradflow.functional.policy.measurement import PolicyHeads, PolicySession
 from gradflow.functional.policy.scene import listed
+from gradflow.functional.policy.seen import distribution_frames
 from gradflow.functional.policy.weighed import Weighed
 from gradflow.functional.tap.recorder import Recorder
 
@@ -48,8 +49,9 @@ class _AutomaticSession(PolicySession):
     def function(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Callable[[Any], None] | None:
-        super().function(func, args, kwargs)
-        return self._weighed.hear(func, args, kwargs) if self._weighed is not None else None
+        frames = distribution_frames()
+        self._seer.hear(func, args, kwargs, frames)
+        return self._weighed.hear(func, args, kwargs, frames) if self._weighed is not None else None
 
     def differentiate(self, loss: Tensor) -> None:
         if self._weighed is not None:

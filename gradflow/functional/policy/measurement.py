@@ -24,7 +24,7 @@ from gradflow.functional.policy.scene import (
     is_other,
     listed,
 )
-from gradflow.functional.policy.seen import Seer
+from gradflow.functional.policy.seen import Seer, distribution_frames
 from gradflow.functional.policy.statistics import ActionStatistics, action_statistics, family, is_bounded
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.nodes import nodes_under
@@ -125,7 +125,7 @@ class PolicySession(Session):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Callable[[Any], None] | None:
         """Note what a function call tells of a policy."""
-        self._seer.hear(func, args, kwargs)
+        self._seer.hear(func, args, kwargs, distribution_frames())
         return None
 
     def differentiate(self, loss: Tensor) -> None:

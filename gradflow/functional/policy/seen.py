@@ -80,10 +80,19 @@ class Seer:
         self.uses: list[Use] = []
         self._found: dict[int, Seen] = {}
 
-    def hear(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
-        """Note what the call of a PyTorch function tells."""
+    def hear(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any, frames: Sequence[FrameType]
+    ) -> None:
+        """Note what the call of a PyTorch function tells.
+
+        Args:
+            func: the function.
+            args: its arguments.
+            kwargs: those given by name.
+            frames: of `torch.distributions` that called it, see `distribution_frames`.
+        """
         running = False
-        for frame in distribution_frames():
+        for frame in frames:
             running = True
             this = frame.f_locals.get("self")
             if isinstance(this, Distribution):

@@ -13,7 +13,8 @@ entropy besides, or model or head is called a policy or an actor; and, with such
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import attrs
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.measurement import gradients
-from gradflow.functional.policy.seen import Distribution, distribution_frames
+from gradflow.functional.policy.seen import Distribution
 from gradflow.functional.tap.probes import is_probe
 
 _WORDS = frozenset(("policy", "policies", "actor", "actors", "pi"))
@@ -46,7 +47,7 @@ class _Chosen:
     Args:
         values: the tensor.
         what: where they come from, in words.
-        named: whether what they come from has a distribution's own entropy taken.
+        distribution: id of the distribution that was asked, or 0.
     """
 
     values: Tensor
@@ -63,10 +64,14 @@ class Weighed:
         self._entropies: set[int] = set()
 
     def hear(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        frames: Sequence[FrameType],
     ) -> Callable[[Any], None] | None:
-        """Hear of a function call; what is returned is to be called with its output."""
-        asked = self._asked()
+        """Hear of a function call, as `Seer`; what is returned is to be called with its output."""
+        asked = _asked(frames)
         if asked is not None:
             distribution, method = asked
             if method == "entropy":
@@ -83,15 +88,6 @@ class Weighed:
         if name in _LOSSES and kwargs.get("reduction") == "none":
             return lambda out: self._choose(len(self._chosen), out, f"an unreduced {name}")
         return None
-
-    def _asked(self) -> tuple[Distribution, str] | None:
-        """Return the distribution that is being asked for a log_prob or an entropy: the outermost."""
-        found = None
-        for frame in distribution_frames():
-            this, method = frame.f_locals.get("self"), frame.f_code.co_name
-            if method in ("log_prob", "entropy") and isinstance(this, Distribution):
-                found = this, method
-        return found
 
     def _soften(self, out: Any) -> None:
         if isinstance(out, Tensor) and out.grad_fn is not None:
@@ -130,6 +126,16 @@ class Weighed:
             if not one and signs and named and found.distribution:
                 one = f"{found.what} is taken, and {named!r} is called so"
         return one
+
+
+def _asked(frames: Sequence[FrameType]) -> tuple[Distribution, str] | None:
+    """Return the distribution that is being asked for a log_prob or an entropy: the outermost."""
+    found = None
+    for frame in frames:
+        method = frame.f_code.co_name
+        if method in ("log_prob", "entropy") and isinstance(frame.f_locals.get("self"), Distribution):
+            found = frame.f_locals["self"], method
+    return found
 
 
 def _picks(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

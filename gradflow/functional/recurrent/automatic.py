@@ -3,8 +3,9 @@
 NOTE [Cheaper through time]
 A recurrent layer is unrolled beside the model, step by step, which takes longer than its own kernel. So where
 nobody has asked for it, it is measured at the first and the last step alone, on `SAMPLES` samples that stand
-for all, eigenvalues of the transition at `POINTS` moments, and growth along the first `STEPS` steps. Of a
-layer that is called many times in a step, the first `CALLS` calls are measured.
+for all, with the eigenvalues of the transition at one moment and without Lyapunov exponent and rms of the
+states, on which no verdict rests. Of a layer that is called many times in a step, the first `CALLS` calls are
+measured.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gradflow.functional.recurrent.measurement import RecurrenceSession
 from gradflow.functional.recurrent.numbers import Budget
 from gradflow.functional.tap.calls import Call
 
-SAMPLES, POINTS, STEPS, CALLS = 8, 2, 16, 4
+SAMPLES, CALLS = 8, 4
 
 
 @attrs.frozen
@@ -30,7 +31,7 @@ class AutomaticRecurrence:
 
     def start(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> Session:
         """Return the session of one run."""
-        return _AutomaticSession(modules, Budget(samples=SAMPLES, points=POINTS, steps=STEPS, states=False))
+        return _AutomaticSession(modules, Budget(samples=SAMPLES, points=1, steps=0, states=False))
 
 
 class _AutomaticSession(RecurrenceSession):
@@ -69,7 +70,7 @@ class _AutomaticSession(RecurrenceSession):
         text = f"recurrence, since {some_of(dict.fromkeys(seen))} ran; at the first and the last step"
         if self._thinned:
             text += f", on {' and '.join(self._thinned)}"
-        text += f", the transition at {POINTS} moments"
+        text += ", its transition at one moment"
         if self._left_out:
             text += f", the first {CALLS} calls of {some_of(sorted(self._left_out))}"
         return (text,)

@@ -42,7 +42,7 @@ class Budget:
         numbers: of gates, over steps and samples; of larger batches some samples stand for all.
         samples: at most, whatever their size.
         points: transitions whose eigenvalues are taken, and samples whose Lyapunov exponent is.
-        steps: over which a tangent vector is carried.
+        steps: over which a tangent vector is carried; with none the Lyapunov exponent is NaN.
         states: whether the rms of the states is taken at every step.
     """
 
@@ -185,6 +185,8 @@ def _radii(
 
 
 def _lyapunov(cell: Cell, drive: Tensor, first: State, alive: Tensor | None, budget: Budget) -> float:
+    if not budget.steps:
+        return math.nan
     samples = spread(drive.shape[1], budget.points)
     state = tuple(part[samples] for part in first)
     here = None if alive is None else alive[:, samples]
