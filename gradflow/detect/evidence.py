@@ -39,7 +39,7 @@ import numpy as np
 
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
-from gradflow.records import ActivationRecord, Floats, FlowRecord, Issue, IssueSeverity
+from gradflow.records import ActivationRecord, Floats, FlowRecord, Issue, IssueSeverity, IssueType
 
 KEPT_BY_MATRIX = 0.4
 ROUNDING = (
@@ -280,6 +280,25 @@ def excused(detector: Detector) -> Detector:
             yield _excused(issue) if knowing and serious else issue
 
     return sparing
+
+
+def sparing_learned(detector: Detector) -> Detector:
+    """Return a detector whose SATURATION is LOW at most inside attention and recurrent layers that know.
+
+    Args:
+        detector: any; see `knows`.
+    """
+
+    def spared(record: FlowRecord) -> Iterable[Issue]:
+        places = {r.name for r in record.recurrences}
+        for layer in record.transformer.attention:
+            places |= {layer.name, layer.module}
+        knowing = bool(places) and knows(record)
+        for issue in detector(record):
+            sharp = issue.issue_type is IssueType.SATURATION and issue.layer in places
+            yield _excused(issue) if knowing and sharp and issue.severity > IssueSeverity.LOW else issue
+
+    return spared
 
 
 def _excused(issue: Issue) -> Issue:
