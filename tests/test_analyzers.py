@@ -97,7 +97,7 @@ def test_thresholds_reach_the_detectors(monkeypatch: pytest.MonkeyPatch) -> None
         unstable_cv_threshold=0.25,
     )
     assert analyzer.name == "mine"
-    assert analyzer.pipeline.name == "flow+recurrent"
+    assert analyzer.pipeline.name == "flow+recurrent+automatic"
     assert seen == {
         "vanishing_threshold": 1e-3,
         "exploding_threshold": 2.0,

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gradflow import __version__, pipelines
+from gradflow import __version__, diagnosis, pipelines
 from gradflow.cli import PIPELINES, SEVERITIES, CommandError, main, split_target
-from gradflow.detect import compose
 from gradflow.records import IssueSeverity, issue_type
 from gradflow.report import Report
 from tests.samples import make_issue
@@ -134,7 +133,7 @@ def test_fail_on_lets_through_what_is_less_severe(
     file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mild = make_issue("0", severity=IssueSeverity.MEDIUM)
-    monkeypatch.setattr(compose, "default_detectors", lambda: (lambda record: [mild],))
+    monkeypatch.setattr(diagnosis, "automatic", lambda: lambda record: [mild])
     assert run(capsys, "diagnose", file, "--fail-on", "HIGH")[0] == 0
     assert run(capsys, "diagnose", file, "--fail-on", "MEDIUM")[0] == 1
 
@@ -143,7 +142,7 @@ def test_types_of_one_s_own_are_shown_saved_and_gated(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = make_issue("0", issue_type("OUTLIERS"), IssueSeverity.HIGH)
-    monkeypatch.setattr(compose, "default_detectors", lambda: (lambda record: [own],))
+    monkeypatch.setattr(diagnosis, "automatic", lambda: lambda record: [own])
     data = tmp_path / "flow.json"
     status, out, _ = run(capsys, "diagnose", file, "--fail-on", "HIGH", "--json", data)
     assert status == 1

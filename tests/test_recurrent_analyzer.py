@@ -132,14 +132,19 @@ def test_the_two_flags() -> None:
     assert sizes == [24, 0]
 
 
-def test_the_general_analyzer_can_look_through_time_too(example: ModuleType) -> None:
+def test_the_general_analyzer_looks_through_time_too_and_in_full_where_it_is_told_to(
+    example: ModuleType,
+) -> None:
     model, batches, loss_fn, _ = example.build()
     plain, through = (gf.GradientFlowAnalyzer(model, enable_rnn_analyzer=on) for on in (False, True))
-    assert plain.analyze(batches, loss_fn, steps=1) == []
-    (issue,) = through.analyze(batches, loss_fn, steps=1)
-    assert (issue.layer, issue.issue_type) == ("lstm", gf.IssueType.VANISHING)
-    assert through.record.recurrences
-    assert not plain.record.recurrences
+    (fresh,), (issue,) = (a.analyze(batches, loss_fn, steps=2) for a in (plain, through))
+    for found in (fresh, issue):
+        assert (found.layer, found.issue_type) == ("lstm", gf.IssueType.VANISHING)
+    assert fresh.severity == gf.IssueSeverity.LOW  # it may yet learn to keep more
+    assert issue.severity > gf.IssueSeverity.LOW
+    exponents = [a.record.recurrences[0].levels[0].lyapunov for a in (plain, through)]
+    assert np.isnan(exponents[0]).all()
+    assert np.isfinite(exponents[1]).all()
 
 
 def test_the_summary(capsys: pytest.CaptureFixture[str]) -> None:

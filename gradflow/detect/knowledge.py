@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 
 from gradflow.detect.evidence import early, loss_fell
-from gradflow.records import FlowRecord, Issue, IssueSeverity
+from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
 Detector = Callable[[FlowRecord], Iterable[Issue]]
 KNOWING = 0.5  # of the loss that ignorance costs, from which a model is taken to know
@@ -35,6 +35,25 @@ def excused(detector: Detector) -> Detector:
             yield _excused(issue) if knowing and serious else issue
 
     return sparing
+
+
+def sparing_learned(detector: Detector) -> Detector:
+    """Return a detector whose SATURATION is LOW at most inside attention and recurrent layers that know.
+
+    Args:
+        detector: any; see `knows`.
+    """
+
+    def spared(record: FlowRecord) -> Iterable[Issue]:
+        places = {r.name for r in record.recurrences}
+        for layer in record.transformer.attention:
+            places |= {layer.name, layer.module}
+        knowing = bool(places) and knows(record)
+        for issue in detector(record):
+            sharp = issue.issue_type is IssueType.SATURATION and issue.layer in places
+            yield _excused(issue) if knowing and sharp and issue.severity > IssueSeverity.LOW else issue
+
+    return spared
 
 
 def _excused(issue: Issue) -> Issue:

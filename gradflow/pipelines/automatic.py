@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from gradflow.detect.knowledge import sparing_learned
 from gradflow.functional.attention.automatic import AutomaticAttention
 from gradflow.functional.attention.measurement import Attention
 from gradflow.functional.policy.automatic import AutomaticPolicy
@@ -14,7 +15,6 @@ from gradflow.pipelines.flow import Pipeline, flow
 from gradflow.pipelines.policy import policy_detectors, sparing
 from gradflow.pipelines.recurrent import recurrence_detectors
 from gradflow.pipelines.transformer import attention_detectors
-from gradflow.records import IssueSeverity
 
 
 def automatic(base: Pipeline | None = None) -> Pipeline:
@@ -35,12 +35,13 @@ def automatic(base: Pipeline | None = None) -> Pipeline:
     ('flow+automatic', 24, 3)
     """
     base = base or flow()
+    base = attrs.evolve(base, detectors=[sparing_learned(d) for d in base.detectors])
     measured = tuple(type(measurement) for measurement in base.measurements)
     own = Pipeline("automatic", ())
     if Attention not in measured:
         own += Pipeline("", attention_detectors(), measurements=(AutomaticAttention(),))
     if Recurrence not in measured:
-        through_time = recurrence_detectors(fresh=IssueSeverity.LOW)
+        through_time = recurrence_detectors(fresh=0.0)
         own += Pipeline("", through_time, measurements=(AutomaticRecurrence(),))
     if PolicyHeads not in measured:
         base = sparing(base)

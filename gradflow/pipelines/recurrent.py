@@ -6,7 +6,6 @@ from gradflow.detect import Detector
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
 from gradflow.functional.recurrent.measurement import recurrence
 from gradflow.pipelines.flow import Pipeline, flow
-from gradflow.records import IssueSeverity
 
 
 def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True) -> Pipeline:
@@ -18,7 +17,7 @@ def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True)
 
     >>> pipeline = recurrent()
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+recurrent', 15, 1)
+    ('flow+recurrent', 10, 1)
     """
     through_time = Pipeline(
         "recurrent",
@@ -28,7 +27,7 @@ def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True)
     return (base or flow()) + through_time
 
 
-def recurrence_detectors(*, fresh: IssueSeverity = IssueSeverity.CRITICAL) -> tuple[Detector, ...]:
+def recurrence_detectors(*, fresh: float = 1.0) -> tuple[Detector, ...]:
     """Return the detectors of what happens through time.
 
     Args:

@@ -14,11 +14,12 @@ times that of the rows of W_ih is the rms of what enters.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import late, middle
+from gradflow.detect.evidence import late, loss_fell, middle
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
 from gradflow.records import Floats, RecurrenceRecord, RecurrentLevelRecord
@@ -52,7 +53,7 @@ def memory(flow: Flow, node: str) -> Memory | None:
     layer = flow.layers[node]
     measured = next((r for r in flow.record.recurrences if r.name == layer_name(node)), None)
     if layer.type == "RNN" and measured is not None:
-        return _measured_memory(measured)
+        return _measured_memory(measured, fell=loss_fell(flow.record))
     if layer.type != "RNN" or not flow.wiring.known:
         return None
     matrices = [p for p in flow.parameters_of(node) if "weight_hh" in p.name and p.shape[0] == p.shape[1]]
@@ -69,13 +70,25 @@ def memory(flow: Flow, node: str) -> Memory | None:
     return Memory(rate=rate, steps=max(read)) if math.isfinite(rate) else None
 
 
-def _measured_memory(record: RecurrenceRecord) -> Memory | None:
-    """Return what was measured of the level that keeps most; None where most steps are read."""
+def _measured_memory(record: RecurrenceRecord, *, fell: bool) -> Memory | None:
+    """Return what was measured of the level that keeps most; None where most steps are read.
+
+    What the run came to counts; but where less than all is kept, and the loss has not fallen, also what it
+    began with: that a gradient gets through in the end says little where nothing has come of it.
+    """
     if late(record.read_share) > 0.5:
         return None
+    end = _best(late_profile(level.readout_profile) for level in record.levels)
+    start = _best(late_profile(level.readout_profile[:1]) for level in record.levels)
+    if end is None or start is None or fell or end.kept > 1.0:
+        return end
+    return min(end, start, key=lambda found: found.kept)
+
+
+def _best(profiles: Iterable[Floats]) -> Memory | None:
+    """Return the memory of the profile that keeps most, None where there is none."""
     best = None
-    for level in record.levels:
-        profile = late_profile(level.readout_profile)
+    for profile in profiles:
         if len(profile) > 1 and profile[-1] > 0:
             steps = len(profile) - 1
             kept = max(float(profile[0] / profile[-1]), 1e-300)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import attrs
+import numpy as np
 
 from gradflow.detect.evidence import loss_fell
 from gradflow.records import (
@@ -14,8 +15,11 @@ from gradflow.records import (
     IssueSeverity,
     IssueType,
     LayerRecord,
+    PolicyRecord,
     Role,
 )
+
+BY_STATE = 0.3  # entropy share of the mean over states from which the states decide
 
 Detector = Callable[[FlowRecord], Iterable[Issue]]
 
@@ -35,12 +39,13 @@ def sparing_policies(detector: Detector) -> Detector:
     """Return a detector that lowers to LOW what is by design in policies.
 
     Actor and critic may have losses of their own (SAC, TD3, DDPG), so a value or target network that a loss
-    of the policy does not run is no illness; and an action has few numbers, so a critic behind an actor sees
-    it through a narrow layer. Those issues are LOW.
+    of the policy does not run is no illness; an action has few numbers, so a critic behind an actor sees it
+    through a narrow layer; and a policy that is sure, of other actions in other states, has learned to be.
+    Those issues are LOW.
 
     Args:
-        detector: any; only its DEAD issues of modules that were never called, and its BOTTLENECK issues at
-            policy heads, are changed.
+        detector: any; only its DEAD issues of modules that were never called, and its BOTTLENECK and
+            SATURATION issues at policy heads, are changed.
     """
 
     def spared(record: FlowRecord) -> Iterator[Issue]:
@@ -49,11 +54,30 @@ def sparing_policies(detector: Detector) -> Detector:
             why = ""
             if p is not None and issue.issue_type is IssueType.BOTTLENECK and _is_in(issue, p.policy_heads):
                 why = "An action has few numbers, by design."
+            elif p is not None and issue.issue_type is IssueType.SATURATION and _is_in(issue, _sure(p)):
+                why = "It is sure, but of other actions in other states: so is a policy that has learned."
             elif p is not None and issue.evidence.plays(Role.UNUSED) and _is_in(issue, p.others):
                 why = "By its name it is a value or a target network, which may have a loss of its own."
             yield _weakened(issue, why) if why else issue
 
     return spared
+
+
+def is_by_state(d: ActionDistribution) -> bool:
+    """Whether the state decides on the action: it is not the same one, sure as it may be, in all states."""
+    known = d.mixture_share[np.isfinite(d.mixture_share)]
+    return len(known) > 0 and float(known[-1]) >= BY_STATE
+
+
+def has_fallen(d: ActionDistribution, fallen_from: float = 0.3, share: float = 0.05) -> bool:
+    """Whether the entropy share has fallen from `fallen_from` to `share` within the run."""
+    known = d.entropy_share[np.isfinite(d.entropy_share)]
+    return len(known) > 0 and bool(known[0] >= fallen_from and known[-1] <= share)
+
+
+def _sure(p: PolicyRecord) -> list[str]:
+    """Return the heads whose actions are decided by the state, and have not become sure in this run."""
+    return [head for d in p.distributions if is_by_state(d) and not has_fallen(d) for head in d.heads]
 
 
 def _weakened(issue: Issue, why: str) -> Issue:

@@ -14,10 +14,8 @@ import numpy as np
 
 from gradflow.detect.evidence import late
 from gradflow.detect.policy.actions import narrow_actions, sure_actions, twice_actions, wide_actions
-from gradflow.detect.policy.evidence import Detector, has_imitated, policy_issue
+from gradflow.detect.policy.evidence import Detector, has_imitated, is_by_state, policy_issue
 from gradflow.records import ActionDistribution, Floats, FlowRecord, Issue, IssueSeverity, IssueType
-
-BY_STATE = 0.3  # entropy share of the mean over states from which the states decide
 
 
 def collapsed_policy(
@@ -57,7 +55,7 @@ def collapsed_policy(
             severe = fell or last <= severe_share
             severity = IssueSeverity.HIGH if severe else IssueSeverity.MEDIUM
             taught = fell and has_imitated(record, d)
-            calm = taught or (not fell and _by_state(d))
+            calm = taught or (not fell and is_by_state(d))
             was = f" It was {first:.2f} at the start." if fell else _sure_before(d)
             yield policy_issue(
                 record,
@@ -101,7 +99,7 @@ def deterministic_policy(share: float = 0.5, *, severe_share: float = 0.9) -> De
             fell = first < share
             severity = IssueSeverity.HIGH if last >= severe_share else IssueSeverity.MEDIUM
             taught = fell and has_imitated(record, d)
-            calm = taught or (not fell and _by_state(d))
+            calm = taught or (not fell and is_by_state(d))
             was = f" They were {first:.0%} at the start." if fell else _sure_before(d)
             yield policy_issue(
                 record,
@@ -224,13 +222,8 @@ def _capped(severity: IssueSeverity, d: ActionDistribution, calm: bool) -> Issue
     return min(severity, IssueSeverity.LOW) if calm or d.assumed else severity
 
 
-def _by_state(d: ActionDistribution) -> bool:
-    """Whether it is the state that decides: each action is sure, but not the same in all states."""
-    return _last(d.mixture_share) >= BY_STATE
-
-
 def _sure_before(d: ActionDistribution) -> str:
-    if _by_state(d):
+    if is_by_state(d):
         return " It was so from the first step on, and the states decide which: it has learned, most likely."
     return " It was so from the first step on; a policy that has finished learning may be."
 

@@ -41,13 +41,7 @@ _GROWN = 100.0
 _READ_BY_MANY = 0.5  # of the steps are read: then each has a gradient of its own
 
 
-def fading(
-    heard: float = 0.33,
-    *,
-    few: float = 0.1,
-    some: float = 0.9,
-    fresh: IssueSeverity = IssueSeverity.CRITICAL,
-) -> Detector:
+def fading(heard: float = 0.33, *, few: float = 0.1, some: float = 0.9, fresh: float = 1.0) -> Detector:
     """Return the detector of recurrent layers whose early steps get no gradient from the late ones.
 
     Measured: the exact gradient at what the input brings to the lowest level, W_ih x_t + b_ih, at every step
@@ -72,8 +66,8 @@ def fading(
             less than a third, most of the sequence is out of reach of even what is next to be learned.
         few: below which it is HIGH: what is heard is but the end.
         some: below which it is LOW.
-        fresh: the most that it is in a layer whose recurrent weights are as PyTorch draws them: it may
-            learn to keep more.
+        fresh: factor on `heard` and `few` for a layer whose recurrent weights are still as PyTorch draws
+            them. It may learn to keep more, so `gradflow.automatic`, which nobody has asked, has 0: LOW.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
@@ -82,10 +76,8 @@ def fading(
             share = late(r.heard_share)
             grows = any(late(growth_of(level)) >= _GROWN for level in r.levels)  # no loss: see `amplifying`
             if share < some and not late(r.read_share) > _READ_BY_MANY and not grows:
-                issue = _fading_issue(flow, r, share, heard, few)
-                if issue.severity > fresh and _is_fresh(flow, r):
-                    issue = attrs.evolve(issue, severity=fresh, description=f"{issue.description}{_YOUNG}")
-                yield issue
+                factor = fresh if _is_fresh(flow, r) else 1.0
+                yield _fading_issue(flow, r, share, factor * heard, factor * few)
 
     return excused(detector)
 
@@ -175,8 +167,6 @@ def _of(r: RecurrenceRecord, level: RecurrentLevelRecord) -> str:
 
 
 # -------------------------------------------------------------------------------------- fading
-
-_YOUNG = " Its weights are as they were drawn: it may yet learn to keep more, which a later run tells."
 
 
 def _is_fresh(flow: Flow, r: RecurrenceRecord) -> bool:

@@ -338,3 +338,13 @@ def test_what_policies_are_like_by_design_is_spared() -> None:
     assert [i.severity for i in found] == [S.LOW, S.HIGH, S.LOW, S.LOW, S.HIGH, S.HIGH]
     assert list(sparing_policies(lambda r: given)(attrs.evolve(record(), policy=None))) == given
     assert list(sparing_policies(dead())(record())) == list(dead()(record()))
+
+
+def test_a_policy_that_is_sure_of_other_actions_in_other_states_has_learned() -> None:
+    sure = {"entropy_share": [0.004] * 4, "deterministic_share": [1.0] * 4}
+    for mixture, severity in ((0.9, S.LOW), (0.05, S.HIGH)):
+        found = record(choice(**sure, mixture_share=[mixture] * 4))
+        for detector in (collapsed_policy(), deterministic_policy()):
+            assert [v[0] for v in verdict(detector, found)] == [severity]
+    fell = record(choice(entropy_share=[0.9, 0.5, 0.1, 0.004], mixture_share=[0.9] * 4))
+    assert [v[0] for v in verdict(collapsed_policy(), fell)] == [S.HIGH]
