@@ -1,0 +1,68 @@
+"""First contact: what gradflow said of cases that nobody who shaped its rules had seen, round by round.
+
+A round's cases come from public reports. They were built, and their labels checked with plain PyTorch and
+committed, before gradflow was run on them. The figures are those of that first run, and are never improved;
+afterwards the cases are a part of the zoo like all others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Round:
+    """The first score on one set of cases.
+
+    Args:
+        name: the prefix of its cases' ids.
+        date: of the score.
+        sick: number of sick cases, each with its repair.
+        healthy: number of healthy cases.
+        found: sick ones of which every expected pair was told.
+        cause: sick ones whose first cause was an expected pair.
+        alarms_healthy: healthy ones with a verdict of MEDIUM or above.
+        alarms_repaired: repaired ones with such a verdict.
+        missed: why, by id, what was not found was not.
+        alarmed: why, by id, what is well was flagged.
+    """
+
+    name: str
+    date: str
+    sick: int
+    healthy: int
+    found: int
+    cause: int
+    alarms_healthy: int
+    alarms_repaired: int
+    missed: dict[str, str] = field(default_factory=dict)
+    alarmed: dict[str, str] = field(default_factory=dict)
+
+
+ROUNDS = (
+    Round(
+        name="contact1",
+        date="2026-11-29",
+        sick=20,
+        healthy=10,
+        found=13,
+        cause=11,
+        alarms_healthy=0,
+        alarms_repaired=3,
+        missed={
+            "contact1a-forecast-revin": "What is lost between the last layer and the loss was not looked at.",
+            "contact1a-forecast-jepa": "A collapsed embedding was told only where rows are mixed.",
+            "contact1a-quant-stepsize": "The step that throws a parameter away was not looked at, only "
+            "what it leaves dead.",
+            "contact1b-splatting-opacity_reset": "Rows of a parameter were not looked at one by one.",
+            "contact1b-molecule-unbounded_egnn": "Growth along coordinates, made of operations alone.",
+            "contact1b-rl-leaking_actor_loss": "A loss that falls without end looks like a learned one.",
+            "contact1b-contrastive-hardest_triplet": "As the other collapsed embedding.",
+        },
+        alarmed={
+            "contact1a-ode-controlled": "A tanh at its ends in a model that learns all the same.",
+            "contact1b-molecule-unbounded_egnn": "A last round that nothing reads was HIGH.",
+            "contact1b-tabular-vae_log_variance": "A clamp that a third of the elements pass, whole.",
+        },
+    ),
+)
