@@ -24,6 +24,7 @@ from gradflow.detect.evidence import (
 )
 from gradflow.detect.flow.ends import loud_heads, off_scale_of
 from gradflow.detect.flow.recurrent_weights import memory
+from gradflow.detect.flow.repeats import growing_repeats
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
@@ -73,7 +74,7 @@ def exploding(
             issues = _dominating_heads(flow, dominance, off_scale)
         far = _far_targets(flow, off_scale)
         grown = [issue for issue in issues if not any(issue.layer == other.layer for other in far)]
-        scores = [] if grown or far else loud_heads(flow, loud)
+        scores = [] if grown or far else loud_heads(flow, loud) or growing_repeats(flow, threshold**1.5)
         return [*grown, *far, *scores, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
 
     return detector

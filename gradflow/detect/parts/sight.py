@@ -25,8 +25,9 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
     `padding_idx`.
 
     Looks alike and is not: a model that is not told positions and hides none, which sees the next word and
-    cannot tell which it is (LOW); encoders, which see both sides; models whose targets are not the next tokens;
-    attentions of an encoder beside those of a decoder, which are not siblings. None of the seven types means
+    cannot tell which it is (LOW); encoders, which see both sides; models whose targets are not the next
+    tokens; attentions of an encoder beside those of a decoder, which are not siblings. None of the seven
+    types means
     a leak; it is told as BOTTLENECK, the one about what passes.
 
     Args:

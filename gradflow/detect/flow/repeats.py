@@ -1,0 +1,93 @@
+"""Growth from one repetition of a block to the next, in whatever the state between them is made of."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+
+from gradflow.detect.view import Flow
+from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, LayerRecord
+
+_FEWEST = 3
+_EACH = 1.3  # by how much it must grow from every repetition to the next
+
+
+def growing_repeats(flow: Flow, least: float) -> list[Issue]:
+    """Blocks of one kind, each of which is handed more than the one before, and hands back a larger gradient.
+
+    A state that repeated blocks pass on need not go through a layer (coordinates that are moved, a residual
+    stream, a solver's steps), so no path of layers shows its growth; but the same layer of each block sees
+    it, in what enters it and in its gradient. One of both alone has healthy reasons: a stream that many
+    blocks add to grows, and a norm layer before each of them takes that out of the gradient.
+
+    Args:
+        flow: the record along its wiring.
+        least: how many times larger both must be at one end than at the other, in the first step.
+    """
+    found = []
+    for calls in _repeated(flow):
+        entering = [float(call.input_rms[0]) if len(call.input_rms) else 0.0 for call in calls]
+        returning = [float(call.grad_norm[0]) if len(call.grad_norm) else 0.0 for call in calls][::-1]
+        if _grows(entering, least) and _grows(returning, least):
+            found.append((returning[-1] / returning[0], entering[-1] / entering[0], calls))
+    if not found:
+        return []
+    backward, forward, calls = max(found, key=lambda each: each[0] * each[1])
+    first = calls[0]
+    rate = (backward * forward) ** (0.5 / (len(calls) - 1))
+    return [
+        Issue(
+            layer=first.name,
+            layer_type=first.type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.HIGH,
+            description=f"From {first.name} to {calls[-1].name}, the same layer of {len(calls)} blocks, what "
+            f"enters grows {forward:.3g} times, and on the way back the gradient {backward:.3g} times: about "
+            f"{rate:.2g} times from one block to the next, in the first step.",
+            magnitude=backward,
+            recommended_actions=(
+                f"Bound what each block adds to what it passes on: a tanh, a clamp or a norm on the update, "
+                f"or an update divided by the number of blocks ({len(calls)}) or of the terms that it sums.",
+                "Start the last layer of each block's update at zero or next to it "
+                "(nn.init.zeros_, or a factor of 1e-3), so that the blocks begin as identities.",
+            ),
+            metrics={
+                "growth": backward,
+                "forward_growth": forward,
+                "per_block": rate,
+                "num_blocks": len(calls),
+            },
+            evidence=Evidence(growth=backward),
+        )
+    ]
+
+
+def _grows(values: Sequence[float], least: float) -> bool:
+    return values[0] > 0 and values[-1] >= least * values[0] and all(
+        b >= _EACH * a for a, b in itertools.pairwise(values)
+    )  # fmt: skip
+
+
+def _repeated(flow: Flow) -> Iterator[list[LayerRecord]]:
+    """Yield the calls of like layers in numbered blocks, and further calls of one layer, in their order."""
+    groups: dict[tuple[object, ...], list[tuple[int, LayerRecord]]] = {}
+    for node, layer in flow.layers.items():
+        if layer.composite or not flow.has_matrix(node):
+            continue
+        shapes = tuple(p.shape for p in flow.parameters_of(node))
+        places = list(re.finditer(r"\d+", layer.name))
+        for place in places:
+            start, end = place.span()
+            key = (layer.name[:start], layer.name[end:], layer.type, shapes)
+            groups.setdefault(key, []).append((int(place.group()), layer))
+        if layer.call == 0 and "@" not in layer.name:
+            groups.setdefault((f"{layer.name}@", "", layer.type, shapes), []).append((0, layer))
+    for members in groups.values():
+        calls = [layer for _, layer in sorted(members, key=lambda each: each[0])]
+        if len(calls) >= _FEWEST and _in_order(calls):
+            yield calls
+
+
+def _in_order(calls: Sequence[LayerRecord]) -> bool:
+    return all(a.order < b.order for a, b in itertools.pairwise(calls))
