@@ -6,7 +6,7 @@ from .registry import BFLOAT16, CASES, DTYPES, FLOAT32, TYPES, Case, Setup, call
 
 _FAMILIES = """
     mlp mlp_training mlp_healthy cnn cnn_healthy rnn transformer transformer_healthy gan vae graph moe rl
-    finetune metric detection diffusion
+    finetune metric detection diffusion contact2b_1 contact2b_2 contact2b_3
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
