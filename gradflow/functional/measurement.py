@@ -30,7 +30,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from gradflow.functional.reverse.reverse import ReentrantCheckpoint, fused
@@ -119,10 +118,7 @@ def gradients(
     if loss.grad_fn is None or not known:
         return [None] * len(tensors)
     try:
-        if cotangent is None:
-            found = iter(fused(loss, known, retain_graph=True))
-        else:
-            found = iter(torch.autograd.grad(loss, known, cotangent, retain_graph=True, allow_unused=True))
+        found = iter(fused(loss, known, cotangent=cotangent, retain_graph=True))
     except ReentrantCheckpoint:
         return [None] * len(tensors)
     return [next(found) if t.requires_grad else None for t in tensors]

@@ -271,9 +271,10 @@ def _stopped(flow: Flow, waist: _Waist) -> tuple[float, float]:
     """
     for activation in activations_of(flow, waist.node):
         if activation.kind == "rectifier" and activation.op in RECTIFIERS:
-            fired = late(activation.fired_share)
-            if fired > 0:  # if nothing fires at all, it is dead
-                return (1.0 - fired) ** max(activation.num_units or waist.width, 1), fired
+            fired, units = late(activation.fired_share), activation.num_units or waist.width
+            # If nothing fires at all, it is dead; one over fewer units leaves a way beside it.
+            if fired > 0 and units >= waist.width:
+                return (1.0 - fired) ** max(units, 1), fired
     return 0.0, math.nan
 
 

@@ -15,8 +15,8 @@ from gradflow.detect.actions import (
     zero_actions,
 )
 from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
+from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.flow.unreached import is_moved, loss_is_empty, unreached_parts
-from gradflow.detect.flow.zeros import zeros_of
 from gradflow.detect.knowledge import came_knowing
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name

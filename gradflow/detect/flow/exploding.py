@@ -23,7 +23,7 @@ from gradflow.detect.evidence import (
     total_gradient,
 )
 from gradflow.detect.flow.ends import loud_heads, off_scale_of
-from gradflow.detect.flow.recurrent_weights import memory
+from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import growing_repeats
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from gradflow.detect.view import Flow
 from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, LayerRecord
@@ -27,6 +30,9 @@ def growing_repeats(flow: Flow, least: float) -> list[Issue]:
     """
     found = []
     for calls in _repeated(flow):
+        if _shared_growth(calls) >= least**2 * len(calls):
+            found.append((_shared_growth(calls), 1.0, calls))
+            continue
         entering = [float(call.input_rms[0]) if len(call.input_rms) else 0.0 for call in calls]
         returning = [float(call.grad_norm[0]) if len(call.grad_norm) else 0.0 for call in calls][::-1]
         if _grows(entering, least) and _grows(returning, least):
@@ -35,16 +41,14 @@ def growing_repeats(flow: Flow, least: float) -> list[Issue]:
         return []
     backward, forward, calls = max(found, key=lambda each: each[0] * each[1])
     first = calls[0]
-    rate = (backward * forward) ** (0.5 / (len(calls) - 1))
+    rate = backward ** (1.0 / (len(calls) - 1))
     return [
         Issue(
             layer=first.name,
             layer_type=first.type,
             issue_type=IssueType.EXPLODING,
             severity=IssueSeverity.HIGH,
-            description=f"From {first.name} to {calls[-1].name}, the same layer of {len(calls)} blocks, what "
-            f"enters grows {forward:.3g} times, and on the way back the gradient {backward:.3g} times: about "
-            f"{rate:.2g} times from one block to the next, in the first step.",
+            description=_told(calls, forward, backward),
             magnitude=backward,
             recommended_actions=(
                 f"Bound what each block adds to what it passes on: a tanh, a clamp or a norm on the update, "
@@ -61,6 +65,30 @@ def growing_repeats(flow: Flow, least: float) -> list[Issue]:
             evidence=Evidence(growth=backward),
         )
     ]
+
+
+def _told(calls: Sequence[LayerRecord], forward: float, backward: float) -> str:
+    rate = backward ** (1.0 / (len(calls) - 1))
+    each = f"about {rate:.2g} times from one to the next, in the first step."
+    if forward == 1.0:
+        return f"On its way back through {len(calls)} calls the gradient grows {backward:.3g} times: {each}"
+    return (
+        f"From {calls[0].name} to {calls[-1].name}, the same layer of {len(calls)} blocks, what enters grows "
+        f"{forward:.3g} times, and on the way back the gradient {backward:.3g} times: {each}"
+    )
+
+
+def _shared_growth(calls: Sequence[LayerRecord]) -> float:
+    """By how much the gradient grows on its way back through the calls of one module; 1 for several modules.
+
+    The same weights are applied each time, so nothing but the state between them can make it grow. It must do
+    so in each quarter of the calls.
+    """
+    norms = np.array([float(call.grad_norm[0]) if len(call.grad_norm) else math.nan for call in calls])
+    if len({call.module for call in calls}) > 1 or len(norms) < 8 or not (norms > 0).all():
+        return 1.0
+    quarters = [float(np.exp(np.log(part).mean())) for part in np.array_split(norms, 4)]
+    return quarters[0] / quarters[-1] if all(a > 2 * b for a, b in itertools.pairwise(quarters)) else 1.0
 
 
 def _grows(values: Sequence[float], least: float) -> bool:

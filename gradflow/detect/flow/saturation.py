@@ -11,7 +11,7 @@ import numpy as np
 
 from gradflow.detect.actions import gate_actions, saturation_actions
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
-from gradflow.detect.flow.recurrent_weights import gate_drive
+from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import came_knowing, has_learned
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
@@ -33,7 +33,7 @@ def saturation(
     255 saturate a sigmoid and enlarge the gradient of the weights before it.
 
     The gates of a fused recurrent layer are out of sight; there the rms of its input times that of the rows
-    of its input weights tells what enters them (`gradflow.detect.flow.recurrent_weights`).
+    of its input weights tells what enters them (`gradflow.detect.flow.readings.recurrent_weights`).
 
     Looks alike and is not: the few percent of any healthy tanh; a clamp that some samples pass, which hands
     their gradient back whole (`severe_share` counts there); a few of many calls; gates that are closed for

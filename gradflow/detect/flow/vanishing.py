@@ -10,9 +10,9 @@ import attrs
 from gradflow.detect.actions import forgetful_actions, vanishing_actions
 from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
 from gradflow.detect.flow.ends import unheard
-from gradflow.detect.flow.falls import falls_of, known
-from gradflow.detect.flow.recurrent_weights import memory
-from gradflow.detect.flow.zeros import zeros_of
+from gradflow.detect.flow.readings.falls import falls_of, known
+from gradflow.detect.flow.readings.recurrent_weights import memory
+from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.view import Flow, flow_of
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
@@ -40,7 +40,7 @@ def vanishing(
     all weights alike. What each layer keeps, against its kind, shows uniform decay too.
 
     A fused plain recurrent layer whose last step alone is read is judged by its recurrent weights, see
-    `gradflow.detect.flow.recurrent_weights`.
+    `gradflow.detect.flow.readings.recurrent_weights`.
 
     Where one layer accounts for half of the fall along a path, in logarithms, that layer is named, or the
     operation that its input goes through. Where none does, the fall is reported where it shows most, in the

@@ -12,7 +12,7 @@ import attrs
 import numpy as np
 
 from gradflow.detect.evidence import early, late, loss_fell, middle
-from gradflow.detect.flow.recurrent_weights import growth_of, late_profile
+from gradflow.detect.flow.readings.recurrent_weights import growth_of, late_profile
 from gradflow.detect.knowledge import excused
 from gradflow.detect.recurrent.actions import (
     amplifying_actions,

@@ -34,14 +34,30 @@ from gradflow.functional.torch_private import in_reverse_pass, input_metadata
 
 
 def fused(
-    loss: Tensor, leaves: Sequence[Tensor | GradientEdge], *, retain_graph: bool = False
+    loss: Tensor,
+    leaves: Sequence[Tensor | GradientEdge],
+    *,
+    cotangent: Tensor | None = None,
+    retain_graph: bool = False,
 ) -> list[Tensor | None]:
-    """Return the gradients of `loss` with respect to `leaves`, None where no path leads there."""
+    """Return the gradients of `loss` with respect to `leaves`, None where no path leads there.
+
+    Args:
+        loss: a scalar, or any tensor where a cotangent of its shape is given.
+        leaves: what to differentiate with respect to.
+        cotangent: what the gradient of `loss` itself is; None for 1.
+        retain_graph: whether the graph is kept.
+
+    Raises:
+        ReentrantCheckpoint: if the graph holds one.
+    """
     if loss.grad_fn is None:
         return [None] * len(leaves)
     try:
         inputs: Any = leaves
-        return list(torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True))
+        return list(
+            torch.autograd.grad(loss, inputs, cotangent, retain_graph=retain_graph, allow_unused=True)
+        )
     except RuntimeError as error:
         if not any(words in str(error) for words in _REENTRANT):
             raise

@@ -60,7 +60,7 @@ def test_an_issue_of_an_own_type_is_a_cause_and_no_victim() -> None:
     own = [make_issue(f"fc{i}", issue_type("OUTLIERS"), metrics={}) for i in range(3)]
     amended, found = explain(record, [*detect(record), *own])
     theirs = [c for c in found if c.issue_type == issue_type("OUTLIERS")]
-    assert [c.layer for c in theirs] == ["fc2", "fc1", "fc0"]
+    assert [c.layer for c in theirs] == ["fc0", "fc1", "fc2"]  # like parts: the first
     assert all(c.confidence == 0.5 and "a type of one's own" in c.reason for c in theirs)
     assert all("Explained by" not in i.description for i in amended if i.issue_type == issue_type("OUTLIERS"))
     assert [c.layer for c in found if c.issue_type is IssueType.VANISHING] == ["fc0"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gradflow.detect import dead, detect, vanishing
-from gradflow.detect.flow.zeros import zeros_of
+from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.view import flow_of
 from gradflow.records import FlowRecord
 from tests.detect.builders import STEPS, Layer, flow_record

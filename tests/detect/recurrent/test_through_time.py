@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import gradflow as gf
 from gradflow.detect import amplifying, detect, fading, gated
-from gradflow.detect.flow.recurrent_weights import growth_of, late_profile, memory
+from gradflow.detect.flow.readings.recurrent_weights import growth_of, late_profile, memory
 from gradflow.detect.view import flow_of
 from gradflow.records import IssueSeverity, IssueType
 from tests.detect.recurrent.readers import LOW, OURS, Reader, diagnosed, loud, ours, rnn, scaled
