@@ -65,4 +65,24 @@ ROUNDS = (
             "contact1b-tabular-vae_log_variance": "A clamp that a third of the elements pass, whole.",
         },
     ),
+    Round(
+        name="contact2",
+        date="2026-11-29",
+        sick=20,
+        healthy=10,
+        found=17,
+        cause=16,
+        alarms_healthy=0,
+        alarms_repaired=2,
+        missed={
+            "contact2a-kd-pooled_normalised_map": "Told as VANISHING, which it is too: a norm over one value.",
+            "contact2a-control-long_horizon": "A simulator's steps may sum and fan out, and that was taken "
+            "for the reason why the gradient grows.",
+            "contact2b-hypernet-init": "Weights that a layer generates are no weights of a layer.",
+        },
+        alarmed={
+            "contact2a-text-reentrant_checkpoint": "A crash: a gradient asked through such a checkpoint.",
+            "contact2a-control-long_horizon": "A rectifier beside a waist was taken for one on it.",
+        },
+    ),
 )

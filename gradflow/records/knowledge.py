@@ -28,6 +28,7 @@ class KnowledgeRecord:
         variations: of every floating-point output that has such rows, ‖Y − mean row‖_F / ‖Y‖_F: 0 where it is
             the same for all of them.
         shapes: theirs, in the same order.
+        scales: their root mean squares.
     """
 
     step: int
@@ -38,6 +39,7 @@ class KnowledgeRecord:
     num_samples: int = 0
     variations: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     shapes: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
+    scales: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
 
     @property
     def ignorance(self) -> float:

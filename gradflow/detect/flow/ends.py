@@ -79,6 +79,49 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
     return found
 
 
+def loud_outputs(flow: Flow, above: float) -> list[Issue]:
+    """Heads of a model whose outputs are so large that giving zeros would cost next to nothing beside it.
+
+    The signal has grown on its way, beyond what the loss asks for: the outputs are larger than anything that
+    enters a layer's first inputs, and still so at the end of the run. Small targets alone are no illness.
+
+    Args:
+        flow: the record along its wiring.
+        above: how many times the cost of zeros the first loss must be, and a tenth of it the last.
+    """
+    record, known, losses = flow.record, flow.record.knowledge, flow.record.losses
+    if known is None or not len(losses) or not 0 < known.silent < math.inf or not known.scales:
+        return []
+    over, still = float(losses[0]) / known.silent, late(losses) / known.silent
+    firsts = [flow.layers[n].input_rms for n in flow.layers if flow.wiring.is_first(n)]
+    entering = max((late(rms) for rms in firsts if math.isfinite(late(rms))), default=math.inf)
+    size = max(known.scales)
+    if not (above <= over < math.inf and still >= above / 10 and size >= 3.0 * max(entering, 1.0)):
+        return []
+    return [
+        Issue(
+            layer=flow.layers[node].name,
+            layer_type=flow.layers[node].type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.HIGH,
+            description=f"The first loss is {over:.3g} times what outputs of zero would cost, and the last "
+            f"{still:.3g} times: the signal grows on its way through the model, from rms {entering:.3g} of "
+            f"what enters to {size:.3g} of what comes out, far beyond what the loss asks for.",
+            magnitude=over,
+            recommended_actions=(
+                "Draw the weights so that each layer keeps the scale of its input: variance 1 / fan_in of the "
+                "layer that they serve. Weights that another layer generates, or that are summed over many "
+                "inputs, have the fan-in of what they are applied to.",
+                "Or put a norm layer before the last one.",
+            ),
+            metrics={"over_silence": over, "late_over_silence": still, "output_rms": size},
+            evidence=Evidence(growth=over),
+        )
+        for node in heads(flow)
+        if flow.trainable(node)
+    ]
+
+
 # ------------------------------------------------------------------------------------- not heard
 
 

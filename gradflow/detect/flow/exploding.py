@@ -22,7 +22,7 @@ from gradflow.detect.evidence import (
     shares,
     total_gradient,
 )
-from gradflow.detect.flow.ends import loud_heads, off_scale_of
+from gradflow.detect.flow.ends import loud_heads, loud_outputs, off_scale_of
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import growing_repeats
 from gradflow.detect.view import Flow, flow_of
@@ -74,10 +74,15 @@ def exploding(
             issues = _dominating_heads(flow, dominance, off_scale)
         far = _far_targets(flow, off_scale)
         grown = [issue for issue in issues if not any(issue.layer == other.layer for other in far)]
-        scores = [] if grown or far else loud_heads(flow, loud) or growing_repeats(flow, threshold**1.5)
+        scores = [] if grown or far else _others(flow, threshold, loud)
         return [*grown, *far, *scores, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
 
     return detector
+
+
+def _others(flow: Flow, threshold: float, loud: float) -> list[Issue]:
+    """What is looked for where the gradient is not seen to grow along the path of layers."""
+    return loud_heads(flow, loud) or growing_repeats(flow, threshold**1.5) or loud_outputs(flow, threshold**2)
 
 
 @attrs.frozen(kw_only=True)

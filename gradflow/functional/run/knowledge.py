@@ -77,6 +77,7 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         num_samples=rows.number,
         shapes=[tuple(part.shape) for part in parts],
         variations=[_variation(part.reshape(rows.number, -1)) for part in parts],
+        scales=[float(part.double().square().mean().sqrt()) for part in parts],
     )
 
 

@@ -28,6 +28,7 @@ def test_two_samples_are_swapped_and_averaged() -> None:
     assert found.silent == pytest.approx(8.0)
     assert (found.step, found.num_samples, found.shapes) == (1, 2, ((2, 1),))
     naive = float((out - out.mean(0)).norm() / out.norm())
+    assert found.scales == pytest.approx((float(out.square().mean().sqrt()),), rel=1e-5)
     assert found.variations == pytest.approx((naive,), rel=1e-5)
 
 
