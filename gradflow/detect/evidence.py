@@ -45,7 +45,7 @@ KEPT_BY_MATRIX = 0.4
 ROUNDING = (
     1e-3  # of the largest gradient of a step: float32 rounds at 1e-7, and a norm multiplies that by up to 300
 )
-KNOWING = 0.5  # of the loss that ignorance costs, from which a model is taken to know
+INFORMED = 0.5  # of the loss that ignorance costs, from which a model is taken to know
 JOINS = ("cat", "stack", "pad")
 RECTIFIERS = frozenset({"relu", "relu6", "threshold", "relu_", "clamp", "clamp_min", "clip"})
 
@@ -260,21 +260,22 @@ def loss_fell(record: FlowRecord) -> bool:
     return 0 <= late(record.losses) <= 0.5 * early(record.losses)
 
 
-def knows(record: FlowRecord) -> bool:
+def informed(record: FlowRecord) -> bool:
     """Whether the model is far better than ignorance: at most half of the loss that answers alike would cost.
 
     What looks like an illness in a model that guesses, a sharp attention or a closed gate, is how one looks
-    that has learned. Known where loss functions of PyTorch were heard; see `TransformerRecord.loss_share`.
+    that has learned. Known where loss functions of PyTorch were heard, also in a model that computes its own
+    loss (see `TransformerRecord.loss_share`), or where the model `knows`.
     """
     shares = [record.transformer.loss_share, *(r.loss_share for r in record.recurrences)]
-    return any(share <= KNOWING for share in shares)
+    return any(share <= INFORMED for share in shares) or knows(record)
 
 
 def excused(detector: Detector) -> Detector:
-    """Return a detector whose issues are LOW at most in a model that knows the answers; see `knows`."""
+    """Return a detector whose issues are LOW at most in a model that knows the answers; see `informed`."""
 
     def sparing(record: FlowRecord) -> Iterable[Issue]:
-        knowing = knows(record)
+        knowing = informed(record)
         for issue in detector(record):
             serious = issue.severity > IssueSeverity.LOW
             yield _excused(issue) if knowing and serious else issue
@@ -286,14 +287,14 @@ def sparing_learned(detector: Detector) -> Detector:
     """Return a detector whose SATURATION is LOW at most inside attention and recurrent layers that know.
 
     Args:
-        detector: any; see `knows`.
+        detector: any; see `informed`.
     """
 
     def spared(record: FlowRecord) -> Iterable[Issue]:
         places = {r.name for r in record.recurrences}
         for layer in record.transformer.attention:
             places |= {layer.name, layer.module}
-        knowing = bool(places) and knows(record)
+        knowing = bool(places) and informed(record)
         for issue in detector(record):
             sharp = issue.issue_type is IssueType.SATURATION and issue.layer in places
             yield _excused(issue) if knowing and sharp and issue.severity > IssueSeverity.LOW else issue
