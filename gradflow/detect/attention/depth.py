@@ -9,7 +9,7 @@ import numpy as np
 
 from gradflow.detect.attention.attention import num_updates
 from gradflow.detect.evidence import excused, late
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
 
 
 def collapsed_rank(
@@ -60,6 +60,7 @@ def collapsed_rank(
                         "residual_before": most,
                         "before": at,
                     },
+                    evidence=Evidence(side_branch=math.isfinite(late(layer.branch_share))),
                 )
                 return
             if residual > most:
