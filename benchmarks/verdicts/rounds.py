@@ -75,7 +75,7 @@ ROUNDS = (
         alarms_healthy=0,
         alarms_repaired=2,
         missed={
-            "contact2a-kd-pooled_normalised_map": "Told as VANISHING, which it is too: a norm over one value.",
+            "contact2a-kd-pooled_normalised_map": "Told as VANISHING, which it is too.",
             "contact2a-control-long_horizon": "A simulator's steps may sum and fan out, and that was taken "
             "for the reason why the gradient grows.",
             "contact2b-hypernet-init": "Weights that a layer generates are no weights of a layer.",

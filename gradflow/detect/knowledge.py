@@ -1,4 +1,4 @@
-"""What the model knows: whether its losses are those of a model that has learned, or of one that guesses."""
+"""What the model informed: whether its losses are those of a model that has learned, or of one that guesses."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from gradflow.detect.evidence import early, loss_fell
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
 Detector = Callable[[FlowRecord], Iterable[Issue]]
-KNOWING = 0.5  # of the loss that ignorance costs, from which a model is taken to know
+INFORMED = 0.5  # of the loss that ignorance costs, from which a model is taken to know
 
 
-def knows(record: FlowRecord) -> bool:
+def informed(record: FlowRecord) -> bool:
     """Whether the model is far better than ignorance: at most half of the loss that answers alike would cost.
 
     What looks like an illness in a model that guesses, a sharp attention or a closed gate, is how one looks
-    that has learned. Known where loss functions of PyTorch were heard; see `TransformerRecord.loss_share`.
+    that has learned. Known where loss functions of PyTorch were heard, also in a model that computes its own
+    loss (see `TransformerRecord.loss_share`), or where the model came knowing.
     """
     shares = [record.transformer.loss_share, *(r.loss_share for r in record.recurrences)]
-    return any(share <= KNOWING for share in shares)
+    return any(share <= INFORMED for share in shares) or came_knowing(record)
 
 
 def excused(detector: Detector) -> Detector:
-    """Return a detector whose issues are LOW at most in a model that knows the answers; see `knows`."""
+    """Return a detector whose issues are LOW at most in a model that informed the answers; see `informed`."""
 
     def sparing(record: FlowRecord) -> Iterable[Issue]:
-        knowing = knows(record)
+        knowing = informed(record)
         for issue in detector(record):
             serious = issue.severity > IssueSeverity.LOW
             yield _excused(issue) if knowing and serious else issue
@@ -41,14 +42,14 @@ def sparing_learned(detector: Detector) -> Detector:
     """Return a detector whose SATURATION is LOW at most inside attention and recurrent layers that know.
 
     Args:
-        detector: any; see `knows`.
+        detector: any; see `informed`.
     """
 
     def spared(record: FlowRecord) -> Iterable[Issue]:
         places = {r.name for r in record.recurrences}
         for layer in record.transformer.attention:
             places |= {layer.name, layer.module}
-        knowing = bool(places) and knows(record)
+        knowing = bool(places) and informed(record)
         for issue in detector(record):
             sharp = issue.issue_type is IssueType.SATURATION and issue.layer in places
             yield _excused(issue) if knowing and sharp and issue.severity > IssueSeverity.LOW else issue
@@ -62,7 +63,7 @@ def _excused(issue: Issue) -> Issue:
 
 
 def guesses(record: FlowRecord, least: float = 0.9) -> bool:
-    """Whether the last outputs fit other samples as well as their own, so that the model knows nothing yet.
+    """Whether the last outputs fit other samples as well as their own, so that the model informed nothing yet.
 
     False where that is not known; see `KnowledgeRecord`.
     """
@@ -89,7 +90,7 @@ def came_knowing(record: FlowRecord, most: float = 0.25) -> bool:
 
 
 def has_learned(record: FlowRecord, most: float = 0.1) -> bool:
-    """Whether the run itself has taught the model what it knows: a tenth of the loss of guesses is left, and
+    """Whether the run itself has taught the model what it informed: a tenth of the loss of guesses is left, and
     half of what there was at first.
 
     False where that is not known; see `KnowledgeRecord`.

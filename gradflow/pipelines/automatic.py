@@ -16,6 +16,8 @@ from gradflow.pipelines.policy import policy_detectors, sparing
 from gradflow.pipelines.recurrent import recurrence_detectors
 from gradflow.pipelines.transformer import attention_detectors
 
+BY_STATE = 0.3  # see `collapsed_policy`
+
 
 def automatic(base: Pipeline | None = None) -> Pipeline:
     """Return the pipeline that `diagnose` runs by default: the base, and what the model turns out to need.
@@ -44,6 +46,6 @@ def automatic(base: Pipeline | None = None) -> Pipeline:
         through_time = recurrence_detectors(fresh=0.0)
         own += Pipeline("", through_time, measurements=(AutomaticRecurrence(),))
     if PolicyHeads not in measured:
-        base = sparing(base)
-        own += Pipeline("", policy_detectors(), measurements=(AutomaticPolicy(),))
+        base = sparing(base, by_state=BY_STATE)
+        own += Pipeline("", policy_detectors(by_state=BY_STATE), measurements=(AutomaticPolicy(),))
     return base + attrs.evolve(own, name="automatic")

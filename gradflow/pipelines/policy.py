@@ -47,16 +47,20 @@ def policy(
     return sparing(base or flow()) + own
 
 
-def sparing(base: Pipeline) -> Pipeline:
+def sparing(base: Pipeline, *, by_state: float = 1.0) -> Pipeline:
     """Return a pipeline that lowers to LOW what is by design in policies; see `sparing_policies`."""
-    return attrs.evolve(base, detectors=[sparing_policies(d) for d in base.detectors])
+    return attrs.evolve(base, detectors=[sparing_policies(d, by_state=by_state) for d in base.detectors])
 
 
-def policy_detectors() -> tuple[Detector, ...]:
-    """Return the detectors of action distributions and of the gradients through heads."""
+def policy_detectors(*, by_state: float = 1.0) -> tuple[Detector, ...]:
+    """Return the detectors of action distributions and of the gradients through heads.
+
+    Args:
+        by_state: see `collapsed_policy`.
+    """
     return (
-        collapsed_policy(),
-        deterministic_policy(),
+        collapsed_policy(by_state=by_state),
+        deterministic_policy(by_state=by_state),
         misscaled_deviation(),
         renormalised_policy(),
         dominant_value(),

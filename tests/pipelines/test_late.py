@@ -104,9 +104,8 @@ def test_a_short_memory_that_suffices_and_gates_that_are_shut_are_no_illness() -
 
     trained(model, at_the_end, nn.CrossEntropyLoss(), 60, 2e-2)
     with torch.no_grad():
-        model.rnn.get_parameter("weight_ih_l0")[16:24].mul_(
-            20.0
-        )  # the candidate's tanh is driven to its ends
+        # The tanh of the candidate is driven to its ends.
+        model.rnn.get_parameter("weight_ih_l0")[16:24].mul_(20.0)
     report = gf.diagnose(model, [at_the_end() for _ in range(3)], nn.CrossEntropyLoss())
     assert report.record.recurrences[0].loss_share < 0.5
     assert report.ok, report

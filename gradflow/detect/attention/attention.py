@@ -78,6 +78,7 @@ def collapsed_attention(
                     "logit_std": late_mean(layer.scores.logit_std, heads),
                     "heads": tuple(int(h) for h in np.flatnonzero(late_by_head(layer.entropy_share) < share)),
                 },
+                evidence=Evidence(developed=mean < first - 0.2),
             )
 
     return excused(detector)

@@ -10,7 +10,7 @@ import numpy as np
 from gradflow.detect.attention.attention import num_updates
 from gradflow.detect.evidence import late
 from gradflow.detect.knowledge import excused
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
 
 
 def collapsed_rank(
@@ -61,6 +61,7 @@ def collapsed_rank(
                         "residual_before": most,
                         "before": at,
                     },
+                    evidence=Evidence(side_branch=math.isfinite(late(layer.branch_share))),
                 )
                 return
             if residual > most:

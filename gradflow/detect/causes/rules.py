@@ -127,6 +127,11 @@ def _fed_or_silent(flow: Flow, cause: Issue, victim: Issue) -> bool:
     return not cause.evidence.no_input or victim.evidence.plays(*_SILENT)
 
 
+def _on_the_way(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The gradient has no way round the cause."""
+    return not cause.evidence.side_branch
+
+
 def _not_blocked(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """A zero that another layer makes is no cause, unless that very place is named."""
     return not cause.evidence.plays(Role.BLOCKED)
@@ -321,7 +326,7 @@ RULES: tuple[Rule, ...] = (
     ),
     # BOTTLENECK: what does not pass is missing before it.
     Rule(
-        cause=_T.BOTTLENECK, victim=_T.VANISHING, where="upstream",
+        cause=_T.BOTTLENECK, victim=_T.VANISHING, where="upstream", when=_on_the_way,
         because="what does not pass the narrow place is missing before it",
     ),
     Rule(

@@ -89,7 +89,7 @@ def loud_outputs(flow: Flow, above: float) -> list[Issue]:
         flow: the record along its wiring.
         above: how many times the cost of zeros the first loss must be, and a tenth of it the last.
     """
-    record, known, losses = flow.record, flow.record.knowledge, flow.record.losses
+    known, losses = flow.record.knowledge, flow.record.losses
     if known is None or not len(losses) or not 0 < known.silent < math.inf or not known.scales:
         return []
     over, still = float(losses[0]) / known.silent, late(losses) / known.silent
@@ -109,8 +109,8 @@ def loud_outputs(flow: Flow, above: float) -> list[Issue]:
             f"what enters to {size:.3g} of what comes out, far beyond what the loss asks for.",
             magnitude=over,
             recommended_actions=(
-                "Draw the weights so that each layer keeps the scale of its input: variance 1 / fan_in of the "
-                "layer that they serve. Weights that another layer generates, or that are summed over many "
+                "Draw the weights so that each layer keeps the scale of its input: variance 1 / fan_in of "
+                "the layer that they serve. Weights that another layer generates, or that are summed over many "
                 "inputs, have the fan-in of what they are applied to.",
                 "Or put a norm layer before the last one.",
             ),

@@ -19,8 +19,6 @@ from gradflow.records import (
     Role,
 )
 
-BY_STATE = 0.3  # entropy share of the mean over states from which the states decide
-
 Detector = Callable[[FlowRecord], Iterable[Issue]]
 
 
@@ -35,7 +33,7 @@ def has_imitated(record: FlowRecord, distribution: ActionDistribution) -> bool:
     return taught and alone and loss_fell(record)
 
 
-def sparing_policies(detector: Detector) -> Detector:
+def sparing_policies(detector: Detector, *, by_state: float = 1.0) -> Detector:
     """Return a detector that lowers to LOW what is by design in policies.
 
     Actor and critic may have losses of their own (SAC, TD3, DDPG), so a value or target network that a loss
@@ -46,6 +44,7 @@ def sparing_policies(detector: Detector) -> Detector:
     Args:
         detector: any; only its DEAD issues of modules that were never called, and its BOTTLENECK and
             SATURATION issues at policy heads, are changed.
+        by_state: see `collapsed_policy`.
     """
 
     def spared(record: FlowRecord) -> Iterator[Issue]:
@@ -54,7 +53,11 @@ def sparing_policies(detector: Detector) -> Detector:
             why = ""
             if p is not None and issue.issue_type is IssueType.BOTTLENECK and _is_in(issue, p.policy_heads):
                 why = "An action has few numbers, by design."
-            elif p is not None and issue.issue_type is IssueType.SATURATION and _is_in(issue, _sure(p)):
+            elif (
+                p is not None
+                and issue.issue_type is IssueType.SATURATION
+                and _is_in(issue, _sure(p, by_state))
+            ):
                 why = "It is sure, but of other actions in other states: so is a policy that has learned."
             elif p is not None and issue.evidence.plays(Role.UNUSED) and _is_in(issue, p.others):
                 why = "By its name it is a value or a target network, which may have a loss of its own."
@@ -63,10 +66,10 @@ def sparing_policies(detector: Detector) -> Detector:
     return spared
 
 
-def is_by_state(d: ActionDistribution) -> bool:
+def is_by_state(d: ActionDistribution, least: float) -> bool:
     """Whether the state decides on the action: it is not the same one, sure as it may be, in all states."""
     known = d.mixture_share[np.isfinite(d.mixture_share)]
-    return len(known) > 0 and float(known[-1]) >= BY_STATE
+    return len(known) > 0 and float(known[-1]) > least
 
 
 def has_fallen(d: ActionDistribution, fallen_from: float = 0.3, share: float = 0.05) -> bool:
@@ -75,9 +78,9 @@ def has_fallen(d: ActionDistribution, fallen_from: float = 0.3, share: float = 0
     return len(known) > 0 and bool(known[0] >= fallen_from and known[-1] <= share)
 
 
-def _sure(p: PolicyRecord) -> list[str]:
+def _sure(p: PolicyRecord, least: float) -> list[str]:
     """Return the heads whose actions are decided by the state, and have not become sure in this run."""
-    return [head for d in p.distributions if is_by_state(d) and not has_fallen(d) for head in d.heads]
+    return [head for d in p.distributions if is_by_state(d, least) and not has_fallen(d) for head in d.heads]
 
 
 def _weakened(issue: Issue, why: str) -> Issue:

@@ -19,7 +19,7 @@ from gradflow.records import ActionDistribution, Floats, FlowRecord, Issue, Issu
 
 
 def collapsed_policy(
-    share: float = 0.05, *, severe_share: float = 0.01, fallen_from: float = 0.3
+    share: float = 0.05, *, severe_share: float = 0.01, fallen_from: float = 0.3, by_state: float = 1.0
 ) -> Detector:
     """Return the detector of policies that have stopped exploring.
 
@@ -44,6 +44,9 @@ def collapsed_policy(
         severe_share: from which it is HIGH: a probability of 0.999 of two.
         fallen_from: share at the start from which on a fall below `share` within one run, some hundred steps
             at most, is HIGH: healthy policies take thousands.
+        by_state: entropy share of the mean over states from which a policy that was sure before the run
+            has learned: LOW. At 1 never. A fresh policy with large logits
+            looks the same, so only `gradflow.automatic`, which nobody has asked, has 0.3.
     """
 
     def detector(record: FlowRecord) -> Iterator[Issue]:
@@ -55,8 +58,8 @@ def collapsed_policy(
             severe = fell or last <= severe_share
             severity = IssueSeverity.HIGH if severe else IssueSeverity.MEDIUM
             taught = fell and has_imitated(record, d)
-            calm = taught or (not fell and is_by_state(d))
-            was = f" It was {first:.2f} at the start." if fell else _sure_before(d)
+            calm = taught or (not fell and is_by_state(d, by_state))
+            was = f" It was {first:.2f} at the start." if fell else _sure_before(d, by_state)
             yield policy_issue(
                 record,
                 d.heads,
@@ -72,7 +75,7 @@ def collapsed_policy(
     return detector
 
 
-def deterministic_policy(share: float = 0.5, *, severe_share: float = 0.9) -> Detector:
+def deterministic_policy(share: float = 0.5, *, severe_share: float = 0.9, by_state: float = 1.0) -> Detector:
     """Return the detector of policies that are deterministic in most states, too soon.
 
     Measured: the share of samples in which one action has a probability above 0.99, at the first and at the
@@ -89,6 +92,7 @@ def deterministic_policy(share: float = 0.5, *, severe_share: float = 0.9) -> De
         share: share of samples from which the verdict is MEDIUM. Runs that learn reach 0.07 on CartPole and
             0.33 on Acrobot at most, one that collapses 1.0 (`benchmarks/policy_runs.py`).
         severe_share: from which it is HIGH.
+        by_state: as for `collapsed_policy`.
     """
 
     def detector(record: FlowRecord) -> Iterator[Issue]:
@@ -99,8 +103,8 @@ def deterministic_policy(share: float = 0.5, *, severe_share: float = 0.9) -> De
             fell = first < share
             severity = IssueSeverity.HIGH if last >= severe_share else IssueSeverity.MEDIUM
             taught = fell and has_imitated(record, d)
-            calm = taught or (not fell and is_by_state(d))
-            was = f" They were {first:.0%} at the start." if fell else _sure_before(d)
+            calm = taught or (not fell and is_by_state(d, by_state))
+            was = f" They were {first:.0%} at the start." if fell else _sure_before(d, by_state)
             yield policy_issue(
                 record,
                 d.heads,
@@ -222,8 +226,8 @@ def _capped(severity: IssueSeverity, d: ActionDistribution, calm: bool) -> Issue
     return min(severity, IssueSeverity.LOW) if calm or d.assumed else severity
 
 
-def _sure_before(d: ActionDistribution) -> str:
-    if is_by_state(d):
+def _sure_before(d: ActionDistribution, by_state: float) -> str:
+    if is_by_state(d, by_state):
         return " It was so from the first step on, and the states decide which: it has learned, most likely."
     return " It was so from the first step on; a policy that has finished learning may be."
 

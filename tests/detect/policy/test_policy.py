@@ -344,7 +344,8 @@ def test_a_policy_that_is_sure_of_other_actions_in_other_states_has_learned() ->
     sure = {"entropy_share": [0.004] * 4, "deterministic_share": [1.0] * 4}
     for mixture, severity in ((0.9, S.LOW), (0.05, S.HIGH)):
         found = record(choice(**sure, mixture_share=[mixture] * 4))
-        for detector in (collapsed_policy(), deterministic_policy()):
-            assert [v[0] for v in verdict(detector, found)] == [severity]
+        for factory in (collapsed_policy, deterministic_policy):
+            assert [v[0] for v in verdict(factory(by_state=0.3), found)] == [severity]
+            assert [v[0] for v in verdict(factory(), found)] == [S.HIGH]
     fell = record(choice(entropy_share=[0.9, 0.5, 0.1, 0.004], mixture_share=[0.9] * 4))
-    assert [v[0] for v in verdict(collapsed_policy(), fell)] == [S.HIGH]
+    assert [v[0] for v in verdict(collapsed_policy(by_state=0.3), fell)] == [S.HIGH]
