@@ -36,6 +36,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"reverse"},
         {"measurement"},
         {"extras"},
+        {"reach"},
         {"run", "jacobian", "attention", "recurrent", "policy"},
         {"analyze", "scale"},
         {"__init__"},

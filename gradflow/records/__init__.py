@@ -43,6 +43,7 @@ from gradflow.records.issues import (
 from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
+from gradflow.records.reach import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 from gradflow.records.recurrent import (
     GateRecord,
     RecurrenceRecord,
@@ -87,16 +88,21 @@ __all__ = [
     "LayerRecord",
     "NodeRecord",
     "NumericalRecord",
+    "OutsideRecord",
     "OwnIssueType",
     "ParameterRecord",
     "PolicyDistributionStats",
     "PolicyRecord",
     "Provenance",
+    "ReachAccount",
+    "ReachRecord",
     "ReadOnlyMapping",
+    "Reason",
     "RecurrenceRecord",
     "RecurrentLevelRecord",
     "ReservoirDynamics",
     "Role",
+    "TermRecord",
     "TransformerRecord",
     "array_field",
     "check_causes",

@@ -24,6 +24,7 @@ from gradflow.records.graph import GraphRecord
 from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.policy import PolicyRecord
+from gradflow.records.reach import ReachAccount
 from gradflow.records.recurrent import RecurrenceRecord
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, parsed, to_plain, write
 
@@ -91,6 +92,7 @@ class FlowRecord:
         provenance: where the numbers come from.
         recurrences: what `recurrence()` measured of recurrent layers over time.
         policy: what `policy_heads()` measured of a policy; None without it.
+        reach: at which trainable numbers gradient arrived in the run, and why not at the others.
         extras: what measurements of one's own measured, by name: numbers, texts, NumPy arrays, tuples and
             mappings of them, and attrs records; see `gradflow.register_record`.
         knowledge: what the outputs of the last step are worth against guesses; None where it is not known.
@@ -111,6 +113,7 @@ class FlowRecord:
     provenance: Provenance = attrs.field(factory=Provenance)
     recurrences: tuple[RecurrenceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     policy: PolicyRecord | None = None
+    reach: ReachAccount | None = None
     extras: Mapping[str, Any] = extras_field()
     knowledge: KnowledgeRecord | None = None
 

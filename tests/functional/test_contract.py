@@ -31,7 +31,16 @@ WITHOUT = {
     *("action_statistics", "attention_entropy", "attention_statistics", "effective_rank", "head_distances"),
     *("layers", "lyapunov_exponents", "position_residual", "probe", "spectral_radii", "state_jacobians"),
     *("AttentionStats", "Evidence", "OwnIssueType", "Pipeline", "PolicyDistributionStats", "issue_type"),
-    *("ReservoirDynamics", "Role", "Rule", "register_record", "unroll"),
+    *(
+        "ReservoirDynamics",
+        "Role",
+        "Rule",
+        "register_record",
+        "unroll",
+        "ReachAccount",
+        "ReachRecord",
+        "Reason",
+    ),
     *("Measurement", "Session", "gradients"),  # parts of a run, which itself is held to the contract
 }
 

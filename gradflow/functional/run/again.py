@@ -1,4 +1,5 @@
-"""Steps that are run again: to find the birth of a NaN, with exact sums, and with the flow on every edge."""
+"""Closer looks at a step. It is run again to find the birth of a NaN, with exact sums, or with the flow on
+every edge; the last one tells why gradient has not arrived at every number."""
 
 from __future__ import annotations
 
@@ -7,11 +8,14 @@ import numpy as np
 from torch import Tensor
 
 from gradflow.functional.model.layers import owner
+from gradflow.functional.reach.origins import Origins
+from gradflow.functional.reach.terms import constant_terms, outside_records
 from gradflow.functional.reverse import numerics
 from gradflow.functional.reverse.autograd_graph import Structure
+from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.run.history import Row
 from gradflow.functional.run.run import Run
-from gradflow.functional.run.step import Request, run_step
+from gradflow.functional.run.step import Outcome, Request, run_step
 from gradflow.records import FlowRecord
 
 
@@ -99,3 +103,83 @@ def _other_loss(step: int, loss: float, again: float) -> str | None:
         f"Step {step} gave another loss when it was run again for a closer look: model or loss draw on "
         "something that had moved on (an iterator, a counter). Its numbers are those of the first run."
     )
+
+
+# --------------------------------------------------------------------------------------------- reach
+
+
+def learn_reach(run: Run, outcome: Outcome, dataflow: DataFlow) -> None:
+    """Keep what the graph of the first step shows beside the parameters."""
+    structure, given = outcome.structure, run.program.given
+    optimizer = run.plan.optimizer
+    held = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+    known = {id(p) for module in given.modules for p in module.parameters()}
+    foreign = structure.foreign if structure is not None else []
+    outside = outside_records(foreign, given.model, known, {id(p) for p in held})
+    run.reach.learn(outside, constant_terms(structure, dataflow))
+
+
+def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> None:
+    """Take in at which numbers gradient has arrived in a step.
+
+    Args:
+        run: the run.
+        outcome: of the step.
+        row: its numbers; None if they are not read yet.
+        look: whether to ask as well which parameters are settled now.
+    """
+    if row is None:
+        run.reach.arrived.doubt_all()
+    elif not run.history.rows:  # most parameters are settled by a number that the first step takes anyway
+        numbers = list(zip(row.layout.places, row.values.tolist(), strict=True))
+        run.reach.arrived.settle({str(name) for (kind, name), n in numbers if kind == "pzeros" and n == 0})
+        run.reach.arrived.doubt({str(name): n for (kind, name), n in numbers if kind == "pgrad"})
+    run.reach.arrived.add(outcome.gradients.parameters, look=look)
+
+
+@attrs.frozen(eq=False)
+class Closer:
+    """What a step is asked and listened to for, so that its zeros can be explained when it is over."""
+
+    request: Request
+    origins: Origins
+
+    @classmethod
+    def of(cls, run: Run, request: Request) -> Closer:
+        """Return the closer look at the step of a request."""
+        origins = Origins(list(run.program.state.buffers.values()))
+        listeners = (*request.listeners, origins)
+        return cls(attrs.evolve(request, structural=True, look=True, keep=True, listeners=listeners), origins)
+
+    def look(self, run: Run, outcome: Outcome) -> None:
+        """Find out why gradient did not arrive, where it did not; the step's graph is kept for that."""
+        structure, program = outcome.structure, run.program
+        if structure is not None and structure.root is not None and run.reach.is_open:
+            inputs = program.given.inputs_of(self.request.batch)
+            with program.state.swapped():  # a checkpoint calls the model again
+                run.reach.look(self.request.step, structure, self.origins, inputs)
+        self.origins.release()
+
+
+def closer_look(run: Run, request: Request) -> Closer | None:
+    """Return the closer look that a step gets if it is the last and something is not reached, else None."""
+    if request.transform != "fused" or run.program.learned.reentrant or not run.plan.is_last(request.step):
+        return None
+    return Closer.of(run, request) if request.first or run.reach.is_open else None
+
+
+def looked_again(run: Run, request: Request) -> None:
+    """Look closely at the last step by running it again, where that was not done and something is open.
+
+    So it is where nobody knew that it would be the last.
+    """
+    program, reach = run.program, run.reach
+    done = reach.closely is not None or reach.failed or not reach.is_open
+    if done or program.learned.reentrant or request.transform != "fused":
+        return
+    closer = Closer.of(run, Request(batch=request.batch, step=request.step, before=request.before))
+    with request.before.again(program):
+        try:
+            closer.look(run, run_step(program, closer.request))
+        except Exception as error:  # the user's code cannot run the step a second time
+            reach.fail(f"{type(error).__name__}: {error}"[:200])

@@ -16,7 +16,16 @@ from gradflow.functional.model.layers import ancestors, owner
 from gradflow.functional.model.optimizers import clip_gradients, update
 from gradflow.functional.reverse.autograd_graph import entered
 from gradflow.functional.reverse.dataflow import DataFlow
-from gradflow.functional.run.again import deepened, summed_exactly, traced
+from gradflow.functional.run.again import (
+    Closer,
+    closer_look,
+    deepened,
+    follow_reach,
+    learn_reach,
+    looked_again,
+    summed_exactly,
+    traced,
+)
 from gradflow.functional.run.knowledge import knowledge
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.record import assembled, conclude
@@ -43,10 +52,15 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
         if batch is None:
             break
         request = _request(run, step, batch)
+        closer = closer_look(run, request)
+        request = request if closer is None else closer.request
         if program.learned.reentrant:
             program.taps.sum_exactly()  # its steps are not run again where a fast sum fails
         outcome = _first_step(run, request) if step == 0 else _step(run, request)
         row = history.read(outcome, look=request.look, parameters_moved=optimizer is not None)
+        follow_reach(run, outcome, row, look=request.look)
+        if closer is not None:
+            closer.look(run, outcome)
         if step == 0:
             program.learned.capture(_captured(run))
         if request.look or history.settling:
@@ -68,6 +82,8 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
         del outcome  # frees its gradients before the next step
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
+    if request is not None:
+        looked_again(run, request)
     conclude(run, skipped)
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
     record = assembled(run, known)
@@ -108,13 +124,15 @@ def _step(run: Run, request: Request) -> Outcome:
 def _first_step(run: Run, request: Request) -> Outcome:
     """Run the first step, which shows the structure as well; `vjp` needs one more for that, beforehand."""
     program, vjp = run.program, run.transform == "vjp"
-    showing = request
+    closer = None
     if vjp:
-        showing = attrs.evolve(
-            request, transform="fused", first=True, structural=True, look=False, listeners=run.sessions
-        )
-    shown, dataflow = _shown(program, showing)
-    if vjp:
+        plain = attrs.evolve(request, transform="fused", first=True, look=False, listeners=run.sessions)
+        closer = Closer.of(run, plain)
+    shown, dataflow = _shown(program, request if closer is None else closer.request)
+    learn_reach(run, shown, dataflow)
+    if closer is not None:
+        follow_reach(run, shown, None, look=True)
+        closer.look(run, shown)
         request.before.restore(program)
     _check_first(run, shown)
     _end(run.sessions)

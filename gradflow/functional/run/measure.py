@@ -14,6 +14,7 @@ from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
 from gradflow.functional.model.threads import exclusive, uncompiled
+from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
 from gradflow.functional.run.program import Given, Program, WorkingState
@@ -68,7 +69,8 @@ def _measured(
     """Run the plan on working copies; nothing that is made here outlives the call but the record."""
     given, state, taps = program.given, program.state, program.taps
     sessions = tuple([m.start(given.model, taps.modules) for m in plan.measurements])
-    run = Run(program, plan, transform, reason, sessions, History(state.parameters, taps))
+    reach = ReachFindings(state.trainable, state.originals)
+    run = Run(program, plan, transform, reason, sessions, History(state.parameters, taps), reach)
     optimizer = None
     if plan.optimizer is not None:
         both = _Both.of(given.model, given.loss_module)

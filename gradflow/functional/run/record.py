@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from gradflow.functional.extras import measured
 from gradflow.functional.model.layers import ancestors, owner, passed_by
 from gradflow.functional.model.optimizers import learning_rates, optimized
 from gradflow.functional.model.supported import standing_notes
+from gradflow.functional.reach.findings import Wires
 from gradflow.functional.run.assembly import activation_records, layer_records, parameter_records
 from gradflow.functional.run.history import series
 from gradflow.functional.run.run import Run
@@ -82,11 +84,28 @@ def assembled(run: Run, knowledge: KnowledgeRecord | None) -> FlowRecord:
         never_called=idle,
         passed_by=passed_by(idle, called | {call.module for call in run.graph.calls}, modules),
         graph_record=run.graph.record(),
+        reach=run.reach.account(_wires(run, idle)),
         provenance=_provenance(run, found.notes),
         extras=found.extras,
         knowledge=knowledge,
         **found.fields,
     )
+
+
+def _wires(run: Run, idle: Collection[str]) -> Wires:
+    """Return what the wiring says of parameters to which no path leads.
+
+    Args:
+        run: at its end.
+        idle: modules that no step ran or used.
+    """
+    cuts: dict[str, tuple[str, str]] = {}
+    for cut in run.graph.severed:
+        call = run.history.calls.get(cut.source)
+        if call is not None and cut.reason:
+            cuts.setdefault(call.module, (cut.reason, cut.target))
+    called = {call.module for call in run.history.calls.values()}
+    return Wires(idle, called, cuts, run.program.taps.modules)
 
 
 def _version() -> str:

@@ -45,6 +45,7 @@ def reverse_pass(
     *,
     full: bool = False,
     ranks: bool = False,
+    keep: bool = False,
 ) -> Gradients:
     """Differentiate the loss of a step.
 
@@ -55,6 +56,7 @@ def reverse_pass(
         structure: the contracted graph, if it was built.
         full: measure the flow on every edge.
         ranks: and the effective rank of every layer's output gradient.
+        keep: leave the autograd graph as it is, so that it can be walked again.
 
     Raises:
         ReentrantCheckpoint: if the step must be run again, with `backward()` for its reverse pass.
@@ -84,7 +86,7 @@ def reverse_pass(
             gradients = [flows.leaves.get(id(p)) for p in (*trainable.values(), *held.values())]
             outputs = [flows.probes.get(id(site)) for site in recorder.sites]
     else:
-        found = fused(loss, leaves)
+        found = fused(loss, leaves, retain_graph=keep)
         _check_flat(recorder, trainable, len(leaves) - len(held))
         gradients, outputs = found[:number], _outputs(recorder, found[number:])
     return Gradients(_by_name(trainable, held, gradients), outputs, flows)

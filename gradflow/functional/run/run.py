@@ -14,6 +14,7 @@ from gradflow.errors import ModelInputError
 from gradflow.functional.extras import check_names
 from gradflow.functional.measurement import Measurement, Session
 from gradflow.functional.model.purity import checked_seed
+from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.graph.findings import GraphFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.program import Program
@@ -153,6 +154,7 @@ class Run:
         transform_reason: why.
         sessions: of the measurements that were asked for.
         history: the numbers of the steps.
+        reach: at which numbers gradient has arrived.
         graph: what they have shown of the graph.
         findings: what else was found.
     """
@@ -163,5 +165,6 @@ class Run:
     transform_reason: str
     sessions: tuple[Session, ...]
     history: History
+    reach: ReachFindings
     graph: GraphFindings = attrs.field(factory=GraphFindings)
     findings: Findings = attrs.field(factory=Findings)

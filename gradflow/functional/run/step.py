@@ -43,6 +43,7 @@ class Request:
         listeners: told of what happens in the step (fused only).
         inspect: called with the loss and the graph between the forward and the reverse pass (fused only).
         keep_output: keep the model's output in the outcome (fused only).
+        keep: the autograd graph outlives the reverse pass, so that it can be walked (fused only).
     """
 
     batch: Any
@@ -57,6 +58,7 @@ class Request:
     listeners: tuple[Listener, ...] = ()
     inspect: Callable[[Tensor, Structure | None], None] | None = None
     keep_output: bool = False
+    keep: bool = False
 
 
 @attrs.frozen(eq=False)
@@ -176,7 +178,10 @@ def _reverse(
 ) -> Gradients:
     """Run the reverse pass; an exception in it (of a hook, a custom function) gets a note with the step."""
     try:
-        return reverse_pass(program, recorder, loss, structure, full=request.full, ranks=request.ranks)
+        return reverse_pass(
+            program, recorder, loss, structure, full=request.full, ranks=request.ranks,
+            keep=request.keep,
+        )  # fmt: skip
     except ReentrantCheckpoint:
         raise
     except Exception as error:

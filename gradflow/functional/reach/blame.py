@@ -1,0 +1,278 @@
+"""Why the elements of a gradient are zero: one walk from the loss back, with a label on every zero.
+
+NOTE [Labels on zeros]
+The walk calls every node of autograd's graph with the gradient that arrives, as the full mode does. Beside
+the gradient goes a label for each of its exact zeros: what made it. A node is a linear map of the gradient,
+so what it does by itself shows when it is called with random numbers instead:
+
+* an element that is zero then as well is zero because of this node (a rectifier that is off, a row that no
+  index picks, a column of the input that is zero): it gets this node's label;
+* an element that is zero only for the real gradient is so because of zeros that came in. Which ones is seen
+  by calling the node with random numbers at the zeros of one label alone: where that gives something, the
+  element has this label;
+* what is left is zero although something came in that could have reached it: the parts cancel (by
+  mathematics), or their product was too small for the dtype (underflow), which a larger gradient tells apart.
+
+Where several consumers meet, an element of their sum is zero if it is zero in each, and takes the label that
+comes first in `_RANK`; a sum of parts that are not zero, but which is, or is mere rounding beside them,
+cancels. So at every leaf, each element that is zero has exactly one label. Few labels live at one place, for
+a product with a full matrix mixes the zeros of a unit away, so the walk costs a few reverse passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import attrs
+import torch
+from torch import Tensor
+
+from gradflow.functional.reach.reasons import Blame, Reasons
+from gradflow.functional.reverse.autograd_graph import Structure
+from gradflow.functional.reverse.reverse import call_node, validated
+from gradflow.functional.tap.nodes import Node, is_leaf
+from gradflow.functional.tap.probes import is_probe
+from gradflow.functional.torch_private import input_metadata
+from gradflow.records import Reason
+
+_MOST = 8  # labels that are looked for at one node; what is left gets the most frequent
+_ROUNDING = 100  # times the dtype's epsilon: a sum below that, beside its parts, is rounding
+_RANK = (
+    Reason.UNCHOSEN_BY_DATA, Reason.UNCHOSEN_BY_MODEL, Reason.OFF, Reason.ZERO_FACTOR, Reason.CUT,
+    Reason.BY_MATHEMATICS, Reason.UNDERFLOW, Reason.NO_LOSS,
+)  # fmt: skip
+
+Part = tuple[Tensor, Tensor | None]  # a cotangent, and the labels of its zeros; None if it has none
+
+
+@attrs.frozen(eq=False)
+class Blamed:
+    """What the walk found at the leaves.
+
+    Args:
+        labels: by id of a leaf tensor, the label of each of its elements, 0 where gradient arrived.
+        blames: what each label stands for; the first stands for none.
+    """
+
+    labels: dict[int, Tensor]
+    blames: list[Blame | None]
+
+
+@attrs.define(eq=False)
+class Walk:
+    """One walk from the loss back; see NOTE [Labels on zeros].
+
+    Args:
+        structure: the graph of the step.
+        reasons: tells why a node hands back nothing.
+        wanted: ids of the leaf tensors that are asked about.
+    """
+
+    structure: Structure
+    reasons: Reasons
+    wanted: Collection[int]
+    blames: list[Blame | None] = attrs.field(factory=lambda: [None])
+    _numbers: dict[tuple[Node, int, str], int] = attrs.field(factory=dict)
+    _arriving: dict[Node, dict[int, list[Part]]] = attrs.field(factory=dict)
+    _found: dict[int, Tensor] = attrs.field(factory=dict)
+    _random: dict[torch.device, torch.Generator] = attrs.field(factory=dict)
+    _needed: set[Node] = attrs.field(factory=set)
+
+    def run(self, loss: Tensor) -> Blamed:
+        """Return what made the zeros at the leaves that are asked about."""
+        for node in reversed(self.structure.nodes):
+            leaf = self.structure.leaves.get(node)
+            wanted = id(leaf) in self.wanted if leaf is not None else False
+            if wanted or any(child in self._needed for child, _ in node.next_functions):
+                self._needed.add(node)
+        self._arriving[loss.grad_fn] = {0: [(torch.ones_like(loss), None)]}
+        with torch.no_grad():
+            for node in self.structure.nodes:
+                arrived = self._arriving.pop(node, None)
+                if arrived is not None and node in self._needed:
+                    self._visit(node, arrived)
+        return Blamed(self._found, self.blames)
+
+    def _visit(self, node: Node, arrived: Mapping[int, list[Part]]) -> None:
+        gathered = {number: self._gather(node, parts) for number, parts in arrived.items()}
+        if is_leaf(node):
+            gradient, labels = gathered[0]
+            none = torch.zeros(gradient.shape, dtype=torch.int16, device=gradient.device)
+            self._found[id(self.structure.leaves[node])] = none if labels is None else labels
+            return
+        if is_probe(node):
+            child, number = node.next_functions[0]
+            self._send(child, number, gathered[0])
+            return
+        gradients = {number: gradient for number, (gradient, _) in gathered.items()}
+        results = call_node(node, gradients)
+        pending: dict[int, Tensor] = {}
+        for j, (child, number) in enumerate(node.next_functions):
+            if child is None or child not in self._needed:
+                continue
+            given = results[j] if j < len(results) else None
+            if given is None:
+                self._send(child, number, self._nothing(node, j, child, number))
+                continue
+            cotangent, noise = self._fitted(given, child, number)
+            zero = cotangent == 0
+            if noise is not None:
+                self._send(child, number, self._cancelled(node, j, cotangent, noise))
+            elif bool(zero.any()):
+                pending[j] = cotangent
+            else:
+                self._send(child, number, (cotangent, None))
+        if pending:
+            self._label(node, gathered, pending)
+
+    # ------------------------------------------------------------------ labels
+
+    def _label(self, node: Node, gathered: Mapping[int, Part], pending: Mapping[int, Tensor]) -> None:
+        """Send on cotangents that hold zeros, with a label on each."""
+        found: dict[int, Tensor] = {}
+        left: dict[int, Tensor] = {}
+        alone = self._called(node, {n: self._like(g) for n, (g, _) in gathered.items()}, pending)
+        for j, cotangent in pending.items():
+            zero = cotangent == 0
+            own = zero & (alone[j] == 0) if alone[j] is not None else zero
+            found[j] = torch.zeros(cotangent.shape, dtype=torch.int16, device=cotangent.device)
+            if bool(own.any()):
+                found[j][own] = self._number(node, j, "own", whole=bool(own.all()))
+            left[j] = zero & ~own
+        for label in self._labels_in(gathered):
+            if not any(bool(rest.any()) for rest in left.values()):
+                break
+            marked = {
+                n: torch.zeros_like(g) if at is None else self._like(g) * (at == label)
+                for n, (g, at) in gathered.items()
+            }
+            reached = self._called(node, marked, pending)
+            for j, rest in left.items():
+                if (there := reached[j]) is not None:
+                    hit = rest & (there != 0)
+                    found[j][hit] = label
+                    left[j] = rest & ~hit
+        if any(bool(rest.any()) for rest in left.values()):
+            self._small_or_cancelled(node, gathered, found, left)
+        for j, cotangent in pending.items():
+            child, number = node.next_functions[j]
+            self._send(child, number, (cotangent, found[j]))
+
+    def _small_or_cancelled(
+        self,
+        node: Node,
+        gathered: Mapping[int, Part],
+        found: dict[int, Tensor],
+        left: Mapping[int, Tensor],
+    ) -> None:
+        """Label what is zero though something came in: see NOTE [Labels on zeros]."""
+        top = max((float(g.abs().max()) for g, _ in gathered.values() if g.numel()), default=0.0)
+        larger = {n: g / top if top else g for n, (g, _) in gathered.items()}
+        seen = self._called(node, larger, left)
+        for j, rest in left.items():
+            there = seen[j]
+            small = rest & (there != 0) if there is not None else torch.zeros_like(rest)
+            for kind, where in (("small", small), ("cancels", rest & ~small)):
+                if bool(where.any()):
+                    found[j][where] = self._number(node, j, kind)
+
+    def _labels_in(self, gathered: Mapping[int, Part]) -> list[int]:
+        """Return the labels of the zeros that come in, the most frequent first."""
+        counts: dict[int, int] = {}
+        for _, labels in gathered.values():
+            if labels is not None:
+                values, numbers = torch.unique(labels, return_counts=True)
+                for value, number in zip(values.tolist(), numbers.tolist(), strict=True):
+                    counts[value] = counts.get(value, 0) + number
+        counts.pop(0, None)
+        return sorted(counts, key=lambda label: -counts[label])[:_MOST]
+
+    def _number(self, node: Node, j: int, how: str, *, whole: bool = False) -> int:
+        """Return the label of what a node does to its input number `j`."""
+        key = (node, j, how)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.blames)
+            self.blames.append(self.reasons.blame(node, j, how, whole=whole))
+        return self._numbers[key]
+
+    # ------------------------------------------------------------------ values
+
+    def _called(self, node: Node, gradients: dict[int, Tensor], asked: Mapping[int, Tensor]) -> dict:
+        """Return by number of the input what a node makes of some gradients."""
+        results = call_node(node, gradients)
+        found: dict[int, Tensor | None] = {}
+        for j in asked:
+            child, number = node.next_functions[j]
+            given = results[j] if j < len(results) else None
+            found[j] = None if given is None else validated(given, child, number, self.structure)
+        return found
+
+    def _like(self, gradient: Tensor) -> Tensor:
+        """Return random numbers in the form of a gradient, without a draw from the user's generators."""
+        device = gradient.device
+        if device not in self._random:
+            self._random[device] = torch.Generator(device).manual_seed(0)
+        return torch.empty_like(gradient, memory_format=torch.contiguous_format).normal_(
+            generator=self._random[device]
+        )
+
+    def _fitted(self, given: Tensor, child: Node, number: int) -> tuple[Tensor, Tensor | None]:
+        """Return a cotangent in the shape of its tensor, and where it is mere rounding; None if nowhere."""
+        cotangent = validated(given, child, number, self.structure)
+        if cotangent.layout is not torch.strided:
+            return cotangent.to_dense(), None
+        if tuple(given.shape) == tuple(cotangent.shape):
+            return cotangent, None
+        mass = given.abs().sum_to_size(cotangent.shape)
+        noise = (mass > 0) & (cotangent.abs() <= _rounding(cotangent) * mass)
+        return cotangent, noise if bool(noise.any()) else None
+
+    def _cancelled(self, node: Node, j: int, cotangent: Tensor, noise: Tensor) -> Part:
+        labels = torch.zeros(cotangent.shape, dtype=torch.int16, device=cotangent.device)
+        labels[noise] = self._number(node, j, "cancels")
+        others = (cotangent == 0) & ~noise
+        if bool(others.any()):  # all that was summed is zero there
+            labels[others] = self._number(node, j, "own")
+        return torch.where(noise, torch.zeros_like(cotangent), cotangent), labels
+
+    def _nothing(self, node: Node, j: int, child: Node, number: int) -> Part:
+        """Return what an input gets to which a node hands back nothing at all."""
+        leaf = self.structure.leaves.get(child)
+        like = leaf if leaf is not None else input_metadata(child)[number]
+        zero = torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
+        label = self._number(node, j, "nothing", whole=True)
+        return zero, torch.full(zero.shape, label, dtype=torch.int16, device=zero.device)
+
+    def _send(self, child: Node, number: int, part: Part) -> None:
+        self._arriving.setdefault(child, {}).setdefault(number, []).append(part)
+
+    def _gather(self, node: Node, parts: list[Part]) -> Part:
+        """Return the sum of what several consumers hand back, with the labels of its zeros."""
+        if len(parts) == 1:
+            return parts[0]
+        total = parts[0][0]
+        for cotangent, _ in parts[1:]:
+            total = total + cotangent
+        mass = sum((cotangent.abs() for cotangent, _ in parts), torch.zeros_like(total.abs()))
+        noise = (mass > 0) & (total.abs() <= _rounding(total) * mass)
+        zero = noise | (total == 0)
+        if not bool(zero.any()):
+            return total, None
+        labels = torch.zeros(total.shape, dtype=torch.int16, device=total.device)
+        ranks = torch.tensor([self._rank(b) for b in self.blames], device=total.device)
+        best = torch.full(total.shape, len(_RANK) + 1, device=total.device)
+        for _, given in parts:
+            if given is not None:
+                rank = ranks[given.long()]
+                better = zero & (given > 0) & (rank < best)
+                labels[better], best[better] = given[better], rank[better]
+        if bool(noise.any()):
+            labels[noise] = self._number(node, -1, "cancels")
+        return torch.where(noise, torch.zeros_like(total), total), labels
+
+    def _rank(self, blame: Blame | None) -> int:
+        return len(_RANK) if blame is None or blame.reason not in _RANK else _RANK.index(blame.reason)
+
+
+def _rounding(tensor: Tensor) -> float:
+    return _ROUNDING * torch.finfo(tensor.dtype).eps

@@ -1,0 +1,116 @@
+"""Masks of elements as slices: whole rows, columns, blocks of fused parameters, and what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+
+@attrs.frozen
+class Part:
+    """A part of a parameter.
+
+    Args:
+        axis: along which it is made of whole slices; None for all of it, or for single elements.
+        slices: ranges (start, stop) along the axis.
+        num_slices: how many slices.
+        num_elements: how many elements.
+    """
+
+    axis: int | None
+    slices: tuple[tuple[int, int], ...]
+    num_slices: int
+    num_elements: int
+
+
+_MOST = 64  # ranges that are kept
+
+
+def parts(mask: Tensor, unreached: Tensor) -> Iterator[Part]:
+    """Yield the parts that a mask is made of, each of its elements in exactly one.
+
+    Args:
+        mask: the elements, of the parameter's shape.
+        unreached: all of the parameter's unreached elements, of which these are some: a column counts as
+            whole where the rest of it lies in rows that are wholly unreached themselves.
+    """
+    total = int(mask.sum())
+    if not total:
+        return
+    if total == mask.numel() or mask.dim() == 0:
+        yield Part(None, (), 0, total)
+        return
+    rest, covered = mask.clone(), torch.zeros_like(mask)
+    for axis in range(mask.dim()):
+        others = [a for a in range(mask.dim()) if a != axis]
+        whole = (rest | covered).all(dim=others) if others else rest | covered
+        there = rest.any(dim=others) if others else rest
+        chosen = whole & there
+        if bool(chosen.any()):
+            shape = [-1 if a == axis else 1 for a in range(mask.dim())]
+            inside = rest & chosen.view(shape)
+            yield Part(axis, ranges(chosen)[:_MOST], int(chosen.sum()), int(inside.sum()))
+            rest = rest & ~inside
+        gone = unreached.all(dim=others) if others else unreached
+        covered = covered | gone.view([-1 if a == axis else 1 for a in range(mask.dim())])
+    left = int(rest.sum())
+    if left:
+        yield Part(None, (), 0, left)
+
+
+def ranges(chosen: Tensor) -> tuple[tuple[int, int], ...]:
+    """Return the runs of True in a vector.
+
+    >>> ranges(torch.tensor([True, True, False, True]))
+    ((0, 2), (3, 4))
+    """
+    found: list[tuple[int, int]] = []
+    for index in chosen.nonzero().flatten().tolist():
+        if found and found[-1][1] == index:
+            found[-1] = (found[-1][0], index + 1)
+        else:
+            found.append((index, index + 1))
+    return tuple(found)
+
+
+_GATES = {
+    nn.LSTM: ("input gate", "forget gate", "cell gate", "output gate"),
+    nn.LSTMCell: ("input gate", "forget gate", "cell gate", "output gate"),
+    nn.GRU: ("reset gate", "update gate", "new gate"),
+    nn.GRUCell: ("reset gate", "update gate", "new gate"),
+}
+_FUSED = {"qkv": ("q", "k", "v"), "in_proj": ("q", "k", "v"), "c_attn": ("q", "k", "v"), "kv": ("k", "v")}
+
+
+def block_names(module: nn.Module | None, name: str) -> tuple[str, ...]:
+    """Return the names of the equal blocks that a parameter is fused of; () if it is not known to be.
+
+    Args:
+        module: that owns it.
+        name: its qualified name.
+    """
+    for kind, gates in _GATES.items():
+        if isinstance(module, kind):
+            return gates
+    words = name.lower().split(".")[-2:]
+    found = (blocks for word, blocks in _FUSED.items() if any(word in w for w in words))
+    return next(found, ())
+
+
+def block(part: Part, shape: tuple[int, ...], names: tuple[str, ...]) -> str:
+    """Return which blocks of a fused parameter a part is, in words; "" if it is no whole blocks.
+
+    >>> block(Part(0, ((4, 8),), 4, 32), (12, 8), ("q", "k", "v"))
+    'k block'
+    """
+    if part.axis is None or not names or shape[part.axis] % len(names):
+        return ""
+    size = shape[part.axis] // len(names)
+    if any(start % size or stop % size for start, stop in part.slices):
+        return ""
+    found = [names[i] for start, stop in part.slices for i in range(start // size, stop // size)]
+    word = "block" if len(found) == 1 else "blocks"
+    return f"{' and '.join(found)} {word}" if found else ""
