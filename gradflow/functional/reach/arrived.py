@@ -1,7 +1,8 @@
 """At which elements of the trainable parameters a gradient has arrived, over the steps of a run.
 
-After the first step nearly every parameter has been reached everywhere, and is not followed any more. What is
-left is followed element by element; when it is settled is asked at looks alone, in one transfer.
+After the first step nearly every parameter has been reached everywhere, and is not followed any more. Of the
+others a short list of the elements that are left is followed, or, where many are left, a mask of all. When
+they are settled is asked at looks alone, in one transfer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 FAINT = 1e-4  # of the largest: rounding noise is below 1e-6 in float32
+_FEW = 0.25  # of the elements: up to here, they are listed
 
 
 @attrs.define(eq=False)
@@ -24,14 +26,21 @@ class Arrived:
     """
 
     trainable: Mapping[str, Tensor]
-    masks: dict[str, Tensor] = attrs.field(factory=dict)  # of parameters that are not settled, once reached
     settled: set[str] = attrs.field(factory=set)  # reached everywhere
     faint: set[str] = attrs.field(factory=set)  # what arrived in the first step may be rounding noise
+    _masks: dict[str, Tensor] = attrs.field(factory=dict)  # of elements that were reached
+    _left: dict[str, Tensor] = attrs.field(factory=dict)  # the places of those that were not, where they are few
+    _since: dict[str, Tensor] = attrs.field(factory=dict)  # of these, which were since the last look
 
     @property
     def open(self) -> list[str]:
         """The names of the parameters that are not reached everywhere."""
         return [name for name in self.trainable if name not in self.settled]
+
+    @property
+    def partly(self) -> set[str]:
+        """The names of those to which a path has led, and that are not reached everywhere."""
+        return {*self._masks, *self._left}
 
     def doubt(self, norms: Mapping[str, float]) -> None:
         """Hear the norms of the gradients in the first step: what is tiny beside the others may be noise.
@@ -49,8 +58,9 @@ class Arrived:
     def settle(self, names: set[str]) -> None:
         """Hear that these were reached everywhere."""
         self.settled |= names
-        for name in names:
-            self.masks.pop(name, None)
+        for kept in (self._masks, self._left, self._since):
+            for name in names & kept.keys():
+                del kept[name]
 
     def add(self, gradients: Mapping[str, Tensor | None], *, look: bool) -> None:
         """Take in the gradients of one step.
@@ -59,32 +69,59 @@ class Arrived:
             gradients: by name of the parameter; None where no path led there.
             look: whether to ask as well which are settled now.
         """
-        for name in self.trainable if not self.settled else self.open:
+        if len(self.settled) == len(self.trainable):
+            return
+        for name in self.open:
             gradient = gradients.get(name)
             if gradient is not None:
-                self._mark(name, gradient)
-        if look and self.masks:
-            names = list(self.masks)
-            left = torch.stack([self.masks[n].all().to("cpu", non_blocking=True) for n in names]).tolist()
-            self.settle({name for name, done in zip(names, left, strict=True) if done})
+                self._mark(name, gradient.detach())
+        if look:
+            self._ask()
 
     def _mark(self, name: str, gradient: Tensor) -> None:
-        mask = self.masks.get(name)
-        if gradient.layout is not torch.strided:
-            gradient = _dense_mask(gradient)
-        gradient = gradient.detach()
-        if mask is None:
-            self.masks[name] = gradient != 0
-        else:
-            mask.logical_or_(gradient)
+        left = self._left.get(name)
+        if left is not None and gradient.layout is torch.strided:
+            found = gradient.reshape(-1).index_select(0, left).bool()
+            since = self._since.get(name)
+            self._since[name] = found if since is None else since.logical_or_(found)
+            return
+        if left is not None:
+            self._masks[name] = self._mask(name)
+            del self._left[name]
+            self._since.pop(name, None)
+        found = gradient.bool() if gradient.layout is torch.strided else _dense_mask(gradient)
+        mask = self._masks.get(name)
+        self._masks[name] = found if mask is None else mask.logical_or_(found)
+
+    def _ask(self) -> None:
+        """Ask which parameters are settled, and make short lists of what is left."""
+        for name, since in self._since.items():
+            self._left[name] = self._left[name][~since]
+        self._since = {}
+        names = list(self._masks)
+        if names:
+            counts = torch.stack([(~self._masks[n]).sum().cpu() for n in names]).tolist()
+            for name, left in zip(names, counts, strict=True):
+                if left <= _FEW * self._masks[name].numel():
+                    self._left[name] = (~self._masks.pop(name)).reshape(-1).nonzero().reshape(-1)
+        self.settle({name for name, left in self._left.items() if not left.numel()})
+
+    def _mask(self, name: str) -> Tensor:
+        """Return which elements of a listed parameter were reached."""
+        left, parameter = self._left[name], self.trainable[name]
+        mask = torch.ones(parameter.numel(), dtype=torch.bool, device=left.device)
+        mask[left] = self._since.get(name, torch.zeros(left.shape, dtype=torch.bool, device=left.device))
+        return mask.reshape(parameter.shape)
 
     def unreached(self) -> dict[str, Tensor | None]:
         """Return by name of every parameter not settled the mask of its unreached elements, on the host;
         None where no path ever led there."""
         found: dict[str, Tensor | None] = {}
         for name in self.open:
-            mask = self.masks.get(name)
-            found[name] = None if mask is None else mask.logical_not().cpu()
+            known = self._masks.get(name) if name in self._masks else None
+            if name in self._left:
+                known = self._mask(name)
+            found[name] = None if known is None else known.logical_not().cpu()
         return {name: mask for name, mask in found.items() if mask is None or bool(mask.any())}
 
 
@@ -92,8 +129,7 @@ def _dense_mask(gradient: Tensor) -> Tensor:
     """Return where a sparse gradient is not zero, as a dense tensor."""
     if gradient.layout is torch.sparse_coo:
         gradient = gradient.coalesce()
-        values = gradient.values() != 0
         mask = torch.zeros(gradient.shape, dtype=torch.bool, device=gradient.device)
-        mask[tuple(gradient.indices())] = values
+        mask[tuple(gradient.indices())] = gradient.values().bool()
         return mask
-    return gradient.to_dense() != 0
+    return gradient.to_dense().bool()

@@ -85,8 +85,7 @@ class ReachFindings:
     @property
     def is_open(self) -> bool:
         """Whether a path has led to some parameter, and gradient has not arrived everywhere in it."""
-        arrived = self.arrived
-        return bool(arrived.faint) or any(name in arrived.masks for name in arrived.open)
+        return bool(self.arrived.faint or self.arrived.partly)
 
     def look(
         self,
