@@ -136,12 +136,14 @@ class TermRecord:
     Args:
         op: the operation that takes it into the loss.
         made_by: the operation that made it, or that ended its graph.
+        layer: the layer call that it was computed from.
         reason: `no graph`, where it was computed from the model and carries no gradient; `zero`, where its
             gradient is exactly zero.
     """
 
     op: str
     made_by: str
+    layer: str = ""
     reason: str
 
 

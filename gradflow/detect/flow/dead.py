@@ -15,6 +15,7 @@ from gradflow.detect.actions import (
     zero_actions,
 )
 from gradflow.detect.evidence import RECTIFIERS, knows, late, typical_zero
+from gradflow.detect.flow.unreached import is_moved, loss_is_empty, unreached_parts
 from gradflow.detect.flow.zeros import zeros_of
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name
@@ -43,6 +44,8 @@ def dead(
     2. Exact zeros: layers all of whose parameters have a gradient of exactly zero, at the end of the run
        where an optimizer steps, in every step where none does; and what blocks it.
     3. Rectifiers: the share of units that fired in no batch of the run.
+    4. Parts, by the account of reach: rows, columns, blocks and single parameters that no gradient reached
+       in any step, and why; terms of the loss without a graph; tensors that no module has registered.
 
     Why this is evidence: wiring is read off the graph, and an exact zero is no rounding. Whether a zero is an
     illness depends on what makes it. Where the weight behind is zero, as many initialisations want it, one
@@ -78,7 +81,8 @@ def dead(
         # A layer whose gradient is zero because none of its units fires is reported once.
         told = {issue.layer for issue in zero if issue.evidence.plays(Role.BLOCKING)}
         silent = [i for i in _silent_units(flow, threshold, some, few) if i.layer not in told]
-        return [*_never_called(flow), *_cut_off(flow), *zero, *silent]
+        found = [*_never_called(flow), *_cut_off(flow), *zero, *silent]
+        return [*found, *unreached_parts(flow, {issue.layer for issue in found}, min_updates)]
 
     return detector
 
@@ -157,6 +161,7 @@ def _cut_issue(flow: Flow, node: str, layer: LayerRecord, wanted: Sequence[Param
     op = next((o for o in ops if o != "no gradient needed"), "")
     # A teacher under no_grad is by design; only an optimizer that holds it says that it is meant to train.
     by_design = "no_grad" in reason and not flow.record.provenance.optimizer
+    by_design |= is_moved(flow, [p.name for p in wanted]) or _ends_a_round(flow, node)
     number = sum(p.num_elements for p in wanted)
     return Issue(
         layer=layer.name,
@@ -175,6 +180,27 @@ def _cut_issue(flow: Flow, node: str, layer: LayerRecord, wanted: Sequence[Param
         },
         evidence=Evidence(roles=Role.CUT, op=op),
     )
+
+
+def _ends_a_round(flow: Flow, node: str) -> bool:
+    """Whether a layer is unused because its rounds end here: nobody takes its output, and that of the same
+    layer one round before goes on to the next.
+
+    In a graph network over several types of nodes, the last round updates some that nobody asks for.
+    """
+    layer = flow.layers[node]
+    if flow.wiring.cuts.get(node) or flow.wiring.succs.get(node):
+        return False
+    parts = layer.module.split(".")
+    for place in [i for i, part in enumerate(parts) if part.isdigit() and part != "0"]:
+        after = [*parts[:place], str(int(parts[place]) + 1)]
+        before = ".".join([*parts[:place], str(int(parts[place]) - 1), *parts[place + 1 :]])
+        next_round = ".".join(after)
+        last = not any(f"{other.module}.".startswith(f"{next_round}.") for other in flow.layers.values())
+        twin = next((o for o in flow.layers.values() if o.module == before), None)
+        if last and twin is not None and twin.type == layer.type and bool(twin.reached.any()):
+            return True
+    return False
 
 
 # ----------------------------------------------------------------------------- 2. exact zeros
@@ -203,7 +229,8 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
         if why in ("rectifier", "one alternative", "one feature"):
             severity = IssueSeverity.CRITICAL
         else:
-            severity = IssueSeverity.HIGH if updates >= min_updates else IssueSeverity.INFO
+            lasting = updates >= min_updates or loss_is_empty(flow)
+            severity = IssueSeverity.HIGH if lasting else IssueSeverity.INFO
         issues.append(_zero_issue(flow, node, wanted, why, at, severity, updates))
     return issues
 

@@ -29,7 +29,9 @@ class Arrived:
     settled: set[str] = attrs.field(factory=set)  # reached everywhere
     faint: set[str] = attrs.field(factory=set)  # what arrived in the first step may be rounding noise
     _masks: dict[str, Tensor] = attrs.field(factory=dict)  # of elements that were reached
-    _left: dict[str, Tensor] = attrs.field(factory=dict)  # the places of those that were not, where they are few
+    _left: dict[str, Tensor] = attrs.field(
+        factory=dict
+    )  # the places of those that were not, where they are few
     _since: dict[str, Tensor] = attrs.field(factory=dict)  # of these, which were since the last look
 
     @property

@@ -131,15 +131,19 @@ class Walk:
         """Send on cotangents that hold zeros, with a label on each."""
         found: dict[int, Tensor] = {}
         left: dict[int, Tensor] = {}
+        labels = self._labels_in(gathered)
+        # Where nothing at all comes in, it is not this node that ends it.
+        nothing = bool(labels) and all(g.numel() and not bool(g.any()) for g, _ in gathered.values())
         alone = self._called(node, {n: self._like(g) for n, (g, _) in gathered.items()}, pending)
         for j, cotangent in pending.items():
             zero = cotangent == 0
             own = zero & (alone[j] == 0) if alone[j] is not None else zero
+            own = torch.zeros_like(own) if nothing else own
             found[j] = torch.zeros(cotangent.shape, dtype=torch.int16, device=cotangent.device)
             if bool(own.any()):
                 found[j][own] = self._number(node, j, "own", whole=bool(own.all()))
             left[j] = zero & ~own
-        for label in self._labels_in(gathered):
+        for label in labels:
             if not any(bool(rest.any()) for rest in left.values()):
                 break
             marked = {
@@ -152,7 +156,10 @@ class Walk:
                     hit = rest & (there != 0)
                     found[j][hit] = label
                     left[j] = rest & ~hit
-        if any(bool(rest.any()) for rest in left.values()):
+        if nothing:
+            for j, rest in left.items():
+                found[j][rest] = labels[0]
+        elif any(bool(rest.any()) for rest in left.values()):
             self._small_or_cancelled(node, gathered, found, left)
         for j, cotangent in pending.items():
             child, number = node.next_functions[j]

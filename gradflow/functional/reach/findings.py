@@ -13,7 +13,7 @@ from gradflow.functional.reach.arrived import Arrived
 from gradflow.functional.reach.blame import Blamed, Walk
 from gradflow.functional.reach.origins import Origins
 from gradflow.functional.reach.reasons import Blame, Reasons
-from gradflow.functional.reach.slices import block, block_names, parts
+from gradflow.functional.reach.slices import block, block_names, by_rows, parts
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.torch_private import num_writes
 from gradflow.records import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
@@ -165,6 +165,7 @@ class ReachFindings:
             blame = self._unwired(name, wires) if seen else Blame(Reason.UNEXPLAINED)
             yield from self._by_part(name, mask, mask, blame, wires)
             return
+        labels = by_rows(labels, mask)
         by_blame: dict[Blame, Tensor] = {}
         for label in labels[mask].unique().tolist():
             blame = self.closely.blames[label] or Blame(Reason.UNEXPLAINED)

@@ -77,8 +77,8 @@ class Reasons:
 
     def _is_of_loss(self, found: Blame, whole: bool) -> bool:
         """Whether a zero that is made behind the model means that the loss hands back nothing."""
-        if found.reason is Reason.ZERO_FACTOR and found.source in ("constant", ""):
-            return False
+        if found.op in ("mul", "div") and found.source in ("constant", ""):
+            return False  # a weight of zero on a term
         return whole or found.reason is Reason.OFF
 
     def _own(self, node: Node, j: int, place: Blame) -> Blame:
@@ -155,6 +155,8 @@ class Reasons:
     # ------------------------------------------------------------------- names
 
     def _op_name(self, node: Node) -> str:
+        if is_leaf(node):
+            return "sum of its uses"
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             return operation(node).removesuffix("_backward")
         return operation(node)

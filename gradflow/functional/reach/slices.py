@@ -61,6 +61,24 @@ def parts(mask: Tensor, unreached: Tensor) -> Iterator[Part]:
         yield Part(None, (), 0, left)
 
 
+def by_rows(labels: Tensor, unreached: Tensor) -> Tensor:
+    """Return labels in which every row that is wholly unreached has one alone, the most frequent in it.
+
+    Args:
+        labels: of the elements.
+        unreached: which of them were not reached, of the same shape.
+    """
+    if labels.dim() < 2 or not labels.numel():
+        return labels
+    flat = labels.flatten(1)
+    whole = unreached.flatten(1).all(1) & (flat != flat[:, :1]).any(1)
+    if not bool(whole.any()):
+        return labels
+    flat = flat.clone()
+    flat[whole] = flat[whole].mode(1, keepdim=True).values.expand(-1, flat.shape[1])
+    return flat.reshape(labels.shape)
+
+
 def ranges(chosen: Tensor) -> tuple[tuple[int, int], ...]:
     """Return the runs of True in a vector.
 

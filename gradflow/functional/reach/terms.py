@@ -31,10 +31,10 @@ def constant_terms(structure: Structure | None, dataflow: DataFlow) -> list[Term
         return []
     found: dict[Node, TermRecord] = {}
     summands = set(_summing(structure.nodes[0]))
-    for node, (kind, _), reason in dataflow.joins:
+    for node, (kind, layer), reason in dataflow.joins:
         if node in summands and kind == "layer" and reason and reason not in _TAKEN_OUT:
             op = structure.group_of.get(node, operation(node))
-            found.setdefault(node, TermRecord(op=op, made_by=reason, reason="no graph"))
+            found.setdefault(node, TermRecord(op=op, made_by=reason, layer=layer, reason="no graph"))
     return list(found.values())
 
 

@@ -1,0 +1,271 @@
+"""Parts of parameters that no gradient reaches, told by their name and reason: the rest of the detector DEAD.
+
+What has no gradient as a whole layer is told in `dead.py`, by its wiring and by exact zeros. Here are rows
+and columns, blocks of fused parameters, single parameters of a layer that trains otherwise, terms of the
+loss, and tensors that no module has registered, by the account of reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+from gradflow.detect.view import Flow
+from gradflow.detect.wiring import node_name
+from gradflow.records import (
+    Evidence,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    OutsideRecord,
+    ReachRecord,
+    Reason,
+    Role,
+    TermRecord,
+)
+
+MOST_CODES = 0.9  # of a table that the model picks from are never picked: what is left is no table
+MANY_CODES = 0.75
+_PICKS_PER_CODE = 2  # so often must have been picked for each, or chance decides
+_WHOLE = 0.9  # of a parameter
+_PART = 0.25  # of a parameter's rows: what is cut off is no padding
+_OWN = frozenset(("relu", "threshold", "hardtanh", "clamp_min"))  # rectifiers, of which `dead` tells
+
+# A zero of these comes from outside of what is at fault, or is as it should be.
+_Judge = Callable[[Flow, ReachRecord, int], "Issue | None"]
+
+
+def unreached_parts(flow: Flow, told: Collection[str], min_updates: int) -> Iterator[Issue]:
+    """Yield the issues of parts that are not reached and should be.
+
+    Args:
+        flow: the record along its wiring.
+        told: names of the layers of which something is said already.
+        min_updates: steps of the optimizer after which a zero by design has ended.
+    """
+    account = flow.record.reach
+    if account is None:
+        return
+    yield from (_term_issue(flow, term) for term in account.terms)
+    yield from (_outside_issue(flow, tensor) for tensor in account.outside if not tensor.optimized)
+    best: dict[str, Issue] = {}
+    updates = flow.record.steps - 1 if flow.record.provenance.optimizer else 0
+    for part in account.unreached:
+        judge = _JUDGES.get(part.reason)
+        if judge is None or part.layer in told or not _wanted(flow, part):
+            continue
+        issue = judge(flow, part, updates if updates >= min_updates else 0)
+        if issue is not None and not (part.layer in best and best[part.layer].severity >= issue.severity):
+            best[part.layer] = issue
+    yield from best.values()
+
+
+def is_moved(flow: Flow, parameters: Collection[str]) -> bool:
+    """Whether all of these parameters were changed by the module's own code, though no gradient came."""
+    account = flow.record.reach
+    parts = [part for name in parameters for part in account.of(name)] if account is not None else []
+    return bool(parts) and {p.parameter for p in parts} == set(parameters) and all(p.moved for p in parts)
+
+
+def loss_is_empty(flow: Flow) -> bool:
+    """Whether the loss hands back nothing at all in every step, which no step of an optimizer ends."""
+    account = flow.record.reach
+    return account is not None and account.num_reached == 0 and Reason.NO_LOSS in account.totals()
+
+
+def _wanted(flow: Flow, part: ReachRecord) -> bool:
+    known = flow.parameters.get(part.parameter)
+    return known is None or (known.trainable and known.optimized)
+
+
+def _issue(
+    flow: Flow, part: ReachRecord, severity: IssueSeverity, why: str, actions: tuple[str, ...], role: Role
+) -> Issue:
+    layer = flow.layers.get(node_name(part.layer))
+    steps = f"in any of {flow.record.steps} steps" if flow.record.steps > 1 else "in the step that was run"
+    return Issue(
+        layer=part.layer,
+        layer_type=layer.type if layer is not None else "Module",
+        issue_type=IssueType.DEAD,
+        severity=severity,
+        description=f"No gradient reached {part.part} of {part.parameter} {steps}: {why}.",
+        magnitude=part.share,
+        recommended_actions=actions,
+        metrics={
+            "parameter": part.parameter,
+            "part": part.part,
+            "reason": part.reason.value,
+            "num_elements": part.num_elements,
+            "share": part.share,
+            "at": part.at,
+            "op": part.op,
+            "whose": part.whose,
+        },
+        evidence=Evidence(roles=role, origin=part.layer_at or None, op=part.op),
+    )
+
+
+# ---------------------------------------------------------------------------- by reason
+
+
+def _by_model(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
+    """Judge rows of a table that the model's own choice never picks."""
+    if part.axis != 0 or not part.num_choices:
+        return None
+    size = part.shape[0]
+    lost = part.num_slices / size
+    if part.num_choices * flow.record.steps < _PICKS_PER_CODE * size or lost < MANY_CODES or size < 4:
+        return None
+    severity = IssueSeverity.HIGH if lost >= MOST_CODES else IssueSeverity.MEDIUM
+    picked = size - part.num_slices
+    chooser = part.whose or part.op
+    return _issue(
+        flow,
+        part,
+        severity,
+        f"the model's own choice ({chooser}) picks {picked} of {size} in every batch, and a row that is not "
+        "picked cannot learn to be",
+        (
+            "Start rows that are never picked anew, at what the encoder gives for random samples of a batch "
+            "(dead-code revival), every few hundred steps.",
+            "Check the balance of the losses: where the commitment term outweighs the reconstruction, what "
+            "is encoded shrinks onto one row.",
+            "Or normalise both sides before the distance, update the table by moving averages, or add an "
+            "entropy term that wants all of it used.",
+        ),
+        Role.BLOCKING,
+    )
+
+
+def _off(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
+    """Judge a parameter that is off in a clamp, a grid or a spike function for every sample."""
+    if part.op in _OWN or _total(flow, part) < _WHOLE:
+        return None
+    return _issue(
+        flow,
+        part,
+        IssueSeverity.HIGH,
+        f"{part.op} at {part.at or part.layer_at} has slope zero there for every sample",
+        (
+            f"Bring what enters {part.op} into its range, or put a smooth bound (tanh, softplus) there.",
+            "Start the bias in the middle of the range.",
+        ),
+        Role.BLOCKING,
+    )
+
+
+def _cut(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
+    """Judge a part that nobody uses, or that is cut off, of a layer that trains otherwise."""
+    if part.moved:
+        return None
+    if part.axis is None and not part.op:
+        account = flow.record.reach
+        of_all = part.num_elements / account.num_elements if account is not None else 0.0
+        severity = IssueSeverity.MEDIUM if of_all >= 0.01 and part.share == 1 else IssueSeverity.LOW
+        why = "nothing that leads to the loss uses it"
+    elif part.share < _PART:
+        return None
+    else:
+        severity = IssueSeverity.HIGH
+        where = f" at {part.at}" if part.at else ""
+        why = f"what it makes is cut off by {part.op}{where}: nobody uses that part, or it is flat everywhere"
+    name = part.block or part.part
+    return _issue(
+        flow,
+        part,
+        severity,
+        why,
+        (
+            f"Follow {name} of {part.parameter} to the loss: is it the part that was meant to be taken?",
+            "If it is not needed, make the layer smaller.",
+        ),
+        Role.CUT,
+    )
+
+
+def _zero_factor(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
+    """Judge a parameter that is multiplied by something that is zero in every batch."""
+    if _total(flow, part) < _WHOLE:
+        return None
+    if part.source == "parameter":
+        if not updates or part.whose not in flow.parameters:
+            return None  # a start, which the first steps end
+        why, cure = f"{part.whose}, with which it is multiplied, is zero", f"start {part.whose} at random"
+    elif part.source == "data" and part.whose:
+        why = f"{part.whose} makes zeros of every batch, with which it is multiplied"
+        cure = (
+            "rescale the inputs to the range that is expected there, or fit the range (a grid, bins) to them"
+        )
+    else:
+        return None
+    at = f" (in {part.at})" if part.at and part.at != part.layer else ""
+    actions = (f"{cure[0].upper()}{cure[1:]}.", "Print what enters there: its smallest and largest value.")
+    return _issue(flow, part, IssueSeverity.HIGH, f"{why}{at}", actions, Role.BLOCKING)
+
+
+def _total(flow: Flow, part: ReachRecord) -> float:
+    """Return the share of the parameter that is unreached for the same reason at the same place."""
+    account = flow.record.reach
+    assert account is not None
+    same = (
+        p
+        for p in account.of(part.parameter)
+        if (p.reason, p.at, p.whose) == (part.reason, part.at, part.whose)
+    )
+    return sum(p.share for p in same)
+
+
+_JUDGES: dict[Reason, _Judge] = {
+    Reason.UNCHOSEN_BY_MODEL: _by_model,
+    Reason.OFF: _off,
+    Reason.CUT: _cut,
+    Reason.ZERO_FACTOR: _zero_factor,
+}
+
+
+# -------------------------------------------------------------------- beside parameters
+
+
+def _term_issue(flow: Flow, term: TermRecord) -> Issue:
+    layer = flow.layers.get(node_name(term.layer))
+    how = {
+        "grad": "torch.autograd.grad was called without create_graph=True",
+        "no_grad": "it was computed under torch.no_grad()",
+    }.get(term.made_by, f"{term.made_by} ended its graph")
+    return Issue(
+        layer=term.layer,
+        layer_type=layer.type if layer is not None else "Module",
+        issue_type=IssueType.DEAD,
+        severity=IssueSeverity.HIGH,
+        description=f"A term of the loss is computed from it and carries no gradient: {how}. Its value is "
+        "added to the loss, and is a constant to the optimizer.",
+        magnitude=0.0,
+        recommended_actions=(
+            "Pass create_graph=True to torch.autograd.grad, so that the penalty itself has a gradient."
+            if term.made_by == "grad"
+            else "Compute the term with its graph: outside torch.no_grad(), and without leaving torch.",
+            "If it is meant for the log alone, leave it out of the loss.",
+        ),
+        metrics={"op": term.op, "made_by": term.made_by},
+        evidence=Evidence(roles=Role.CUT, origin=term.layer, op=term.made_by),
+    )
+
+
+def _outside_issue(flow: Flow, tensor: OutsideRecord) -> Issue:
+    holder = tensor.name.split("[")[0].rpartition(".")[0]
+    layer = flow.layers.get(node_name(holder))
+    return Issue(
+        layer=holder,
+        layer_type=layer.type if layer is not None else flow.record.provenance.model,
+        issue_type=IssueType.DEAD,
+        severity=IssueSeverity.MEDIUM,
+        description=f"{tensor.name} {tensor.shape} requires a gradient and gets one, but no module has "
+        "registered it: model.parameters() leaves it out, so an optimizer made of these never moves it.",
+        magnitude=1.0,
+        recommended_actions=(
+            f"Hold it in nn.ModuleList, nn.ModuleDict or nn.Parameter: {tensor.name.split('[')[0]} is a "
+            "plain Python attribute.",
+            "If it is not meant to train, say so: requires_grad_(False).",
+        ),
+        metrics={"name": tensor.name, "shape": tensor.shape},
+        evidence=Evidence(roles=Role.UNUSED),
+    )
