@@ -34,6 +34,7 @@ PAGES = (
     "docs/policy.md",
     "docs/transformer.md",
     "docs/measurements.md",
+    "docs/reach.md",
 )
 ABOVE, ALL_ABOVE = "the block above", "the blocks above"
 
