@@ -33,8 +33,8 @@ PAGES = (
     "docs/recurrent.md",
     "docs/policy.md",
     "docs/transformer.md",
-    "docs/measurements.md",
     "docs/reach.md",
+    "docs/measurements.md",
 )
 ABOVE, ALL_ABOVE = "the block above", "the blocks above"
 
