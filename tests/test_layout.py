@@ -56,6 +56,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"view"},
         {"evidence"},
         {"actions"},
+        {"reach"},
         {"flow", "causes"},
         {"attention", "recurrent", "policy"},
         {"defaults"},

@@ -15,8 +15,8 @@ from gradflow.detect.actions import (
     zero_actions,
 )
 from gradflow.detect.evidence import RECTIFIERS, knows, late, typical_zero
-from gradflow.detect.flow.unreached import is_moved, loss_is_empty, sole_reason, unreached_parts
 from gradflow.detect.flow.zeros import zeros_of
+from gradflow.detect.reach.unreached import is_moved, loss_is_empty, sole_reason, unreached_parts
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
