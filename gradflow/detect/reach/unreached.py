@@ -278,8 +278,8 @@ def _outside_issue(flow: Flow, holder: str, tensors: Sequence[OutsideRecord]) ->
         "registered them: model.parameters() leaves them out, and an optimizer made of it never moves them.",
         magnitude=float(number),
         recommended_actions=(
-            f"Hold it in nn.ModuleList, nn.ModuleDict or nn.Parameter: {tensors[0].name.split('[')[0]} is a plain "
-            "Python attribute.",
+            f"Hold it in nn.ModuleList, nn.ModuleDict or nn.Parameter: {tensors[0].name.split('[')[0]} is a "
+            "plain Python attribute.",
             "If it is not meant to train, say so: requires_grad_(False).",
         ),
         metrics={"names": names, "num_elements": number},
