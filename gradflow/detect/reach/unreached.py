@@ -29,6 +29,7 @@ MANY_CODES = 0.75
 _PICKS_PER_CODE = 2  # so often must have been picked for each, or chance decides
 _WHOLE = 0.9  # of a parameter
 _PART = 0.25  # of a parameter's rows: what is cut off is no padding
+_TAKES = frozenset(("select", "slice", "split", "split_with_sizes", "unbind", "narrow", "unfold", "diagonal"))
 _OWN = frozenset(("relu", "threshold", "hardtanh", "clamp_min"))  # rectifiers, of which `dead` tells
 
 # A zero of these comes from outside of what is at fault, or is as it should be.
@@ -175,7 +176,7 @@ def _cut(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         of_all = part.num_elements / account.num_elements if account is not None else 0.0
         severity = IssueSeverity.MEDIUM if of_all >= 0.01 and part.share == 1 else IssueSeverity.LOW
         why = "nothing that leads to the loss uses it"
-    elif part.share < _PART:
+    elif part.share < _PART or (part.op in _TAKES and not _makes_features(flow, part)):
         return None
     else:
         severity = IssueSeverity.HIGH
@@ -193,6 +194,18 @@ def _cut(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         ),
         Role.CUT,
     )
+
+
+def _makes_features(flow: Flow, part: ReachRecord) -> bool:
+    """Whether the rows of a parameter make features of an output, each on its own at every position.
+
+    Only then do rows that nobody takes mean features that nobody takes. Where steps of a recurrent layer or
+    rows of a table are not taken, what is not reached are positions.
+    """
+    if part.block and "gate" not in part.block:
+        return True
+    layer = flow.layers.get(node_name(part.layer))
+    return layer is not None and any(word in layer.type.lower() for word in ("linear", "conv", "attention"))
 
 
 def _zero_factor(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:

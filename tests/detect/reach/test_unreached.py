@@ -130,6 +130,24 @@ def test_a_block_of_a_fused_layer_that_nobody_uses_is_told_by_its_name() -> None
     assert serious(found(Fused((0, 1, 2)), torch.randn(32, 6))) == {}
 
 
+class Reader(nn.Module):
+    """A layer that reads in both directions, of whose outputs the last is taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(3, 4, batch_first=True, bidirectional=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def test_positions_that_are_not_taken_are_no_features() -> None:
+    record = gf.analyze(Reader(), lambda: torch.randn(8, 5, 3), square, steps=3)
+    assert record.reach is not None
+    assert record.reach.of("rnn.weight_hh_l0_reverse")
+    assert [i for i in gf.detect(record, gf.dead()) if i.severity >= MEDIUM] == []
+
+
 class Penalised(nn.Module):
     def __init__(self, graph: bool) -> None:
         super().__init__()
