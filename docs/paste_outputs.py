@@ -33,6 +33,7 @@ PAGES = (
     "docs/recurrent.md",
     "docs/policy.md",
     "docs/transformer.md",
+    "docs/reach.md",
     "docs/measurements.md",
 )
 ABOVE, ALL_ABOVE = "the block above", "the blocks above"

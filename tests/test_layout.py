@@ -57,6 +57,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"evidence"},
         {"knowledge"},
         {"actions"},
+        {"reach"},
         {"flow", "causes"},
         {"attention", "recurrent", "policy", "parts"},
         {"defaults"},

@@ -1,4 +1,4 @@
-"""What the model informed: whether its losses are those of a model that has learned, or of one that guesses."""
+"""What the model knows: whether its losses are those of a model that has learned, or of one that guesses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def informed(record: FlowRecord) -> bool:
 
 
 def excused(detector: Detector) -> Detector:
-    """Return a detector whose issues are LOW at most in a model that informed the answers; see `informed`."""
+    """Return a detector whose issues are LOW at most in a model that knows the answers; see `informed`."""
 
     def sparing(record: FlowRecord) -> Iterable[Issue]:
         knowing = informed(record)
@@ -63,7 +63,7 @@ def _excused(issue: Issue) -> Issue:
 
 
 def guesses(record: FlowRecord, least: float = 0.9) -> bool:
-    """Whether the last outputs fit other samples as well as their own, so that the model informed nothing yet.
+    """Whether the last outputs fit other samples as well as their own, so that the model knows nothing yet.
 
     False where that is not known; see `KnowledgeRecord`.
     """
@@ -90,7 +90,7 @@ def came_knowing(record: FlowRecord, most: float = 0.25) -> bool:
 
 
 def has_learned(record: FlowRecord, most: float = 0.1) -> bool:
-    """Whether the run itself has taught the model what it informed: a tenth of the loss of guesses is left, and
+    """Whether the run itself has taught the model what it knows: a tenth of the loss of guesses is left, and
     half of what there was at first.
 
     False where that is not known; see `KnowledgeRecord`.

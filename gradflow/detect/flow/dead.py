@@ -16,8 +16,8 @@ from gradflow.detect.actions import (
 )
 from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
 from gradflow.detect.flow.readings.zeros import zeros_of
-from gradflow.detect.flow.unreached import is_moved, loss_is_empty, unreached_parts
 from gradflow.detect.knowledge import came_knowing
+from gradflow.detect.reach.unreached import is_moved, loss_is_empty, sole_reason, unreached_parts
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
@@ -29,6 +29,7 @@ from gradflow.records import (
     IssueType,
     LayerRecord,
     ParameterRecord,
+    Reason,
     Role,
 )
 
@@ -259,6 +260,9 @@ def _zero_issue(
     layer = flow.layers[node]
     number = sum(p.num_elements for p in wanted)
     told = _WHY[why].format(at=at or "it")
+    known = sole_reason(flow, [p.name for p in wanted])
+    if known is not None and known.reason is Reason.OFF and why in ("zero input", "operation"):
+        told = f"{known.op} at {known.at} has slope zero there for every sample"
     if severity is IssueSeverity.INFO:
         after = (
             "That may be by design (a zero initialisation ends with the first steps); pass optimizer= to "

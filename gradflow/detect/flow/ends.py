@@ -110,8 +110,8 @@ def loud_outputs(flow: Flow, above: float) -> list[Issue]:
             magnitude=over,
             recommended_actions=(
                 "Draw the weights so that each layer keeps the scale of its input: variance 1 / fan_in of "
-                "the layer that they serve. Weights that another layer generates, or that are summed over many "
-                "inputs, have the fan-in of what they are applied to.",
+                "the layer that they serve. Weights that another layer generates have the fan-in of what "
+                "they are applied to.",
                 "Or put a norm layer before the last one.",
             ),
             metrics={"over_silence": over, "late_over_silence": still, "output_rms": size},

@@ -178,6 +178,7 @@ class ReachFindings:
         self, name: str, mask: Tensor, unreached: Tensor, blame: Blame, wires: Wires
     ) -> Iterator[ReachRecord]:
         parameter, layer = self.trainable[name], owner(name, wires.modules)
+        unwired = name not in self.arrived.partly  # an optimizer does not step it
         names = block_names(wires.modules.get(layer), name)
         shape = tuple(parameter.shape)
         for part in parts(mask, unreached):
@@ -190,7 +191,7 @@ class ReachFindings:
                 num_slices=part.num_slices,
                 num_elements=part.num_elements,
                 block=block(part, shape, names),
-                moved=blame.reason in _UNWIRED and num_writes(parameter) != self._writes[name],
+                moved=unwired and num_writes(parameter) != self._writes[name],
                 step=self.closely.step if self.closely is not None else -1,
                 **attrs.asdict(blame),
             )
@@ -202,9 +203,6 @@ class ReachFindings:
             return Blame(Reason.NOT_CALLED)
         op, at = wires.cuts.get(layer, ("", ""))
         return Blame(Reason.CUT, at=at, layer_at=layer, op=op)
-
-
-_UNWIRED = (Reason.NOT_CALLED, Reason.CUT)
 
 
 def _by_name(found: Blamed, names: Mapping[int, str]) -> dict[str, Tensor]:

@@ -132,6 +132,8 @@ def _provenance(run: Run, said: tuple[str, ...], chosen: tuple[str, ...]) -> Pro
         )
     if steps < plan.steps:
         notes.append(f"The batches ended after {steps} of {plan.steps} steps.")
+    if run.reach.failed:
+        notes.append(f"Why gradient did not arrive at some numbers could not be found: {run.reach.failed}")
     if plan.detail == "full" and not run.graph.flows:
         why = (
             "a reentrant activation checkpoint hides a part of the graph; `use_reentrant=False` shows it."

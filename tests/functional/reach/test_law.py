@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+import torch
 
 import gradflow as gf
 from gradflow.records import FlowRecord, ReachAccount, Reason
@@ -20,6 +21,17 @@ def account(seed: int) -> ReachAccount:
     assert record.reach is not None
     assert FlowRecord.from_json(record.to_json()) == record
     return record.reach
+
+
+@pytest.mark.parametrize("seed", SEEDS[::5])
+def test_so_it_is_while_an_optimizer_steps(seed: int) -> None:
+    case = planted(seed)
+    optimizer = torch.optim.Adam(case.model.parameters(), 1e-3)
+    record = gf.analyze(case.model, lambda: case.batch, case.loss, steps=4, optimizer=optimizer)
+    found = record.reach
+    assert found is not None
+    assert found.num_reached + sum(found.totals().values()) == found.num_elements
+    assert Reason.UNEXPLAINED not in found.totals()
 
 
 def is_there(found: ReachAccount, wanted: Expected) -> bool:

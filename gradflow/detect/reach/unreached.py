@@ -7,7 +7,8 @@ loss, and tensors that no module has registered, by the account of reach.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
@@ -28,6 +29,7 @@ MANY_CODES = 0.75
 _PICKS_PER_CODE = 2  # so often must have been picked for each, or chance decides
 _WHOLE = 0.9  # of a parameter
 _PART = 0.25  # of a parameter's rows: what is cut off is no padding
+_TAKES = frozenset(("select", "slice", "split", "split_with_sizes", "unbind", "narrow", "unfold", "diagonal"))
 _OWN = frozenset(("relu", "threshold", "hardtanh", "clamp_min"))  # rectifiers, of which `dead` tells
 
 # A zero of these comes from outside of what is at fault, or is as it should be.
@@ -46,7 +48,11 @@ def unreached_parts(flow: Flow, told: Collection[str], min_updates: int) -> Iter
     if account is None:
         return
     yield from (_term_issue(flow, term) for term in account.terms)
-    yield from (_outside_issue(flow, tensor) for tensor in account.outside if not tensor.optimized)
+    holders: dict[str, list[OutsideRecord]] = {}
+    for tensor in account.outside:
+        if not tensor.optimized:
+            holders.setdefault(tensor.name.split("[")[0].rpartition(".")[0], []).append(tensor)
+    yield from (_outside_issue(flow, holder, tensors) for holder, tensors in holders.items())
     best: dict[str, Issue] = {}
     updates = flow.record.steps - 1 if flow.record.provenance.optimizer else 0
     for part in account.unreached:
@@ -57,6 +63,14 @@ def unreached_parts(flow: Flow, told: Collection[str], min_updates: int) -> Iter
         if issue is not None and not (part.layer in best and best[part.layer].severity >= issue.severity):
             best[part.layer] = issue
     yield from best.values()
+
+
+def sole_reason(flow: Flow, parameters: Collection[str]) -> ReachRecord | None:
+    """Return a part that stands for all unreached ones of some parameters, if all share reason and place."""
+    account = flow.record.reach
+    parts = [part for name in parameters for part in account.of(name)] if account is not None else []
+    alike = {(part.reason, part.at) for part in parts}
+    return parts[0] if len(alike) == 1 else None
 
 
 def is_moved(flow: Flow, parameters: Collection[str]) -> bool:
@@ -162,7 +176,7 @@ def _cut(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         of_all = part.num_elements / account.num_elements if account is not None else 0.0
         severity = IssueSeverity.MEDIUM if of_all >= 0.01 and part.share == 1 else IssueSeverity.LOW
         why = "nothing that leads to the loss uses it"
-    elif part.share < _PART:
+    elif part.share < _PART or (part.op in _TAKES and not _makes_features(flow, part)):
         return None
     else:
         severity = IssueSeverity.HIGH
@@ -180,6 +194,18 @@ def _cut(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         ),
         Role.CUT,
     )
+
+
+def _makes_features(flow: Flow, part: ReachRecord) -> bool:
+    """Whether the rows of a parameter make features of an output, each on its own at every position.
+
+    Only then do rows that nobody takes mean features that nobody takes. Where steps of a recurrent layer or
+    rows of a table are not taken, what is not reached are positions.
+    """
+    if part.block and "gate" not in part.block:
+        return True
+    layer = flow.layers.get(node_name(part.layer))
+    return layer is not None and any(word in layer.type.lower() for word in ("linear", "conv", "attention"))
 
 
 def _zero_factor(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
@@ -250,22 +276,25 @@ def _term_issue(flow: Flow, term: TermRecord) -> Issue:
     )
 
 
-def _outside_issue(flow: Flow, tensor: OutsideRecord) -> Issue:
-    holder = tensor.name.split("[")[0].rpartition(".")[0]
+def _outside_issue(flow: Flow, holder: str, tensors: Sequence[OutsideRecord]) -> Issue:
+    """Tell of the tensors that one module holds past its registers."""
     layer = flow.layers.get(node_name(holder))
+    names = tuple(tensor.name for tensor in tensors)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    number = sum(math.prod(tensor.shape) for tensor in tensors)
     return Issue(
         layer=holder,
         layer_type=layer.type if layer is not None else flow.record.provenance.model,
         issue_type=IssueType.DEAD,
         severity=IssueSeverity.MEDIUM,
-        description=f"{tensor.name} {tensor.shape} requires a gradient and gets one, but no module has "
-        "registered it: model.parameters() leaves it out, so an optimizer made of these never moves it.",
-        magnitude=1.0,
+        description=f"{shown} ({number:,} elements) require a gradient and get one, but no module has "
+        "registered them: model.parameters() leaves them out, and an optimizer made of it never moves them.",
+        magnitude=float(number),
         recommended_actions=(
-            f"Hold it in nn.ModuleList, nn.ModuleDict or nn.Parameter: {tensor.name.split('[')[0]} is a "
+            f"Hold it in nn.ModuleList, nn.ModuleDict or nn.Parameter: {tensors[0].name.split('[')[0]} is a "
             "plain Python attribute.",
             "If it is not meant to train, say so: requires_grad_(False).",
         ),
-        metrics={"name": tensor.name, "shape": tensor.shape},
+        metrics={"names": names, "num_elements": number},
         evidence=Evidence(roles=Role.UNUSED),
     )
