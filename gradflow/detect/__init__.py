@@ -15,6 +15,9 @@ from gradflow.detect.flow.numerical import numerical
 from gradflow.detect.flow.saturation import saturation
 from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
+from gradflow.detect.parts.norms import swallowed_norms
+from gradflow.detect.parts.siblings import uneven_siblings
+from gradflow.detect.parts.twins import copied_units
 from gradflow.detect.policy.heads import conflicting_heads, dominant_value, starved_policy
 from gradflow.detect.policy.policy import (
     collapsed_policy,
@@ -36,6 +39,7 @@ __all__ = [
     "collapsed_policy",
     "collapsed_rank",
     "conflicting_heads",
+    "copied_units",
     "dead",
     "default_detectors",
     "detect",
@@ -58,7 +62,9 @@ __all__ = [
     "saturated_attention",
     "saturation",
     "starved_policy",
+    "swallowed_norms",
     "unbalanced_attention",
+    "uneven_siblings",
     "unstable",
     "vanishing",
     "without",

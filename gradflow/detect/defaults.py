@@ -11,6 +11,9 @@ from gradflow.detect.flow.numerical import numerical
 from gradflow.detect.flow.saturation import saturation
 from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
+from gradflow.detect.parts.norms import swallowed_norms
+from gradflow.detect.parts.siblings import uneven_siblings
+from gradflow.detect.parts.twins import copied_units
 from gradflow.records import FlowRecord, Issue
 
 
@@ -21,7 +24,7 @@ def default_detectors(
     dead_threshold: float = 0.9,
     unstable_cv_threshold: float = 3.0,
 ) -> tuple[Callable[[FlowRecord], Iterable[Issue]], ...]:
-    """Return one detector of each of the seven types.
+    """Return one detector of each of the seven types, and those that hold like parts against each other.
 
     Args:
         vanishing_threshold: see `vanishing`.
@@ -30,7 +33,7 @@ def default_detectors(
         unstable_cv_threshold: see `unstable`.
 
     >>> len(default_detectors())
-    7
+    10
     """
     return (
         numerical(),
@@ -40,4 +43,7 @@ def default_detectors(
         saturation(),
         unstable(unstable_cv_threshold),
         bottleneck(),
+        uneven_siblings(),
+        copied_units(),
+        swallowed_norms(),
     )

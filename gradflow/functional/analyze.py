@@ -16,6 +16,7 @@ from gradflow.functional.model.batches import Source, invoke, make_objective, no
 from gradflow.functional.model.closures import modules_in, optimizers_in
 from gradflow.functional.model.supported import check_module
 from gradflow.functional.model.trees import named_tensors, same_device
+from gradflow.functional.parts.measurement import parts
 from gradflow.functional.run.measure import measure
 from gradflow.functional.run.program import Given
 from gradflow.functional.run.run import Plan, Progress
@@ -165,7 +166,7 @@ def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None,
         model, _module(loss_fn), forward, objective.loss, inputs_of, _held(loss_fn), loss_fn is None
     )
     with contextlib.closing(source):
-        return measure(given, draw, attrs.evolve(plan, num_batches=source.length))
+        return measure(given, draw, attrs.evolve(_with_standing(plan), num_batches=source.length))
 
 
 def analyzed_custom(
@@ -197,7 +198,12 @@ def analyzed_custom(
     given = Given(
         model, _module(loss_fn), forward, loss_of, lambda batch: {}, _held(loss_fn), loss_fn is None
     )
-    return measure(given, lambda step: (), plan)
+    return measure(given, lambda step: (), _with_standing(plan))
+
+
+def _with_standing(plan: Plan) -> Plan:
+    """Return a plan with the measurements that every run takes."""
+    return attrs.evolve(plan, measurements=(parts(), *plan.measurements))
 
 
 def graph_of(

@@ -123,7 +123,7 @@ def flow(
     unstable_cv_threshold: float = 3.0,
     detail: str = "cheap",
 ) -> Pipeline:
-    """Return the base pipeline: one detector of each of the seven types, for any model.
+    """Return the base pipeline: the default detectors, for any model.
 
     Args:
         vanishing_threshold: see `gradflow.vanishing`.
@@ -133,7 +133,7 @@ def flow(
         detail: what to measure, `cheap` or `full`.
 
     >>> flow().name, len(flow().detectors)
-    ('flow', 7)
+    ('flow', 10)
     """
     return Pipeline(
         "flow",

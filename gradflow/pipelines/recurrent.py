@@ -16,7 +16,7 @@ def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True)
 
     >>> pipeline = recurrent()
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+recurrent', 10, 1)
+    ('flow+recurrent', 13, 1)
     """
     through_time = Pipeline(
         "recurrent",

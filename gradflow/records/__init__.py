@@ -42,6 +42,7 @@ from gradflow.records.issues import (
 )
 from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
+from gradflow.records.parts import BlockRecord, MatrixRecord, NormRecord, PartsRecord, TwinsRecord
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
 from gradflow.records.recurrent import (
     GateRecord,
@@ -70,6 +71,7 @@ __all__ = [
     "AttentionRecord",
     "AttentionScores",
     "AttentionStats",
+    "BlockRecord",
     "Bools",
     "BranchRecord",
     "Cause",
@@ -85,10 +87,13 @@ __all__ = [
     "IssueType",
     "KnowledgeRecord",
     "LayerRecord",
+    "MatrixRecord",
     "NodeRecord",
+    "NormRecord",
     "NumericalRecord",
     "OwnIssueType",
     "ParameterRecord",
+    "PartsRecord",
     "PolicyDistributionStats",
     "PolicyRecord",
     "Provenance",
@@ -98,6 +103,7 @@ __all__ = [
     "ReservoirDynamics",
     "Role",
     "TransformerRecord",
+    "TwinsRecord",
     "array_field",
     "check_causes",
     "check_issues",

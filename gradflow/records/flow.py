@@ -23,6 +23,7 @@ from gradflow.records.fields import (
 from gradflow.records.graph import GraphRecord
 from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
+from gradflow.records.parts import PartsRecord
 from gradflow.records.policy import PolicyRecord
 from gradflow.records.recurrent import RecurrenceRecord
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, parsed, to_plain, write
@@ -88,6 +89,7 @@ class FlowRecord:
         passed_by: those of `never_called` that code which ran names, on a branch that it did not take.
         graph_record: the graph's data, or None if it could not be taken.
         transformer: what `attention()` measured; empty without it.
+        parts: what was measured of blocks, norm layers and matrices that can be held against their like.
         provenance: where the numbers come from.
         recurrences: what `recurrence()` measured of recurrent layers over time.
         policy: what `policy_heads()` measured of a policy; None without it.
@@ -108,6 +110,7 @@ class FlowRecord:
     passed_by: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     graph_record: GraphRecord | None = None
     transformer: TransformerRecord = attrs.field(factory=TransformerRecord)
+    parts: PartsRecord = attrs.field(factory=PartsRecord)
     provenance: Provenance = attrs.field(factory=Provenance)
     recurrences: tuple[RecurrenceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     policy: PolicyRecord | None = None

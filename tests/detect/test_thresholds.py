@@ -10,25 +10,39 @@ from typing import Any
 
 import pytest
 
-from gradflow.detect import bottleneck, dead, exploding, numerical, saturation, unstable, vanishing
+from gradflow.detect import (
+    bottleneck,
+    copied_units,
+    dead,
+    exploding,
+    numerical,
+    saturation,
+    swallowed_norms,
+    uneven_siblings,
+    unstable,
+    vanishing,
+)
 
 PAGE = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text(encoding="utf-8")
 FACTORIES = [bottleneck, dead, exploding, numerical, saturation, unstable, vanishing]
+PARTS = [copied_units, swallowed_norms, uneven_siblings]
 
 
 def defaults(factory: Callable[..., Any]) -> dict[str, float]:
     return {name: p.default for name, p in inspect.signature(factory).parameters.items()}
 
 
-@pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("factory", [*FACTORIES, *PARTS], ids=lambda f: f.__name__)
 def test_the_page_states_the_defaults(factory: Callable[..., Any]) -> None:
-    section = PAGE.split(f"\n## {factory.__name__.upper()}\n")[1].split("\n## ")[0]
+    name = factory.__name__
+    title = f"\n### {name}\n" if factory in PARTS else f"\n## {name.upper()}\n"
+    section = re.split(r"\n###? ", PAGE.split(title)[1])[0]
     stated = re.findall(r"^\| `(\w+)` \| ([\d.e+-]+) \| (.+) \|$", section, re.M)
     assert {name: float(value) for name, value, _ in stated} == defaults(factory)
     assert all(len(reason) > 3 for _, _, reason in stated)
 
 
-@pytest.mark.parametrize("factory", FACTORIES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("factory", [*FACTORIES, *PARTS], ids=lambda f: f.__name__)
 def test_the_docstring_tells_measure_reason_and_look_alikes(factory: Callable[..., Any]) -> None:
     text = inspect.getdoc(factory) or ""
     for part in ("Measured", "Why this is evidence", "Looks alike and is not"):

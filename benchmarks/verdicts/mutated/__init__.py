@@ -1,0 +1,1 @@
+"""Small transformers, and what is broken in them."""

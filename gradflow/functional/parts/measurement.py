@@ -1,0 +1,202 @@
+"""`parts`: the measurement of blocks, norm layers, matrices and equal slices, at looks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradflow.functional.measurement import Session, gradients
+from gradflow.functional.model.trees import iter_tensors
+from gradflow.functional.parts.blocks import siblings
+from gradflow.functional.parts.matrices import as_drawn, is_fused, thirds
+from gradflow.functional.parts.norms import epsilon_of, variance
+from gradflow.functional.parts.skips import passes
+from gradflow.functional.parts.twins import Twins, apart, twins
+from gradflow.functional.tap.calls import Call, version
+from gradflow.functional.tap.recorder import Recorder
+from gradflow.records import BlockRecord, Floats, MatrixRecord, NormRecord, PartsRecord, TwinsRecord
+
+
+@attrs.frozen
+class Parts:
+    """The measurement of a model's parts; see `parts`."""
+
+    def start(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> Session:
+        """Return the session of one run."""
+        return PartsSession(model, modules)
+
+
+def parts() -> Parts:
+    """Return the measurement of what can be held against its like: `analyze` takes it in every run.
+
+    Of blocks that a model repeats, what each keeps of its input and adds to it; of norm layers, what they
+    add to the variance, and the variance; of weight matrices, the size of fused parts, and whether slices
+    are equal to the bit. The record has it as `record.parts`.
+
+    >>> import gradflow as gf
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    >>> record = gf.analyze(model, [torch.randn(16, 4)], lambda y: y.square().mean())
+    >>> [norm.name for norm in record.parts.norms], record.parts.twins
+    (['1'], ())
+    """
+    return Parts()
+
+
+class PartsSession(Session):
+    """Listens to blocks and norm layers, and looks at the parameters; see `parts`."""
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+        self._model, self._groups = model, siblings(modules)
+        self._types = {name: type(module).__name__ for name, module in modules.items()}
+        self._norms = {
+            name: (module, epsilon)
+            for name, module in modules.items()
+            if (epsilon := epsilon_of(module)) is not None
+        }
+        self._dropouts = tuple(
+            (name, float(module.p))
+            for name, module in modules.items()
+            if isinstance(module, nn.modules.dropout._DropoutNd)
+        )
+        self._steps: list[int] = []
+        self._looks: list[dict[tuple[str, str], Any]] = []
+        self._twins: list[TwinsRecord] = []
+        self._drawn: dict[str, tuple[float, float]] = {}
+        self._passes: dict[str, bool | None] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._numbers: dict[tuple[str, str], Tensor] = {}
+        self._entering: dict[int, tuple[Tensor, int]] = {}
+        self._suspects: list[tuple[str, Tensor, Twins]] = []
+        self._apart: list[Tensor] = []
+
+    def begin(self, step: int, recorder: Recorder) -> None:
+        """Look at the parameters."""
+        self._forget()
+        self._step = step
+        prefixes = tuple(f"{name}." for name in self._groups)
+        for name, parameter in self._model.named_parameters():
+            if is_fused(parameter) and name.startswith(prefixes):
+                self._numbers["rms", name] = thirds(parameter)
+            if self._steps:
+                continue
+            if parameter.requires_grad:
+                self._suspects += [(name, parameter, found) for found in twins(parameter)]
+            elif prefixes and name.startswith(prefixes):
+                self._numbers["drawn", name] = as_drawn(parameter)
+
+    def entered(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Keep what enters a block while it runs; take the variance of what enters a norm layer."""
+        if call.module in self._norms and (x := _first((args, dict(kwargs)))) is not None:
+            self._numbers["variance", call.module] = variance(self._norms[call.module][0], x.detach())
+        if call.module in self._groups and (x := _first((args, dict(kwargs)))) is not None:
+            self._entering[call.index] = (x, version(x))
+
+    def left(self, call: Call, output: Any) -> None:
+        """Hold what leaves a block against what entered it."""
+        x, before = self._entering.pop(call.index, (None, 0))
+        y = _first(output)
+        if x is None or y is None or x.shape != y.shape or version(x) != before:
+            return
+        if not self._steps:
+            self._passes[call.module] = passes(x, y)
+        x, y = x.detach().flatten().float(), y.detach().flatten().float()
+        self._numbers["kept", call.module] = (x @ y) / (x @ x)
+        self._numbers["growth", call.module] = y.norm() / x.norm()
+        self._numbers["added", call.module] = (y - x).square().mean().sqrt()
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Take the gradients of parameters whose slices are equal: does the first step tell them apart?"""
+        if self._suspects:
+            found = gradients(loss, [parameter for _, parameter, _ in self._suspects])
+            with torch.no_grad():
+                self._apart = [
+                    torch.tensor(math.nan) if gradient is None else apart(equal, gradient)
+                    for (_, _, equal), gradient in zip(self._suspects, found, strict=True)
+                ]
+
+    def end(self) -> None:
+        """Read the numbers of the step, and let go of its tensors."""
+        self._steps.append(self._step)
+        for (name, parameter, found), distance in zip(self._suspects, self._apart, strict=False):
+            number = parameter.shape[found.axis]
+            self._twins.append(
+                TwinsRecord(
+                    name=name, axis=found.axis, num_slices=number, num_different=found.num_different,
+                    gradient_apart=float(distance),
+                )
+            )  # fmt: skip
+        read = dict(zip(self._numbers, _read(list(self._numbers.values())), strict=True))
+        self._drawn |= {name: (value[0], value[1]) for (what, name), value in read.items() if what == "drawn"}
+        self._looks.append(read)
+        self._forget()
+
+    def fields(self) -> Mapping[str, Any]:
+        """Return the record."""
+        fused = [name for (what, name) in self._looks[0] if what == "rms"] if self._looks else []
+        matrices = [
+            MatrixRecord(name=name, rms=np.stack([self._of(i, "rms", name, 3) for i in self._range]))
+            for name in fused
+        ]
+        matrices += [
+            MatrixRecord(name=name, rms=np.full((len(self._looks), 1), math.nan), kurtosis=k, dispersion=d)
+            for name, (k, d) in self._drawn.items()
+        ]
+        return {
+            "parts": PartsRecord(
+                steps=self._steps,
+                blocks=[
+                    BlockRecord(
+                        name=name, group=group, type=self._types[name], passes=self._passes.get(name),
+                        **{what: self._series(what, name) for what in ("kept", "growth", "added")},
+                    )
+                    for name, group in self._groups.items()
+                ],
+                norms=[
+                    NormRecord(
+                        name=name, type=self._types[name], epsilon=epsilon,
+                        variance=self._series("variance", name),
+                    )
+                    for name, (_, epsilon) in self._norms.items()
+                ],
+                matrices=matrices,
+                twins=self._twins,
+                dropouts=self._dropouts,
+            )
+        }  # fmt: skip
+
+    @property
+    def _range(self) -> range:
+        return range(len(self._looks))
+
+    def _of(self, look: int, what: str, name: str, size: int) -> Sequence[float]:
+        return self._looks[look].get((what, name), [math.nan] * size)
+
+    def _series(self, what: str, name: str) -> Floats:
+        return np.array([self._of(look, what, name, 1)[0] for look in self._range])
+
+
+def _first(value: Any) -> Tensor | None:
+    """Return the first tensor of floating-point numbers in a value."""
+    return next((t for t in iter_tensors(value) if t.is_floating_point() and t.numel()), None)
+
+
+def _read(values: list[Tensor]) -> list[list[float]]:
+    """Return small tensors as lists of numbers, with one transfer for each device."""
+    found: list[list[float]] = [[] for _ in values]
+    by_device: dict[Any, list[int]] = {}
+    for i, value in enumerate(values):
+        by_device.setdefault(value.device, []).append(i)
+    for places in by_device.values():
+        flat = torch.cat([values[i].reshape(-1).float() for i in places]).tolist()
+        for i in places:
+            number = values[i].numel()
+            found[i], flat = flat[:number], flat[number:]
+    return found

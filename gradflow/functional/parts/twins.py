@@ -1,0 +1,93 @@
+"""Slices of a parameter that are equal to the bit, and whether their gradients are equal too.
+
+NOTE [Equal to the bit]
+Rows are first compared by a few of their elements, which tells nearly all of them apart at next to no cost.
+Only where that leaves at least half of them alike are they compared in full, as integers: so a sum that tells
+two rows apart is exact, in whatever order it is taken.
+"""
+
+from __future__ import annotations
+
+import attrs
+import torch
+from torch import Tensor
+
+_PEEK = 8  # elements that rows are compared by at first
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@attrs.frozen(eq=False)
+class Twins:
+    """Slices of a parameter that are equal.
+
+    Args:
+        axis: that the slices are numbered along.
+        label: by slice the number of its kind, shape (slices,); −1 for slices of zeros.
+        num_different: how many kinds there are, slices of zeros counted one by one.
+    """
+
+    axis: int
+    label: Tensor
+    num_different: int
+
+
+def twins(weight: Tensor) -> list[Twins]:
+    """Return by axis, 0 and 1, the slices that are equal, where at least half of them are copies.
+
+    >>> twins(torch.randn(4, 3))
+    []
+    >>> [t.axis for t in twins(torch.randn(1, 3).expand(4, 3))]
+    [0]
+    """
+    if weight.dim() < 2 or not weight.is_floating_point() or weight.is_complex():
+        return []
+    found = []
+    for axis in (0, 1):
+        slices = weight.detach().movedim(axis, 0)
+        if len(slices) < 2 or slices[0].numel() < 2:
+            continue
+        peek = slices.flatten(1)[:, :_PEEK]
+        if torch.unique(_codes(peek)).numel() * 2 > len(slices):
+            continue
+        codes = _codes(slices.flatten(1))
+        kinds, label = torch.unique(codes, return_inverse=True)
+        zero = codes == 0
+        num_different = int(kinds.numel() - int(zero.any()) + zero.sum())
+        if num_different * 2 <= len(slices):
+            found.append(Twins(axis, label.masked_fill(zero, -1), num_different))
+    return found
+
+
+def _codes(rows: Tensor) -> Tensor:
+    """Return a number for every row that is the same for equal rows, and 0 for rows of zeros."""
+    rows = torch.where(rows == 0, torch.zeros_like(rows), rows)  # −0.0 is 0.0
+    bits = rows.contiguous().view(_INTEGERS[rows.element_size()])
+    odd = torch.arange(1, bits.shape[1] + 1, device=bits.device, dtype=torch.int64) * 0x9E3779B97F4A7C1 | 1
+    total = torch.zeros(len(bits), dtype=torch.int64, device=bits.device)
+    step = max(1, 2**20 // len(bits))
+    for start in range(0, bits.shape[1], step):
+        part = slice(start, start + step)
+        mixed = bits[:, part].to(torch.int64) * odd[part]
+        total += (mixed ^ (mixed >> 29)).mul(0xBF58476D1CE4E5B).sum(1)
+    return total
+
+
+def apart(found: Twins, gradient: Tensor) -> Tensor:
+    """Return the largest distance of the gradients of two equal slices, over the larger one's norm; a scalar.
+
+    NaN where the gradients of all of them are zero.
+    """
+    rows = gradient.movedim(found.axis, 0).flatten(1).float()
+    label = found.label
+    kept = label >= 0
+    rows, label = rows[kept], label[kept]
+    first = torch.full((int(label.max()) + 1,), len(label), device=label.device)
+    first.scatter_reduce_(0, label, torch.arange(len(label), device=label.device), "amin")
+    partner = rows[first[label]]
+    counts = torch.bincount(label)
+    copied = counts[label] > 1
+    size = torch.maximum(rows.norm(dim=1), partner.norm(dim=1))[copied]
+    distance = (rows - partner).norm(dim=1)[copied]
+    if not bool((size > 0).any()):
+        return torch.full((), torch.nan, device=rows.device)
+    return torch.where(size > 0, distance / size, 0.0).max()

@@ -1,0 +1,111 @@
+"""What is measured of parts that a model repeats, so that they can be held against each other."""
+
+from __future__ import annotations
+
+import attrs
+
+from gradflow.records.fields import Floats, array_field, float_field, to_tuple
+
+
+@attrs.frozen(kw_only=True)
+class BlockRecord:
+    """A block of a model that repeats it: modules of one class and with parameters of one kind, in one list.
+
+    Arrays have shape (looks,); NaN where it did not run, or changed its input in place.
+
+    Args:
+        name: qualified name of the block.
+        group: qualified name of the list that holds it and its siblings.
+        type: its class name.
+        passes: whether a way leads from what enters to what leaves past all weights, as a skip connection
+            does; None where the first step does not show it.
+        kept: ⟨x, y⟩ / ⟨x, x⟩ of what enters and what leaves: about 1 where the input goes past its branches.
+        growth: root mean square of y over that of x.
+        added: root mean square of y − x.
+    """
+
+    name: str
+    group: str
+    type: str
+    passes: bool | None = None
+    kept: Floats = array_field()
+    growth: Floats = array_field()
+    added: Floats = array_field()
+
+
+@attrs.frozen(kw_only=True)
+class NormRecord:
+    """A norm layer and what enters it. Arrays have shape (looks,).
+
+    Args:
+        name: qualified name of the module.
+        type: its class name.
+        epsilon: what it adds to the variance (or to the mean square).
+        variance: what it adds that to, the median over what it normalises; NaN where it did not run.
+    """
+
+    name: str
+    type: str
+    epsilon: float = float_field()
+    variance: Floats = array_field()
+
+
+@attrs.frozen(kw_only=True)
+class MatrixRecord:
+    """The sizes of parts of a weight matrix, and whether they look as they were drawn.
+
+    Args:
+        name: name of the parameter.
+        rms: of its thirds by rows, where it has three times as many rows as columns, or of all of it; shape
+            (looks, 3) or (looks, 1).
+        kurtosis: mean fourth power over squared mean square: 3 where drawn from a normal distribution, 1.8
+            from a uniform one; of frozen ones only.
+        dispersion: variance of its rows' squared norms over what independent elements of this kurtosis
+            have, or of its columns', if that is more: about 1 as drawn; of frozen ones only.
+    """
+
+    name: str
+    rms: Floats = array_field(axes=2)
+    kurtosis: float = float_field(float("nan"))
+    dispersion: float = float_field(float("nan"))
+
+
+@attrs.frozen(kw_only=True)
+class TwinsRecord:
+    """Slices of a parameter along an axis that are equal to the bit, at the first step.
+
+    Args:
+        name: name of the parameter.
+        axis: 0 for rows, 1 for columns.
+        num_slices: how many slices there are.
+        num_different: how many remain if of equal ones but one is kept.
+        gradient_apart: largest distance of the gradients of two equal slices, over the larger one's norm;
+            NaN where no gradient reaches them.
+    """
+
+    name: str
+    axis: int
+    num_slices: int
+    num_different: int
+    gradient_apart: float = float_field()
+
+
+@attrs.frozen(kw_only=True)
+class PartsRecord:
+    """What was measured of a model's parts.
+
+    Args:
+        steps: the steps that were looked at.
+        blocks: the blocks that it repeats, in order.
+        norms: its norm layers.
+        matrices: weight matrices inside blocks, and frozen ones.
+        twins: parameters of which at least half of the slices are copies.
+        dropouts: by name of a dropout layer the share that it drops.
+    """
+
+    steps: tuple[int, ...] = attrs.field(default=(), converter=to_tuple)
+    blocks: tuple[BlockRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    norms: tuple[NormRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    matrices: tuple[MatrixRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    twins: tuple[TwinsRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    dropouts: tuple[tuple[str, float], ...] = attrs.field(default=(), converter=to_tuple)

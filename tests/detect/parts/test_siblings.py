@@ -1,0 +1,221 @@
+"""Blocks that differ from their siblings, and norm layers whose epsilon swallows what enters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gradflow as gf
+from gradflow.detect import copied_units, swallowed_norms, uneven_siblings
+from gradflow.detect.parts.peers import standing_apart
+from gradflow.records import Issue, IssueSeverity, IssueType
+
+Break = Callable[[nn.ModuleList], None]
+
+
+class Block(nn.Module):
+    """Two residual branches: a fused projection and its output, and an MLP."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.norm1, self.qkv, self.out = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 32), nn.Linear(32, width)
+        self.share, self.skip = 1.0, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        branch = self.share * self.out(torch.sigmoid(q * k) * v)
+        x = x + branch if self.skip else branch
+        return x + self.share * self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, depth: int = 5) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def issues(
+    broken: Break | None,
+    detector: Callable[..., object],
+    *,
+    depth: int = 5,
+    train: int = 0,
+    rate: float = 3e-3,
+) -> list[Issue]:
+    """Return what a detector says of a net that is broken, trained, and diagnosed with its optimizer."""
+    torch.manual_seed(0)
+    net, target = Net(depth), torch.randn(8, 3)
+    if broken is not None:
+        broken(net.blocks)
+    optimizer = torch.optim.Adam(net.parameters(), rate)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        x = torch.randn(32, 8)
+        return x, torch.sin(x @ target)
+
+    for _ in range(train):
+        x, y = batch()
+        optimizer.zero_grad()
+        F.mse_loss(net(x), y).backward()
+        optimizer.step()
+    record = gf.analyze(net, batch, F.mse_loss, steps=4, optimizer=optimizer)
+    return list(gf.detect(record, detector))
+
+
+def scaled(name: str, factor: float) -> Break:
+    def apply(blocks: nn.ModuleList) -> None:
+        with torch.no_grad():
+            blocks[2].get_parameter(name).mul_(factor)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("name", "factor", "layer", "kind"),
+    [
+        ("out.weight", 10.0, "blocks.2.out", IssueType.EXPLODING),
+        ("down.weight", 0.1, "blocks.2.down", IssueType.VANISHING),
+        ("norm1.weight", 5.0, "blocks.2.norm1", IssueType.EXPLODING),
+        ("norm2.weight", 0.1, "blocks.2.norm2", IssueType.VANISHING),
+    ],
+)
+def test_a_parameter_off_scale_is_told(name: str, factor: float, layer: str, kind: IssueType) -> None:
+    (issue,) = issues(scaled(name, factor), uneven_siblings())
+    assert (issue.layer, issue.issue_type) == (layer, kind)
+    assert issue.metrics["ratio"] == pytest.approx(factor, rel=0.3)
+    assert issue.layer_type in ("Linear", "LayerNorm")
+    assert "4 other blocks" in issue.description
+
+
+def test_a_part_of_a_fused_matrix_is_told() -> None:
+    def apply(blocks: nn.ModuleList) -> None:
+        with torch.no_grad():
+            blocks[3].get_parameter("qkv.weight")[16:32] *= 20
+
+    (issue,) = issues(apply, uneven_siblings())
+    assert (issue.layer, issue.issue_type) == ("blocks.3.qkv", IssueType.EXPLODING)
+    assert "second third of its rows" in issue.description
+    assert issue.severity is IssueSeverity.HIGH
+
+
+def test_zeros_that_are_not_trained_are_told_and_those_of_a_start_are_not() -> None:
+    def held(blocks: nn.ModuleList) -> None:
+        nn.init.zeros_(blocks[1].get_parameter("down.weight")).requires_grad_(False)
+
+    found = {(i.layer, i.issue_type) for i in issues(held, uneven_siblings())}
+    assert ("blocks.1.down", IssueType.DEAD) in found
+    start = scaled("down.weight", 0.0)
+    assert not [i for i in issues(start, uneven_siblings()) if i.issue_type is IssueType.DEAD]
+
+
+def test_a_missing_skip_connection_is_told() -> None:
+    def apply(blocks: nn.ModuleList) -> None:
+        blocks[2].skip = False  # type: ignore[assignment]
+
+    (issue,) = issues(apply, uneven_siblings())
+    assert (issue.layer, issue.issue_type) == ("blocks.2", IssueType.BOTTLENECK)
+    assert "skip connection" in issue.description
+
+
+@pytest.mark.parametrize(("share", "kind"), [(0.01, IssueType.VANISHING), (50.0, IssueType.EXPLODING)])
+def test_branches_off_scale_are_told(share: float, kind: IssueType) -> None:
+    def apply(blocks: nn.ModuleList) -> None:
+        blocks[2].share = share  # type: ignore[assignment]
+
+    (issue,) = issues(apply, uneven_siblings())
+    assert (issue.layer, issue.issue_type) == ("blocks.2", kind)
+
+
+@pytest.mark.parametrize("train", [0, 30, 600])
+@pytest.mark.parametrize("depth", [3, 5])
+def test_blocks_as_they_are_made_and_trained_are_left_alone(train: int, depth: int) -> None:
+    for detector in (uneven_siblings(), swallowed_norms(), copied_units()):
+        assert issues(None, detector, depth=depth, train=train) == []
+
+
+def test_weights_that_shrink_with_depth_are_left_alone() -> None:
+    def apply(blocks: nn.ModuleList) -> None:
+        with torch.no_grad():
+            for i, block in enumerate(blocks):
+                for name in ("out.weight", "down.weight"):
+                    block.get_parameter(name).mul_((i + 1) ** -0.5)
+
+    assert issues(apply, uneven_siblings(), depth=12) == []
+
+
+def test_two_blocks_have_no_siblings_to_be_held_against() -> None:
+    def apply(blocks: nn.ModuleList) -> None:
+        with torch.no_grad():
+            blocks[1].get_parameter("out.weight").mul_(50)
+
+    assert issues(apply, uneven_siblings(), depth=2) == []
+
+
+@pytest.mark.parametrize(("epsilon", "severity"), [(50.0, IssueSeverity.MEDIUM), (1e5, IssueSeverity.HIGH)])
+def test_an_epsilon_that_swallows_is_told(epsilon: float, severity: IssueSeverity) -> None:
+    def apply(blocks: nn.ModuleList) -> None:
+        blocks[0].norm1.eps = epsilon  # type: ignore[union-attr, assignment]
+
+    (issue,) = issues(apply, swallowed_norms())
+    assert (issue.layer, issue.issue_type, issue.severity) == (
+        "blocks.0.norm1",
+        IssueType.VANISHING,
+        severity,
+    )
+    assert f"{epsilon:.3g}" in issue.description
+
+
+def test_a_small_input_beside_a_usual_epsilon_is_left_alone() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 1))
+    record = gf.analyze(net, lambda: 1e-5 * torch.randn(16, 8), lambda y: y.square().mean(), steps=2)
+    assert record.parts.norms[0].variance[0] < 1e-3 * record.parts.norms[0].epsilon
+    assert gf.detect(record, swallowed_norms()) == ()
+
+
+def test_units_that_start_alike_and_stay_so_are_told() -> None:
+    def apply(blocks: nn.ModuleList) -> None:
+        for name in ("up.weight", "down.weight"):
+            nn.init.constant_(blocks[2].get_parameter(name), 0.1)
+        nn.init.zeros_(blocks[2].get_parameter("up.bias"))
+
+    found = issues(apply, copied_units())
+    assert {(i.layer, i.issue_type) for i in found} == {
+        ("blocks.2.up", IssueType.BOTTLENECK),
+        ("blocks.2.down", IssueType.BOTTLENECK),
+    }
+    assert all(i.severity is IssueSeverity.HIGH for i in found)
+
+
+def test_units_that_the_first_step_tells_apart_are_left_alone() -> None:
+    def apply(blocks: nn.ModuleList) -> None:
+        weight = blocks[2].get_parameter("up.weight")
+        with torch.no_grad():
+            weight.copy_(weight[:8].repeat(4, 1))
+
+    assert issues(apply, copied_units()) == []
+
+
+def test_what_stands_apart_stands_apart_from_all_others() -> None:
+    values = {"a": 1.0, "b": 1.2, "c": 0.9, "d": 1.1, "e": 0.0}
+    assert list(standing_apart(values, 4.0)) == ["e"]
+    assert standing_apart(values, 4.0)["e"].ratio == 0.0
+    assert standing_apart({"a": 1.0, "b": 8.0}, 4.0) == {}
+    assert standing_apart({"a": 0.0, "b": 0.0, "c": 1.0}, 4.0) == {}
+    assert standing_apart({"a": 1.0, "b": 1.0, "c": float("nan")}, 4.0) == {}
