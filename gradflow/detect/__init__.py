@@ -15,8 +15,10 @@ from gradflow.detect.flow.numerical import numerical
 from gradflow.detect.flow.saturation import saturation
 from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
+from gradflow.detect.parts.chance import stray_dropout
 from gradflow.detect.parts.norms import swallowed_norms
 from gradflow.detect.parts.siblings import uneven_siblings
+from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.twins import copied_units
 from gradflow.detect.policy.heads import conflicting_heads, dominant_value, starved_policy
 from gradflow.detect.policy.policy import (
@@ -52,6 +54,7 @@ __all__ = [
     "gated",
     "growing_logits",
     "idle_branches",
+    "leaking_attention",
     "misscaled_deviation",
     "needs_depth",
     "numerical",
@@ -62,6 +65,7 @@ __all__ = [
     "saturated_attention",
     "saturation",
     "starved_policy",
+    "stray_dropout",
     "swallowed_norms",
     "unbalanced_attention",
     "uneven_siblings",

@@ -16,7 +16,9 @@ from gradflow.functional.model.batches import Source, invoke, make_objective, no
 from gradflow.functional.model.closures import modules_in, optimizers_in
 from gradflow.functional.model.supported import check_module
 from gradflow.functional.model.trees import named_tensors, same_device
+from gradflow.functional.parts.chance import chance
 from gradflow.functional.parts.measurement import parts
+from gradflow.functional.parts.sight import sight
 from gradflow.functional.run.measure import measure
 from gradflow.functional.run.program import Given
 from gradflow.functional.run.run import Plan, Progress
@@ -203,7 +205,7 @@ def analyzed_custom(
 
 def _with_standing(plan: Plan) -> Plan:
     """Return a plan with the measurements that every run takes."""
-    return attrs.evolve(plan, measurements=(parts(), *plan.measurements))
+    return attrs.evolve(plan, measurements=(parts(), sight(), chance(), *plan.measurements))
 
 
 def graph_of(

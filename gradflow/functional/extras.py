@@ -14,7 +14,7 @@ from gradflow.functional.measurement import Measurement, Session
 from gradflow.records import FlowRecord, frozen, unkept
 
 # Fields of the record that measurements of gradflow fill, where what they give is of that class.
-FILLED = frozenset({"transformer", "recurrences", "policy", "parts"})
+FILLED = frozenset({"transformer", "recurrences", "policy", "parts", "sights", "dropouts"})
 
 
 def check_names(measurements: Iterable[Measurement]) -> None:

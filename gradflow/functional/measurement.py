@@ -11,6 +11,9 @@ In such a step it hears, in this order:
 3. `differentiate`, between the forward and the backward pass, with the loss and its whole graph at hand;
 4. `end`, once, when the step has gone well and will not be run again.
 
+After the last step, a session that says so in `wants_eval` hears the last batch once more, in eval mode:
+`begin`, and then as in 2. Where the model or the loss cannot be run so, it hears a part.
+
 It must leave no trace: no random state moved, nothing written to a tensor that it was shown, no tensor held
 after `end`. What `fields` returns is put in `FlowRecord.extras`, and `notes` among the notes of the record's
 provenance.
@@ -39,6 +42,10 @@ class Session(Listener):
 
     def end(self) -> None:
         """Keep the numbers of the step, and let go of its tensors."""
+
+    def wants_eval(self) -> bool:
+        """Whether to hear the last batch once more, in eval mode. Asked once, after the last step."""
+        return False
 
     def fields(self) -> Mapping[str, Any]:
         """Return what was measured, by the names it gets in `FlowRecord.extras`.

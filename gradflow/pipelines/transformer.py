@@ -23,7 +23,7 @@ def transformer(base: Pipeline | None = None) -> Pipeline:
 
     >>> pipeline = transformer()
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+transformer', 17, 1)
+    ('flow+transformer', 19, 1)
     """
     attentive = (
         collapsed_attention(),

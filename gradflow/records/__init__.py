@@ -42,7 +42,15 @@ from gradflow.records.issues import (
 )
 from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
-from gradflow.records.parts import BlockRecord, MatrixRecord, NormRecord, PartsRecord, TwinsRecord
+from gradflow.records.parts import (
+    BlockRecord,
+    DropoutRecord,
+    MatrixRecord,
+    NormRecord,
+    PartsRecord,
+    SightRecord,
+    TwinsRecord,
+)
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
 from gradflow.records.recurrent import (
     GateRecord,
@@ -75,6 +83,7 @@ __all__ = [
     "Bools",
     "BranchRecord",
     "Cause",
+    "DropoutRecord",
     "EdgeRecord",
     "Evidence",
     "Floats",
@@ -102,6 +111,7 @@ __all__ = [
     "RecurrentLevelRecord",
     "ReservoirDynamics",
     "Role",
+    "SightRecord",
     "TransformerRecord",
     "TwinsRecord",
     "array_field",

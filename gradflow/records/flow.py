@@ -23,7 +23,7 @@ from gradflow.records.fields import (
 from gradflow.records.graph import GraphRecord
 from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
-from gradflow.records.parts import PartsRecord
+from gradflow.records.parts import DropoutRecord, PartsRecord, SightRecord
 from gradflow.records.policy import PolicyRecord
 from gradflow.records.recurrent import RecurrenceRecord
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, parsed, to_plain, write
@@ -90,6 +90,8 @@ class FlowRecord:
         graph_record: the graph's data, or None if it could not be taken.
         transformer: what `attention()` measured; empty without it.
         parts: what was measured of blocks, norm layers and matrices that can be held against their like.
+        sights: which positions each self-attention lets its outputs see.
+        dropouts: dropout layers, and what drops in eval mode.
         provenance: where the numbers come from.
         recurrences: what `recurrence()` measured of recurrent layers over time.
         policy: what `policy_heads()` measured of a policy; None without it.
@@ -111,6 +113,8 @@ class FlowRecord:
     graph_record: GraphRecord | None = None
     transformer: TransformerRecord = attrs.field(factory=TransformerRecord)
     parts: PartsRecord = attrs.field(factory=PartsRecord)
+    dropouts: tuple[DropoutRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    sights: tuple[SightRecord, ...] = attrs.field(default=(), converter=to_tuple)
     provenance: Provenance = attrs.field(factory=Provenance)
     recurrences: tuple[RecurrenceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     policy: PolicyRecord | None = None

@@ -91,6 +91,44 @@ class TwinsRecord:
 
 
 @attrs.frozen(kw_only=True)
+class DropoutRecord:
+    """A dropout layer, or a module that calls dropout as a function and goes on dropping in eval mode.
+
+    Args:
+        name: qualified name of the module.
+        type: its class name.
+        p: the share that it drops.
+        in_eval: whether it was seen to drop in eval mode.
+    """
+
+    name: str
+    type: str
+    p: float = float_field()
+    in_eval: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class SightRecord:
+    """What a module with self-attention, or the whole model, lets its outputs see, in the first step.
+
+    Args:
+        name: name of the module's call; `""` for the model, whose targets are its inputs shifted by one.
+        type: class name of the module.
+        future: of the gradient from the middle position at all others, the share at later ones (a ratio of
+            norms): 0 where the future is hidden, 1 where the past is; NaN where nothing is known.
+        padding: root mean square of the gradient at padding over that at words, from all words; NaN where no
+            padding is known.
+        padding_told: whether the model is told of padding by a mask among its inputs.
+    """
+
+    name: str
+    type: str
+    future: float = float_field(float("nan"))
+    padding: float = float_field(float("nan"))
+    padding_told: bool = False
+
+
+@attrs.frozen(kw_only=True)
 class PartsRecord:
     """What was measured of a model's parts.
 
@@ -100,7 +138,6 @@ class PartsRecord:
         norms: its norm layers.
         matrices: weight matrices inside blocks, and frozen ones.
         twins: parameters of which at least half of the slices are copies.
-        dropouts: by name of a dropout layer the share that it drops.
     """
 
     steps: tuple[int, ...] = attrs.field(default=(), converter=to_tuple)
@@ -108,4 +145,3 @@ class PartsRecord:
     norms: tuple[NormRecord, ...] = attrs.field(default=(), converter=to_tuple)
     matrices: tuple[MatrixRecord, ...] = attrs.field(default=(), converter=to_tuple)
     twins: tuple[TwinsRecord, ...] = attrs.field(default=(), converter=to_tuple)
-    dropouts: tuple[tuple[str, float], ...] = attrs.field(default=(), converter=to_tuple)

@@ -59,11 +59,6 @@ class PartsSession(Session):
             for name, module in modules.items()
             if (epsilon := epsilon_of(module)) is not None
         }
-        self._dropouts = tuple(
-            (name, float(module.p))
-            for name, module in modules.items()
-            if isinstance(module, nn.modules.dropout._DropoutNd)
-        )
         self._steps: list[int] = []
         self._looks: list[dict[tuple[str, str], Any]] = []
         self._twins: list[TwinsRecord] = []
@@ -168,7 +163,6 @@ class PartsSession(Session):
                 ],
                 matrices=matrices,
                 twins=self._twins,
-                dropouts=self._dropouts,
             )
         }  # fmt: skip
 

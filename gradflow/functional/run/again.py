@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import attrs
 import numpy as np
+import torch
 from torch import Tensor
 
 from gradflow.functional.model.layers import owner
@@ -11,8 +14,12 @@ from gradflow.functional.reverse import numerics
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.run.history import Row
 from gradflow.functional.run.run import Run
-from gradflow.functional.run.step import Request, run_step
+from gradflow.functional.run.step import Request, evaluated, run_step
+from gradflow.functional.tap.asked import Asked
+from gradflow.functional.tap.recorder import Recorder
 from gradflow.records import FlowRecord
+
+logger = logging.getLogger("gradflow")
 
 
 def traced(run: Run, request: Request, row: Row) -> Row:
@@ -60,6 +67,31 @@ def summed_exactly(run: Run, request: Request, row: Row) -> Row:
         outcome, moved = run_step(program, plainly), run.plan.optimizer is not None
         exact = run.history.read(outcome, look=request.look, parameters_moved=moved)
     return exact if _is_same(run, request.step, row.loss, exact.loss) else row
+
+
+def heard_in_eval(run: Run, request: Request) -> None:
+    """Run the last batch once more in eval mode, without gradients, for the sessions that ask for it.
+
+    Models and losses need not take eval mode: what they raise in it ends the pass, and is no finding.
+    """
+    program, model = run.program, run.program.given.model
+    sessions = tuple(session for session in run.sessions if session.wants_eval())
+    if not sessions:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    recorder = Recorder(program.taps, Asked(watched=True, listeners=sessions))
+    with request.before.again(program):
+        try:
+            model.eval()
+            with program.taps.heard_by(recorder), program.state.swapped(), torch.no_grad():
+                for session in sessions:
+                    session.begin(request.step, recorder)
+                evaluated(program.given, request, recorder)
+        except Exception as error:
+            logger.debug("the pass in eval mode ended early: %s", error)
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def deepened(run: Run, request: Request, record: FlowRecord) -> FlowRecord:

@@ -16,7 +16,7 @@ from gradflow.functional.model.layers import ancestors, owner
 from gradflow.functional.model.optimizers import clip_gradients, update
 from gradflow.functional.reverse.autograd_graph import entered
 from gradflow.functional.reverse.dataflow import DataFlow
-from gradflow.functional.run.again import deepened, summed_exactly, traced
+from gradflow.functional.run.again import deepened, heard_in_eval, summed_exactly, traced
 from gradflow.functional.run.knowledge import knowledge
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.record import assembled, conclude
@@ -68,6 +68,8 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
         del outcome  # frees its gradients before the next step
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
+    if request is not None:
+        heard_in_eval(run, request)
     conclude(run, skipped)
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
     record = assembled(run, known)
