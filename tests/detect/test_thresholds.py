@@ -15,8 +15,10 @@ from gradflow.detect import (
     copied_units,
     dead,
     exploding,
+    leaking_attention,
     numerical,
     saturation,
+    stray_dropout,
     swallowed_norms,
     uneven_siblings,
     unstable,
@@ -25,7 +27,7 @@ from gradflow.detect import (
 
 PAGE = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text(encoding="utf-8")
 FACTORIES = [bottleneck, dead, exploding, numerical, saturation, unstable, vanishing]
-PARTS = [copied_units, swallowed_norms, uneven_siblings]
+PARTS = [copied_units, leaking_attention, stray_dropout, swallowed_norms, uneven_siblings]
 
 
 def defaults(factory: Callable[..., Any]) -> dict[str, float]:

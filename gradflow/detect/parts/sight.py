@@ -62,8 +62,8 @@ def _leak(sight: SightRecord, model: SightRecord, number: int, all_of_them: int)
         severity=IssueSeverity.HIGH,
         description="It lets outputs see later positions, which hold what they are asked for: the targets "
         f"are the inputs shifted by one, and of the gradient from a position {sight.future:.2g} goes to "
-        f"later ones, where it must be exactly zero{others}. The loss falls by copying, and means nothing. (A leak "
-        "is none of the seven types; this is the one about what passes.)",
+        f"later ones, where it must be exactly zero{others}. The loss falls by copying, and means nothing. "
+        "(A leak is none of the seven types; this is the one about what passes.)",
         magnitude=sight.future,
         recommended_actions=(
             f"Hide later positions in {sight.name or 'the model'}: is_causal=True, or a mask of "
