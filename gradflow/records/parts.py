@@ -112,13 +112,16 @@ class SightRecord:
     """What a module with self-attention, or the whole model, lets its outputs see, in the first step.
 
     Args:
-        name: name of the module's call; `""` for the model, whose targets are its inputs shifted by one.
+        name: name of the module's call.
         type: class name of the module.
         future: of the gradient from the middle position at all others, the share at later ones (a ratio of
             norms): 0 where the future is hidden, 1 where the past is; NaN where nothing is known.
         padding: root mean square of the gradient at padding over that at words, from all words; NaN where no
             padding is known.
         padding_told: whether the model is told of padding by a mask among its inputs.
+        whole: whether it is of the whole model, whose targets are its inputs shifted by one.
+        ordered: of the whole model, whether it tells the order of its inputs: False where equal tokens of one
+            sequence get equal outputs, wherever they stand.
     """
 
     name: str
@@ -126,6 +129,8 @@ class SightRecord:
     future: float = float_field(float("nan"))
     padding: float = float_field(float("nan"))
     padding_told: bool = False
+    whole: bool = False
+    ordered: bool = True
 
 
 @attrs.frozen(kw_only=True)

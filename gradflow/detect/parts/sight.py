@@ -24,7 +24,8 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
     day when there is no future yet. Padding is known from the mask among the model's inputs, or from
     `padding_idx`.
 
-    Looks alike and is not: encoders, which see both sides; models whose targets are not the next tokens;
+    Looks alike and is not: a model that is not told positions and hides none, which sees the next word and
+    cannot tell which it is (LOW); encoders, which see both sides; models whose targets are not the next tokens;
     attentions of an encoder beside those of a decoder, which are not siblings. None of the seven types means
     a leak; it is told as BOTTLENECK, the one about what passes.
 
@@ -34,8 +35,8 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
-        sights = [sight for sight in record.sights if sight.name]
-        model = next((sight for sight in record.sights if not sight.name), None)
+        sights = [sight for sight in record.sights if not sight.whole]
+        model = next((sight for sight in record.sights if sight.whole), None)
         told: set[str] = set()
         if model is not None and model.future > leak:
             leaking = [s for s in sights if s.future > leak]
@@ -53,17 +54,20 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
 
 
 def _leak(sight: SightRecord, model: SightRecord, number: int, all_of_them: int) -> Issue:
-    others = f", as {number} of its {all_of_them} attentions do" if sight.name and number > 1 else ""
-    others = f", and {all_of_them - 1} others hide it" if sight.name and number == 1 < all_of_them else others
+    others = f", as {number} of its {all_of_them} attentions do" if number > 1 else ""
+    others = f", and {all_of_them - 1} others hide it" if number == 1 < all_of_them else others
+    blind = (
+        "" if model.ordered else " It is not told positions, so it can hardly tell which word is the next."
+    )
     return Issue(
         layer=sight.name,
         layer_type=sight.type,
         issue_type=IssueType.BOTTLENECK,
-        severity=IssueSeverity.HIGH,
+        severity=IssueSeverity.HIGH if model.ordered else IssueSeverity.LOW,
         description="It lets outputs see later positions, which hold what they are asked for: the targets "
         f"are the inputs shifted by one, and of the gradient from a position {sight.future:.2g} goes to "
         f"later ones, where it must be exactly zero{others}. The loss falls by copying, and means nothing. "
-        "(A leak is none of the seven types; this is the one about what passes.)",
+        "(A leak is none of the seven types; this is the one about what passes.)" + blind,
         magnitude=sight.future,
         recommended_actions=(
             f"Hide later positions in {sight.name or 'the model'}: is_causal=True, or a mask of "

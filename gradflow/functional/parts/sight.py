@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gradflow.functional.measurement import Session, gradients
 from gradflow.functional.model.trees import iter_tensors
-from gradflow.functional.parts.texts import Texts
+from gradflow.functional.parts.texts import Texts, tells_order
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.records import SightRecord
@@ -41,8 +41,8 @@ class Sight:
 def sight() -> Sight:
     """Return the measurement of what each attention lets its outputs see: `analyze` takes it in every run.
 
-    The record has it as `record.sights`, one for every module with self-attention, and one for the model,
-    named `""`, where its targets are its own inputs shifted by one.
+    The record has it as `record.sights`, one for every module with self-attention, and one for the whole
+    model where its targets are its own inputs shifted by one.
 
     >>> import gradflow as gf
     >>> model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
@@ -137,7 +137,13 @@ class SightSession(Session):
         shifted = self._texts.shifted()
         if shifted is not None:
             kind = self._recorder.calls[0].type if self._recorder.calls else ""
-            self._found.append(SightRecord(name="", type=kind, future=_future(*shifted, 1)))
+            tokens, embedded, output = shifted
+            self._found.append(
+                SightRecord(
+                    name="", type=kind, whole=True, future=_future(embedded, output, 1),
+                    ordered=tells_order(tokens, output),
+                )
+            )  # fmt: skip
 
     def end(self) -> None:
         """Keep what was found, and let go of the tensors."""

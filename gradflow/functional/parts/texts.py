@@ -12,6 +12,7 @@ from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.tap.calls import Call
 
 _LOSSES = frozenset({"cross_entropy", "nll_loss"})
+_PAIRS = 256  # of equal tokens that are compared
 _ALIKE = 0.99  # share of targets that must be the next token
 
 
@@ -79,12 +80,12 @@ class Texts:
         """Whether a mask speaks of tokens, and is none of the tokens themselves."""
         return any(t.shape == mask.shape and t is not mask for t, _, _ in self._embedded)
 
-    def shifted(self) -> tuple[Tensor, Tensor] | None:
-        """Return embedded tokens and the model's output, if the targets are the tokens shifted by one."""
+    def shifted(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return tokens, embedded tokens and the model's output, if targets are the tokens shifted by one."""
         for tokens, embedded, _ in self._embedded:
             output = next((y for y in self._output if y.shape[:2] == tokens.shape), None)
             if output is not None and any(_is_next(tokens, target) for target in self._targets):
-                return embedded, output
+                return tokens, embedded, output
         return None
 
 
@@ -112,3 +113,16 @@ def _is_next(tokens: Tensor, target: Tensor) -> bool:
     if following.numel() == 0:
         return False
     return float(following.float().mean()) >= _ALIKE and float(same.float().mean()) < _ALIKE
+
+
+def tells_order(tokens: Tensor, output: Tensor) -> bool:
+    """Whether equal tokens of one sequence get different outputs; True where no two are equal.
+
+    Without positions, and without a mask that hides some, a transformer gives the same wherever a token is.
+    """
+    rows, first, second = torch.nonzero(tokens[:, :, None] == tokens[:, None, :], as_tuple=True)
+    pairs = torch.nonzero(first < second)[:_PAIRS, 0]
+    if len(pairs) == 0:
+        return True
+    a, b = output.detach()[rows[pairs], first[pairs]], output.detach()[rows[pairs], second[pairs]]
+    return bool((a - b).float().norm() > 1e-4 * a.float().norm())

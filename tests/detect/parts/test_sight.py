@@ -16,7 +16,7 @@ from gradflow.records import (
 
 def sights(*futures: float, **also: float) -> tuple[SightRecord, ...]:
     found = [SightRecord(name=f"h.{i}.attn", type="Attn", future=f) for i, f in enumerate(futures)]
-    found += [SightRecord(name="", type="Gpt", future=value) for value in also.values()]
+    found += [SightRecord(name="", type="Gpt", future=value, whole=True) for value in also.values()]
     return tuple(found)
 
 
@@ -40,12 +40,18 @@ def test_a_leak_in_a_model_of_next_words_is_grave() -> None:
     ]
 
 
+def test_a_leak_that_cannot_be_used_is_low() -> None:
+    blind = SightRecord(name="", type="Gpt", future=0.2, whole=True, ordered=False)
+    assert told(issues((*sights(0.6), blind))) == [("h.0.attn", IssueSeverity.LOW)]
+
+
 def test_a_leak_in_no_attention_is_the_models() -> None:
     assert told(issues(sights(0.0, 0.0, model=0.2))) == [("", IssueSeverity.HIGH)]
 
 
 def test_what_sees_the_future_and_may_is_left_alone() -> None:
     assert issues(sights(0.6, 0.7, 0.6)) == []
+    assert issues((SightRecord(name="", type="Encoder", future=0.6),)) == []  # attention of the model itself
     assert issues(sights(0.0, 0.0, 0.0, model=0.0)) == []
     assert issues(sights(0.6, 0.6, model=0.0)) == []  # an encoder beside a decoder that hides it
 

@@ -86,7 +86,7 @@ def record_of(model: nn.Module, batch: Callable[[], Any] = text, loss: Any = nex
 def test_causal_attention_sees_exactly_nothing_later(kind: Any) -> None:
     record = record_of(Language(kind(True), kind(True)))
     assert [s.future for s in record.sights] == [0.0, 0.0, 0.0]
-    assert record.sights[-1].name == ""
+    assert [s.whole for s in record.sights] == [False, False, True]
 
 
 @pytest.mark.parametrize("kind", [Written, Fused, Ready])
@@ -178,10 +178,22 @@ def test_targets_that_were_cut_or_filled_up_are_known() -> None:
         return next_word(scores, target)
 
     for loss in (cut, filled):
-        assert record_of(Language(Written(False)), text, loss).sights[-1].name == ""
+        assert record_of(Language(Written(False)), text, loss).sights[-1].whole
 
 
 def test_nothing_is_held_of_a_step() -> None:
     texts = Texts({})
     assert texts.padding() is None
     assert texts.shifted() is None
+
+
+def test_whether_order_is_told_shows_in_equal_tokens() -> None:
+    class Placed(Language):
+        def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+            places = torch.arange(TIME).float()[:, None] / TIME
+            x = self.embed(tokens) + places
+            return self.head(x + self.attentions[0](x))
+
+    assert record_of(Placed(Written(False))).sights[-1].ordered
+    assert record_of(Language(Written(True))).sights[-1].ordered  # a mask tells the order as well
+    assert not record_of(Language(Written(False))).sights[-1].ordered
