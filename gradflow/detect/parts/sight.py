@@ -25,7 +25,7 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
     `padding_idx`.
 
     Looks alike and is not: a model that is not told positions and hides none, which sees the next word and
-    cannot tell which it is (LOW); encoders, which see both sides; models whose targets are not the next tokens;
+    cannot tell which it is (LOW); encoders, which see both sides; targets that are not the next words;
     attentions of an encoder beside those of a decoder, which are not siblings. None of the seven types means
     a leak; it is told as BOTTLENECK, the one about what passes.
 
@@ -40,8 +40,8 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
         told: set[str] = set()
         if model is not None and model.future > leak:
             leaking = [s for s in sights if s.future > leak]
-            for sight in leaking or [model]:
-                told.add(sight.name)
+            told.update(sight.name for sight in leaking)
+            for sight in _once(leaking, sights) or [model]:
                 yield _leak(sight, model, len(leaking), len(sights))
         groups: dict[str, list[SightRecord]] = {}
         for sight in sights:
@@ -51,6 +51,11 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
             yield from _padded(group, leak, most)
 
     return detector
+
+
+def _once(found: Sequence[SightRecord], of: Sequence[SightRecord]) -> Sequence[SightRecord]:
+    """Return what is told: where all have one fault, it is one fault, and told at the first."""
+    return found[:1] if len(found) == len(of) else found
 
 
 def _leak(sight: SightRecord, model: SightRecord, number: int, all_of_them: int) -> Issue:
@@ -117,7 +122,7 @@ def _padded(group: Sequence[SightRecord], leak: float, most: float) -> Iterator[
     known = [s for s in group if math.isfinite(s.padding)]
     seeing = [s for s in known if s.padding > leak]
     odd = bool(seeing) and len(known) - len(seeing) >= most * len(seeing)
-    for sight in seeing:
+    for sight in _once(seeing, known):
         grave = sight.padding_told or odd
         others = f", as {len(seeing)} of {len(known)} do" if len(seeing) > 1 else ""
         others = f", and its {len(known) - 1} siblings do not" if odd and len(seeing) == 1 else others
