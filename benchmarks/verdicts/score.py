@@ -36,8 +36,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Why gradflow misses what it misses, and alarms where it does. A figure belongs nowhere in here.
 REASONS: dict[str, str] = {
-    "mlp-constant-initialisation": "All units of a layer are copies, so its *output* has rank one, while the "
-    "gradient that arrives keeps the rank of the head's random weights; ranks are taken of gradients only.",
     "transformer-attention-only": "The positions *of one sample* become alike, and samples still differ; how "
     "much rows differ is taken over samples and positions together.",
     "mlp-rectified-output": "One sample of the run still fires, so the gradient is not zero in every step.",

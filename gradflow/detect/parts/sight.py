@@ -37,17 +37,16 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
     def detector(record: FlowRecord) -> Iterable[Issue]:
         sights = [sight for sight in record.sights if not sight.whole]
         model = next((sight for sight in record.sights if sight.whole), None)
-        told: set[str] = set()
         if model is not None and model.future > leak:
             leaking = [s for s in sights if s.future > leak]
-            told.update(sight.name for sight in leaking)
             for sight in _once(leaking, sights) or [model]:
                 yield _leak(sight, model, len(leaking), len(sights))
         groups: dict[str, list[SightRecord]] = {}
         for sight in sights:
             groups.setdefault(re.sub(r"\d+", "*", sight.name), []).append(sight)
         for group in groups.values():
-            yield from _disagreeing([s for s in group if s.name not in told], group, leak, most)
+            if model is None or model.future <= leak:  # else what hides the future is right
+                yield from _disagreeing(group, leak, most)
             yield from _padded(group, leak, most)
 
     return detector
@@ -85,9 +84,7 @@ def _leak(sight: SightRecord, model: SightRecord, number: int, all_of_them: int)
     )
 
 
-def _disagreeing(
-    judged: Sequence[SightRecord], group: Sequence[SightRecord], leak: float, most: float
-) -> Iterator[Issue]:
+def _disagreeing(group: Sequence[SightRecord], leak: float, most: float) -> Iterator[Issue]:
     """Yield what sees the future where most of its siblings do not, or the other way round."""
     seeing = [s for s in group if s.future > leak]
     blind = [s for s in group if s.future <= _HIDDEN]
@@ -95,22 +92,21 @@ def _disagreeing(
         if not few or len(many) < max(2, most * len(few)):
             continue
         for sight in few:
-            if sight in judged:
-                yield Issue(
-                    layer=sight.name,
-                    layer_type=sight.type,
-                    issue_type=IssueType.BOTTLENECK,
-                    severity=IssueSeverity.MEDIUM,
-                    description=f"It {what} later positions, and its {len(many)} siblings do otherwise: of "
-                    f"the gradient from a position {sight.future:.2g} goes to later ones, in the others "
-                    f"{_median(many):.2g}.",
-                    magnitude=sight.future,
-                    recommended_actions=(
-                        f"Give {sight.name} the mask that the other blocks have.",
-                        "If the blocks are to see different positions, nothing is wrong.",
-                    ),
-                    metrics={"future": sight.future, "siblings": _median(many)},
-                )
+            yield Issue(
+                layer=sight.name,
+                layer_type=sight.type,
+                issue_type=IssueType.BOTTLENECK,
+                severity=IssueSeverity.MEDIUM,
+                description=f"It {what} later positions, and its {len(many)} siblings do otherwise: of "
+                f"the gradient from a position {sight.future:.2g} goes to later ones, in the others "
+                f"{_median(many):.2g}.",
+                magnitude=sight.future,
+                recommended_actions=(
+                    f"Give {sight.name} the mask that the other blocks have.",
+                    "If the blocks are to see different positions, nothing is wrong.",
+                ),
+                metrics={"future": sight.future, "siblings": _median(many)},
+            )
 
 
 def _median(sights: Sequence[SightRecord]) -> float:
