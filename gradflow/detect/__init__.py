@@ -16,7 +16,7 @@ from gradflow.detect.flow.saturation import saturation
 from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
-from gradflow.detect.parts.norms import swallowed_norms
+from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.twins import copied_units
@@ -56,6 +56,7 @@ __all__ = [
     "idle_branches",
     "leaking_attention",
     "misscaled_deviation",
+    "misscaled_norms",
     "needs_depth",
     "numerical",
     "only",

@@ -12,7 +12,7 @@ from gradflow.detect.flow.saturation import saturation
 from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
-from gradflow.detect.parts.norms import swallowed_norms
+from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.twins import copied_units
@@ -35,7 +35,7 @@ def default_detectors(
         unstable_cv_threshold: see `unstable`.
 
     >>> len(default_detectors())
-    12
+    13
     """
     return (
         numerical(),
@@ -48,6 +48,7 @@ def default_detectors(
         uneven_siblings(),
         copied_units(),
         swallowed_norms(),
+        misscaled_norms(),
         leaking_attention(),
         stray_dropout(),
     )

@@ -42,12 +42,16 @@ class NormRecord:
         type: its class name.
         epsilon: what it adds to the variance (or to the mean square).
         variance: what it adds that to, the median over what it normalises; NaN where it did not run.
+        smallest_gain: of its gains, in the first step; NaN where it has none.
+        largest_gain: the same.
     """
 
     name: str
     type: str
     epsilon: float = float_field()
     variance: Floats = array_field()
+    smallest_gain: float = float_field(float("nan"))
+    largest_gain: float = float_field(float("nan"))
 
 
 @attrs.frozen(kw_only=True)

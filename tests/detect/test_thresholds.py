@@ -16,6 +16,7 @@ from gradflow.detect import (
     dead,
     exploding,
     leaking_attention,
+    misscaled_norms,
     numerical,
     saturation,
     stray_dropout,
@@ -27,7 +28,7 @@ from gradflow.detect import (
 
 PAGE = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text(encoding="utf-8")
 FACTORIES = [bottleneck, dead, exploding, numerical, saturation, unstable, vanishing]
-PARTS = [copied_units, leaking_attention, stray_dropout, swallowed_norms, uneven_siblings]
+PARTS = [copied_units, leaking_attention, misscaled_norms, stray_dropout, swallowed_norms, uneven_siblings]
 
 
 def defaults(factory: Callable[..., Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Norm layers that do not normalise, since what they add to the variance is more than the variance."""
+"""Norm layers that do not give what a norm layer is for: an epsilon, a gain or a bias that is off."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 
 from gradflow.detect.evidence import late
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, NormRecord
+from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, NormRecord, ParameterRecord
 
 
 def swallowed_norms(
@@ -55,4 +55,79 @@ def _issue(norm: NormRecord, variance: float, severe: float) -> Issue:
             "number behind the features of a norm layer is its epsilon: was another argument meant?",
         ),
         metrics={"epsilon": norm.epsilon, "variance": variance, "ratio": ratio},
+    )
+
+
+def misscaled_norms(
+    small: float = 0.1, *, large: float = 4.0, bias: float = 8.0, alike: float = 0.25
+) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of norm layers that start with another scale than one, or drown in their bias.
+
+    Measured: the gains of every norm layer in the first step; the root mean square of its bias over that of
+    its gain, at the first step and the last; and how much of its output differs between rows.
+
+    Why this is evidence: a norm layer gives its gain times numbers of unit variance. Gains that are all one
+    number were set, not learned; what is set far from one scales all that follows, in every block anew. A
+    bias that dwarfs the gain makes all rows alike.
+
+    Looks alike and is not: learned gains, which differ; zeros, which block by design and are another
+    detector's matter; gains that are stored less one; a bias that dwarfs the gain of a few channels, as in
+    trained batch norms.
+
+    Args:
+        small: gain from which down it is VANISHING.
+        large: gain from which up it is EXPLODING.
+        bias: times the gain from which the bias drowns it, if
+        alike: no more than this share of its output differs between rows: BOTTLENECK.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        sizes = {p.name: p for p in record.parameters}
+        for norm in record.parts.norms:
+            gain = norm.smallest_gain
+            if gain == norm.largest_gain and (0 < gain <= small or gain >= large):
+                yield _gain_issue(norm, gain)
+            own = (sizes.get(f"{norm.name}.{part}".lstrip(".")) for part in ("weight", "bias"))
+            outputs = [late(x.output_variation) for x in record.layers if x.module == norm.name]
+            ratio = _drowned(*own)
+            if ratio >= bias and outputs and max(outputs) <= alike:
+                yield _bias_issue(norm, ratio, max(outputs))
+
+    return detector
+
+
+def _drowned(gain: ParameterRecord | None, bias: ParameterRecord | None) -> float:
+    """Return how many times as large as the gain the bias is, the less of the first step and the last."""
+    if gain is None or bias is None or not len(gain.norm) or not len(bias.norm):
+        return math.nan
+    return min(float(bias.norm[at]) / max(float(gain.norm[at]), 1e-30) for at in (0, -1))
+
+
+def _gain_issue(norm: NormRecord, gain: float) -> Issue:
+    return Issue(
+        layer=norm.name,
+        layer_type=norm.type,
+        issue_type=IssueType.EXPLODING if gain > 1 else IssueType.VANISHING,
+        severity=IssueSeverity.MEDIUM,
+        description=f"All of its gains start at {gain:.3g}, where a norm layer starts at 1: what follows "
+        f"gets {gain:.3g} times the scale that it is initialised for.",
+        magnitude=gain,
+        recommended_actions=(
+            f"Start the gains of {norm.name} at 1 (nn.init.ones_), or at 0 where it ends a residual branch.",
+        ),
+        metrics={"gain": gain},
+    )
+
+
+def _bias_issue(norm: NormRecord, ratio: float, differs: float) -> Issue:
+    return Issue(
+        layer=norm.name,
+        layer_type=norm.type,
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.MEDIUM,
+        description=f"Its bias is {ratio:.2g} times its gain, so nearly all of its output is the same for "
+        f"every row: only {differs:.2g} of it differs.",
+        magnitude=ratio,
+        recommended_actions=(f"Start the bias of {norm.name} at zero (nn.init.zeros_).",),
+        metrics={"ratio": ratio, "differs": differs},
     )

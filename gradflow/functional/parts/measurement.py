@@ -76,6 +76,9 @@ class PartsSession(Session):
         """Look at the parameters."""
         self._forget()
         self._step = step
+        for name, (module, _) in self._norms.items() if not self._steps else ():
+            if isinstance(gain := getattr(module, "weight", None), Tensor) and gain.numel():
+                self._numbers["gain", name] = torch.stack([gain.detach().min(), gain.detach().max()])
         prefixes = tuple(f"{name}." for name in self._groups)
         for name, parameter in self._model.named_parameters():
             if is_fused(parameter) and name.startswith(prefixes):
@@ -157,7 +160,8 @@ class PartsSession(Session):
                 norms=[
                     NormRecord(
                         name=name, type=self._types[name], epsilon=epsilon,
-                        variance=self._series("variance", name),
+                        variance=self._series("variance", name), smallest_gain=self._gains(name)[0],
+                        largest_gain=self._gains(name)[1],
                     )
                     for name, (_, epsilon) in self._norms.items()
                 ],
@@ -172,6 +176,9 @@ class PartsSession(Session):
 
     def _of(self, look: int, what: str, name: str, size: int) -> Sequence[float]:
         return self._looks[look].get((what, name), [math.nan] * size)
+
+    def _gains(self, name: str) -> Sequence[float]:
+        return self._of(0, "gain", name, 2) if self._looks else (math.nan, math.nan)
 
     def _series(self, what: str, name: str) -> Floats:
         return np.array([self._of(look, what, name, 1)[0] for look in self._range])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradflow as gf
-from gradflow.detect import copied_units, swallowed_norms, uneven_siblings
+from gradflow.detect import copied_units, misscaled_norms, swallowed_norms, uneven_siblings
 from gradflow.detect.parts.peers import standing_apart
 from gradflow.records import Issue, IssueSeverity, IssueType
 
@@ -145,7 +145,7 @@ def test_branches_off_scale_are_told(share: float, kind: IssueType) -> None:
 @pytest.mark.parametrize("train", [0, 30, 600])
 @pytest.mark.parametrize("depth", [3, 5])
 def test_blocks_as_they_are_made_and_trained_are_left_alone(train: int, depth: int) -> None:
-    for detector in (uneven_siblings(), swallowed_norms(), copied_units()):
+    for detector in (uneven_siblings(), swallowed_norms(), misscaled_norms(), copied_units()):
         assert issues(None, detector, depth=depth, train=train) == []
 
 
@@ -219,3 +219,25 @@ def test_what_stands_apart_stands_apart_from_all_others() -> None:
     assert standing_apart({"a": 1.0, "b": 8.0}, 4.0) == {}
     assert standing_apart({"a": 0.0, "b": 0.0, "c": 1.0}, 4.0) == {}
     assert standing_apart({"a": 1.0, "b": 1.0, "c": float("nan")}, 4.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("gain", "kind"),
+    [(0.05, IssueType.VANISHING), (5.0, IssueType.EXPLODING), (1.0, None), (0.0, None), (2.0, None)],
+)
+def test_gains_that_all_start_off_scale_are_told(gain: float, kind: IssueType | None) -> None:
+    def apply(blocks: nn.ModuleList) -> None:
+        for block in blocks:
+            nn.init.constant_(block.get_parameter("norm1.weight"), gain)
+
+    found = {(i.layer, i.issue_type) for i in issues(apply, misscaled_norms())}
+    assert found == ({(f"blocks.{i}.norm1", kind) for i in range(5)} if kind else set())
+
+
+def test_a_bias_that_drowns_the_gain_is_told() -> None:
+    def apply(blocks: nn.ModuleList) -> None:
+        nn.init.constant_(blocks[1].get_parameter("norm2.bias"), 12.0)
+
+    (issue,) = issues(apply, misscaled_norms())
+    assert (issue.layer, issue.issue_type) == ("blocks.1.norm2", IssueType.BOTTLENECK)
+    assert issue.magnitude == pytest.approx(12.0, rel=0.1)
