@@ -167,8 +167,8 @@ def values_chase() -> Training:
 @late(
     "late-router-picks-one-expert",
     600,
-    [("DEAD", "experts"), ("SATURATION", "router"), ("SATURATION", "*")],
-    early=0.05,
+    [("DEAD", "experts"), ("SATURATION", "router")],
+    early=0.16,
     at_least=0.98,
     source="https://arxiv.org/abs/2101.03961",
 )
@@ -176,10 +176,10 @@ def router_picks_one() -> Training:
     """The price on uneven loads gets the wrong sign by a change of settings: one expert gets all."""
     x, y, xt, _ = table("digits")
     model = Experts(64, 24, 10, 4, 1)
-    held = {"price": 0.02}
+    held = {"price": 0.2}
 
     def after(step: int) -> None:
-        held["price"] = 0.02 if step < 100 else -0.5
+        held["price"] = 0.2 if step < 100 else -0.5
 
     def loss(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
         return F.cross_entropy(output[0], target) + held["price"] * output[1]

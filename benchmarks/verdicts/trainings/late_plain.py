@@ -118,7 +118,7 @@ def tanh_at_ends() -> Training:
 @late(
     "late-weights-grow-under-batch-norm",
     800,
-    [("VANISHING", "fc1"), ("VANISHING", "fc2"), ("VANISHING", "*")],
+    [("VANISHING", "fc1"), ("VANISHING", "fc2")],
     early=0.1,
     at_most=1e-6,
     source="https://arxiv.org/abs/1706.05350",
@@ -150,7 +150,7 @@ def growing_weights() -> Training:
 @late(
     "late-decay-wins",
     700,
-    [("VANISHING", "*"), ("DEAD", "*")],
+    [("VANISHING", "fc0"), ("DEAD", "fc0"), ("DEAD", "act0")],
     early=0.1,
     at_most=1e-6,
 )
