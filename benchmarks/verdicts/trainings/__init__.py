@@ -6,7 +6,7 @@ from .registry import CASES, Case, Training
 
 _FAMILIES = """
     tables convolutional recurrent attention published generative contrastive losses graphs physics finetuned
-    control agents
+    control agents late_plain late_deep late_made
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its trainings register themselves

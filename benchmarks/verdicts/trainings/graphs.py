@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from .data import accuracy, choice, explained, normal, rows, seeded, table, training, uniform
+from .data import Figure, accuracy, choice, explained, normal, rows, seeded, table, training, uniform
 from .registry import Training, healthy
 from .tables import mlp
 
@@ -215,6 +215,8 @@ class Experts(nn.Module):
         super().__init__()
         self.router, self.best, self.outputs = nn.Linear(inputs, number), best, outputs
         self.experts = nn.ModuleList(mlp(inputs, size, outputs) for _ in range(number))
+        nn.init.normal_(self.router.weight, std=0.02)
+        nn.init.zeros_(self.router.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output, and how uneven the experts' loads are."""
@@ -231,13 +233,22 @@ class Experts(nn.Module):
 
 
 def balanced(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
-    """Return the cross entropy and a little of the unevenness."""
-    return F.cross_entropy(output[0], target) + 0.02 * output[1]
+    """Return the cross entropy and a price on the unevenness."""
+    return F.cross_entropy(output[0], target) + 0.2 * output[1]
 
 
-def first_right(inputs: Tensor, target: Tensor):
-    """Return the figure: the share of right answers of a model with two outputs."""
-    return lambda model: float((model(inputs)[0].argmax(1) == target).float().mean())
+def right_and_used(inputs: Tensor, target: Tensor) -> Figure:
+    """Return the figure: the share of right answers, or nothing if an expert gets less than a tenth of what
+    it would get if all got the same."""
+
+    def figure(model: nn.Module) -> float:
+        assert isinstance(model, Experts)
+        share = model.router(inputs).topk(model.best, 1).indices
+        load = F.one_hot(share, len(model.experts)).float().sum(1).mean(0)
+        right = (model(inputs)[0].argmax(1) == target).float().mean()
+        return float(right * (load.amin() > 0.1 * model.best / len(model.experts)))
+
+    return figure
 
 
 @healthy("experts-one-of-four-switch", 600, at_least=0.9, source="https://arxiv.org/abs/2101.03961")
@@ -245,7 +256,7 @@ def switch() -> Training:
     """Each digit goes to one of four experts, with a loss that evens out the loads."""
     x, y, xt, yt = table("digits")
     model = Experts(64, 24, 10, 4, 1)
-    return training(model, rows(x, y, size=64), balanced, 3e-3, first_right(xt, yt))
+    return training(model, rows(x, y, size=64), balanced, 3e-3, right_and_used(xt, yt))
 
 
 @healthy("experts-two-of-six", 600, at_least=0.9)
@@ -254,4 +265,4 @@ def two_of_six() -> Training:
     x, y, xt, yt = table("digits")
     model = Experts(64, 16, 10, 6, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    return training(model, rows(x, y, size=64), balanced, optimizer, first_right(xt, yt), clip=1.0)
+    return training(model, rows(x, y, size=64), balanced, optimizer, right_and_used(xt, yt), clip=1.0)
