@@ -80,7 +80,7 @@ def analyze(
     Raises:
         ModelInputError: if the model, batches, a batch or the loss cannot be used as such.
         EmptyBatchesError: if there is no batch.
-        LossError: if the loss is no scalar or carries no gradient.
+        LossError: if the loss is no scalar or carries no gradient, or only sums what a stage hands on.
         NoTrainableParametersError: if no parameter requires a gradient.
         ModelNotCalledError: if the first step calls no layer of the model.
         OptimizerMismatchError: if the optimizer is none, or holds none of the model's parameters.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradflow.errors import ModelInputError
+from gradflow.errors import LossError, ModelInputError
 from gradflow.functional.model.layers import is_scripted
 from gradflow.functional.torch_private import has_post_accumulate_hooks, has_step_hooks, is_wrapped
 
@@ -18,8 +20,9 @@ def check_supported(model: nn.Module) -> None:
     """Raise if a model is of a kind whose gradients cannot be measured.
 
     Raises:
-        ModelInputError: if parts of it are sharded over processes, quantised, or spread over devices by
-            `nn.DataParallel`, or if a transform of `torch.func` has put its own tensors into it.
+        ModelInputError: if parts of it are sharded over processes, quantised, spread over devices by
+            `nn.DataParallel` or split for a pipeline, or if a transform of `torch.func` has put its own
+            tensors into it.
     """
     for name, module in model.named_modules():
         place = f"{name or '(model)'!r} is a {type(module).__name__}"
@@ -27,6 +30,10 @@ def check_supported(model: nn.Module) -> None:
             raise ModelInputError(
                 f"{place} over {len(module.device_ids)} devices, whose copies of the layers cannot be "
                 "followed. Pass the module inside, on one device: `model.module`."
+            )
+        if "Pipe" in _pipelining(type(module)):
+            raise ModelInputError(
+                f"{place}, split into stages that no gradient passes between when it is called. {_UNSPLIT}"
             )
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ModelInputError(f"{place}: {_SHARDED}")
@@ -60,6 +67,16 @@ def check_module(model: Any) -> None:
         ModelInputError: if it is not.
     """
     if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        if hasattr(model, "submod") and _pipelining(type(model)):
+            raise ModelInputError(
+                f"model is a {kind}, one of the parts of a model that run one behind the other. {_UNSPLIT} "
+                "Its `.submod` is a module, but has no loss of its own, unless it is the last."
+            )
+        if _pipelining(type(model)):
+            raise ModelInputError(
+                f"model is a {kind}, which calls stages and runs their backward passes itself. {_UNSPLIT}"
+            )
         raise ModelInputError(
             f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself, built: "
             "`MyModel()`, not the class; for a function of modules, wrap them in one."
@@ -107,10 +124,30 @@ def check_has_values(name: str, tensor: Tensor) -> None:
         )
 
 
+def check_stage_loss(model: nn.Module) -> None:
+    """Raise if the model is a stage of a pipeline, and not the last; for losses that sum its output plainly.
+
+    Raises:
+        LossError: if it is.
+    """
+    for index, number in _stages(model):
+        raise LossError(
+            f"the loss is the plain sum or mean of what the model hands on, and the model is stage {index} "
+            f"(from 0) of the {number} of a pipeline, so nothing would be told of its training. {_UNSPLIT} "
+            "Or weigh the output by the gradient that the next stage sends back: "
+            "`loss_fn=lambda output: (output * gradient).sum()`."
+        )
+
+
 _SHARDED = (
     "its values are sharded over processes, which gradflow does not take yet. Pass the model as it was "
     "before it was sharded (`fully_shard`, FSDP, tensor parallelism), with a batch that one process can hold."
 )
+_UNSPLIT = (
+    "Pass the whole model, as it was before it was split into stages, with the loss of its training and a "
+    "batch that one process can hold."
+)
+_PIPELINING = "torch.distributed.pipelining"
 _QUANTISED = (
     "quantised layers carry no gradient, so there is no flow to measure. Pass the model as it was before it "
     "was quantised."
@@ -136,6 +173,13 @@ def standing_notes(model: nn.Module, optimizer: Any) -> Iterator[str]:
             f"TorchScript shows nothing of its inside: {_names(outermost)} is taken for one layer. Analyse "
             "the module that it was made from to see the layers in it."
         )
+    for index, number in _stages(model):
+        yield (
+            f"The model is stage {index} (from 0) of the {number} of a pipeline, and its output is for the "
+            "next. The loss given stands for that of training only if it hands the output the gradient which "
+            "the next stage sends back, as `lambda output: (output * gradient).sum()` does. With any other, "
+            "no verdict here is on training."
+        )
     if distributed(model):
         yield "Gradients are those of this process alone: an analysis exchanges nothing with the others."
     if hooked := [name for name, p in model.named_parameters() if has_post_accumulate_hooks(p)]:
@@ -151,6 +195,29 @@ def standing_notes(model: nn.Module, optimizer: Any) -> Iterator[str]:
     attributes = ((n, k, v) for n, module in model.named_modules() for k, v in vars(module).items())
     if iterators := [f"{n}.{k}" if n else k for n, k, v in attributes if _spent(v)]:
         yield f"{_names(iterators)} is an iterator, which cannot be put back: it may be further on."
+
+
+def _pipelining(kind: type) -> list[str]:
+    """Return the names of the classes of `torch.distributed.pipelining` that a class is derived from."""
+    return [c.__name__ for c in kind.__mro__ if str(c.__module__).startswith(_PIPELINING)]
+
+
+def _stages(model: nn.Module) -> Iterator[tuple[int, int]]:
+    """Yield (index, number of stages) of the stages that the model is, the last of a pipeline excepted.
+
+    A stage knows its module and not the other way round, so stages are looked for among all objects.
+    """
+    if _PIPELINING not in sys.modules:
+        return
+    kinds: dict[type, bool] = {}
+    for thing in gc.get_objects():
+        kind = type(thing)
+        if kind not in kinds:
+            kinds[kind] = bool(_pipelining(kind)) and not issubclass(kind, nn.Module)
+        if not kinds[kind] or not isinstance(module := getattr(thing, "submod", None), nn.Module):
+            continue
+        if (module is model or getattr(module, "module", None) is model) and not thing.is_last:
+            yield thing.stage_index, thing.num_stages
 
 
 def _spent(value: object) -> bool:

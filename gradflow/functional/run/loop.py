@@ -14,6 +14,7 @@ from gradflow.functional.measurement import Session
 from gradflow.functional.model.batches import detached_loss
 from gradflow.functional.model.layers import ancestors, owner
 from gradflow.functional.model.optimizers import clip_gradients, update
+from gradflow.functional.model.supported import check_stage_loss
 from gradflow.functional.reverse.autograd_graph import entered
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.run.again import deepened, summed_exactly, traced
@@ -119,6 +120,8 @@ def _first_step(run: Run, request: Request) -> Outcome:
     _check_first(run, shown)
     _end(run.sessions)
     run.graph.learn(shown, dataflow)
+    if run.graph.summed:
+        check_stage_loss(program.given.model)
     if vjp:
         if shown.structure is not None:
             shown.structure.release()

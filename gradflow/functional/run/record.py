@@ -100,6 +100,12 @@ def _provenance(run: Run, said: tuple[str, ...]) -> Provenance:
     model, plan, steps = run.program.given.model, run.plan, len(run.history.rows)
     parameters = list(run.program.state.parameters.values())
     notes = [*run.findings.notes, *standing_notes(model, plan.optimizer)]
+    if run.graph.summed:
+        notes.append(
+            f"The loss is the plain sum or mean of an output of shape {run.graph.summed}: its elements all "
+            "get one and the same gradient, whatever they are. If that output is for other layers (of the "
+            "next stage of a pipeline, of the rest of a model), no verdict here is on training."
+        )
     notes += said
     if run.program.taps.hooked and plan.detail == "full":
         notes.append(

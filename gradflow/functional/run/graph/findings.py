@@ -8,6 +8,7 @@ import attrs
 
 from gradflow.functional.reverse.autograd_graph import Structure, bypassed, capturable
 from gradflow.functional.reverse.dataflow import DataFlow
+from gradflow.functional.reverse.plain_sums import plainly_summed
 from gradflow.functional.run.graph.record import Cut, HostFlows, cuts, graph_record, read_flows
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import Call
@@ -26,6 +27,7 @@ class GraphFindings:
     capturable: set[str] = attrs.field(factory=set)  # names of calls; see `autograd_graph.capturable`
     arrived: set[str] = attrs.field(factory=set)  # names of calls at whose output a gradient was seen
     flows: list[HostFlows] = attrs.field(factory=list)
+    summed: tuple[int, ...] = ()  # see `plainly_summed`; of the first step
 
     def learn(self, outcome: Outcome, dataflow: DataFlow) -> None:
         """Keep what the first step showed of the graph and the data flow."""
@@ -34,7 +36,7 @@ class GraphFindings:
         self.severed = cuts(dataflow, structure, self.calls)
         dataflow.release()
         if structure is not None:
-            self.structures = [structure]
+            self.structures, self.summed = [structure], plainly_summed(structure)
             self.bypassed, self.capturable = set(bypassed(structure)), capturable(structure)
 
     def add(self, step: int, outcome: Outcome) -> None:
