@@ -23,7 +23,7 @@ from gradflow.functional import (
 from tests.functional.jacobian.models import fingerprint
 
 # PyTorch's own, when forward mode is first used
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 OUTER: dict[str, Any] = {
     "grad": lambda f: torch.func.grad(lambda x: f(x).sum())(POINT),

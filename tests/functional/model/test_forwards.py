@@ -290,7 +290,7 @@ def test_other_modules_of_a_class_are_left_alone_while_one_is_tapped() -> None:
 
 
 @pytest.mark.parametrize("kind", ["holder", "patched", "scripted"])
-@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.")
 def test_what_a_run_learns_is_not_put_back_by_it(kind: str) -> None:
     """A parent that uses a child's parameters is made a layer in the first step, which starts again then."""
 
