@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradflow.functional.model.undo import python_module
+
 _LIBRARIES = ("torch", "numpy", "builtins", "gradflow")
 _MOST_ITEMS = 1000  # of a container: a longer one is a data set
 
@@ -63,7 +65,7 @@ def _reachable(values: Iterable[Any]) -> Iterator[Any]:
 def _held(value: Any) -> Iterator[Any]:
     """Yield what a value holds directly, as far as modules may be in it."""
     if isinstance(value, types.FunctionType):
-        if value.__module__.split(".")[0] not in _LIBRARIES:
+        if python_module(value).split(".")[0] not in _LIBRARIES:
             yield from _held_by_function(value)
     elif isinstance(value, types.MethodType):
         yield from (value.__self__, value.__func__)
@@ -75,7 +77,7 @@ def _held(value: Any) -> Iterator[Any]:
     elif not isinstance(value, (type, types.ModuleType)):
         wrapped = getattr(value, "__wrapped__", None)
         yield from () if wrapped is None else (wrapped,)
-        if type(value).__module__.split(".")[0] not in _LIBRARIES:
+        if python_module(type(value)).split(".")[0] not in _LIBRARIES:
             yield from (f for c in type(value).__mro__ if (f := vars(c).get("__call__")) is not None)
             yield from getattr(value, "__dict__", {}).values()
 

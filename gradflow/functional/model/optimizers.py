@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import OptimizerMismatchError
-from gradflow.functional.model.undo import may_hold_state, same_bits, slot_values
+from gradflow.functional.model.undo import may_hold_state, python_module, same_bits, slot_values
 
 
 def copy_optimizer(
@@ -149,7 +149,7 @@ def update(
         loss: the loss that was measured.
     """
     takes = inspect.signature(optimizer.step).parameters.get("closure")
-    own = not type(optimizer).__module__.startswith("torch.optim")
+    own = not python_module(type(optimizer)).startswith("torch.optim")
     # An optional closure is passed to classes of the user's, since some fail without it after all; those of
     # PyTorch do the same without it.
     handed = takes is not None and (own or takes.default is takes.empty)

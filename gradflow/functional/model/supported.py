@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradflow.errors import LossError, ModelInputError
 from gradflow.functional.model.layers import is_scripted
+from gradflow.functional.model.undo import python_module
 from gradflow.functional.torch_private import has_post_accumulate_hooks, has_step_hooks, is_wrapped
 
 
@@ -37,7 +38,7 @@ def check_supported(model: nn.Module) -> None:
             )
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ModelInputError(f"{place}: {_SHARDED}")
-        if ".quantized" in type(module).__module__:
+        if ".quantized" in python_module(type(module)):
             raise ModelInputError(f"{place}: {_QUANTISED}")
     for name, tensor in _tensors(model):
         check_not_wrapped(repr(name), tensor)
@@ -199,7 +200,7 @@ def standing_notes(model: nn.Module, optimizer: Any) -> Iterator[str]:
 
 def _pipelining(kind: type) -> list[str]:
     """Return the names of the classes of `torch.distributed.pipelining` that a class is derived from."""
-    return [c.__name__ for c in kind.__mro__ if str(c.__module__).startswith(_PIPELINING)]
+    return [c.__name__ for c in kind.__mro__ if python_module(c).startswith(_PIPELINING)]
 
 
 def _stages(model: nn.Module) -> Iterator[tuple[int, int]]:

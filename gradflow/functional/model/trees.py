@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gradflow.functional.model.undo import slot_values
+from gradflow.functional.model.undo import python_module, slot_values
 from gradflow.functional.torch_private import pytree
 
 
@@ -103,7 +103,7 @@ def _held_tensors(place: Callable[[Tensor], Tensor], value: Any) -> Iterator[tup
             yield held, place(held)
         elif isinstance(held, nn.Module):
             yield held, held
-        elif isinstance(held, Mapping) and type(held).__module__ in ("builtins", "collections"):
+        elif isinstance(held, Mapping) and python_module(type(held)) in ("builtins", "collections"):
             waiting += list(held.values())
         elif isinstance(held, (list, tuple, set, frozenset, collections.deque)):
             waiting += list(held)

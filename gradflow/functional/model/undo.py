@@ -39,10 +39,18 @@ _WITH_STATE = (  # packages of PyTorch whose objects hold state of the user's
 Undo = Callable[[], Any]
 
 
+def python_module(what: Any) -> str:
+    """Return the name of the Python module that a function or class was made in; empty if it tells of none.
+
+    What `exec` makes where no `__name__` is set tells of none.
+    """
+    found = getattr(what, "__module__", "")
+    return found if isinstance(found, str) else ""
+
+
 def may_hold_state(value: Any) -> bool:
     """Whether an object is looked into for state of the user's."""
-    module = type(value).__module__
-    return not isinstance(value, _LIVE) and _is_looked_into(module)
+    return not isinstance(value, _LIVE) and _is_looked_into(python_module(type(value)))
 
 
 def _is_looked_into(module: str) -> bool:
@@ -57,8 +65,8 @@ def slots_of(kind: type) -> tuple[Any, ...]:
     """Return the descriptors of the slots of a class, private ones and those of its bases included."""
     return tuple(
         held for base in kind.__mro__ for held in vars(base).values()
-        if isinstance(held, types.MemberDescriptorType) and _is_looked_into(base.__module__)
-        and base.__module__ not in ("builtins", "collections")
+        if isinstance(held, types.MemberDescriptorType) and _is_looked_into(python_module(base))
+        and python_module(base) not in ("builtins", "collections")
     )  # fmt: skip
 
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
+from gradflow.functional import analyze
 from gradflow.functional.model.closures import modules_in
 
 GLOBAL = nn.Linear(1, 1)
@@ -91,3 +93,17 @@ def test_cycles_and_unfilled_cells_end() -> None:
 
 def test_functions_of_libraries_and_data_sets_are_left_alone() -> None:
     assert modules_in(nn.functional.cross_entropy, [nn.Linear(1, 1)] * 1001, None, 3) == ()
+
+
+@pytest.mark.parametrize(
+    "made", ["lambda y: net(y)", "type('Loss', (), {'__call__': lambda self, y: net(y)})()"]
+)
+def test_what_was_made_in_no_module_is_looked_into(made: str) -> None:
+    """As in `exec` with names of its own: a function there has no module, and a class the one of builtins."""
+    net = nn.Linear(4, 1)
+    loss = eval(made, {"net": net})
+    if isinstance(loss, type(lambda: None)):
+        assert loss.__module__ is None
+    assert modules_in(loss) == (net,)
+    record = analyze(nn.Linear(3, 4), [torch.ones(2, 3)], lambda y: loss(y).square().mean(), steps=1)
+    assert record.steps == 1
