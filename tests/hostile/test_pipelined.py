@@ -21,19 +21,34 @@ X = torch.linspace(-1.0, 1.0, 20).reshape(5, 4)
 STAGE = r"The model is stage 0 \(from 0\) of the 2 of a pipeline"
 
 
-def whole() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 2))
+class Whole(nn.Module):
+    """A model of two parts, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).tanh()).tanh())
+
+    @property
+    def front(self) -> nn.Module:
+        return nn.Sequential(self.a, nn.Tanh())
+
+    @property
+    def back(self) -> nn.Module:
+        return nn.Sequential(self.b, nn.Tanh(), self.c)
 
 
 def stage(module: nn.Module, index: int = 0, number: int = 2) -> pipelining.PipelineStage:
     return pipelining.PipelineStage(module, index, number, CPU, input_args=X, output_args=X)
 
 
-def split(model: nn.Module) -> pipelining.Pipe:
+def split() -> pipelining.Pipe:
     with warnings.catch_warnings():  # of its own tracer
         warnings.simplefilter("ignore")
-        return pipelining.pipeline(model, mb_args=(X,), split_spec={"2": pipelining.SplitPoint.BEGINNING})
+        return pipelining.pipeline(Whole(), mb_args=(X,), split_spec={"b": pipelining.SplitPoint.BEGINNING})
 
 
 def plain(output: Tensor) -> Tensor:
@@ -53,26 +68,26 @@ class Mine(pipelining.PipelineStage):
 
 
 REFUSED: dict[str, Any] = {
-    "a stage": (lambda: stage(whole()), r"is a PipelineStage, one of the parts.*Pass the whole model"),
-    "the last stage": (lambda: stage(whole(), 1), r"is a PipelineStage.*unless it is the last"),
+    "a stage": (lambda: stage(Whole()), r"is a PipelineStage, one of the parts.*Pass the whole model"),
+    "the last stage": (lambda: stage(Whole(), 1), r"is a PipelineStage.*unless it is the last"),
     "a stage of the user's": (
-        lambda: Mine(whole(), 0, 2, CPU, input_args=X, output_args=X),
+        lambda: Mine(Whole(), 0, 2, CPU, input_args=X, output_args=X),
         "is a Mine, one of the parts.*Pass the whole model",
     ),
     "a stage of a traced model": (
-        lambda: split(whole()).build_stage(0, CPU),
+        lambda: split().build_stage(0, CPU),
         "is a _PipelineStage, one of the parts.*Pass the whole model",
     ),
     "a schedule": (
-        lambda: pipelining.ScheduleGPipe(stage(whole()), 2, loss_fn=squares),
+        lambda: pipelining.ScheduleGPipe(stage(Whole()), 2, loss_fn=squares),
         "is a ScheduleGPipe, which calls stages.*Pass the whole model",
     ),
     "a schedule of several stages": (
-        lambda: pipelining.ScheduleInterleaved1F1B([stage(whole()), stage(whole(), 1)], 2, loss_fn=squares),
+        lambda: pipelining.ScheduleInterleaved1F1B([stage(Whole()), stage(Whole(), 1)], 2, loss_fn=squares),
         "is a ScheduleInterleaved1F1B, which calls stages.*Pass the whole model",
     ),
-    "all stages": (lambda: split(whole()), r"'\(model\)' is a Pipe, split into stages.*Pass the whole model"),
-    "all stages, inside": (lambda: nn.Sequential(split(whole())), "'0' is a Pipe, split into stages"),
+    "all stages": (lambda: split(), r"'\(model\)' is a Pipe, split into stages.*Pass the whole model"),
+    "all stages, inside": (lambda: nn.Sequential(split()), "'0' is a Pipe, split into stages"),
 }
 
 
@@ -87,7 +102,7 @@ def test_what_runs_a_pipeline_is_no_model(name: str) -> None:
 
 def test_no_gradient_passes_between_stages_that_are_called_in_one_process() -> None:
     """Why `Pipe` is refused: it would be told that its first layers get nothing."""
-    model, pipe = whole(), split(whole())
+    model, pipe = Whole(), split()
     squares(model(X)).backward()
     squares(pipe(X)[0]).backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -98,7 +113,7 @@ def test_no_gradient_passes_between_stages_that_are_called_in_one_process() -> N
 
 
 def test_a_stage_with_the_plain_sum_of_its_output_is_refused() -> None:
-    kept = stage(whole()[:2])
+    kept = stage(Whole().front)
     for loss in (plain, lambda output: output.mean(), lambda output: -output.mean(0).sum() / 3):
         with pytest.raises(LossError, match=r"plain sum or mean.*stage 0 \(from 0\) of the 2.*gradient\)"):
             gf.diagnose(kept.submod, lambda: X, loss)
@@ -107,19 +122,19 @@ def test_a_stage_with_the_plain_sum_of_its_output_is_refused() -> None:
 @pytest.mark.parametrize("transform", ["fused", "vjp"])
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_traced_stage_and_one_amid_the_others_are_refused(index: int, transform: Any) -> None:
-    kept = split(whole()).build_stage(0, CPU) if index == 0 else stage(whole(), 1, 3)
+    kept = split().build_stage(0, CPU) if index == 0 else stage(Whole(), 1, 3)
     with pytest.raises(LossError, match=rf"the model is stage {index}"):
         gf.analyze(kept.submod, [X], lambda output: output.sum(), transform=transform)
 
 
 def test_a_stage_with_another_loss_is_measured_and_the_record_says_what_it_is() -> None:
-    model = whole()
+    model = Whole()
     squares(model(X)).backward()
-    kept = stage(copy.deepcopy(model[:2]))
-    sent = torch.autograd.grad(squares(model[2:](h := model[:2](X))), h)[0]
+    kept = stage(copy.deepcopy(model.front))
+    sent = torch.autograd.grad(squares(model.back(h := model.front(X))), h)[0]
     record = gf.analyze(kept.submod, [X], lambda output: (output * sent).sum(), steps=1)
     assert any(note.startswith(STAGE.replace("\\", "")) for note in record.provenance.notes)
-    for name, parameter in model[:2].named_parameters():
+    for name, parameter in model.front.named_parameters():
         assert parameter.grad is not None
         found = record.parameter(name).grad_norm[0]
         assert found == pytest.approx(float(parameter.grad.norm()), rel=1e-5)
@@ -127,19 +142,19 @@ def test_a_stage_with_another_loss_is_measured_and_the_record_says_what_it_is() 
 
 
 def test_a_stage_is_known_by_the_module_inside_a_wrapper_too() -> None:
-    wrapped = nn.parallel.DistributedDataParallel(whole())
+    wrapped = nn.parallel.DistributedDataParallel(Whole())
     kept = stage(wrapped)
     assert noted(wrapped, squares, STAGE)
     assert noted(wrapped.module, squares, STAGE)
-    assert not noted(wrapped.module[:2], squares, STAGE)
+    assert not noted(wrapped.module.front, squares, STAGE)
     assert kept.is_first
 
 
 def test_the_last_stage_and_the_whole_model_have_a_loss() -> None:
-    model = whole()
-    first, last, alone = stage(model[:2]), stage(model[2:], 1), stage(whole(), 0, 1)
+    model = Whole()
+    first, last, alone = stage(model.front), stage(model.back, 1), stage(Whole(), 0, 1)
     assert noted(first.submod, squares, STAGE)
-    h = model[:2](X).detach()
+    h = model.front(X).detach()
     record = gf.analyze(last.submod, [h], squares, steps=1)
     assert not any("pipeline" in note for note in record.provenance.notes)
     assert not noted(alone.submod, squares, "pipeline")
