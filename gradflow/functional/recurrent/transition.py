@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -51,7 +52,11 @@ def state_jacobians(cell: Cell, drive: Tensor, state: State) -> Tensor:
     def one(d: Tensor, s: Tensor) -> Tensor:
         return cell.flat(d.unsqueeze(0), s.unsqueeze(0)).squeeze(0)
 
-    return torch.func.vmap(torch.func.jacrev(one, argnums=1))(drive, torch.cat(state, -1))
+    with torch.inference_mode(False):  # in which transforms lose the gradient in older releases
+        parts = {name: _ordinary(getattr(cell, name)) for name in ("weight_hh", "bias_hh", "weight_hr")}
+        cell = attrs.evolve(cell, **parts)
+        at = _ordinary(drive), _ordinary(torch.cat(state, -1))
+        return torch.func.vmap(torch.func.jacrev(one, argnums=1))(*at)
 
 
 def spectral_radii(
@@ -174,10 +179,14 @@ def lyapunov_exponents(
 def _pushed(cell: Cell, drive: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return the next state and A v, by dual numbers: `torch.func.jvp` at a third of its overhead."""
     with torch.inference_mode(False), forward_ad.dual_level():
-        s, v = (t.clone() if t.is_inference() else t for t in (s, v))  # inference tensors take no tangent
-        pair = forward_ad.unpack_dual(cell.flat(drive, forward_ad.make_dual(s, v)))
+        pair = forward_ad.unpack_dual(cell.flat(drive, forward_ad.make_dual(_ordinary(s), _ordinary(v))))
     assert pair.tangent is not None
     return pair.primal, pair.tangent
+
+
+def _ordinary(tensor: Any) -> Any:
+    """Return a tensor, or a copy of one that was made in inference mode, which takes no tangent."""
+    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
 
 
 def _random_like(s: Tensor, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,10 @@ def test_grad_mode_outside_does_not_matter(name: str, mode: type, monkeypatch: p
     expected = all_of_it(level, drive, state)
     with mode():
         own = levels_of(module)[0], drive.clone(), tuple(part.clone() for part in state)
-        found = [all_of_it(level, drive, state), all_of_it(*own)]
+        weights = {k: v.clone() for k, v in attrs.asdict(level.cell).items() if isinstance(v, Tensor)}
+        cell = attrs.evolve(level.cell, **weights)
+        made = attrs.evolve(level, cell=cell), own[1], own[2]
+        found = [all_of_it(level, drive, state), all_of_it(*own), all_of_it(*made)]
         monkeypatch.setattr(module_under_test, "DENSE_SIZE", 0)
         radii = spectral_radii(own[0].cell, own[1], own[2])[0]
     for numbers in found:
