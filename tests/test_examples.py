@@ -39,7 +39,7 @@ def test_every_example_is_tested() -> None:
 @pytest.mark.parametrize("name", SICK)
 def test_example_runs_by_itself(name: str) -> None:
     pytest.importorskip("sklearn")
-    # Older releases of PyTorch make a folder with the first optimizer, and leave it to the end of the process.
+    # Older releases of PyTorch make a folder with the first optimizer, and leave it to the end of it.
     warnings = ["-W", "error", "-W", "ignore:Implicitly cleaning up:ResourceWarning"]
     command = [sys.executable, *warnings, str(EXAMPLES / f"{name}.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
