@@ -273,9 +273,14 @@ def _stopped(flow: Flow, waist: _Waist) -> tuple[float, float]:
         if activation.kind == "rectifier" and activation.op in RECTIFIERS:
             fired, units = late(activation.fired_share), activation.num_units or waist.width
             # If nothing fires at all, it is dead; one over fewer units leaves a way beside it.
-            if fired > 0 and units >= waist.width:
+            if fired > 0 and units >= _channels(flow.layers[waist.node].shape):
                 return (1.0 - fired) ** max(units, 1), fired
     return 0.0, math.nan
+
+
+def _channels(shape: Sequence[int]) -> int:
+    """The number of units of an output: axis 1 behind a convolution, else the last."""
+    return shape[1 if len(shape) > 3 else -1] if len(shape) > 1 else 1
 
 
 def _smoothing(flow: Flow, passages: list[str], alike: float, fall: float) -> list[Issue]:

@@ -15,6 +15,7 @@ from gradflow.detect.actions import (
     zero_actions,
 )
 from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
+from gradflow.detect.flow.ends import silenced
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import came_knowing
 from gradflow.detect.reach.unreached import is_moved, loss_is_empty, sole_reason, unreached_parts
@@ -84,6 +85,7 @@ def dead(
         told = {issue.layer for issue in zero if issue.evidence.plays(Role.BLOCKING)}
         silent = [i for i in _silent_units(flow, threshold, some, few) if i.layer not in told]
         found = [*_never_called(flow), *_cut_off(flow), *zero, *silent]
+        found += [] if any(i.severity > IssueSeverity.MEDIUM for i in found) else silenced(flow)
         return [*found, *unreached_parts(flow, {issue.layer for issue in found}, min_updates)]
 
     return detector

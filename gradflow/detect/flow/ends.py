@@ -11,10 +11,24 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradflow.detect.actions import Actions
-from gradflow.detect.evidence import early, heads, late, loss_fell, row_gain
+from gradflow.detect.evidence import (
+    early,
+    heads,
+    late,
+    loss_fell,
+    row_gain,
+)
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.view import Flow
-from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, Role
+from gradflow.records import (
+    Evidence,
+    Floats,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    KnowledgeRecord,
+    Role,
+)
 
 
 def off_scale_of(flow: Flow, node: str) -> Floats:
@@ -206,6 +220,62 @@ def _unheard_issue(flow: Flow, node: str, part: float, share: float, op: str) ->
 # ------------------------------------------------------------------------------------- all alike
 
 
+def silenced(flow: Flow) -> list[Issue]:
+    """Heads of a model whose outputs are exactly zero for all samples, and which get no gradient any more.
+
+    The last activation is off everywhere, and the loss costs what zeros cost.
+    """
+    known = flow.record.knowledge
+    if known is None or not known.scales or max(known.scales) > 0 or not guesses(flow.record):
+        return []
+    found = []
+    for module, node in {flow.layers[n].module: n for n in reversed(_last_layers(flow))}.items():
+        layer = flow.layers[node]
+        wanted = [p for p in flow.trainable(node) if p.reached.any()]
+        if not wanted or late(layer.output_rms) == 0:
+            continue
+        zero = [np.nan_to_num(p.grad_norm) == 0 for p in wanted]
+        if not all(z[-1] and z.mean() >= 0.8 for z in zero):  # a rare sample may still pass
+            continue
+        ops = ", ".join(dict.fromkeys(flow.wiring.ops_after(node)))
+        found.append(
+            Issue(
+                layer=module,
+                layer_type=layer.type,
+                issue_type=IssueType.DEAD,
+                severity=IssueSeverity.HIGH,
+                description="What comes out of the model is exactly zero for every sample, though its own "
+                f"output has rms {late(layer.output_rms):.3g}: what follows it ({ops or 'an activation'}) is "
+                f"off, so no gradient comes back, and the loss is the {known.silent:.3g} that zeros cost.",
+                magnitude=float(sum(p.num_elements for p in wanted)),
+                recommended_actions=(
+                    f"Let what follows {module or 'the model'} pass something below zero as well (softplus, "
+                    "a leaky rectifier), or start its bias above zero.",
+                    "Weigh less what drives the outputs to zero: a penalty on their size, weight decay.",
+                ),
+                metrics={"why": "silent output", "silent_loss": known.silent},
+                evidence=Evidence(roles=Role.BLOCKING, developed=bool(np.any(wanted[0].grad_norm > 0))),
+            )
+        )
+    return found
+
+
+def _last_layers(flow: Flow) -> list[str]:
+    """The last layer call with parameters on each way to the loss, whether or not a gradient comes back."""
+    found: dict[str, None] = {}
+    todo, seen = list(flow.wiring.preds.get(flow.wiring.loss, ())), set[str]()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in flow.layers and not flow.layers[node].composite and flow.parameters_of(node):
+            found[node] = None
+        else:
+            todo.extend(flow.wiring.preds.get(node, ()))
+    return sorted(found, key=lambda node: flow.layers[node].order)
+
+
 def collapsed(flow: Flow, alike: float) -> list[Issue]:
     """Two outputs that are compared with each other and are the same for all samples: a collapsed embedding.
 
@@ -222,9 +292,12 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
     if known is None or not known.averaged <= known.loss + 1e-3 * abs(known.loss):
         return []
     same = [v for s, v in zip(known.shapes, known.variations, strict=True) if known.shapes.count(s) >= 2]
+    if len(known.shapes) == 1 and _compares_samples(known):
+        same = [*known.variations] * 2
     if len(same) < 2 or not max(same) < alike:
         return []
-    lost = _first_alike(flow, alike)
+    last = max(heads(flow), key=lambda node: flow.layers[node].order, default="")
+    lost = _first_alike(flow, alike) or ((last, 1.0) if last else None)
     if lost is None:
         return []
     layer, before = flow.layers[lost[0]], lost[1]
@@ -246,6 +319,13 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
             metrics={"variation": now, "variation_before": before, "constant_loss": known.averaged},
         )
     ]
+
+
+def _compares_samples(known: KnowledgeRecord) -> bool:
+    """Whether the loss asks of outputs only how samples differ: all constants cost the same, zeros too."""
+    return math.isclose(known.averaged, known.silent, rel_tol=1e-5) and math.isclose(
+        known.loss, known.averaged, rel_tol=1e-2
+    )
 
 
 def _first_alike(flow: Flow, alike: float) -> tuple[str, float] | None:

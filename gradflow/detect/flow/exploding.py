@@ -74,8 +74,8 @@ def exploding(
             issues = _dominating_heads(flow, dominance, off_scale)
         far = _far_targets(flow, off_scale)
         grown = [issue for issue in issues if not any(issue.layer == other.layer for other in far)]
-        scores = [] if grown or far else _others(flow, threshold, loud)
-        return [*grown, *far, *scores, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
+        found = [*grown, *far, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
+        return found or _others(flow, threshold, loud)
 
     return detector
 
@@ -317,7 +317,7 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
     rival = max(rivals, key=lambda node: (strength[node], node))
     ratio = strength[strongest] / strength[rival]
     layer = flow.layers[strongest]
-    off = middle(off_scale_of(flow, strongest))
+    off = early(off_scale_of(flow, strongest))
     if not (ratio >= dominance and off >= off_scale):
         return []
     return [

@@ -13,7 +13,7 @@ from gradflow.detect.view import Flow
 from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, LayerRecord
 
 _FEWEST = 3
-_EACH = 1.3  # by how much it must grow from every repetition to the next
+_EACH = 0.5  # of what the one before had, each must have at least
 
 
 def growing_repeats(flow: Flow, least: float) -> list[Issue]:
