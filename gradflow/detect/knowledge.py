@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import early, loss_fell
+from gradflow.detect.evidence import early, late, loss_fell
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
 Detector = Callable[[FlowRecord], Iterable[Issue]]
@@ -97,6 +97,18 @@ def has_learned(record: FlowRecord, most: float = 0.1) -> bool:
     """
     known = record.knowledge
     return known is not None and known.share_left <= most and loss_fell(record)
+
+
+def at_level(record: FlowRecord, most: float = 0.02) -> bool:
+    """Whether the model came with outputs of the right level: its loss is next to nothing of what zeros cost.
+
+    Where targets hardly vary, as the values of a trained agent's states, no more can be learned, and nothing
+    need tell one input from another. False where that is not known; see `KnowledgeRecord`.
+    """
+    known = record.knowledge
+    if known is None or not 0 < known.silent < math.inf:
+        return False
+    return max(early(record.losses), late(record.losses)) <= most * known.silent
 
 
 def calm(record: FlowRecord, most: float = 0.5) -> bool:

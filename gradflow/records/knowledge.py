@@ -43,9 +43,12 @@ class KnowledgeRecord:
 
     @property
     def ignorance(self) -> float:
-        """The smaller of the losses of both guesses: what it costs to know nothing of the inputs."""
-        known = [x for x in (self.shuffled, self.averaged) if math.isfinite(x)]
-        return min(known, default=NAN)
+        """The smallest loss of the guesses that is above zero: what it costs to know nothing of the inputs.
+
+        Outputs that are wrong and large make a shuffled loss as large as one likes; zeros do not.
+        """
+        known = [x for x in (self.shuffled, self.averaged, self.silent) if math.isfinite(x)]
+        return min((x for x in known if x > 0), default=min(known, default=NAN))
 
     @property
     def share_left(self) -> float:

@@ -113,7 +113,8 @@ def _never_called(flow: Flow) -> list[Issue]:
         number = sum(p.num_elements for name in names for p in owned[name])
         aside = set(names) <= set(flow.record.passed_by)
         branch = " It is called on a branch that these batches do not take." if aside else ""
-        by_design = aside and not flow.record.provenance.optimizer
+        chosen = _is_one_of_few(container, groups, flow)  # a router's choice, which steps may change
+        by_design = (aside or chosen) and not flow.record.provenance.optimizer
         issues.append(
             Issue(
                 layer=container,
@@ -129,6 +130,16 @@ def _never_called(flow: Flow) -> list[Issue]:
             )
         )
     return issues
+
+
+def _is_one_of_few(name: str, idle: Iterable[str], flow: Flow) -> bool:
+    """Whether more of a numbered list of parts ran than did not: `experts.1` to `.3` beside `experts.0`."""
+    above, _, number = name.rpartition(".")
+    if not (above and number.isdigit()):
+        return False
+    part = re.compile(rf"{re.escape(above)}\.(\d+)(\.|$)")
+    ran = {found[1] for layer in flow.layers.values() if (found := part.match(layer.module))}
+    return len(ran) > sum(bool(part.match(other)) for other in idle)
 
 
 def _idle_container(name: str, idle: Sequence[str], flow: Flow) -> str:
@@ -228,7 +239,7 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
         why, at = zeros.blocked_by(flow, node)
         if why == "underflow":  # the end of a long decay, which is VANISHING
             continue
-        if why == "loss" and came_knowing(flow.record):  # it is met
+        if why == "loss" and (came_knowing(flow.record) or _is_right_at_zero(flow)):  # it is met
             continue
         if why in ("rectifier", "one alternative", "one feature"):
             severity = IssueSeverity.CRITICAL
@@ -237,6 +248,12 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
             severity = IssueSeverity.HIGH if lasting else IssueSeverity.INFO
         issues.append(_zero_issue(flow, node, wanted, why, at, severity, updates))
     return issues
+
+
+def _is_right_at_zero(flow: Flow) -> bool:
+    """Whether the model gives zeros, and zeros are what is asked for: a table of values before any reward."""
+    known = flow.record.knowledge
+    return known is not None and known.loss == 0 and bool(known.scales) and max(known.scales) == 0
 
 
 _WHY = {

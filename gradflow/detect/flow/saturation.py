@@ -12,7 +12,7 @@ import numpy as np
 from gradflow.detect.actions import gate_actions, saturation_actions
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
-from gradflow.detect.knowledge import came_knowing, has_learned
+from gradflow.detect.knowledge import at_level, came_knowing, has_learned
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import ActivationRecord, Evidence, FlowRecord, Issue, IssueSeverity, IssueType
@@ -83,7 +83,7 @@ def _issue(
         return None
     if activation.kind == "bounded" and not np.isfinite(activation.input_rms).any():
         return None
-    seen = late(activation.saturated_share)
+    seen, record = late(activation.saturated_share), flow.record
     stuck = activation.always_saturated
     if activation.op in _STRAIGHT:  # it passes whole what it passes, in whatever units
         share = severe_share
@@ -98,7 +98,7 @@ def _issue(
     stuck_text = f", {stuck:.0%} of its units for every sample" if stuck >= stuck_share else ""
     trend = f" It was {first:.0%} in the first steps." if seen > first + 0.2 else ""
     calm = _LEARNED if learned else ""
-    if not learned and (came_knowing(flow.record) or has_learned(flow.record)):
+    if not learned and (came_knowing(record) or has_learned(record) or at_level(record)):
         severity, calm = IssueSeverity.LOW, _KNOWS
     feeder = _feeder(flow, activation)
     fed_by = node_name(feeder)
