@@ -37,6 +37,9 @@ from gradflow.functional.tap.asked import Listener
 class Session(Listener):
     """Listens to the measured steps of one run; see NOTE [Measured steps]. This base measures nothing."""
 
+    ends_only: bool = False
+    """Whether it listens in the first step and the last alone, and in none between."""
+
     def differentiate(self, loss: Tensor) -> None:
         """Take gradients of the loss: `gradients(loss, tensors)` keeps the graph for the pass to come."""
 

@@ -64,9 +64,10 @@ def _in_eval(dropout: DropoutRecord) -> Issue:
 def _larger(group: list[DropoutRecord], large: float, times: float, nearly_all: float) -> Iterator[Issue]:
     for dropout in group:
         others = [d.p for d in group if d.name != dropout.name]
-        odd = len(others) >= 2 and dropout.p >= large and dropout.p >= times * max(others)
+        most = max(others, default=0.0)
+        odd = len(others) >= 2 and dropout.p >= large and dropout.p >= times * most
         if odd or nearly_all <= dropout.p < 1.0:
-            told = f", where the same layer of {len(others)} other blocks drops {max(others):.0%} at most"
+            told = f", where the same layer of {len(others)} other blocks drops {most:.0%} at most"
             yield Issue(
                 layer=dropout.name,
                 layer_type=dropout.type,
@@ -76,10 +77,10 @@ def _larger(group: list[DropoutRecord], large: float, times: float, nearly_all: 
                 "what is behind.",
                 magnitude=dropout.p,
                 recommended_actions=(
-                    f"Give {dropout.name} the share of the others, {max(others):g}."
+                    f"Give {dropout.name} the share of the others, {most:g}."
                     if odd
                     else f"Drop less in {dropout.name}: 0.1 is usual in transformers, half at most.",
                     "p is the share that is dropped, not the share that is kept.",
                 ),
-                metrics={"p": dropout.p, "siblings": max(others, default=0.0)},
+                metrics={"p": dropout.p, "siblings": most},
             )

@@ -52,6 +52,8 @@ def chance() -> Chance:
 class ChanceSession(Session):
     """Listens for functions that drop; see `chance`."""
 
+    ends_only = True
+
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._types = {name: type(module).__name__ for name, module in modules.items()}
         self._layers = {

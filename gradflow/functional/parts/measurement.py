@@ -51,6 +51,8 @@ def parts() -> Parts:
 class PartsSession(Session):
     """Listens to blocks and norm layers, and looks at the parameters; see `parts`."""
 
+    ends_only = True
+
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         self._model, self._groups = model, siblings(modules)
         self._types = {name: type(module).__name__ for name, module in modules.items()}

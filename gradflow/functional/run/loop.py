@@ -92,16 +92,21 @@ def _request(run: Run, step: int, batch: Any) -> Request:
         look=look,
         full=plan.detail == "full" and fused,
         ranks=plan.is_end(step),
-        listeners=run.sessions if look and fused else (),
+        listeners=_listeners(run, step) if look and fused else (),
         keep_output=fused and not run.program.given.own_loss and plan.is_last(step),
     )
+
+
+def _listeners(run: Run, step: int) -> tuple[Session, ...]:
+    """Return the sessions that listen to a look."""
+    ends = run.plan.is_end(step)
+    return tuple(session for session in run.sessions if ends or not session.ends_only)
 
 
 def _step(run: Run, request: Request) -> Outcome:
     """Run a step of the plan."""
     outcome = run_step(run.program, request)
-    if request.listeners:
-        _end(run.sessions)
+    _end(session for session in run.sessions if session in request.listeners)
     if request.look:
         run.program.learned.saw_random(request.before.random)
     return outcome
