@@ -23,7 +23,7 @@ def transformer(base: Pipeline | None = None) -> Pipeline:
 
     >>> pipeline = transformer()
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+transformer', 20, 1)
+    ('flow+transformer', 21, 1)
     """
     attentive = (
         collapsed_attention(),
