@@ -16,6 +16,7 @@ from gradflow.detect.flow.saturation import saturation
 from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
+from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
@@ -53,6 +54,7 @@ __all__ = [
     "find_causes",
     "gated",
     "growing_logits",
+    "held_at_zero",
     "idle_branches",
     "leaking_attention",
     "misscaled_deviation",

@@ -12,6 +12,7 @@ from gradflow.detect.flow.saturation import saturation
 from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
+from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
@@ -35,7 +36,7 @@ def default_detectors(
         unstable_cv_threshold: see `unstable`.
 
     >>> len(default_detectors())
-    13
+    14
     """
     return (
         numerical(),
@@ -51,4 +52,5 @@ def default_detectors(
         misscaled_norms(),
         leaking_attention(),
         stray_dropout(),
+        held_at_zero(),
     )

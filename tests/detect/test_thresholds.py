@@ -15,6 +15,7 @@ from gradflow.detect import (
     copied_units,
     dead,
     exploding,
+    held_at_zero,
     leaking_attention,
     misscaled_norms,
     numerical,
@@ -28,7 +29,15 @@ from gradflow.detect import (
 
 PAGE = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text(encoding="utf-8")
 FACTORIES = [bottleneck, dead, exploding, numerical, saturation, unstable, vanishing]
-PARTS = [copied_units, leaking_attention, misscaled_norms, stray_dropout, swallowed_norms, uneven_siblings]
+PARTS = [
+    copied_units,
+    held_at_zero,
+    leaking_attention,
+    misscaled_norms,
+    stray_dropout,
+    swallowed_norms,
+    uneven_siblings,
+]
 
 
 def defaults(factory: Callable[..., Any]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, NormRe
 
 
 def swallowed_norms(
-    times: float = 30.0, *, epsilon: float = 1e-3, severe: float = 1000.0
+    times: float = 30.0, *, epsilon: float = 0.01, severe: float = 1000.0
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of norm layers whose epsilon swallows what enters.
 
@@ -22,8 +22,8 @@ def swallowed_norms(
     there to take away.
 
     Looks alike and is not: inputs that are small beside an ε of usual size, such as those of the first norm
-    layer behind a small embedding, or of exact zeros: at 1e-5, an ε is a guard, and the input is what is
-    small.
+    layer behind a small embedding, or of exact zeros, and those of narrow convolutions with an ε of 1e-3, as
+    MobileNet has: it is a guard, and the input is what is small.
 
     Args:
         times: how many times the variance it must be.

@@ -64,6 +64,9 @@ class ChanceSession(Session):
         self._evaluating = False
         self._recorder: Recorder | None = None
 
+    def listens(self, *, end: bool) -> bool:
+        return end
+
     def begin(self, step: int, recorder: Recorder) -> None:
         """Start a step."""
         self._recorder = recorder

@@ -66,6 +66,9 @@ class PartsSession(Session):
         self._passes: dict[str, bool | None] = {}
         self._forget()
 
+    def listens(self, *, end: bool) -> bool:
+        return end
+
     def _forget(self) -> None:
         self._numbers: dict[tuple[str, str], Tensor] = {}
         self._entering: dict[int, tuple[Tensor, int]] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradflow as gf
-from gradflow.detect import copied_units, misscaled_norms, swallowed_norms, uneven_siblings
+from gradflow.detect import copied_units, held_at_zero, misscaled_norms, swallowed_norms, uneven_siblings
 from gradflow.detect.parts.peers import standing_apart
 from gradflow.records import Issue, IssueSeverity, IssueType
 
@@ -241,3 +241,14 @@ def test_a_bias_that_drowns_the_gain_is_told() -> None:
     (issue,) = issues(apply, misscaled_norms())
     assert (issue.layer, issue.issue_type) == ("blocks.1.norm2", IssueType.BOTTLENECK)
     assert issue.magnitude == pytest.approx(12.0, rel=0.1)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_matrix_that_is_held_at_zero_is_told(trained: bool) -> None:
+    def apply(blocks: nn.ModuleList) -> None:
+        for block in blocks:
+            nn.init.zeros_(block.get_parameter("out.weight")).requires_grad_(trained)
+            nn.init.zeros_(block.get_parameter("out.bias")).requires_grad_(False)
+
+    found = [(i.layer, i.issue_type) for i in issues(apply, held_at_zero())]
+    assert found == ([] if trained else [(f"blocks.{i}.out", IssueType.DEAD) for i in range(5)])

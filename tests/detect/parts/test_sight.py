@@ -91,4 +91,6 @@ def test_dropout_in_eval_mode_and_out_of_line() -> None:
     assert found(*layers(0.1, 0.1, 0.9)) == [("h.2.drop", IssueType.UNSTABLE)]
     assert found(*layers(0.1, 0.2, 0.3)) == []
     assert found(*layers(0.5, 0.5, 0.6)) == []
-    assert found(*layers(0.1, 0.9)) == []
+    assert found(*layers(0.1, 0.8)) == []
+    assert found(*layers(0.9)) == [("h.0.drop", IssueType.UNSTABLE)]
+    assert found(*layers(0.9, 0.9, 1.0)) == [(f"h.{i}.drop", IssueType.UNSTABLE) for i in range(2)]
