@@ -36,6 +36,9 @@ class Case:
         return self.draw()
 
 
+GUESSES = 3  # of which the loss is asked after the last step: shuffled, averaged and silent outputs
+
+
 def squares(output: Tensor) -> Tensor:
     """Return a loss that weighs every output differently, so that no gradient is symmetric."""
     flat = output.flatten(1) if output.dim() > 1 else output

@@ -49,7 +49,7 @@ def analyze(
 
     Pure: the model, its buffers, `.grad`, modes, attributes, the optimizer and every random state are
     afterwards what they were, bit for bit, also when it raises. Each step draws one batch, calls the model
-    once and the loss once, in that order and never ahead; after the last step the loss is asked of two
+    once and the loss once, in that order and never ahead; after the last step the loss is asked of three
     guesses made of its outputs (`FlowRecord.knowledge`). Threads that analyse wait for one another, and no
     other thread may use the model meanwhile. An exception of the model or the loss is raised
     as it is, with a note that tells the step and the batch's shapes.

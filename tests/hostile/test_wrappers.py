@@ -298,7 +298,9 @@ COMPILED: dict[str, Callable[[], Any]] = {
 
 
 # the compiler looks at the gradients of what it is given, and warnings are errors here
-CALM = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+CALM = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning", "ignore:Guards may run slower on Python 3.13.0"
+)
 
 
 @CALM

@@ -24,6 +24,7 @@ from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.tap.taps import tapped
 from tests.functional.snapshots import difference, snapshot
+from tests.models import GUESSES
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
 
@@ -191,7 +192,7 @@ def test_copies_in_the_loss_the_batches_and_the_progress() -> None:
         model, lambda: keep(X), lambda y: keep(square(y)), steps=3, optimizer=optimizer,
         progress=lambda *_: keep(None),
     )  # fmt: skip
-    assert len(clones) == 9
+    assert len(clones) == 9 + GUESSES
     for clone, weight in clones:
         assert torch.equal(clone[0].weight, weight)
         torch.testing.assert_close(

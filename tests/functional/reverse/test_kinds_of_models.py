@@ -105,6 +105,7 @@ def test_autocast_inside_a_model_is_measured() -> None:
             np.testing.assert_allclose(parameter.grad_norm, naive.parameter_norm(parameter.name), rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_a_compiled_model_is_run_as_it_was_written_and_stays_compiled() -> None:
     compiled: list[int] = []
 

@@ -250,10 +250,10 @@ def test_more_calls_than_were_foreseen(transform: Any) -> None:
 def test_a_step_that_never_settles_ends_with_an_error() -> None:
     model = nn.Linear(4, 2)
 
-    def evaluate(batch: Any, step: int) -> Tensor:
+    def forward(batch: Any, step: int) -> Tensor:
         raise NeedsRetry("again")
 
-    given = Given(model, None, evaluate, lambda batch: {})
+    given = Given(model, None, forward, mean_square, lambda batch: {})
     program = Program(given, WorkingState.of(given), TappedModel.of(model))
     with pytest.raises(RuntimeError, match="could not settle on the probes of this model"):
         run_step(program, Request(batch=X, step=0, before=Before.of(program)))

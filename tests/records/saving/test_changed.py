@@ -16,6 +16,7 @@ from tests.records.saving.samples import Share, full_record
 
 TEXT = full_record().to_json()
 KEYS = ["$array", "$pairs", "$record", "$text", "$complex", "fields", "shape", "values", "name"]
+NUMBERS = ("nan", "inf", "-inf")
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.floats()
     | st.sampled_from(["nan", "inf", "", "DEAD", "$text", "int8", "text", "Share"]),
@@ -73,7 +74,8 @@ def says(data: Any) -> Any:
         return data
     if data.keys() == {"$pairs"}:
         pairs = says(data["$pairs"])
-        if all(isinstance(key, str) and not key.startswith("$") for key, _ in pairs):
+        # "inf" stands for the number, whose name as a text is {"$text": "inf"}
+        if all(isinstance(k, str) and not k.startswith("$") and k not in NUMBERS for k, _ in pairs):
             return dict(pairs)
         return {"$pairs": pairs}
     if data.keys() == {"$record", "fields"} and registered.registered(data["$record"]) is None:
@@ -145,3 +147,10 @@ def test_plain_data_and_records_in_extras_always_come_back(found: Any) -> None:
     again = FlowRecord.from_json(record.to_json())
     assert again == record
     assert repr(again.extras) == repr(record.extras)
+
+
+def test_the_key_of_a_pair_may_be_a_number_that_json_has_not() -> None:
+    data = json.loads(TEXT)
+    data["extras"]["mark"] = {"$pairs": [["-inf", "$mark"]]}
+    check(json.dumps(data))
+    assert FlowRecord.from_json(json.dumps(data)).extras["mark"] == {float("-inf"): "$mark"}
