@@ -65,6 +65,7 @@ class ChanceSession(Session):
         self._recorder: Recorder | None = None
 
     def listens(self, *, end: bool) -> bool:
+        """In the first step and the last alone."""
         return end
 
     def begin(self, step: int, recorder: Recorder) -> None:

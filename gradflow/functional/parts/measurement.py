@@ -67,6 +67,7 @@ class PartsSession(Session):
         self._forget()
 
     def listens(self, *, end: bool) -> bool:
+        """In the first step and the last alone."""
         return end
 
     def _forget(self) -> None:

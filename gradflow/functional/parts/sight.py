@@ -72,6 +72,7 @@ class SightSession(Session):
         self._forget()
 
     def listens(self, *, end: bool) -> bool:
+        """In the first step and the last alone."""
         return end
 
     def _forget(self) -> None:
