@@ -85,4 +85,29 @@ ROUNDS = (
             "contact2a-control-long_horizon": "A rectifier beside a waist was taken for one on it.",
         },
     ),
+    Round(
+        name="contact3",
+        date="2026-11-29",
+        sick=20,
+        healthy=10,
+        found=13,
+        cause=13,
+        alarms_healthy=0,
+        alarms_repaired=2,
+        missed={
+            "contact3a-retrieval-splade_regularizer": "A last rectifier was taken for a hinge.",
+            "contact3a-speech-linear_durations": "A head's scale was judged when steps had made it large.",
+            "contact3a-protein-equivariant_moves": "Told as UNSTABLE, which it is too; growth along moved "
+            "coordinates had to rise at every block.",
+            "contact3b-field-pixels": "Told as EXPLODING; the rise of the gradient comes later in the run.",
+            "contact3b-lstm-mape": "Errors divided by 1e-8: to a verdict that must not change with the scale "
+            "of the loss, a loss like others.",
+            "contact3b-mtl-zero-hinge": "Twenty steps end before it begins.",
+            "contact3b-triplet-hardest": "One output, of which a loss compares the rows, was not looked at.",
+        },
+        alarmed={
+            "contact3b-lsq-pruned": "A batch norm over pruned filters, which learns all the same.",
+            "contact3b-focal-root": "Bytes into a sigmoid at its ends; the label takes it for repaired.",
+        },
+    ),
 )

@@ -47,7 +47,7 @@ def _issue(parameter: ParameterRecord, kind: str) -> Issue:
         "effect, nothing comes back through it, and no step will change that.",
         magnitude=0.0,
         recommended_actions=(
-            f"Train it, {parameter.name}.requires_grad_(True), or load or draw its values before freezing it.",
+            f"Train it, {parameter.name}.requires_grad_(True), or give it values before freezing it.",
             "If it is to do nothing, leave it out.",
         ),
         metrics={"parameter": parameter.name},
