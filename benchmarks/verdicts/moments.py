@@ -35,6 +35,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import torch
@@ -287,6 +288,12 @@ def print_late(looks: Sequence[Look]) -> None:
         )
 
 
+def row_of(look: Look) -> dict[str, Any]:
+    """Return a look as plain data, with what is made of it."""
+    told = {name: getattr(look, name) for name in ("alarm", "found", "layer_right", "cause_right")}
+    return {**asdict(look), "healthy": look.case.healthy, **told}
+
+
 def main() -> int:
     """Look at the chosen trainings, and print what was said and how much of it is right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -306,7 +313,7 @@ def main() -> int:
     looking = sum(look.seconds for look in looks)
     print(f"{len(looks)} looks, {looking:.0f} s of looking, {time.perf_counter() - start:.0f} s in all")
     if args.json:
-        args.json.write_text(json.dumps([asdict(look) for look in looks], indent=1), encoding="utf-8")
+        args.json.write_text(json.dumps([row_of(look) for look in looks], indent=1), encoding="utf-8")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rounds import ROUNDS
@@ -39,6 +40,13 @@ committed before gradflow was run on them. They stay as they are; the cases have
 what was missed has been mended where its kind was understood.
 """
 
+_LOOKS = """
+`benchmarks/verdicts/moments.py` trains {healthy} healthy models of as many kinds to their end and beyond, and
+looks at each when it is new, after 5 and 30 percent, at its end, and after as many steps again; with its own
+optimizer and without; and {late} that go bad late. Whether each has learned, or is ill, is told by a figure
+of its own, taken with plain PyTorch. *Alarm*: any verdict of MEDIUM or above on a healthy one.
+"""
+
 _RIVALS = """
 Every tool gets the same models, batches, losses and optimizers, and the same {steps} steps of training. The
 rule of thumb is a hook on every parameter that calls a gradient norm below 1e-6 vanishing, above 10
@@ -47,15 +55,26 @@ counts for every type that it comes near.
 """
 
 
-def page(
-    rows: Sequence[Row],
-    tools: Sequence[str],
-    missing: Mapping[str, str],
-    reasons: Mapping[str, str],
-    steps: int,
-    labelled: Sequence[Mapping[str, Any]],
-) -> str:
+@dataclass(frozen=True)
+class Others:
+    """What the page tells beside the rows of the zoo.
+
+    Args:
+        reasons: why something goes wrong, by the id of the case.
+        steps: how many steps of training each tool looked at.
+        labelled: rows of a run on other labelled cases.
+        looks: rows of a run of `moments.py`.
+    """
+
+    reasons: Mapping[str, str]
+    steps: int
+    labelled: Sequence[Mapping[str, Any]] = ()
+    looks: Sequence[Mapping[str, Any]] = ()
+
+
+def page(rows: Sequence[Row], tools: Sequence[str], missing: Mapping[str, str], others: Others) -> str:
     """Return the page as Markdown."""
+    reasons, labelled = others.reasons, others.labelled
     usual = [r for r in rows if r.usual]
     cases = {r.case.id: r.case for r in rows}.values()
     parts = [
@@ -66,7 +85,9 @@ def page(
         )
     ]
     parts += ["## First contact", _FIRST, _rounds()]
-    parts += ["## In all", _in_all(usual, tools), _RIVALS.format(steps=steps)]
+    if others.looks:
+        parts += ["## Whole trainings", _moments(others.looks)]
+    parts += ["## In all", _in_all(usual, tools), _RIVALS.format(steps=others.steps)]
     parts += [f"Not asked: {why}." for why in missing.values()]
     parts += ["## By type", _by_type(usual, tools), "## By family", _by_family(usual)]
     if len(usual) < len(rows):
@@ -100,6 +121,36 @@ def _rounds() -> str:
         for id, why in some.items()
     ]
     return _table(head, figures) + "\n\n" + _table(["case", "", "reason, then"], bad)
+
+
+def _moments(looks: Sequence[Mapping[str, Any]]) -> str:
+    """Return the alarms of healthy trainings by moment, and what is found of those that go bad."""
+    valid = [look for look in looks if look["valid"]]
+    well, ill = ([look for look in valid if look["healthy"] is state] for state in (True, False))
+    late = [look for look in ill if look["moment"] == "late"]
+    intro = _LOOKS.format(healthy=len({look["id"] for look in well}), late=len({k["id"] for k in ill}))
+
+    def part(some: Sequence[Mapping[str, Any]], what: str) -> str:
+        number = sum(bool(look[what]) for look in some)
+        return f"{number}/{len(some)} ({100 * number / max(len(some), 1):.1f} %)"
+
+    lines = []
+    for moment in (*dict.fromkeys(look["moment"] for look in well), "all"):
+        some = [look for look in well if moment in (look["moment"], "all")]
+        kinds = [[look for look in some if look["optimizer"] is state] for state in (True, False)]
+        lines.append([moment, *(part(kind, "alarm") for kind in kinds), part(some, "alarm")])
+    alarms = _table(["moment", "alarms with optimizer", "without", "both"], lines)
+    found = [
+        ["with optimizer" if state else "without"]
+        + [
+            part([k for k in late if k["optimizer"] is state], w)
+            for w in ("found", "layer_right", "cause_right")
+        ]
+        for state in (True, False)
+    ]
+    return "\n\n".join(
+        [intro.strip(), alarms, _table(["go bad late", "found", "layer right", "cause right"], found)]
+    )
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -1,7 +1,8 @@
 """Scores verdicts on the zoo: gradflow's, and side by side what one would use instead.
 
     python benchmarks/verdicts/score.py [--only PART] [--family NAME] [--tools NAME ...] [--widths]
-        [--steps 20] [--jobs 1] [--verbose] [--labelled FILE] [--write [FILE]]
+        [--steps 20] [--jobs 1] [--verbose] [--labelled FILE] [--moments FILE]
+        [--write [FILE]]
 
   found         a sick case for which every expected (type, layer) pair is among the tool's serious verdicts,
                 for gradflow: those of severity MEDIUM and above
@@ -11,7 +12,8 @@
 
 `--widths` runs gradflow at every width and in every dtype of each case too. `--write` writes the page
 `docs/verdicts.md`; with `--labelled` it also tells of a run on other labelled cases, from the JSON file that
-their own scorer wrote (rows with the keys id, build, found, cause, spurious, alarm, issues).
+their own scorer wrote (rows with the keys id, build, found, cause, spurious, alarm, issues); with `--moments`
+of a run of `moments.py --json`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from page import page
+from page import Others, page
 from tools import TOOLS, Answer, Finding, seeded_answer, why_not
 from zoo import CASES, FLOAT32, TYPES, Case
 
@@ -210,6 +212,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--verbose", action="store_true", help="a line for every build and tool")
     parser.add_argument("--labelled", type=Path, help="JSON of a run on other labelled cases")
+    parser.add_argument("--moments", type=Path, help="JSON of a run of moments.py")
     parser.add_argument("--write", nargs="?", type=Path, const=ROOT / "docs" / "verdicts.md")
     args = parser.parse_args()
     missing = {tool: why for tool in args.tools if (why := why_not(tool))}
@@ -220,7 +223,9 @@ def main() -> int:
         print(f"left out: {why}")
     if args.write:
         labelled = json.loads(args.labelled.read_text()) if args.labelled else []
-        args.write.write_text(page(rows, tools, missing, REASONS, args.steps, labelled), encoding="utf-8")
+        looks = json.loads(args.moments.read_text()) if args.moments else []
+        text = page(rows, tools, missing, Others(REASONS, args.steps, labelled, looks))
+        args.write.write_text(text, encoding="utf-8")
         print(f"wrote {args.write}")
     return 0
 

@@ -1,0 +1,154 @@
+"""Verdicts on outputs as a whole: too large, all zero, of the right level; and experts that nothing picks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradflow as gf
+from gradflow.records import IssueType
+
+SERIOUS = {"CRITICAL", "HIGH", "MEDIUM"}
+
+
+def told(model: nn.Module, batches: object, loss: object, rate: float = 1e-3) -> list[tuple[IssueType, str]]:
+    """Return the serious verdicts under Adam, or under no optimizer where the rate is zero."""
+    optimizer = torch.optim.Adam(model.parameters(), rate) if rate else None
+    report = gf.diagnose(model, batches, loss, optimizer=optimizer, seed=0)  # type: ignore[arg-type]
+    return [(i.issue_type, i.layer) for i in report.issues if i.severity.value in SERIOUS]  # type: ignore[misc]
+
+
+class Generated(nn.Module):
+    """A net of two layers, whose weights another layer gives for each sample."""
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 8 * 32), nn.Linear(4, 32 * 2)
+        for layer in (self.first, self.last):
+            nn.init.normal_(layer.weight, std=std)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h = torch.bmm(x[:, None], self.first(c).view(-1, 8, 32)).relu()
+        return torch.bmm(h, self.last(c).view(-1, 32, 2))[:, 0]
+
+
+@pytest.mark.parametrize(("std", "sick"), [(1.0, True), (0.08, False)])
+def test_generated_weights_of_the_wrong_scale(std: float, sick: bool) -> None:
+    torch.manual_seed(0)
+
+    def batch() -> tuple[tuple[Tensor, Tensor], Tensor]:
+        x, c = torch.randn(64, 8), torch.randn(64, 4)
+        return (x, c), (x[:, :2] * c[:, :2]).tanh()
+
+    found = told(Generated(std), batch, nn.MSELoss())
+    assert ((IssueType.EXPLODING, "last") in found) is sick
+    assert sick or not found
+
+
+@pytest.mark.parametrize(("bias", "sick"), [(-6.0, True), (0.5, False)])
+@pytest.mark.parametrize("activation", [nn.ReLU(), F.relu], ids=["module", "function"])
+def test_outputs_that_are_zero_for_all(bias: float, sick: bool, activation: object) -> None:
+    torch.manual_seed(1)
+
+    class Positive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.out, self.act = nn.Linear(6, 32), nn.Linear(32, 3), activation
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.out(self.body(x).tanh()))  # type: ignore[operator]
+
+    model = Positive()
+    nn.init.constant_(model.out.bias, bias)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        x = torch.randn(64, 6)
+        return x, x[:, :3].abs()
+
+    found = told(model, batch, nn.MSELoss(), 1e-2)
+    assert any(kind is IssueType.DEAD and layer in ("out", "act") for kind, layer in found) is sick
+    assert sick or not found
+
+
+def test_a_factor_that_starts_at_zero_is_a_start() -> None:
+    torch.manual_seed(2)
+
+    class Factors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Embedding(20, 8), nn.Embedding(20, 8)
+            nn.init.zeros_(self.right.weight)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return (self.left(a) * self.right(b)).sum(-1)
+
+    def batch() -> tuple[tuple[Tensor, Tensor], Tensor]:
+        a, b = torch.randint(20, (128,)), torch.randint(20, (128,))
+        return (a, b), ((a + b) % 2).float()
+
+    for rate in (0.0, 1e-2):
+        assert told(Factors(), batch, nn.BCEWithLogitsLoss(), rate) == []
+
+
+@pytest.mark.parametrize(
+    ("idle", "optimizer", "sick"), [(1, False, False), (1, True, True), (3, False, True)]
+)
+def test_experts_that_nothing_picks(idle: int, optimizer: bool, sick: bool) -> None:
+    """One of four may be picked after some steps; three of four, or one that no step picks, are not."""
+    torch.manual_seed(3)
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(6, 3) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([expert(x) for expert in self.experts[idle:]]).mean(0)  # type: ignore[misc]
+
+    def batch() -> tuple[Tensor, Tensor]:
+        x = torch.randn(64, 6)
+        return x, (x[:, 0] > 0).long()
+
+    found = told(Experts(), batch, nn.CrossEntropyLoss(), 1e-2 if optimizer else 0.0)
+    assert any(kind is IssueType.DEAD for kind, _ in found) is sick
+
+
+def test_an_embedding_of_which_a_loss_compares_the_rows() -> None:
+    """Triplets by the hardest alone, once the net has given in: all rows alike, the loss at its margin."""
+    torch.manual_seed(4)
+    kinds = torch.arange(32) % 4
+
+    def loss(z: Tensor) -> Tensor:
+        apart = torch.cdist(z, z)
+        same = kinds[:, None] == kinds[None]
+        positive = apart.masked_fill(~same, 0.0).amax(1)
+        negative = apart.masked_fill(same, 1e9).amin(1)
+        return F.relu(positive - negative + 0.3).mean()
+
+    def batch() -> Tensor:
+        return torch.randn(4, 10)[kinds] + 2.0 * torch.randn(32, 10)
+
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 8))
+    assert told(model, batch, loss) == []
+    with torch.no_grad():
+        model[2].weight.mul_(1e-3)  # type: ignore[operator]
+        model[2].bias.add_(1.0)  # type: ignore[operator]
+    assert (IssueType.BOTTLENECK, "2") in told(model, batch, loss, 1e-4)
+
+
+def test_values_at_their_level_need_no_more() -> None:
+    """A value head whose targets hardly vary: its tanh may be at its ends, and hardly any gradient comes."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 1))
+    with torch.no_grad():
+        model[0].weight.mul_(40.0)  # type: ignore[operator]
+        model[2].bias.fill_(60.0)  # type: ignore[operator]
+
+    def batch() -> tuple[Tensor, Tensor]:
+        return torch.randn(64, 4), 60.0 + torch.randn(64, 1)
+
+    assert told(model, batch, nn.MSELoss(), 0.0) == []
+    far = [(x, y - 60.0) for x, y in (batch() for _ in range(5))]
+    assert (IssueType.SATURATION, "1") in told(model, far, nn.MSELoss(), 0.0)
