@@ -1,16 +1,15 @@
-"""A small GPT on English text whose scores are multiplied by √d, not divided, and its repair.
+"""A small GPT on sums in English whose scores are multiplied by √d, not divided, and its repair.
 
     python examples/collapsed_attention.py
     gradflow diagnose examples/collapsed_attention.py
 
-The text is Python's own help, character by character.
+The text, read character by character, is all sums of two numbers below a hundred, spelt out, in any order.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -23,9 +22,27 @@ from gradflow.pipelines import transformer
 LENGTH, WIDTH, HEADS, BLOCKS, BATCH = 64, 128, 2, 2, 16
 
 
+ONES = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def spelt(number: int) -> str:
+    """Return the name of a number below two hundred."""
+    if number >= 100:
+        return "one hundred" + (f" and {spelt(number - 100)}" if number > 100 else "")
+    if number < 20:
+        return ONES[number]
+    return TENS[number // 10 - 2] + (f"-{ONES[number % 10]}" if number % 10 else "")
+
+
 def text() -> tuple[Tensor, int]:
     """Return the text as numbers, and how many different characters it has."""
-    characters = "\n".join(topics[name] for name in sorted(topics))
+    order = torch.randperm(100 * 100, generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = (divmod(number, 100) for number in order)
+    characters = "\n".join(f"{spelt(a)} plus {spelt(b)} is {spelt(a + b)}." for a, b in pairs)
     alphabet = {character: i for i, character in enumerate(sorted(set(characters)))}
     return torch.tensor([alphabet[character] for character in characters]), len(alphabet)
 
