@@ -47,7 +47,7 @@ def _issue(parameter: ParameterRecord, kind: str) -> Issue:
         "effect, nothing comes back through it, and no step will change that.",
         magnitude=0.0,
         recommended_actions=(
-            f"Train it, {parameter.name}.requires_grad_(True), or load or draw its values before it is frozen.",
+            f"Train it, {parameter.name}.requires_grad_(True), or give it values before it is frozen.",
             "If it is to do nothing, leave it out.",
         ),
         metrics={"parameter": parameter.name},
