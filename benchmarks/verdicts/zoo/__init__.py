@@ -7,10 +7,10 @@ from .registry import BFLOAT16, CASES, DTYPES, FLOAT32, TYPES, Case, Setup, call
 _FAMILIES = """
     mlp mlp_training mlp_healthy cnn cnn_healthy rnn transformer transformer_healthy gan vae graph moe rl
     finetune metric detection diffusion
-    contact4a_1 contact4a_2
     contact1a_1 contact1a_2 contact1a_3 contact1b_1 contact1b_2 contact1b_3
     contact2a_1 contact2a_2 contact2a_3 contact2b_1 contact2b_2 contact2b_3
     contact3a_1 contact3a_2 contact3a_3 contact3b_1 contact3b_2
+    contact4a_1 contact4a_2
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
