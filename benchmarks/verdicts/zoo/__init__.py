@@ -8,6 +8,7 @@ _FAMILIES = """
     mlp mlp_training mlp_healthy cnn cnn_healthy rnn transformer transformer_healthy gan vae graph moe rl
     finetune metric detection diffusion
     contact1a_1 contact1a_2 contact1a_3 contact1b_1 contact1b_2 contact1b_3
+    contact4b_1 contact4b_2
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
