@@ -110,4 +110,25 @@ ROUNDS = (
             "contact3b-focal-root": "Bytes into a sigmoid at its ends; the label takes it for repaired.",
         },
     ),
+    Round(
+        name="contact4",
+        date="2026-11-29",
+        sick=12,
+        healthy=8,
+        found=6,
+        cause=6,
+        alarms_healthy=1,
+        alarms_repaired=0,
+        missed={
+            "contact4a-lm-unscaled_head": "Told as EXPLODING, at that layer.",
+            "contact4a-segmentation-dice_threshold": "Refused: the loss carries no gradient.",
+            "contact4a-contrastive-no_spread_term": "A collapse to a seventh of the signal, not to a tenth.",
+            "contact4b-vq-normal_codebook": "Codes that are buffers and not parameters are not looked at.",
+            "contact4b-tabular-negative_scale": "A loss that falls without end looks like a learned one.",
+            "contact4b-meta-inner_loop_by_data": "Refused: the model copies its layers, and none is called.",
+        },
+        alarmed={
+            "contact4b-rnn-late_evidence": "A memory that fades, where nothing early is asked for.",
+        },
+    ),
 )

@@ -293,10 +293,11 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
     known = flow.record.knowledge
     if known is None or not known.averaged <= known.loss + 1e-3 * abs(known.loss):
         return []
-    same = [v for s, v in zip(known.shapes, known.variations, strict=True) if known.shapes.count(s) >= 2]
+    rows = [(s, v) for s, v in zip(known.shapes, known.variations, strict=True) if len(s) > 1 and s[-1] > 1]
+    same = [v for s, v in rows if sum(s == other for other, _ in rows) >= 2]
     if len(known.shapes) == 1 and _compares_samples(known):
         same = [*known.variations] * 2
-    elif guesses(flow.record) and math.isclose(known.loss, known.averaged, rel_tol=1e-2):
+    elif guesses(flow.record) and _agree(known):
         alike *= 2  # what differs between samples is of no use to the loss
     if len(same) < 2 or not max(same) < alike:
         return []
@@ -330,6 +331,12 @@ def _compares_samples(known: KnowledgeRecord) -> bool:
     return math.isclose(known.averaged, known.silent, rel_tol=1e-5) and math.isclose(
         known.loss, known.averaged, rel_tol=1e-2
     )
+
+
+def _agree(known: KnowledgeRecord) -> bool:
+    """Whether the outputs are as good as a constant, or differ by little of their size from one another."""
+    near = 0 <= known.loss <= 0.05 * min(known.scales) ** 2
+    return near or math.isclose(known.loss, known.averaged, rel_tol=1e-2)
 
 
 def _first_alike(flow: Flow, alike: float) -> tuple[str, float] | None:
