@@ -17,7 +17,7 @@ _INTRO = """# Verdicts
 How often gradflow is right, on the project's own zoo of labelled models: {sick} sick ones, each with its
 repair, and {healthy} healthy ones that look suspicious. `benchmarks/verdicts/check_labels.py` checks every
 label with plain PyTorch: that the claimed mechanism is there in the sick build and gone in the repaired one,
-and that every repaired and healthy model trains. All figures on this page are from one run of
+and that every repaired and healthy model trains. The figures of the zoo are from one run of
 
 ```
 python benchmarks/verdicts/score.py{options} --write

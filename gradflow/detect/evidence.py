@@ -282,7 +282,7 @@ def largest_gradient(flow: Flow) -> Floats:
     return np.max(norms, axis=0) if norms else np.zeros(flow.record.steps)
 
 
-def heads(flow: Flow) -> list[str]:
+def last_layers(flow: Flow) -> list[str]:
     """Return the last layer call with parameters on each way to the loss, in order of execution."""
     found: dict[str, None] = {}
     todo, seen = list(flow.wiring.preds.get(flow.wiring.loss, ())), set[str]()
@@ -291,12 +291,16 @@ def heads(flow: Flow) -> list[str]:
         if node in seen:
             continue
         seen.add(node)
-        owns = node in flow.layers and not flow.layers[node].composite and flow.parameters_of(node)
-        if owns and np.any(flow.grad[node] > 0):
+        if node in flow.layers and not flow.layers[node].composite and flow.parameters_of(node):
             found[node] = None
-        elif not owns:
+        else:
             todo.extend(flow.wiring.preds.get(node, ()))
     return sorted(found, key=lambda node: flow.layers[node].order)
+
+
+def heads(flow: Flow) -> list[str]:
+    """Return those of the last layer calls that a gradient reaches."""
+    return [node for node in last_layers(flow) if np.any(flow.grad[node] > 0)]
 
 
 def total_gradient(record: FlowRecord) -> Floats:

@@ -14,6 +14,7 @@ from gradflow.detect.actions import Actions
 from gradflow.detect.evidence import (
     early,
     heads,
+    last_layers,
     late,
     loss_fell,
     row_gain,
@@ -231,7 +232,7 @@ def silenced(flow: Flow) -> list[Issue]:
     if not flow.record.provenance.optimizer:  # a start from zero ends with the first step
         return []
     found = []
-    for module, node in {flow.layers[n].module: n for n in reversed(_last_layers(flow))}.items():
+    for module, node in {flow.layers[n].module: n for n in reversed(last_layers(flow))}.items():
         layer = flow.layers[node]
         wanted = [p for p in flow.trainable(node) if p.reached.any()]
         if not wanted or late(layer.output_rms) == 0:
@@ -260,22 +261,6 @@ def silenced(flow: Flow) -> list[Issue]:
             )
         )
     return found
-
-
-def _last_layers(flow: Flow) -> list[str]:
-    """The last layer call with parameters on each way to the loss, whether or not a gradient comes back."""
-    found: dict[str, None] = {}
-    todo, seen = list(flow.wiring.preds.get(flow.wiring.loss, ())), set[str]()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in flow.layers and not flow.layers[node].composite and flow.parameters_of(node):
-            found[node] = None
-        else:
-            todo.extend(flow.wiring.preds.get(node, ()))
-    return sorted(found, key=lambda node: flow.layers[node].order)
 
 
 def collapsed(flow: Flow, alike: float) -> list[Issue]:
