@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Why gradflow misses what it misses, and alarms where it does. A figure belongs nowhere in here.
 REASONS: dict[str, str] = {
     **{id: why for one in ROUNDS for id, why in (*one.missed.items(), *one.alarmed.items())},
-    "contact2b-hyperbolic-boundary": "What makes the gradient vanish is told first: the ball's tanh at its ends.",
+    "contact2b-hyperbolic-boundary": "What makes the gradient vanish is told first, a tanh at its ends.",
     "transformer-attention-only": "The positions *of one sample* become alike, and samples still differ; how "
     "much rows differ is taken over samples and positions together.",
     "mlp-rectified-output": "One sample of the run still fires, so the gradient is not zero in every step.",
