@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from gradflow.functional.torch_private import BatchNorm, InstanceNorm
+
 _NAMES = ("eps", "epsilon", "variance_epsilon")
-_BATCH = nn.modules.batchnorm._BatchNorm
 
 
 def epsilon_of(module: nn.Module) -> float | None:
@@ -23,11 +24,11 @@ def variance(module: nn.Module, x: Tensor) -> Tensor:
     norms.
     """
     x = x.float()
-    if isinstance(module, _BATCH) and x.dim() > 1:
+    if isinstance(module, BatchNorm) and x.dim() > 1:
         rows = x.transpose(0, 1).flatten(1)
     elif isinstance(module, nn.GroupNorm) and x.dim() > 1:
         rows = x.reshape(x.shape[0] * module.num_groups, -1)
-    elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and x.dim() > 2:
+    elif isinstance(module, InstanceNorm) and x.dim() > 2:
         rows = x.flatten(0, 1).flatten(1)
     else:
         axes = len(getattr(module, "normalized_shape", ())) or 1

@@ -91,7 +91,7 @@ class Texts:
 
 def _is_mask(tensor: Tensor) -> bool:
     """Whether a tensor may tell padding from words: (samples, positions) of zeros and ones, of both."""
-    if tensor.dim() != 2 or tensor.is_complex() or tensor.numel() == 0:
+    if tensor.layout is not torch.strided or tensor.dim() != 2 or tensor.is_complex() or not tensor.numel():
         return False
     return bool(((tensor == 0) | (tensor == 1)).all()) and bool((tensor == 0).any() and (tensor == 1).any())
 

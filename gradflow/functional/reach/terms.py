@@ -89,6 +89,6 @@ def _search(value: Any, name: str, found: dict[int, str], depth: int) -> None:
     elif isinstance(value, dict) and depth:
         for key, entry in list(value.items())[:1000]:
             _search(entry, f"{name}[{key!r}]", found, depth - 1)
-    elif not isinstance(value, (str, bytes, int, float)) and value is not None:
+    elif not isinstance(value, (str, bytes, int, float, list, tuple, dict)) and value is not None:
         for i, tensor in enumerate(iter_tensors(value)):
             found.setdefault(id(tensor), f"{name}[{i}]")
