@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import iter_tensors
@@ -137,7 +138,7 @@ class Origins(Listener):
         shape_only = name.endswith("_like") or name.startswith("new_")
         pasts = [] if shape_only else [self.past(t) for t in inputs]
         origin = max((past.origin for past in pasts), default=Origin.CONSTANT)
-        scores = next((t for t in inputs if t.is_floating_point() and t.numel()), None)
+        scores = next((t for t in inputs if t.is_floating_point() and _is_plain(t) and t.numel()), None)
         lowest = scores.min() if "softmax" in name and scores is not None else None
         start = sequence_number()
 
@@ -158,11 +159,10 @@ class Origins(Listener):
         source = next((t for t in still if _shares(out, t)), None)
         if source is not None:  # a view of it, or itself
             known = self.past(source)
-            self._mark(out, Past(max(known.origin, origin), known.maker or name, out.any(), known.parents))
+            self._mark(out, Past(max(known.origin, origin), known.maker or name, _live(out), known.parents))
             return
         made = Origin.DATA if origin is Origin.BATCH else origin
-        live = out.any() if out.numel() else None
-        self._mark(out, Past(made, name, live, pasts))
+        self._mark(out, Past(made, name, _live(out), pasts))
 
     def of(self, node: Node) -> Function | None:
         """Return the innermost function call that made a node of autograd's."""
@@ -182,3 +182,13 @@ def _shares(a: Tensor, b: Tensor) -> bool:
         return a is b or (address(a) == address(b) and a.numel() > 0)
     except (RuntimeError, NotImplementedError):  # of a kind that has no memory of its own
         return False
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's elements can be looked at: none that is sparse, nested or quantised."""
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+
+
+def _live(tensor: Tensor) -> Tensor | None:
+    """Whether any element is not zero, as a tensor; None where that cannot be asked."""
+    return tensor.any() if _is_plain(tensor) and tensor.numel() else None
