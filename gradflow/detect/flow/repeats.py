@@ -35,7 +35,7 @@ def growing_repeats(flow: Flow, least: float) -> list[Issue]:
             continue
         entering = [float(call.input_rms[0]) if len(call.input_rms) else 0.0 for call in calls]
         returning = [float(call.grad_norm[0]) if len(call.grad_norm) else 0.0 for call in calls][::-1]
-        if _grows(entering, least) and _grows(returning, least):
+        if _grows(entering, least) and _grows(returning, least) and _is_steady(entering, least):
             found.append((returning[-1] / returning[0], entering[-1] / entering[0], calls))
     if not found:
         return []
@@ -95,6 +95,15 @@ def _grows(values: Sequence[float], least: float) -> bool:
     return values[0] > 0 and values[-1] >= least * values[0] and all(
         b >= _EACH * a for a, b in itertools.pairwise(values)
     )  # fmt: skip
+
+
+def _is_steady(values: Sequence[float], least: float) -> bool:
+    """Whether they grow at more than one place: without the largest rise, by the root of what is asked still.
+
+    The first block of several may be another one by what it is fed, and the rest alike.
+    """
+    rises = sorted(b / a for a, b in itertools.pairwise(values))
+    return math.prod(rises[:-1]) >= math.sqrt(least)
 
 
 def _repeated(flow: Flow) -> Iterator[list[LayerRecord]]:
