@@ -14,32 +14,14 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from zoo import call
+from zoo.data import Sample, choice, normal, seeded, uniform
+from zoo.data import frozen as frozen
+from zoo.data import token_loss as token_loss
 
 from .registry import Hook, Training
 
-Sample = Callable[[Generator], tuple[Any, Any]]
 Figure = Callable[[nn.Module], float]
 Loss = Callable[[Any, Any], Tensor]
-
-
-def seeded(seed: int) -> Generator:
-    """Return a generator of its own."""
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(g: Generator, *shape: int) -> Tensor:
-    """Return standard normal numbers."""
-    return torch.randn(*shape, generator=g)
-
-
-def uniform(g: Generator, *shape: int) -> Tensor:
-    """Return numbers between 0 and 1."""
-    return torch.rand(*shape, generator=g)
-
-
-def choice(g: Generator, number: int, *shape: int) -> Tensor:
-    """Return integers below a number."""
-    return torch.randint(0, number, shape, generator=g)
 
 
 def training(
@@ -147,20 +129,10 @@ def parameters(*modules: nn.Module) -> list[nn.Parameter]:
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 
 
-def frozen(module: nn.Module) -> nn.Module:
-    """Return the module with nothing in it to train."""
-    return module.requires_grad_(False)
-
-
 def fitted(model: nn.Module, sample: Sample, loss: Loss, steps: int, rate: float = 3e-3) -> nn.Module:
     """Return the model after a training of its own with Adam: what fine-tuning starts from."""
     training(model, sample, loss, rate, lambda _: 0.0).carry_on(steps)
     return model
-
-
-def token_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Return the mean cross entropy over all tokens."""
-    return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 
 # --------------------------------------------------------------------------------------- real data
