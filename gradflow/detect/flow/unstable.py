@@ -124,7 +124,8 @@ def _jumps(
     if found.variation < cv_threshold or found.ratio < needed:
         return []
     severity = IssueSeverity.HIGH if found.ratio >= 10 * jump else IssueSeverity.MEDIUM
-    if calm(record):
+    settled = calm(record)
+    if settled:
         severity = IssueSeverity.LOW
     node = _layer_of_jump(flow, found.step)
     layer = flow.layers[node] if node else None
@@ -140,7 +141,7 @@ def _jumps(
             f"over the run, the rises above it have a coefficient of variation of {found.variation:.2g}. "
             + ("The steps of the optimizer bring it about or fail to damp it." if stepped else
                "The parameters were held fixed, so it is the batches that differ.")
-            + (" No loss of the run comes near that of a model which knows nothing." if calm(record) else ""),
+            + (" No loss of the run comes near that of a model which knows nothing." if settled else ""),
             magnitude=found.ratio,
             recommended_actions=unstable_actions(flow, node, found.ratio),
             metrics={

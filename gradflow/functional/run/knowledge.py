@@ -53,11 +53,14 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         return flat.mean(0, keepdim=True).expand_as(flat)
 
     def loss_of(change: Callable[[Tensor], Tensor]) -> float:
-        with Before.of(program).again(program):
-            guess = map_floats(lambda _, tensor: rows.changed(tensor, change), private_copy(_own, output))
+        with before.again(program):
+            guess = map_floats(
+                lambda _, tensor: rows.changed(tensor, change), private_copy(Tensor.clone, output)
+            )
             return float(given.loss_of(guess, request.batch))
 
-    given, held = program.given, ModuleState(program.given.modules, program.given.functions)
+    given, before = program.given, Before.of(program)
+    held = ModuleState(given.modules, given.functions)
     try:
         with torch.no_grad(), program.state.swapped(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -106,10 +109,6 @@ class _Rows:
         if not self.fit(tensor):
             return tensor
         return change(tensor.reshape(self.number, *tensor.shape[self.axes :])).reshape(tensor.shape)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.clone()
 
 
 def _variation(rows: Tensor) -> float:
