@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -13,7 +13,7 @@ from gradflow.functional.analyze import Detail, Mode, Transform, analyze, analyz
 from gradflow.functional.run.run import Plan
 from gradflow.graph import LayerGraph
 from gradflow.pipelines import Pipeline, automatic
-from gradflow.records import FlowRecord
+from gradflow.records import FlowRecord, Issue
 from gradflow.report import Report
 
 
@@ -75,13 +75,13 @@ def diagnose(
     >>> report.ok, [layer.name for layer in report.record]
     (True, ['0', '1', '2'])
     """
-    detectors = _detectors(pipeline, "diagnose")
+    detectors = detectors_of(pipeline, "diagnose")
     plan = Plan(
         steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, transform=transform,
-        progress=progress, **_wanted(detectors, detail),
+        progress=progress, **wanted(detectors, detail),
     )  # fmt: skip
     record = analyzed(model, batches, loss_fn, plan)
-    return _judged(record, detectors)
+    return judged(record, detectors)
 
 
 def diagnose_custom(
@@ -118,20 +118,21 @@ def diagnose_custom(
     >>> diagnose_custom(model, lambda m, step: m(x) - m(-x), lambda y: y.square().mean(), steps=3).ok
     True
     """
-    detectors = _detectors(pipeline, "diagnose_custom")
+    detectors = detectors_of(pipeline, "diagnose_custom")
     plan = Plan(
         steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, transform=transform,
-        progress=progress, **_wanted(detectors, detail),
+        progress=progress, **wanted(detectors, detail),
     )  # fmt: skip
     record = analyzed_custom(model, forward_fn, loss_fn, plan)
-    return _judged(record, detectors)
+    return judged(record, detectors)
 
 
-def _detectors(pipeline: Any, call: str) -> tuple[Detector, ...]:
+def detectors_of(pipeline: Any, call: str) -> tuple[Detector, ...]:
+    """Return the detectors of what a call was given as its pipeline; None is `automatic()`."""
     return (automatic(),) if pipeline is None else check_detectors(pipeline, call)
 
 
-def _wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:
+def wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:
     """Return what detectors need measured, as options of the plan."""
     pipelines = [part for part in detectors if isinstance(part, Pipeline)]
     return {
@@ -141,13 +142,33 @@ def _wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:
     }
 
 
-def _judged(record: FlowRecord, detectors: Sequence[Detector]) -> Report:
+def judged(record: FlowRecord, detectors: Sequence[Detector]) -> Report:
+    """Return what detectors and their rules see in a record, as a report."""
+    found = detect(record, detectors)
+    return report_of(record, found, detectors, lines=summaries(record, detectors))
+
+
+def summaries(record: FlowRecord, detectors: Sequence[Detector]) -> tuple[str, ...]:
+    """Return what the pipelines among some detectors tell of a record."""
+    return tuple(line for part in detectors if isinstance(part, Pipeline) for line in part.lines(record))
+
+
+def report_of(
+    record: FlowRecord, issues: Iterable[Issue], detectors: Sequence[Detector], *, lines: Sequence[str] = ()
+) -> Report:
+    """Return issues with what explains them, as a report.
+
+    Args:
+        record: what they were seen in.
+        issues: in any order.
+        detectors: those of which pipelines know rules.
+        lines: to be told as well.
+    """
     rules = [rule for part in detectors if isinstance(part, Pipeline) for rule in part.rules]
-    issues, causes = explain(record, detect(record, detectors), rules=rules)
+    issues, causes = explain(record, tuple(issues), rules=rules)
     causes_first = sorted(
         issues, key=lambda issue: (-issue.severity.rank, issue.evidence.explained_by is not None)
     )
-    lines = [line for part in detectors if isinstance(part, Pipeline) for line in part.lines(record)]
     return Report(record=record, issues=tuple(causes_first), causes=causes, lines=lines)
 
 

@@ -28,6 +28,7 @@ from gradflow.records.fields import (
 )
 from gradflow.records.flow import FlowRecord, Provenance, check_record, read
 from gradflow.records.graph import EdgeRecord, GraphRecord, NodeRecord
+from gradflow.records.history import EventRecord, HistoryRecord
 from gradflow.records.issues import (
     AnyIssueType,
     Cause,
@@ -64,6 +65,7 @@ from gradflow.records.recurrent import (
 )
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, to_plain, write
 from gradflow.records.saving.registered import register_record
+from gradflow.records.scalars import every_scalar, few_scalars
 from gradflow.records.values import ReadOnlyMapping, frozen, unkept
 
 for _cls in [value for value in globals().values() if isinstance(value, type) and attrs.has(value)]:
@@ -86,11 +88,13 @@ __all__ = [
     "Cause",
     "DropoutRecord",
     "EdgeRecord",
+    "EventRecord",
     "Evidence",
     "Floats",
     "FlowRecord",
     "GateRecord",
     "GraphRecord",
+    "HistoryRecord",
     "Ints",
     "Issue",
     "IssueSeverity",
@@ -126,6 +130,8 @@ __all__ = [
     "check_record",
     "decay_rate",
     "depth",
+    "every_scalar",
+    "few_scalars",
     "float_field",
     "from_plain",
     "frozen",

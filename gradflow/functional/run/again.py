@@ -195,7 +195,10 @@ class Closer:
 
 def closer_look(run: Run, request: Request) -> Closer | None:
     """Return the closer look that a step gets if it is the last and something is not reached, else None."""
-    if request.transform != "fused" or run.program.learned.reentrant or not run.plan.is_last(request.step):
+    plan = run.plan
+    if request.transform != "fused" or run.program.learned.reentrant or not plan.is_last(request.step):
+        return None
+    if not plan.closely:
         return None
     return Closer.of(run, request) if request.first or run.reach.is_open else None
 
@@ -206,7 +209,7 @@ def looked_again(run: Run, request: Request) -> None:
     So it is where nobody knew that it would be the last.
     """
     program, reach = run.program, run.reach
-    done = reach.closely is not None or reach.failed or not reach.is_open
+    done = reach.closely is not None or reach.failed or not reach.is_open or not run.plan.closely
     if done or program.learned.reentrant or request.transform != "fused":
         return
     closer = Closer.of(run, Request(batch=request.batch, step=request.step, before=request.before))

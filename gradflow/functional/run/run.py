@@ -85,6 +85,8 @@ class Plan:
 
     Args:
         num_batches: how many there are, if that is known.
+        closely: whether the zeros of the last step are explained (`record.reach`); that takes as long as a
+            small model's step.
 
     Raises:
         ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` has a value not allowed.
@@ -104,6 +106,7 @@ class Plan:
     deepen: Callable[[FlowRecord], bool] | None = attrs.field(default=None, validator=_callable)
     measurements: tuple[Measurement, ...] = attrs.field(default=(), converter=_measurements)
     num_batches: int | None = None
+    closely: bool = True
 
     def is_look(self, step: int) -> bool:
         """Whether the costlier statistics are taken at a step: the first, each power of four, the last."""
