@@ -18,7 +18,7 @@ from gradflow.functional.model.trees import map_tensors
 from gradflow.functional.run.run import Plan
 from gradflow.records import FlowRecord, Issue
 
-_CARRIED = 0.5  # of what a loss has in excess: samples that have so much together carry it
+_CARRIED = 0.8  # of what a loss has in excess: samples that have so much together carry it
 _FEW = 0.1  # of a batch's samples: where it takes more of them, it is the batch
 
 
@@ -112,10 +112,9 @@ def carriers(seen: Seen, batch: Any) -> str:
     if needed > max(1, math.floor(_FEW * len(losses))):
         return "No few samples of the batch carry it."
     share = float(excess[order[:needed]].sum()) / total
-    return (
-        f"{_numbered(sorted(order[:needed].tolist())).capitalize()} of the batch's {len(losses)} carry "
-        f"{share:.0%} of what its loss has in excess."
-    )
+    named = _numbered(sorted(order[:needed].tolist())).capitalize()
+    carry = "carries" if needed == 1 else "carry"
+    return f"{named} of the batch's {len(losses)} {carry} {share:.0%} of what its loss has in excess."
 
 
 def _numbered(samples: Sequence[int]) -> str:

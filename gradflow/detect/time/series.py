@@ -73,6 +73,15 @@ def goes_well(history: HistoryRecord) -> bool:
     return float(pairs[-1]) <= best + 0.02 * abs(best)
 
 
+def forgot(history: HistoryRecord, knew: float = 0.5, guesses: float = 0.9) -> Bools:
+    """Return at which looks a model guesses that knew before: what is left of the loss of guesses was at most
+    `knew`, and is `guesses` or more."""
+    if "loss_share_left" not in history:
+        return np.zeros(len(history), dtype=bool)
+    left = history["loss_share_left"]
+    return (left >= guesses) & (lowest_so_far(left) <= knew)
+
+
 def graded(severity: IssueSeverity, history: HistoryRecord) -> IssueSeverity:
     """Return a severity, LOW where the training goes well all the same."""
     return IssueSeverity.LOW if goes_well(history) else severity
