@@ -15,9 +15,12 @@ from gradflow.diagnosis import summaries, wanted
 from gradflow.functional.analyze import analyzed, analyzed_custom
 from gradflow.functional.jacobian.sample_losses import sample_losses
 from gradflow.functional.model.trees import map_tensors
+from gradflow.functional.recurrent.automatic import AutomaticRecurrence
+from gradflow.functional.recurrent.measurement import Recurrence
 from gradflow.functional.run.run import Plan
 from gradflow.records import FlowRecord, Issue
 
+_LONG = (AutomaticRecurrence, Recurrence)
 _CARRIED = 0.8  # of what a loss has in excess: samples that have so much together carry it
 _FEW = 0.1  # of a batch's samples: where it takes more of them, it is the batch
 
@@ -54,10 +57,20 @@ class Look:
     lines: tuple[str, ...]
 
 
-def quick_look(seen: Seen, batch: Any, detectors: Sequence[Detector]) -> Look:
-    """Return what one batch shows: one forward and one backward pass on copies; no zero is explained."""
+def quick_look(seen: Seen, batch: Any, detectors: Sequence[Detector], *, closely: bool) -> Look:
+    """Return what one batch shows: one forward and one backward pass on copies.
+
+    Args:
+        seen: what the loop handed over.
+        batch: of the step.
+        detectors: that judge it.
+        closely: whether to ask what takes longer than the pass itself: where gradient did not arrive and why,
+            the model's parts, what recurrent layers do over time.
+    """
     options = {**wanted(detectors, "cheap"), "deepen": None, "detail": "cheap"}
-    plan = Plan(steps=1, mode="keep", closely=False, **options)
+    if not closely:
+        options["measurements"] = [m for m in options["measurements"] if not isinstance(m, _LONG)]
+    plan = Plan(steps=1, mode="keep", closely=closely, **options)
     return _judged(seen, [batch], plan, detectors)
 
 

@@ -187,7 +187,9 @@ class _Watch:
     def _look(self, state: ObserverState, seen: Seen, batch: Any) -> tuple[ObserverState, Report]:
         """Look at a batch: one column more, what lasts, what is suspected."""
         step = seen.step
-        look = quick_look(seen, batch, self.detectors)
+        number = len(state.history)
+        closely = number & (number - 1) == 0  # the first, and each of a number that is a power of two
+        look = quick_look(seen, batch, self.detectors, closely=closely)
         types = {layer.name: layer.type for layer in look.record}
         history = state.history.with_types(types).with_look(step, every_scalar(look.record))
         lines = list(look.lines)

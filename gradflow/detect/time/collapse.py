@@ -6,7 +6,15 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gradflow.detect.time.series import TimeDetector, forgot, graded, highest_so_far, lasting, lowest_so_far
+from gradflow.detect.time.series import (
+    TimeDetector,
+    forgot,
+    graded,
+    highest_so_far,
+    lasting,
+    lowest_so_far,
+    unworried,
+)
 from gradflow.detect.time.telling import go_back, in_order, issue_in_time, layer_of
 from gradflow.records import Bools, Floats, HistoryRecord, Issue, IssueSeverity, IssueType
 
@@ -53,7 +61,7 @@ def dying(*, most: float = 0.5, risen: float = 0.3, nearly_all: float = 0.9) -> 
                 metrics={"silent_share": now, "silent_share_before": before},
             )
 
-    return detector
+    return unworried(detector)
 
 
 _NO_DEAD_SIDE = "Use an activation without a dead side, such as nn.LeakyReLU or nn.GELU."
@@ -136,7 +144,7 @@ def collapsing(
                 metrics={"output_rms": now, "output_rms_before": before, "num_layers": number},
             )
 
-    return detector
+    return unworried(detector)
 
 
 def _first(history: HistoryRecord, conditions: dict[str, Bools]) -> tuple[str, int, int] | None:
@@ -211,7 +219,7 @@ def sharpening(
                 metrics={"entropy_share": float(share[-1]), "logit_peak": float(peak[-1])},
             )
 
-    return detector
+    return unworried(detector)
 
 
 _SHARP_ACTIONS = (
