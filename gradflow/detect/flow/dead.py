@@ -10,7 +10,7 @@ import numpy as np
 
 from gradflow.detect.actions import rectifier_actions, zero_actions
 from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
-from gradflow.detect.flow.ends import silenced
+from gradflow.detect.flow.ends.alike import silenced
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import came_knowing
 from gradflow.detect.reach.unreached import loss_is_empty, sole_reason, unreached_parts

@@ -9,7 +9,7 @@ import attrs
 
 from gradflow.detect.actions import forgetful_actions, vanishing_actions
 from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
-from gradflow.detect.flow.ends import unheard
+from gradflow.detect.flow.ends.unheard import unheard
 from gradflow.detect.flow.readings.falls import falls_of, known
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.readings.zeros import zeros_of
