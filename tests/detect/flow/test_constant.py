@@ -82,7 +82,7 @@ def test_whatever_the_scale_of_the_loss(scale: float) -> None:
 
 def zero_head() -> nn.Module:
     model = Between(torch.clone)
-    nn.init.zeros_(model.decoder[2].weight)
+    nn.init.zeros_(model.get_parameter("decoder.2.weight"))
     return model
 
 
