@@ -48,6 +48,7 @@ from gradflow.records.parts import (
     MatrixRecord,
     NormRecord,
     PartsRecord,
+    QuotientRecord,
     SightRecord,
     TwinsRecord,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "PolicyDistributionStats",
     "PolicyRecord",
     "Provenance",
+    "QuotientRecord",
     "ReachAccount",
     "ReachRecord",
     "ReadOnlyMapping",
