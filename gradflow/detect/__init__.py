@@ -18,6 +18,7 @@ from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
+from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.twins import copied_units
@@ -70,6 +71,7 @@ __all__ = [
     "starved_policy",
     "stray_dropout",
     "swallowed_norms",
+    "tiny_divisors",
     "unbalanced_attention",
     "uneven_siblings",
     "unstable",

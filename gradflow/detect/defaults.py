@@ -14,6 +14,7 @@ from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
+from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.twins import copied_units
@@ -36,7 +37,7 @@ def default_detectors(
         unstable_cv_threshold: see `unstable`.
 
     >>> len(default_detectors())
-    14
+    15
     """
     return (
         numerical(),
@@ -53,4 +54,5 @@ def default_detectors(
         leaking_attention(),
         stray_dropout(),
         held_at_zero(),
+        tiny_divisors(),
     )

@@ -32,8 +32,7 @@ def excused(detector: Detector) -> Detector:
     def sparing(record: FlowRecord) -> Iterable[Issue]:
         knowing = informed(record)
         for issue in detector(record):
-            serious = issue.severity > IssueSeverity.LOW
-            yield _excused(issue) if knowing and serious else issue
+            yield lowered(issue) if knowing else issue
 
     return sparing
 
@@ -52,14 +51,20 @@ def sparing_learned(detector: Detector) -> Detector:
         knowing = bool(places) and informed(record)
         for issue in detector(record):
             sharp = issue.issue_type is IssueType.SATURATION and issue.layer in places
-            yield _excused(issue) if knowing and sharp and issue.severity > IssueSeverity.LOW else issue
+            yield lowered(issue) if knowing and sharp else issue
 
     return spared
 
 
-def _excused(issue: Issue) -> Issue:
-    calm = "The loss is at most half of what ignorance costs: a model that has learned may look like this."
-    return attrs.evolve(issue, severity=IssueSeverity.LOW, description=f"{issue.description} {calm}")
+KNOWS = "The loss is at most half of what ignorance costs: a model that has learned may look like this."
+AT_LEVEL = "The loss is next to nothing of what zeros cost: no more is to be learned, and by little gradient."
+
+
+def lowered(issue: Issue, why: str = KNOWS) -> Issue:
+    """Return an issue that is LOW at most, and says why; one that is so already, as it is."""
+    if issue.severity <= IssueSeverity.LOW:
+        return issue
+    return attrs.evolve(issue, severity=IssueSeverity.LOW, description=f"{issue.description} {why}")
 
 
 def guesses(record: FlowRecord, least: float = 0.9) -> bool:

@@ -50,8 +50,9 @@ def analyze(
     Pure: the model, its buffers, `.grad`, modes, attributes, the optimizer and every random state are
     afterwards what they were, bit for bit, also when it raises. Each step draws one batch, calls the model
     once and the loss once, in that order and never ahead; after the last step the loss is asked of three
-    guesses made of its outputs (`FlowRecord.knowledge`). Threads that analyse wait for one another, and no
-    other thread may use the model meanwhile. An exception of the model or the loss is raised
+    guesses made of its outputs (`FlowRecord.knowledge`). A loss without a graph is measured as it is: no
+    parameter is reached, and the graph tells what was cut off and where. Threads that analyse wait for one
+    another, and no other thread may use the model meanwhile. An exception of the model or the loss is raised
     as it is, with a note that tells the step and the batch's shapes.
 
     Args:
@@ -83,9 +84,9 @@ def analyze(
     Raises:
         ModelInputError: if the model, batches, a batch or the loss cannot be used as such.
         EmptyBatchesError: if there is no batch.
-        LossError: if the loss is no scalar or carries no gradient, or only sums what a stage hands on.
+        LossError: if the loss is no scalar, or only sums what a stage hands on.
         NoTrainableParametersError: if no parameter requires a gradient.
-        ModelNotCalledError: if the first step calls no layer of the model.
+        ModelNotCalledError: if the first step calls no module of the model.
         OptimizerMismatchError: if the optimizer is none, or holds none of the model's parameters.
         MeasurementError: if two measurements declare the same name, or one a field of the record.
         NotRestoredError: if something of the user's could not be put back.

@@ -49,6 +49,7 @@ from gradflow.records.parts import (
     MatrixRecord,
     NormRecord,
     PartsRecord,
+    QuotientRecord,
     SightRecord,
     TwinsRecord,
 )
@@ -112,6 +113,7 @@ __all__ = [
     "PolicyDistributionStats",
     "PolicyRecord",
     "Provenance",
+    "QuotientRecord",
     "ReachAccount",
     "ReachRecord",
     "ReadOnlyMapping",

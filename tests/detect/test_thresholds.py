@@ -22,6 +22,7 @@ from gradflow.detect import (
     saturation,
     stray_dropout,
     swallowed_norms,
+    tiny_divisors,
     uneven_siblings,
     unstable,
     vanishing,
@@ -36,6 +37,7 @@ PARTS = [
     misscaled_norms,
     stray_dropout,
     swallowed_norms,
+    tiny_divisors,
     uneven_siblings,
 ]
 

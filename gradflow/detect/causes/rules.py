@@ -170,7 +170,8 @@ def _behind_the_cut(flow: Flow, cause: Issue, victim: Issue) -> bool:
         # With an operation of its own that cuts it, mending the other one would not mend the victim.
         return op in ("", cause.evidence.op)
     a, b = flow.layers.get(node_name(cause.layer)), flow.layers.get(node_name(victim.layer))
-    same_part = cause.layer.split(".")[0] == victim.layer.split(".")[0] or not flow.wiring.known
+    same_part = cause.layer.split(".")[0] == victim.layer.split(".")[0]
+    same_part |= not flow.wiring.known or flow.reaches_nothing()
     return bool(a and b and same_part and a.order > b.order and not op)
 
 

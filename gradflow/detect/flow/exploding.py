@@ -22,7 +22,7 @@ from gradflow.detect.evidence import (
     shares,
     total_gradient,
 )
-from gradflow.detect.flow.ends import loud_heads, loud_outputs, off_scale_of
+from gradflow.detect.flow.ends.loud import loud_heads, loud_outputs, off_scale_of
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import growing_repeats
 from gradflow.detect.view import Flow, flow_of

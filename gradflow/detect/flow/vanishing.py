@@ -9,11 +9,11 @@ import attrs
 
 from gradflow.detect.actions import forgetful_actions, vanishing_actions
 from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
-from gradflow.detect.flow.ends import unheard
+from gradflow.detect.flow.ends.unheard import unheard
 from gradflow.detect.flow.readings.falls import falls_of, known
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.readings.zeros import zeros_of
-from gradflow.detect.knowledge import at_level
+from gradflow.detect.knowledge import AT_LEVEL, at_level, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
@@ -77,8 +77,8 @@ def vanishing(
         fed = _best_upstream(flow, against)
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
         found = [*_issues(flow, plain, starved, fed), *_forgetful(flow, threshold)]
-        if at_level(record):  # no more is to be learned, and hardly any gradient needed
-            found = [attrs.evolve(i, severity=min(i.severity, IssueSeverity.LOW)) for i in found]
+        if at_level(record):
+            found = [lowered(issue, AT_LEVEL) for issue in found]
         return [*found, *unheard(flow, leverage, share)]
 
     return detector

@@ -188,7 +188,7 @@ class Closer:
     def look(self, run: Run, outcome: Outcome) -> None:
         """Find out why gradient did not arrive, where it did not; the step's graph is kept for that."""
         structure, program = outcome.structure, run.program
-        if structure is not None and structure.root is not None and run.reach.is_open:
+        if structure is not None and structure.nodes and run.reach.is_open:
             inputs = program.given.inputs_of(self.request.batch)
             with program.state.swapped():  # a checkpoint calls the model again
                 run.reach.look(self.request.step, structure, self.origins, inputs)

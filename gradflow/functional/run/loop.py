@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import attrs
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from gradflow.errors import ModelInputError, ModelNotCalledError
 from gradflow.functional.measurement import Session
-from gradflow.functional.model.batches import detached_loss
 from gradflow.functional.model.layers import ancestors, owner
 from gradflow.functional.model.optimizers import clip_gradients, update
 from gradflow.functional.model.supported import check_stage_loss
 from gradflow.functional.reverse.autograd_graph import entered
 from gradflow.functional.reverse.dataflow import DataFlow
+from gradflow.functional.reverse.reverse import fused
 from gradflow.functional.run.again import (
     Closer,
     closer_look,
@@ -144,7 +144,7 @@ def _first_step(run: Run, request: Request) -> Outcome:
         request.before.restore(program)
     _check_first(run, shown)
     _end(run.sessions)
-    run.graph.learn(shown, dataflow)
+    run.graph.learn(shown, dataflow, program.state.parameters)
     if run.graph.summed:
         check_stage_loss(program.given.model)
     if vjp:
@@ -167,7 +167,7 @@ def _shown(program: Program, request: Request) -> tuple[Outcome, DataFlow]:
         program.taps.look_for_hooks()
         dataflow = DataFlow(program.given.inputs_of(request.batch))
         outcome = run_step(program, attrs.evolve(request, listeners=(dataflow, *request.listeners)))
-        promoted = _promoted(program, outcome)
+        promoted = _promoted(program, outcome, dataflow.leaves)
         new = set() if outcome.structure is None else entered(outcome.structure) - program.taps.entered
         if not promoted and (not new or program.learned.reentrant):
             return outcome, dataflow
@@ -182,14 +182,21 @@ def _end(sessions: Iterable[Session]) -> None:
         session.end()
 
 
-def _promoted(program: Program, outcome: Outcome) -> set[str]:
-    """Return modules that use a never-called child's parameters although they are no layers themselves."""
-    taps = program.taps
+def _promoted(program: Program, outcome: Outcome, taken: Collection[int]) -> set[str]:
+    """Return modules that use a never-called child's parameters although they are no layers themselves.
+
+    Args:
+        program: with its taps.
+        outcome: of a step; a parameter that has a gradient is used.
+        taken: ids of the parameters that functions took, which tell it where none has a gradient.
+    """
+    taps, gradients = program.taps, outcome.gradients
     called = {call.module for call in outcome.recorder.calls}
     promoted: set[str] = set()
-    for name, gradient in outcome.gradients.parameters.items():
-        module = owner(name, taps.modules)
-        if gradient is None or module in called or name not in program.state.parameters:
+    for name, gradient in gradients.parameters.items():
+        module, parameter = owner(name, taps.modules), program.state.parameters.get(name)
+        used = gradient is not None or (gradients.are_none and id(parameter) in taken)
+        if not used or module in called or parameter is None:
             continue
         above = next((a for a in ancestors(module) if a in called), None)
         if above is not None and above not in taps.layer_names:
@@ -199,15 +206,19 @@ def _promoted(program: Program, outcome: Outcome) -> set[str]:
 
 def _check_first(run: Run, outcome: Outcome) -> None:
     """Raise if the first step shows that there is nothing to measure."""
-    if not any(call.is_layer for call in outcome.recorder.calls):
-        model = run.program.given.model
+    if not outcome.recorder.calls:
+        model, copied = run.program.given.model, sorted(run.program.taps.copied())
+        seen = (
+            f" Modules that are like {', '.join(name or 'the model itself' for name in copied[:3])}, and are "
+            "no part of it, were called: a copy has parameters of its own, whose gradients do not come back."
+            if copied
+            else ""
+        )
         raise ModelNotCalledError(
-            f"no layer of {type(model).__name__} was called in the first step. The function "
+            f"no layer of {type(model).__name__} was called in the first step.{seen} The function "
             "given must call this very model (a copy or another instance does not count): "
             "`lambda model, step: model(x)`."
         )
-    if all(gradient is None for gradient in outcome.gradients.parameters.values()):
-        raise detached_loss()
 
 
 def _check_not_held(program: Program) -> None:
@@ -249,7 +260,7 @@ def _update(run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, reques
     def again() -> Tensor:
         with state.swapped():
             loss, _ = evaluated(given, request)
-            gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
+            gradients = fused(loss, list(trainable.values()))
         for name, gradient in clipped(dict(zip(trainable, gradients, strict=True))).items():
             trainable[name].grad = gradient
         return loss.detach()

@@ -64,7 +64,7 @@ def assembled(run: Run, knowledge: KnowledgeRecord | None) -> FlowRecord:
     reached = series(history, "pgrad")
     never: dict[str, bool] = {}  # by module that was never called: whether a parameter of it is used
     for name, module in owners.items():
-        used = name in reached
+        used = name in reached or name in run.graph.taken
         user = module
         if module not in called:
             user = next((a for a in ancestors(module) if a in called), "") if used else module
@@ -105,7 +105,8 @@ def _wires(run: Run, idle: Collection[str]) -> Wires:
         if call is not None and cut.reason:
             cuts.setdefault(call.module, (cut.reason, cut.target))
     called = {call.module for call in run.history.calls.values()}
-    return Wires(idle, called, cuts, run.program.taps.modules)
+    taps = run.program.taps
+    return Wires(idle, called, cuts, taps.modules, taps.copied())
 
 
 def _version() -> str:

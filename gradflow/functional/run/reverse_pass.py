@@ -36,6 +36,11 @@ class Gradients:
     outputs: list[Tensor | None]
     flows: Flows | None = None
 
+    @property
+    def are_none(self) -> bool:
+        """Whether no path leads to any parameter."""
+        return all(gradient is None for gradient in self.parameters.values())
+
 
 def reverse_pass(
     program: Program,

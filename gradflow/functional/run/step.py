@@ -156,7 +156,7 @@ def _fused_step(program: Program, request: Request) -> Outcome:
         )
         recorder.start_backward()
         structure = None
-        if recorder.asked.structural and loss.grad_fn is not None:
+        if recorder.asked.structural:
             structure = build(
                 loss,
                 recorder,

@@ -6,6 +6,7 @@ modules' own calls included, without touching the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -185,11 +186,16 @@ def _bounds(found: tuple[str, str], args: Any, kwargs: Any) -> Bounds | None:
     return Bounds("bounded", low, high) if plain else None
 
 
-def source_calls(x: Tensor) -> list[int]:
-    """Return the layer calls whose outputs feed `x` through functional operations, by autograd's graph."""
+def source_calls(x: Tensor, past: Callable[[int], bool] = lambda call: False) -> list[int]:
+    """Return the layer calls whose outputs feed `x` through functional operations, by autograd's graph.
+
+    Args:
+        x: the tensor.
+        past: whether to go on past a layer call, to those before it.
+    """
     if not isinstance(x, Tensor) or x.grad_fn is None:
         return []
-    nodes = nodes_under([x.grad_fn], stops=is_probe)
+    nodes = nodes_under([x.grad_fn], stops=lambda node: is_probe(node) and not past(node.site.call))
     return sorted({node.site.call for node in nodes if is_probe(node)})
 
 
