@@ -36,7 +36,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"reverse"},
         {"measurement"},
         {"extras"},
-        {"reach"},
+        {"reach", "updates"},
         {"run", "jacobian", "attention", "recurrent", "policy", "parts"},
         {"analyze", "scale"},
         {"__init__"},

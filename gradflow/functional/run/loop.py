@@ -6,14 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
-import torch
-from torch import Tensor
 
 from gradflow.errors import ModelInputError, ModelNotCalledError
 from gradflow.functional.measurement import Session
 from gradflow.functional.model.batches import detached_loss
 from gradflow.functional.model.layers import ancestors, owner
-from gradflow.functional.model.optimizers import clip_gradients, update
 from gradflow.functional.model.supported import check_stage_loss
 from gradflow.functional.reverse.autograd_graph import entered
 from gradflow.functional.reverse.dataflow import DataFlow
@@ -27,39 +24,42 @@ from gradflow.functional.run.again import (
     looked_again,
     summed_exactly,
     traced,
+    unscaled,
 )
 from gradflow.functional.run.knowledge import knowledge
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.record import assembled, conclude
 from gradflow.functional.run.run import Run
-from gradflow.functional.run.step import Outcome, Request, evaluated, run_step
+from gradflow.functional.run.step import Outcome, Request, run_step
+from gradflow.functional.run.training.stepper import Stepper
 from gradflow.records import FlowRecord
 
 
-def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer | None) -> FlowRecord:
+def run_plan(run: Run, draw: Callable[[int], Any], stepper: Stepper | None) -> FlowRecord:
     """Run the steps that the plan asks for, and return the record.
 
     Args:
         run: at its beginning.
         draw: step → the next batch, or None at the end.
-        optimizer: steps the working parameters; None leaves them as they are.
+        stepper: steps the working parameters; None leaves them as they are.
     """
     program, plan, history = run.program, run.plan, run.history
     request: Request | None = None
-    skipped, output = 0, None
+    output = None
     for step in range(plan.steps):
         with program.state.swapped():  # closures that run the model see the parameters of this step
             batch = draw(step)
             program.state.keep_buffers()
         if batch is None:
             break
-        request = _request(run, step, batch)
+        request = _request(run, step, batch, scale=1.0 if stepper is None else stepper.loss_scale)
         closer = closer_look(run, request)
         request = request if closer is None else closer.request
         if program.learned.reentrant:
             program.taps.sum_exactly()  # its steps are not run again where a fast sum fails
         outcome = _first_step(run, request) if step == 0 else _step(run, request)
-        row = history.read(outcome, look=request.look, parameters_moved=optimizer is not None)
+        row = history.read(outcome, look=request.look, parameters_moved=stepper is not None)
+        finite = row.finite
         follow_reach(run, outcome, row, look=request.look)
         if closer is not None:
             closer.look(run, outcome)
@@ -68,6 +68,8 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
         if request.look or history.settling:
             program.learned.follow(history.unsettled_rectifiers())
         run.graph.add(step, outcome)
+        if not row.finite and request.scale != 1.0:
+            row = unscaled(run, request, row)
         if not row.finite:
             row = traced(run, request, row)
         elif history.in_doubt:
@@ -76,18 +78,15 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
         output = outcome.output
         if outcome.structure is not None:
             outcome.structure.release()
-        if optimizer is not None and step < plan.steps - 1:
-            if row.finite:
-                _update(run, optimizer, outcome, request)
-            else:
-                skipped += 1
+        if stepper is not None and not plan.is_last(step):
+            stepper.after(program, request, outcome, finite=finite, end=plan.end)
         del outcome  # frees its gradients before the next step
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
     if request is not None:
         looked_again(run, request)
         heard_in_eval(run, request)
-    conclude(run, skipped)
+    conclude(run)
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
     record = assembled(run, known)
     if plan.deepen is not None and request is not None and plan.detail == "cheap" and plan.deepen(record):
@@ -95,7 +94,7 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
     return record
 
 
-def _request(run: Run, step: int, batch: Any) -> Request:
+def _request(run: Run, step: int, batch: Any, *, scale: float) -> Request:
     """Return what the plan asks of a step."""
     plan, fused = run.plan, run.transform == "fused"
     look, first = plan.is_look(step), step == 0
@@ -108,6 +107,7 @@ def _request(run: Run, step: int, batch: Any) -> Request:
         structural=first and fused,
         look=look,
         full=plan.detail == "full" and fused,
+        scale=scale if fused else 1.0,
         ranks=plan.is_end(step),
         listeners=_listening(run, step) if look and fused else (),
         keep_output=fused and not run.program.given.own_loss and plan.is_last(step),
@@ -234,25 +234,3 @@ def _captured(run: Run) -> set[str]:
             break
         chosen.add(call.name)
     return chosen
-
-
-def _update(run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, request: Request) -> None:
-    """Step the working parameters; an optimizer's closure evaluates the loss without taps."""
-    given, state, clip = run.program.given, run.program.state, run.plan.clip
-    trainable = state.trainable
-
-    def clipped(gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-        if clip is not None:
-            clip_gradients((gradients[name] for name in trainable if name in state.parameters), clip)
-        return gradients
-
-    def again() -> Tensor:
-        with state.swapped():
-            loss, _ = evaluated(given, request)
-            gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-        for name, gradient in clipped(dict(zip(trainable, gradients, strict=True))).items():
-            trainable[name].grad = gradient
-        return loss.detach()
-
-    gradients = clipped({name: outcome.gradients.parameters[name] for name in trainable})
-    update(optimizer, trainable, gradients, again, outcome.loss)
