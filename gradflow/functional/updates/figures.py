@@ -1,7 +1,7 @@
 """What a step did to parameters, in numbers: the values before it held against those after it.
 
 NOTE [Some of the entries]
-A root mean square or a share over ten thousand entries is known to a percent. So of a larger parameter some
+A root mean square or a share over some thousands of entries is known to a percent or two. So of a larger parameter some
 entries stand for all, evenly spaced, with a stride that shares no factor with the length of its last axis:
 one that did would always pick the same columns.
 """
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.functional.updates.moments import Moments, moments
+from gradflow.functional.updates.moments import Moments, age_of, moments
 from gradflow.records import Floats
 
-MOST = 2**14  # entries of a parameter that are looked at
+MOST = 2**12  # entries of a parameter that are looked at
 
 
 @attrs.frozen(kw_only=True)
@@ -52,6 +52,8 @@ def sampled(tensor: Tensor, most: int | None = MOST) -> Tensor:
     tensor([0., 2., 4.])
     """
     flat = (tensor if tensor.layout is torch.strided else tensor.to_dense()).detach().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
     if most is None or flat.numel() <= most:
         return flat
     stride, last = flat.numel() // most, max(int(tensor.shape[-1]) if tensor.dim() else 1, 1)
@@ -64,10 +66,10 @@ def remembered(parameters: Mapping[str, Tensor], most: int | None = MOST) -> dic
     """Return copies of the entries of parameters that `update_figures` will look at, taken before a step.
 
     Args:
-        parameters: by name.
+        parameters: by name; those without any entry are left out.
         most: how many entries of each, about; None takes all.
     """
-    return {name: sampled(p, most).clone() for name, p in parameters.items()}
+    return {name: sampled(p, most).clone() for name, p in parameters.items() if p.numel()}
 
 
 def ages(optimizers: Iterable[torch.optim.Optimizer], parameters: Mapping[str, Tensor]) -> dict[str, float]:
@@ -78,9 +80,9 @@ def ages(optimizers: Iterable[torch.optim.Optimizer], parameters: Mapping[str, T
         parameters: by name.
     """
     found = {}
-    for name, (optimizer, group) in _holders(optimizers, parameters).items():
+    for name, (optimizer, _) in _holders(optimizers, parameters).items():
         state = _state(optimizer, parameters[name])
-        found[name] = moments(state, group, parameters[name].dtype).age if state else 0.0
+        found[name] = age_of(state) if state else 0.0
     return found
 
 
@@ -117,71 +119,77 @@ def update_figures(
     >>> round(found.rms, 6), round(found.slope, 6)
     (0.1, -0.2)
     """
-    holders = _holders(optimizers, parameters)
+    if not before:
+        return {}
+    holders, knowing = _holders(optimizers, parameters), dict[str, Moments]()
+    for name, (optimizer, group) in holders.items():
+        if name in before:
+            knowing[name] = moments(_state(optimizer, parameters[name]), group, parameters[name].dtype)
+    numbers = {key: v.tolist() for key, v in _numbers(before, parameters, gradients, knowing, most).items()}
     found = {}
-    for name, was in before.items():
-        parameter, held = parameters[name], holders.get(name)
-        known, rate, age = Moments(None, math.nan, math.nan), math.nan, math.nan
-        if held is not None:
-            state = _state(held[0], parameter)
-            known = moments(state, held[1], parameter.dtype)
-            rate = float(held[1].get("lr", math.nan))
-            age = known.age - 1 if aged is None else aged.get(name, math.nan)
-        second = None if known.second is None or known.second.shape != parameter.shape else known.second
+    for place, (name, entries) in enumerate(before.items()):
+        known = knowing.get(name, Moments(None, 1.0, math.nan, math.nan))
+        age = known.age - 1 if aged is None else aged.get(name, math.nan)
+        of_one = {key: values[place] for key, values in numbers.items()}
+        of_one["slope"] *= parameters[name].numel() * (1 + parameters[name].is_complex()) / len(entries)
         found[name] = UpdateFigures(
-            held=held is not None, rate=rate, epsilon=known.epsilon, age=age,
-            **_numbers(
-                _wide(was), _wide(sampled(parameter, most)), _entries(gradients.get(name), most),
-                _entries(second, most), epsilon=known.epsilon, size=parameter.numel(),
-            ),
-        )  # fmt: skip
+            held=name in holders,
+            rate=float(holders[name][1].get("lr", math.nan)) if name in holders else math.nan,
+            epsilon=known.epsilon,
+            age=age,
+            **of_one,
+        )
     return found
 
 
 def _numbers(
-    was: Floats, now: Floats, g: Floats | None, v: Floats | None, *, epsilon: float, size: int
+    before: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor | None],
+    knowing: Mapping[str, Moments],
+    most: int | None,
 ) -> dict[str, Any]:
-    """Return the numbers of one parameter from its entries, those of its gradient, and of its v̂."""
+    """Return the numbers of all parameters, shape (parameters,), from one long vector of their entries."""
+    missing = {name: torch.full_like(entries, math.nan) for name, entries in before.items()}
+
+    def some(tensor: Tensor | None, name: str) -> Tensor:
+        fits = tensor is not None and tensor.shape == parameters[name].shape
+        return sampled(tensor, most) if tensor is not None and fits else missing[name]
+
+    lengths = np.array([len(entries) for entries in before.values()])
+    starts = np.cumsum(lengths) - lengths
+    was, now = _joined(before.values()), _joined(sampled(parameters[name], most) for name in before)
+    g = _joined(some(gradients.get(name), name) for name in before)
+    v = _joined(some(known.kept if (known := knowing.get(name)) else None, name) for name in before)
+
+    def spread(values: list[float]) -> Floats:
+        return np.repeat(np.array(values), lengths)
+
+    def mean(values: Floats) -> Floats:
+        return np.add.reduceat(values, starts) / lengths
+
     with np.errstate(all="ignore"):
-        u = now - was
-        moving = None if g is None else g != 0
-        found = {
-            "weight_rms": _rms(was),
-            "rms": _rms(u),
-            "finite": bool(np.isfinite(now).all()),
-            "gradient_rms": math.nan if g is None else _rms(g),
-            "slope": math.nan if g is None else float(g @ u) * size / max(len(u), 1),
-            "unchanged": _share(u == 0, moving),
-            "second_moment": math.nan,
-            "under_epsilon": math.nan,
-        }
-        if v is not None and g is not None:
-            found["second_moment"] = float(v.mean() / np.square(g).mean()) if g.any() else math.nan
-            found["under_epsilon"] = _share(np.sqrt(np.maximum(v, 0.0)) < epsilon, moving)
-    return found
+        v = v / spread([known.correction if (known := knowing.get(name)) else 1.0 for name in before])
+        epsilon = spread([known.epsilon if (known := knowing.get(name)) else math.nan for name in before])
+        u, squares, moving = now - was, g * g, (g != 0) & ~np.isnan(g)
+        share, power = mean(moving * 1.0), mean(squares)
+        return {
+            "weight_rms": np.sqrt(mean(was * was)),
+            "rms": np.sqrt(mean(u * u)),
+            "finite": np.isfinite(mean(now)),
+            "gradient_rms": np.sqrt(power),
+            "slope": mean(g * u) * lengths,
+            "unchanged": mean((moving & (u == 0)) * 1.0) / share,
+            "second_moment": mean(v) / power,
+            "under_epsilon": np.where(
+                np.isnan(mean(v)) | np.isnan(epsilon[starts]), np.nan,
+                mean((moving & (np.sqrt(np.maximum(v, 0.0)) < epsilon)) * 1.0) / share,
+            ),
+        }  # fmt: skip
 
 
-def _rms(values: Floats) -> float:
-    """Return the root mean square, scaled so that no square over- or underflows."""
-    most = float(np.abs(values).max()) if len(values) else math.nan
-    if not 0 < most < math.inf:
-        return most
-    scaled = values / most
-    return most * math.sqrt(float(scaled @ scaled) / len(values))
-
-
-def _share(what: Any, of: Any) -> float:
-    return float(what[of].mean()) if of is not None and of.any() else math.nan
-
-
-def _entries(tensor: Tensor | None, most: int | None) -> Floats | None:
-    return None if tensor is None else _wide(sampled(tensor, most))
-
-
-def _wide(entries: Tensor) -> Floats:
-    if entries.is_complex():
-        entries = torch.view_as_real(entries.resolve_conj()).reshape(-1)
-    return entries.to("cpu").double().numpy()
+def _joined(entries: Iterable[Tensor]) -> Floats:
+    return torch.cat([part if part.is_cpu else part.cpu() for part in entries]).double().numpy()
 
 
 def _holders(

@@ -36,14 +36,21 @@ class Moments:
     """What an optimizer knows of one parameter.
 
     Args:
-        second: v̂, as its last step divided by it, of the parameter's shape; None where it keeps none.
+        kept: the running mean of squared gradients that it keeps, of the parameter's shape; None without.
+        correction: what its step divides that by, for the mean having started at zero.
         epsilon: what √v̂ is compared with; NaN where there is none.
         age: how many steps the state has seen; NaN where it does not count.
     """
 
-    second: Tensor | None
+    kept: Tensor | None
+    correction: float
     epsilon: float
     age: float
+
+    @property
+    def second(self) -> Tensor | None:
+        """v̂, as the last step divided by it."""
+        return None if self.kept is None else self.kept / self.correction
 
 
 def moments(state: Mapping[str, Any], group: Mapping[str, Any], dtype: torch.dtype) -> Moments:
@@ -61,8 +68,15 @@ def moments(state: Mapping[str, Any], group: Mapping[str, Any], dtype: torch.dty
     >>> moments(adam.state[p], adam.param_groups[0], p.dtype).second    # after one step: g²
     tensor([ 9.0000, 16.0000])
     """
-    age = _number(state.get("step"))
-    return Moments(_second(state, group, age), _epsilon(state, group, dtype), age)
+    age = age_of(state)
+    corrected = isinstance(state.get("exp_avg_sq"), Tensor)
+    correction = _correction(group, age) if corrected else 1.0
+    return Moments(_kept(state), correction, _epsilon(state, group, dtype), age)
+
+
+def age_of(state: Mapping[str, Any]) -> float:
+    """Return how many steps an optimizer's state of a parameter has seen; NaN where it does not count."""
+    return _number(state.get("step"))
 
 
 def _number(value: Any) -> float:
@@ -72,22 +86,16 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _second(state: Mapping[str, Any], group: Mapping[str, Any], age: float) -> Tensor | None:
-    found: Tensor | None = None
-    for key in ("max_exp_avg_sq", "exp_avg_sq"):
-        if isinstance(state.get(key), Tensor):
-            return state[key].detach() / _correction(group, age)
-    if isinstance(state.get("exp_inf"), Tensor):
-        return state["exp_inf"].detach().square()
+def _kept(state: Mapping[str, Any]) -> Tensor | None:
+    known = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
     for rows, columns in (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col")):
-        if isinstance(state.get(rows), Tensor) and isinstance(state.get(columns), Tensor):
-            return _factored(state[rows].detach(), state[columns].detach(), group)
-    for key in ("square_avg", "sum", "variance"):
-        if found is None and isinstance(state.get(key), Tensor):
-            found = state[key].detach()
-    if found is not None and isinstance(mean := state.get("grad_avg"), Tensor):
-        return found - mean.detach().square()
-    return found
+        if rows in known and columns in known:
+            return _factored(known[rows], known[columns])
+    if "exp_inf" in known:
+        return known["exp_inf"].square()
+    keys = ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum", "variance")
+    found = next((known[key] for key in keys if key in known), None)
+    return found - known["grad_avg"].square() if found is not None and "grad_avg" in known else found
 
 
 def _correction(group: Mapping[str, Any], age: float) -> float:
@@ -99,7 +107,7 @@ def _correction(group: Mapping[str, Any], age: float) -> float:
     return 1.0 - float(betas[1]) ** age
 
 
-def _factored(rows: Tensor, columns: Tensor, group: Mapping[str, Any]) -> Tensor:
+def _factored(rows: Tensor, columns: Tensor) -> Tensor:
     if rows.dim() == columns.dim() and rows.shape[-1:] == (1,):  # kept as matrices of one column and one row
         rows, columns = rows[..., 0], columns[..., 0, :]
     mean = rows.mean(dim=-1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)

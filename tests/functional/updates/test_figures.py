@@ -81,13 +81,13 @@ def by_hand(make: Make, at: int) -> dict[str, tuple[float, float, float, float]]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("at", [0, 1, 4])
+@pytest.mark.parametrize("at", [0, 4])
 def test_updates_are_those_of_a_plain_loop(name: str, at: int) -> None:
     model = net()
     held = OPTIMIZERS[name](model.parameters())
     record = gf.analyze(model, batches(), nn.MSELoss(), steps=6, optimizer=held)
     assert record.updates is not None
-    assert record.updates.steps == (0, 1, 4)
+    assert record.updates.steps == (0, 4)
     assert record.updates.num_updates == 5
     expected = by_hand(OPTIMIZERS[name], at)
     look = record.updates.steps.index(at)
@@ -232,7 +232,7 @@ def test_the_record_survives_json_and_names_its_parameters() -> None:
     record = gf.analyze(model, batches(), nn.MSELoss(), optimizer=torch.optim.Adam(model.parameters()))
     assert gf.FlowRecord.from_json(record.to_json()) == record
     assert record.updates is not None
-    assert record.updates["0.weight"].age.tolist() == [0, 1, 4]
+    assert record.updates["0.weight"].age.tolist() == [0, 4]
     with pytest.raises(UnknownLayerError, match="0.weight"):
         record.updates["0.weigth"]
     assert gf.analyze(model, batches(), nn.MSELoss()).updates is None

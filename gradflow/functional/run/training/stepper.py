@@ -98,8 +98,10 @@ class Stepper:
 
     def _is_look(self, step: int, end: int) -> bool:
         """Whether to look at the next update: the first, after each power of four, and the last."""
-        number = len(self.log.rates)
-        return (number & (number - 1) == 0 and number % 3 <= 1) or step + self.loop.accumulate >= end - 1
+        number, looked = len(self.log.rates), len(self.log.looks)
+        if step + self.loop.accumulate >= end - 1:
+            return looked <= 1 or number > 4 ** (looked - 1) + 1  # that of the update before is as good
+        return number == (0 if looked == 0 else 4**looked)
 
     def _gather(self, program: Program, outcome: Outcome) -> None:
         for name in program.state.trainable:
