@@ -31,20 +31,26 @@ from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.record import assembled, conclude
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome, Request, run_step
+from gradflow.functional.run.training.curves import Ends, bent
 from gradflow.functional.run.training.stepper import Stepper
+from gradflow.functional.updates.log import UpdateLog
 from gradflow.records import FlowRecord
 
 
-def run_plan(run: Run, draw: Callable[[int], Any], stepper: Stepper | None) -> FlowRecord:
+def run_plan(
+    run: Run, draw: Callable[[int], Any], make_stepper: Callable[[UpdateLog], Stepper] | None
+) -> FlowRecord:
     """Run the steps that the plan asks for, and return the record.
 
     Args:
         run: at its beginning.
         draw: step → the next batch, or None at the end.
-        stepper: steps the working parameters; None leaves them as they are.
+        make_stepper: makes what steps the working parameters; None leaves them as they are.
     """
     program, plan, history = run.program, run.plan, run.history
+    stepper = None if make_stepper is None else make_stepper(run.updates)
     request: Request | None = None
+    first: Request | None = None
     output = None
     for step in range(plan.steps):
         with program.state.swapped():  # closures that run the model see the parameters of this step
@@ -53,6 +59,7 @@ def run_plan(run: Run, draw: Callable[[int], Any], stepper: Stepper | None) -> F
         if batch is None:
             break
         request = _request(run, step, batch, scale=1.0 if stepper is None else stepper.loss_scale)
+        first = request if first is None and stepper is not None else first
         closer = closer_look(run, request)
         request = request if closer is None else closer.request
         if program.learned.reentrant:
@@ -89,9 +96,25 @@ def run_plan(run: Run, draw: Callable[[int], Any], stepper: Stepper | None) -> F
     conclude(run)
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
     record = assembled(run, known)
-    if plan.deepen is not None and request is not None and plan.detail == "cheap" and plan.deepen(record):
-        return deepened(run, request, record)
+    if request is None:
+        return record
+    if plan.deepen is not None and plan.detail == "cheap" and plan.deepen(record):
+        record = deepened(run, request, record)
+    if (
+        first is not None
+        and stepper is not None
+        and make_stepper is not None
+        and _asks_for_curves(run, record)
+    ):
+        ends = Ends(first, request, stepper, lambda: make_stepper(UpdateLog()))
+        return bent(run, ends, record)
     return record
+
+
+def _asks_for_curves(run: Run, record: FlowRecord) -> bool:
+    """Whether to measure how the loss bends along an update: a session asks for it, or what was seen does."""
+    asked = any(session.wants_curvature() for session in run.sessions)
+    return asked or (run.plan.bend is not None and run.plan.bend(record))
 
 
 def _request(run: Run, step: int, batch: Any, *, scale: float) -> Request:

@@ -19,6 +19,7 @@ from gradflow.functional.run.loop import run_plan
 from gradflow.functional.run.program import Given, Program, WorkingState
 from gradflow.functional.run.run import Plan, Run
 from gradflow.functional.run.training.stepper import Stepper
+from gradflow.functional.updates.log import UpdateLog
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.tap.taps import tapped
 from gradflow.functional.torch_private import outside_transforms, transforms
@@ -71,12 +72,13 @@ def _measured(
     sessions = tuple([m.start(given.model, taps.modules) for m in plan.measurements])
     reach = ReachFindings(state.trainable, state.originals)
     run = Run(program, plan, transform, reason, sessions, History(state.parameters, taps), reach)
-    stepper = None
-    if plan.loop.optimizers:
+
+    def make_stepper(log: UpdateLog) -> Stepper:
         both = _Both.of(given.model, given.loss_module)
-        stepper = Stepper.of(plan.loop, both, state.every_parameter, run.updates)
+        return Stepper.of(plan.loop, both, state.every_parameter, log)
+
     with tapped(taps):
-        return run_plan(run, draw, stepper)
+        return run_plan(run, draw, make_stepper if plan.loop.optimizers else None)
 
 
 class _Both(nn.Module):

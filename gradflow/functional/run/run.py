@@ -73,6 +73,7 @@ class Plan:
 
     Args:
         loop: what the training loop does between two batches.
+        bend: if it returns True for the record, how the loss bends along an update is measured.
         num_batches: how many there are, if that is known.
 
     Raises:
@@ -90,6 +91,7 @@ class Plan:
     transform: str = attrs.field(default="auto", validator=_one_of("auto", "fused", "vjp"))
     progress: Progress | None = attrs.field(default=None, validator=_callable)
     deepen: Callable[[FlowRecord], bool] | None = attrs.field(default=None, validator=_callable)
+    bend: Callable[[FlowRecord], bool] | None = None
     measurements: tuple[Measurement, ...] = attrs.field(default=(), converter=_measurements)
     num_batches: int | None = None
 

@@ -1,9 +1,9 @@
 """What a step did to parameters, in numbers: the values before it held against those after it.
 
 NOTE [Some of the entries]
-A root mean square or a share over some thousands of entries is known to a percent or two. So of a larger parameter some
-entries stand for all, evenly spaced, with a stride that shares no factor with the length of its last axis:
-one that did would always pick the same columns.
+A root mean square or a share over some thousands of entries is known to a percent or two. So of a larger
+parameter some entries stand for all, evenly spaced, with a stride that shares no factor with the length of
+its last axis: one that did would always pick the same columns.
 """
 
 from __future__ import annotations

@@ -117,19 +117,28 @@ class Stepper:
         if self.loop.accumulate > 1:
             gradients, self._sum = {name: self._sum.get(name) for name in trainable}, {}
         rate = _rate(self.optimizers)
-        share: Tensor | None = None
-        if self.loop.step_fn is not None:
-            gradients = self._by_function(program, request, gradients)
-        elif self.scaler is not None:
-            share = self._scaled(program, gradients, outcome.loss)
-        else:
-            share = self._clipped(program, gradients)
-            again = self._again(program, request)
-            for optimizer in self.optimizers:
-                update(optimizer, trainable, gradients, again, outcome.loss)
+        gradients, share = self.make(program, request, gradients, outcome.loss)
         if made:
             self.log.updated(request.step, rate=rate, clipped=share)
         return gradients
+
+    def make(
+        self, program: Program, request: Request, gradients: Gradients, loss: Tensor
+    ) -> tuple[Gradients, Tensor | None]:
+        """Make one update with some gradients; they may be written to.
+
+        Returns:
+            The gradients that it was made with, and by what clipping multiplied them.
+        """
+        if self.loop.step_fn is not None:
+            return self._by_function(program, request, gradients), None
+        if self.scaler is not None:
+            return gradients, self._scaled(program, gradients, loss)
+        share = self._clipped(program, gradients)
+        again = self._again(program, request)
+        for optimizer in self.optimizers:
+            update(optimizer, program.state.trainable, gradients, again, loss)
+        return gradients, share
 
     def _clipped(self, program: Program, gradients: Gradients) -> Tensor | None:
         if self.loop.clip is None:
