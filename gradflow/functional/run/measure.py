@@ -19,10 +19,10 @@ from gradflow.functional.run.loop import run_plan
 from gradflow.functional.run.program import Given, Program, WorkingState
 from gradflow.functional.run.run import Plan, Run
 from gradflow.functional.run.training.stepper import Stepper
-from gradflow.functional.updates.log import UpdateLog
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.tap.taps import tapped
 from gradflow.functional.torch_private import outside_transforms, transforms
+from gradflow.functional.updates.log import UpdateLog
 from gradflow.records import FlowRecord
 
 
