@@ -100,15 +100,9 @@ def run_plan(
         return record
     if plan.deepen is not None and plan.detail == "cheap" and plan.deepen(record):
         record = deepened(run, request, record)
-    if (
-        first is not None
-        and stepper is not None
-        and make_stepper is not None
-        and _asks_for_curves(run, record)
-    ):
-        ends = Ends(first, request, stepper, lambda: make_stepper(UpdateLog()))
-        return bent(run, ends, record)
-    return record
+    if first is None or stepper is None or make_stepper is None or not _asks_for_curves(run, record):
+        return record
+    return bent(run, Ends(first, request, stepper, lambda: make_stepper(UpdateLog())), record)
 
 
 def _asks_for_curves(run: Run, record: FlowRecord) -> bool:

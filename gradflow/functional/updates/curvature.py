@@ -49,7 +49,8 @@ def curvature() -> Curvature:
     >>> model = nn.Linear(2, 1)
     >>> sgd = torch.optim.SGD(model.parameters(), 0.1)
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    >>> record = gf.analyze(model, [x] * 5, lambda y: y.square().mean(), optimizer=sgd, measurements=[curvature()])
+    >>> loss = lambda y: y.square().mean()
+    >>> record = gf.analyze(model, [x] * 5, loss, optimizer=sgd, measurements=[curvature()])
     >>> [(curve.step, curve.how) for curve in record.updates.curves]
     [(0, 'hessian-vector product'), (4, 'hessian-vector product')]
     """

@@ -75,7 +75,7 @@ def _back_to_start(run: Run, first: Request) -> None:
 
 
 def _curve(run: Run, request: Request, stepper: Stepper, loss: float) -> CurvatureRecord | None:
-    """Return how the loss of a step bends along the update that would follow it; None if it is another one."""
+    """Return how the loss of a step bends along the update that follows it; None if it is another loss."""
     program = run.program
     state = program.state
     before = {name: p.detach().clone() for name, p in state.trainable.items()}
