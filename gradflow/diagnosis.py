@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gradflow.detect import Detector, check_detectors, detect, explain, needs_depth
+from gradflow.detect import Detector, asks_for_curves, check_detectors, detect, explain, needs_depth
 from gradflow.functional.analyze import (
     Detail,
     Mode,
@@ -166,6 +166,7 @@ def _wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:
     pipelines = [part for part in detectors if isinstance(part, Pipeline)]
     return {
         "detail": "full" if any(part.detail == "full" for part in pipelines) else detail,
+        "bend": asks_for_curves,
         "deepen": lambda record: needs_depth(record, detect(record, detectors)),
         "measurements": [m for part in pipelines for m in part.measurements],
     }

@@ -57,7 +57,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"evidence"},
         {"knowledge"},
         {"actions"},
-        {"reach"},
+        {"reach", "updates"},
         {"flow", "causes"},
         {"attention", "recurrent", "policy", "parts"},
         {"defaults"},

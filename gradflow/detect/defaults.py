@@ -17,6 +17,8 @@ from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.twins import copied_units
+from gradflow.detect.updates.slow import slow_updates
+from gradflow.detect.updates.unheld import unheld_parameters
 from gradflow.records import FlowRecord, Issue
 
 
@@ -27,7 +29,7 @@ def default_detectors(
     dead_threshold: float = 0.9,
     unstable_cv_threshold: float = 3.0,
 ) -> tuple[Callable[[FlowRecord], Iterable[Issue]], ...]:
-    """Return one detector of each of the seven types, and those that hold like parts against each other.
+    """Return one detector of each of the seven types, and those of parts and of updates.
 
     Args:
         vanishing_threshold: see `vanishing`.
@@ -36,7 +38,7 @@ def default_detectors(
         unstable_cv_threshold: see `unstable`.
 
     >>> len(default_detectors())
-    14
+    16
     """
     return (
         numerical(),
@@ -53,4 +55,6 @@ def default_detectors(
         leaking_attention(),
         stray_dropout(),
         held_at_zero(),
+        slow_updates(),
+        unheld_parameters(),
     )

@@ -34,7 +34,7 @@ def automatic(base: Pipeline | None = None) -> Pipeline:
 
     >>> pipeline = automatic()
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+automatic', 31, 3)
+    ('flow+automatic', 33, 3)
     """
     base = base or flow()
     base = attrs.evolve(base, detectors=[sparing_learned(d) for d in base.detectors])

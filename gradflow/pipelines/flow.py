@@ -133,7 +133,7 @@ def flow(
         detail: what to measure, `cheap` or `full`.
 
     >>> flow().name, len(flow().detectors)
-    ('flow', 14)
+    ('flow', 16)
     """
     return Pipeline(
         "flow",

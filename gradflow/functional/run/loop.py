@@ -66,7 +66,7 @@ def run_plan(
             program.taps.sum_exactly()  # its steps are not run again where a fast sum fails
         outcome = _first_step(run, request) if step == 0 else _step(run, request)
         row = history.read(outcome, look=request.look, parameters_moved=stepper is not None)
-        finite = row.finite
+        overflown = request.scale != 1.0 and not row.finite and not outcome.gradients.finite
         follow_reach(run, outcome, row, look=request.look)
         if closer is not None:
             closer.look(run, outcome)
@@ -86,7 +86,7 @@ def run_plan(
         if outcome.structure is not None:
             outcome.structure.release()
         if stepper is not None and not plan.is_last(step):
-            stepper.after(program, request, outcome, finite=finite, end=plan.end)
+            stepper.after(program, request, outcome, finite=row.finite and not overflown, end=plan.end)
         del outcome  # frees its gradients before the next step
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.state import Tensors
+from gradflow.functional.model.trees import summable
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.reverse import (
     Flows,
@@ -36,6 +37,11 @@ class Gradients:
     parameters: dict[str, Tensor | None]
     outputs: list[Tensor | None]
     flows: Flows | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether every gradient of a parameter is finite."""
+        return all(bool(torch.isfinite(summable(g)).all()) for g in self.parameters.values() if g is not None)
 
 
 def reverse_pass(

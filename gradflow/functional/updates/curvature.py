@@ -12,7 +12,7 @@ from gradflow.functional.measurement import Session
 from gradflow.functional.tap.nodes import topological
 from gradflow.records import CurvatureRecord
 
-FACTORS = tuple(4.0**k for k in range(-6, 9))  # of the update, at which the loss along it is taken
+FACTORS = tuple(8.0**k for k in range(-4, 9))  # of the update, at which the loss along it is taken
 
 _SHARE = 2.0**-6  # of the update, by which a central difference goes to either side
 _COARSE = 2.0**-11  # a dtype that rounds by more than this takes whole updates
