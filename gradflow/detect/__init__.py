@@ -30,6 +30,9 @@ from gradflow.detect.policy.policy import (
     renormalised_policy,
 )
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
+from gradflow.detect.updates.rate import asks_for_curves
+from gradflow.detect.updates.slow import slow_updates
+from gradflow.detect.updates.unheld import unheld_parameters
 
 __all__ = [
     "RULES",
@@ -37,6 +40,7 @@ __all__ = [
     "Rule",
     "all_of",
     "amplifying",
+    "asks_for_curves",
     "bottleneck",
     "check_detectors",
     "collapsed_attention",
@@ -68,12 +72,14 @@ __all__ = [
     "renormalised_policy",
     "saturated_attention",
     "saturation",
+    "slow_updates",
     "starved_policy",
     "stray_dropout",
     "swallowed_norms",
     "tiny_divisors",
     "unbalanced_attention",
     "uneven_siblings",
+    "unheld_parameters",
     "unstable",
     "vanishing",
     "without",

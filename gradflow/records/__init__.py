@@ -67,6 +67,7 @@ from gradflow.records.recurrent import (
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, to_plain, write
 from gradflow.records.saving.registered import register_record
 from gradflow.records.scalars import every_scalar, few_scalars
+from gradflow.records.updates import CurvatureRecord, UpdateRecord, UpdatesRecord
 from gradflow.records.values import ReadOnlyMapping, frozen, unkept
 
 for _cls in [value for value in globals().values() if isinstance(value, type) and attrs.has(value)]:
@@ -87,6 +88,7 @@ __all__ = [
     "Bools",
     "BranchRecord",
     "Cause",
+    "CurvatureRecord",
     "DropoutRecord",
     "EdgeRecord",
     "EventRecord",
@@ -126,6 +128,8 @@ __all__ = [
     "TermRecord",
     "TransformerRecord",
     "TwinsRecord",
+    "UpdateRecord",
+    "UpdatesRecord",
     "array_field",
     "check_causes",
     "check_issues",

@@ -28,6 +28,7 @@ from gradflow.records.policy import PolicyRecord
 from gradflow.records.reach import ReachAccount
 from gradflow.records.recurrent import RecurrenceRecord
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, parsed, to_plain, write
+from gradflow.records.updates import UpdatesRecord
 
 if TYPE_CHECKING:  # the one name that points down the layout: see FlowRecord.graph
     from gradflow.graph import LayerGraph
@@ -52,6 +53,7 @@ class Provenance:
         optimizer: class name of the optimizer whose copy stepped, or `""`.
         learning_rates: of its parameter groups.
         clip: the norm that gradients were clipped to before each update, or None.
+        loop: what else the training loop was taken to do between two batches, in words.
         notes: what a reader must know to trust the numbers.
         chosen: what special measurements found in the model by themselves, why, and on what they were taken.
     """
@@ -70,6 +72,7 @@ class Provenance:
     optimizer: str = ""
     learning_rates: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     clip: float | None = None
+    loop: str = ""
     notes: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     chosen: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
 
@@ -102,6 +105,7 @@ class FlowRecord:
         extras: what measurements of one's own measured, by name: numbers, texts, NumPy arrays, tuples and
             mappings of them, and attrs records; see `gradflow.register_record`.
         knowledge: what the outputs of the last step are worth against guesses; None where it is not known.
+        updates: what the optimizer really did; None without one.
     """
 
     format_version: ClassVar[int] = FORMAT_VERSION
@@ -125,6 +129,7 @@ class FlowRecord:
     reach: ReachAccount | None = None
     extras: Mapping[str, Any] = extras_field()
     knowledge: KnowledgeRecord | None = None
+    updates: UpdatesRecord | None = None
 
     def __iter__(self) -> Iterator[LayerRecord]:
         return iter(self.layers)

@@ -12,6 +12,8 @@ from gradflow.detect.actions import batch_norm_actions, unstable_actions
 from gradflow.detect.evidence import late, middle, total_gradient
 from gradflow.detect.flow.steps import thrown
 from gradflow.detect.knowledge import calm
+from gradflow.detect.updates.fast import overshooting, with_rate
+from gradflow.detect.updates.rate import too_high
 from gradflow.detect.view import Flow, flow_of
 from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
@@ -66,6 +68,9 @@ def unstable(
         flow = flow_of(record)
         found = _jumps(flow, cv_threshold, jump, restless, restless_jump) or _risen(flow, risen)
         found = found or thrown(flow, jump, restless_jump)
+        misfit = too_high(record, jumps=bool(found))
+        if misfit is not None:
+            found = [with_rate(issue, misfit, record) for issue in found] or [overshooting(record, misfit)]
         return [*found, *_small_batch_norms(flow, few_values)]
 
     return detector
