@@ -52,6 +52,13 @@ from gradflow.records.parts import (
     TwinsRecord,
 )
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
+from gradflow.records.precision import (
+    ExponentHistogram,
+    LayerPrecision,
+    ParameterPrecision,
+    PrecisionRecord,
+    SubnormalRecord,
+)
 from gradflow.records.reach import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 from gradflow.records.recurrent import (
     GateRecord,
@@ -87,6 +94,7 @@ __all__ = [
     "DropoutRecord",
     "EdgeRecord",
     "Evidence",
+    "ExponentHistogram",
     "Floats",
     "FlowRecord",
     "GateRecord",
@@ -96,6 +104,7 @@ __all__ = [
     "IssueSeverity",
     "IssueType",
     "KnowledgeRecord",
+    "LayerPrecision",
     "LayerRecord",
     "MatrixRecord",
     "NodeRecord",
@@ -103,10 +112,12 @@ __all__ = [
     "NumericalRecord",
     "OutsideRecord",
     "OwnIssueType",
+    "ParameterPrecision",
     "ParameterRecord",
     "PartsRecord",
     "PolicyDistributionStats",
     "PolicyRecord",
+    "PrecisionRecord",
     "Provenance",
     "ReachAccount",
     "ReachRecord",
@@ -117,6 +128,7 @@ __all__ = [
     "ReservoirDynamics",
     "Role",
     "SightRecord",
+    "SubnormalRecord",
     "TermRecord",
     "TransformerRecord",
     "TwinsRecord",

@@ -25,6 +25,7 @@ from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.parts import DropoutRecord, PartsRecord, SightRecord
 from gradflow.records.policy import PolicyRecord
+from gradflow.records.precision import PrecisionRecord
 from gradflow.records.reach import ReachAccount
 from gradflow.records.recurrent import RecurrenceRecord
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, parsed, to_plain, write
@@ -102,6 +103,7 @@ class FlowRecord:
         extras: what measurements of one's own measured, by name: numbers, texts, NumPy arrays, tuples and
             mappings of them, and attrs records; see `gradflow.register_record`.
         knowledge: what the outputs of the last step are worth against guesses; None where it is not known.
+        precision: what `precision()` measured of number formats; None without it.
     """
 
     format_version: ClassVar[int] = FORMAT_VERSION
@@ -125,6 +127,7 @@ class FlowRecord:
     reach: ReachAccount | None = None
     extras: Mapping[str, Any] = extras_field()
     knowledge: KnowledgeRecord | None = None
+    precision: PrecisionRecord | None = None
 
     def __iter__(self) -> Iterator[LayerRecord]:
         return iter(self.layers)
