@@ -57,6 +57,7 @@ from gradflow.records.precision import (
     LayerPrecision,
     ParameterPrecision,
     PrecisionRecord,
+    ScalerRecord,
     SubnormalRecord,
 )
 from gradflow.records.reach import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
@@ -127,6 +128,7 @@ __all__ = [
     "RecurrentLevelRecord",
     "ReservoirDynamics",
     "Role",
+    "ScalerRecord",
     "SightRecord",
     "SubnormalRecord",
     "TermRecord",

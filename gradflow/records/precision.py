@@ -1,21 +1,4 @@
-"""What number formats can hold of a run's gradients and activations: `PrecisionRecord`.
-
-NOTE [Bins that answer for every format and scale]
-Casting |x| · 2^k to a format with M bits behind the point, normal numbers from 2^n and the largest exponent E
-asks three questions, each with one border:
-
-* does it become zero: |x| · 2^k ≤ 2^(n−M−1), half of the smallest number (a tie goes to the even one, zero);
-* does it become a subnormal number: it is not zero, and |x| · 2^k < 2^n · (1 − 2^(−M−1));
-* does it leave the range: |x| · 2^k ≥ 2^E · (2 − 2^(−M−1)), half a step above the largest number (the tie
-  goes to the even one, which is beyond); for e4m3, whose largest is 448 and even, |x| · 2^k > 464.
-
-A factor 2^k moves a border by k octaves and leaves its place in the octave. So nine bins in each octave,
-parted at the places of all borders of all formats, hold all that has to be known: a share is a sum over
-bins, exact for every format and every scale that is a power of two.
-
-"Leaves the range" is said of what PyTorch's cast makes infinite in float16, bfloat16 and e5m2. In e4m3, which
-has no infinity, the cast gives the largest number or, in older releases, NaN: it is as lost.
-"""
+"""What number formats hold of a run's gradients and activations: `PrecisionRecord`."""
 
 from __future__ import annotations
 
@@ -37,82 +20,7 @@ from gradflow.records.fields import (
     to_floats,
     to_tuple,
 )
-
-# Where the bins of an octave begin, as numbers of [1, 2): the first holds 1 alone, the fourth starts just
-# above its border; see NOTE [Bins that answer for every format and scale].
-BORDERS = (
-    1.0, 1.0, 1.75, 1.8125, 1.875, 2 - 2.0**-7, 2 - 2.0**-8, 2 - 2.0**-10, 2 - 2.0**-11,
-)  # fmt: skip
-OPEN = (1, 3)  # bins without their own border
-NUM_BINS = len(BORDERS)
-
-
-@attrs.frozen
-class NumberFormat:
-    """A format of floating-point numbers.
-
-    Args:
-        name: as PyTorch calls it.
-        mantissa: bits behind the point.
-        least: exponent of the smallest normal number.
-        most: exponent of the largest number.
-        subnormal_bin: bin of the octave below the normal numbers from which rounding makes a normal one.
-        infinite_bin: bin of the last octave from which rounding leaves the range.
-    """
-
-    name: str
-    mantissa: int
-    least: int
-    most: int
-    subnormal_bin: int
-    infinite_bin: int
-
-
-FORMATS = {
-    known.name: known
-    for known in (
-        NumberFormat("float64", 52, -1022, 1023, NUM_BINS, NUM_BINS),
-        NumberFormat("float32", 23, -126, 127, NUM_BINS, NUM_BINS),
-        NumberFormat("bfloat16", 7, -126, 127, 5, 6),
-        NumberFormat("float16", 10, -14, 15, 7, 8),
-        NumberFormat("float8_e5m2", 2, -14, 15, 2, 4),
-        NumberFormat("float8_e4m3fn", 3, -6, 8, 4, 3),
-    )
-}
-"""By name, the formats that can be asked about."""
-
-
-def number_format(name: Any) -> NumberFormat:
-    """Return a format by its name, or by PyTorch's dtype.
-
-    Raises:
-        ValueError: if it is not one of `FORMATS`.
-
-    >>> number_format("float16").mantissa
-    10
-    """
-    text = str(name).removeprefix("torch.")
-    if text not in FORMATS:
-        raise ValueError(f"expected a format of {', '.join(FORMATS)}, got {name!r}.")
-    return FORMATS[text]
-
-
-def exponent_of(scale: float) -> int:
-    """Return k of a loss scale 2^k.
-
-    Raises:
-        ValueError: if it is no power of two.
-
-    >>> exponent_of(65536)
-    16
-    """
-    mantissa, exponent = math.frexp(scale) if 0 < scale < math.inf else (0.0, 0)
-    if mantissa != 0.5:
-        raise ValueError(
-            f"expected a loss scale that is a power of two, got {scale!r}: only those shift the exponents "
-            "and change no digit. A GradScaler that doubles and halves from 65536 has no others."
-        )
-    return exponent - 1
+from gradflow.records.formats import BORDERS, NUM_BINS, exponent_of, number_format
 
 
 def _to_ints(values: Iterable[Any]) -> tuple[int, ...]:
@@ -131,7 +39,7 @@ class ExponentHistogram:
         num_zero: of them exact zeros.
         num_infinite: of them NaN or infinite.
         bins: the bins that hold something at some look, ascending: 9 · exponent + place;
-            see NOTE [Bins that answer for every format and scale].
+            see NOTE [Bins that answer for every format and scale] in `formats.py`.
         counts: entries in each, shape (looks, bins).
     """
 
@@ -267,6 +175,7 @@ class ParameterPrecision:
         computed: as it was computed under the loss scale in use, multiplied by it; see `LayerPrecision`.
         error: ‖g − g*‖ / ‖g*‖ of the gradient as computed, g, and the one without underflow, g*, both over
             their loss scales, shape (looks,): 1 where all of it was lost. NaN where none can have been.
+        norm: ‖g*‖, shape (looks,).
     """
 
     name: str
@@ -274,6 +183,7 @@ class ParameterPrecision:
     gradient: ExponentHistogram | None = None
     computed: ExponentHistogram | None = None
     error: Floats = array_field()
+    norm: Floats = array_field(unknown="error")
 
     def lost(self, look: int = -1) -> float:
         """Return the share of the gradient's entries that became zero; NaN where there is none."""
@@ -305,6 +215,23 @@ class SubnormalRecord:
 
 
 @attrs.frozen(kw_only=True)
+class ScalerRecord:
+    """The state of a GradScaler over some updates, oldest first.
+
+    Args:
+        steps: the updates.
+        scale: its loss scale after each, shape (updates,).
+        skipped: whether the update was left out, since a gradient was not finite, shape (updates,).
+        growth_interval: updates in a row without a skip after which it doubles the scale.
+    """
+
+    steps: tuple[int, ...] = attrs.field(converter=to_tuple)
+    scale: Floats = array_field()
+    skipped: Bools = array_field(np.bool_)
+    growth_interval: int = 2000
+
+
+@attrs.frozen(kw_only=True)
 class PrecisionRecord:
     """What number formats hold of a run's gradients and activations, by layer call and by parameter.
 
@@ -318,6 +245,7 @@ class PrecisionRecord:
         subnormals: where operations met subnormal numbers; empty where none did.
         flushes: whether the processor was set to flush them to zero.
         device: type of the device, such as `cpu`.
+        scaler: the GradScaler in use over the last updates; None where none is known.
     """
 
     steps: tuple[int, ...] = attrs.field(default=(), converter=to_tuple)
@@ -328,6 +256,7 @@ class PrecisionRecord:
     subnormals: tuple[SubnormalRecord, ...] = attrs.field(default=(), converter=to_tuple)
     flushes: bool = False
     device: str = "cpu"
+    scaler: ScalerRecord | None = None
 
     def __getitem__(self, name: str) -> LayerPrecision:
         """Return the layer call of that name.
@@ -356,7 +285,7 @@ class PrecisionRecord:
 
         One entry that leaves the range spoils a whole step, so at none of the looks may there be any. Among
         the scales that are left it is the one with the fewest zeros, then the fewest subnormal numbers; then
-        the smallest, which leaves most room. NaN where there is no gradient.
+        the nearest to 1. NaN where there is no gradient.
 
         Args:
             format: name of a format, or PyTorch's dtype.
@@ -370,7 +299,9 @@ class PrecisionRecord:
         # Below `low` all is zero; above `high` something leaves the range.
         high = (NUM_BINS * known.most + known.infinite_bin - seen.bins[-1] - 1) // NUM_BINS
         low = min(known.least - known.mantissa - seen.bins[-1] // NUM_BINS, high)
-        scales = [math.ldexp(1.0, k) for k in range(max(low, -1022), min(high, 1023) + 1)]
-        return min(
-            scales, key=lambda s: (seen.underflow(format, scale=s), seen.subnormal(format, scale=s), s)
-        )
+
+        def lost(k: int) -> tuple[float, float, int]:
+            scale = math.ldexp(1.0, k)
+            return seen.underflow(format, scale=scale), seen.subnormal(format, scale=scale), abs(k)
+
+        return math.ldexp(1.0, min(range(max(low, -1022), min(high, 1023) + 1), key=lost))

@@ -5,7 +5,7 @@ A comparison with a subnormal number is slow on many processors, and where they 
 wrong; so nothing here is computed with the entries as floats. The bits of a positive float, read as an
 integer, are exponent and mantissa side by side. The upper eleven bits of the mantissa, and whether any below
 them is set, tell the bin within the octave (NOTE [Bins that answer for every format and scale] in
-`gradflow.records.precision`), by a table; the rest is a count. The mantissa of a subnormal number is an
+`gradflow.records.formats`), by a table; the rest is a count. The mantissa of a subnormal number is an
 integer of its own, whose float has the digits that are asked for, at an exponent that is known.
 
 PyTorch casts double precision to shorter formats by way of float32. So its mantissa is first rounded as that
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gradflow.records import ExponentHistogram
-from gradflow.records.precision import BORDERS, NUM_BINS, OPEN
+from gradflow.records.formats import BORDERS, NUM_BINS, OPEN
 
 _PIECE = 2**16  # elements: what is made of them stays in the cache
 _MANTISSA = 23  # bits, of float32

@@ -27,7 +27,7 @@ from gradflow.records import (
     PrecisionRecord,
     SubnormalRecord,
 )
-from gradflow.records.precision import exponent_of
+from gradflow.records.formats import exponent_of
 
 
 @attrs.frozen
@@ -70,6 +70,7 @@ def precision(*, loss_scale: float | None = None) -> Precision:
     return Precision(scale)
 
 
+_UNKNOWN = (math.nan, math.nan)
 _KINDS = ("activations", "gradients", "computed", "parameters", "computed_parameters")
 
 
@@ -82,7 +83,7 @@ class _Look:
     computed: dict[str, Counts] = attrs.field(factory=dict)
     parameters: dict[str, Counts] = attrs.field(factory=dict)
     computed_parameters: dict[str, Counts] = attrs.field(factory=dict)
-    errors: dict[str, float] = attrs.field(factory=dict)
+    errors: dict[str, tuple[float, float]] = attrs.field(factory=dict)
     reference: float = math.nan
     rows: dict[str, dict[str, Row]] = attrs.field(factory=dict)
 
@@ -212,7 +213,8 @@ class PrecisionSession(Session):
             layer=owner(name, self._modules),
             gradient=self._histogram("parameters", name),
             computed=self._histogram("computed_parameters", name),
-            error=np.array([look.errors.get(name, math.nan) for look in self._looks]),
+            error=np.array([look.errors.get(name, _UNKNOWN)[0] for look in self._looks]),
+            norm=np.array([look.errors.get(name, _UNKNOWN)[1] for look in self._looks]),
         )
 
     def _histogram(self, kind: str, name: str) -> ExponentHistogram | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from gradflow.functional.measurement import gradients
 from gradflow.functional.precision.counts import Counts, counted
 from gradflow.functional.tap.nodes import Node
-from gradflow.records.precision import NUM_BINS, NumberFormat, number_format
+from gradflow.records.formats import NUM_BINS, NumberFormat, number_format
 
 NARROW = frozenset((torch.float16, torch.float8_e4m3fn, torch.float8_e5m2))  # lose gradients of usual size
 _NEAR = 20  # octaves from the smallest normal number, from which on a wider format may have lost some
@@ -126,14 +126,17 @@ def reference(
         used: the pass under the loss scale in use.
         loss, outputs, parameters: as for `run_pass`.
     """
-    if not may_have_lost(used):
+    if used.finite and not may_have_lost(used):
         return None
     exponent = used.exponent + (_UNKNOWN if (room := _room(used)) is None else room)
+    if not used.finite:  # then it is a smaller scale that shows more
+        exponent = used.exponent - _LESS
     limit = number_format(loss.dtype).most - 1
     best: Pass | None = None
     for _ in range(_TRIES):
         exponent = min(exponent, limit)
-        if exponent <= (used if best is None else best).exponent:
+        before = used if best is None and used.finite else best
+        if before is not None and exponent <= before.exponent:
             break
         found = run_pass(loss, outputs, parameters, exponent=exponent)
         if found is None:
@@ -178,11 +181,12 @@ def _octave(found: Counts, which: int) -> int | None:
     return (int(at[which]) + found.first) // NUM_BINS if len(at) else None
 
 
-def error(name: str, used: Pass, better: Pass) -> float:
-    """Return ‖g − g*‖ / ‖g*‖ of a parameter's gradient in two passes, each over its loss scale."""
+def error(name: str, used: Pass, better: Pass) -> tuple[float, float]:
+    """Return ‖g − g*‖ / ‖g*‖ of a parameter's gradient in two passes, each over its loss scale, and ‖g*‖."""
     if name not in used.parameters or name not in better.parameters:
-        return math.nan
+        return math.nan, math.nan
     g, right = used.parameters[name].double(), better.parameters[name].double()
     g = g * math.ldexp(1.0, better.exponent - used.exponent)
     size = float(torch.linalg.vector_norm(right))
-    return float(torch.linalg.vector_norm(g - right)) / size if 0 < size < math.inf else math.nan
+    off = float(torch.linalg.vector_norm(g - right)) / size if 0 < size < math.inf else math.nan
+    return off, size * math.ldexp(1.0, -better.exponent)

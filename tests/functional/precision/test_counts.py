@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradflow.functional.precision.counts import counted, histogram, row
 from gradflow.records import ExponentHistogram
-from gradflow.records.precision import FORMATS, NumberFormat, exponent_of, number_format
+from gradflow.records.formats import FORMATS, NumberFormat, exponent_of, number_format
 
 SHORT = ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 SCALES = (1.0, 2.0**-3, 2.0**10, 65536.0, 2.0**24)
