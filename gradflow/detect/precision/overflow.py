@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from gradflow.detect.precision.underflow import scale_text
 from gradflow.records import (
     ExponentHistogram,
     FlowRecord,
@@ -103,9 +104,12 @@ def _scale_issue(known: PrecisionRecord, times: float) -> Issue | None:
         layer_type=layer.type,
         issue_type=IssueType.NUMERICAL,
         severity=IssueSeverity.MEDIUM,
-        description=f"Under the loss scale of {known.loss_scale:g} its gradient is not finite in "
-        f"{layer.computed.dtype}; it would be at {best:g}. A GradScaler skips an update for each halving.",
+        description=f"Under the loss scale of {scale_text(known.loss_scale)} its gradient is not finite in "
+        f"{layer.computed.dtype}; it would be at {scale_text(best)}. A GradScaler skips "
+        "an update for each halving.",
         magnitude=known.loss_scale / best,
-        recommended_actions=(f"Start the scaler there: torch.amp.GradScaler(init_scale={best:g}).",),
+        recommended_actions=(
+            f"Start the scaler there: torch.amp.GradScaler(init_scale={scale_text(best)}).",
+        ),
         metrics={"loss_scale": known.loss_scale, "best_scale": best},
     )

@@ -18,7 +18,7 @@ from gradflow.records import (
 )
 from gradflow.records.formats import FORMATS
 
-_SERIOUS = 0.1  # of all numbers: then most of the time is spent on them
+_SERIOUS = 0.25  # of all numbers: then nearly all of the time is spent on them
 _SMALLEST = 2.0 ** FORMATS["float32"].least
 
 
@@ -36,7 +36,7 @@ def crawling(share: float = 0.01) -> Callable[[FlowRecord], Iterable[Issue]]:
     a CPU computes with in float32; a processor that is set to flush them.
 
     Args:
-        share: of the numbers, from which on it is told: LOW, and MEDIUM from 0.1 on. A hundredth, of which
+        share: of the numbers, from which on it is told: LOW, and MEDIUM from 0.25 on. A hundredth, of which
             each takes a hundred times as long, doubles the time.
     """
 
@@ -66,6 +66,7 @@ def _issue(record: FlowRecord, worst: SubnormalRecord, share: float) -> Issue:
     return _told(
         worst.layer,
         layer.type if layer is not None else record.provenance.model,
+        IssueSeverity.MEDIUM if share >= _SERIOUS else IssueSeverity.LOW,
         share,
         f"{share:.2g} of the numbers in the reverse pass are subnormal (below {smallest} in {worst.dtype}), "
         "most of them here",
@@ -76,17 +77,18 @@ def _recurrent_issue(recurrence: RecurrenceRecord, share: float) -> Issue:
     return _told(
         recurrence.name,
         recurrence.type,
+        IssueSeverity.LOW,
         share,
         f"Over {share:.2g} of its time steps the gradient is subnormal (below 1.2e-38)",
     )
 
 
-def _told(layer: str, kind: str, share: float, what: str) -> Issue:
+def _told(layer: str, kind: str, severity: IssueSeverity, share: float, what: str) -> Issue:
     return Issue(
         layer=layer,
         layer_type=kind,
         issue_type=IssueType.NUMERICAL,
-        severity=IssueSeverity.MEDIUM if share >= _SERIOUS else IssueSeverity.LOW,
+        severity=severity,
         description=f"{what}: too small to change a weight, and many processors take ten to a hundred times "
         "as long for them.",
         magnitude=share,

@@ -21,7 +21,7 @@ from gradflow.records import (
     PrecisionRecord,
     Role,
 )
-from gradflow.records.formats import FORMATS
+from gradflow.records.formats import FORMATS, exponent_of
 
 _WIDE = ("bfloat16", "float32", "float64")  # hold what is smaller than the loss by 1e-38 and less
 _DECAYED = 1e-9  # of the gradient at the loss, as in `readings.zeros`: a long way, not a short format
@@ -120,7 +120,7 @@ def _issue(known: PrecisionRecord, lost: Sequence[_Loss], severe: float) -> Issu
     begins, worst = lost[-1], max(lost, key=lambda loss: loss.share)
     computed = begins.layer.computed
     dtype = computed.dtype if computed is not None else "float16"
-    scale = "" if known.loss_scale == 1 else f" under a loss scale of {known.loss_scale:g}"
+    scale = "" if known.loss_scale == 1 else f" under a loss scale of {scale_text(known.loss_scale)}"
     best = known.best_scale(dtype) if dtype in FORMATS else math.nan
     many = ""
     if len(lost) > 1:
@@ -138,6 +138,15 @@ def _issue(known: PrecisionRecord, lost: Sequence[_Loss], severe: float) -> Issu
         metrics=_metrics(known, lost, worst, best),
         evidence=Evidence(roles=Role.UNDERFLOWING, origin=begins.layer.name),
     )
+
+
+def scale_text(scale: float) -> str:
+    """Return a loss scale as one writes it.
+
+    >>> scale_text(65536.0), scale_text(2.0**31)
+    ('65536', '2.0**31')
+    """
+    return f"{scale:g}" if 1 <= scale < 1e6 else f"2.0**{exponent_of(scale)}"
 
 
 def _percent(share: float) -> str:
@@ -178,7 +187,7 @@ def _actions(dtype: str, known: PrecisionRecord, worst: LayerPrecision, best: fl
     if worst.gradient is None or worst.gradient.norm_lost(dtype, scale=best) > _HELD:
         return (f"C{wide}", f"No loss scale holds it: the gradients span more than {dtype} does.")
     if known.loss_scale > 1:
-        use = f"Raise the loss scale to {best:g}"
+        use = f"Raise the loss scale to {scale_text(best)}"
     else:
-        use = f"Scale the loss, torch.amp.GradScaler(init_scale={best:g})"
+        use = f"Scale the loss, torch.amp.GradScaler(init_scale={scale_text(best)})"
     return (f"{use}: there the measured gradients lose least, and none overflows.", f"Or c{wide}")

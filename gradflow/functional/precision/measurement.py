@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -15,7 +15,7 @@ from gradflow.functional.measurement import Session
 from gradflow.functional.model.layers import owner
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.precision.counts import Counts, Row, counted, histogram, row
-from gradflow.functional.precision.passes import Output, Pass, error, listening, reference, run_pass
+from gradflow.functional.precision.passes import Output, Pass, error, fullest, listening, references, run_pass
 from gradflow.functional.precision.subnormal import Span, Tally, flushes, graph_nodes, sample
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
@@ -146,27 +146,31 @@ class PrecisionSession(Session):
         """Differentiate under the scale in use, and under a larger one where that may have lost something."""
         self._device = loss.device.type
         parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        nodes = graph_nodes(loss) if loss.is_cpu else []
-        some = Tally(sample(nodes))
-        with listening(some.places()):
-            used = run_pass(loss, self._outputs, parameters, exponent=self._exponent)
+        nodes = graph_nodes(loss)
+        some = Tally(sample(nodes) if loss.is_cpu else ())
+        used = None
+        if not any(node.name() == "CheckpointFunctionBackward" for node in nodes):
+            with listening(some.places()):
+                used = run_pass(loss, self._outputs, parameters, exponent=self._exponent)
         if used is None:
             self._failed = True
             return
-        self._keep(used, reference(used, loss, self._outputs, parameters))
+        self._keep(used, references(used, loss, self._outputs, parameters))
         self._flushes = flushes()
         self._subnormals = self._count_subnormals(loss, parameters, nodes) if some.any else []
 
-    def _keep(self, used: Pass, better: Pass | None) -> None:
+    def _keep(self, used: Pass, better: Sequence[Pass]) -> None:
         look = self._look
         look.computed, look.computed_parameters = dict(used.layers), dict(used.counts)
-        best = used if better is None else better
-        look.gradients = _of_loss(used.layers, used.exponent, best.layers, best.exponent)
-        look.parameters = _of_loss(used.counts, used.exponent, best.counts, best.exponent)
-        if better is not None:
-            look.reference = math.ldexp(1.0, better.exponent)
-            with torch.no_grad():
-                look.errors = {name: error(name, used, better) for name in used.parameters}
+        look.gradients = _of_loss([used, *better], lambda p: p.layers)
+        look.parameters = _of_loss([used, *better], lambda p: p.counts)
+        if not better:
+            return
+        look.reference = math.ldexp(1.0, better[-1].exponent)
+        with torch.no_grad():
+            for name in used.parameters:
+                if (right := fullest(better, lambda p: p.counts, name)) is not None:
+                    look.errors[name] = error(name, used, right)
 
     def _count_subnormals(
         self, loss: Tensor, parameters: Mapping[str, Tensor], nodes: Sequence[Any]
@@ -241,14 +245,11 @@ def _add(found: dict[str, Counts], name: str, counts: Counts) -> None:
     found[name] = found[name] + counts if name in found else counts
 
 
-def _of_loss(
-    used: Mapping[str, Counts], exponent: int, better: Mapping[str, Counts], larger: int
-) -> dict[str, Counts]:
-    """Return the counts of the gradients of the loss itself, those of the pass that kept more."""
+def _of_loss(passes: Sequence[Pass], kind: Callable[[Pass], Mapping[str, Counts]]) -> dict[str, Counts]:
+    """Return the counts of the gradients of the loss itself, of each in the pass that kept most of it."""
     found = {}
-    for name in used:
-        pair = [used[name].over(exponent)]
-        if name in better:
-            pair.append(better[name].over(larger))
-        found[name] = max(pair, key=lambda counts: counts.num_present)
+    for name, counts in kind(passes[0]).items():
+        best = fullest(passes, kind, name)
+        exponent = passes[0].exponent if best is None else best.exponent
+        found[name] = (counts if best is None else kind(best)[name]).over(exponent)
     return found

@@ -30,6 +30,7 @@ _NEAR = 20  # octaves from the smallest normal number, from which on a wider for
 _ROOM = 2  # octaves that are left above the largest gradient
 _UNKNOWN = 16  # the exponent of the scale to try where nothing at all is left
 _TRIES = 4
+_FURTHER = 24  # octaves, for what is all zero
 _LESS = 8  # octaves, after a pass that was not finite
 
 Output = tuple[str, Node, int]  # name of a layer call, and the node and number that its output is of
@@ -117,21 +118,39 @@ def _telling(number: int, hear: Callable[[Tensor], None]) -> Callable[[Sequence[
     return tell
 
 
-def reference(
+def references(
     used: Pass, loss: Tensor, outputs: Sequence[Output], parameters: Mapping[str, Tensor]
-) -> Pass | None:
-    """Return a pass that lost less than the one in use; None where that one can have lost nothing.
+) -> list[Pass]:
+    """Return passes that lost less than the one in use; none where that one can have lost nothing.
 
     Args:
         used: the pass under the loss scale in use.
         loss, outputs, parameters: as for `run_pass`.
+
+    Returns:
+        One pass in which all is finite; and where some gradient is all zero in it, one under a scale so large
+        that others need not be.
     """
     if used.finite and not may_have_lost(used):
-        return None
+        return []
+    limit = number_format(loss.dtype).most - 1
+    best = _largest(used, loss, outputs, parameters, limit)
+    kept = used if best is None else best
+    exponent = min(kept.exponent + _FURTHER, limit)
+    found = [] if best is None else [best]
+    if exponent > kept.exponent and any(not counts.num_present for counts in kept.all_counts):
+        further = run_pass(loss, outputs, parameters, exponent=exponent)
+        found += [] if further is None else [further]
+    return found
+
+
+def _largest(
+    used: Pass, loss: Tensor, outputs: Sequence[Output], parameters: Mapping[str, Tensor], limit: int
+) -> Pass | None:
+    """Return the pass under the largest scale at which all is finite; None where that is the one in use."""
     exponent = used.exponent + (_UNKNOWN if (room := _room(used)) is None else room)
     if not used.finite:  # then it is a smaller scale that shows more
         exponent = used.exponent - _LESS
-    limit = number_format(loss.dtype).most - 1
     best: Pass | None = None
     for _ in range(_TRIES):
         exponent = min(exponent, limit)
@@ -150,6 +169,12 @@ def reference(
             break
         exponent += _UNKNOWN if room is None else room
     return best
+
+
+def fullest(passes: Sequence[Pass], kind: Callable[[Pass], Mapping[str, Counts]], name: str) -> Pass | None:
+    """Return the pass in which most of a gradient is present, of those in which it is finite."""
+    known = [p for p in passes if name in kind(p) and not int(kind(p)[name].counts[-1])]
+    return max(known, key=lambda p: kind(p)[name].num_present, default=None)
 
 
 def may_have_lost(used: Pass) -> bool:
@@ -187,6 +212,7 @@ def error(name: str, used: Pass, better: Pass) -> tuple[float, float]:
         return math.nan, math.nan
     g, right = used.parameters[name].double(), better.parameters[name].double()
     g = g * math.ldexp(1.0, better.exponent - used.exponent)
-    size = float(torch.linalg.vector_norm(right))
-    off = float(torch.linalg.vector_norm(g - right)) / size if 0 < size < math.inf else math.nan
-    return off, size * math.ldexp(1.0, -better.exponent)
+    size, off = float(torch.linalg.vector_norm(right)), float(torch.linalg.vector_norm(g - right))
+    if not (0 < size < math.inf and off < math.inf):
+        return math.nan, math.nan
+    return off / size, size * math.ldexp(1.0, -better.exponent)
