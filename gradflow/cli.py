@@ -27,7 +27,8 @@ if TYPE_CHECKING:  # importing these for real imports torch, which takes seconds
 
 # Those of IssueSeverity; the records load numpy, which help and version need not wait for.
 SEVERITIES = ("CRITICAL", "HIGH", "MEDIUM", "LOW", "INFO")
-PIPELINES = ("automatic", "flow", "transformer", "recurrent", "policy")  # functions of `gradflow.pipelines`
+# Functions of `gradflow.pipelines`.
+PIPELINES = ("automatic", "flow", "transformer", "recurrent", "policy", "precision")
 _LOOP = ("clip", "accumulate", "scheduler", "scaler", "step_fn")
 DEFAULT_NAME = "build"
 OK, SICK, FAILED, INTERRUPTED = 0, 1, 2, 130

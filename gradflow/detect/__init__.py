@@ -29,6 +29,10 @@ from gradflow.detect.policy.policy import (
     misscaled_deviation,
     renormalised_policy,
 )
+from gradflow.detect.precision.overflow import overflowing
+from gradflow.detect.precision.scaler import scaler_issues, stuck_scaler
+from gradflow.detect.precision.slow import crawling
+from gradflow.detect.precision.underflow import underflowing
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
 from gradflow.detect.updates.rate import asks_for_curves
 from gradflow.detect.updates.slow import slow_updates
@@ -48,6 +52,7 @@ __all__ = [
     "collapsed_rank",
     "conflicting_heads",
     "copied_units",
+    "crawling",
     "dead",
     "default_detectors",
     "detect",
@@ -67,17 +72,21 @@ __all__ = [
     "needs_depth",
     "numerical",
     "only",
+    "overflowing",
     "redundant_heads",
     "remap",
     "renormalised_policy",
     "saturated_attention",
     "saturation",
+    "scaler_issues",
     "slow_updates",
     "starved_policy",
     "stray_dropout",
+    "stuck_scaler",
     "swallowed_norms",
     "tiny_divisors",
     "unbalanced_attention",
+    "underflowing",
     "uneven_siblings",
     "unheld_parameters",
     "unstable",

@@ -33,6 +33,7 @@ from gradflow.functional.model.state import call
 from gradflow.functional.policy.gradients import HeadGradients, head_gradients
 from gradflow.functional.policy.measurement import policy_heads
 from gradflow.functional.policy.statistics import ActionStatistics, action_entropy, action_statistics
+from gradflow.functional.precision.measurement import precision
 from gradflow.functional.recurrent.cells import Cell, Level, level_of_cell, levels_of
 from gradflow.functional.recurrent.measurement import recurrence
 from gradflow.functional.recurrent.transition import lyapunov_exponents, spectral_radii, state_jacobians
@@ -88,6 +89,7 @@ __all__ = [
     "per_sample_gradients",
     "policy_heads",
     "position_residual",
+    "precision",
     "probe",
     "recurrence",
     "spectral_radii",

@@ -15,7 +15,7 @@ from gradflow.functional.measurement import Measurement, Session
 from gradflow.records import FlowRecord, frozen, unkept
 
 # Fields of the record that measurements of gradflow fill, where what they give is of that class.
-FILLED = frozenset({"transformer", "recurrences", "policy", "parts", "sights", "dropouts"})
+FILLED = frozenset({"transformer", "recurrences", "policy", "parts", "sights", "dropouts", "precision"})
 
 
 def check_names(measurements: Iterable[Measurement]) -> None:

@@ -54,6 +54,14 @@ from gradflow.records.parts import (
     TwinsRecord,
 )
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
+from gradflow.records.precision import (
+    ExponentHistogram,
+    LayerPrecision,
+    ParameterPrecision,
+    PrecisionRecord,
+    ScalerRecord,
+    SubnormalRecord,
+)
 from gradflow.records.reach import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 from gradflow.records.recurrent import (
     GateRecord,
@@ -93,6 +101,7 @@ __all__ = [
     "EdgeRecord",
     "EventRecord",
     "Evidence",
+    "ExponentHistogram",
     "Floats",
     "FlowRecord",
     "GateRecord",
@@ -103,6 +112,7 @@ __all__ = [
     "IssueSeverity",
     "IssueType",
     "KnowledgeRecord",
+    "LayerPrecision",
     "LayerRecord",
     "MatrixRecord",
     "NodeRecord",
@@ -110,10 +120,12 @@ __all__ = [
     "NumericalRecord",
     "OutsideRecord",
     "OwnIssueType",
+    "ParameterPrecision",
     "ParameterRecord",
     "PartsRecord",
     "PolicyDistributionStats",
     "PolicyRecord",
+    "PrecisionRecord",
     "Provenance",
     "QuotientRecord",
     "ReachAccount",
@@ -124,7 +136,9 @@ __all__ = [
     "RecurrentLevelRecord",
     "ReservoirDynamics",
     "Role",
+    "ScalerRecord",
     "SightRecord",
+    "SubnormalRecord",
     "TermRecord",
     "TransformerRecord",
     "TwinsRecord",

@@ -25,6 +25,7 @@ from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.parts import DropoutRecord, PartsRecord, SightRecord
 from gradflow.records.policy import PolicyRecord
+from gradflow.records.precision import PrecisionRecord
 from gradflow.records.reach import ReachAccount
 from gradflow.records.recurrent import RecurrenceRecord
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, parsed, to_plain, write
@@ -106,6 +107,7 @@ class FlowRecord:
             mappings of them, and attrs records; see `gradflow.register_record`.
         knowledge: what the outputs of the last step are worth against guesses; None where it is not known.
         updates: what the optimizer really did; None without one.
+        precision: what `precision()` measured of number formats; None without it.
     """
 
     format_version: ClassVar[int] = FORMAT_VERSION
@@ -130,6 +132,7 @@ class FlowRecord:
     extras: Mapping[str, Any] = extras_field()
     knowledge: KnowledgeRecord | None = None
     updates: UpdatesRecord | None = None
+    precision: PrecisionRecord | None = None
 
     def __iter__(self) -> Iterator[LayerRecord]:
         return iter(self.layers)
