@@ -125,14 +125,14 @@ def _issue(known: PrecisionRecord, lost: Sequence[_Loss], severe: float) -> Issu
     many = ""
     if len(lost) > 1:
         more = f"most in {worst.layer.name}, {_percent(worst.share)}"
-        many = f" It begins here, and {len(lost)} layers lose so, {more}."
+        many = f" That begins here, and is so in {len(lost)} layers, {more}."
     return Issue(
         layer=begins.layer.name,
         layer_type=begins.layer.type,
         issue_type=IssueType.VANISHING,
         severity=_severity(worst.share, severe),
-        description=f"{_percent(begins.share)} of the gradient of its parameters is lost: it is too small "
-        f"for {dtype}{scale}.{many}",
+        description=f"The gradient of its parameters is off by {_percent(begins.share)} of its size: it is "
+        f"too small for {dtype}{scale}.{many}",
         magnitude=worst.share,
         recommended_actions=_actions(dtype, known, worst.layer, best),
         metrics=_metrics(known, lost, worst, best),

@@ -131,7 +131,9 @@ class PrecisionSession(Session):
         self._spans.append((self._starts.pop(call.index, 0), sequence_number(), call.name))
         seen: set[int] = set()
         for y in iter_tensors(output):
-            if id(y) in seen or not (y.is_floating_point() or y.is_complex()) or not y.numel():
+            if id(y) in seen or y.layout is not torch.strided or not y.numel():
+                continue
+            if not (y.is_floating_point() or y.is_complex()):
                 continue
             seen.add(id(y))
             if self._counts_activations():

@@ -210,7 +210,7 @@ def error(name: str, used: Pass, better: Pass) -> tuple[float, float]:
     """Return ‖g − g*‖ / ‖g*‖ of a parameter's gradient in two passes, each over its loss scale, and ‖g*‖."""
     if name not in used.parameters or name not in better.parameters:
         return math.nan, math.nan
-    g, right = used.parameters[name].double(), better.parameters[name].double()
+    g, right = (p.parameters[name].to_dense().double() for p in (used, better))
     g = g * math.ldexp(1.0, better.exponent - used.exponent)
     size, off = float(torch.linalg.vector_norm(right)), float(torch.linalg.vector_norm(g - right))
     if not (0 < size < math.inf and off < math.inf):

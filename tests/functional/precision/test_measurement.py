@@ -330,3 +330,50 @@ def test_measurements_of_ones_choice_are_not_doubled() -> None:
     report = gf.diagnose(Halved(), [torch.ones(2, 4).half()], lambda y: y.float().sum(), pipeline=pipeline)
     assert report.record.precision is not None
     assert report.record.precision.loss_scale == 2.0**10
+
+
+@pytest.mark.parametrize("options", [{"transform": "vjp"}, {"detail": "full"}], ids=str)
+def test_every_way_to_run_measures_the_same(options: dict[str, Any]) -> None:
+    known, plain = measured(cnn(), **options), measured(cnn())
+    assert known.layers == plain.layers
+    assert known.parameters == plain.parameters
+
+
+def test_tables_with_sparse_gradients_are_measured() -> None:
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Linear(4, 2)).half()
+        known = gf.analyze(
+            model, [torch.tensor([[1, 2, 2]])], lambda y: 1e-7 * y.float().square().mean(),
+            measurements=[precision()],
+        ).precision  # fmt: skip
+        assert known is not None
+        found.append(known.parameter("0.weight"))
+    dense, sparse_ = found
+    assert dense.error.tolist() == sparse_.error.tolist()
+    assert dense.error[0] > 0.1
+    assert dense.gradient is not None
+    assert sparse_.gradient is not None
+    assert dense.gradient.num_present() == sparse_.gradient.num_present()
+
+
+def test_outputs_that_are_no_plain_tensors_are_passed_over() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sort, self.out = Sort(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            values, _ = self.sort(x)
+            return self.out(values)
+
+    class Sort(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.sort(x)
+
+    known = gf.analyze(Net(), [torch.randn(3, 4)], lambda y: y.mean(), measurements=[precision()]).precision
+    assert known is not None
+    assert known["sort"].activation is not None
+    assert known["sort"].activation.num_elements.tolist() == [12]
+    assert known["sort"].gradient is None
