@@ -40,6 +40,8 @@ from gradflow.functional.recurrent.unroll import hidden_gradients, unroll
 from gradflow.functional.reverse.reverse import effective_rank
 from gradflow.functional.scale import GradientScale, gradient_scale
 from gradflow.functional.tap.probes import probe
+from gradflow.functional.updates.curvature import curvature, curvature_along
+from gradflow.functional.updates.figures import UpdateFigures, remembered, update_figures
 
 __all__ = [
     "ActionStatistics",
@@ -56,6 +58,7 @@ __all__ = [
     "Measurement",
     "Session",
     "Spectrum",
+    "UpdateFigures",
     "VectorField",
     "action_entropy",
     "action_statistics",
@@ -66,6 +69,8 @@ __all__ = [
     "attention_statistics",
     "attention_weights",
     "call",
+    "curvature",
+    "curvature_along",
     "effective_rank",
     "field_jacobian",
     "gradient_noise",
@@ -90,8 +95,10 @@ __all__ = [
     "position_residual",
     "probe",
     "recurrence",
+    "remembered",
     "spectral_radii",
     "state_jacobians",
     "unroll",
+    "update_figures",
     "vector_field",
 ]

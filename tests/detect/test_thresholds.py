@@ -20,9 +20,11 @@ from gradflow.detect import (
     misscaled_norms,
     numerical,
     saturation,
+    slow_updates,
     stray_dropout,
     swallowed_norms,
     uneven_siblings,
+    unheld_parameters,
     unstable,
     vanishing,
 )
@@ -34,8 +36,10 @@ PARTS = [
     held_at_zero,
     leaking_attention,
     misscaled_norms,
+    slow_updates,
     stray_dropout,
     swallowed_norms,
+    unheld_parameters,
     uneven_siblings,
 ]
 
