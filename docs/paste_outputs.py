@@ -35,6 +35,7 @@ PAGES = (
     "docs/transformer.md",
     "docs/reach.md",
     "docs/precision.md",
+    "docs/updates.md",
     "docs/measurements.md",
 )
 ABOVE, ALL_ABOVE = "the block above", "the blocks above"

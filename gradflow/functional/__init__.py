@@ -41,6 +41,8 @@ from gradflow.functional.recurrent.unroll import hidden_gradients, unroll
 from gradflow.functional.reverse.reverse import effective_rank
 from gradflow.functional.scale import GradientScale, gradient_scale
 from gradflow.functional.tap.probes import probe
+from gradflow.functional.updates.curvature import curvature, curvature_along
+from gradflow.functional.updates.figures import UpdateFigures, remembered, update_figures
 
 __all__ = [
     "ActionStatistics",
@@ -57,6 +59,7 @@ __all__ = [
     "Measurement",
     "Session",
     "Spectrum",
+    "UpdateFigures",
     "VectorField",
     "action_entropy",
     "action_statistics",
@@ -67,6 +70,8 @@ __all__ = [
     "attention_statistics",
     "attention_weights",
     "call",
+    "curvature",
+    "curvature_along",
     "effective_rank",
     "field_jacobian",
     "gradient_noise",
@@ -92,8 +97,10 @@ __all__ = [
     "precision",
     "probe",
     "recurrence",
+    "remembered",
     "spectral_radii",
     "state_jacobians",
     "unroll",
+    "update_figures",
     "vector_field",
 ]

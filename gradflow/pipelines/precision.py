@@ -22,8 +22,8 @@ def precision(base: Pipeline | None = None, *, loss_scale: float | None = None) 
         ValueError: if the loss scale is no power of two.
 
     >>> pipeline = precision()
-    >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+precision', 18, 1)
+    >>> pipeline.name, len(pipeline.measurements)
+    ('flow+precision', 1)
     """
     own = Pipeline("precision", precision_detectors(), measurements=(measured(loss_scale=loss_scale),))
     return (base or flow()) + own

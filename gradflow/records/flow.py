@@ -23,7 +23,7 @@ from gradflow.records.fields import (
 from gradflow.records.graph import GraphRecord
 from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
-from gradflow.records.parts import DropoutRecord, PartsRecord, SightRecord
+from gradflow.records.parts import PartsRecord
 from gradflow.records.policy import PolicyRecord
 from gradflow.records.precision import PrecisionRecord
 from gradflow.records.reach import ReachAccount
@@ -96,9 +96,7 @@ class FlowRecord:
         passed_by: those of `never_called` that code which ran names, on a branch that it did not take.
         graph_record: the graph's data, or None if it could not be taken.
         transformer: what `attention()` measured; empty without it.
-        parts: what was measured of blocks, norm layers and matrices that can be held against their like.
-        sights: which positions each self-attention lets its outputs see.
-        dropouts: dropout layers, and what drops in eval mode.
+        parts: what was measured of blocks, norm layers, matrices, what attention sees, and dropout.
         provenance: where the numbers come from.
         recurrences: what `recurrence()` measured of recurrent layers over time.
         policy: what `policy_heads()` measured of a policy; None without it.
@@ -123,8 +121,6 @@ class FlowRecord:
     graph_record: GraphRecord | None = None
     transformer: TransformerRecord = attrs.field(factory=TransformerRecord)
     parts: PartsRecord = attrs.field(factory=PartsRecord)
-    dropouts: tuple[DropoutRecord, ...] = attrs.field(default=(), converter=to_tuple)
-    sights: tuple[SightRecord, ...] = attrs.field(default=(), converter=to_tuple)
     provenance: Provenance = attrs.field(factory=Provenance)
     recurrences: tuple[RecurrenceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     policy: PolicyRecord | None = None

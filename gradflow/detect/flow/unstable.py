@@ -39,6 +39,9 @@ def unstable(
     what it is used to, in a run that has come to nothing. Apart from this, how many values each channel of a
     batch norm averages over in training.
 
+    Where it jumps, or ends above its start, the account of updates tells whether the rate is too high, and by
+    about how much: see `gradflow.detect.updates.rate`.
+
     Why this is evidence: a step of plain or of momentum descent is proportional to the gradient, so a jump
     by an order of magnitude undoes many steps at once. The reference is the run's own, so the scale of the
     loss cancels.

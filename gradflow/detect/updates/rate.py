@@ -29,7 +29,6 @@ from gradflow.detect.updates.readings import (
 from gradflow.records import CurvatureRecord, FlowRecord
 
 USUAL = 1e-2  # the largest update over weight that is usual
-_LEAST = 1e-3  # the least that is usual
 _FAR = 0.1  # update over weight from which it is no small step any more
 _TINY = 3e-5  # at which weights take a hundred thousand steps to become others
 _LONGER = 64.0  # by what factor a longer step must be the better one
@@ -106,12 +105,13 @@ def _is_off_scale(record: FlowRecord) -> bool:
     gradient = total_gradient(record)
     trained = [p for p in record.parameters if p.trainable and p.optimized and len(p.norm)]
     depth = max(sum(len(p.shape) >= 2 for p in trained), 1)
-    size, loss = (
-        math.hypot(*(p.norm[0] for p in trained)) if trained else math.nan,
-        abs(float(record.losses[0])),
-    )
-    share = float(gradient[0]) * size / loss if len(gradient) and loss > 0 else math.nan
-    return share > _OFF * depth or share < _FLAT
+    size, loss = math.hypot(*(p.norm[0] for p in trained)), abs(float(record.losses[0]))
+    if not len(gradient) or not loss > 0:
+        return False
+    known, fall = record.knowledge, float(gradient[0]) * size
+    # A trained model's own loss is next to nothing, so what ignorance costs counts where it is more.
+    most = max(loss, known.ignorance) if known is not None and math.isfinite(known.ignorance) else loss
+    return fall > _OFF * depth * most or fall < _FLAT * loss
 
 
 def _is_cold(record: FlowRecord) -> bool:
@@ -136,7 +136,7 @@ def too_low(record: FlowRecord) -> Misfit | None:
     if abs(curve.slope) * record.steps > _GAIN * abs(curve.loss):  # as many steps get there
         return None
     ratio = largest_ratio(record)
-    factor = min(curve.best, _LEAST / ratio)
+    factor = min(curve.best, USUAL / ratio)
     return Misfit(factor=factor, ratio=ratio, rate=max(rates(record), default=math.nan), curve=curve)
 
 

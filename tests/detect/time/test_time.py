@@ -13,9 +13,9 @@ from gradflow.detect.time import (
     collapsing,
     diverging,
     dying,
-    starving,
     growing,
     sharpening,
+    starving,
     stiffening,
     time_detectors,
 )
