@@ -190,11 +190,11 @@ def _by_the_way(s: _Starved, fed: float, bypass: float) -> bool:
 
 
 def _heard_later(s: _Starved, against: Shares, threshold: float, share: float) -> _Starved:
-    """Return it LOW at most where other calls of the same module get what they should, and this one is not lost
+    """Return it LOW at most where other calls of its module get what they should, and it is not lost
     in their sum.
 
-    A memory that fades within some tens of steps is as good as its task asks for: whether anything is asked of
-    the first steps, the gradient does not show.
+    A memory that fades within some tens of steps is as good as its task asks for: whether anything is asked
+    of the first steps, the gradient does not show.
     """
     layers = against.flow.layers
     calls = [late(x) for n, x in against.share.items() if layers[n].module == layers[s.node].module]

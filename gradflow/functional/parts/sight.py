@@ -41,7 +41,7 @@ class Sight:
 def sight() -> Sight:
     """Return the measurement of what each attention lets its outputs see: `analyze` takes it in every run.
 
-    The record has it as `record.parts.sights`, one for every module with self-attention, and one for the whole
+    The record has it as `record.parts.sights`, one for every module with self-attention, one for the whole
     model where its targets are its own inputs shifted by one.
 
     >>> import gradflow as gf
