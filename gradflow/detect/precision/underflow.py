@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import attrs
 import numpy as np
 
+from gradflow.detect.knowledge import at_level, came_knowing
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
@@ -56,7 +57,8 @@ def underflowing(share: float = 0.1, *, severe: float = 0.5) -> Callable[[FlowRe
 
     Looks alike and is not: entries that are lost and carry nothing; a gradient that is zero by mathematics,
     of which rounding noise is all there is (a bias before a norm layer), beside the weights of its layer; in
-    float32 and bfloat16 a gradient that has decayed on a long way, which `vanishing` tells.
+    float32 and bfloat16 a gradient that has decayed on a long way, which `vanishing` tells; the gradient of a
+    model that has learned what there is to learn (LOW).
 
     Args:
         share: of a layer's gradient that is lost, from which on it is told. 0.1: a batch's noise is larger
@@ -72,7 +74,10 @@ def underflowing(share: float = 0.1, *, severe: float = 0.5) -> Callable[[FlowRe
         lost = [loss for loss in _losses(flow, known) if loss.share >= share]
         if not lost or _is_decay(known, lost):
             return []
-        return [_issue(known, lost, severe)]
+        issue = _issue(known, lost, severe)
+        if came_knowing(record) or at_level(record):  # there is little gradient left to lose
+            issue = attrs.evolve(issue, severity=min(issue.severity, IssueSeverity.LOW))
+        return [issue]
 
     return detector
 

@@ -14,7 +14,7 @@ from gradflow.functional.measurement import Session
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.precision.measurement import PrecisionSession
 from gradflow.functional.precision.passes import NARROW, listening
-from gradflow.functional.precision.subnormal import Tally, graph_nodes, sample
+from gradflow.functional.precision.subnormal import ENTRIES, Tally, graph_nodes, sample
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
 
@@ -71,7 +71,7 @@ class _AutomaticSession(PrecisionSession):
         if self._why:
             super().differentiate(loss)
         elif loss.is_cpu:  # the step's own pass, which comes next, shows whether numbers come near the end
-            self._some = Tally(sample(graph_nodes(loss)))
+            self._some = Tally(sample(graph_nodes(loss)), most=ENTRIES)
             self._sampled.enter_context(listening(self._some.places()))
 
     def end(self) -> None:

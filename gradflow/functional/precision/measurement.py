@@ -16,7 +16,7 @@ from gradflow.functional.model.layers import owner
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.precision.counts import Counts, Row, counted, histogram, row
 from gradflow.functional.precision.passes import Output, Pass, error, fullest, listening, references, run_pass
-from gradflow.functional.precision.subnormal import Span, Tally, flushes, graph_nodes, sample
+from gradflow.functional.precision.subnormal import ENTRIES, Span, Tally, flushes, graph_nodes, sample
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import sequence_number
@@ -149,7 +149,7 @@ class PrecisionSession(Session):
         self._device = loss.device.type
         parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         nodes = graph_nodes(loss)
-        some = Tally(sample(nodes) if loss.is_cpu else ())
+        some = Tally(sample(nodes) if loss.is_cpu else (), most=ENTRIES)
         used = None
         if not any(node.name() == "CheckpointFunctionBackward" for node in nodes):
             with listening(some.places()):

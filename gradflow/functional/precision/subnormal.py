@@ -22,6 +22,7 @@ from gradflow.functional.torch_private import node_number
 from gradflow.records import SubnormalRecord
 
 SAMPLED = 64  # nodes that are asked first
+ENTRIES = 2**11  # of each, that are looked at
 _LAYOUTS = {
     torch.float32: (torch.int32, 23),
     torch.bfloat16: (torch.int16, 7),
@@ -73,10 +74,12 @@ class Tally:
     Args:
         nodes: those to ask.
         spans: of the layer calls, in the order of their starts.
+        most: of a gradient with more entries than that, so many are looked at, spread evenly; 0 for all.
     """
 
     nodes: Sequence[Node]
     spans: Sequence[Span] = ()
+    most: int = 0
     _found: dict[tuple[str, torch.dtype], list[int]] = attrs.field(factory=dict)
 
     def places(self) -> Iterable[tuple[Node, int, Callable[[Tensor], None]]]:
@@ -106,6 +109,8 @@ class Tally:
     def _hearing(self, name: str) -> Callable[[Tensor], None]:
         def hear(gradient: Tensor) -> None:
             entry = self._found.setdefault((name, gradient.dtype), [0, 0])
+            if 0 < self.most < gradient.numel() and gradient.layout is torch.strided:
+                gradient = gradient.reshape(-1)[:: gradient.numel() // self.most]
             entry[0] += gradient.numel()
             entry[1] += num_subnormal(gradient)
 

@@ -130,6 +130,25 @@ def test_a_loss_scale_that_is_too_small_is_to_be_raised() -> None:
     assert issue.recommended_actions[0].startswith("Raise the loss scale to 2.0**")
 
 
+def test_a_model_that_has_learned_has_little_gradient_to_lose() -> None:
+    torch.manual_seed(0)
+    model, labels = net(3), (X[:, 0] > 0).long()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(600):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), labels).backward()
+        optimizer.step()
+
+    def forward(m: nn.Module, step: int) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.float16):
+            return m(X).float()
+
+    report = gf.diagnose_custom(model, forward, lambda y: 1e-2 * F.cross_entropy(y, labels), steps=3)
+    (issue,) = (found for found in own(report) if found.issue_type is IssueType.VANISHING)
+    assert issue.magnitude > 0.5
+    assert issue.severity is IssueSeverity.LOW
+
+
 class Wide(nn.Module):
     """Two branches whose gradients are further apart than float16 is wide."""
 
