@@ -36,7 +36,7 @@ def policy(
 
     >>> pipeline = policy(policy_head_name="action_net")
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+policy', 21, 1)
+    ('flow+policy', 23, 1)
     """
     heads = policy_heads(
         policy_head_name=policy_head_name,

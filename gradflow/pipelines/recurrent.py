@@ -17,7 +17,7 @@ def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True)
 
     >>> pipeline = recurrent()
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+recurrent', 17, 1)
+    ('flow+recurrent', 19, 1)
     """
     through_time = Pipeline(
         "recurrent",

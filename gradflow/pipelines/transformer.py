@@ -24,7 +24,7 @@ def transformer(base: Pipeline | None = None) -> Pipeline:
 
     >>> pipeline = transformer()
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+transformer', 21, 1)
+    ('flow+transformer', 23, 1)
     """
     own = Pipeline("transformer", attention_detectors(), measurements=(attention(),))
     return (base or flow()) + own
