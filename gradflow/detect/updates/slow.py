@@ -30,7 +30,8 @@ def slow_updates(swallowed: float = 0.9) -> Callable[[FlowRecord], Iterable[Issu
 
     Looks alike and is not: a warm-up (the rate rises, or is set by a scheduler below its own); fine-tuning
     with a small rate (the model knows already); a gradient that vanishes (plain descent at a usual rate); a
-    trained model (it knows, and an optimizer may stop there); short dtypes that train all the same (the loss falls: LOW).
+    trained model (it knows, and an optimizer may stop there); short dtypes that train all the same (the loss
+    falls: LOW).
 
     Args:
         swallowed: share of unchanged entries from which rounding swallows the updates.
