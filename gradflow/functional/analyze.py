@@ -109,6 +109,7 @@ def analyze(
         ValueError: if `steps`, `clip`, `accumulate`, `seed`, `mode`, `detail` or `transform` is none of those
             above, or what tells of updates is given without an optimizer.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> batch = torch.randn(16, 4), torch.randint(0, 2, (16,))
@@ -159,6 +160,7 @@ def analyze_custom(
     Raises:
         As `analyze` does; ModelNotCalledError if `forward_fn` calls no layer of `model`.
 
+    >>> import torch
     >>> model, x = nn.Linear(2, 1), torch.ones(3, 2)
     >>> record = analyze_custom(model, lambda m, step: m(x) + m(2 * x), lambda y: y.mean(), steps=2)
     >>> [layer.name or "(model)" for layer in record]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradflow.functional.torch_private import outside_transforms
 from gradflow.functional.updates.figures import sampled
 
+
 @attrs.frozen(eq=False)
 class WeightSample:
     """Entries of a model's trainable parameters at one moment.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from gradflow.detect.evidence import loss_fell
+from gradflow.detect.knowledge import guesses
 from gradflow.detect.updates.rate import Misfit, is_clipped_away, too_low
 from gradflow.detect.updates.readings import held, is_rising, rates, typical, unchanged
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
@@ -29,7 +30,8 @@ def slow_updates(swallowed: float = 0.9) -> Callable[[FlowRecord], Iterable[Issu
 
     Looks alike and is not: a warm-up (the rate rises, or is set by a scheduler below its own); fine-tuning
     with a small rate (the model knows already); a gradient that vanishes (plain descent at a usual rate); a
-    trained model (it knows); short dtypes that train all the same (the loss falls: LOW).
+    trained model (it knows, and an optimizer may stop there); short dtypes that train all the same (the loss
+    falls: LOW).
 
     Args:
         swallowed: share of unchanged entries from which rounding swallows the updates.
@@ -79,6 +81,8 @@ def _nothing(record: FlowRecord) -> Issue | None:
             "The learning rate is 0: gradients arrive, and no step changes anything.",
             ("Give the optimizer a rate; 1e-3 is usual for Adam.",), rate=rate,
         )  # fmt: skip
+    if not guesses(record):  # an optimizer that stops where the gradient is small enough has done its work
+        return None
     return _issue(
         record, IssueSeverity.HIGH,
         "Gradients arrive, and no step changes a single number: they are never applied, or each update is "

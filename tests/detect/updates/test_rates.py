@@ -155,6 +155,30 @@ def test_steps_that_are_never_applied() -> None:
     assert "no step changes a single number" in issue.description
 
 
+def test_an_optimizer_that_stops_when_it_is_done() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(64, 4)
+    batch = x, x[:, :3].argmax(1)
+
+    def loss(y: Tensor, t: Tensor) -> Tensor:
+        return LOSS(y, t) + 0.01 * model.weight.square().sum()
+
+    lbfgs = torch.optim.LBFGS(model.parameters(), 1.0, max_iter=200, tolerance_grad=1e-3)
+    for _ in range(3):
+
+        def closure() -> Tensor:
+            lbfgs.zero_grad()
+            value = loss(model(batch[0]), batch[1])
+            value.backward()
+            return value
+
+        lbfgs.step(closure)
+    found = gf.diagnose(model, [batch] * 6, loss, optimizer=lbfgs)
+    assert found.record.updates is not None
+    assert all((u.rms == 0).all() for u in found.record.updates.parameters)
+    assert found.ok, str(found)
+
+
 def test_a_gradient_that_is_clipped_away() -> None:
     model = net()
     found = report(torch.optim.SGD(model.parameters(), 0.1), model, clip=1e-6)
