@@ -33,6 +33,7 @@ WITHOUT = {
     *("AttentionStats", "Evidence", "OwnIssueType", "Pipeline", "PolicyDistributionStats", "issue_type"),
     *("ReservoirDynamics", "Role", "Rule", "register_record", "unroll"),
     *("ReachAccount", "ReachRecord", "Reason", "automatic", "flow"),
+    *("Comparison", "EventRecord", "HistoryRecord", "Observer", "ObserverState", "compare", "read_history"),
     *("Measurement", "Session", "gradients"),  # parts of a run, which itself is held to the contract
     *(
         "UpdateFigures",
@@ -207,6 +208,9 @@ MODEL: dict[str, Run] = {  # (model, loss, the module in the loss) → anything
     "curvature": lambda m, f, _: gf.analyze(
         m, [X] * 2, f, optimizer=torch.optim.SGD(m.parameters(), 0.1), measurements=[functional.curvature()]
     ),
+    "Monitor": lambda m, f, _: gf.Monitor(m, f)(X),
+    "observer": lambda m, f, _: gf.observer().update(gf.observer().init(), m, X, f)[1],
+    "sample_losses": lambda m, f, _: gf.sample_losses(m, X, f),
     "attention_weights": lambda m, f, _: gf.attention_weights(m, X),
     "call": lambda m, f, _: functional.call(m, dict(m.named_parameters()), {}, (X,)),
     "layer_function": of_function,
@@ -228,7 +232,7 @@ MODEL: dict[str, Run] = {  # (model, loss, the module in the loss) → anything
 OTHER_MODELS = {"hidden_gradients": rnn, "levels_of": rnn, "level_of_cell": cell}
 RUNS_NOTHING = {"levels_of", "level_of_cell"}  # but the parametrisation of weights, which never raises here
 OF_RUNS = {"analyze", "analyze_custom", "diagnose", "diagnose_custom", "layer_graph", "graph_of", "attention"}
-OF_RUNS |= {"policy_heads", "precision", "recurrence", "curvature"}
+OF_RUNS |= {"policy_heads", "precision", "recurrence", "curvature", "Monitor", "observer"}
 OF_RUNS |= {name for name in MODEL if name.endswith("Analyzer")}
 
 

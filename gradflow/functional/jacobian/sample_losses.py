@@ -26,6 +26,7 @@ from gradflow.functional.model.batches import (
     make_objective,
     private_batch,
 )
+from gradflow.functional.model.closures import modules_in
 from gradflow.functional.model.purity import RandomState, preserved
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.state import Tensors
@@ -122,8 +123,10 @@ class SampleLosses:
         batch = private_batch(model, batch)
         with contextlib.ExitStack() as stack:
             if mode == "eval":
-                stack.enter_context(preserved(model))
-                model.eval()
+                held = [model, *modules_in(loss_fn)]
+                stack.enter_context(preserved(*held))
+                for part in held:
+                    part.eval()
             setting = Setting.of(model, loss_fn, seed=seed, plain_recurrent=False)
         if not setting.trainable:
             raise no_trainable(model)
