@@ -44,6 +44,7 @@ from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.parts import (
     BlockRecord,
+    ChoiceRecord,
     DropoutRecord,
     MatrixRecord,
     NormRecord,
@@ -85,6 +86,7 @@ __all__ = [
     "Bools",
     "BranchRecord",
     "Cause",
+    "ChoiceRecord",
     "DropoutRecord",
     "EdgeRecord",
     "Evidence",
