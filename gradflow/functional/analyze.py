@@ -132,7 +132,7 @@ def analyze_custom(
             `analyze`.
 
     Raises:
-        As `analyze` does; ModelNotCalledError if `forward_fn` calls no layer of `model`.
+        As `analyze` does; ModelNotCalledError if `forward_fn` calls no module of `model`.
 
     >>> model, x = nn.Linear(2, 1), torch.ones(3, 2)
     >>> record = analyze_custom(model, lambda m, step: m(x) + m(2 * x), lambda y: y.mean(), steps=2)
