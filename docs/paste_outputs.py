@@ -34,6 +34,8 @@ PAGES = (
     "docs/policy.md",
     "docs/transformer.md",
     "docs/reach.md",
+    "docs/precision.md",
+    "docs/updates.md",
     "docs/measurements.md",
 )
 ABOVE, ALL_ABOVE = "the block above", "the blocks above"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         RLPolicyAnalyzer,
         TransformerAnalyzer,
     )
+    from gradflow.comparing import Comparison, compare
     from gradflow.detect import (
         Rule,
         all_of,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         layer_vjp,
     )
     from gradflow.functional.jacobian.per_sample import gradient_noise, per_sample_gradients
+    from gradflow.functional.jacobian.sample_losses import sample_losses
     from gradflow.functional.measurement import Measurement, Session
     from gradflow.functional.policy.gradients import head_gradients
     from gradflow.functional.policy.statistics import action_entropy
@@ -68,8 +70,10 @@ if TYPE_CHECKING:
     from gradflow.records import (
         AttentionStats,
         Cause,
+        EventRecord,
         Evidence,
         FlowRecord,
+        HistoryRecord,
         Issue,
         IssueSeverity,
         IssueType,
@@ -85,6 +89,7 @@ if TYPE_CHECKING:
     )
     from gradflow.records import Issue as GradientIssue
     from gradflow.report import Report
+    from gradflow.watching import Monitor, Observer, ObserverState, observer, read_history
 
 # NOTE [Names loaded on first use]
 # `gradflow --version`, `gradflow --help` and reading a saved record need no torch, which takes seconds to
@@ -118,6 +123,7 @@ _PLACES = {
         "vanishing",
         "without",
     ),
+    "gradflow.comparing": ("Comparison", "compare"),
     "gradflow.diagnosis": ("diagnose", "diagnose_custom", "layer_graph"),
     "gradflow.errors": ("GradflowError",),
     "gradflow.functional.analyze": ("analyze", "analyze_custom"),
@@ -132,6 +138,7 @@ _PLACES = {
         "layer_vjp",
     ),
     "gradflow.functional.jacobian.per_sample": ("gradient_noise", "per_sample_gradients"),
+    "gradflow.functional.jacobian.sample_losses": ("sample_losses",),
     "gradflow.functional.measurement": ("Measurement", "Session"),
     "gradflow.functional.policy.gradients": ("head_gradients",),
     "gradflow.functional.policy.statistics": ("action_entropy",),
@@ -141,8 +148,10 @@ _PLACES = {
     "gradflow.records": (
         "AttentionStats",
         "Cause",
+        "EventRecord",
         "Evidence",
         "FlowRecord",
+        "HistoryRecord",
         "Issue",
         "IssueSeverity",
         "IssueType",
@@ -157,6 +166,7 @@ _PLACES = {
         "register_record",
     ),
     "gradflow.report": ("Report",),
+    "gradflow.watching": ("Monitor", "Observer", "ObserverState", "observer", "read_history"),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 _ALIASES = {"GradientIssue": "Issue"}
@@ -199,6 +209,8 @@ sys.modules[__name__].__class__ = _Package
 __all__ = [
     "AttentionStats",
     "Cause",
+    "Comparison",
+    "EventRecord",
     "Evidence",
     "FlowAnalyzer",
     "FlowRecord",
@@ -206,10 +218,14 @@ __all__ = [
     "GradientFlowAnalyzer",
     "GradientIssue",
     "GradientScale",
+    "HistoryRecord",
     "Issue",
     "IssueSeverity",
     "IssueType",
     "Measurement",
+    "Monitor",
+    "Observer",
+    "ObserverState",
     "OwnIssueType",
     "Pipeline",
     "PolicyDistributionStats",
@@ -232,6 +248,7 @@ __all__ = [
     "attention_weights",
     "automatic",
     "bottleneck",
+    "compare",
     "dead",
     "default_detectors",
     "detect",
@@ -254,10 +271,13 @@ __all__ = [
     "layer_spectrum",
     "layer_vjp",
     "numerical",
+    "observer",
     "only",
     "per_sample_gradients",
+    "read_history",
     "register_record",
     "remap",
+    "sample_losses",
     "saturation",
     "unstable",
     "vanishing",

@@ -1,4 +1,4 @@
-"""The `gradflow` command: diagnose a model that a Python file builds, and gate on the verdict.
+"""The `gradflow` command: diagnose a model that a Python file builds, and gate on the verdict; compare.
 
 Exit status: 0 done, 1 an issue at or above `--fail-on`, 2 bad usage, or a file, name or model that cannot
 be run, 130 interrupted. An error in the user's code is one line on standard error; `--traceback` shows all.
@@ -27,11 +27,15 @@ if TYPE_CHECKING:  # importing these for real imports torch, which takes seconds
 
 # Those of IssueSeverity; the records load numpy, which help and version need not wait for.
 SEVERITIES = ("CRITICAL", "HIGH", "MEDIUM", "LOW", "INFO")
-PIPELINES = ("automatic", "flow", "transformer", "recurrent", "policy")  # functions of `gradflow.pipelines`
+# Functions of `gradflow.pipelines`.
+PIPELINES = ("automatic", "flow", "transformer", "recurrent", "policy", "precision")
+_LOOP = ("clip", "accumulate", "scheduler", "scaler", "step_fn")
 DEFAULT_NAME = "build"
 OK, SICK, FAILED, INTERRUPTED = 0, 1, 2, 130
 _TARGET = re.compile(r"(?P<file>.*\.py)(?::(?P<name>.*))?", re.DOTALL)
-_RETURNS = "(model, batches, loss_fn) or (model, batches, loss_fn, optimizer)"
+_RETURNS = (
+    "(model, batches, loss_fn), or with an optimizer as fourth, or further options of diagnose as fifth"
+)
 
 
 class CommandError(Exception):
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        return _diagnose(options)
+        return options.run(options)
     except CommandError as error:
         if options.traceback and error.__cause__ is not None:
             traceback.print_exception(error.__cause__, file=sys.stderr)
@@ -85,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         help="what to measure and judge: what the model turns out to need (automatic, the default), the base "
         "alone (flow), or also, in full, what attention, recurrent layers or an actor-critic show",
     )
+    add("--clip", type=float, metavar="NORM", help="clip gradients to this norm before each update")
+    add("--accumulate", type=_positive, metavar="N", help="make an update after every N batches")
     add("--seed", type=int, metavar="N", help="make dropout and the like repeatable")
     add("--json", type=Path, metavar="PATH", help="write the report as JSON")
     add("--html", type=Path, metavar="PATH", help="write the report as one HTML file")
@@ -103,6 +109,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--traceback", action="store_true", help="show the whole traceback of what went wrong")
+    diagnose.set_defaults(run=_diagnose)
+    compare = commands.add_parser(
+        "compare",
+        allow_abbrev=False,
+        help="tell what changed between two saved records or reports",
+        description="Tells what changed from one saved record or report to another, largest first.",
+    )
+    compare.add_argument("before", metavar="BEFORE.json", type=Path)
+    compare.add_argument("after", metavar="AFTER.json", type=Path)
+    compare.set_defaults(run=_compare, traceback=False)
     return parser
 
 
@@ -137,6 +153,28 @@ def _diagnose(options: argparse.Namespace) -> int:
     return SICK if any(issue.severity >= limit for issue in report.issues) else OK
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from gradflow.comparing import compare
+
+    before, after = _saved(options.before), _saved(options.after)
+    with _explained("cannot compare"):
+        print(compare(before, after))
+    return OK
+
+
+def _saved(path: Path) -> Any:
+    """Return the report or record that a file holds."""
+    from gradflow.records import FlowRecord, read
+    from gradflow.report import Report
+
+    if not path.is_file():
+        raise CommandError(f"there is no file {str(path)!r}")
+    with _explained(f"cannot read {path}"):
+        data = read(path)
+        is_report = isinstance(data, dict) and "record" in data
+        return Report.from_json(path) if is_report else FlowRecord.from_json(path)
+
+
 def split_target(target: str) -> tuple[Path, str]:
     """Return the file and the name that `FILE.py[:NAME]` means; a drive's colon is part of the file.
 
@@ -165,20 +203,30 @@ def _report(file: Path, name: str, options: argparse.Namespace) -> Report:
         build = _builder(module, file, name)
         with _explained(f"{file}:{name}() raised"):
             built = build()
-        if not isinstance(built, (tuple, list)) or len(built) not in (3, 4):
+        if not isinstance(built, (tuple, list)) or len(built) not in (3, 4, 5):
             raise CommandError(f"{file}:{name}() must return {_RETURNS}, but returned {_described(built)}")
-        optimizer = built[3] if len(built) == 4 else None
+        how = _options(f"{file}:{name}()", built, options)
         wanted = sys.stderr.isatty() if options.progress is None else options.progress
         bar = progress_bar(sys.stderr) if wanted and not options.quiet else contextlib.nullcontext()
         with _explained(f"the model of {file}:{name}() cannot be diagnosed"), bar as progress:
             return diagnose(
                 *built[:3],
-                steps=options.steps,
-                optimizer=optimizer,
                 pipeline=getattr(pipelines, options.pipeline)() if options.pipeline else None,
-                seed=options.seed,
                 progress=progress,
+                **how,
             )
+
+
+def _options(where: str, built: Sequence[Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Return how the model is to be trained: as it was built, and where the command says, as that says."""
+    own = built[4] if len(built) == 5 else {}
+    if not isinstance(own, dict) or set(own) - set(_LOOP):
+        raise CommandError(
+            f"{where}: the fifth value must be a dict of {', '.join(_LOOP)}, but is {own!r:.100}"
+        )
+    told = {name: value for name in ("clip", "accumulate") if (value := getattr(options, name)) is not None}
+    optimizer = built[3] if len(built) > 3 else None
+    return {"steps": options.steps, "seed": options.seed, "optimizer": optimizer, **own, **told}
 
 
 def _load(file: Path) -> Any:

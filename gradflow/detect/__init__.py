@@ -30,7 +30,14 @@ from gradflow.detect.policy.policy import (
     misscaled_deviation,
     renormalised_policy,
 )
+from gradflow.detect.precision.overflow import overflowing
+from gradflow.detect.precision.scaler import scaler_issues, stuck_scaler
+from gradflow.detect.precision.slow import crawling
+from gradflow.detect.precision.underflow import underflowing
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
+from gradflow.detect.updates.rate import asks_for_curves
+from gradflow.detect.updates.slow import slow_updates
+from gradflow.detect.updates.unheld import unheld_parameters
 
 __all__ = [
     "RULES",
@@ -38,6 +45,7 @@ __all__ = [
     "Rule",
     "all_of",
     "amplifying",
+    "asks_for_curves",
     "bottleneck",
     "check_detectors",
     "collapsed_attention",
@@ -45,6 +53,7 @@ __all__ = [
     "collapsed_rank",
     "conflicting_heads",
     "copied_units",
+    "crawling",
     "dead",
     "default_detectors",
     "detect",
@@ -65,17 +74,23 @@ __all__ = [
     "needs_depth",
     "numerical",
     "only",
+    "overflowing",
     "redundant_heads",
     "remap",
     "renormalised_policy",
     "saturated_attention",
     "saturation",
+    "scaler_issues",
+    "slow_updates",
     "starved_policy",
     "stray_dropout",
+    "stuck_scaler",
     "swallowed_norms",
     "tiny_divisors",
     "unbalanced_attention",
+    "underflowing",
     "uneven_siblings",
+    "unheld_parameters",
     "unstable",
     "vanishing",
     "without",

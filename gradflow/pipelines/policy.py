@@ -35,8 +35,13 @@ def policy(
         shared_backbone_name: see there.
 
     >>> pipeline = policy(policy_head_name="action_net")
+<<<<<<< HEAD
+    >>> pipeline.name, len(pipeline.measurements)
+    ('flow+policy', 1)
+=======
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+policy', 21, 1)
+    ('flow+policy', 23, 1)
+>>>>>>> w-updates
     """
     heads = policy_heads(
         policy_head_name=policy_head_name,

@@ -16,8 +16,13 @@ def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True)
         track_hidden_states: also measure the rms of h and c at every step.
 
     >>> pipeline = recurrent()
+<<<<<<< HEAD
+    >>> pipeline.name, len(pipeline.measurements)
+    ('flow+recurrent', 1)
+=======
     >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+recurrent', 17, 1)
+    ('flow+recurrent', 19, 1)
+>>>>>>> w-updates
     """
     through_time = Pipeline(
         "recurrent",

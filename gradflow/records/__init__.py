@@ -28,6 +28,7 @@ from gradflow.records.fields import (
 )
 from gradflow.records.flow import FlowRecord, Provenance, check_record, read
 from gradflow.records.graph import EdgeRecord, GraphRecord, NodeRecord
+from gradflow.records.history import EventRecord, HistoryRecord
 from gradflow.records.issues import (
     AnyIssueType,
     Cause,
@@ -54,6 +55,14 @@ from gradflow.records.parts import (
     TwinsRecord,
 )
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
+from gradflow.records.precision import (
+    ExponentHistogram,
+    LayerPrecision,
+    ParameterPrecision,
+    PrecisionRecord,
+    ScalerRecord,
+    SubnormalRecord,
+)
 from gradflow.records.reach import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 from gradflow.records.recurrent import (
     GateRecord,
@@ -66,6 +75,8 @@ from gradflow.records.recurrent import (
 )
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, to_plain, write
 from gradflow.records.saving.registered import register_record
+from gradflow.records.scalars import every_scalar, few_scalars
+from gradflow.records.updates import CurvatureRecord, UpdateRecord, UpdatesRecord
 from gradflow.records.values import ReadOnlyMapping, frozen, unkept
 
 for _cls in [value for value in globals().values() if isinstance(value, type) and attrs.has(value)]:
@@ -87,18 +98,23 @@ __all__ = [
     "BranchRecord",
     "Cause",
     "ChoiceRecord",
+    "CurvatureRecord",
     "DropoutRecord",
     "EdgeRecord",
+    "EventRecord",
     "Evidence",
+    "ExponentHistogram",
     "Floats",
     "FlowRecord",
     "GateRecord",
     "GraphRecord",
+    "HistoryRecord",
     "Ints",
     "Issue",
     "IssueSeverity",
     "IssueType",
     "KnowledgeRecord",
+    "LayerPrecision",
     "LayerRecord",
     "MatrixRecord",
     "NodeRecord",
@@ -106,10 +122,12 @@ __all__ = [
     "NumericalRecord",
     "OutsideRecord",
     "OwnIssueType",
+    "ParameterPrecision",
     "ParameterRecord",
     "PartsRecord",
     "PolicyDistributionStats",
     "PolicyRecord",
+    "PrecisionRecord",
     "Provenance",
     "QuotientRecord",
     "ReachAccount",
@@ -120,16 +138,22 @@ __all__ = [
     "RecurrentLevelRecord",
     "ReservoirDynamics",
     "Role",
+    "ScalerRecord",
     "SightRecord",
+    "SubnormalRecord",
     "TermRecord",
     "TransformerRecord",
     "TwinsRecord",
+    "UpdateRecord",
+    "UpdatesRecord",
     "array_field",
     "check_causes",
     "check_issues",
     "check_record",
     "decay_rate",
     "depth",
+    "every_scalar",
+    "few_scalars",
     "float_field",
     "from_plain",
     "frozen",

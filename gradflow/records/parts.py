@@ -184,6 +184,8 @@ class PartsRecord:
         twins: parameters of which at least half of the slices are copies.
         quotients: divisions outside of layers, in the order of execution.
         choices: tables without gradient from which the model picks by itself.
+        sights: which positions each self-attention lets its outputs see.
+        dropouts: dropout layers, and what drops in eval mode.
     """
 
     steps: tuple[int, ...] = attrs.field(default=(), converter=to_tuple)
@@ -193,3 +195,10 @@ class PartsRecord:
     twins: tuple[TwinsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     quotients: tuple[QuotientRecord, ...] = attrs.field(default=(), converter=to_tuple)
     choices: tuple[ChoiceRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    sights: tuple[SightRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    dropouts: tuple[DropoutRecord, ...] = attrs.field(default=(), converter=to_tuple)
+
+    def joined(self, other: PartsRecord) -> PartsRecord:
+        """Return what both hold; of what both have measured, that of the other."""
+        held = {field.name: getattr(other, field.name) for field in attrs.fields(PartsRecord)}
+        return attrs.evolve(self, **{name: value for name, value in held.items() if value})

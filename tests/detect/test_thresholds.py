@@ -21,10 +21,12 @@ from gradflow.detect import (
     misscaled_norms,
     numerical,
     saturation,
+    slow_updates,
     stray_dropout,
     swallowed_norms,
     tiny_divisors,
     uneven_siblings,
+    unheld_parameters,
     unstable,
     vanishing,
 )
@@ -37,9 +39,11 @@ PARTS = [
     idle_codes,
     leaking_attention,
     misscaled_norms,
+    slow_updates,
     stray_dropout,
     swallowed_norms,
     tiny_divisors,
+    unheld_parameters,
     uneven_siblings,
 ]
 

@@ -12,6 +12,8 @@ from gradflow.detect.actions import batch_norm_actions, unstable_actions
 from gradflow.detect.evidence import late, middle, total_gradient
 from gradflow.detect.flow.steps import thrown
 from gradflow.detect.knowledge import calm, guesses
+from gradflow.detect.updates.fast import overshooting, with_rate
+from gradflow.detect.updates.rate import too_high
 from gradflow.detect.view import Flow, flow_of
 from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
@@ -40,6 +42,9 @@ def unstable(
     start and ‖gradient‖ ‖parameters‖ / |loss|; where it falls below zero, what it is of outputs four times as
     large: a critic's is four times as low, one that pays for errors sixteen times. Apart from this, how many
     values each channel of a batch norm averages over in training.
+
+    Where it jumps, or ends above its start, the account of updates tells whether the rate is too high, and by
+    about how much: see `gradflow.detect.updates.rate`.
 
     Why this is evidence: a step of plain or of momentum descent is proportional to the gradient, so a jump
     by an order of magnitude undoes many steps at once. The reference is the run's own, so the scale of the
@@ -76,6 +81,9 @@ def unstable(
         found = _jumps(flow, cv_threshold, jump, restless, restless_jump) or _risen(flow, risen)
         found = found or thrown(flow, jump, restless_jump)
         found = found or _climbing(flow, climb, steep) or _paid_for_errors(flow, climb)
+        misfit = too_high(record, jumps=bool(found))
+        if misfit is not None:
+            found = [with_rate(issue, misfit, record) for issue in found] or [overshooting(record, misfit)]
         return [*found, *_small_batch_norms(flow, few_values)]
 
     return detector

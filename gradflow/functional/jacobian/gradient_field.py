@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradflow.errors import LossError, ModelInputError, UnknownLayerError
 from gradflow.functional.jacobian.jacobian import Jacobian, check_count
-from gradflow.functional.jacobian.per_sample import no_trainable
+from gradflow.functional.jacobian.sample_losses import no_trainable
 from gradflow.functional.jacobian.singular import Distribution, make_generator, probe_vector
 from gradflow.functional.model.batches import (
     checked_loss,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -11,28 +10,12 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from gradflow.errors import (
-    LossError,
-    ModelCallError,
-    ModelInputError,
-    NoTrainableParametersError,
-)
-from gradflow.functional.jacobian.jacobian import check_count
-from gradflow.functional.model.batches import (
-    checked_loss,
-    detached_loss,
-    invoke,
-    make_objective,
-    private_batch,
-)
+from gradflow.errors import ModelInputError
+from gradflow.functional.jacobian.sample_losses import SampleLosses
 from gradflow.functional.model.layers import callable_modules, owner
-from gradflow.functional.model.purity import RandomState
-from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.state import Tensors
-from gradflow.functional.model.supported import check_model
 from gradflow.functional.model.threads import measuring
-from gradflow.functional.model.trees import iter_tensors, map_tensors, shapes, wide_dtype
-from gradflow.functional.torch_private import BatchNorm
+from gradflow.functional.model.trees import shapes, wide_dtype
 from gradflow.records.fields import by_name, float_field
 
 SampleMethod = Literal["vmap", "loop"]
@@ -158,7 +141,7 @@ def per_sample_gradients(
     tensor([[[0., 1., 2.]],
             [[3., 4., 5.]]])
     """
-    program = _SampleLosses.of(model, batch, loss_fn, method=method, seed=seed)
+    program = SampleLosses.of(model, batch, loss_fn, method=method, seed=seed)
     chunks = list(program.gradients(program.num_samples if chunk_size is None else chunk_size))
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in program.trainable}
 
@@ -194,7 +177,7 @@ def gradient_noise(
     >>> noise.total.trace, noise.total.squared_norm, round(noise.noise_scale, 3)
     (2.0, 3.0, 0.667)
     """
-    program = _SampleLosses.of(model, batch, loss_fn, method=method, seed=seed)
+    program = SampleLosses.of(model, batch, loss_fn, method=method, seed=seed)
     number = program.num_samples
     if number < 2:
         raise ModelInputError(
@@ -246,152 +229,4 @@ def _noise(
         num_parameters=sum(means[name].numel() for name in names),
         squared_norm=squared - trace / number,
         trace=trace,
-    )
-
-
-# ------------------------------------------------------------------------------------ losses of samples
-
-
-@attrs.define(eq=False)
-class _Stream:
-    """A random state that goes on from call to call, so that every sample draws its own numbers."""
-
-    random: RandomState
-
-
-@attrs.frozen(eq=False)
-class _SampleLosses:
-    """A model and a loss at a batch, sample by sample.
-
-    Args:
-        setting: the model held at one moment.
-        split: the batch's tensors that are split, by position among all of them.
-        loss: (trainable parameters, the split tensors of one sample) → that sample's loss.
-        num_samples: in the batch.
-        method: `vmap` or `loop`.
-        stream: the random state that the next call starts from.
-    """
-
-    setting: Setting
-    split: list[Tensor]
-    loss: Callable[[Tensors, list[Tensor]], Tensor]
-    num_samples: int
-    method: str
-    stream: _Stream
-
-    @property
-    def trainable(self) -> Tensors:
-        return self.setting.trainable
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, batch: Any, loss_fn: Any, *, method: str, seed: int | None
-    ) -> _SampleLosses:
-        check_model(model)
-        if method not in ("vmap", "loop"):
-            raise ValueError(f"method must be 'vmap' or 'loop', got {method!r}.")
-        objective = make_objective(loss_fn)
-        _check_no_batch_norm(model)
-        batch = private_batch(model, batch)
-        setting = Setting.of(model, loss_fn, seed=seed, plain_recurrent=False)
-        if not setting.trainable:
-            raise no_trainable(model)
-        tensors = list(iter_tensors(objective.inputs(batch))) + list(iter_tensors(batch))
-        number = next((len(t) for t in tensors if t.dim()), 0)
-        if not number:
-            raise ModelInputError(
-                f"the batch holds {shapes(batch)}, and no tensor with samples along its first axis. Pass "
-                "tensors with a batch axis, `x.unsqueeze(0)` for one sample."
-            )
-        split = [t for t in iter_tensors(batch) if _is_split(t, number)]
-        stream = _Stream(setting.random)
-
-        def loss(trainable: Tensors, sample: list[Tensor]) -> Tensor:
-            given = iter(sample)
-            own = map_tensors(
-                lambda t: next(given).unsqueeze(0) if _is_split(t, number) else t.clone(), batch
-            )
-            with setting.evaluating(trainable, random=stream.random):
-                found = checked_loss(objective.loss(invoke(model, objective.inputs(own)), own))
-                stream.random = RandomState()
-            return found
-
-        return cls(setting, split, loss, number, method, stream)
-
-    def gradients(self, chunk_size: int) -> Iterator[Tensors]:
-        """Yield gradients by parameter, of a chunk of samples at a time."""
-        check_count("chunk_size", chunk_size)
-        run = self._vectorised if self.method == "vmap" else self._looped
-        self._check_loss()
-        for start in range(0, self.num_samples, chunk_size):
-            with torch.inference_mode(False), torch.enable_grad():
-                found = run([t[start : start + chunk_size] for t in self.split])
-            yield {name: gradient.detach() for name, gradient in found.items()}
-
-    def _vectorised(self, chunk: list[Tensor]) -> Tensors:
-        gradient = torch.func.vmap(torch.func.grad(self.loss), in_dims=(None, 0), randomness="different")
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="There is a performance drop")
-                return gradient(self.trainable, chunk)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            raise ModelCallError(
-                f"per_sample_gradients: vmap rejects {type(self.setting.module).__name__}: {error} The model "
-                "runs on one sample alone, so the cause is something that vmap cannot do for all of them at "
-                "once: a branch on a tensor's value, `.item()`, an in-place write to a tensor that was not "
-                "made from the input, nn.GRU or nn.RNN, a custom autograd Function without `vmap`. Pass "
-                "`method='loop'` to run the samples one by one."
-            ) from error
-
-    def _looped(self, chunk: list[Tensor]) -> Tensors:
-        found: dict[str, list[Tensor]] = {name: [] for name in self.trainable}
-        for index in range(len(chunk[0])):
-            leaves = {name: p.clone().requires_grad_() for name, p in self.trainable.items()}
-            loss = self.loss(leaves, [t[index] for t in chunk])
-            gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-            for name, gradient in zip(leaves, gradients, strict=True):
-                found[name].append(gradient)
-        return {name: torch.stack(gradients) for name, gradients in found.items()}
-
-    def _check_loss(self) -> None:
-        """Run the first sample once: what the user's code raises is raised as it is, with a note."""
-        try:
-            with torch.inference_mode(False), torch.enable_grad():
-                leaves = {name: p.clone().requires_grad_() for name, p in self.trainable.items()}
-                loss = self.loss(leaves, [t[0] for t in self.split])
-        except (LossError, ModelInputError):
-            raise
-        except Exception as error:
-            error.add_note(
-                "gradflow: raised by the model or the loss on one sample of the batch, given as a batch of "
-                f"one ({', '.join(str([1, *t.shape[1:]]) for t in self.split)})."
-            )
-            raise
-        if not loss.requires_grad:
-            raise detached_loss()
-
-
-def _is_split(tensor: Tensor, number: int) -> bool:
-    return tensor.dim() > 0 and len(tensor) == number
-
-
-def _check_no_batch_norm(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, BatchNorm) and (module.training or module.running_mean is None):
-            how = "in training" if module.training else "without running statistics"
-            raise ModelInputError(
-                f"per_sample_gradients: {name!r} ({type(module).__name__}) {how} normalises each sample by "
-                "the others of the batch, so no gradient of one sample exists. Measure with `model.eval()`, "
-                "which uses the running statistics; or replace it by nn.GroupNorm, which treats each sample "
-                "alone."
-            )
-
-
-def no_trainable(model: nn.Module) -> NoTrainableParametersError:
-    """Return the error for a model without a parameter that requires a gradient."""
-    return NoTrainableParametersError(
-        f"no parameter of {type(model).__name__} requires a gradient, so there is none to take. Unfreeze the "
-        "part that is meant to train: `model.requires_grad_(True)`."
     )

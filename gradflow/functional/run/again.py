@@ -54,7 +54,7 @@ def traced(run: Run, request: Request, row: Row) -> Row:
             listeners=(tracer,), inspect=certify,
         )  # fmt: skip
         outcome = run_step(program, closely)
-        again = run.history.read(outcome, look=True, parameters_moved=run.plan.optimizer is not None)
+        again = run.history.read(outcome, look=True, parameters_moved=bool(run.plan.loop.optimizers))
     return again if _is_same(run, request.step, row.loss, again.loss) else row
 
 
@@ -68,9 +68,23 @@ def summed_exactly(run: Run, request: Request, row: Row) -> Row:
         return row
     with request.before.again(program):
         plainly = attrs.evolve(request, first=False, structural=False, full=False, ranks=False, listeners=())
-        outcome, moved = run_step(program, plainly), run.plan.optimizer is not None
+        outcome, moved = run_step(program, plainly), bool(run.plan.loop.optimizers)
         exact = run.history.read(outcome, look=request.look, parameters_moved=moved)
     return exact if _is_same(run, request.step, row.loss, exact.loss) else row
+
+
+def unscaled(run: Run, request: Request, row: Row) -> Row:
+    """Run a step again as it is without the scale of the loss, which may be all that made it overflow."""
+    program = run.program
+    if program.learned.reentrant:
+        return row
+    with request.before.again(program):
+        plainly = attrs.evolve(
+            request, first=False, structural=False, full=False, ranks=False, listeners=(), scale=1.0
+        )
+        outcome = run_step(program, plainly)
+        plain = run.history.read(outcome, look=request.look, parameters_moved=True)
+    return plain if _is_same(run, request.step, row.loss, plain.loss) else row
 
 
 def heard_in_eval(run: Run, request: Request) -> None:
@@ -143,8 +157,8 @@ def _other_loss(step: int, loss: float, again: float) -> str | None:
 def learn_reach(run: Run, outcome: Outcome, dataflow: DataFlow) -> None:
     """Keep what the graph of the first step shows beside the parameters."""
     structure, given = outcome.structure, run.program.given
-    optimizer = run.plan.optimizer
-    held = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+    groups = [group for optimizer in run.plan.loop.optimizers for group in optimizer.param_groups]
+    held = [p for group in groups for p in group["params"]]
     known = {id(p) for module in given.modules for p in module.parameters()}
     foreign = structure.foreign if structure is not None else []
     outside = outside_records(foreign, given.model, known, {id(p) for p in held})
@@ -160,6 +174,8 @@ def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> 
         row: its numbers; None if they are not read yet.
         look: whether to ask as well which parameters are settled now.
     """
+    if not run.plan.closely:
+        return
     if row is None:
         run.reach.arrived.doubt_all()
     elif not run.history.rows:  # most parameters are settled by a number that the first step takes anyway
@@ -195,7 +211,10 @@ class Closer:
 
 def closer_look(run: Run, request: Request) -> Closer | None:
     """Return the closer look that a step gets if it is the last and something is not reached, else None."""
-    if request.transform != "fused" or run.program.learned.reentrant or not run.plan.is_last(request.step):
+    plan = run.plan
+    if request.transform != "fused" or run.program.learned.reentrant or not plan.is_last(request.step):
+        return None
+    if not plan.closely:
         return None
     return Closer.of(run, request) if request.first or run.reach.is_open else None
 
@@ -206,7 +225,7 @@ def looked_again(run: Run, request: Request) -> None:
     So it is where nobody knew that it would be the last.
     """
     program, reach = run.program, run.reach
-    done = reach.closely is not None or reach.failed or not reach.is_open
+    done = reach.closely is not None or reach.failed or not reach.is_open or not run.plan.closely
     if done or program.learned.reentrant or request.transform != "fused":
         return
     closer = Closer.of(run, Request(batch=request.batch, step=request.step, before=request.before))

@@ -1,0 +1,97 @@
+"""Readings of series over the looks of a training: what they were, what they are, since when; and whether the
+training goes well all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from gradflow.records import Bools, Floats, HistoryRecord, Issue, IssueSeverity
+
+TimeDetector = Callable[[HistoryRecord], Iterable[Issue]]
+KNOWS = 0.1  # of the loss of guesses: what is left where a model knows
+
+
+def unworried(detector: TimeDetector) -> TimeDetector:
+    """Return a detector that lets numbers be infinite: a comparison with what comes of them is False."""
+
+    def quiet(history: HistoryRecord) -> Iterable[Issue]:
+        with np.errstate(all="ignore"):
+            return list(detector(history))
+
+    return quiet
+
+
+def smooth(values: Floats) -> Floats:
+    """Return running medians of three: each entry with its neighbours; the ends as the median of two.
+
+    One look that is off, by a hard batch, changes nothing.
+
+    >>> smooth(np.array([1.0, 9.0, 1.0, 1.0])).tolist()
+    [5.0, 1.0, 1.0, 1.0]
+    """
+    padded = np.concatenate([[np.nan], values, [np.nan]])
+    windows = np.stack([padded[:-2], padded[1:-1], padded[2:]])
+    known = ~np.isnan(windows).all(0)
+    found = np.full(len(values), np.nan)
+    found[known] = np.nanmedian(windows[:, known], 0)
+    return found
+
+
+def lasting(beyond: Bools) -> int | None:
+    """Return the first look since which a condition has held, if it held at the last two looks; else None.
+
+    >>> lasting(np.array([True, False, True, True])), lasting(np.array([False, True]))
+    (2, None)
+    """
+    if len(beyond) < 2 or not beyond[-2:].all():
+        return None
+    fails = np.flatnonzero(~beyond)
+    return int(fails[-1]) + 1 if len(fails) else 0
+
+
+def highest_so_far(values: Floats) -> Floats:
+    """Return at each look the highest smoothed value of those before it; NaN at the first."""
+    best = np.fmax.accumulate(smooth(values)) if len(values) else values
+    return np.concatenate([[np.nan], best[:-1]]) if len(values) else values
+
+
+def lowest_so_far(values: Floats) -> Floats:
+    """Return at each look the lowest smoothed value of those before it; NaN at the first."""
+    return -highest_so_far(-values)
+
+
+def goes_well(history: HistoryRecord) -> bool:
+    """Whether a training goes well by its loss, now: it knows, or is at its best so far.
+
+    The loss of the last two looks is at most a tenth of what guesses cost, or their mean is no more than 2
+    percent above the lowest mean of two looks before.
+    """
+    left = history["loss_share_left"] if "loss_share_left" in history else np.empty(0)
+    left = left[~np.isnan(left)][-2:]
+    if len(left) and float(left.mean()) <= KNOWS:
+        return True
+    losses = history["loss"] if "loss" in history else np.empty(0)
+    if len(losses) < 3 or not np.isfinite(losses[-2:]).all():
+        return False
+    pairs = (losses[1:] + losses[:-1]) / 2
+    before = pairs[:-1][np.isfinite(pairs[:-1])]
+    if not len(before):
+        return False
+    best = float(before.min())
+    return float(pairs[-1]) <= best + 0.02 * abs(best)
+
+
+def forgot(history: HistoryRecord, knew: float = 0.5, guesses: float = 0.9) -> Bools:
+    """Return at which looks a model guesses that knew before: what is left of the loss of guesses was at most
+    `knew`, and is `guesses` or more."""
+    if "loss_share_left" not in history:
+        return np.zeros(len(history), dtype=bool)
+    left = history["loss_share_left"]
+    return (left >= guesses) & (lowest_so_far(left) <= knew)
+
+
+def graded(severity: IssueSeverity, history: HistoryRecord) -> IssueSeverity:
+    """Return a severity, LOW where the training goes well all the same."""
+    return IssueSeverity.LOW if goes_well(history) else severity

@@ -1,0 +1,187 @@
+"""`Monitor`: the observer with its state kept, a file, and calls when an issue is told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gradflow.detect.time import TimeDetector
+from gradflow.errors import ModelInputError
+from gradflow.functional.model.supported import check_module
+from gradflow.records import HistoryRecord, Issue, IssueSeverity
+from gradflow.report import Report
+from gradflow.watching.log import append, mend, read_history
+from gradflow.watching.observer import observer, readable
+from gradflow.watching.schedule import loss_ceiling
+from gradflow.watching.state import Key, ObserverState, key_of
+
+
+class Monitor:
+    """Watches a training from inside its loop: one call a step, and a report at every look.
+
+    Between looks a call compares two numbers. At a look this step's batch is measured on copies of the model,
+    one forward and one backward pass; see `gradflow.observer`, of which this is the thin face. Weights,
+    gradients, buffers, modes, the optimizer and every random state are left as they are: the training gives
+    the same weights with and without it, bit for bit.
+
+    Args:
+        model: the model that is trained.
+        loss_fn: from its output to a scalar, as for `gradflow.diagnose`.
+        optimizer: the optimizer of the loop; only read.
+        every: steps between two looks in the long run.
+        pipeline: judges a look; as for `gradflow.diagnose`.
+        in_time: judge the history; as for `gradflow.observer`.
+        forward_fn: for a training step that is not `model(batch)`; as for `gradflow.observer`.
+        path: a file that the history is written to as it grows. If it is there, the training is taken up
+            where it ends.
+        batches: how many batches a closer look is taken on.
+        most: how many looks are kept in memory; the file keeps all.
+
+    Raises:
+        ModelInputError: if the model is none, or `forward_fn` cannot be called.
+        RecordFormatError: if the file at `path` is no history.
+        ValueError: if `every`, `batches` or `most` is too small.
+        PipelineError: if `pipeline` cannot be used as one.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> _ = torch.manual_seed(0)
+    >>> model, loss_fn = nn.Linear(4, 1), nn.MSELoss()
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> monitor = Monitor(model, loss_fn, optimizer, every=20)
+    >>> for step in range(41):
+    ...     x = torch.randn(16, 4)
+    ...     batch = x, x.sum(1, keepdim=True)
+    ...     optimizer.zero_grad()
+    ...     loss = loss_fn(model(batch[0]), batch[1])
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     report = monitor(batch, loss=loss)
+    >>> monitor.history.steps.tolist(), report.ok
+    ([0, 1, 4, 16, 20, 40], True)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Any] | None = None,
+        optimizer: Any = None,
+        *,
+        every: int = 200,
+        pipeline: Any = None,
+        in_time: Iterable[TimeDetector] | None = None,
+        forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+        path: str | os.PathLike[str] | None = None,
+        batches: int = 4,
+        most: int = 512,
+    ) -> None:
+        check_module(model)
+        self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
+        self._init, self._update = observer(
+            every=every, pipeline=pipeline, in_time=in_time, forward_fn=forward_fn, batches=batches, most=most
+        )
+        self._state = self._init()
+        self._path = None if path is None else Path(path)
+        self._step = 0
+        self._report: Report | None = None
+        self._alerts: list[tuple[IssueSeverity, Callable[[Issue, int], Any]]] = []
+        self._alerted: dict[Key, IssueSeverity] = {}
+        if self._path is not None and self._path.exists():
+            self._resume(self._path)
+
+    def __call__(self, batch: Any, *, loss: Any = None, step: int | None = None) -> Report | None:
+        """Return a report if this step was looked at, else None; once per step, before or after the update.
+
+        Args:
+            batch: of this step, as `gradflow.diagnose` takes them.
+            loss: of this step, a number or a scalar tensor: where it jumps, the step is looked at whatever
+                its number. A tensor on another device is not read, for that would wait for it.
+            step: the training's own count; by default the calls are counted.
+
+        Raises:
+            GradflowError: at the first look, if model, batch or loss cannot be measured.
+        """
+        now = self._step if step is None else step
+        self._step = now + 1
+        state = self._state
+        if now < state.due:  # nearly always: nothing may be done here that takes time
+            if loss is None:
+                return None
+            value = readable(loss)
+            if value is None or value <= state.ceiling:
+                return None
+        return self._look(batch, loss, now)
+
+    def _look(self, batch: Any, loss: Any, step: int) -> Report | None:
+        before = self._state.history
+        self._state, report = self._update(
+            self._state, self.model, batch, self.loss_fn, self.optimizer, step, loss=loss
+        )
+        if self._path is not None and self._state.history is not before:
+            append(self._path, before, self._state.history)
+        if report is not None:
+            self._report = report
+            self._alert(report, step)
+        return report
+
+    @property
+    def state(self) -> ObserverState:
+        """What is known so far: the state that `gradflow.observer` hands on."""
+        return self._state
+
+    @property
+    def history(self) -> HistoryRecord:
+        """What the looks so far have measured, and the issues over time."""
+        return self._state.history
+
+    @property
+    def report(self) -> Report | None:
+        """The report of the last look; None before the first."""
+        return self._report
+
+    def on_issue(self, function: Callable[[Issue, int], Any], severity: Any = "HIGH") -> None:
+        """Have a function called when an issue is told: once, and again if it becomes graver.
+
+        What the function raises comes through, so that it may end the training.
+
+        Args:
+            function: called as `function(issue, step)`.
+            severity: from which severity on, an `IssueSeverity` or its name.
+
+        Raises:
+            ModelInputError: if `function` cannot be called.
+            ValueError: if `severity` is none.
+        """
+        if not callable(function):
+            raise ModelInputError(
+                f"on_issue: {function!r:.100} cannot be called. Pass a function of (issue, step): "
+                "`monitor.on_issue(lambda issue, step: print(step, issue))`."
+            )
+        names = IssueSeverity.__members__
+        if not isinstance(severity, IssueSeverity) and severity not in names:
+            raise ValueError(f"severity must be one of {', '.join(names)}, got {severity!r}.")
+        least = severity if isinstance(severity, IssueSeverity) else IssueSeverity[severity]
+        self._alerts.append((least, function))
+
+    def _alert(self, report: Report, step: int) -> None:
+        told = {key_of(issue): issue for issue in report.issues}
+        news = [
+            issue
+            for key, issue in told.items()
+            if key not in self._alerted or issue.severity > self._alerted[key]
+        ]
+        self._alerted = {key: issue.severity for key, issue in told.items()}
+        for issue in news:
+            for least, function in self._alerts:
+                if issue.severity >= least:
+                    function(issue, step)
+
+    def _resume(self, path: Path) -> None:
+        mend(path)
+        history = read_history(path)
+        self._step = int(history.steps[-1]) + 1 if len(history) else 0
+        self._state = ObserverState(history=history, due=self._step, ceiling=loss_ceiling(history))
