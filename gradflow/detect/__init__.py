@@ -16,6 +16,7 @@ from gradflow.detect.flow.saturation import saturation
 from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
+from gradflow.detect.parts.codes import idle_codes
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.quotients import tiny_divisors
@@ -66,6 +67,7 @@ __all__ = [
     "growing_logits",
     "held_at_zero",
     "idle_branches",
+    "idle_codes",
     "leaking_attention",
     "misscaled_deviation",
     "misscaled_norms",

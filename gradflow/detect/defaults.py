@@ -12,6 +12,7 @@ from gradflow.detect.flow.saturation import saturation
 from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
+from gradflow.detect.parts.codes import idle_codes
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.quotients import tiny_divisors
@@ -57,6 +58,7 @@ def default_detectors(
         stray_dropout(),
         held_at_zero(),
         tiny_divisors(),
+        idle_codes(),
         slow_updates(),
         unheld_parameters(),
     )

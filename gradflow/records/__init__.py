@@ -45,6 +45,7 @@ from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.parts import (
     BlockRecord,
+    ChoiceRecord,
     DropoutRecord,
     MatrixRecord,
     NormRecord,
@@ -96,6 +97,7 @@ __all__ = [
     "Bools",
     "BranchRecord",
     "Cause",
+    "ChoiceRecord",
     "CurvatureRecord",
     "DropoutRecord",
     "EdgeRecord",

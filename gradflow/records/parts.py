@@ -113,6 +113,23 @@ class QuotientRecord:
 
 
 @attrs.frozen(kw_only=True)
+class ChoiceRecord:
+    """A table without gradient from which a model picks rows by what it computes: the codes of a quantiser.
+
+    Args:
+        layer: name of the module in which that is done; "" for the model, or the loss.
+        num_codes: rows of the table.
+        num_picked: how many of them were picked in any of the steps that were looked at.
+        num_choices: how many choices there were in those.
+    """
+
+    layer: str
+    num_codes: int
+    num_picked: int
+    num_choices: int
+
+
+@attrs.frozen(kw_only=True)
 class DropoutRecord:
     """A dropout layer, or a module that calls dropout as a function and goes on dropping in eval mode.
 
@@ -166,6 +183,7 @@ class PartsRecord:
         matrices: weight matrices inside blocks, and frozen ones.
         twins: parameters of which at least half of the slices are copies.
         quotients: divisions outside of layers, in the order of execution.
+        choices: tables without gradient from which the model picks by itself.
         sights: which positions each self-attention lets its outputs see.
         dropouts: dropout layers, and what drops in eval mode.
     """
@@ -176,6 +194,7 @@ class PartsRecord:
     matrices: tuple[MatrixRecord, ...] = attrs.field(default=(), converter=to_tuple)
     twins: tuple[TwinsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     quotients: tuple[QuotientRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    choices: tuple[ChoiceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     sights: tuple[SightRecord, ...] = attrs.field(default=(), converter=to_tuple)
     dropouts: tuple[DropoutRecord, ...] = attrs.field(default=(), converter=to_tuple)
 

@@ -16,6 +16,7 @@ from gradflow.detect import (
     dead,
     exploding,
     held_at_zero,
+    idle_codes,
     leaking_attention,
     misscaled_norms,
     numerical,
@@ -35,6 +36,7 @@ FACTORIES = [bottleneck, dead, exploding, numerical, saturation, unstable, vanis
 PARTS = [
     copied_units,
     held_at_zero,
+    idle_codes,
     leaking_attention,
     misscaled_norms,
     slow_updates,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gradflow.functional.measurement import Session, gradients
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.parts.blocks import siblings
+from gradflow.functional.parts.choices import Choices
 from gradflow.functional.parts.matrices import as_drawn, is_fused, thirds
 from gradflow.functional.parts.norms import epsilon_of, variance
 from gradflow.functional.parts.quotients import Quotients
@@ -76,6 +77,7 @@ class PartsSession(Session):
         self._passes: dict[str, bool | None] = {}
         self._quotients: list[QuotientRecord] = []
         self._divided: Quotients | None = None
+        self._choices = Choices()
         self._forget()
 
     def listens(self, *, end: bool) -> bool:
@@ -92,6 +94,7 @@ class PartsSession(Session):
         """Look at the parameters."""
         self._forget()
         self._step, self._divided = step, Quotients(recorder)
+        self._choices.begin(recorder)
         for name, (module, _) in self._norms.items() if not self._steps else ():
             if isinstance(gain := getattr(module, "weight", None), Tensor) and gain.numel():
                 self._numbers["gain", name] = torch.stack([gain.detach().min(), gain.detach().max()])
@@ -129,8 +132,11 @@ class PartsSession(Session):
     def function(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Callable[[Any], None] | None:
-        """Hear of divisions."""
-        return None if self._divided is None else self._divided.hear(func, args, kwargs)
+        """Hear of divisions, and of choices."""
+        follow = self._choices.hear(func, args, kwargs)
+        if follow is None and self._divided is not None:
+            return self._divided.hear(func, args, kwargs)
+        return follow
 
     def differentiate(self, loss: Tensor) -> None:
         """Take the gradients of parameters whose slices are equal: does the first step tell them apart?"""
@@ -156,6 +162,7 @@ class PartsSession(Session):
         read = dict(zip(self._numbers, _read(list(self._numbers.values())), strict=True))
         self._drawn |= {name: (value[0], value[1]) for (what, name), value in read.items() if what == "drawn"}
         self._looks.append(read)
+        self._choices.end()
         self._quotients, self._divided = self._divided.read() if self._divided else [], None
         self._forget()
 
@@ -191,6 +198,7 @@ class PartsSession(Session):
                 matrices=matrices,
                 twins=self._twins,
                 quotients=self._quotients,
+                choices=self._choices.read(),
             )
         }  # fmt: skip
 
