@@ -41,7 +41,7 @@ def bits(model: nn.Module) -> str:
     found = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
     found.update(repr((random.getstate(), np.random.get_state()[1:])).encode())
     for name, tensor in model.state_dict().items():
-        found.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(name.encode() + tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
