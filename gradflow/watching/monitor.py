@@ -16,7 +16,7 @@ from gradflow.records import HistoryRecord, Issue, IssueSeverity
 from gradflow.report import Report
 from gradflow.watching.log import append, mend, read_history
 from gradflow.watching.observer import observer, readable
-from gradflow.watching.schedule import loss_ceiling
+from gradflow.watching.schedule import is_jump, loss_ceiling
 from gradflow.watching.state import Key, ObserverState, key_of
 
 
@@ -115,7 +115,7 @@ class Monitor:
             if loss is None:
                 return None
             value = readable(loss)
-            if value is None or value <= state.ceiling:
+            if value is None or not is_jump(value, state.ceiling):
                 return None
         return self._look(batch, loss, now)
 
