@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ def scaled(model: nn.Module, watch: Watch) -> None:
 
 
 def by_closures(model: nn.Module, watch: Watch) -> None:
-    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3, line_search_fn="strong_wolfe")
     for batch in batches(60):
 
         def closure(batch: Batch = batch) -> Tensor:
@@ -112,11 +113,12 @@ def same(
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_loop_is_the_same(loop: Callable[[nn.Module, Watch], None]) -> None:
     monitor = same(loop)
-    assert monitor.history.steps.tolist()[:6] == LOOKS  # and some after a jump, where LBFGS makes one
+    assert monitor.history.steps.tolist() == LOOKS
     ratios = monitor.history.of("update_ratio")
     assert {name for name, _ in network().named_parameters()} == set(ratios)
     del ratios["0.bias"]  # which batch norm takes away: nothing moves it but rounding
-    assert all((values > 0).all() for values in ratios.values())
+    every = np.any if loop is by_closures else np.all  # a line search may find nothing to do
+    assert all(every(values > 0) for values in ratios.values())
     assert monitor.report is not None
     assert monitor.report.ok
 
