@@ -36,6 +36,7 @@ PAGES = (
     "docs/reach.md",
     "docs/precision.md",
     "docs/updates.md",
+    "docs/training.md",
     "docs/measurements.md",
 )
 ABOVE, ALL_ABOVE = "the block above", "the blocks above"

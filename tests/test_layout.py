@@ -23,6 +23,7 @@ ORDER = [
     {"report"},
     {"diagnosis", "results"},
     {"watching", "comparing"},
+    {"integrations"},
     {"analyzers"},
     {"cli"},
     {"__init__", "__main__"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
@@ -14,9 +14,12 @@ from gradflow.records import (
     Cause,
     FlowRecord,
     Issue,
+    IssueSeverity,
     check_causes,
     check_issues,
     check_record,
+    every_scalar,
+    few_scalars,
     from_plain,
     read,
     text_lines,
@@ -58,6 +61,31 @@ class Report:
     def ok(self) -> bool:
         """Whether no issue is of severity MEDIUM or above."""
         return not serious_issues(self.issues)
+
+    def scalars(self, which: Literal["few", "all"] = "few") -> dict[str, float]:
+        """Return the report in plain numbers by name: what a tracker of experiments plots.
+
+        These are the numbers of the record's last step, and of each severity how many issues have it
+        (`issues/high`).
+
+        Args:
+            which: `few`, as many as the model has kinds of layers, see `gradflow.records.few_scalars`; or
+                `all`, see `gradflow.records.every_scalar`.
+
+        Raises:
+            ValueError: if `which` is neither.
+
+        >>> from gradflow.records import FlowRecord
+        >>> report = Report(record=FlowRecord(steps=1, losses=[0.5], layers=(), parameters=()))
+        >>> numbers = report.scalars()
+        >>> numbers["loss"], numbers["issues/critical"]
+        (0.5, 0.0)
+        """
+        if which not in ("few", "all"):
+            raise ValueError(f"which must be few or all, got {which!r}.")
+        numbers = few_scalars(self.record) if which == "few" else every_scalar(self.record)
+        severities = [issue.severity for issue in self.issues]
+        return numbers | {f"issues/{s.value.lower()}": float(severities.count(s)) for s in IssueSeverity}
 
     def __str__(self) -> str:
         return report_text(self.record, self.issues, self.causes, self.lines)

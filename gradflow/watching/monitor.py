@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from gradflow.records import HistoryRecord, Issue, IssueSeverity
 from gradflow.report import Report
 from gradflow.watching.log import append, mend, read_history
 from gradflow.watching.observer import observer, readable
-from gradflow.watching.schedule import loss_ceiling
+from gradflow.watching.schedule import is_jump, loss_ceiling
 from gradflow.watching.state import Key, ObserverState, key_of
 
 
@@ -88,10 +88,13 @@ class Monitor:
         self._path = None if path is None else Path(path)
         self._step = 0
         self._report: Report | None = None
+        self._looks: list[Callable[[Report, int], Any]] = []
         self._alerts: list[tuple[IssueSeverity, Callable[[Issue, int], Any]]] = []
         self._alerted: dict[Key, IssueSeverity] = {}
         if self._path is not None and self._path.exists():
-            self._resume(self._path)
+            mend(self._path)
+            history = read_history(self._path)
+            self._take_up(history, int(history.steps[-1]) + 1 if len(history) else 0)
 
     def __call__(self, batch: Any, *, loss: Any = None, step: int | None = None) -> Report | None:
         """Return a report if this step was looked at, else None; once per step, before or after the update.
@@ -112,12 +115,14 @@ class Monitor:
             if loss is None:
                 return None
             value = readable(loss)
-            if value is None or value <= state.ceiling:
+            if value is None or not is_jump(value, state.ceiling):
                 return None
         return self._look(batch, loss, now)
 
     def _look(self, batch: Any, loss: Any, step: int) -> Report | None:
         before = self._state.history
+        if len(before) and step <= before.steps[-1]:  # gone through again after a restart
+            return None
         self._state, report = self._update(
             self._state, self.model, batch, self.loss_fn, self.optimizer, step, loss=loss
         )
@@ -125,6 +130,8 @@ class Monitor:
             append(self._path, before, self._state.history)
         if report is not None:
             self._report = report
+            for function in self._looks:
+                function(report, step)
             self._alert(report, step)
         return report
 
@@ -142,6 +149,29 @@ class Monitor:
     def report(self) -> Report | None:
         """The report of the last look; None before the first."""
         return self._report
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next call looks whatever the loss is; before any other its batch is not needed."""
+        return self._step >= self._state.due
+
+    def on_look(self, function: Callable[[Report, int], Any]) -> None:
+        """Have a function called with the report of every look: a tracker, see `gradflow.integrations`.
+
+        What the function raises comes through.
+
+        Args:
+            function: called as `function(report, step)`, before those of `on_issue`.
+
+        Raises:
+            ModelInputError: if `function` cannot be called.
+        """
+        if not callable(function):
+            raise ModelInputError(
+                f"on_look: {function!r:.100} cannot be called. Pass a function of (report, step): "
+                "`monitor.on_look(lambda report, step: print(report))`."
+            )
+        self._looks.append(function)
 
     def on_issue(self, function: Callable[[Issue, int], Any], severity: Any = "HIGH") -> None:
         """Have a function called when an issue is told: once, and again if it becomes graver.
@@ -180,8 +210,33 @@ class Monitor:
                 if issue.severity >= least:
                     function(issue, step)
 
-    def _resume(self, path: Path) -> None:
-        mend(path)
-        history = read_history(path)
-        self._step = int(history.steps[-1]) + 1 if len(history) else 0
-        self._state = ObserverState(history=history, due=self._step, ceiling=loss_ceiling(history))
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs to take the watching up: the history as JSON, and the next step."""
+        return {"history": self.history.to_json(), "step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint: its step, and its history unless there is one already (from `path`).
+
+        Args:
+            state: what `state_dict` returned.
+
+        Raises:
+            ModelInputError: if it is something else.
+            RecordFormatError: if its history cannot be read.
+        """
+        if not isinstance(state, Mapping) or not {"history", "step"} <= state.keys():
+            raise ModelInputError(
+                f"load_state_dict: expected what `monitor.state_dict()` returned, with the keys history and "
+                f"step, got {state!r:.100}. Save it with the model: "
+                '`torch.save({"model": model.state_dict(), "monitor": monitor.state_dict()}, path)`.'
+            )
+        history, self._step = HistoryRecord.from_json(state["history"]), int(state["step"])
+        if not len(self.history):
+            if self._path is not None:
+                append(self._path, self.history, history)
+            self._take_up(history, self._step)
+
+    def _take_up(self, history: HistoryRecord, step: int) -> None:
+        """Go on after a history; the first step is looked at."""
+        self._step = step
+        self._state = ObserverState(history=history, due=step, ceiling=loss_ceiling(history))

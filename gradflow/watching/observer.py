@@ -18,7 +18,7 @@ from gradflow.records import Issue, IssueSeverity, IssueType, every_scalar
 from gradflow.report import Report
 from gradflow.watching.certain import told
 from gradflow.watching.look import Look, Seen, carriers, closer_look, copied, no_record, quick_look
-from gradflow.watching.schedule import loss_ceiling, next_look
+from gradflow.watching.schedule import is_jump, loss_ceiling, next_look
 from gradflow.watching.state import Doubt, Key, ObserverState, Suspicion, key_of
 
 logger = logging.getLogger("gradflow")
@@ -145,7 +145,7 @@ class _Watch:
     ) -> tuple[ObserverState, Report | None]:
         """Return the state after a step of the training, and a report if it was looked at."""
         value = None if loss is None else readable(loss)
-        jumped = value is not None and not value <= state.ceiling
+        jumped = value is not None and is_jump(value, state.ceiling)
         if step < state.due and not jumped:
             return state, None
         seen = Seen(model, loss_fn, step, self.forward_fn)
@@ -194,7 +194,7 @@ class _Watch:
         history = state.history.with_types(types).with_look(step, every_scalar(look.record))
         lines = list(look.lines)
         loss = float(look.record.losses[-1])
-        if not loss <= state.ceiling:
+        if is_jump(loss, state.ceiling):
             lines.append(_jump(state, seen, batch, loss))
             history = history.with_notes(lines[-1])
             if step - state.since >= self.every or not len(state.history):

@@ -34,15 +34,23 @@ def next_look(step: int, every: int, since: int = 0) -> int:
     return min(regular, soon) if after < every else regular
 
 
+def is_jump(loss: float, ceiling: float) -> bool:
+    """Whether a loss is above what is usual, or not finite; nothing is while nothing is usual."""
+    return ceiling < math.inf and not loss <= ceiling
+
+
 def loss_ceiling(history: HistoryRecord) -> float:
     """Return the loss above which a step is looked at, whatever its number; infinite while nothing is usual.
 
     The median of the last looks, and eight times their spread above it (the median absolute deviation, scaled
-    to a standard deviation), or the median once more where that is less.
+    to a standard deviation), or the median once more where that is less. Nothing is usual any more once a
+    loss is not finite, or every step after it would be looked at.
     """
     if "loss" not in history:
         return math.inf
     losses = history["loss"][-LOOKS:]
+    if len(losses) and not np.isfinite(losses[-1]):
+        return math.inf
     losses = losses[np.isfinite(losses)]
     if len(losses) < FEW:
         return math.inf

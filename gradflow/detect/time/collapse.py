@@ -122,7 +122,8 @@ def collapsing(
                 metrics={"variation": now, "variation_before": before, "num_layers": number},
             )
         outputs = history.of("output_rms")
-        kept = {name: values / highest_so_far(values) for name, values in outputs.items()}
+        with np.errstate(divide="ignore", invalid="ignore"):  # where an output was always zero
+            kept = {name: values / highest_so_far(values) for name, values in outputs.items()}
         most_kept = np.fmax.reduce(list(kept.values())) if kept else np.empty(0)
         by = np.where(forgot(history), shrunk_if_forgot, shrunk)
         gone = {name: share * by <= np.fmin(most_kept, 1.0) for name, share in kept.items()}
