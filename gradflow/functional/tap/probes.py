@@ -106,6 +106,16 @@ class EagerProbe(torch.autograd.Function):
         return g, magnitude(g, exact=ctx.site.exact), None
 
 
+class EagerInPlaceProbe(EagerProbe):
+    """`EagerProbe` that takes the place of `x` itself in autograd's books, for whoever holds it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot: Tensor, site: Site) -> Tensor:  # type: ignore[override]
+        ctx.site = site
+        ctx.mark_dirty(x)
+        return x
+
+
 class InPlaceProbe(Probe):
     """`Probe` that takes the place of `x` itself in autograd's books, for whoever holds it."""
 
@@ -183,12 +193,34 @@ def in_place_probe(x: Tensor, slot: Tensor, site: Site) -> Tensor:
         return InPlaceProbe.apply(x, slot, site)  # type: ignore[return-value]
 
 
-_NODES = tuple(node_class(kind) for kind in (EagerProbe, Probe, InPlaceProbe))
+def eager_in_place_probe(x: Tensor, slot: Tensor, site: Site) -> Tensor:
+    """Return `x`, the very object, with a probe on its gradient, for use under plain autograd.
+
+    As `in_place_probe` does; `x` is neither a leaf nor a view.
+    """
+    with preserved_writes(x):
+        return EagerInPlaceProbe.apply(x, slot, site)  # type: ignore[return-value]
+
+
+_NODES = tuple(node_class(kind) for kind in (EagerProbe, EagerInPlaceProbe, Probe, InPlaceProbe))
 
 
 def is_probe(node: Any) -> bool:
     """Whether an autograd node is a probe."""
     return isinstance(node, _NODES)
+
+
+_MARK = "gradflow"
+
+
+def mark(node: Any, site: Site) -> None:
+    """Have an autograd node tell that it makes an output, where no probe can stand behind it."""
+    node.metadata[_MARK] = site
+
+
+def site_of(node: Any) -> Site | None:
+    """Return the site of a probe, or of the output that a node is marked to make; else None."""
+    return node.site if is_probe(node) else node.metadata.get(_MARK)
 
 
 def is_custom(node: Any) -> bool:
