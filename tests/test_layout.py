@@ -39,6 +39,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"extras"},
         {"reach"},
         {"run", "jacobian", "attention", "recurrent", "policy", "parts"},
+        {"inside"},
         {"analyze", "scale", "weights"},
         {"__init__"},
     ],

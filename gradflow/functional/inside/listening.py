@@ -1,4 +1,4 @@
-"""How a pass of the user's is listened to: its functions, its reverse passes, and its own exceptions apart."""
+"""How a pass of the user's is listened to: its functions, its reverse passes; its own exceptions apart."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Once:
         self.error: BaseException | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it."""
         try:
             self.output = self._function(*args, **kwargs)
         except BaseException as error:

@@ -1,13 +1,13 @@
-"""A look at a training from inside: taps on the user's own modules, and the record of what its passes show."""
+"""A look at a training from inside: taps on the user's own modules, and a record of what its passes show."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import attrs
-from torch import Tensor, nn
+from torch import nn
 
 from gradflow.errors import ModelInputError
 from gradflow.functional.inside.listening import Ear, reverse_passes
@@ -84,9 +84,11 @@ class InsideLook:
         """
         passes = Passes(self.run, scale)
         try:
-            with led(self.run.program.taps.modules, passes.lead), reverse_passes(passes), uncompiled():
-                with Ear(passes):
-                    yield passes
+            with (
+                led(self.run.program.taps.modules, passes.lead), reverse_passes(passes), uncompiled(),
+                Ear(passes),
+            ):  # fmt: skip
+                yield passes
         except BaseException as error:
             passes.fail(f"the step raised {type(error).__name__}")
             raise
@@ -98,8 +100,8 @@ class InsideLook:
         """Take in what a training step has shown."""
         if not passes.failed and not passes.factors and not passes.overflowed:
             passes.fail(
-                "no reverse pass of the model was run: `backward` must be called inside the context, after the "
-                "model was, whose layers must be called there as well"
+                "no reverse pass of the model was run. Its layers must be called inside the context, and after "
+                "them `backward`"
             )
         self.steps += 1
         self._handed_on |= passes.handed_on

@@ -302,7 +302,9 @@ class Passes:
             return now
         if was.gradient is now and num_writes(now) == was.writes:
             return None
-        synchronised = any(part.require_backward_grad_sync for part in distributed(self.run.program.given.model))
+        synchronised = any(
+            part.require_backward_grad_sync for part in distributed(self.run.program.given.model)
+        )
         return now if synchronised else now - was.values
 
     def _norm(self, names: list[str]) -> Tensor:
