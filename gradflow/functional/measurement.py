@@ -54,7 +54,7 @@ class Session(Listener):
         """Keep the numbers of the step, and let go of its tensors."""
 
     def hears_alone(self) -> bool:
-        """Whether it is of use where it only hears: in a training's own pass, where nothing is differentiated.
+        """Whether it is of use where it only hears, as in a training's own pass.
 
         Then `differentiate` is never called. By default it is, if it does not override that.
         """

@@ -76,7 +76,7 @@ def scale_of(scaler: Any) -> Callable[[], float]:
     """
     if scaler is None:
         return lambda: 1.0
-    get_scale = getattr(scaler, "get_scale", None)
+    get_scale: Any = getattr(scaler, "get_scale", None)
     if not callable(get_scale):
         raise ModelInputError(
             f"scaler is a {type(scaler).__name__}; pass the GradScaler of the loop: "
@@ -138,8 +138,12 @@ class LookedStep:
         return loss
 
     def __enter__(self) -> Self:
-        if not self._why:
+        if self._why:
+            return self
+        try:
             self._passes = self._stack.enter_context(self._look.listening(self._scale))
+        except Exception as error:
+            self._why = f"{type(error).__name__}: {error}"
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -100,8 +100,8 @@ class InsideLook:
         """Take in what a training step has shown."""
         if not passes.failed and not passes.factors and not passes.overflowed:
             passes.fail(
-                "no reverse pass of the model was run. Its layers must be called inside the context, and after "
-                "them `backward`"
+                "no reverse pass of the model was run. Its layers must be called inside the context, and "
+                "`backward` after them"
             )
         self.steps += 1
         self._handed_on |= passes.handed_on

@@ -141,11 +141,12 @@ class Passes:
         recorder = self._recorder
         if in_reverse_pass():  # a checkpoint runs it again
             return recorder if recorder is not None and recorder.in_backward else None
-        fresh = recorder is None or recorder.in_backward
-        if (fresh or not recorder.stack) and not torch.is_grad_enabled() and not in_checkpoint():
+        going_on = recorder is not None and not recorder.in_backward
+        alone = recorder is None or not going_on or not recorder.stack
+        if alone and not torch.is_grad_enabled() and not in_checkpoint():
             self.aside.add(name)
             return None
-        if not fresh:
+        if going_on:
             return recorder
         self._forget()
         return self._begun(args, kwargs) if len(self.factors) < MOST else None
@@ -295,17 +296,15 @@ class Passes:
         if now is None:
             if has_post_accumulate_hooks(parameter):
                 raise RuntimeError(
-                    "a hook takes the gradients away as they arrive, so that none is there when `backward` ends"
+                    "a hook takes the gradients away as they arrive: none is there when `backward` ends"
                 )
             return None
         if was is None:
             return now
         if was.gradient is now and num_writes(now) == was.writes:
             return None
-        synchronised = any(
-            part.require_backward_grad_sync for part in distributed(self.run.program.given.model)
-        )
-        return now if synchronised else now - was.values
+        parts = distributed(self.run.program.given.model)
+        return now if any(part.require_backward_grad_sync for part in parts) else now - was.values
 
     def _norm(self, names: list[str]) -> Tensor:
         """Return the norm of the present gradients of some parameters together."""

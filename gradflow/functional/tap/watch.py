@@ -76,7 +76,7 @@ class Watch(TorchFunctionMode):
             return None
         x = args[0] if args else kwargs.get("input")
         bounds = _bounds(found, args, kwargs)
-        if not _is_watched(x) or bounds is None:
+        if not isinstance(x, Tensor) or not _is_watched(x) or bounds is None:
             return None
         with unwatched():
             op = "relu6" if found[0] == "hardtanh" and bounds.kind == "rectifier" else found[0]
