@@ -76,13 +76,13 @@ def scale_of(scaler: Any) -> Callable[[], float]:
     """
     if scaler is None:
         return lambda: 1.0
-    get_scale: Any = getattr(scaler, "get_scale", None)
+    get_scale = getattr(scaler, "get_scale", None)
     if not callable(get_scale):
         raise ModelInputError(
             f"scaler is a {type(scaler).__name__}; pass the GradScaler of the loop: "
             '`scaler = torch.amp.GradScaler("cuda")`.'
         )
-    return lambda: float(get_scale())
+    return lambda: float(scaler.get_scale())
 
 
 class LookedStep:
