@@ -50,7 +50,7 @@ class InsideLook:
     run: Run
     steps: int = 0
     _notes: dict[str, None] = attrs.field(factory=dict)
-    _handed_on: set[str] = attrs.field(factory=set)
+    _untold: set[str] = attrs.field(factory=set)
 
     @classmethod
     def of(cls, model: nn.Module, measurements: Iterable[Measurement] = ()) -> InsideLook:
@@ -104,7 +104,7 @@ class InsideLook:
                 "`backward` after them"
             )
         self.steps += 1
-        self._handed_on |= passes.handed_on
+        self._untold |= passes.untold
         self._notes |= dict.fromkeys(_notes(passes))
 
     def record(self) -> FlowRecord:
@@ -112,15 +112,15 @@ class InsideLook:
         run, history = self.run, self.run.history
         history.merge_peaks()
         reached = {str(name) for name, (_, n) in series(history, "grad").items() if (n > 0).any()}
-        run.graph.conclude(reached, self._handed_on)
+        run.graph.conclude(reached, self._untold)
         record = assembled(run, None)
         model = run.program.given.model
         standing = {note for note in standing_notes(model, None) if not note.startswith("TorchScript")}
         own = [note for note in record.provenance.notes if note not in standing]
-        if handed := sorted(self._handed_on - reached):
+        if untold := sorted(self._untold - reached):
             own.append(
-                f"No gradient is told of at the output of {some_of(repr(n) for n in handed)}: it is what the "
-                "call was given, and has no gradient of its own."
+                f"No gradient is told of at the output of {some_of(repr(n) for n in untold)}: it is a "
+                "parameter or an input, handed on."
             )
         origin = attrs.evolve(
             record.provenance,

@@ -89,7 +89,7 @@ class Passes:
     left: float = math.nan  # share of the last gradient that was there at the end of the step
     accumulated: bool = False  # whether gradients of earlier passes were there
     left_out: int = 0  # reverse passes beyond `MOST`, or of what nothing was heard of
-    handed_on: set[str] = attrs.field(factory=set)  # see `OwnRecorder`
+    untold: set[str] = attrs.field(factory=set)  # see `OwnRecorder`
     aside: set[str] = attrs.field(factory=set)  # modules that were called for themselves without grad mode
     _thread: int = attrs.field(factory=threading.get_ident)
     _recorder: OwnRecorder | None = None
@@ -286,7 +286,7 @@ class Passes:
             follow_reach(self.run, outcome, row, look=True)
             self.run.history.keep(row)
             self.factors.append(factor)
-            self.handed_on |= recorder.handed_on
+            self.untold |= recorder.untold
             reached = [name for name, gradient in gradients.items() if gradient is not None]
             self._total = reached, self._norm(reached)
 

@@ -7,8 +7,9 @@ may not: its gradients are stepped with. So nothing ever comes between two tenso
 What a call has made afresh is probed in place: the very object stays, with the probe as its last operation,
 for whoever holds it. A view that a call has made (the output of an attention, transposed; `nn.Flatten`) is
 left alone, and its node in autograd's graph tells of the gradient that it is handed: the graph is gone after
-the pass, and that with it. What a call hands on as it was given it (`nn.Identity`; dropout in eval mode) has
-no gradient of its own, apart from that of whoever made it; none is told.
+the pass, and that with it. So does the node of what a call hands on as it was given it (`nn.Identity`,
+dropout of nothing): that is one tensor with what was given, and has one gradient, from all who use either.
+A leaf has no node, and nothing is told of one that is handed on.
 
 A probe hands on the very gradient that it is given, and autograd runs its nodes in the reverse order of their
 making, with or without others between them: so every sum of gradients is taken in the order in which it would
@@ -36,7 +37,7 @@ from gradflow.functional.torch_private import is_view, node_number
 class OwnRecorder(Recorder):
     """A recorder whose probes are safe in a pass that counts; see NOTE [Probes in a pass that counts]."""
 
-    handed_on: set[str] = attrs.field(factory=set)  # names of calls whose outputs are not their own
+    untold: set[str] = attrs.field(factory=set)  # names of calls that hand on a leaf
     _read: dict[int, Tensor] = attrs.field(factory=dict)  # magnitudes that nodes have told, by site
     _told: list[Any] = attrs.field(factory=list)  # handles of what nodes tell
 
@@ -44,14 +45,16 @@ class OwnRecorder(Recorder):
         if not y.requires_grad or not is_differentiable(y) or not torch.is_grad_enabled():
             return y
         node = y.grad_fn
-        # a checkpoint may run a call again in a thread with numbers of its own
-        if node is None or (not self.in_backward and node_number(node) < call.start):
-            self.handed_on.add(call.name)
+        if node is None:
+            self.untold.add(call.name)
             return y
         position = len(self.sites)
         site = Site(call.index, len(call.sites), exact=True)
-        if is_view(y):
-            mark(node, site)
+        # a checkpoint may run a call again in a thread with numbers of its own
+        own = self.in_backward or node_number(node) >= call.start
+        if not own or is_view(y):
+            if own:
+                mark(node, site)
             self._told.append(node.register_prehook(functools.partial(self._hear, position, y.output_nr)))
         else:
             dtype = statistics_dtype(y, exact=True)

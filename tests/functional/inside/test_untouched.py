@@ -225,7 +225,9 @@ def test_hooks_of_the_user_are_called_as_often_as_ever() -> None:
         model, heard = MODELS["residual"](), []
         model.a.register_forward_pre_hook(lambda m, args: heard.append("before"))
         model.b.register_forward_hook(lambda m, args, out: heard.append("after"))
-        model.head.register_full_backward_hook(lambda m, into, out: heard.append(f"{float(out[0].sum()):.6f}"))
+        model.head.register_full_backward_hook(
+            lambda m, into, out: heard.append(f"{float(out[0].sum()):.6f}")
+        )
         model.b.weight.register_hook(lambda g: heard.append(f"{float(g.norm()):.6f}"))
         with InsideLook.of(model).listening() if watched else contextlib.nullcontext():
             x, y = batch()
