@@ -124,6 +124,11 @@ class LookedStep:
                 raise
             self._why = f"{type(error).__name__}: {error}"
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the context was entered and not left."""
+        return self._passes is not None
+
     def _begun(self) -> InsideLook:
         """Return the look that goes on in this step, or a new one."""
         suspicion = self._state.suspicion
@@ -133,6 +138,7 @@ class LookedStep:
 
     def loss(self, loss: Any) -> Any:
         """Tell of a loss before it is scaled and differentiated; returns it as it is."""
+        readable(loss)
         if self._passes is not None and isinstance(loss, Tensor):
             self._passes.hand(loss)
         return loss

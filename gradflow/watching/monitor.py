@@ -90,6 +90,7 @@ class Monitor:
         self._state = ObserverState()
         self._path = None if path is None else Path(path)
         self._step = 0
+        self._looked: LookedStep | None = None
         self._report: Report | None = None
         self._alerts: list[tuple[IssueSeverity, Callable[[Issue, int], Any]]] = []
         self._alerted: dict[Key, IssueSeverity] = {}
@@ -155,7 +156,8 @@ class Monitor:
             has the report, if there is one.
 
         Raises:
-            ModelInputError: if `scaler` is none; at the first look, if the model cannot be looked into.
+            ModelInputError: if `scaler` is none, or the context of another step is open; at the first look, if
+                the model cannot be looked into.
 
         >>> import torch
         >>> from torch import nn
@@ -173,6 +175,11 @@ class Monitor:
         >>> monitor.history.steps.tolist(), monitor.report.ok
         ([0, 1, 4, 16, 20, 40], True)
         """
+        if self._looked is not None and self._looked.is_open:
+            raise ModelInputError(
+                "monitor.step() was called inside of monitor.step(): the context is for one training step, and "
+                "a step's forward and backward passes go into one. For several models take a monitor each."
+            )
         now = self._step if step is None else step
         self._step = now + 1
         if now < self._state.due:
@@ -183,7 +190,8 @@ class Monitor:
         if now < state.due and state.suspicion is None:
             self._keep(state, None, now)
             return PlainStep(state.ceiling, self._jumped)
-        return LookedStep(self._watch, state, seen, batch=batch, scale=scale, keep=self._keep)
+        self._looked = LookedStep(self._watch, state, seen, batch=batch, scale=scale, keep=self._keep)
+        return self._looked
 
     def _jumped(self) -> None:
         """Hear that the loss of a step that is no look has jumped: the next one is looked at."""

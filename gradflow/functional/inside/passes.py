@@ -37,7 +37,7 @@ from gradflow.functional.run.reverse_pass import Gradients
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.asked import Asked
-from gradflow.functional.tap.probes import as_norm, magnitude
+from gradflow.functional.tap.probes import as_norm, magnitude, probes_of
 from gradflow.functional.tap.watch import Watch
 from gradflow.functional.torch_private import (
     has_post_accumulate_hooks,
@@ -129,7 +129,10 @@ class Passes:
         once = Once(forward)
         try:
             recorder = self._recorder_of(name, args, kwargs)
-            return once(*args, **kwargs) if recorder is None else recorder.run(name, once, args, kwargs)
+            if recorder is None:
+                return once(*args, **kwargs)
+            with probes_of(recorder):
+                return recorder.run(name, once, args, kwargs)
         except Exception as error:
             if once.error is not None:
                 raise once.error from once.error.__cause__
@@ -173,7 +176,8 @@ class Passes:
         if self._watch is None or in_reverse_pass():
             return []
         try:
-            return self._watch.heard(func, args, kwargs)
+            with probes_of(self._recorder):
+                return self._watch.heard(func, args, kwargs)
         except Exception as error:
             self.fail(error)
             return []
@@ -183,8 +187,9 @@ class Passes:
         if self._watch is None:
             return
         try:
-            for end in ends:
-                end(out)
+            with probes_of(self._recorder):
+                for end in ends:
+                    end(out)
         except Exception as error:
             self.fail(error)
 
@@ -214,7 +219,7 @@ class Passes:
         first = not recorder.in_backward
         recorder.start_backward()
         self._watch = None
-        with unwatched(), torch.no_grad():
+        with unwatched(), torch.no_grad(), probes_of(recorder):
             root, loss, factor = self._loss_of(given)
             if first:
                 self._learn(recorder, root)

@@ -49,7 +49,7 @@ class OwnRecorder(Recorder):
             self.untold.add(call.name)
             return y
         position = len(self.sites)
-        site = Site(call.index, len(call.sites), exact=True)
+        site = Site(call.index, len(call.sites), exact=True, whose=self)
         # a checkpoint may run a call again in a thread with numbers of its own
         own = self.in_backward or node_number(node) >= call.start
         if not own or is_view(y):

@@ -36,11 +36,18 @@ whoever made it, so it is probed too. So is what a custom function made: in olde
 does not keep itself alive, and to ask for the gradient at one that is gone ends the process. An output that
 is also used past its probe has both: the probe marks it in the graph, and the edge gathers the whole of its
 gradient.
+
+NOTE [Whose probes]
+The graph of a training may hold probes of several recorders: two models that are looked into at once, a
+hidden state that was kept from an earlier pass. Each knows its own by `whose`, and takes others for what they
+are, identities. A measurement beside the training has a graph to itself, and needs no name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -62,6 +69,7 @@ class Site:
     exact: bool
     slot: Tensor | None = None
     edge: GradientEdge | None = None  # in the place of a slot: see NOTE [Captured gradients]
+    whose: Any = None  # see NOTE [Whose probes]
 
 
 class Probe(torch.autograd.Function):
@@ -205,9 +213,22 @@ def eager_in_place_probe(x: Tensor, slot: Tensor, site: Site) -> Tensor:
 _NODES = tuple(node_class(kind) for kind in (EagerProbe, EagerInPlaceProbe, Probe, InPlaceProbe))
 
 
+_whose: contextvars.ContextVar[Any] = contextvars.ContextVar("whose probes are looked for", default=None)
+
+
+@contextlib.contextmanager
+def probes_of(whose: Any) -> Iterator[None]:
+    """Look for somebody's own probes, for the length of the context; see NOTE [Whose probes]."""
+    token = _whose.set(whose)
+    try:
+        yield
+    finally:
+        _whose.reset(token)
+
+
 def is_probe(node: Any) -> bool:
-    """Whether an autograd node is a probe."""
-    return isinstance(node, _NODES)
+    """Whether an autograd node is a probe, and one of those that are looked for."""
+    return isinstance(node, _NODES) and node.site.whose is _whose.get()
 
 
 _MARK = "gradflow"
@@ -220,7 +241,8 @@ def mark(node: Any, site: Site) -> None:
 
 def site_of(node: Any) -> Site | None:
     """Return the site of a probe, or of the output that a node is marked to make; else None."""
-    return node.site if is_probe(node) else node.metadata.get(_MARK)
+    site = node.site if isinstance(node, _NODES) else node.metadata.get(_MARK)
+    return site if site is not None and site.whose is _whose.get() else None
 
 
 def is_custom(node: Any) -> bool:
