@@ -156,8 +156,8 @@ class Monitor:
             has the report, if there is one.
 
         Raises:
-            ModelInputError: if `scaler` is none, or the context of another step is open; at the first look, if
-                the model cannot be looked into.
+            ModelInputError: if `scaler` is none, or the context of another step is open; at the first look,
+                if the model cannot be looked into.
 
         >>> import torch
         >>> from torch import nn
@@ -177,8 +177,8 @@ class Monitor:
         """
         if self._looked is not None and self._looked.is_open:
             raise ModelInputError(
-                "monitor.step() was called inside of monitor.step(): the context is for one training step, and "
-                "a step's forward and backward passes go into one. For several models take a monitor each."
+                "monitor.step() was called inside of monitor.step(): all passes of a training step go into one "
+                "context. For several models take a monitor each."
             )
         now = self._step if step is None else step
         self._step = now + 1

@@ -131,7 +131,7 @@ class Passes:
             recorder = self._recorder_of(name, args, kwargs)
             if recorder is None:
                 return once(*args, **kwargs)
-            with probes_of(recorder):
+            with probes_of(recorder.whose):
                 return recorder.run(name, once, args, kwargs)
         except Exception as error:
             if once.error is not None:
@@ -173,10 +173,10 @@ class Passes:
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]
     ) -> list[Callable[[Any], None]]:
         """Hear of a function that is about to be called, if a forward pass is running."""
-        if self._watch is None or in_reverse_pass():
+        if self._watch is None or self._recorder is None or in_reverse_pass():
             return []
         try:
-            with probes_of(self._recorder):
+            with probes_of(self._recorder.whose):
                 return self._watch.heard(func, args, kwargs)
         except Exception as error:
             self.fail(error)
@@ -184,10 +184,10 @@ class Passes:
 
     def told(self, ends: list[Callable[[Any], None]], out: Any) -> None:
         """Hear of the output of a function, unless the pass has ended in it: it was `backward`."""
-        if self._watch is None:
+        if self._watch is None or self._recorder is None:
             return
         try:
-            with probes_of(self._recorder):
+            with probes_of(self._recorder.whose):
                 for end in ends:
                     end(out)
         except Exception as error:
@@ -219,7 +219,7 @@ class Passes:
         first = not recorder.in_backward
         recorder.start_backward()
         self._watch = None
-        with unwatched(), torch.no_grad(), probes_of(recorder):
+        with unwatched(), torch.no_grad(), probes_of(recorder.whose):
             root, loss, factor = self._loss_of(given)
             if first:
                 self._learn(recorder, root)

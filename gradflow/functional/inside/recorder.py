@@ -37,6 +37,7 @@ from gradflow.functional.torch_private import is_view, node_number
 class OwnRecorder(Recorder):
     """A recorder whose probes are safe in a pass that counts; see NOTE [Probes in a pass that counts]."""
 
+    whose: object = attrs.field(factory=object)  # by which it knows its probes
     untold: set[str] = attrs.field(factory=set)  # names of calls that hand on a leaf
     _read: dict[int, Tensor] = attrs.field(factory=dict)  # magnitudes that nodes have told, by site
     _told: list[Any] = attrs.field(factory=list)  # handles of what nodes tell
@@ -48,18 +49,19 @@ class OwnRecorder(Recorder):
         if node is None:
             self.untold.add(call.name)
             return y
-        position = len(self.sites)
-        site = Site(call.index, len(call.sites), exact=True, whose=self)
         # a checkpoint may run a call again in a thread with numbers of its own
         own = self.in_backward or node_number(node) >= call.start
-        if not own or is_view(y):
+        if own and not is_view(y):
+            dtype = statistics_dtype(y, exact=True)
+            slot = torch.zeros((), dtype=dtype, device=y.device, requires_grad=True)
+            site = Site(call.index, len(call.sites), exact=True, slot=slot, whose=self.whose)
+            eager_in_place_probe(y, slot, site)
+        else:
+            site = Site(call.index, len(call.sites), exact=True, whose=self.whose)
             if own:
                 mark(node, site)
-            self._told.append(node.register_prehook(functools.partial(self._hear, position, y.output_nr)))
-        else:
-            dtype = statistics_dtype(y, exact=True)
-            site.slot = torch.zeros((), dtype=dtype, device=y.device, requires_grad=True)
-            eager_in_place_probe(y, site.slot, site)
+            hear = functools.partial(self._hear, len(self.sites), y.output_nr)
+            self._told.append(node.register_prehook(hear))
         call.sites.append(site)
         self.sites.append(site)
         return y

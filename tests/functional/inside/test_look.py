@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,67 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradflow.errors import ModelInputError
-from gradflow.functional.analyze import analyzed, analyzed_custom
+from gradflow.functional.analyze import analyzed_custom
 from gradflow.functional.attention.automatic import AutomaticAttention
 from gradflow.functional.inside.look import InsideLook
-from gradflow.functional.inside.passes import MOST, Passes
+from gradflow.functional.inside.passes import Passes
 from gradflow.functional.run.run import Plan
 from gradflow.records import FlowRecord
-from tests.functional.inside.loops import MODELS, Residual, batch
+from tests.functional.inside.looks import beside, check_layers, check_parameters, looked, pictures
+from tests.functional.inside.loops import MODELS, batch
 
 SHARED = {"residual": {"skip"}}  # hands on what others use as well
-
-
-def pictures() -> nn.Module:
-    """Return a model that gives the same at every call: its dropout hands its input on."""
-    model = MODELS["pictures"]()
-    model.net[5].p = 0.0
-    return model
-
-
-def beside(model: nn.Module, *batches: Any, **options: Any) -> FlowRecord:
-    plan = Plan(steps=len(batches), mode="keep", closely=False, **options)
-    return analyzed(model, list(batches), F.cross_entropy, plan)
-
-
-def looked(
-    model: nn.Module, *losses: Callable[[Passes], Tensor], scale: float = 1.0
-) -> tuple[FlowRecord, Passes]:
-    look = InsideLook.of(model)
-    with look.listening(lambda: scale) as passes:
-        for loss in losses:
-            loss(passes).backward()
-    assert passes.failed == ""
-    return look.record(), passes
-
-
-def check_layers(one: FlowRecord, other: FlowRecord, without: set[str], rtol: float) -> None:
-    assert [layer.name for layer in one] == [layer.name for layer in other]
-    for a, b in zip(one, other, strict=True):
-        same = ("module", "type", "order", "parameters", "shape", "inputs_differentiable", "composite")
-        assert [getattr(a, name) for name in same] == [getattr(b, name) for name in same], a.name
-        for name in ("output_rms", "output_zero_share", "output_variation", "input_rms", "num_elements"):
-            np.testing.assert_allclose(
-                getattr(a, name), getattr(b, name), rtol=rtol, err_msg=f"{a.name} {name}"
-            )
-        if a.name not in without:
-            np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=rtol, err_msg=a.name)
-            assert (a.reached == b.reached).all()
-
-
-def check_parameters(one: FlowRecord, other: FlowRecord, rtol: float) -> None:
-    for a, b in zip(one.parameters, other.parameters, strict=True):
-        assert (a.name, a.layer, a.shape, a.reached.tolist()) == (
-            b.name,
-            b.layer,
-            b.shape,
-            b.reached.tolist(),
-        )
-        for name in ("grad_norm", "grad_zero_share", "norm"):
-            np.testing.assert_allclose(
-                getattr(a, name), getattr(b, name), rtol=rtol, err_msg=f"{a.name} {name}"
-            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -284,124 +231,3 @@ def test_several_steps_go_into_one_record() -> None:
     assert record.parameter("net.0.weight").norm == pytest.approx(norms)
     assert np.isfinite(record["net.0"].grad_norm).all()
     assert len(set(record.losses.tolist())) == 4
-
-
-def test_what_was_heard_of_no_reverse_pass_has_failed() -> None:
-    model, (x, y) = Residual(), batch()
-    look = InsideLook.of(model)
-    with look.listening() as passes:
-        model(x)
-    assert passes.failed.startswith("no reverse pass of the model was run")
-    with InsideLook.of(model).listening() as passes, torch.no_grad():
-        model(x)
-    assert passes.failed.startswith("no reverse pass of the model was run")
-    outside = F.cross_entropy(model(x), y)
-    with InsideLook.of(model).listening() as passes:
-        outside.backward()
-    assert passes.failed.startswith("no reverse pass of the model was run")
-
-
-def test_calls_without_grad_mode_and_of_other_threads_are_no_part_of_a_pass() -> None:
-    model, (x, y) = MODELS["pictures"](), batch()
-    look = InsideLook.of(model)
-    with look.listening() as passes:
-        with torch.no_grad():
-            model(x)
-        thread = threading.Thread(target=lambda: model(x).sum().backward())
-        thread.start()
-        thread.join()
-        model.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        with torch.no_grad():
-            model(x)
-    assert passes.failed == ""
-    record = look.record()
-    assert [layer.name for layer in record] == [f"net.{i}" for i in range(7)]
-    assert record.steps == 1
-    assert any("was called without grad mode as well" in note for note in record.provenance.notes)
-
-
-def test_of_many_reverse_passes_the_first_are_measured() -> None:
-    model, (x, y) = MODELS["pictures"](), batch()
-    record, passes = looked(model, *[lambda p: F.cross_entropy(model(x), y)] * (MOST + 3))
-    assert (record.steps, passes.left_out) == (MOST, 3)
-    assert any(f"Only the first {MOST} reverse passes" in note for note in record.provenance.notes)
-
-
-def test_several_tensors_and_cotangents_are_taken_for_their_sum() -> None:
-    model, (x, _) = nn.Linear(8, 3), batch()
-    look = InsideLook.of(model)
-    with look.listening() as passes:
-        out = model(x)
-        torch.autograd.backward([out[:, 0], out[:, 1]], [torch.ones(16), 2 * torch.ones(16)])
-    assert passes.failed == ""
-    record = look.record()
-    out = model(x)
-    assert record.losses[0] == pytest.approx((out[:, 0].sum() + 2 * out[:, 1].sum()).item(), rel=1e-5)
-    assert record[""].grad_norm[0] == pytest.approx(math.sqrt(16 * (1 + 4)))
-
-
-def test_what_is_handed_on_has_the_gradient_of_the_tensor_that_it_is() -> None:
-    model, (x, y) = Residual(), batch()
-    record, _ = looked(model, lambda p: F.cross_entropy(model(x), y))
-    assert record["skip"].grad_norm[0] == record["relu"].grad_norm[0] > 0
-    free = nn.Sequential(nn.Identity(), nn.Linear(8, 3))
-    record, _ = looked(free, lambda p: F.cross_entropy(free(x.clone().requires_grad_()), y))
-    assert np.isnan(record["0"].grad_norm[0])
-    assert any("at the output of '0': it is a parameter or an input" in n for n in record.provenance.notes)
-
-
-def test_sparse_gradients_and_tied_weights_are_measured() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.out = nn.Embedding(7, 4, sparse=True), nn.Linear(4, 7, bias=False)
-            self.back = nn.Linear(4, 7, bias=False)
-            self.back.weight = self.out.weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.embed(x)
-            return self.out(h) + self.back(h.tanh())
-
-    model, words = Tied(), torch.randint(0, 7, (12,))
-    other = beside(copy.deepcopy(model), (words, words))
-    record, passes = looked(model, lambda p: F.cross_entropy(model(words), words))
-    check_layers(record, other, set(), 1e-6)
-    check_parameters(record, other, 1e-6)
-    assert passes.left == pytest.approx(1.0)
-
-
-def test_gradients_that_are_taken_away_as_they_arrive_are_refused_in_a_sentence() -> None:
-    model, (x, y) = nn.Linear(8, 3), batch()
-
-    def take(parameter: Tensor) -> None:
-        parameter.grad = None
-
-    model.weight.register_post_accumulate_grad_hook(take)
-    with InsideLook.of(model).listening() as passes:
-        F.cross_entropy(model(x), y).backward()
-    assert "a hook takes the gradients away as they arrive" in passes.failed
-
-
-def test_compiled_models_and_transforms_are_refused_in_a_sentence() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
-    for compiled in (
-        torch.compile(model, backend="eager"),
-        nn.Sequential(torch.compile(model[0], backend="eager")),
-    ):
-        with pytest.raises(ModelInputError, match="is compiled: its inside cannot be listened to"):
-            InsideLook.of(compiled)
-    model[0].compile(backend="eager")
-    with pytest.raises(ModelInputError, match="'0' is compiled"):
-        InsideLook.of(model)
-
-    residual = Residual()
-
-    def transformed(x: Tensor) -> Tensor:
-        InsideLook.of(residual)
-        return x.sum()
-
-    with pytest.raises(ModelInputError, match=r"in a transform of torch.func"):
-        torch.func.grad(transformed)(torch.ones(2))
-    with pytest.raises(ModelInputError, match="has not seen a batch yet"):
-        InsideLook.of(nn.LazyLinear(3))
