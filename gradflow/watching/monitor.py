@@ -177,8 +177,8 @@ class Monitor:
         """
         if self._looked is not None and self._looked.is_open:
             raise ModelInputError(
-                "monitor.step() was called inside of monitor.step(): all passes of a training step go into one "
-                "context. For several models take a monitor each."
+                "monitor.step() was called inside of monitor.step(): all passes of one training step go into "
+                "one context. For several models take a monitor each."
             )
         now = self._step if step is None else step
         self._step = now + 1
