@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         RLPolicyAnalyzer,
         TransformerAnalyzer,
     )
+    from gradflow.comparing import Comparison, compare
     from gradflow.detect import (
         Rule,
         all_of,
@@ -122,6 +123,7 @@ _PLACES = {
         "vanishing",
         "without",
     ),
+    "gradflow.comparing": ("Comparison", "compare"),
     "gradflow.diagnosis": ("diagnose", "diagnose_custom", "layer_graph"),
     "gradflow.errors": ("GradflowError",),
     "gradflow.functional.analyze": ("analyze", "analyze_custom"),
@@ -146,6 +148,7 @@ _PLACES = {
     "gradflow.records": (
         "AttentionStats",
         "Cause",
+        "Comparison",
         "EventRecord",
         "Evidence",
         "FlowRecord",
@@ -207,6 +210,7 @@ sys.modules[__name__].__class__ = _Package
 __all__ = [
     "AttentionStats",
     "Cause",
+    "Comparison",
     "EventRecord",
     "Evidence",
     "FlowAnalyzer",
@@ -245,6 +249,7 @@ __all__ = [
     "attention_weights",
     "automatic",
     "bottleneck",
+    "compare",
     "dead",
     "default_detectors",
     "detect",

@@ -1,4 +1,4 @@
-"""The `gradflow` command: diagnose a model that a Python file builds, and gate on the verdict.
+"""The `gradflow` command: diagnose a model that a Python file builds, and gate on the verdict; compare.
 
 Exit status: 0 done, 1 an issue at or above `--fail-on`, 2 bad usage, or a file, name or model that cannot
 be run, 130 interrupted. An error in the user's code is one line on standard error; `--traceback` shows all.
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        return _diagnose(options)
+        return options.run(options)
     except CommandError as error:
         if options.traceback and error.__cause__ is not None:
             traceback.print_exception(error.__cause__, file=sys.stderr)
@@ -103,6 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--traceback", action="store_true", help="show the whole traceback of what went wrong")
+    diagnose.set_defaults(run=_diagnose)
+    compare = commands.add_parser(
+        "compare",
+        allow_abbrev=False,
+        help="tell what changed between two saved records or reports",
+        description="Tells what changed from one saved record or report to another, largest first.",
+    )
+    compare.add_argument("before", metavar="BEFORE.json", type=Path)
+    compare.add_argument("after", metavar="AFTER.json", type=Path)
+    compare.set_defaults(run=_compare, traceback=False)
     return parser
 
 
@@ -135,6 +145,28 @@ def _diagnose(options: argparse.Namespace) -> int:
 
     limit = IssueSeverity(options.fail_on)
     return SICK if any(issue.severity >= limit for issue in report.issues) else OK
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from gradflow.comparing import compare
+
+    before, after = _saved(options.before), _saved(options.after)
+    with _explained("cannot compare"):
+        print(compare(before, after))
+    return OK
+
+
+def _saved(path: Path) -> Any:
+    """Return the report or record that a file holds."""
+    from gradflow.records import FlowRecord, read
+    from gradflow.report import Report
+
+    if not path.is_file():
+        raise CommandError(f"there is no file {str(path)!r}")
+    with _explained(f"cannot read {path}"):
+        data = read(path)
+        is_report = isinstance(data, dict) and "record" in data
+        return Report.from_json(path) if is_report else FlowRecord.from_json(path)
 
 
 def split_target(target: str) -> tuple[Path, str]:

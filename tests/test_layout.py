@@ -22,7 +22,7 @@ ORDER = [
     {"pipelines"},
     {"report"},
     {"diagnosis", "results"},
-    {"watching"},
+    {"watching", "comparing"},
     {"analyzers"},
     {"cli"},
     {"__init__", "__main__"},

@@ -204,7 +204,9 @@ def analyzed_custom(
 
 
 def _with_standing(plan: Plan) -> Plan:
-    """Return a plan with the measurements that every run takes."""
+    """Return a plan with the measurements that every run takes which looks closely."""
+    if not plan.closely:
+        return plan
     return attrs.evolve(plan, measurements=(parts(), sight(), chance(), *plan.measurements))
 
 

@@ -158,19 +158,22 @@ class HistoryRecord:
     def thinned(self, most: int) -> HistoryRecord:
         """Return the history in bounded space: the older the looks, the further apart those that are kept.
 
-        The first look is kept and the latter half of `most`; of what lies between, those nearest to times
-        that grow by a constant factor.
+        The first look is kept and the latter half of `most`. Between them those go first whose neighbours are
+        nearest for their age, so that what is left lies at times that grow by about a constant factor.
 
         Args:
             most: how many looks to keep; at least 4.
         """
-        if len(self) <= most:
-            return self
-        recent = most // 2
-        old = len(self) - recent
-        wanted = np.unique(np.geomspace(1, old, most - recent).astype(int) - 1)
-        places = np.unique(np.concatenate([old - 1 - wanted, [0], np.arange(old, len(self))]))
-        return attrs.evolve(self, steps=self.steps[places], values=self.values[places])
+        kept = np.arange(len(self))
+        while len(kept) > most:
+            steps = self.steps[kept]
+            apart = (steps[2:] - steps[:-2]) / (steps[-1] - steps[1:-1] + 1)
+            kept = np.delete(kept, 1 + int(np.argmin(apart[: len(kept) - most // 2 - 1])))
+        return (
+            self
+            if len(kept) == len(self)
+            else attrs.evolve(self, steps=self.steps[kept], values=self.values[kept])
+        )
 
     @functools.cached_property
     def _places(self) -> dict[str, int]:

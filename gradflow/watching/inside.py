@@ -17,7 +17,7 @@ from gradflow.functional.inside.passes import Passes
 from gradflow.functional.weights import WeightSample
 from gradflow.report import Report
 from gradflow.watching.look import Look, Seen
-from gradflow.watching.observer import Watch, readable
+from gradflow.watching.observer import Watch, looks_closely, readable
 from gradflow.watching.schedule import next_look
 from gradflow.watching.state import ObserverState, Suspicion
 
@@ -134,7 +134,9 @@ class LookedStep:
         suspicion = self._state.suspicion
         if suspicion is not None and suspicion.inside is not None:
             return suspicion.inside
-        return InsideLook.of(self._seen.model, wanted(self._watch.detectors, "cheap")["measurements"])
+        closely = suspicion is not None or looks_closely(self._state)
+        measurements = wanted(self._watch.detectors, "cheap")["measurements"]
+        return InsideLook.of(self._seen.model, measurements, closely=closely)
 
     def loss(self, loss: Any) -> Any:
         """Tell of a loss before it is scaled and differentiated; returns it as it is."""

@@ -15,10 +15,13 @@ from gradflow.diagnosis import summaries, wanted
 from gradflow.functional.analyze import analyzed, analyzed_custom
 from gradflow.functional.jacobian.sample_losses import sample_losses
 from gradflow.functional.model.trees import map_tensors
+from gradflow.functional.recurrent.automatic import AutomaticRecurrence
+from gradflow.functional.recurrent.measurement import Recurrence
 from gradflow.functional.run.run import Plan
 from gradflow.records import FlowRecord, Issue
 
-_CARRIED = 0.5  # of what a loss has in excess: samples that have so much together carry it
+_LONG = (AutomaticRecurrence, Recurrence)
+_CARRIED = 0.8  # of what a loss has in excess: samples that have so much together carry it
 _FEW = 0.1  # of a batch's samples: where it takes more of them, it is the batch
 
 
@@ -54,10 +57,20 @@ class Look:
     lines: tuple[str, ...]
 
 
-def quick_look(seen: Seen, batch: Any, detectors: Sequence[Detector]) -> Look:
-    """Return what one batch shows: one forward and one backward pass on copies; no zero is explained."""
+def quick_look(seen: Seen, batch: Any, detectors: Sequence[Detector], *, closely: bool) -> Look:
+    """Return what one batch shows: one forward and one backward pass on copies.
+
+    Args:
+        seen: what the loop handed over.
+        batch: of the step.
+        detectors: that judge it.
+        closely: whether to ask what takes longer than the pass itself: where gradient did not arrive and why,
+            the model's parts, what recurrent layers do over time.
+    """
     options = {**wanted(detectors, "cheap"), "deepen": None, "detail": "cheap"}
-    plan = Plan(steps=1, mode="keep", closely=False, **options)
+    if not closely:
+        options["measurements"] = [m for m in options["measurements"] if not isinstance(m, _LONG)]
+    plan = Plan(steps=1, mode="keep", closely=closely, **options)
     return _judged(seen, [batch], plan, detectors)
 
 
@@ -112,10 +125,9 @@ def carriers(seen: Seen, batch: Any) -> str:
     if needed > max(1, math.floor(_FEW * len(losses))):
         return "No few samples of the batch carry it."
     share = float(excess[order[:needed]].sum()) / total
-    return (
-        f"{_numbered(sorted(order[:needed].tolist())).capitalize()} of the batch's {len(losses)} carry "
-        f"{share:.0%} of what its loss has in excess."
-    )
+    named = _numbered(sorted(order[:needed].tolist())).capitalize()
+    carry = "carries" if needed == 1 else "carry"
+    return f"{named} of the batch's {len(losses)} {carry} {share:.0%} of what its loss has in excess."
 
 
 def _numbered(samples: Sequence[int]) -> str:

@@ -181,7 +181,7 @@ class Watch:
         if suspicion is None:
             if seen.step < state.due and not jumped:
                 return state, None
-            look = quick_look(seen, batch, self.detectors)
+            look = quick_look(seen, batch, self.detectors, closely=looks_closely(state))
             state, report = self.taken(state, seen, look, batch)
             if keys := self.suspected(state, look, seen.step):
                 suspicion = Suspicion(step=seen.step, keys=keys, batches=(copied(batch),))
@@ -269,6 +269,12 @@ class Watch:
             due=(step // self.every + 1) * self.every,
         )
         return state, Report(record=no_record(note), lines=[note])
+
+
+def looks_closely(state: ObserverState) -> bool:
+    """Whether the next look is a close one: the first, and each whose number is a power of two."""
+    number = len(state.history)
+    return number & (number - 1) == 0
 
 
 def readable(loss: Any) -> float | None:

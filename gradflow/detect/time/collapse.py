@@ -6,7 +6,15 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gradflow.detect.time.series import TimeDetector, graded, highest_so_far, lasting, lowest_so_far
+from gradflow.detect.time.series import (
+    TimeDetector,
+    forgot,
+    graded,
+    highest_so_far,
+    lasting,
+    lowest_so_far,
+    unworried,
+)
 from gradflow.detect.time.telling import go_back, in_order, issue_in_time, layer_of
 from gradflow.records import Bools, Floats, HistoryRecord, Issue, IssueSeverity, IssueType
 
@@ -45,22 +53,27 @@ def dying(*, most: float = 0.5, risen: float = 0.3, nearly_all: float = 0.9) -> 
                 issue_type=IssueType.DEAD,
                 severity=graded(severity, history),
                 description=(
-                    f"{now:.0%} of the units fire for no sample of the batch; earlier in this training it was "
-                    f"{before:.0%}. A silent unit gets no gradient, and stays silent."
+                    f"{now:.0%} of the units fire for no sample of the batch; earlier in this training "
+                    f"it was {before:.0%}. A silent unit gets no gradient, and stays silent."
                 ),
                 magnitude=now,
                 recommended_actions=(go_back(history, since), _NO_DEAD_SIDE),
                 metrics={"silent_share": now, "silent_share_before": before},
             )
 
-    return detector
+    return unworried(detector)
 
 
 _NO_DEAD_SIDE = "Use an activation without a dead side, such as nn.LeakyReLU or nn.GELU."
 
 
 def collapsing(
-    *, least: float = 0.02, fallen: float = 10.0, steady: float = 0.2, shrunk: float = 100.0
+    *,
+    least: float = 0.02,
+    fallen: float = 10.0,
+    steady: float = 0.2,
+    shrunk: float = 100.0,
+    shrunk_if_forgot: float = 5.0,
 ) -> TimeDetector:
     """Return the detector of representations that become alike for all inputs while a model trains.
 
@@ -78,7 +91,9 @@ def collapsing(
         least: variation at or below which it is told.
         fallen: factor by which it must have fallen.
         steady: variation that it must have had.
-        shrunk: factor by which an output must have shrunk to be told, beside the layer whose did least.
+        shrunk: factor by which an output must have shrunk, beside the layer whose did least.
+        shrunk_if_forgot: the same where the model has forgotten what it knew: its loss is again that of its
+            outputs given to other samples. A posterior that collapses has a mean of a tenth of its noise.
     """
 
     def detector(history: HistoryRecord) -> Iterable[Issue]:
@@ -99,8 +114,8 @@ def collapsing(
                 issue_type=IssueType.BOTTLENECK,
                 severity=graded(IssueSeverity.HIGH, history),
                 description=(
-                    f"Its output has become nearly the same for every row: the variation over rows is {now:.2g} "
-                    f"of its size, where it was {before:.2g}{_so_others(number)}."
+                    f"Its output has become nearly the same for every row: the variation over rows is "
+                    f"{now:.2g} of its size, where it was {before:.2g}{_so_others(number)}."
                 ),
                 magnitude=now,
                 recommended_actions=_ALIKE_ACTIONS,
@@ -109,7 +124,8 @@ def collapsing(
         outputs = history.of("output_rms")
         kept = {name: values / highest_so_far(values) for name, values in outputs.items()}
         most_kept = np.fmax.reduce(list(kept.values())) if kept else np.empty(0)
-        gone = {name: share * shrunk <= np.fmin(most_kept, 1.0) for name, share in kept.items()}
+        by = np.where(forgot(history), shrunk_if_forgot, shrunk)
+        gone = {name: share * by <= np.fmin(most_kept, 1.0) for name, share in kept.items()}
         if (told := _first(history, gone)) is not None:
             name, since, number = told
             now, before = float(outputs[name][-1]), float(highest_so_far(outputs[name])[-1])
@@ -128,7 +144,7 @@ def collapsing(
                 metrics={"output_rms": now, "output_rms_before": before, "num_layers": number},
             )
 
-    return detector
+    return unworried(detector)
 
 
 def _first(history: HistoryRecord, conditions: dict[str, Bools]) -> tuple[str, int, int] | None:
@@ -203,7 +219,7 @@ def sharpening(
                 metrics={"entropy_share": float(share[-1]), "logit_peak": float(peak[-1])},
             )
 
-    return detector
+    return unworried(detector)
 
 
 _SHARP_ACTIONS = (

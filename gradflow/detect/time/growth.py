@@ -14,6 +14,7 @@ from gradflow.detect.time.series import (
     lasting,
     lowest_so_far,
     smooth,
+    unworried,
 )
 from gradflow.detect.time.telling import go_back, in_order, issue_in_time, layer_of
 from gradflow.records import Floats, HistoryRecord, Issue, IssueSeverity, IssueType
@@ -74,7 +75,7 @@ def diverging(*, lost: float = 0.5, risen: float = 1.5, guesses: float = 0.8) ->
             metrics={"loss": float(losses[-1]), "lowest_loss": float(lowest[-1]), "first_loss": first},
         )
 
-    return detector
+    return unworried(detector)
 
 
 def _largest_update(history: HistoryRecord, since: int) -> tuple[str, float]:
@@ -140,7 +141,7 @@ def fading(*, fallen: float = 1e3, least: float = 1e-4) -> TimeDetector:
             metrics={"share": now, "share_before": before, "num_layers": len(found)},
         )
 
-    return detector
+    return unworried(detector)
 
 
 _LOOK_BEHIND = (
@@ -204,7 +205,7 @@ def growing(*, grown: float = 10.0, still: float = 1.2, beside: float = 3.0) -> 
             metrics={"growth": times, "median_growth": usual},
         )
 
-    return detector
+    return unworried(detector)
 
 
 def _growth(values: Floats) -> Floats:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gradflow.detect.time.series import TimeDetector, goes_well, lasting, smooth
+from gradflow.detect.time.series import TimeDetector, goes_well, lasting, smooth, unworried
 from gradflow.detect.time.telling import issue_in_time
 from gradflow.records import Bools, Floats, HistoryRecord, Issue, IssueSeverity, IssueType
 
@@ -37,7 +37,7 @@ def stiffening(
             return
         worse = _against_start(history["loss"]) > 1.0
         shares = list(history.of("never_fired").values())
-        mean = np.nanmean(shares, axis=0) if shares else np.full(len(history), np.nan)
+        mean = _mean(shares) if shares else np.full(len(history), np.nan)
         others = [
             mean - _start(mean) >= silent,
             _against_start(_series(history, "weight_norm")) >= weights,
@@ -65,10 +65,17 @@ def stiffening(
             ),
         )
 
-    return detector
+    return unworried(detector)
 
 
 _SIGNS = ("more of its units are silent", "its weights have grown", "its gradient has fallen away")
+
+
+def _mean(series: Sequence[Floats]) -> Floats:
+    """Return the mean of several series at each look, over those that are known there."""
+    values = np.stack(series)
+    known = ~np.isnan(values)
+    return np.where(known, values, 0.0).sum(0) / known.sum(0)
 
 
 def _series(history: HistoryRecord, name: str) -> Floats:

@@ -13,6 +13,16 @@ TimeDetector = Callable[[HistoryRecord], Iterable[Issue]]
 KNOWS = 0.1  # of the loss of guesses: what is left where a model knows
 
 
+def unworried(detector: TimeDetector) -> TimeDetector:
+    """Return a detector that lets numbers be infinite: a comparison with what comes of them is False."""
+
+    def quiet(history: HistoryRecord) -> Iterable[Issue]:
+        with np.errstate(all="ignore"):
+            return list(detector(history))
+
+    return quiet
+
+
 def smooth(values: Floats) -> Floats:
     """Return running medians of three: each entry with its neighbours; the ends as the median of two.
 
@@ -71,6 +81,15 @@ def goes_well(history: HistoryRecord) -> bool:
         return False
     best = float(before.min())
     return float(pairs[-1]) <= best + 0.02 * abs(best)
+
+
+def forgot(history: HistoryRecord, knew: float = 0.5, guesses: float = 0.9) -> Bools:
+    """Return at which looks a model guesses that knew before: what is left of the loss of guesses was at most
+    `knew`, and is `guesses` or more."""
+    if "loss_share_left" not in history:
+        return np.zeros(len(history), dtype=bool)
+    left = history["loss_share_left"]
+    return (left >= guesses) & (lowest_so_far(left) <= knew)
 
 
 def graded(severity: IssueSeverity, history: HistoryRecord) -> IssueSeverity:

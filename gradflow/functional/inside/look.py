@@ -53,25 +53,30 @@ class InsideLook:
     _untold: set[str] = attrs.field(factory=set)
 
     @classmethod
-    def of(cls, model: nn.Module, measurements: Iterable[Measurement] = ()) -> InsideLook:
+    def of(
+        cls, model: nn.Module, measurements: Iterable[Measurement] = (), *, closely: bool = True
+    ) -> InsideLook:
         """Return a look that has seen nothing yet.
 
         Args:
             model: the model, as it is trained.
             measurements: what else to measure; those are left out that need gradients of their own.
+            closely: whether to ask as well at which numbers gradient arrived, and of the model's parts.
 
         Raises:
             ModelInputError: if the model is of a kind that cannot be looked into while it is trained.
         """
         check_open(model)
-        plan = Plan(steps=1, mode="keep", closely=False, measurements=(parts(), chance(), *measurements))
+        standing = (parts(), chance()) if closely else ()
+        plan = Plan(steps=1, mode="keep", closely=closely, measurements=(*standing, *measurements))
         taps, state = TappedModel.of(model), _own_state(model)
         started = [m.start(model, taps.modules) for m in plan.measurements]
         sessions = tuple(session for session in started if session.hears_alone())
         given = Given(model, None, _never, _never, _never)
         reach = ReachFindings(state.trainable, state.originals)
+        history = History(state.parameters, taps, closely)
         program, why = Program(given, state, taps), "the reverse pass of the training itself"
-        return cls(Run(program, plan, "fused", why, sessions, History(state.parameters, taps), reach))
+        return cls(Run(program, plan, "fused", why, sessions, history, reach))
 
     @contextlib.contextmanager
     def listening(self, scale: Callable[[], float] = lambda: 1.0) -> Iterator[Passes]:

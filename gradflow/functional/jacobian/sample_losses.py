@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +26,7 @@ from gradflow.functional.model.batches import (
     make_objective,
     private_batch,
 )
-from gradflow.functional.model.purity import RandomState
+from gradflow.functional.model.purity import RandomState, preserved
 from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.supported import check_model
@@ -119,9 +120,11 @@ class SampleLosses:
         if mode == "keep":
             _check_no_batch_norm(model)
         batch = private_batch(model, batch)
-        setting = Setting.of(model, loss_fn, seed=seed, plain_recurrent=False)
-        if mode == "eval":
-            setting = attrs.evolve(setting, modes=tuple((part, False) for part, _ in setting.modes))
+        with contextlib.ExitStack() as stack:
+            if mode == "eval":
+                stack.enter_context(preserved(model))
+                model.eval()
+            setting = Setting.of(model, loss_fn, seed=seed, plain_recurrent=False)
         if not setting.trainable:
             raise no_trainable(model)
         tensors = list(iter_tensors(objective.inputs(batch))) + list(iter_tensors(batch))

@@ -160,6 +160,8 @@ def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> 
         row: its numbers; None if they are not read yet.
         look: whether to ask as well which parameters are settled now.
     """
+    if not run.plan.closely:
+        return
     if row is None:
         run.reach.arrived.doubt_all()
     elif not run.history.rows:  # most parameters are settled by a number that the first step takes anyway

@@ -148,10 +148,12 @@ class History:
     Args:
         parameters: the working parameters by name.
         taps: told how the sums of the next step are taken.
+        exact_first: whether the first step's sums over parameters are in double precision.
     """
 
     parameters: Tensors
     taps: TappedModel
+    exact_first: bool = True
     rows: list[Row] = attrs.field(factory=list)
     calls: dict[str, Call] = attrs.field(factory=dict)  # by name, as last run, in the order first met
     out_of_range: set[Place] = attrs.field(factory=set)  # sums that were once unsafe; they stay exact
@@ -174,7 +176,7 @@ class History:
         lasting = self._lasting(outcome, look, content.moved)
         arrived = (size for size in outcome.gradients.outputs if size is not None)
         scalars = [outcome.loss, *arrived, *(observation.value for observation in noted), *risen.values()]
-        exact = not self.rows
+        exact = self.exact_first and not self.rows
         scalars += [_number(kind, tensor, exact) for kind, _, tensor in lasting]
         form = self._same_form(outcome.recorder, content)
         if form is None or noted or risen or look:

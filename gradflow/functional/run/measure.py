@@ -70,7 +70,8 @@ def _measured(
     given, state, taps = program.given, program.state, program.taps
     sessions = tuple([m.start(given.model, taps.modules) for m in plan.measurements])
     reach = ReachFindings(state.trainable, state.originals)
-    run = Run(program, plan, transform, reason, sessions, History(state.parameters, taps), reach)
+    history = History(state.parameters, taps, plan.closely)
+    run = Run(program, plan, transform, reason, sessions, history, reach)
     optimizer = None
     if plan.optimizer is not None:
         both = _Both.of(given.model, given.loss_module)

@@ -84,7 +84,7 @@ def assembled(run: Run, knowledge: KnowledgeRecord | None) -> FlowRecord:
         never_called=idle,
         passed_by=passed_by(idle, called | {call.module for call in run.graph.calls}, modules),
         graph_record=run.graph.record(),
-        reach=run.reach.account(_wires(run, idle)),
+        reach=run.reach.account(_wires(run, idle)) if run.plan.closely else None,
         provenance=_provenance(run, found.notes, found.found),
         extras=found.extras,
         knowledge=knowledge,

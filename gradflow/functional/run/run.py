@@ -85,8 +85,8 @@ class Plan:
 
     Args:
         num_batches: how many there are, if that is known.
-        closely: whether the zeros of the last step are explained (`record.reach`); that takes as long as a
-            small model's step.
+        closely: whether to ask what needs more than the pass itself: at which numbers gradient arrived and
+            why not at others, and what every run measures of the model's parts.
 
     Raises:
         ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` has a value not allowed.

@@ -25,7 +25,7 @@ def pictures() -> nn.Module:
 
 
 def beside(model: nn.Module, *batches: Any, **options: Any) -> FlowRecord:
-    plan = Plan(steps=len(batches), mode="keep", closely=False, **options)
+    plan = Plan(steps=len(batches), mode="keep", **options)
     return analyzed(model, list(batches), F.cross_entropy, plan)
 
 

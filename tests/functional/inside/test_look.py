@@ -132,7 +132,7 @@ def test_a_loss_scale_is_undone(hand: bool, dtype: torch.dtype, rel: float) -> N
         with torch.autocast("cpu", dtype=dtype):
             return F.cross_entropy(model(x), y)
 
-    other = analyzed_custom(model, forward, None, Plan(steps=1, mode="keep", closely=False))
+    other = analyzed_custom(model, forward, None, Plan(steps=1, mode="keep"))
     scale = 1.0 if hand else float(scaler.get_scale())
 
     def loss(passes: Passes) -> Tensor:
