@@ -28,7 +28,13 @@ from torch import Tensor
 
 from gradflow.functional.model.trees import is_differentiable
 from gradflow.functional.tap.calls import Call
-from gradflow.functional.tap.probes import Site, eager_in_place_probe, magnitude, mark, statistics_dtype
+from gradflow.functional.tap.probes import (
+    Site,
+    careful_magnitude,
+    eager_in_place_probe,
+    mark,
+    statistics_dtype,
+)
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import is_view, node_number
 
@@ -71,7 +77,10 @@ class OwnRecorder(Recorder):
         gradient = gradients[number]
         if gradient is not None:
             with torch.no_grad():
-                self._read[position] = magnitude(gradient.detach(), exact=True)
+                self._read[position] = careful_magnitude(gradient.detach())
+
+    def _size(self, call: Call, kind: str, x: Tensor) -> Tensor:
+        return careful_magnitude(x)
 
     def slots(self) -> list[Tensor]:
         """Return the slots of the probes, into whose `.grad` a reverse pass writes."""

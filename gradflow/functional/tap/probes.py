@@ -115,13 +115,21 @@ class EagerProbe(torch.autograd.Function):
 
 
 class EagerInPlaceProbe(EagerProbe):
-    """`EagerProbe` that takes the place of `x` itself in autograd's books, for whoever holds it."""
+    """`EagerProbe` that takes the place of `x` itself in autograd's books, for whoever holds it.
+
+    The gradient with respect to its slot is the careful magnitude.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slot: Tensor, site: Site) -> Tensor:  # type: ignore[override]
         ctx.site = site
         ctx.mark_dirty(x)
         return x
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        (g,) = grad_outputs
+        return g, careful_magnitude(g.detach()), None
 
 
 class InPlaceProbe(Probe):
@@ -272,6 +280,26 @@ def magnitude(x: Tensor, *, exact: bool) -> Tensor:
     if exact and x.device.type != "mps":
         return _by_pieces(x, lambda piece: torch.linalg.vector_norm(piece, dtype=torch.float64))
     return torch.linalg.vector_norm(x, dtype=torch.float32).square()
+
+
+def careful_magnitude(x: Tensor) -> Tensor:
+    """Return what `magnitude` does where it is exact, for whom no second try is left.
+
+    It is a fast sum where that lies in the safe range, which on a CPU can be asked at once.
+
+    Args:
+        x: as for `magnitude`.
+
+    >>> [f"{float(careful_magnitude(torch.tensor(x))):.4g}" for x in ([3.0, 4.0], [3e-30, 4e-30])]
+    ['5', '5e-30']
+    """
+    flat = _flat_plain(x)
+    if flat is not None and flat.dtype == torch.float32:
+        square = torch.dot(flat, flat)
+        least, most = safe_range(flat.numel())
+        if least**2 < float(square) < most**2:
+            return square.double().sqrt()
+    return magnitude(x, exact=True)
 
 
 def as_norm(found: Tensor) -> Tensor:

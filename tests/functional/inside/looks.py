@@ -46,8 +46,9 @@ def check_layers(one: FlowRecord, other: FlowRecord, without: set[str], rtol: fl
         same = ("module", "type", "order", "parameters", "shape", "inputs_differentiable", "composite")
         assert [getattr(a, name) for name in same] == [getattr(b, name) for name in same], a.name
         for name in ("output_rms", "output_zero_share", "output_variation", "input_rms", "num_elements"):
+            bound = 10 * rtol if name == "output_variation" else rtol  # a difference of two numbers
             np.testing.assert_allclose(
-                getattr(a, name), getattr(b, name), rtol=rtol, err_msg=f"{a.name} {name}"
+                getattr(a, name), getattr(b, name), rtol=bound, err_msg=f"{a.name} {name}"
             )
         if a.name not in without:
             np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=rtol, err_msg=a.name)

@@ -52,7 +52,9 @@ def test_numbers_are_those_of_a_look_beside(kind: str, dtype: torch.dtype) -> No
         assert (a.input_residual, a.output_residual) == (b.input_residual, b.output_residual)
     assert record.reach is not None
     assert other.reach is not None
-    assert record.reach.num_reached == other.reach.num_reached
+    # what arrived as rounding of a zero by mathematics is known for that beside alone
+    assert record.reach.num_reached >= other.reach.num_reached
+    assert {r.parameter for r in record.reach.unreached} <= {r.parameter for r in other.reach.unreached}
     if not without:
         assert set(record.graph.nx.edges) == set(other.graph.nx.edges)
     assert record.provenance.notes[0].startswith("Looked at from inside")
