@@ -182,8 +182,7 @@ def _notes(passes: Passes) -> Iterator[str]:
             "Gradients of parameters are the mean over the processes, where they were exchanged, with all "
             "that had accumulated before; those at outputs are this process's own."
         )
-    scale = abs(passes.factors[-1]) if passes.factors else 1.0
-    left = passes.left * scale if scale > 1 and passes.left * scale < 1 + 1e-3 else passes.left
+    left = _left(passes)
     if 0 < left < 1 - 1e-3:
         yield (
             f"What was done to the gradients after the reverse pass left {left:.3g} of their norm, as "
@@ -196,3 +195,14 @@ def _notes(passes: Passes) -> Iterator[str]:
             f"{some_of(repr(name or '(model)') for name in sorted(passes.aside))} was called without grad "
             "mode as well, which is no part of the passes."
         )
+
+
+def _left(passes: Passes) -> float:
+    """Return the share that was left of the last gradient at the end of the step, but for a scale undone.
+
+    The scale is what the loss was multiplied with. That of micro-batches, of which each has its part of the
+    weight, is the sum of what theirs were.
+    """
+    factors = [abs(factor) for factor in passes.factors] or [1.0]
+    scale = sum(factors) if passes.measured and passes.accumulated else factors[-1]
+    return passes.left * scale if scale > 1 and passes.left * scale < 1 + 1e-3 else passes.left

@@ -86,6 +86,7 @@ class Passes:
     failed: str = ""
     overflowed: bool = False  # a scaled gradient did, which a scaler skips
     factors: list[float] = attrs.field(factory=list)  # what the loss of each row was multiplied with
+    measured: bool = False  # whether those were, since the losses were handed over
     left: float = math.nan  # share of the last gradient that was there at the end of the step
     accumulated: bool = False  # whether gradients of earlier passes were there
     left_out: int = 0  # reverse passes beyond `MOST`, or of what nothing was heard of
@@ -247,6 +248,7 @@ class Passes:
             if loss.grad_fn is not None:
                 (factor,) = torch.autograd.grad(roots, [loss], weights, retain_graph=True, allow_unused=True)
                 if factor is not None:
+                    self.measured = True
                     return loss, loss.detach(), factor
         scale = self.scale()
         if weights == [None]:

@@ -181,6 +181,23 @@ def test_what_clipping_leaves_is_told(scale: float) -> None:
     assert not any("of their norm" in note for note in untouched.provenance.notes)
 
 
+@pytest.mark.parametrize("hand", [True, False])
+def test_what_clipping_leaves_of_micro_batches_is_told(hand: bool) -> None:
+    model, scale = pictures(), 64.0
+    look = InsideLook.of(model)
+    with look.listening(lambda: scale) as passes:
+        for _ in range(2):
+            x, y = batch(8)
+            loss = F.cross_entropy(model(x), y)
+            if hand:
+                passes.hand(loss)
+            (scale * loss / 2).backward()
+        for parameter in model.parameters():
+            parameter.grad /= scale
+        total = float(nn.utils.clip_grad_norm_(model.parameters(), 0.01))
+    assert any(f"left {0.01 / total:.3g} of their norm" in note for note in look.record().provenance.notes)
+
+
 class Game(nn.Module):
     """A generator and a discriminator."""
 
