@@ -44,6 +44,7 @@ from gradflow.functional.torch_private import (
     in_checkpoint,
     in_reverse_pass,
     num_writes,
+    transform_level,
     unwatched,
 )
 
@@ -143,6 +144,8 @@ class Passes:
     def _recorder_of(self, name: str, args: Any, kwargs: Any) -> OwnRecorder | None:
         """Return the recorder that a call is told to; None where it is no part of a pass."""
         recorder = self._recorder
+        if recorder is None and transform_level():  # of `torch.func`: nothing is accumulated there
+            return None
         if in_reverse_pass():  # a checkpoint runs it again
             return recorder if recorder is not None and recorder.in_backward else None
         going_on = recorder is not None and not recorder.in_backward

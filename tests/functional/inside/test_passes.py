@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from gradflow.errors import ModelInputError
 from gradflow.functional.inside.look import InsideLook
 from gradflow.functional.inside.passes import MOST
+from gradflow.functional.measurement import Session
+from gradflow.functional.tap.calls import Call
 from tests.functional.inside.looks import beside, check_layers, check_parameters, looked
 from tests.functional.inside.loops import MODELS, Residual, batch
 
@@ -138,3 +142,68 @@ def test_compiled_models_and_transforms_are_refused_in_a_sentence() -> None:
         torch.func.grad(transformed)(torch.ones(2))
     with pytest.raises(ModelInputError, match="has not seen a batch yet"):
         InsideLook.of(nn.LazyLinear(3))
+
+
+def test_a_step_in_a_transform_is_left_alone() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), batch()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, weights, (x,)), y)
+
+    plain = torch.func.grad(loss)(weights)
+    with InsideLook.of(model).listening() as passes:
+        found = torch.func.grad(loss)(weights)
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
+    assert passes.failed.startswith("no reverse pass of the model was run")
+
+
+class Counting(Session):
+    """Counts the calls that it hears of."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def start(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> Session:
+        return self
+
+    def entered(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.calls += 1
+
+    def fields(self) -> Mapping[str, Any]:
+        return {"calls": float(self.calls)}
+
+
+class Differentiating(Counting):
+    """Needs gradients of its own."""
+
+    def differentiate(self, loss: Tensor) -> None:
+        raise AssertionError("nothing is differentiated inside")
+
+    def fields(self) -> Mapping[str, Any]:
+        return {"gradients": 1.0}
+
+
+def test_measurements_that_only_hear_are_taken() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), batch()
+    look = InsideLook.of(model, (Counting(), Differentiating()))
+    with look.listening() as passes:
+        F.cross_entropy(model(x), y).backward()
+    assert passes.failed == ""
+    assert dict(look.record().extras) == {"calls": 4.0}
+
+
+def test_a_hidden_state_that_is_kept_with_its_graph_is_no_part_of_the_next_pass() -> None:
+    cell, head = nn.GRUCell(8, 8), nn.Linear(8, 3)
+    model, (x, y) = nn.ModuleList([cell, head]), batch()
+    hidden = torch.zeros(16, 8)
+    look = InsideLook.of(model)
+    for _ in range(2):
+        with look.listening() as passes:
+            hidden = cell(x, hidden)
+            F.cross_entropy(head(hidden.relu()), y).backward(retain_graph=True)
+        assert passes.failed == ""
+    record = look.record()
+    assert record.steps == 2
+    assert [layer.name for layer in record] == ["0", "1"]
+    assert [used.layer for used in record.activations] == ["0"]
