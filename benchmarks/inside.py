@@ -3,7 +3,8 @@
     python benchmarks/inside.py [--only NAME ...] [--looks 7] [--write]
 
 Three copies of a model are trained by Adam, a step of each by turns, on one thread: a plain one, one in
-`monitor.step()`, one with `monitor(batch)` behind it. Medians, the first two looks left out, which load code.
+`monitor.step()`, one with `monitor(batch)` behind it. Medians of the ratios to the plain step next to it, the
+first two looks left out, which load code.
 `--write` puts the table into docs/inside.md.
 """
 
@@ -59,14 +60,13 @@ def row(name: str, looks: int) -> list[str]:
             found = step()
             seconds.append(time.perf_counter() - start)
             if step is steps[1]:
-                (looked if isinstance(found, LookedStep) else idle).append(seconds[-1])
+                (looked if isinstance(found, LookedStep) else idle).append(seconds[1] / seconds[0])
         plain.append(seconds[0])
         start = time.perf_counter()
         if beside(beside_work.batch) is not None:
-            called.append(time.perf_counter() - start)
-    usual = statistics.median(plain)
-    ratios = [statistics.median(times) / usual for times in (looked[2:], idle, called[2:])]
-    return [name, f"{usual * 1e3:.0f}", f"{ratios[0]:.2f}", f"{ratios[1]:.2f}", f"{ratios[2]:.2f}"]
+            called.append((time.perf_counter() - start) / seconds[0])
+    ratios = [statistics.median(found) for found in (looked[2:], idle, called[2:])]
+    return [name, f"{statistics.median(plain) * 1e3:.0f}", *(f"{ratio:.2f}" for ratio in ratios)]
 
 
 def main() -> None:

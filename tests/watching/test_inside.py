@@ -157,13 +157,36 @@ def test_a_healthy_training_has_nothing_above_low_and_verdicts_are_those_from_be
         model = network()
         monitor = gf.Monitor(model, F.cross_entropy, every=20)
         reports = trained(model, monitor, 200, beside=beside, rate=rate)
-        return [[(i.layer, str(i.issue_type), i.severity.value) for i in r.issues] for r in reports if r]
+        return [[(i.layer, i.issue_type.value, i.severity.value) for i in r.issues] for r in reports if r]
 
     found = issues(False, 1e-3)
     assert len(found) == 13
     assert {severity for look in found for _, _, severity in look} <= {"LOW", "INFO"}
     assert found == issues(True, 1e-3)
     assert issues(False, 1e-2) == issues(True, 1e-2)
+
+
+def test_rectifiers_that_die_are_told_as_they_are_from_beside() -> None:
+    def events(beside: bool) -> list[tuple[str, str, str, int]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        monitor = gf.Monitor(model, F.cross_entropy, every=20)
+        for now, (x, y) in enumerate(batches(130)):
+            if now == 90:
+                with torch.no_grad():
+                    model[2].bias -= 30
+            if beside:
+                monitor((x, y))
+            with contextlib.nullcontext() if beside else monitor.step():
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        return [(e.layer, e.issue_type.value, e.severity.value, e.since) for e in monitor.history.events]
+
+    inside = events(False)
+    assert ("2", "DEAD", "CRITICAL", 100) in inside
+    assert inside == events(True)
 
 
 def test_a_jump_of_the_loss_is_looked_at_in_the_next_step() -> None:
