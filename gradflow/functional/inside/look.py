@@ -9,14 +9,14 @@ from typing import Any, NoReturn
 import attrs
 from torch import nn
 
-from gradflow.errors import ModelInputError
+from gradflow.errors import ModelInputError, NoTrainableParametersError
 from gradflow.functional.inside.listening import Ear, reverse_passes
 from gradflow.functional.inside.passes import MOST, Passes
 from gradflow.functional.measurement import Measurement, some_of
 from gradflow.functional.model.layers import led
 from gradflow.functional.model.state import Swap
 from gradflow.functional.model.supported import check_model, distributed, standing_notes
-from gradflow.functional.model.threads import uncompiled
+from gradflow.functional.model.threads import uncompiled, unless_busy
 from gradflow.functional.parts.chance import chance
 from gradflow.functional.parts.measurement import parts
 from gradflow.functional.reach.findings import ReachFindings
@@ -65,6 +65,7 @@ class InsideLook:
 
         Raises:
             ModelInputError: if the model is of a kind that cannot be looked into while it is trained.
+            NoTrainableParametersError: if no parameter requires a gradient.
         """
         check_open(model)
         standing = (parts(), chance()) if closely else ()
@@ -72,6 +73,11 @@ class InsideLook:
         taps, state = TappedModel.of(model), _own_state(model)
         started = [m.start(model, taps.modules) for m in plan.measurements]
         sessions = tuple(session for session in started if session.hears_alone())
+        if not state.trainable:
+            raise NoTrainableParametersError(
+                f"none of the parameters of {type(model).__name__} requires a gradient, so there is no flow "
+                "to measure. Unfreeze the part that is meant to train: `model.requires_grad_(True)`."
+            )
         given = Given(model, None, _never, _never, _never)
         reach = ReachFindings(state.trainable, state.originals)
         history = History(state.parameters, taps, closely)
@@ -89,17 +95,24 @@ class InsideLook:
         """
         passes = Passes(self.run, scale)
         try:
-            with (
-                led(self.run.program.taps.modules, passes.lead), reverse_passes(passes), uncompiled(),
-                Ear(passes),
-            ):  # fmt: skip
+            with unless_busy() as free, contextlib.ExitStack() as stack:
+                if free:
+                    stack.enter_context(led(self.run.program.taps.modules, passes.lead))
+                    stack.enter_context(reverse_passes(passes))
+                    stack.enter_context(uncompiled())
+                    stack.enter_context(Ear(passes))
+                else:
+                    passes.fail("another thread is measuring at this moment")
                 yield passes
         except BaseException as error:
             passes.fail(f"the step raised {type(error).__name__}")
             raise
         finally:
             passes.end()
-        self._took(passes)
+        try:
+            self._took(passes)
+        except Exception as error:
+            passes.fail(error)
 
     def _took(self, passes: Passes) -> None:
         """Take in what a training step has shown."""

@@ -99,6 +99,7 @@ class Passes:
     _inputs: Mapping[str, Tensor] = attrs.field(factory=dict)
     _watch: Watch | None = None
     _handed: list[Tensor] = attrs.field(factory=list)  # losses
+    _over: bool = False
     _total: tuple[list[str], Tensor] | None = None  # norm of the gradients after the last pass, and whose
 
     def fail(self, why: BaseException | str) -> None:
@@ -123,7 +124,7 @@ class Passes:
 
     def lead(self, name: str) -> Callable[..., Any] | None:
         """Return what runs the calls of a module; None for its own forward alone."""
-        if self.failed or not (threading.get_ident() == self._thread or in_reverse_pass()):
+        if self.failed or self._over or not (threading.get_ident() == self._thread or in_reverse_pass()):
             return None
         return self._call
 
@@ -202,7 +203,8 @@ class Passes:
     def differentiates(self, plain: Callable[..., None], given: dict[str, Any]) -> None:
         """Run a reverse pass, and keep a row of it."""
         recorder = self._recorder
-        ours = threading.get_ident() == self._thread and not in_reverse_pass() and not self.failed
+        ours = threading.get_ident() == self._thread and not in_reverse_pass()
+        ours = ours and not (self.failed or self._over)
         if recorder is None or not ours or len(self.factors) >= MOST:
             self.left_out += ours
             plain(**given)
@@ -326,11 +328,14 @@ class Passes:
 
     def end(self) -> None:
         """Hear that the training step is over."""
-        if self._total is not None and not self.failed:
-            with unwatched(), torch.no_grad():
-                names, before = self._total
-                self.left = float(self._norm(names)) / float(before) if float(before) else math.nan
-        self._total = None
+        try:
+            if self._total is not None and not self.failed:
+                with unwatched(), torch.no_grad():
+                    names, before = self._total
+                    self.left = float(self._norm(names)) / float(before) if float(before) else math.nan
+        except Exception as error:
+            self.fail(error)
+        self._total, self._over = None, True
         self._forget()
         self._handed.clear()
 

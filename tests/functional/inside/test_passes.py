@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradflow.errors import ModelInputError
+from gradflow.errors import ModelInputError, NoTrainableParametersError
 from gradflow.functional.inside.look import InsideLook
 from gradflow.functional.inside.passes import MOST
 from gradflow.functional.measurement import Session
+from gradflow.functional.model.threads import exclusive
 from gradflow.functional.tap.calls import Call
 from tests.functional.inside.looks import beside, check_layers, check_parameters, looked
 from tests.functional.inside.loops import MODELS, Residual, batch
@@ -156,6 +157,31 @@ def test_a_step_in_a_transform_is_left_alone() -> None:
         found = torch.func.grad(loss)(weights)
     assert all(torch.equal(plain[name], found[name]) for name in plain)
     assert passes.failed.startswith("no reverse pass of the model was run")
+
+
+def test_a_look_waits_for_no_other_thread_that_measures() -> None:
+    model, (x, y) = nn.Linear(8, 3), batch()
+    there, done = threading.Event(), threading.Event()
+
+    def measure() -> None:
+        with exclusive():
+            there.set()
+            done.wait(30)
+
+    thread = threading.Thread(target=measure)
+    thread.start()
+    there.wait(30)
+    with InsideLook.of(model).listening() as passes:
+        F.cross_entropy(model(x), y).backward()
+    done.set()
+    thread.join()
+    assert passes.failed == "another thread is measuring at this moment"
+    assert model.weight.grad is not None
+
+
+def test_a_model_without_trainable_parameters_is_refused() -> None:
+    with pytest.raises(NoTrainableParametersError, match="requires a gradient, so there is no flow"):
+        InsideLook.of(nn.Linear(8, 3).requires_grad_(False))
 
 
 class Counting(Session):
