@@ -2,12 +2,12 @@
 
     python benchmarks/watching.py [--every 100] [--only NAME ...] [--write]
 
-Two copies of a model are trained by Adam, a step of the one and a step of the other by turns, on one thread. A
-*look* is what a call takes that looks, in plain steps (median of those behind the first two, which load code);
-*between* is what one takes that does not. *Long run* is the ratio for a training without end, one look every
-so many steps; *first thousand* counts the looks at the beginning too, and the first one with all it loads.
-Memory is the peak resident size of a process of its own that trains for so many steps, over that of the plain
-training. `--write` puts the table into docs/watching.md.
+Two copies of a model are trained by Adam, a step of the one and a step of the other by turns, on one
+thread. A *look* is what a call takes that looks, in plain steps (median of those behind the first two,
+which load code); *between* is what one takes that does not. *Long run* is the ratio for a training without
+end, one look every so many steps; *first thousand* counts the looks at the beginning too, and the first one
+with all it loads. Memory is the peak resident size of a process of its own that trains for so many steps,
+over that of the plain training. `--write` puts the table into docs/watching.md.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ PAGES = (
     "docs/transformer.md",
     "docs/reach.md",
     "docs/inside.md",
+    "docs/precision.md",
+    "docs/updates.md",
     "docs/measurements.md",
 )
 ABOVE, ALL_ABOVE = "the block above", "the blocks above"

@@ -148,7 +148,6 @@ _PLACES = {
     "gradflow.records": (
         "AttentionStats",
         "Cause",
-        "Comparison",
         "EventRecord",
         "Evidence",
         "FlowRecord",

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from gradflow.diagnosis import diagnose, diagnose_custom
 from gradflow.errors import NotAnalyzedError, check_one_source
-from gradflow.functional.analyze import analyze, analyze_custom
+from gradflow.functional.analyze import Optimizers, analyze, analyze_custom
 from gradflow.pipelines import Pipeline, automatic, flow, policy, recurrent, transformer
 from gradflow.records import FlowRecord, Issue, LayerRecord, ReservoirDynamics
 from gradflow.report import Report, attention_text, dynamics_text, healthy_layers, policy_text, summary_text
@@ -54,10 +53,11 @@ class _Diagnosing(_LastRecord):
         input_fn: Any,
         loss_fn: Callable[..., Any] | None,
         steps: int,
-        optimizer: Optimizer | None,
+        optimizer: Optimizers | None,
+        loop: Mapping[str, Any],
         forward_fn: Callable[[Any, int], Any] | None = None,
     ) -> Report:
-        how: Any = {"steps": steps, "optimizer": optimizer, "pipeline": self.pipeline}
+        how: Any = {"steps": steps, "optimizer": optimizer, "pipeline": self.pipeline, **loop}
         if forward_fn is not None:
             report = diagnose_custom(self.model, forward_fn, loss_fn, **how)
         else:
@@ -119,7 +119,8 @@ class GradientFlowAnalyzer(_Diagnosing):
         input_fn: Any,
         loss_fn: Callable[..., Any] | None,
         steps: int = 20,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
+        **loop: Any,
     ) -> list[Issue]:
         """Run the model and return the issues, most severe first. The arguments are those of `diagnose`.
 
@@ -128,8 +129,9 @@ class GradientFlowAnalyzer(_Diagnosing):
             loss_fn: from the model's output to a scalar; None takes the model's own loss.
             steps: how many batches to run at most.
             optimizer: steps copies of the parameters; None holds them fixed.
+            **loop: clip, accumulate, scheduler, scaler, step_fn, as for `diagnose`.
         """
-        return list(self._diagnosed(input_fn, loss_fn, steps, optimizer).issues)
+        return list(self._diagnosed(input_fn, loss_fn, steps, optimizer, loop).issues)
 
     def print_summary(self, issues: Sequence[Issue]) -> None:
         """Print how many issues there are of each severity, then each of them."""
@@ -166,7 +168,8 @@ class FlowAnalyzer(_LastRecord):
         input_fn: Any,
         loss_fn: Callable[..., Any] | None,
         steps: int = 20,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
+        **loop: Any,
     ) -> Mapping[str, LayerRecord]:
         """Run the model and return the record of every layer call by name, in order of execution.
 
@@ -175,8 +178,9 @@ class FlowAnalyzer(_LastRecord):
             loss_fn: from the model's output to a scalar; None takes the model's own loss.
             steps: how many batches to run at most.
             optimizer: steps copies of the parameters; None holds them fixed.
+            **loop: clip, accumulate, scheduler, scaler, step_fn, as for `diagnose`.
         """
-        self._record = analyze(self.model, input_fn, loss_fn, steps=steps, optimizer=optimizer)
+        self._record = analyze(self.model, input_fn, loss_fn, steps=steps, optimizer=optimizer, **loop)
         return {layer.name: layer for layer in self._record}
 
     def analyze_custom(
@@ -184,7 +188,8 @@ class FlowAnalyzer(_LastRecord):
         forward_fn: Callable[[Any, int], Any],
         loss_fn: Callable[..., Any] | None,
         steps: int = 20,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
+        **loop: Any,
     ) -> Mapping[str, LayerRecord]:
         """Run a forward pass of one's own and return the record of every layer call by name.
 
@@ -194,8 +199,11 @@ class FlowAnalyzer(_LastRecord):
             loss_fn: from that to a scalar.
             steps: how many times to call it.
             optimizer: steps copies of the parameters; None holds them fixed.
+            **loop: clip, accumulate, scheduler, scaler, step_fn, as for `diagnose`.
         """
-        self._record = analyze_custom(self.model, forward_fn, loss_fn, steps=steps, optimizer=optimizer)
+        self._record = analyze_custom(
+            self.model, forward_fn, loss_fn, steps=steps, optimizer=optimizer, **loop
+        )
         return {layer.name: layer for layer in self._record}
 
 
@@ -226,7 +234,8 @@ class TransformerAnalyzer(_Diagnosing):
         input_fn: Any,
         loss_fn: Callable[..., Any] | None,
         steps: int = 20,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
+        **loop: Any,
     ) -> TransformerResults:
         """Run the model and return what its attention is like, and what is wrong.
 
@@ -235,8 +244,9 @@ class TransformerAnalyzer(_Diagnosing):
             loss_fn: from the model's output to a scalar; None takes the model's own loss.
             steps: how many batches to run at most.
             optimizer: steps copies of the parameters; None holds them fixed.
+            **loop: clip, accumulate, scheduler, scaler, step_fn, as for `diagnose`.
         """
-        report = self._diagnosed(input_fn, loss_fn, steps, optimizer)
+        report = self._diagnosed(input_fn, loss_fn, steps, optimizer, loop)
         return TransformerResults(
             attention_stats=report.record.transformer.stats,
             gradient_issues=report.issues,
@@ -293,8 +303,9 @@ class RLPolicyAnalyzer(_Diagnosing):
         input_fn: Any = None,
         loss_fn: Callable[..., Any] | None = None,
         steps: int = 20,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
         forward_fn: Callable[[Any, int], Any] | None = None,
+        **loop: Any,
     ) -> PolicyResults:
         """Run the model and return what its policy is like, and what is wrong.
 
@@ -303,6 +314,7 @@ class RLPolicyAnalyzer(_Diagnosing):
             loss_fn: from the model's output to a scalar; None takes the model's own loss.
             steps: how many batches to run at most.
             optimizer: steps copies of the parameters; None holds them fixed.
+            **loop: clip, accumulate, scheduler, scaler, step_fn, as for `diagnose`.
             forward_fn: instead of `input_fn`, for what is not `model(batch)`: called with (model, step), it
                 returns what `loss_fn` takes, `model.evaluate_actions(observations, actions)` for instance.
 
@@ -311,7 +323,7 @@ class RLPolicyAnalyzer(_Diagnosing):
             ModelInputError: if neither or both of `input_fn` and `forward_fn` are given.
         """
         check_one_source(input_fn, forward_fn)
-        report = self._diagnosed(input_fn, loss_fn, steps, optimizer, forward_fn)
+        report = self._diagnosed(input_fn, loss_fn, steps, optimizer, loop, forward_fn)
         assert report.record.policy is not None
         return PolicyResults(
             policy_distribution_stats=report.record.policy.statistics(),
@@ -359,7 +371,8 @@ class RecurrentAnalyzer(_Diagnosing):
         input_fn: Any,
         loss_fn: Callable[..., Any] | None,
         steps: int = 20,
-        optimizer: Optimizer | None = None,
+        optimizer: Optimizers | None = None,
+        **loop: Any,
     ) -> RecurrentResults:
         """Run the model and return what its recurrent layers do over time, and what is wrong.
 
@@ -368,8 +381,9 @@ class RecurrentAnalyzer(_Diagnosing):
             loss_fn: from the model's output to a scalar; None takes the model's own loss.
             steps: how many batches to run at most.
             optimizer: steps copies of the parameters; None holds them fixed.
+            **loop: clip, accumulate, scheduler, scaler, step_fn, as for `diagnose`.
         """
-        report = self._diagnosed(input_fn, loss_fn, steps, optimizer)
+        report = self._diagnosed(input_fn, loss_fn, steps, optimizer, loop)
         return RecurrentResults(
             reservoir_dynamics=ReservoirDynamics.of(report.record.recurrences),
             gradient_issues=report.issues,

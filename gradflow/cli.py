@@ -27,11 +27,15 @@ if TYPE_CHECKING:  # importing these for real imports torch, which takes seconds
 
 # Those of IssueSeverity; the records load numpy, which help and version need not wait for.
 SEVERITIES = ("CRITICAL", "HIGH", "MEDIUM", "LOW", "INFO")
-PIPELINES = ("automatic", "flow", "transformer", "recurrent", "policy")  # functions of `gradflow.pipelines`
+# Functions of `gradflow.pipelines`.
+PIPELINES = ("automatic", "flow", "transformer", "recurrent", "policy", "precision")
+_LOOP = ("clip", "accumulate", "scheduler", "scaler", "step_fn")
 DEFAULT_NAME = "build"
 OK, SICK, FAILED, INTERRUPTED = 0, 1, 2, 130
 _TARGET = re.compile(r"(?P<file>.*\.py)(?::(?P<name>.*))?", re.DOTALL)
-_RETURNS = "(model, batches, loss_fn) or (model, batches, loss_fn, optimizer)"
+_RETURNS = (
+    "(model, batches, loss_fn), or with an optimizer as fourth, or further options of diagnose as fifth"
+)
 
 
 class CommandError(Exception):
@@ -85,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         help="what to measure and judge: what the model turns out to need (automatic, the default), the base "
         "alone (flow), or also, in full, what attention, recurrent layers or an actor-critic show",
     )
+    add("--clip", type=float, metavar="NORM", help="clip gradients to this norm before each update")
+    add("--accumulate", type=_positive, metavar="N", help="make an update after every N batches")
     add("--seed", type=int, metavar="N", help="make dropout and the like repeatable")
     add("--json", type=Path, metavar="PATH", help="write the report as JSON")
     add("--html", type=Path, metavar="PATH", help="write the report as one HTML file")
@@ -197,20 +203,30 @@ def _report(file: Path, name: str, options: argparse.Namespace) -> Report:
         build = _builder(module, file, name)
         with _explained(f"{file}:{name}() raised"):
             built = build()
-        if not isinstance(built, (tuple, list)) or len(built) not in (3, 4):
+        if not isinstance(built, (tuple, list)) or len(built) not in (3, 4, 5):
             raise CommandError(f"{file}:{name}() must return {_RETURNS}, but returned {_described(built)}")
-        optimizer = built[3] if len(built) == 4 else None
+        how = _options(f"{file}:{name}()", built, options)
         wanted = sys.stderr.isatty() if options.progress is None else options.progress
         bar = progress_bar(sys.stderr) if wanted and not options.quiet else contextlib.nullcontext()
         with _explained(f"the model of {file}:{name}() cannot be diagnosed"), bar as progress:
             return diagnose(
                 *built[:3],
-                steps=options.steps,
-                optimizer=optimizer,
                 pipeline=getattr(pipelines, options.pipeline)() if options.pipeline else None,
-                seed=options.seed,
                 progress=progress,
+                **how,
             )
+
+
+def _options(where: str, built: Sequence[Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Return how the model is to be trained: as it was built, and where the command says, as that says."""
+    own = built[4] if len(built) == 5 else {}
+    if not isinstance(own, dict) or set(own) - set(_LOOP):
+        raise CommandError(
+            f"{where}: the fifth value must be a dict of {', '.join(_LOOP)}, but is {own!r:.100}"
+        )
+    told = {name: value for name in ("clip", "accumulate") if (value := getattr(options, name)) is not None}
+    optimizer = built[3] if len(built) > 3 else None
+    return {"steps": options.steps, "seed": options.seed, "optimizer": optimizer, **own, **told}
 
 
 def _load(file: Path) -> Any:

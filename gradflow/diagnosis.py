@@ -6,11 +6,19 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
-from gradflow.detect import Detector, check_detectors, detect, explain, needs_depth
-from gradflow.functional.analyze import Detail, Mode, Transform, analyze, analyzed, analyzed_custom
+from gradflow.detect import Detector, asks_for_curves, check_detectors, detect, explain, needs_depth
+from gradflow.functional.analyze import (
+    Detail,
+    Mode,
+    Optimizers,
+    Transform,
+    analyze,
+    analyzed,
+    analyzed_custom,
+)
 from gradflow.functional.run.run import Plan
+from gradflow.functional.run.training.options import Loop, StepFunction
 from gradflow.graph import LayerGraph
 from gradflow.pipelines import Pipeline, automatic
 from gradflow.records import FlowRecord, Issue
@@ -23,8 +31,12 @@ def diagnose(
     loss_fn: Callable[..., Any] | None = None,
     *,
     steps: int = 20,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     clip: float | None = None,
+    accumulate: int = 1,
+    scheduler: Any = None,
+    scaler: Any = None,
+    step_fn: StepFunction | None = None,
     seed: int | None = None,
     mode: Mode = "train",
     pipeline: Any = None,
@@ -46,9 +58,14 @@ def diagnose(
             (inputs, target) batches. None takes the model's own loss.
         steps: how many batches to run at most; 20 are enough to tell a trend from noise.
         optimizer: steps *copies* of the parameters, to cover the first steps of real training. None
-            holds the parameters fixed.
+            holds the parameters fixed. Several, in a mapping or a list, all step on the same loss.
         clip: the norm that your loop clips gradients to before each update, as `clip_grad_norm_` does; None
             steps with them as they are.
+        accumulate: how many batches there are to an update, which is made with their mean gradient.
+        scheduler: of the optimizer's rates, or several; copies step after each update.
+        scaler: a `torch.amp.GradScaler`; a copy of it scales the loss, and leaves out steps that overflow.
+        step_fn: (model, batch, optimizer) → anything: one whole step of your loop, on copies, for what these
+            options cannot say; see `analyze`.
         seed: makes dropout and the like repeatable; None draws from the global random state.
         mode: `train`, `eval`, or `keep` for the mode that each submodule is in.
         pipeline: a pipeline, a detector or several. None is `automatic()`: the base, `flow()`, and what the
@@ -65,7 +82,7 @@ def diagnose(
         GradflowError: those that `analyze` raises, where the model cannot be run as it was passed; what
             the model or the loss raises comes through as it is.
         PipelineError: if `pipeline` cannot be used as one; raised before the model is run.
-        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is not as `analyze` takes it.
+        ValueError: if an option is not as `analyze` takes it.
 
     >>> import torch
     >>> from torch import nn
@@ -76,9 +93,13 @@ def diagnose(
     (True, ['0', '1', '2'])
     """
     detectors = detectors_of(pipeline, "diagnose")
+    loop = Loop(
+        optimizer=optimizer, clip=clip, accumulate=accumulate, scheduler=scheduler, scaler=scaler,
+        step_fn=step_fn,
+    )  # fmt: skip
     plan = Plan(
-        steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, transform=transform,
-        progress=progress, **wanted(detectors, detail),
+        steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, progress=progress,
+        **wanted(detectors, detail),
     )  # fmt: skip
     record = analyzed(model, batches, loss_fn, plan)
     return judged(record, detectors)
@@ -90,8 +111,12 @@ def diagnose_custom(
     loss_fn: Callable[[Any], Any] | None = None,
     *,
     steps: int = 20,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     clip: float | None = None,
+    accumulate: int = 1,
+    scheduler: Any = None,
+    scaler: Any = None,
+    step_fn: StepFunction | None = None,
     seed: int | None = None,
     mode: Mode = "train",
     pipeline: Any = None,
@@ -105,12 +130,13 @@ def diagnose_custom(
         model: the model.
         forward_fn: (model, step) → output; draws its own data.
         loss_fn: output → scalar; None where the output is the loss or holds it.
-        steps, optimizer, clip, seed, mode, pipeline, detail, transform, progress: as for `diagnose`.
+        steps, optimizer, clip, accumulate, scheduler, scaler, step_fn, seed, mode, pipeline, detail,
+            transform, progress: as for `diagnose`.
 
     Raises:
         GradflowError: those that `analyze_custom` raises.
         PipelineError: if `pipeline` cannot be used as one; raised before the model is run.
-        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is not as `analyze` takes it.
+        ValueError: if an option is not as `analyze` takes it.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -119,9 +145,13 @@ def diagnose_custom(
     True
     """
     detectors = detectors_of(pipeline, "diagnose_custom")
+    loop = Loop(
+        optimizer=optimizer, clip=clip, accumulate=accumulate, scheduler=scheduler, scaler=scaler,
+        step_fn=step_fn,
+    )  # fmt: skip
     plan = Plan(
-        steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, transform=transform,
-        progress=progress, **wanted(detectors, detail),
+        steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, progress=progress,
+        **wanted(detectors, detail),
     )  # fmt: skip
     record = analyzed_custom(model, forward_fn, loss_fn, plan)
     return judged(record, detectors)
@@ -137,6 +167,7 @@ def wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:
     pipelines = [part for part in detectors if isinstance(part, Pipeline)]
     return {
         "detail": "full" if any(part.detail == "full" for part in pipelines) else detail,
+        "bend": asks_for_curves,
         "deepen": lambda record: needs_depth(record, detect(record, detectors)),
         "measurements": [m for part in pipelines for m in part.measurements],
     }

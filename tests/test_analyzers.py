@@ -145,3 +145,19 @@ def test_flow_analyzer_takes_a_forward_of_ones_own() -> None:
     assert list(layers) == ["0", "1", "2", "0@1", "1@1", "2@1"]
     with pytest.raises(TypeError, match="forward_fn"):
         flow.analyze_custom(None, loss, steps=1)  # type: ignore[arg-type]
+
+
+def test_the_classes_take_what_a_loop_does() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    data = [torch.randn(8, 4) for _ in range(4)]
+    loss = lambda y: y.square().mean()  # noqa: E731
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    analyzer, low = gf.GradientFlowAnalyzer(model), gf.FlowAnalyzer(model)
+    analyzer.analyze(data, loss, optimizer=sgd, clip=0.1, accumulate=2)
+    low.analyze(data, loss, optimizer=sgd, clip=0.1, accumulate=2)
+    for record in (analyzer.record, low.record):
+        assert record.provenance.clip == 0.1
+        assert "an update after 2 batches" in record.provenance.loop
+    low.analyze_custom(lambda m, step: m(data[step]), loss, steps=2, optimizer=sgd, clip=0.2)
+    assert low.record.provenance.clip == 0.2

@@ -55,6 +55,14 @@ def bad_loss():
     model, data, loss = build()
     return model, data, lambda y, target: 1 / 0
 
+def scheduled():
+    model, data, loss, optimizer = trained()
+    rates = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1)
+    return model, data, loss, optimizer, {"scheduler": rates, "accumulate": 2}
+
+def strange():
+    return *trained(), {"clipp": 1}
+
 threshold = 3
 '''
 
@@ -151,6 +159,17 @@ def test_types_of_one_s_own_are_shown_saved_and_gated(
     assert run(capsys, "diagnose", file, "--fail-on", "CRITICAL")[0] == 0
 
 
+def test_what_the_loop_does_is_told_by_the_file_or_the_command(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = run(capsys, "diagnose", f"{file}:scheduled")
+    assert "an update after 2 batches" in out
+    assert "rates as the scheduler sets them" in out
+    _, out, _ = run(capsys, "diagnose", f"{file}:scheduled", "--accumulate", 3, "--clip", 0.5)
+    assert "an update after 3 batches" in out
+    assert "gradients clipped to norm 0.5" in out
+
+
 def test_writes_json_and_html(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, page = tmp_path / "flow.json", tmp_path / "flow.html"
     status, out, err = run(capsys, "diagnose", f"{file}:dead", "--json", data, "--html", page, "--quiet")
@@ -192,8 +211,10 @@ def test_bad_usage_is_status_2(
     [
         (":biuld", "there is no function 'biuld' in {file}; did you mean build"),
         (":threshold", "'threshold' in {file} is a int, not a function; did you mean "),
-        (":two", "{file}:two() must return (model, batches, loss_fn) or "
-                 "(model, batches, loss_fn, optimizer), but returned 2 values (Linear, list)"),
+        (":two", "{file}:two() must return (model, batches, loss_fn), or with an optimizer as fourth, or "
+                 "further options of diagnose as fifth, but returned 2 values (Linear, list)"),
+        (":strange", "{file}:strange(): the fifth value must be a dict of clip, accumulate, scheduler, "
+                     "scaler, step_fn, but is {{'clipp': 1}}"),
         (":nothing", "but returned NoneType"),
         (":raises", "{file}:raises() raised: OverflowError: too much (line 32 of {file})"),
         (":leaves", "{file}:leaves() raised: SystemExit: bye"),

@@ -131,4 +131,26 @@ ROUNDS = (
             "contact4b-rnn-late_evidence": "A memory that fades, where nothing early is asked for.",
         },
     ),
+    Round(
+        name="contact5",
+        date="2026-11-29",
+        sick=20,
+        healthy=12,
+        found=13,
+        cause=11,
+        alarms_healthy=0,
+        alarms_repaired=1,
+        missed={
+            "contact5a-ssm-stepinit": "A state that forgets within a step, along an axis of time.",
+            "contact5a-tabular-constant": "Errors divided by a tiny constant, at the loss.",
+            "contact5a-quantised-stepsize": "A step size that steps throw about is one number among many.",
+            "contact5b-agent-unsquashed-action": "Told as SATURATION, which it is too.",
+            "contact5b-ranking-own-target": "It begins after step 20.",
+            "contact5b-detection-same-memory": "All queries get the same features: rows of one sample alike.",
+            "contact5b-torsion-score-norm": "Told as UNSTABLE, at the head.",
+        },
+        alarmed={
+            "contact5a-moe-routerlogits": "An expert that a repaired router still does not choose.",
+        },
+    ),
 )

@@ -18,6 +18,7 @@ from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
+from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.twins import copied_units
@@ -28,7 +29,14 @@ from gradflow.detect.policy.policy import (
     misscaled_deviation,
     renormalised_policy,
 )
+from gradflow.detect.precision.overflow import overflowing
+from gradflow.detect.precision.scaler import scaler_issues, stuck_scaler
+from gradflow.detect.precision.slow import crawling
+from gradflow.detect.precision.underflow import underflowing
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
+from gradflow.detect.updates.rate import asks_for_curves
+from gradflow.detect.updates.slow import slow_updates
+from gradflow.detect.updates.unheld import unheld_parameters
 
 __all__ = [
     "RULES",
@@ -36,6 +44,7 @@ __all__ = [
     "Rule",
     "all_of",
     "amplifying",
+    "asks_for_curves",
     "bottleneck",
     "check_detectors",
     "collapsed_attention",
@@ -43,6 +52,7 @@ __all__ = [
     "collapsed_rank",
     "conflicting_heads",
     "copied_units",
+    "crawling",
     "dead",
     "default_detectors",
     "detect",
@@ -62,16 +72,23 @@ __all__ = [
     "needs_depth",
     "numerical",
     "only",
+    "overflowing",
     "redundant_heads",
     "remap",
     "renormalised_policy",
     "saturated_attention",
     "saturation",
+    "scaler_issues",
+    "slow_updates",
     "starved_policy",
     "stray_dropout",
+    "stuck_scaler",
     "swallowed_norms",
+    "tiny_divisors",
     "unbalanced_attention",
+    "underflowing",
     "uneven_siblings",
+    "unheld_parameters",
     "unstable",
     "vanishing",
     "without",

@@ -127,43 +127,6 @@ def far_actions(layer: str, rates: tuple[float, ...]) -> Actions:
     )
 
 
-def never_called_actions(layer: str) -> Actions:
-    """For a module that no step runs."""
-    return (
-        f"Call {layer} in forward(), or delete it; check for a name that is overwritten or a branch never "
-        f"taken.",
-        "If it is an expert or a head: check that the router or the batches ever choose it.",
-    )
-
-
-_CUTS = {
-    "argmax": "argmax has no derivative: pass the probabilities on (a weighted sum of the choices), or use "
-    "torch.nn.functional.gumbel_softmax, or a straight-through estimate.",
-    "detach": "Remove detach() from the path, or compute the loss on the tensor before it.",
-    "sign": "sign has a derivative of zero: use a straight-through estimate, x + (x.sign() - x).detach(), "
-    "or tanh.",
-    "round": "round has a derivative of zero: use a straight-through estimate, x + (x.round() - x).detach().",
-    "no_grad": "Move it out of torch.no_grad() (a context, or a decorator on the function that calls it).",
-    "data": ".data cuts the gradient: use the tensor itself.",
-    "checkpoint": "Use checkpoint(..., use_reentrant=False), or let its input require a gradient.",
-}
-
-
-def cut_actions(flow: Flow, node: str, why: str) -> Actions:
-    """For a layer whose output goes on without its gradient."""
-    known = [text for word, text in _CUTS.items() if word in why.lower()]
-    if known:
-        return (*known, "If it is not meant to train, say so: requires_grad_(False).")
-    name = layer_name(node) or "the model"
-    return (
-        f"Follow the output of {name} to the loss: it may go through an integer cast, .item(), NumPy or a "
-        f"new "
-        "tensor, or the loss may be computed on another tensor.",
-        "If it runs under reentrant checkpointing with inputs that need no gradient: use_reentrant=False.",
-        "If it is not meant to train, say so: requires_grad_(False).",
-    )
-
-
 def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
     """For a layer whose gradient is exactly zero."""
     here = layer_name(at) or layer_name(node)

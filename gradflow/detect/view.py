@@ -47,6 +47,10 @@ class Flow:
         """Return the parameters of a layer call that training is meant to change."""
         return tuple(p for p in self.parameters_of(node) if p.trainable and p.optimized)
 
+    def reaches_nothing(self) -> bool:
+        """Whether no gradient, not even a zero, came to any parameter in any step."""
+        return not any(parameter.reached.any() for parameter in self.parameters.values())
+
     def has_matrix(self, node: str) -> bool:
         """Whether a layer call owns a weight matrix or kernel, and holds no other layers."""
         if node not in self.layers or self.layers[node].composite:

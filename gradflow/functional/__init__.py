@@ -33,6 +33,7 @@ from gradflow.functional.model.state import call
 from gradflow.functional.policy.gradients import HeadGradients, head_gradients
 from gradflow.functional.policy.measurement import policy_heads
 from gradflow.functional.policy.statistics import ActionStatistics, action_entropy, action_statistics
+from gradflow.functional.precision.measurement import precision
 from gradflow.functional.recurrent.cells import Cell, Level, level_of_cell, levels_of
 from gradflow.functional.recurrent.measurement import recurrence
 from gradflow.functional.recurrent.transition import lyapunov_exponents, spectral_radii, state_jacobians
@@ -40,6 +41,8 @@ from gradflow.functional.recurrent.unroll import hidden_gradients, unroll
 from gradflow.functional.reverse.reverse import effective_rank
 from gradflow.functional.scale import GradientScale, gradient_scale
 from gradflow.functional.tap.probes import probe
+from gradflow.functional.updates.curvature import curvature, curvature_along
+from gradflow.functional.updates.figures import UpdateFigures, remembered, update_figures
 
 __all__ = [
     "ActionStatistics",
@@ -56,6 +59,7 @@ __all__ = [
     "Measurement",
     "Session",
     "Spectrum",
+    "UpdateFigures",
     "VectorField",
     "action_entropy",
     "action_statistics",
@@ -66,6 +70,8 @@ __all__ = [
     "attention_statistics",
     "attention_weights",
     "call",
+    "curvature",
+    "curvature_along",
     "effective_rank",
     "field_jacobian",
     "gradient_noise",
@@ -88,10 +94,13 @@ __all__ = [
     "per_sample_gradients",
     "policy_heads",
     "position_residual",
+    "precision",
     "probe",
     "recurrence",
+    "remembered",
     "spectral_radii",
     "state_jacobians",
     "unroll",
+    "update_figures",
     "vector_field",
 ]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import attrs
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradflow.errors import ModelInputError
 from gradflow.functional.measurement import Measurement
@@ -22,11 +22,13 @@ from gradflow.functional.parts.sight import sight
 from gradflow.functional.run.measure import measure
 from gradflow.functional.run.program import Given
 from gradflow.functional.run.run import Plan, Progress
+from gradflow.functional.run.training.options import Loop, StepFunction
 from gradflow.records import FlowRecord, GraphRecord
 
 Mode = Literal["train", "eval", "keep"]
 Detail = Literal["cheap", "full"]
 Transform = Literal["auto", "fused", "vjp"]
+Optimizers = Optimizer | Mapping[str, Optimizer] | Sequence[Optimizer]
 
 
 def analyze(
@@ -35,8 +37,12 @@ def analyze(
     loss_fn: Callable[..., Any] | None = None,
     *,
     steps: int = 20,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     clip: float | None = None,
+    accumulate: int = 1,
+    scheduler: Any = None,
+    scaler: Any = None,
+    step_fn: StepFunction | None = None,
     seed: int | None = None,
     mode: Mode = "train",
     detail: Detail = "cheap",
@@ -50,8 +56,9 @@ def analyze(
     Pure: the model, its buffers, `.grad`, modes, attributes, the optimizer and every random state are
     afterwards what they were, bit for bit, also when it raises. Each step draws one batch, calls the model
     once and the loss once, in that order and never ahead; after the last step the loss is asked of three
-    guesses made of its outputs (`FlowRecord.knowledge`). Threads that analyse wait for one another, and no
-    other thread may use the model meanwhile. An exception of the model or the loss is raised
+    guesses made of its outputs (`FlowRecord.knowledge`). A loss without a graph is measured as it is: no
+    parameter is reached, and the graph tells what was cut off and where. Threads that analyse wait for one
+    another, and no other thread may use the model meanwhile. An exception of the model or the loss is raised
     as it is, with a note that tells the step and the batch's shapes.
 
     Args:
@@ -64,9 +71,19 @@ def analyze(
         steps: how many steps; fewer are run if the batches end, and the record says so.
         optimizer: if given, a copy of it steps copies of the parameters after each step, so that the
             record covers the first steps of real training. Without one the parameters stay as they are.
+            Several, in a mapping or a list, all step on the same loss.
         clip: if given, the norm that the gradients of the model are clipped to before each update, as
             `torch.nn.utils.clip_grad_norm_(model.parameters(), clip)` does in a training loop. What is
             recorded are the gradients before that.
+        accumulate: how many batches there are to an update, which is made with their mean gradient.
+        scheduler: a scheduler of the optimizer's rates, or several in a list, of which copies step after each
+            update. Leave out one that steps by epochs: a run is shorter than that.
+        scaler: a `torch.amp.GradScaler`. A copy of it scales the loss for the reverse pass, leaves out
+            updates whose gradients overflow, and changes its scale. Recorded are the gradients unscaled.
+        step_fn: what none of these can say: (model, batch, optimizer) → anything, one whole step of your
+            loop, from the forward pass to `optimizer.step()`. It is run on each batch, after it was measured,
+            with the model's parameters swapped for copies and with a copy of the optimizer, in the form
+            given. Under `analyze_custom` it gets the number of the step in place of a batch.
         seed: seeds torch, numpy and Python for the run; None goes on from the present states.
         mode: `train` or `eval` switches the model over if it is not in that mode (a model that is keeps
             the modes of its parts); `keep` changes nothing.
@@ -83,14 +100,16 @@ def analyze(
     Raises:
         ModelInputError: if the model, batches, a batch or the loss cannot be used as such.
         EmptyBatchesError: if there is no batch.
-        LossError: if the loss is no scalar or carries no gradient, or only sums what a stage hands on.
+        LossError: if the loss is no scalar, or only sums what a stage hands on.
         NoTrainableParametersError: if no parameter requires a gradient.
-        ModelNotCalledError: if the first step calls no layer of the model.
+        ModelNotCalledError: if the first step calls no module of the model.
         OptimizerMismatchError: if the optimizer is none, or holds none of the model's parameters.
         MeasurementError: if two measurements declare the same name, or one a field of the record.
         NotRestoredError: if something of the user's could not be put back.
-        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` is none of those above.
+        ValueError: if `steps`, `clip`, `accumulate`, `seed`, `mode`, `detail` or `transform` is none of those
+            above, or what tells of updates is given without an optimizer.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> batch = torch.randn(16, 4), torch.randint(0, 2, (16,))
@@ -98,9 +117,13 @@ def analyze(
     >>> record.steps, [layer.name for layer in record]
     (3, ['0', '1', '2'])
     """
+    loop = Loop(
+        optimizer=optimizer, clip=clip, accumulate=accumulate, scheduler=scheduler, scaler=scaler,
+        step_fn=step_fn,
+    )  # fmt: skip
     plan = Plan(
-        steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, detail=detail,
-        transform=transform, progress=progress, deepen=deepen, measurements=measurements,
+        steps=steps, loop=loop, seed=seed, mode=mode, detail=detail, transform=transform,
+        progress=progress, deepen=deepen, measurements=measurements,
     )  # fmt: skip
     return analyzed(model, batches, loss_fn, plan)
 
@@ -111,8 +134,12 @@ def analyze_custom(
     loss_fn: Callable[[Any], Tensor] | None = None,
     *,
     steps: int = 20,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
     clip: float | None = None,
+    accumulate: int = 1,
+    scheduler: Any = None,
+    scaler: Any = None,
+    step_fn: StepFunction | None = None,
     seed: int | None = None,
     mode: Mode = "train",
     detail: Detail = "cheap",
@@ -127,20 +154,25 @@ def analyze_custom(
         model: the model.
         forward_fn: (model, step) → output; draws its own data.
         loss_fn: output → scalar; None where the output is the loss or holds it.
-        steps, optimizer, clip, seed, mode, detail, transform, progress, deepen, measurements: as for
-            `analyze`.
+        steps, optimizer, clip, accumulate, scheduler, scaler, step_fn, seed, mode, detail, transform,
+            progress, deepen, measurements: as for `analyze`.
 
     Raises:
         As `analyze` does; ModelNotCalledError if `forward_fn` calls no layer of `model`.
 
+    >>> import torch
     >>> model, x = nn.Linear(2, 1), torch.ones(3, 2)
     >>> record = analyze_custom(model, lambda m, step: m(x) + m(2 * x), lambda y: y.mean(), steps=2)
     >>> [layer.name or "(model)" for layer in record]
     ['(model)', '@1']
     """
+    loop = Loop(
+        optimizer=optimizer, clip=clip, accumulate=accumulate, scheduler=scheduler, scaler=scaler,
+        step_fn=step_fn,
+    )  # fmt: skip
     plan = Plan(
-        steps=steps, optimizer=optimizer, clip=clip, seed=seed, mode=mode, detail=detail,
-        transform=transform, progress=progress, deepen=deepen, measurements=measurements,
+        steps=steps, loop=loop, seed=seed, mode=mode, detail=detail, transform=transform,
+        progress=progress, deepen=deepen, measurements=measurements,
     )  # fmt: skip
     return analyzed_custom(model, forward_fn, loss_fn, plan)
 
@@ -164,8 +196,9 @@ def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None,
     def inputs_of(batch: Any) -> dict[str, Tensor]:
         return dict(named_tensors(objective.inputs(batch), "input"))
 
+    functions = (*_held(loss_fn), *_held(plan.loop.step_fn))
     given = Given(
-        model, _module(loss_fn), forward, objective.loss, inputs_of, _held(loss_fn), loss_fn is None
+        model, _module(loss_fn), forward, objective.loss, inputs_of, functions, own_loss=loss_fn is None
     )
     with contextlib.closing(source):
         return measure(given, draw, attrs.evolve(_with_standing(plan), num_batches=source.length))
@@ -197,9 +230,11 @@ def analyzed_custom(
     def loss_of(output: Any, batch: Any) -> Any:
         return objective.loss(output, None)
 
+    functions = (*_held(loss_fn), *_held(plan.loop.step_fn))
     given = Given(
-        model, _module(loss_fn), forward, loss_of, lambda batch: {}, _held(loss_fn), loss_fn is None
-    )
+        model, _module(loss_fn), forward, loss_of, lambda batch: {}, functions, own_loss=loss_fn is None,
+        draws_itself=True,
+    )  # fmt: skip
     return measure(given, lambda step: (), _with_standing(plan))
 
 
@@ -219,9 +254,9 @@ def graph_of(
     return record.graph_record
 
 
-def _held(loss_fn: Any) -> tuple[Any, ...]:
-    """Return what a loss holds that running it may change: itself, modules and optimizers."""
-    return (loss_fn, *modules_in(loss_fn), *optimizers_in(loss_fn))
+def _held(function: Any) -> tuple[Any, ...]:
+    """Return what a function holds that running it may change: itself, modules and optimizers."""
+    return (function, *modules_in(function), *optimizers_in(function))
 
 
 def _module(loss_fn: Any) -> nn.Module | None:

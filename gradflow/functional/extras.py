@@ -12,10 +12,10 @@ import attrs
 
 from gradflow.errors import MeasurementError
 from gradflow.functional.measurement import Measurement, Session
-from gradflow.records import FlowRecord, frozen, unkept
+from gradflow.records import FlowRecord, PartsRecord, frozen, unkept
 
 # Fields of the record that measurements of gradflow fill, where what they give is of that class.
-FILLED = frozenset({"transformer", "recurrences", "policy", "parts", "sights", "dropouts"})
+FILLED = frozenset({"transformer", "recurrences", "policy", "parts", "precision"})
 
 
 def check_names(measurements: Iterable[Measurement]) -> None:
@@ -75,7 +75,8 @@ def measured(sessions: Iterable[Session]) -> Measured:
             given = {}
         for name, value in given.items():
             if name in FILLED and _fits(value, hints[name]):
-                fields[name] = value
+                known = fields.get(name)
+                fields[name] = known.joined(value) if isinstance(known, PartsRecord) else value
             elif problem := unkept(frozen(value), f"extras[{name!r}]"):
                 notes.append(f"What {kind} measured is left out: {problem}.")
             else:

@@ -64,6 +64,10 @@ class Session(Listener):
         """Whether to hear the last batch once more, in eval mode. Asked once, after the last step."""
         return False
 
+    def wants_curvature(self) -> bool:
+        """Whether to measure how the loss bends along an update; asked once, at the end of a run with one."""
+        return False
+
     def fields(self) -> Mapping[str, Any]:
         """Return what was measured, by the names it gets in `FlowRecord.extras`.
 

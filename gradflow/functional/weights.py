@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.torch_private import outside_transforms
-
-_MOST = 4096  # entries of a parameter: the rms of so many is that of all of them within about a percent
+from gradflow.functional.updates.figures import sampled
 
 
 @attrs.frozen(eq=False)
@@ -19,7 +18,7 @@ class WeightSample:
 
     Args:
         step: of the training.
-        entries: by name of the parameter: all of its entries, or every so many of them, flat.
+        entries: by name of the parameter: some thousands of its entries, flat, or all; see `sampled`.
     """
 
     step: int
@@ -34,7 +33,7 @@ class WeightSample:
             step: of the training.
         """
         with outside_transforms(), torch.no_grad():
-            return cls(step, {name: _some(p).clone() for name, p in _trainable(model)})
+            return cls(step, {name: sampled(p).clone() for name, p in _trainable(model)})
 
     def changes(self, model: nn.Module) -> dict[str, float]:
         """Return what became of the weights since, by name: `update_ratio/…` and `unchanged_share/…`.
@@ -50,7 +49,7 @@ class WeightSample:
         found: dict[str, Tensor] = {}
         with outside_transforms(), torch.no_grad():
             for name, parameter in _trainable(model):
-                before, now = self.entries.get(name), _some(parameter)
+                before, now = self.entries.get(name), sampled(parameter)
                 if before is None or before.shape != now.shape or not before.numel():
                     continue
                 before, now = before.to(now.device), now.to(before.dtype)
@@ -68,11 +67,4 @@ class WeightSample:
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
-    plain = (torch.strided,)
-    return [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.layout in plain]
-
-
-def _some(parameter: Tensor) -> Tensor:
-    """Return the entries of a parameter that are looked at: every so many, at most `_MOST`."""
-    flat = parameter.detach().reshape(-1)
-    return flat if len(flat) <= _MOST else flat[:: -(-len(flat) // _MOST)]
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -35,8 +35,8 @@ def policy(
         shared_backbone_name: see there.
 
     >>> pipeline = policy(policy_head_name="action_net")
-    >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+policy', 21, 1)
+    >>> pipeline.name, len(pipeline.measurements)
+    ('flow+policy', 1)
     """
     heads = policy_heads(
         policy_head_name=policy_head_name,

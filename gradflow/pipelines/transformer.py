@@ -23,8 +23,8 @@ def transformer(base: Pipeline | None = None) -> Pipeline:
         base: the pipeline to add to; `flow()` by default.
 
     >>> pipeline = transformer()
-    >>> pipeline.name, len(pipeline.detectors), len(pipeline.measurements)
-    ('flow+transformer', 21, 1)
+    >>> pipeline.name, len(pipeline.measurements)
+    ('flow+transformer', 1)
     """
     own = Pipeline("transformer", attention_detectors(), measurements=(attention(),))
     return (base or flow()) + own

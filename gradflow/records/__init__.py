@@ -49,10 +49,19 @@ from gradflow.records.parts import (
     MatrixRecord,
     NormRecord,
     PartsRecord,
+    QuotientRecord,
     SightRecord,
     TwinsRecord,
 )
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
+from gradflow.records.precision import (
+    ExponentHistogram,
+    LayerPrecision,
+    ParameterPrecision,
+    PrecisionRecord,
+    ScalerRecord,
+    SubnormalRecord,
+)
 from gradflow.records.reach import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 from gradflow.records.recurrent import (
     GateRecord,
@@ -66,6 +75,7 @@ from gradflow.records.recurrent import (
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, to_plain, write
 from gradflow.records.saving.registered import register_record
 from gradflow.records.scalars import every_scalar, few_scalars
+from gradflow.records.updates import CurvatureRecord, UpdateRecord, UpdatesRecord
 from gradflow.records.values import ReadOnlyMapping, frozen, unkept
 
 for _cls in [value for value in globals().values() if isinstance(value, type) and attrs.has(value)]:
@@ -86,10 +96,12 @@ __all__ = [
     "Bools",
     "BranchRecord",
     "Cause",
+    "CurvatureRecord",
     "DropoutRecord",
     "EdgeRecord",
     "EventRecord",
     "Evidence",
+    "ExponentHistogram",
     "Floats",
     "FlowRecord",
     "GateRecord",
@@ -100,6 +112,7 @@ __all__ = [
     "IssueSeverity",
     "IssueType",
     "KnowledgeRecord",
+    "LayerPrecision",
     "LayerRecord",
     "MatrixRecord",
     "NodeRecord",
@@ -107,11 +120,14 @@ __all__ = [
     "NumericalRecord",
     "OutsideRecord",
     "OwnIssueType",
+    "ParameterPrecision",
     "ParameterRecord",
     "PartsRecord",
     "PolicyDistributionStats",
     "PolicyRecord",
+    "PrecisionRecord",
     "Provenance",
+    "QuotientRecord",
     "ReachAccount",
     "ReachRecord",
     "ReadOnlyMapping",
@@ -120,10 +136,14 @@ __all__ = [
     "RecurrentLevelRecord",
     "ReservoirDynamics",
     "Role",
+    "ScalerRecord",
     "SightRecord",
+    "SubnormalRecord",
     "TermRecord",
     "TransformerRecord",
     "TwinsRecord",
+    "UpdateRecord",
+    "UpdatesRecord",
     "array_field",
     "check_causes",
     "check_issues",

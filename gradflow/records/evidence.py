@@ -36,6 +36,10 @@ class Role(enum.Enum):
     """Steps of the optimizer that are too large show in it."""
     UNDEFINED = "undefined"
     """Its operation gives no finite value for what enters it, such as the logarithm of zero."""
+    UNDERFLOWING = "underflowing"
+    """What it hands back becomes zero because it is too small for the format of its numbers."""
+    SUBNORMAL = "subnormal"
+    """Its gradient is among the smallest numbers of its format, which take a processor long."""
     GIVEN = "given"
     """A value that is not finite comes in from outside: with the data, or in a parameter."""
 

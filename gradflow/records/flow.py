@@ -23,11 +23,13 @@ from gradflow.records.fields import (
 from gradflow.records.graph import GraphRecord
 from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
-from gradflow.records.parts import DropoutRecord, PartsRecord, SightRecord
+from gradflow.records.parts import PartsRecord
 from gradflow.records.policy import PolicyRecord
+from gradflow.records.precision import PrecisionRecord
 from gradflow.records.reach import ReachAccount
 from gradflow.records.recurrent import RecurrenceRecord
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, parsed, to_plain, write
+from gradflow.records.updates import UpdatesRecord
 
 if TYPE_CHECKING:  # the one name that points down the layout: see FlowRecord.graph
     from gradflow.graph import LayerGraph
@@ -52,6 +54,7 @@ class Provenance:
         optimizer: class name of the optimizer whose copy stepped, or `""`.
         learning_rates: of its parameter groups.
         clip: the norm that gradients were clipped to before each update, or None.
+        loop: what else the training loop was taken to do between two batches, in words.
         notes: what a reader must know to trust the numbers.
         chosen: what special measurements found in the model by themselves, why, and on what they were taken.
     """
@@ -70,6 +73,7 @@ class Provenance:
     optimizer: str = ""
     learning_rates: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     clip: float | None = None
+    loop: str = ""
     notes: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     chosen: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
 
@@ -92,9 +96,7 @@ class FlowRecord:
         passed_by: those of `never_called` that code which ran names, on a branch that it did not take.
         graph_record: the graph's data, or None if it could not be taken.
         transformer: what `attention()` measured; empty without it.
-        parts: what was measured of blocks, norm layers and matrices that can be held against their like.
-        sights: which positions each self-attention lets its outputs see.
-        dropouts: dropout layers, and what drops in eval mode.
+        parts: what was measured of blocks, norm layers, matrices, what attention sees, and dropout.
         provenance: where the numbers come from.
         recurrences: what `recurrence()` measured of recurrent layers over time.
         policy: what `policy_heads()` measured of a policy; None without it.
@@ -102,6 +104,8 @@ class FlowRecord:
         extras: what measurements of one's own measured, by name: numbers, texts, NumPy arrays, tuples and
             mappings of them, and attrs records; see `gradflow.register_record`.
         knowledge: what the outputs of the last step are worth against guesses; None where it is not known.
+        updates: what the optimizer really did; None without one.
+        precision: what `precision()` measured of number formats; None without it.
     """
 
     format_version: ClassVar[int] = FORMAT_VERSION
@@ -117,14 +121,14 @@ class FlowRecord:
     graph_record: GraphRecord | None = None
     transformer: TransformerRecord = attrs.field(factory=TransformerRecord)
     parts: PartsRecord = attrs.field(factory=PartsRecord)
-    dropouts: tuple[DropoutRecord, ...] = attrs.field(default=(), converter=to_tuple)
-    sights: tuple[SightRecord, ...] = attrs.field(default=(), converter=to_tuple)
     provenance: Provenance = attrs.field(factory=Provenance)
     recurrences: tuple[RecurrenceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     policy: PolicyRecord | None = None
     reach: ReachAccount | None = None
     extras: Mapping[str, Any] = extras_field()
     knowledge: KnowledgeRecord | None = None
+    updates: UpdatesRecord | None = None
+    precision: PrecisionRecord | None = None
 
     def __iter__(self) -> Iterator[LayerRecord]:
         return iter(self.layers)

@@ -24,6 +24,8 @@ class KnowledgeRecord:
         shuffled: of the same outputs, each given to another sample.
         averaged: of their mean over the samples, given to all of them.
         silent: of zeros in their place. For a cross entropy over k classes that is ln k.
+        louder: where the loss is below zero, that of outputs four times as large: of a loss that falls as its
+            outputs grow it is four times as low, and sixteen times where it falls with their square.
         num_samples: number of rows that were shuffled.
         variations: of every floating-point output that has such rows, ‖Y − mean row‖_F / ‖Y‖_F: 0 where it is
             the same for all of them.
@@ -36,6 +38,7 @@ class KnowledgeRecord:
     shuffled: float = float_field(NAN)
     averaged: float = float_field(NAN)
     silent: float = float_field(NAN)
+    louder: float = float_field(NAN)
     num_samples: int = 0
     variations: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     shapes: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)

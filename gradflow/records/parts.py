@@ -95,6 +95,24 @@ class TwinsRecord:
 
 
 @attrs.frozen(kw_only=True)
+class QuotientRecord:
+    """A division of the last step that was looked at, by numbers that carry no gradient.
+
+    Args:
+        layer: the layer call whose output is divided, as it is or as an operation made it.
+        small_share: how many divisors are below 1e-4 of the largest one, as a share.
+        smallest: the smallest of them; infinity if there are none.
+        excess: median of what they give over that of what the others give, both taken as magnitudes: 1 where
+            what is divided is as small as they are; NaN if there are none.
+    """
+
+    layer: str
+    small_share: float = float_field()
+    smallest: float = float_field()
+    excess: float = float_field()
+
+
+@attrs.frozen(kw_only=True)
 class DropoutRecord:
     """A dropout layer, or a module that calls dropout as a function and goes on dropping in eval mode.
 
@@ -147,6 +165,9 @@ class PartsRecord:
         norms: its norm layers.
         matrices: weight matrices inside blocks, and frozen ones.
         twins: parameters of which at least half of the slices are copies.
+        quotients: divisions outside of layers, in the order of execution.
+        sights: which positions each self-attention lets its outputs see.
+        dropouts: dropout layers, and what drops in eval mode.
     """
 
     steps: tuple[int, ...] = attrs.field(default=(), converter=to_tuple)
@@ -154,3 +175,11 @@ class PartsRecord:
     norms: tuple[NormRecord, ...] = attrs.field(default=(), converter=to_tuple)
     matrices: tuple[MatrixRecord, ...] = attrs.field(default=(), converter=to_tuple)
     twins: tuple[TwinsRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    quotients: tuple[QuotientRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    sights: tuple[SightRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    dropouts: tuple[DropoutRecord, ...] = attrs.field(default=(), converter=to_tuple)
+
+    def joined(self, other: PartsRecord) -> PartsRecord:
+        """Return what both hold; of what both have measured, that of the other."""
+        held = {field.name: getattr(other, field.name) for field in attrs.fields(PartsRecord)}
+        return attrs.evolve(self, **{name: value for name, value in held.items() if value})

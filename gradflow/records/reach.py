@@ -58,7 +58,8 @@ class ReachRecord:
         reason: why.
         at: the node of the graph where it ends, a layer call or an operation: `layer:relu`; "" if unknown.
         layer_at: the layer call that `at` is, or whose output it takes; "" if there is none.
-        op: the operation: `relu`, `embedding`, `detach`, ...
+        op: the operation: `relu`, `embedding`, `detach`, ...; `copy` for a module that is not called, where
+            one that is like it and no part of the model ran in the same step.
         whose: what is exactly zero, or chooses: a parameter, a layer call, an operation; "" if unknown.
         source: what that is made of: `constant`, `batch`, `data` (computed from the batch), `parameter` or
             `model`; "" if unknown.

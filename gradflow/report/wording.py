@@ -83,6 +83,7 @@ def measured_facts(record: FlowRecord) -> list[tuple[str, str]]:
     reason = f": {provenance.transform_reason}" if provenance.transform_reason else ""
     return [
         ("steps", f"{steps}, {how}"),
+        *((("loop", provenance.loop),) if provenance.loop else ()),
         ("run", f"{provenance.mode} mode, {provenance.device}, {dtypes}, {seed}"),
         ("reverse", f"{provenance.transform}{reason}; detail: {provenance.detail}"),
         ("graph", _graph_line(record.graph_record)),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gradflow.detect import default_detectors, detect
-from gradflow.detect.actions import cut_actions, initialisation, vanishing_actions
+from gradflow.detect.actions import initialisation, vanishing_actions
+from gradflow.detect.reach.actions import cut_actions
 from gradflow.detect.view import flow_of
 from tests.detect.builders import Layer, activation, decaying, flow_record
 

@@ -20,9 +20,12 @@ from gradflow.detect import (
     misscaled_norms,
     numerical,
     saturation,
+    slow_updates,
     stray_dropout,
     swallowed_norms,
+    tiny_divisors,
     uneven_siblings,
+    unheld_parameters,
     unstable,
     vanishing,
 )
@@ -34,8 +37,11 @@ PARTS = [
     held_at_zero,
     leaking_attention,
     misscaled_norms,
+    slow_updates,
     stray_dropout,
     swallowed_norms,
+    tiny_divisors,
+    unheld_parameters,
     uneven_siblings,
 ]
 

@@ -34,6 +34,12 @@ WITHOUT = {
     *("ReservoirDynamics", "Role", "Rule", "register_record", "unroll"),
     *("ReachAccount", "ReachRecord", "Reason", "automatic", "flow"),
     *("Measurement", "Session", "gradients"),  # parts of a run, which itself is held to the contract
+    *(
+        "UpdateFigures",
+        "curvature_along",
+        "remembered",
+        "update_figures",
+    ),  # of tensors and optimizers, without a model
 }
 
 
@@ -197,6 +203,10 @@ MODEL: dict[str, Run] = {  # (model, loss, the module in the loss) → anything
     "attention": lambda m, f, _: gf.analyze(m, [X], f, measurements=[functional.attention()]),
     "policy_heads": lambda m, f, _: gf.analyze(m, [X], f, measurements=[functional.policy_heads()]),
     "recurrence": lambda m, f, _: gf.analyze(m, [X], f, measurements=[functional.recurrence()]),
+    "precision": lambda m, f, _: gf.analyze(m, [X], f, measurements=[functional.precision()]),
+    "curvature": lambda m, f, _: gf.analyze(
+        m, [X] * 2, f, optimizer=torch.optim.SGD(m.parameters(), 0.1), measurements=[functional.curvature()]
+    ),
     "attention_weights": lambda m, f, _: gf.attention_weights(m, X),
     "call": lambda m, f, _: functional.call(m, dict(m.named_parameters()), {}, (X,)),
     "layer_function": of_function,
@@ -218,7 +228,8 @@ MODEL: dict[str, Run] = {  # (model, loss, the module in the loss) → anything
 OTHER_MODELS = {"hidden_gradients": rnn, "levels_of": rnn, "level_of_cell": cell}
 RUNS_NOTHING = {"levels_of", "level_of_cell"}  # but the parametrisation of weights, which never raises here
 OF_RUNS = {"analyze", "analyze_custom", "diagnose", "diagnose_custom", "layer_graph", "graph_of", "attention"}
-OF_RUNS |= {"policy_heads", "recurrence", *(name for name in MODEL if name.endswith("Analyzer"))}
+OF_RUNS |= {"policy_heads", "precision", "recurrence", "curvature"}
+OF_RUNS |= {name for name in MODEL if name.endswith("Analyzer")}
 
 
 def test_every_public_name_is_in_one_list() -> None:

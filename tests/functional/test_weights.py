@@ -31,7 +31,7 @@ def test_a_large_parameter_is_sampled_within_a_few_percent() -> None:
     torch.manual_seed(0)
     model = nn.Linear(700, 500)
     sample = WeightSample.of(model, 0)
-    assert max(len(entries) for entries in sample.entries.values()) <= 4096
+    assert max(len(entries) for entries in sample.entries.values()) < 2**13
     before = model.weight.detach().clone()
     with torch.no_grad():
         model.weight += 1e-3 * torch.randn_like(model.weight)

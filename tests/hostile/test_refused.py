@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 import gradflow as gf
-from gradflow.errors import GradflowError, ModelInputError, ModelNotCalledError
+from gradflow.errors import ModelInputError, ModelNotCalledError
 from gradflow.functional import layer_gain
 from tests.models import squares
 
@@ -130,8 +130,10 @@ def test_layers_that_are_in_no_module() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layers[0](x)
 
-    with pytest.raises(GradflowError, match="the loss carries no gradient"):
-        gf.analyze(Hidden(), [batch()], squares)
+    record = gf.analyze(Hidden(), [batch()], squares)
+    assert record.reach is not None
+    assert record.reach.num_reached == 0
+    assert [tensor.name for tensor in record.reach.outside] == ["layers[0].weight", "layers[0].bias"]
 
 
 def test_another_model_than_the_one_that_is_called() -> None:

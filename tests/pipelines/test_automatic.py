@@ -167,7 +167,8 @@ def test_under_the_other_transform_the_first_step_alone_is_heard(name: str) -> N
 
 
 def test_what_a_base_measures_in_full_is_left_to_it() -> None:
-    assert len(gf.automatic(transformer(recurrent(policy()))).measurements) == 3
+    every = gf.pipelines.precision(transformer(recurrent(policy())))
+    assert len(gf.automatic(every).measurements) == 4
     report = diagnosed("lstm", pipeline=gf.automatic(recurrent()))
     assert report.record.provenance.chosen == ()
     assert len(report.record.recurrences) == 1

@@ -11,6 +11,8 @@ _FAMILIES = """
     contact2a_1 contact2a_2 contact2a_3 contact2b_1 contact2b_2 contact2b_3
     contact3a_1 contact3a_2 contact3a_3 contact3b_1 contact3b_2
     contact4a_1 contact4a_2 contact4b_1 contact4b_2
+    contact5a_1 contact5a_2 contact5a_3
+    contact5b_1 contact5b_2 contact5b_3
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves

@@ -115,7 +115,7 @@ def _grown_in_training(issue: Issue) -> bool:
 
 
 def _overflows(flow: Flow, cause: Issue, victim: Issue) -> bool:
-    return not victim.evidence.plays(Role.UNDEFINED)
+    return not victim.evidence.plays(Role.UNDEFINED, Role.SUBNORMAL)
 
 
 def _fed(flow: Flow, cause: Issue, victim: Issue) -> bool:
@@ -170,8 +170,14 @@ def _behind_the_cut(flow: Flow, cause: Issue, victim: Issue) -> bool:
         # With an operation of its own that cuts it, mending the other one would not mend the victim.
         return op in ("", cause.evidence.op)
     a, b = flow.layers.get(node_name(cause.layer)), flow.layers.get(node_name(victim.layer))
-    same_part = cause.layer.split(".")[0] == victim.layer.split(".")[0] or not flow.wiring.known
+    same_part = cause.layer.split(".")[0] == victim.layer.split(".")[0]
+    same_part |= not flow.wiring.known or flow.reaches_nothing()
     return bool(a and b and same_part and a.order > b.order and not op)
+
+
+def _not_finite(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """Both are of values that are not finite, rather than of a processor that is slow."""
+    return not (cause.evidence.plays(Role.SUBNORMAL) or victim.evidence.plays(Role.SUBNORMAL))
 
 
 def _of_own_type(flow: Flow, cause: Issue, victim: Issue) -> bool:
@@ -273,6 +279,14 @@ RULES: tuple[Rule, ...] = (
         cause=_T.VANISHING, victim=_T.DEAD, where=(*_BOTH, "same"), victim_roles=Role.PARTLY_SILENT,
         because="where the signal is too small, the biases decide which units fire",
     ),
+    Rule(
+        cause=_T.VANISHING, victim=(_T.VANISHING, _T.DEAD, _T.BOTTLENECK), where=("upstream", "same"),
+        roles=Role.UNDERFLOWING, because="what is too small for its format is zero from there on",
+    ),
+    Rule(
+        cause=(_T.VANISHING, _T.DEAD), victim=_T.NUMERICAL, where=_ANYWHERE, victim_roles=Role.SUBNORMAL,
+        because="a gradient that decays passes the smallest numbers of its format before it is zero",
+    ),
     # SATURATION: a slope that is gone lets nothing back.
     Rule(
         cause=_T.SATURATION, victim=(_T.VANISHING, _T.DEAD), where=("upstream", "same"),
@@ -313,7 +327,8 @@ RULES: tuple[Rule, ...] = (
     ),
     # NUMERICAL: a value that is not finite spreads both ways, and makes what looks like growth.
     Rule(
-        cause=_T.NUMERICAL, victim=_T.NUMERICAL, where=_BOTH, because="a value that is not finite spreads",
+        cause=_T.NUMERICAL, victim=_T.NUMERICAL, where=_BOTH, when=_not_finite,
+        because="a value that is not finite spreads",
     ),
     Rule(
         cause=_T.NUMERICAL, victim=_T.EXPLODING, where=(*_BOTH, "same"), roles=(Role.UNDEFINED, Role.GIVEN),

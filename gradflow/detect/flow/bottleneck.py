@@ -10,7 +10,7 @@ import numpy as np
 
 from gradflow.detect.actions import narrow_actions, rectified_actions, smoothing_actions
 from gradflow.detect.evidence import RECTIFIERS, activations_of, heads, kept_at_least, late, middle, shares
-from gradflow.detect.flow.ends import collapsed
+from gradflow.detect.flow.ends.alike import collapsed, constant
 from gradflow.detect.view import Flow, flow_of
 from gradflow.graph.queries.dominators import immediate_dominators
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
@@ -26,6 +26,7 @@ def bottleneck(
     alike: float = 1e-2,
     alike_fall: float = 30.0,
     collapse: float = 0.1,
+    same: float = 1e-4,
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of places that let too little through.
 
@@ -41,6 +42,7 @@ def bottleneck(
     3. Over-smoothing: the part of a layer's output that differs between rows (samples, nodes, positions).
        Where rows are mixed again and again (attention, neighbour averages), they become alike, while the
        norm of the gradient stays as it was.
+    4. Outputs: the part of what comes out of the model that differs between samples.
 
     Why this is evidence: what all gradients pass has no detour, and a rank above the width cannot pass.
 
@@ -59,6 +61,7 @@ def bottleneck(
         alike: variation between rows below which they are alike: what is left is a percent of the signal.
         collapse: variation between samples below which two outputs that the loss compares have collapsed,
             where a constant would cost no more.
+        same: variation between samples of the outputs below which a model gives the same for all of them.
         alike_fall: by how much the variation must have fallen on the way, from at least as many times
             `alike`.
     """
@@ -71,7 +74,7 @@ def bottleneck(
         waists = _waists(flow, passages, ratio)
         narrow = _narrow(flow, waists, rank_excess, lost_samples)
         smooth = _smoothing(flow, passages, alike, alike_fall)
-        return [*narrow, *(smooth or collapsed(flow, collapse))]
+        return [*narrow, *(smooth or collapsed(flow, collapse) or constant(flow, same))]
 
     return detector
 

@@ -8,17 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from gradflow.detect.actions import (
-    cut_actions,
-    never_called_actions,
-    rectifier_actions,
-    zero_actions,
-)
+from gradflow.detect.actions import rectifier_actions, zero_actions
 from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
-from gradflow.detect.flow.ends import silenced
+from gradflow.detect.flow.ends.alike import silenced
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import came_knowing
-from gradflow.detect.reach.unreached import is_moved, loss_is_empty, sole_reason, unreached_parts
+from gradflow.detect.reach.unreached import loss_is_empty, sole_reason, unreached_parts
+from gradflow.detect.reach.unwired import cut_off, never_called
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
@@ -28,7 +24,6 @@ from gradflow.records import (
     Issue,
     IssueSeverity,
     IssueType,
-    LayerRecord,
     ParameterRecord,
     Reason,
     Role,
@@ -60,6 +55,7 @@ def dead(
     A module that no step runs is HIGH where it is forgotten: nothing that ran names it. Where the code that
     ran would call it on a branch not taken, it may belong to another kind of batch, such as a vision tower
     without images, and only an optimizer that holds it says that it is meant to train on these: LOW without.
+    Where no parameter of the whole model is reached, as the loss has no graph, it is CRITICAL.
 
     Looks alike and is not: a gradient that has become too small for its format on a long way, which is
     VANISHING; frozen parameters, and those of another optimizer; a head or an expert that other
@@ -84,138 +80,11 @@ def dead(
         # A layer whose gradient is zero because none of its units fires is reported once.
         told = {issue.layer for issue in zero if issue.evidence.plays(Role.BLOCKING)}
         silent = [i for i in _silent_units(flow, threshold, some, few) if i.layer not in told]
-        found = [*_never_called(flow), *_cut_off(flow), *zero, *silent]
+        found = [*never_called(flow), *cut_off(flow), *zero, *silent]
         found += [] if any(i.severity > IssueSeverity.MEDIUM for i in found) else silenced(flow)
         return [*found, *unreached_parts(flow, {issue.layer for issue in found}, min_updates)]
 
     return detector
-
-
-# ---------------------------------------------------------------------------------- 1. wiring
-
-
-def _wanted(parameter: ParameterRecord) -> bool:
-    return parameter.trainable and parameter.optimized
-
-
-def _never_called(flow: Flow) -> list[Issue]:
-    """One issue for each part that no step runs; the parts of a container are reported together."""
-    owned: dict[str, list[ParameterRecord]] = {}
-    for parameter in flow.record.parameters:
-        if _wanted(parameter):
-            owned.setdefault(parameter.layer, []).append(parameter)
-    idle = [name for name in flow.record.never_called if name in owned]
-    groups: dict[str, list[str]] = {}
-    for name in idle:
-        groups.setdefault(_idle_container(name, idle, flow), []).append(name)
-    issues = []
-    for container, names in groups.items():
-        number = sum(p.num_elements for name in names for p in owned[name])
-        aside = set(names) <= set(flow.record.passed_by)
-        branch = " It is called on a branch that these batches do not take." if aside else ""
-        chosen = _is_one_of_few(container, groups, flow)  # a router's choice, which steps may change
-        by_design = (aside or chosen) and not flow.record.provenance.optimizer
-        issues.append(
-            Issue(
-                layer=container,
-                layer_type="Module",
-                issue_type=IssueType.DEAD,
-                severity=IssueSeverity.LOW if by_design else IssueSeverity.HIGH,
-                description=f"No step ran or used it, so its {number:,} parameters "
-                f"({len(names)} module(s)) never change.{branch}",
-                magnitude=float(number),
-                recommended_actions=never_called_actions(container),
-                metrics={"modules": tuple(names), "num_parameters": number, "passed_by": aside},
-                evidence=Evidence(roles=Role.UNUSED),
-            )
-        )
-    return issues
-
-
-def _is_one_of_few(name: str, idle: Iterable[str], flow: Flow) -> bool:
-    """Whether more of a numbered list of parts ran than did not: `experts.1` to `.3` beside `experts.0`."""
-    above, _, number = name.rpartition(".")
-    if not (above and number.isdigit()):
-        return False
-    part = re.compile(rf"{re.escape(above)}\.(\d+)(\.|$)")
-    ran = {found[1] for layer in flow.layers.values() if (found := part.match(layer.module))}
-    return len(ran) > sum(bool(part.match(other)) for other in idle)
-
-
-def _idle_container(name: str, idle: Sequence[str], flow: Flow) -> str:
-    """The outermost module above `name` in which nothing ran."""
-    active = {layer.module for layer in flow.layers.values()}
-    best, above = name, name.rpartition(".")[0]
-    while above and not any(n == above or n.startswith(f"{above}.") for n in active):
-        if sum(n.startswith(f"{above}.") for n in idle) > 1:
-            best = above
-        above = above.rpartition(".")[0]
-    return best
-
-
-def _cut_off(flow: Flow) -> list[Issue]:
-    """Layers that ran, none of whose parameters the loss reaches in any step."""
-    issues = []
-    idle = set(flow.record.never_called)
-    told: set[str] = set()
-    for node, layer in flow.layers.items():
-        wanted = [p for p in flow.trainable(node) if p.layer not in idle]
-        if not wanted or layer.module in told or any(p.reached.any() for p in wanted):
-            continue
-        told.add(layer.module)
-        issues.append(_cut_issue(flow, node, layer, wanted))
-    return issues
-
-
-def _cut_issue(flow: Flow, node: str, layer: LayerRecord, wanted: Sequence[ParameterRecord]) -> Issue:
-    known = flow.wiring.nodes.get(node)
-    reason = known.reason if known and known.reason else "its output does not lead to the loss"
-    if layer.reached.any():  # its output is reached, and still nothing in it is: the parameters are unused
-        reason = "its output leads to the loss, but they take no part in it"
-    ops = flow.wiring.cuts.get(node, ())
-    op = next((o for o in ops if o != "no gradient needed"), "")
-    # A teacher under no_grad is by design; only an optimizer that holds it says that it is meant to train.
-    by_design = "no_grad" in reason and not flow.record.provenance.optimizer
-    by_design |= is_moved(flow, [p.name for p in wanted]) or _ends_a_round(flow, node)
-    number = sum(p.num_elements for p in wanted)
-    return Issue(
-        layer=layer.name,
-        layer_type=layer.type,
-        issue_type=IssueType.DEAD,
-        severity=IssueSeverity.LOW if by_design else IssueSeverity.HIGH,
-        description=f"It ran, but no path leads from the loss to its {number:,} parameters in any of "
-        f"{flow.record.steps} steps: {reason}.",
-        magnitude=float(number),
-        recommended_actions=cut_actions(flow, node, op or reason),
-        metrics={
-            "op": op,
-            "reason": reason,
-            "num_parameters": number,
-            "parameters": tuple(p.name for p in wanted),
-        },
-        evidence=Evidence(roles=Role.CUT, op=op),
-    )
-
-
-def _ends_a_round(flow: Flow, node: str) -> bool:
-    """Whether a layer is unused because its rounds end here: nobody takes its output, and that of the same
-    layer one round before goes on to the next.
-
-    In a graph network over several types of nodes, the last round updates some that nobody asks for.
-    """
-    layer = flow.layers[node]
-    if flow.wiring.cuts.get(node) or flow.wiring.succs.get(node):
-        return False
-    parts = layer.module.split(".")
-    for place in [i for i, part in enumerate(parts) if part.isdigit() and part != "0"]:
-        after = [*parts[:place], str(int(parts[place]) + 1)]
-        before = ".".join([*parts[:place], str(int(parts[place]) - 1), *parts[place + 1 :]])
-        next_round = ".".join(after)
-        last = not any(f"{other.module}.".startswith(f"{next_round}.") for other in flow.layers.values())
-        twin = next((o for o in flow.layers.values() if o.module == before), None)
-        if last and twin is not None and twin.type == layer.type and bool(twin.reached.any()):
-            return True
-    return False
 
 
 # ----------------------------------------------------------------------------- 2. exact zeros

@@ -22,9 +22,10 @@ from gradflow.detect.evidence import (
     shares,
     total_gradient,
 )
-from gradflow.detect.flow.ends import loud_heads, loud_outputs, off_scale_of
+from gradflow.detect.flow.ends.loud import loud_heads, loud_outputs, off_scale_of
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import growing_repeats
+from gradflow.detect.knowledge import CAME, calm, came_knowing, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
@@ -48,7 +49,8 @@ def exploding(
     time step grows a thousandfold in ten.
 
     Looks alike and is not: large gradients everywhere (a summed loss, a large batch); the gradient before a
-    norm layer, which undoes the small scale of an embedding; one layer of gain 10 by itself; an auxiliary
+    norm layer, which undoes the small scale of an embedding; growth of no great extent in a model that came
+    to the run with what it has learned, and keeps it (LOW); one layer of gain 10 by itself; an auxiliary
     head of small weight, which is outweighed by design, while the outputs of the main one are of the size of
     its targets; large weights before a bounded activation, which `saturation` tells.
 
@@ -114,7 +116,10 @@ def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
     first: dict[str, str] = {}  # by module
     for node in sorted(flow.layers, key=lambda n: flow.layers[n].order):
         first.setdefault(flow.layers[node].module, node)
-    return [_issue(flow, a, first[a.module], path, total, start, severity, part) for a in strong]
+    found = [_issue(flow, a, first[a.module], path, total, start, severity, part) for a in strong]
+    if severity is IssueSeverity.MEDIUM and came_knowing(flow.record) and calm(flow.record):
+        return [lowered(issue, CAME) for issue in found]
+    return found
 
 
 def _typical(values: np.ndarray) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from gradflow.detect.actions import numerical_actions
+from gradflow.detect.updates.poison import with_poison
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
@@ -41,6 +42,9 @@ def numerical() -> Callable[[FlowRecord], Iterable[Issue]]:
     Looks alike and is not: the -inf of an attention mask or of forbidden actions, and any other Inf that
     reaches neither the loss nor a gradient.
 
+    Where weights and gradients were finite and the optimizer's step made them otherwise, that is told with
+    the reason.
+
     There are no thresholds. CRITICAL where at least half of the steps, or all from one on, are broken, else
     HIGH.
     """
@@ -55,8 +59,10 @@ def numerical() -> Callable[[FlowRecord], Iterable[Issue]]:
         for certificate in born:
             by_layer.setdefault(certificate.layer, []).append(certificate)
         if by_layer:
-            return [_issue(flow, layer, found, broken) for layer, found in by_layer.items()]
-        return [_unborn(flow, broken)]
+            issues = [_issue(flow, layer, found, broken) for layer, found in by_layer.items()]
+        else:
+            issues = [_unborn(flow, broken)]
+        return [with_poison(issue, record) for issue in issues]
 
     return detector
 

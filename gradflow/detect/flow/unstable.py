@@ -11,7 +11,9 @@ import numpy as np
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
 from gradflow.detect.evidence import late, middle, total_gradient
 from gradflow.detect.flow.steps import thrown
-from gradflow.detect.knowledge import calm
+from gradflow.detect.knowledge import calm, guesses
+from gradflow.detect.updates.fast import overshooting, with_rate
+from gradflow.detect.updates.rate import too_high
 from gradflow.detect.view import Flow, flow_of
 from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
@@ -23,6 +25,8 @@ def unstable(
     restless: float = 3.0,
     restless_jump: float = 10.0,
     risen: float = 3.0,
+    climb: float = 10.0,
+    steep: float = 1e3,
     few_values: int = 2,
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of training that jumps.
@@ -34,8 +38,13 @@ def unstable(
     throughout, but of any two steps in a row the smaller one counts: a loss that has jumped away stays there,
     one bad batch does not. With an optimizer, where loss and gradient end, over where they started; and a
     parameter that one step threw to `restless_jump` times its size while its own gradient was `jump` times
-    what it is used to, in a run that has come to nothing. Apart from this, how many values each channel of a
-    batch norm averages over in training.
+    what it is used to, in a run that has come to nothing. Where the loss stays, the gradient's end over its
+    start and ‖gradient‖ ‖parameters‖ / |loss|; where it falls below zero, what it is of outputs four times as
+    large: a critic's is four times as low, one that pays for errors sixteen times. Apart from this, how many
+    values each channel of a batch norm averages over in training.
+
+    Where it jumps, or ends above its start, the account of updates tells whether the rate is too high, and by
+    about how much: see `gradflow.detect.updates.rate`.
 
     Why this is evidence: a step of plain or of momentum descent is proportional to the gradient, so a jump
     by an order of magnitude undoes many steps at once. The reference is the run's own, so the scale of the
@@ -58,6 +67,11 @@ def unstable(
         restless_jump: what `jump` is for a restless run: one order of magnitude.
         risen: how far above its start both loss and gradient must end. Training lowers the loss; batches vary
             by less.
+        climb: how far above its start the gradient must end where the loss does not rise, as it is bounded,
+            or falls below zero without end. In healthy runs it climbs by less, but for those that leave a
+            flat start, which are not steep.
+        steep: ‖gradient‖ ‖parameters‖ / |loss| from which the loss is steep: parameters that change by a
+            thousandth of their size change it by as much as it is. Fresh models have 1 to 100.
         few_values: values per channel up to which a batch norm is unstable by itself. Over two values its
             output is their sign, +1 and -1, whatever they are, and its gradient a spike where they are close.
     """
@@ -66,6 +80,10 @@ def unstable(
         flow = flow_of(record)
         found = _jumps(flow, cv_threshold, jump, restless, restless_jump) or _risen(flow, risen)
         found = found or thrown(flow, jump, restless_jump)
+        found = found or _climbing(flow, climb, steep) or _paid_for_errors(flow, climb)
+        misfit = too_high(record, jumps=bool(found))
+        if misfit is not None:
+            found = [with_rate(issue, misfit, record) for issue in found] or [overshooting(record, misfit)]
         return [*found, *_small_batch_norms(flow, few_values)]
 
     return detector
@@ -167,27 +185,77 @@ def _risen(flow: Flow, risen: float) -> list[Issue]:
     ratio = float(late(losses) / losses[0])
     if ratio < risen or late(norms) < risen * norms[0] or calm(record):
         return []
-    node = _layer_of_jump(flow, int(np.flatnonzero(known)[-1]))
+    told = (
+        f"The loss ends {ratio:.3g} times above where it started, and the gradient "
+        f"{late(norms) / norms[0]:.3g} times: the steps of the optimizer are too large."
+    )
+    issue = _of_the_run(flow, int(np.flatnonzero(known)[-1]), IssueSeverity.MEDIUM, told, ratio)
+    return [attrs.evolve(issue, metrics={**issue.metrics, "series": "loss", "step": 1})]
+
+
+def _climbing(flow: Flow, climb: float, steep: float) -> list[Issue]:
+    """A run whose steps only make its loss steeper: the gradient climbs, and the model learns nothing."""
+    record, gradient = flow.record, total_gradient(flow.record)
+    if not record.provenance.optimizer or not guesses(record) or not np.isfinite(gradient).all():
+        return []
+    size = math.sqrt(sum(late(p.norm) ** 2 for node in flow.layers for p in flow.trainable(node)))
+    ratio = late(gradient) / max(float(gradient[0]), 1e-300)
+    slope = late(gradient) * size / max(abs(late(record.losses)), 1e-300)
+    if len(gradient) < 5 or not (ratio >= climb and slope >= steep):
+        return []
+    told = (
+        f"The gradient ends {ratio:.3g} times above where it started, while the model still guesses: the "
+        f"loss is so steep that parameters which change by {1 / slope:.0e} of their size change it by as "
+        "much as it is. The steps of the optimizer pass over what they are to find."
+    )
+    return [_of_the_run(flow, len(gradient) - 1, IssueSeverity.MEDIUM, told, ratio, slope=slope)]
+
+
+def _paid_for_errors(flow: Flow, climb: float) -> list[Issue]:
+    """A run whose loss falls below zero without end, as it is the lower the more wrong its outputs are."""
+    record, known, gradient = flow.record, flow.record.knowledge, total_gradient(flow.record)
+    losses = record.losses
+    if known is None or not record.provenance.optimizer or not np.isfinite(losses).all() or len(losses) < 5:
+        return []
+    end = late(losses)
+    falls = end < 0 and -end >= climb * abs(losses[0]) and late(gradient) >= climb / 2 * gradient[0]
+    if not (falls and known.louder <= _FASTER * known.loss):
+        return []
+    told = (
+        f"The loss falls below zero without end, from {losses[0]:.3g} to {end:.3g}, and four times the "
+        f"outputs would bring it to {known.louder:.3g}: it is the lower the more wrong they are, and the "
+        "faster the further it has come."
+    )
+    ratio = abs(end) / max(abs(float(losses[0])), 1e-300)
+    issue = _of_the_run(flow, len(losses) - 1, IssueSeverity.HIGH, told, ratio, louder=known.louder)
+    return [attrs.evolve(issue, recommended_actions=_SIGNS)]
+
+
+_FASTER = 8.0  # four times the outputs make 4 of a loss that falls with them, 16 of one with their square
+_SIGNS = (
+    "Look for a sign in the loss: a square or a distance with a negative factor, divided by a mean that may "
+    "be negative (take .abs(), and a bound from below), or subtracted where it is to be added.",
+    "A term that may fall without end needs a bound: a margin, a clamp, or a weight that keeps it small.",
+)
+
+
+def _of_the_run(
+    flow: Flow, step: int, severity: IssueSeverity, told: str, ratio: float, **metrics: float
+) -> Issue:
+    """Return a verdict on a run as a whole, at the layer whose gradient is most out of its ordinary then."""
+    record, node = flow.record, _layer_of_jump(flow, step)
     layer = flow.layers[node] if node else None
-    return [
-        Issue(
-            layer=layer.name if layer else "",
-            layer_type=layer.type if layer else record.provenance.model or "model",
-            issue_type=IssueType.UNSTABLE,
-            severity=IssueSeverity.MEDIUM,
-            description=f"The loss ends {ratio:.3g} times above where it started, and the gradient "
-            f"{late(norms) / norms[0]:.3g} times: the steps of the optimizer are too large.",
-            magnitude=ratio,
-            recommended_actions=unstable_actions(flow, node, ratio),
-            metrics={
-                "ratio": ratio,
-                "series": "loss",
-                "step": 1,
-                "optimizer": record.provenance.optimizer,
-            },
-            evidence=Evidence(roles=Role.JUMPING),
-        )
-    ]
+    return Issue(
+        layer=layer.name if layer else "",
+        layer_type=layer.type if layer else record.provenance.model or "model",
+        issue_type=IssueType.UNSTABLE,
+        severity=severity,
+        description=told,
+        magnitude=ratio,
+        recommended_actions=unstable_actions(flow, node, ratio),
+        metrics={"ratio": ratio, "step": step, "optimizer": record.provenance.optimizer, **metrics},
+        evidence=Evidence(roles=Role.JUMPING),
+    )
 
 
 def _layer_of_jump(flow: Flow, step: int) -> str:

@@ -9,15 +9,17 @@ import attrs
 
 from gradflow.detect.actions import forgetful_actions, vanishing_actions
 from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
-from gradflow.detect.flow.ends import unheard
+from gradflow.detect.flow.ends.unheard import unheard
 from gradflow.detect.flow.readings.falls import falls_of, known
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.readings.zeros import zeros_of
-from gradflow.detect.knowledge import at_level
+from gradflow.detect.knowledge import AT_LEVEL, at_level, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 _SHAPES = ("view", "reshape", "expand", "transpose", "permute", "squeeze", "clone", "split", "select")
+_FEW_CALLS = 4  # of one module: more are steps of a loop
+_LATER = " Its later calls get what they should, so it learns, if nothing early is asked for."
 
 
 def vanishing(
@@ -47,10 +49,11 @@ def vanishing(
     operation that its input goes through. Where none does, the fall is reported where it shows most, in the
     part of the model that loses most.
 
-    Looks alike and is not: a branch beside a path that carries the gradient (zero or tiny gates, LayerScale);
-    the modest decay of a stack at PyTorch's default initialisation; the fall behind a pooling; a small last
-    layer (policy heads at gain 0.01); exact zeros, which are `dead`'s, unless they are what a decay comes to
-    where the format of the numbers ends.
+    Looks alike and is not: the first calls of a cell in a loop, whose last calls get what they should, while
+    the first are not lost in their sum (LOW); a branch beside a path that carries the gradient (zero or tiny
+    gates, LayerScale); the modest decay of a stack at PyTorch's default initialisation; the fall behind a
+    pooling; a small last layer (policy heads at gain 0.01); exact zeros, which are `dead`'s, unless they are
+    what a decay comes to where the format of the numbers ends.
 
     Args:
         threshold: what arrives, below which the verdict is at least MEDIUM whatever the kinds of layers, and
@@ -76,9 +79,10 @@ def vanishing(
         starved = _starved(against, plain, gone, threshold, share, local_share)
         fed = _best_upstream(flow, against)
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
+        starved = [_heard_later(s, against, threshold, share) for s in starved]
         found = [*_issues(flow, plain, starved, fed), *_forgetful(flow, threshold)]
-        if at_level(record):  # no more is to be learned, and hardly any gradient needed
-            found = [attrs.evolve(i, severity=min(i.severity, IssueSeverity.LOW)) for i in found]
+        if at_level(record):
+            found = [lowered(issue, AT_LEVEL) for issue in found]
         return [*found, *unheard(flow, leverage, share)]
 
     return detector
@@ -185,6 +189,20 @@ def _by_the_way(s: _Starved, fed: float, bypass: float) -> bool:
     return fed > bypass * s.share and (s.at_once or s.num_starved <= 2)
 
 
+def _heard_later(s: _Starved, against: Shares, threshold: float, share: float) -> _Starved:
+    """Return it LOW at most where other calls of its module get what they should, and it is not lost
+    in their sum.
+
+    A memory that fades within some tens of steps is as good as its task asks for: whether anything is asked
+    of the first steps, the gradient does not show.
+    """
+    layers = against.flow.layers
+    calls = [late(x) for n, x in against.share.items() if layers[n].module == layers[s.node].module]
+    most = max((c for c in calls if math.isfinite(c)), default=0.0)
+    heard = len(calls) > _FEW_CALLS and most >= share and s.share >= threshold * most
+    return attrs.evolve(s, severity=min(s.severity, IssueSeverity.LOW)) if heard else s
+
+
 def _severity(seen: float, arriving: float, threshold: float, share: float) -> IssueSeverity | None:
     """Worst of two scales: against the kinds of layers, and absolutely."""
     if not (seen > 0 and arriving >= 0):  # exact zeros and NaN are other illnesses
@@ -245,7 +263,7 @@ def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float, origin: s
         issue_type=IssueType.VANISHING,
         severity=s.severity,
         description=f"{arriving} of the gradient that enters the model at the loss arrives here, {share}: "
-        f"{how}.{trend}",
+        f"{how}.{trend}" + (_LATER if s.severity is IssueSeverity.LOW else ""),
         magnitude=s.arriving,
         recommended_actions=vanishing_actions(flow, s.node, absorber=s.absorber, per_layer=per_layer),
         metrics={

@@ -30,11 +30,11 @@ def stray_dropout(
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
-        for dropout in record.dropouts:
+        for dropout in record.parts.dropouts:
             if dropout.in_eval:
                 yield _in_eval(dropout)
         groups: dict[str, list[DropoutRecord]] = {}
-        for dropout in record.dropouts:
+        for dropout in record.parts.dropouts:
             groups.setdefault(re.sub(r"\d+", "*", dropout.name), []).append(dropout)
         for group in groups.values():
             yield from _larger(group, large, times, nearly_all)

@@ -35,8 +35,8 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
-        sights = [sight for sight in record.sights if not sight.whole]
-        model = next((sight for sight in record.sights if sight.whole), None)
+        sights = [sight for sight in record.parts.sights if not sight.whole]
+        model = next((sight for sight in record.parts.sights if sight.whole), None)
         if model is not None and model.future > leak:
             leaking = [s for s in sights if s.future > leak]
             for sight in _once(leaking, sights) or [model]:

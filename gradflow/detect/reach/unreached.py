@@ -80,6 +80,13 @@ def is_moved(flow: Flow, parameters: Collection[str]) -> bool:
     return bool(parts) and {p.parameter for p in parts} == set(parameters) and all(p.moved for p in parts)
 
 
+def is_copied(flow: Flow, parameters: Collection[str]) -> bool:
+    """Whether modules ran that are like the ones of all these parameters, which themselves did not."""
+    account = flow.record.reach
+    parts = [part for name in parameters for part in account.of(name)] if account is not None else []
+    return {p.parameter for p in parts if p.op == "copy"} == set(parameters)
+
+
 def loss_is_empty(flow: Flow) -> bool:
     """Whether the loss hands back nothing at all in every step, which no step of an optimizer ends."""
     account = flow.record.reach

@@ -4,7 +4,7 @@ May import what all detectors share; nothing here knows a `FlowRecord`.
 """
 
 from gradflow.detect.time.collapse import collapsing, dying, sharpening
-from gradflow.detect.time.growth import diverging, fading, growing
+from gradflow.detect.time.growth import diverging, growing, starving
 from gradflow.detect.time.plasticity import stiffening
 from gradflow.detect.time.series import TimeDetector
 
@@ -13,9 +13,9 @@ __all__ = [
     "collapsing",
     "diverging",
     "dying",
-    "fading",
     "growing",
     "sharpening",
+    "starving",
     "stiffening",
     "time_detectors",
 ]
@@ -28,4 +28,4 @@ def time_detectors() -> tuple[TimeDetector, ...]:
     >>> [issue for detector in time_detectors() for issue in detector(HistoryRecord.empty())]
     []
     """
-    return (diverging(), dying(), collapsing(), sharpening(), fading(), growing(), stiffening())
+    return (diverging(), dying(), collapsing(), sharpening(), starving(), growing(), stiffening())

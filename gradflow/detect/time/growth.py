@@ -92,7 +92,7 @@ def _largest_update(history: HistoryRecord, since: int) -> tuple[str, float]:
     return where, ratios[where]
 
 
-def fading(*, fallen: float = 1e3, least: float = 1e-4) -> TimeDetector:
+def starving(*, fallen: float = 1e3, least: float = 1e-4) -> TimeDetector:
     """Return the detector of layers whose part of the gradient falls away in the course of a training.
 
     Measured: a layer's `gradient_rms` over the largest of all layers at the same look, against the highest

@@ -168,7 +168,9 @@ Choice = Callable[[str], Callable[[str, Forward, tuple[Any, ...], dict[str, Any]
 
 
 @contextlib.contextmanager
-def led(modules: Mapping[str, nn.Module], lead: Choice) -> Iterator[None]:
+def led(
+    modules: Mapping[str, nn.Module], lead: Choice, strange: Callable[[nn.Module], None] = lambda module: None
+) -> Iterator[None]:
     """Have a function run the forwards of some modules, for the length of the context.
 
     A call is one frame deeper on Python's stack than without, and those of that function.
@@ -177,6 +179,7 @@ def led(modules: Mapping[str, nn.Module], lead: Choice) -> Iterator[None]:
         modules: by name.
         lead: from a module's name to the function that runs this call, as `run(name, forward, args, kwargs)`
             in the place of `forward(*args, **kwargs)`; None for `forward` itself.
+        strange: told of every call of another module of one of their classes.
 
     >>> net, calls = nn.Sequential(nn.Identity(), nn.Identity()), []
     >>> with led({"first": net[0]}, calls.append):
@@ -195,7 +198,7 @@ def led(modules: Mapping[str, nn.Module], lead: Choice) -> Iterator[None]:
                 continue
             if owner not in names:
                 names[owner] = {}
-                stack.enter_context(_on_class(lead, owner, names[owner]))
+                stack.enter_context(_on_class(lead, strange, owner, names[owner]))
             names[owner][id(module)] = name
         yield
 
@@ -212,17 +215,20 @@ def _definer(module: nn.Module) -> type | None:
 
 
 @contextlib.contextmanager
-def _on_class(lead: Choice, kind: type, names: dict[int, str]) -> Iterator[None]:
+def _on_class(
+    lead: Choice, strange: Callable[[nn.Module], None], kind: type, names: dict[int, str]
+) -> Iterator[None]:
     """Put a tap on a class; `names` tells the modules that it is meant for, by their ids."""
     forward: Forward = vars(kind)["forward"]
 
     @functools.wraps(forward)
     def tapped_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         name = names.get(id(self))
-        run = None if name is None else lead(name)
-        if run is None or name is None:
-            return forward(self, *args, **kwargs)
-        return run(name, types.MethodType(forward, self), args, kwargs)
+        if name is None:
+            strange(self)
+        elif (run := lead(name)) is not None:
+            return run(name, types.MethodType(forward, self), args, kwargs)
+        return forward(self, *args, **kwargs)
 
     setattr(kind, "forward", tapped_forward)  # noqa: B010 (a class of the user's declares no such attribute)
     try:

@@ -6,7 +6,7 @@ import collections
 import copy
 import inspect
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,21 +29,51 @@ def copy_optimizer(
     Raises:
         OptimizerMismatchError: if it is no optimizer, or holds none of the model's parameters.
     """
+    (copied,), _ = copy_training([optimizer], None, model, parameters)
+    return copied
+
+
+def copy_training(
+    optimizers: Sequence[Any], others: Any, model: nn.Module, parameters: Mapping[str, Tensor]
+) -> tuple[list[Any], Any]:
+    """Return copies of optimizers that hold the working copies, and of what holds those optimizers.
+
+    Args:
+        optimizers: on the model's parameters; they are left as they were.
+        others: what refers to them: schedulers, a scaler.
+        model: the model, whose parameters they hold.
+        parameters: working copies by qualified name.
+
+    Raises:
+        OptimizerMismatchError: if one is no optimizer, or holds none of the model's parameters; or if one of
+            `others` cannot be copied.
+    """
+    memo: dict[int, Any] = {id(p): parameters[name] for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        _check_holds_some(optimizer, memo)
+    copies = [_copied(optimizer, memo) for optimizer in optimizers]
+    try:
+        return copies, copy.deepcopy(others, memo)
+    except Exception as error:
+        raise OptimizerMismatchError(
+            f"a scheduler or scaler cannot be copied ({type(error).__name__}: {error}), and the run must not "
+            "move the one given. Leave it out; then the rates stay as they are."
+        ) from error
+
+
+def _check_holds_some(optimizer: Any, known: Mapping[int, Any]) -> None:
     if not isinstance(getattr(optimizer, "param_groups", None), list):
         raise OptimizerMismatchError(
             f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer. "
             "Pass the optimizer itself: `optimizer=torch.optim.Adam(model.parameters())`."
         )
-    memo: dict[int, Any] = {id(p): parameters[name] for name, p in model.named_parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    ours = [p for p in held if id(p) in memo]
-    if not ours:
+    if not any(id(p) in known for p in held):
         raise OptimizerMismatchError(
             f"none of the optimizer's {len(held)} parameters belongs to the model. It may have been built "
             "for another model, or before the model was replaced (a deep copy, say). "
             "Build it on this one: `torch.optim.Adam(model.parameters())`."
         )
-    return _copied(optimizer, memo)
 
 
 # NOTE [Copying an optimizer]
@@ -106,27 +136,33 @@ def _copied_or_shared(value: Any) -> Any:
         return value
 
 
-def optimized(optimizer: torch.optim.Optimizer, model: nn.Module) -> set[str]:
-    """Return the qualified names of the model's parameters that an optimizer steps."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+def optimized(optimizers: Iterable[torch.optim.Optimizer], model: nn.Module) -> set[str]:
+    """Return the qualified names of the model's parameters that optimizers step."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return {name for name, p in model.named_parameters() if id(p) in held}
 
 
-def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
+def learning_rates(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[float, ...]:
     """Return the learning rate of every parameter group."""
-    return tuple(float(group["lr"]) for group in optimizer.param_groups if "lr" in group)
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return tuple(float(group["lr"]) for group in groups if "lr" in group)
 
 
-def clip_gradients(gradients: Iterable[Tensor | None], max_norm: float) -> None:
+def clip_gradients(gradients: Iterable[Tensor | None], max_norm: float) -> Tensor | None:
     """Scale gradients, in place, so that their norm over all of them is at most `max_norm`.
 
     As `torch.nn.utils.clip_grad_norm_` does: by max_norm / (norm + 1e-6), where that is below 1.
+
+    Returns:
+        What they were multiplied by, of shape (); None where there are none.
     """
     known = [gradient.detach() for gradient in gradients if gradient is not None]
-    if known:
-        share = (max_norm / (torch.nn.utils.get_total_norm(known) + 1e-6)).clamp(max=1.0)
-        for gradient in known:
-            gradient.mul_(share.to(gradient.device))
+    if not known:
+        return None
+    share = (max_norm / (torch.nn.utils.get_total_norm(known) + 1e-6)).clamp(max=1.0)
+    for gradient in known:
+        gradient.mul_(share.to(gradient.device))
+    return share
 
 
 def update(

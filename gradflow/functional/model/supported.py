@@ -165,7 +165,7 @@ def distributed(model: nn.Module) -> list[DistributedDataParallel]:
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
-def standing_notes(model: nn.Module, optimizer: Any) -> Iterator[str]:
+def standing_notes(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[str]:
     """Yield what a reader must know of what is not run, not seen or not put back."""
     scripted = [name for name, module in model.named_modules() if is_scripted(module)]
     inside = {n for n in scripted for m in scripted if n != m and n.startswith(f"{m}." if m else "")}
@@ -188,7 +188,7 @@ def standing_notes(model: nn.Module, optimizer: Any) -> Iterator[str]:
             f"The hooks on {_names(hooked)} that run after a gradient was accumulated are not run: gradients "
             "are as such a hook is handed them."
         )
-    if has_step_hooks(optimizer):
+    for optimizer in filter(has_step_hooks, optimizers):
         yield (
             f"The step hooks of the {type(optimizer).__name__} are not run, since they may act on the model "
             "itself: the steps after the first are those of training without them."

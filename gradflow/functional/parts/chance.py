@@ -17,7 +17,7 @@ from torch import nn
 
 from gradflow.functional.measurement import Session
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.records import DropoutRecord
+from gradflow.records import DropoutRecord, PartsRecord
 
 _POSITION = {  # of the share and of `training` among the arguments of functions that drop
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), (1, 2)),
@@ -43,7 +43,7 @@ def chance() -> Chance:
     ...     def forward(self, x):
     ...         return nn.functional.dropout(super().forward(x), 0.3)
     >>> record = gf.analyze(Net(4, 4), [torch.randn(8, 4)], lambda y: y.square().mean())
-    >>> [(d.p, d.in_eval) for d in record.dropouts]
+    >>> [(d.p, d.in_eval) for d in record.parts.dropouts]
     [(0.3, True)]
     """
     return Chance()
@@ -98,15 +98,14 @@ class ChanceSession(Session):
     def fields(self) -> Mapping[str, Any]:
         """Return the records."""
         names = [*self._layers, *(name for name in self._in_eval if name not in self._layers)]
-        return {
-            "dropouts": tuple(
-                DropoutRecord(
-                    name=name, type=self._types.get(name, ""), in_eval=name in self._in_eval,
-                    p=self._layers.get(name, self._in_eval.get(name, 0.0)),
-                )
-                for name in names
+        dropouts = [
+            DropoutRecord(
+                name=name, type=self._types.get(name, ""), in_eval=name in self._in_eval,
+                p=self._layers.get(name, self._in_eval.get(name, 0.0)),
             )
-        }  # fmt: skip
+            for name in names
+        ]  # fmt: skip
+        return {"parts": PartsRecord(dropouts=dropouts)}
 
 
 def _dropped(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:

@@ -1,9 +1,9 @@
-"""`parts`: the measurement of blocks, norm layers, matrices and equal slices, at looks."""
+"""`parts`: the measurement of blocks, norm layers, matrices, equal slices and divisions, at looks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -16,11 +16,20 @@ from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.parts.blocks import siblings
 from gradflow.functional.parts.matrices import as_drawn, is_fused, thirds
 from gradflow.functional.parts.norms import epsilon_of, variance
+from gradflow.functional.parts.quotients import Quotients
 from gradflow.functional.parts.skips import passes
 from gradflow.functional.parts.twins import Twins, apart, twins
 from gradflow.functional.tap.calls import Call, version
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.records import BlockRecord, Floats, MatrixRecord, NormRecord, PartsRecord, TwinsRecord
+from gradflow.records import (
+    BlockRecord,
+    Floats,
+    MatrixRecord,
+    NormRecord,
+    PartsRecord,
+    QuotientRecord,
+    TwinsRecord,
+)
 
 
 @attrs.frozen
@@ -37,7 +46,8 @@ def parts() -> Parts:
 
     Of blocks that a model repeats, what each keeps of its input and adds to it; of norm layers, what they
     add to the variance, and the variance; of weight matrices, the size of fused parts, and whether slices
-    are equal to the bit. The record has it as `record.parts`.
+    are equal to the bit; of divisions, divisors that are nothing beside their like. The record has it as
+    `record.parts`.
 
     >>> import gradflow as gf
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -64,6 +74,8 @@ class PartsSession(Session):
         self._twins: list[TwinsRecord] = []
         self._drawn: dict[str, tuple[float, float]] = {}
         self._passes: dict[str, bool | None] = {}
+        self._quotients: list[QuotientRecord] = []
+        self._divided: Quotients | None = None
         self._forget()
 
     def listens(self, *, end: bool) -> bool:
@@ -83,7 +95,7 @@ class PartsSession(Session):
     def begin(self, step: int, recorder: Recorder) -> None:
         """Look at the parameters."""
         self._forget()
-        self._step = step
+        self._step, self._divided = step, Quotients(recorder)
         for name, (module, _) in self._norms.items() if not self._steps else ():
             if isinstance(gain := getattr(module, "weight", None), Tensor) and gain.numel():
                 self._numbers["gain", name] = torch.stack([gain.detach().min(), gain.detach().max()])
@@ -118,6 +130,12 @@ class PartsSession(Session):
         self._numbers["growth", call.module] = y.norm() / x.norm()
         self._numbers["added", call.module] = (y - x).square().mean().sqrt()
 
+    def function(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[Any], None] | None:
+        """Hear of divisions."""
+        return None if self._divided is None else self._divided.hear(func, args, kwargs)
+
     def differentiate(self, loss: Tensor) -> None:
         """Take the gradients of parameters whose slices are equal: does the first step tell them apart?"""
         if self._suspects:
@@ -142,6 +160,7 @@ class PartsSession(Session):
         read = dict(zip(self._numbers, _read(list(self._numbers.values())), strict=True))
         self._drawn |= {name: (value[0], value[1]) for (what, name), value in read.items() if what == "drawn"}
         self._looks.append(read)
+        self._quotients, self._divided = self._divided.read() if self._divided else [], None
         self._forget()
 
     def fields(self) -> Mapping[str, Any]:
@@ -175,6 +194,7 @@ class PartsSession(Session):
                 ],
                 matrices=matrices,
                 twins=self._twins,
+                quotients=self._quotients,
             )
         }  # fmt: skip
 

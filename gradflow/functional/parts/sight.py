@@ -24,7 +24,7 @@ from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.parts.texts import Texts, tells_order
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.records import SightRecord
+from gradflow.records import PartsRecord, SightRecord
 
 _ATTENTION = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward", "softmax"})
 
@@ -41,14 +41,14 @@ class Sight:
 def sight() -> Sight:
     """Return the measurement of what each attention lets its outputs see: `analyze` takes it in every run.
 
-    The record has it as `record.sights`, one for every module with self-attention, and one for the whole
+    The record has it as `record.parts.sights`, one for every module with self-attention, one for the whole
     model where its targets are its own inputs shifted by one.
 
     >>> import gradflow as gf
     >>> _ = torch.manual_seed(0)
     >>> model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     >>> record = gf.analyze(model, [torch.randn(2, 5, 8, requires_grad=True)], lambda y: y.square().mean())
-    >>> [(s.name, 0.2 < s.future < 0.9) for s in record.sights]
+    >>> [(s.name, 0.2 < s.future < 0.9) for s in record.parts.sights]
     [('self_attn', True)]
     """
     return Sight()
@@ -158,7 +158,7 @@ class SightSession(Session):
 
     def fields(self) -> Mapping[str, Any]:
         """Return the records."""
-        return {"sights": self._records or ()}
+        return {"parts": PartsRecord(sights=self._records or ())}
 
 
 def _mixes(call: Call) -> bool:

@@ -44,12 +44,14 @@ class Wires:
         cuts: by layer call, the operation that cuts its output off, and the node that takes it; "" where
             nobody takes it.
         modules: by qualified name.
+        copied: names of modules that are like one that ran and is no part of the model.
     """
 
     idle: Collection[str]
     called: Collection[str]
     cuts: Mapping[str, tuple[str, str]]
     modules: Mapping[str, nn.Module]
+    copied: Collection[str] = ()
 
 
 @attrs.define(eq=False)
@@ -200,7 +202,7 @@ class ReachFindings:
         """Return why no path leads to a parameter: nobody ran its module, or something cuts it off."""
         layer = owner(name, wires.modules)
         if layer in wires.idle or (layer not in wires.called and layer in wires.modules and layer):
-            return Blame(Reason.NOT_CALLED)
+            return Blame(Reason.NOT_CALLED, op="copy" if layer in wires.copied else "")
         op, at = wires.cuts.get(layer, ("", ""))
         return Blame(Reason.CUT, at=at, layer_at=layer, op=op)
 

@@ -159,16 +159,16 @@ def build(
     inputs: Callable[[], Mapping[str, Tensor]],
     before: Structure | None = None,
 ) -> Structure:
-    """Return the contracted graph of the step that ended in `loss`.
+    """Return the contracted graph of the step that ended in `loss`: the loss alone, where it has no graph.
 
     Args:
-        loss: the step's loss, with its graph.
+        loss: the step's loss, with its graph, if it has one.
         recorder: the recorder of that (structural) step.
         parameters: working parameters by qualified name.
         inputs: gives the tensors of the batch by name; asked only if the graph holds a leaf of another kind.
         before: the structure of an earlier step, which most often is the same.
     """
-    nodes = topological(loss.grad_fn)
+    nodes = [] if loss.grad_fn is None else topological(loss.grad_fn)
     if before is not None and (same := before.again(loss, nodes, recorder.calls)) is not None:
         return same
     windows = Windows(recorder.calls)
@@ -190,7 +190,8 @@ def build(
     layers |= set(structure.groups)
     for node in leaves:
         _place_leaf(node, structure, names, input_names, layers)
-    structure.edges[(structure.group_of[loss.grad_fn], end)] = None
+    if nodes:
+        structure.edges[(structure.group_of[loss.grad_fn], end)] = None
     for source, target, _, _ in boundaries(structure):
         structure.edges[(source, target)] = None
     _attach_parameters(structure, names)

@@ -28,6 +28,7 @@ Source = tuple[str, str]
 Taint = dict[Source, str]
 
 _READS = frozenset(("item", "tolist", "numpy", "__float__", "__int__", "__bool__", "__index__", "__array__"))
+_COPIES = frozenset(("__deepcopy__", "clone", "detach", "__get__", "requires_grad_"))  # compute nothing
 
 
 class DataFlow(Listener):
@@ -44,12 +45,16 @@ class DataFlow(Listener):
         self.edges: dict[tuple[int, Source], str] = {}  # (target call, source) -> reason
         self.joins: list[tuple[Any, Source, str]] = []  # (autograd node, source, reason)
         self.read: dict[Source, str] = {}  # source -> the read (`item`, ...) that took its values out
+        self.lost: Taint = {}  # of the loss, where it has no graph
+        self.behind: dict[str, str] = {}  # layer -> one without parameters behind it, whose output is cut
+        self.leaves: set[int] = set()  # ids of the leaves that functions outside of layers without parts took
         self.shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
 
     def begin(self, step: int, recorder: Recorder) -> None:
         """Start the step, or start it again."""
         self._recorder = recorder
-        self._taints, self.edges, self.joins, self.read = {}, {}, [], {}
+        self._taints, self.edges, self.joins, self.read, self.lost = {}, {}, [], {}, {}
+        self.leaves, self.behind = set(), {}
         for name, tensor in self._inputs.items():
             self._mark(tensor, {("input", name): ""})
 
@@ -71,9 +76,18 @@ class DataFlow(Listener):
         """Return what a tensor would taint an output with, if `reason` cut it there."""
         assert self._recorder is not None
         taint = dict(self.taint(tensor))
+        calls = self._recorder.calls
         for index in source_calls(tensor):
-            taint.setdefault(("layer", self._recorder.calls[index].name), reason)
+            taint.setdefault(("layer", calls[index].name), reason)
+            if not self._has_parameters(calls[index]):
+                for other in source_calls(tensor, past=lambda call: not self._has_parameters(calls[call])):
+                    if self._has_parameters(calls[other]):
+                        self.behind.setdefault(calls[other].name, calls[index].name)
         return taint
+
+    def _has_parameters(self, call: Call) -> bool:
+        assert self._recorder is not None
+        return any(True for _ in self._recorder.model.modules[call.module].parameters())
 
     # ----------------------------------------------------------------- layer calls
 
@@ -92,6 +106,10 @@ class DataFlow(Listener):
         for tensor in iter_tensors(output):
             if not tensor.requires_grad:
                 self._mark(tensor, {("layer", call.name): "" if call.grad_enabled else _grad_mode()})
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Note what a loss without a graph was computed from."""
+        self.lost = self.taint(loss) if loss.grad_fn is None else {}
 
     # ------------------------------------------------------------------- functions
 
@@ -112,18 +130,19 @@ class DataFlow(Listener):
         assert self._recorder is not None
         shape_only = name.endswith("_as") and len(args) > 1  # `view_as(x)` takes a shape of x, no values
         inputs = list(iter_tensors((args[:1], kwargs) if shape_only else (args, kwargs)))
+        if name not in _COPIES:
+            self.leaves.update(id(t) for t in inputs if t.requires_grad and t.grad_fn is None)
         if name in _READS:
             for tensor in inputs:
                 for origin in self._sources(tensor, name):
                     self.read[origin] = name.strip("_")
             return
         for tensor in iter_tensors(args[0] if name == "__setitem__" else out):
-            if tensor.requires_grad:
-                if tensor.grad_fn is not None:
-                    for source in inputs:
-                        if not source.requires_grad:
-                            for origin, reason in self.taint(source).items():
-                                self.joins.append((tensor.grad_fn, origin, reason))
+            if tensor.grad_fn is not None:
+                for source in inputs:
+                    if source.grad_fn is None:  # a leaf that was told to require a gradient included
+                        for origin, reason in self.taint(source).items():
+                            self.joins.append((tensor.grad_fn, origin, reason))
                 continue
             taint = dict(self.taint(tensor))  # one that was written to has it already
             for source in inputs:

@@ -38,7 +38,7 @@ def plainly_summed(structure: Structure) -> tuple[int, ...]:
     for source, target in structure.edges:
         into.setdefault(target, []).append(source)
     outputs: dict[str, tuple[int, ...]] = {}
-    todo = list(into[structure.loss])
+    todo = list(into.get(structure.loss, ()))
     while todo:
         group = structure.groups[todo.pop()]
         if group.kind == "layer" or (group.kind == "op" and group.order < end):

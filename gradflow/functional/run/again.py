@@ -54,7 +54,7 @@ def traced(run: Run, request: Request, row: Row) -> Row:
             listeners=(tracer,), inspect=certify,
         )  # fmt: skip
         outcome = run_step(program, closely)
-        again = run.history.read(outcome, look=True, parameters_moved=run.plan.optimizer is not None)
+        again = run.history.read(outcome, look=True, parameters_moved=bool(run.plan.loop.optimizers))
     return again if _is_same(run, request.step, row.loss, again.loss) else row
 
 
@@ -68,9 +68,23 @@ def summed_exactly(run: Run, request: Request, row: Row) -> Row:
         return row
     with request.before.again(program):
         plainly = attrs.evolve(request, first=False, structural=False, full=False, ranks=False, listeners=())
-        outcome, moved = run_step(program, plainly), run.plan.optimizer is not None
+        outcome, moved = run_step(program, plainly), bool(run.plan.loop.optimizers)
         exact = run.history.read(outcome, look=request.look, parameters_moved=moved)
     return exact if _is_same(run, request.step, row.loss, exact.loss) else row
+
+
+def unscaled(run: Run, request: Request, row: Row) -> Row:
+    """Run a step again as it is without the scale of the loss, which may be all that made it overflow."""
+    program = run.program
+    if program.learned.reentrant:
+        return row
+    with request.before.again(program):
+        plainly = attrs.evolve(
+            request, first=False, structural=False, full=False, ranks=False, listeners=(), scale=1.0
+        )
+        outcome = run_step(program, plainly)
+        plain = run.history.read(outcome, look=request.look, parameters_moved=True)
+    return plain if _is_same(run, request.step, row.loss, plain.loss) else row
 
 
 def heard_in_eval(run: Run, request: Request) -> None:
@@ -143,8 +157,8 @@ def _other_loss(step: int, loss: float, again: float) -> str | None:
 def learn_reach(run: Run, outcome: Outcome, dataflow: DataFlow) -> None:
     """Keep what the graph of the first step shows beside the parameters."""
     structure, given = outcome.structure, run.program.given
-    optimizer = run.plan.optimizer
-    held = [p for group in optimizer.param_groups for p in group["params"]] if optimizer else []
+    groups = [group for optimizer in run.plan.loop.optimizers for group in optimizer.param_groups]
+    held = [p for group in groups for p in group["params"]]
     known = {id(p) for module in given.modules for p in module.parameters()}
     foreign = structure.foreign if structure is not None else []
     outside = outside_records(foreign, given.model, known, {id(p) for p in held})
@@ -188,7 +202,7 @@ class Closer:
     def look(self, run: Run, outcome: Outcome) -> None:
         """Find out why gradient did not arrive, where it did not; the step's graph is kept for that."""
         structure, program = outcome.structure, run.program
-        if structure is not None and structure.root is not None and run.reach.is_open:
+        if structure is not None and structure.nodes and run.reach.is_open:
             inputs = program.given.inputs_of(self.request.batch)
             with program.state.swapped():  # a checkpoint calls the model again
                 run.reach.look(self.request.step, structure, self.origins, inputs)

@@ -176,8 +176,7 @@ class History:
         lasting = self._lasting(outcome, look, content.moved)
         arrived = (size for size in outcome.gradients.outputs if size is not None)
         scalars = [outcome.loss, *arrived, *(observation.value for observation in noted), *risen.values()]
-        exact = self.exact_first and not self.rows
-        scalars += [_number(kind, tensor, exact) for kind, _, tensor in lasting]
+        scalars += [_number(kind, x, self.exact_first and not self.rows) for kind, _, x in lasting]
         form = self._same_form(outcome.recorder, content)
         if form is None or noted or risen or look:
             return self._read_anew(outcome.recorder, content, scalars, noted, risen, lasting)

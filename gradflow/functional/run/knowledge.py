@@ -3,11 +3,13 @@
 NOTE [Guesses]
 A guess has everything of an output but the knowledge which sample it belongs to. `shuffled` gives each
 sample the output of another one, so it is as sure, as large and as varied as the model is; `averaged` gives
-all the mean; `silent` gives zeros. Several outputs (two views, an image and its text) are shuffled each in
-its own way. The rows are samples where there are enough of them, else samples and positions together. The
-order is drawn from a generator of its own, so that no random state of the user's moves. A loss that needs the
-graph of its outputs (a gradient penalty, a residual of a differential equation) cannot be asked, nor one that
-the model computes.
+all the mean; `silent` gives zeros. Where the loss is below zero, it is asked as well of outputs that are
+four times as large; above zero there may be probabilities among them, which would be none, and some losses
+refuse those. Several outputs (two views, an image and its text) are shuffled each in its own way. The rows
+are samples where there are enough of them, else samples and positions together. The order is drawn from a
+generator of its own, so that no random state of the user's moves. A loss that needs the graph of its
+outputs (a gradient penalty, a residual of a differential equation) cannot be asked, nor one that the model
+computes.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.step import Request
 from gradflow.records import KnowledgeRecord
 
+_LOUDER = 4.0
 _FEW = 8  # samples below which positions are shuffled as well
 _LOG = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         with torch.no_grad(), program.state.swapped(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             guesses = [loss_of(change) for change in (shuffled, averaged, torch.zeros_like)]
+            louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
     except Exception as error:  # a loss that takes nothing but the model's own outputs
         _LOG.debug("the loss cannot be asked of guesses: %r", error)
         return None
@@ -77,6 +81,7 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         shuffled=guesses[0],
         averaged=guesses[1],
         silent=guesses[2],
+        louder=louder,
         num_samples=rows.number,
         shapes=[tuple(part.shape) for part in parts],
         variations=[_variation(part.reshape(rows.number, -1)) for part in parts],

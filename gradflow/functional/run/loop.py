@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import attrs
-import torch
-from torch import Tensor
 
 from gradflow.errors import ModelInputError, ModelNotCalledError
 from gradflow.functional.measurement import Session
-from gradflow.functional.model.batches import detached_loss
 from gradflow.functional.model.layers import ancestors, owner
-from gradflow.functional.model.optimizers import clip_gradients, update
 from gradflow.functional.model.supported import check_stage_loss
 from gradflow.functional.reverse.autograd_graph import entered
 from gradflow.functional.reverse.dataflow import DataFlow
@@ -27,39 +23,49 @@ from gradflow.functional.run.again import (
     looked_again,
     summed_exactly,
     traced,
+    unscaled,
 )
 from gradflow.functional.run.knowledge import knowledge
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.record import assembled, conclude
 from gradflow.functional.run.run import Run
-from gradflow.functional.run.step import Outcome, Request, evaluated, run_step
+from gradflow.functional.run.step import Outcome, Request, run_step
+from gradflow.functional.run.training.curves import Ends, bent
+from gradflow.functional.run.training.stepper import Stepper
+from gradflow.functional.updates.log import UpdateLog
 from gradflow.records import FlowRecord
 
 
-def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimizer | None) -> FlowRecord:
+def run_plan(
+    run: Run, draw: Callable[[int], Any], make_stepper: Callable[[UpdateLog], Stepper] | None
+) -> FlowRecord:
     """Run the steps that the plan asks for, and return the record.
 
     Args:
         run: at its beginning.
         draw: step → the next batch, or None at the end.
-        optimizer: steps the working parameters; None leaves them as they are.
+        make_stepper: makes what steps the working parameters; None leaves them as they are.
     """
     program, plan, history = run.program, run.plan, run.history
+    stepper = None if make_stepper is None else make_stepper(run.updates)
     request: Request | None = None
-    skipped, output = 0, None
+    first: Request | None = None
+    output = None
     for step in range(plan.steps):
         with program.state.swapped():  # closures that run the model see the parameters of this step
             batch = draw(step)
             program.state.keep_buffers()
         if batch is None:
             break
-        request = _request(run, step, batch)
+        request = _request(run, step, batch, scale=1.0 if stepper is None else stepper.loss_scale)
+        first = request if first is None and stepper is not None else first
         closer = closer_look(run, request)
         request = request if closer is None else closer.request
         if program.learned.reentrant:
             program.taps.sum_exactly()  # its steps are not run again where a fast sum fails
         outcome = _first_step(run, request) if step == 0 else _step(run, request)
-        row = history.read(outcome, look=request.look, parameters_moved=optimizer is not None)
+        row = history.read(outcome, look=request.look, parameters_moved=stepper is not None)
+        overflown = request.scale != 1.0 and not row.finite and not outcome.gradients.finite
         follow_reach(run, outcome, row, look=request.look)
         if closer is not None:
             closer.look(run, outcome)
@@ -68,6 +74,8 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
         if request.look or history.settling:
             program.learned.follow(history.unsettled_rectifiers())
         run.graph.add(step, outcome)
+        if not row.finite and request.scale != 1.0:
+            row = unscaled(run, request, row)
         if not row.finite:
             row = traced(run, request, row)
         elif history.in_doubt:
@@ -76,26 +84,33 @@ def run_plan(run: Run, draw: Callable[[int], Any], optimizer: torch.optim.Optimi
         output = outcome.output
         if outcome.structure is not None:
             outcome.structure.release()
-        if optimizer is not None and step < plan.steps - 1:
-            if row.finite:
-                _update(run, optimizer, outcome, request)
-            else:
-                skipped += 1
+        if stepper is not None and not plan.is_last(step):
+            stepper.after(program, request, outcome, finite=row.finite and not overflown, end=plan.end)
         del outcome  # frees its gradients before the next step
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
     if request is not None:
         looked_again(run, request)
         heard_in_eval(run, request)
-    conclude(run, skipped)
+    conclude(run)
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
     record = assembled(run, known)
-    if plan.deepen is not None and request is not None and plan.detail == "cheap" and plan.deepen(record):
-        return deepened(run, request, record)
-    return record
+    if request is None:
+        return record
+    if plan.deepen is not None and plan.detail == "cheap" and plan.deepen(record):
+        record = deepened(run, request, record)
+    if first is None or stepper is None or make_stepper is None or not _asks_for_curves(run, record):
+        return record
+    return bent(run, Ends(first, request, stepper, lambda: make_stepper(UpdateLog())), record)
 
 
-def _request(run: Run, step: int, batch: Any) -> Request:
+def _asks_for_curves(run: Run, record: FlowRecord) -> bool:
+    """Whether to measure how the loss bends along an update: a session asks for it, or what was seen does."""
+    asked = any(session.wants_curvature() for session in run.sessions)
+    return asked or (run.plan.bend is not None and run.plan.bend(record))
+
+
+def _request(run: Run, step: int, batch: Any, *, scale: float) -> Request:
     """Return what the plan asks of a step."""
     plan, fused = run.plan, run.transform == "fused"
     look, first = plan.is_look(step), step == 0
@@ -108,6 +123,7 @@ def _request(run: Run, step: int, batch: Any) -> Request:
         structural=first and fused,
         look=look,
         full=plan.detail == "full" and fused,
+        scale=scale if fused else 1.0,
         ranks=plan.is_end(step),
         listeners=_listening(run, step) if look and fused else (),
         keep_output=fused and not run.program.given.own_loss and plan.is_last(step),
@@ -144,7 +160,7 @@ def _first_step(run: Run, request: Request) -> Outcome:
         request.before.restore(program)
     _check_first(run, shown)
     _end(run.sessions)
-    run.graph.learn(shown, dataflow)
+    run.graph.learn(shown, dataflow, program.state.parameters)
     if run.graph.summed:
         check_stage_loss(program.given.model)
     if vjp:
@@ -167,7 +183,7 @@ def _shown(program: Program, request: Request) -> tuple[Outcome, DataFlow]:
         program.taps.look_for_hooks()
         dataflow = DataFlow(program.given.inputs_of(request.batch))
         outcome = run_step(program, attrs.evolve(request, listeners=(dataflow, *request.listeners)))
-        promoted = _promoted(program, outcome)
+        promoted = _promoted(program, outcome, dataflow.leaves)
         new = set() if outcome.structure is None else entered(outcome.structure) - program.taps.entered
         if not promoted and (not new or program.learned.reentrant):
             return outcome, dataflow
@@ -182,14 +198,21 @@ def _end(sessions: Iterable[Session]) -> None:
         session.end()
 
 
-def _promoted(program: Program, outcome: Outcome) -> set[str]:
-    """Return modules that use a never-called child's parameters although they are no layers themselves."""
-    taps = program.taps
+def _promoted(program: Program, outcome: Outcome, taken: Collection[int]) -> set[str]:
+    """Return modules that use a never-called child's parameters although they are no layers themselves.
+
+    Args:
+        program: with its taps.
+        outcome: of a step; a parameter that has a gradient is used.
+        taken: ids of the parameters that functions took, which tell it where none has a gradient.
+    """
+    taps, gradients = program.taps, outcome.gradients
     called = {call.module for call in outcome.recorder.calls}
     promoted: set[str] = set()
-    for name, gradient in outcome.gradients.parameters.items():
-        module = owner(name, taps.modules)
-        if gradient is None or module in called or name not in program.state.parameters:
+    for name, gradient in gradients.parameters.items():
+        module, parameter = owner(name, taps.modules), program.state.parameters.get(name)
+        used = gradient is not None or (gradients.are_none and id(parameter) in taken)
+        if not used or module in called or parameter is None:
             continue
         above = next((a for a in ancestors(module) if a in called), None)
         if above is not None and above not in taps.layer_names:
@@ -199,15 +222,19 @@ def _promoted(program: Program, outcome: Outcome) -> set[str]:
 
 def _check_first(run: Run, outcome: Outcome) -> None:
     """Raise if the first step shows that there is nothing to measure."""
-    if not any(call.is_layer for call in outcome.recorder.calls):
-        model = run.program.given.model
+    if not outcome.recorder.calls:
+        model, copied = run.program.given.model, sorted(run.program.taps.copied())
+        seen = (
+            f" Modules that are like {', '.join(name or 'the model itself' for name in copied[:3])}, and are "
+            "no part of it, were called: a copy has parameters of its own, whose gradients do not come back."
+            if copied
+            else ""
+        )
         raise ModelNotCalledError(
-            f"no layer of {type(model).__name__} was called in the first step. The function "
+            f"no layer of {type(model).__name__} was called in the first step.{seen} The function "
             "given must call this very model (a copy or another instance does not count): "
             "`lambda model, step: model(x)`."
         )
-    if all(gradient is None for gradient in outcome.gradients.parameters.values()):
-        raise detached_loss()
 
 
 def _check_not_held(program: Program) -> None:
@@ -234,25 +261,3 @@ def _captured(run: Run) -> set[str]:
             break
         chosen.add(call.name)
     return chosen
-
-
-def _update(run: Run, optimizer: torch.optim.Optimizer, outcome: Outcome, request: Request) -> None:
-    """Step the working parameters; an optimizer's closure evaluates the loss without taps."""
-    given, state, clip = run.program.given, run.program.state, run.plan.clip
-    trainable = state.trainable
-
-    def clipped(gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-        if clip is not None:
-            clip_gradients((gradients[name] for name in trainable if name in state.parameters), clip)
-        return gradients
-
-    def again() -> Tensor:
-        with state.swapped():
-            loss, _ = evaluated(given, request)
-            gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-        for name, gradient in clipped(dict(zip(trainable, gradients, strict=True))).items():
-            trainable[name].grad = gradient
-        return loss.detach()
-
-    gradients = clipped({name: outcome.gradients.parameters[name] for name in trainable})
-    update(optimizer, trainable, gradients, again, outcome.loss)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from gradflow.errors import NoTrainableParametersError
-from gradflow.functional.model.optimizers import copy_optimizer
 from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
@@ -19,9 +18,11 @@ from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
 from gradflow.functional.run.program import Given, Program, WorkingState
 from gradflow.functional.run.run import Plan, Run
+from gradflow.functional.run.training.stepper import Stepper
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.tap.taps import tapped
 from gradflow.functional.torch_private import outside_transforms, transforms
+from gradflow.functional.updates.log import UpdateLog
 from gradflow.records import FlowRecord
 
 
@@ -72,12 +73,13 @@ def _measured(
     reach = ReachFindings(state.trainable, state.originals)
     history = History(state.parameters, taps, plan.closely)
     run = Run(program, plan, transform, reason, sessions, history, reach)
-    optimizer = None
-    if plan.optimizer is not None:
+
+    def make_stepper(log: UpdateLog) -> Stepper:
         both = _Both.of(given.model, given.loss_module)
-        optimizer = copy_optimizer(plan.optimizer, both, state.every_parameter)
+        return Stepper.of(plan.loop, both, state.every_parameter, log)
+
     with tapped(taps):
-        return run_plan(run, draw, optimizer)
+        return run_plan(run, draw, make_stepper if plan.loop.optimizers else None)
 
 
 class _Both(nn.Module):

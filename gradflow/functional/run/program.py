@@ -39,6 +39,7 @@ class Given:
         inputs_of: batch → the model's input tensors by name.
         functions: of the user's that `loss_of` calls.
         own_loss: whether the output holds the loss already, since the model computes it.
+        draws_itself: whether `forward` draws its own data, and is handed no batch.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Given:
     inputs_of: Callable[[Any], Tensors]
     functions: tuple[Any, ...] = ()
     own_loss: bool = False
+    draws_itself: bool = False
 
     @property
     def modules(self) -> list[nn.Module]:

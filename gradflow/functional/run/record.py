@@ -17,18 +17,19 @@ from gradflow.functional.reach.findings import Wires
 from gradflow.functional.run.assembly import activation_records, layer_records, parameter_records
 from gradflow.functional.run.history import series
 from gradflow.functional.run.run import Run
-from gradflow.records import FlowRecord, KnowledgeRecord, Provenance
+from gradflow.records import FlowRecord, KnowledgeRecord, Provenance, UpdatesRecord
 
 
-def conclude(run: Run, skipped: int) -> None:
+def conclude(run: Run) -> None:
     """Note what a reader must know, and where the gradient was seen to arrive."""
     unprobed, history, held = run.program.taps.unprobed, run.history, run.program.learned.held
     history.merge_peaks()
     note = run.findings.note
-    if skipped:
+    if skipped := run.updates.num_skipped:
+        why = "so that the steps after them could still be measured"
         note(
-            f"{skipped} updates with a non-finite loss or gradient were skipped, so that the steps after "
-            "them could still be measured."
+            f"{skipped} updates with a non-finite loss or gradient were skipped, "
+            f"{why if run.plan.loop.scaler is None else 'as the scaler has it'}."
         )
     for name in sorted(unprobed):
         note(
@@ -45,7 +46,7 @@ def conclude(run: Run, skipped: int) -> None:
                 "of it is kept on an attribute or used by a derivative that the model takes, or its output "
                 "is of an unknown class). It is no part of the output gradient measured there."
             )
-    if held and run.plan.optimizer is not None:
+    if held and run.plan.loop.optimizers:
         note(
             f"{', '.join(map(repr, held))}: used past the module as well (a list, a closure or the loss "
             "holds the parameter itself), where it stays as it is while copies are stepped."
@@ -64,14 +65,15 @@ def assembled(run: Run, knowledge: KnowledgeRecord | None) -> FlowRecord:
     reached = series(history, "pgrad")
     never: dict[str, bool] = {}  # by module that was never called: whether a parameter of it is used
     for name, module in owners.items():
-        used = name in reached
+        used = name in reached or name in run.graph.taken
         user = module
         if module not in called:
             user = next((a for a in ancestors(module) if a in called), "") if used else module
         owned.setdefault(user, []).append(name)
         if module not in called and parameters[name].requires_grad:
             never[module] = never.get(module, False) or used
-    chosen = optimized(plan.optimizer, run.program.given.model) if plan.optimizer is not None else None
+    optimizers = plan.loop.optimizers
+    chosen = optimized(optimizers, run.program.given.model) if optimizers else None
     idle = [name for name, used in never.items() if not used]
     found = measured(run.sessions)
     return FlowRecord(
@@ -88,8 +90,17 @@ def assembled(run: Run, knowledge: KnowledgeRecord | None) -> FlowRecord:
         provenance=_provenance(run, found.notes, found.found),
         extras=found.extras,
         knowledge=knowledge,
+        updates=_updates(run, owners) if optimizers else None,
         **found.fields,
     )
+
+
+def _updates(run: Run, owners: dict[str, str]) -> UpdatesRecord:
+    """Return what the optimizers did."""
+    given = run.program.given
+    known = [p for module in given.modules for p in module.parameters()]
+    every = {**owners, **dict.fromkeys(run.program.state.loss_parameters, "")}
+    return run.updates.record(len(run.history.rows), every, run.plan.loop.optimizers, known)
 
 
 def _wires(run: Run, idle: Collection[str]) -> Wires:
@@ -105,7 +116,8 @@ def _wires(run: Run, idle: Collection[str]) -> Wires:
         if call is not None and cut.reason:
             cuts.setdefault(call.module, (cut.reason, cut.target))
     called = {call.module for call in run.history.calls.values()}
-    return Wires(idle, called, cuts, run.program.taps.modules)
+    taps = run.program.taps
+    return Wires(idle, called, cuts, taps.modules, taps.copied())
 
 
 def _version() -> str:
@@ -118,7 +130,7 @@ def _version() -> str:
 def _provenance(run: Run, said: tuple[str, ...], chosen: tuple[str, ...]) -> Provenance:
     model, plan, steps = run.program.given.model, run.plan, len(run.history.rows)
     parameters = list(run.program.state.parameters.values())
-    notes = [*run.findings.notes, *standing_notes(model, plan.optimizer)]
+    notes = [*run.findings.notes, *standing_notes(model, plan.loop.optimizers)]
     if run.graph.summed:
         notes.append(
             f"The loss is the plain sum or mean of an output of shape {run.graph.summed}: its elements all "
@@ -158,9 +170,10 @@ def _provenance(run: Run, said: tuple[str, ...], chosen: tuple[str, ...]) -> Pro
         transform_reason=run.transform_reason,
         mode=plan.mode,
         detail=plan.detail,
-        optimizer=type(plan.optimizer).__name__ if plan.optimizer is not None else "",
-        clip=None if plan.clip is None else float(plan.clip),
-        learning_rates=learning_rates(plan.optimizer) if plan.optimizer is not None else (),
+        optimizer=plan.loop.name,
+        clip=None if plan.loop.clip is None else float(plan.loop.clip),
+        loop=plan.loop.described(),
+        learning_rates=learning_rates(plan.loop.optimizers),
         notes=notes,
         chosen=chosen,
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import attrs
+import torch
 from torch import Tensor
 
 from gradflow.functional.model.state import Tensors
+from gradflow.functional.model.trees import summable
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.reverse import (
     Flows,
@@ -36,6 +38,16 @@ class Gradients:
     outputs: list[Tensor | None]
     flows: Flows | None = None
 
+    @property
+    def are_none(self) -> bool:
+        """Whether no path leads to any parameter."""
+        return all(gradient is None for gradient in self.parameters.values())
+
+    @property
+    def finite(self) -> bool:
+        """Whether every gradient of a parameter is finite."""
+        return all(bool(torch.isfinite(summable(g)).all()) for g in self.parameters.values() if g is not None)
+
 
 def reverse_pass(
     program: Program,
@@ -46,6 +58,7 @@ def reverse_pass(
     full: bool = False,
     ranks: bool = False,
     keep: bool = False,
+    scale: float = 1.0,
 ) -> Gradients:
     """Differentiate the loss of a step.
 
@@ -57,6 +70,7 @@ def reverse_pass(
         full: measure the flow on every edge.
         ranks: and the effective rank of every layer's output gradient.
         keep: leave the autograd graph as it is, so that it can be walked again.
+        scale: of the loss while it is differentiated; what is returned is unscaled.
 
     Raises:
         ReentrantCheckpoint: if the step must be run again, with `backward()` for its reverse pass.
@@ -86,10 +100,20 @@ def reverse_pass(
             gradients = [flows.leaves.get(id(p)) for p in (*trainable.values(), *held.values())]
             outputs = [flows.probes.get(id(site)) for site in recorder.sites]
     else:
-        found = fused(loss, leaves, retain_graph=keep)
+        # In a short dtype the scale itself may overflow, as it does where a scaler multiplies the loss.
+        cotangent = None if scale == 1.0 else torch.full_like(loss, scale, dtype=torch.float64).to(loss.dtype)
+        found = fused(loss, leaves, cotangent=cotangent, retain_graph=keep)
         _check_flat(recorder, trainable, len(leaves) - len(held))
         gradients, outputs = found[:number], _outputs(recorder, found[number:])
+        if scale != 1.0:
+            gradients = [None if g is None else g / scale for g in gradients]
+            outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
     return Gradients(_by_name(trainable, held, gradients), outputs, flows)
+
+
+def _unscaled(found: Tensor, scale: float) -> Tensor:
+    """Return a magnitude without the loss's scale; see NOTE [Exact and fast] in tap/probes.py."""
+    return found / scale if found.dtype == torch.float64 else found / scale / scale
 
 
 def _outputs(recorder: Recorder, found: Sequence[Tensor | None]) -> list[Tensor | None]:

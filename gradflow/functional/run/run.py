@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import attrs
-import torch
 
 from gradflow.errors import ModelInputError
 from gradflow.functional.extras import check_names
@@ -18,6 +16,8 @@ from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.graph.findings import GraphFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.program import Program
+from gradflow.functional.run.training.options import Loop
+from gradflow.functional.updates.log import UpdateLog
 from gradflow.records import FlowRecord, NumericalRecord
 
 Progress = Callable[[int, int], None]
@@ -35,18 +35,6 @@ def _callable(plan: Plan, field: attrs.Attribute[Any], value: Any) -> None:
         shown = {"progress": "`lambda done, steps: ...`", "deepen": "`lambda record: True`"}[field.name]
         raise ModelInputError(
             f"{field.name} is {value!r:.100}, which cannot be called. Pass a function, {shown}, or None."
-        )
-
-
-def _a_norm(plan: Plan, field: attrs.Attribute[float | None], value: float | None) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{field.name} must be a positive number, the norm to clip to, got {value!r}.")
-    if plan.optimizer is None:
-        raise ValueError(
-            f"{field.name}={value!r} says how updates are clipped, and there is no optimizer: "
-            "pass `optimizer=` as well, or leave it out."
         )
 
 
@@ -84,26 +72,28 @@ class Plan:
     See `analyze` for the meaning of each.
 
     Args:
+        loop: what the training loop does between two batches.
+        bend: if it returns True for the record, how the loss bends along an update is measured.
         num_batches: how many there are, if that is known.
         closely: whether to ask what needs more than the pass itself: at which numbers gradient arrived and
             why not at others, and what every run measures of the model's parts.
 
     Raises:
-        ValueError: if `steps`, `clip`, `seed`, `mode`, `detail` or `transform` has a value not allowed.
+        ValueError: if `steps`, `seed`, `mode`, `detail` or `transform` has a value not allowed.
         ModelInputError: if `measurements` holds what is no measurement, or `progress` or `deepen` cannot be
             called.
         MeasurementError: if a name that one declares is taken.
     """
 
     steps: int = attrs.field(default=20, converter=_num_steps)
-    optimizer: torch.optim.Optimizer | None = None
-    clip: float | None = attrs.field(default=None, validator=_a_norm)
+    loop: Loop = attrs.field(factory=Loop)
     seed: int | None = attrs.field(default=None, converter=attrs.converters.optional(checked_seed))
     mode: str = attrs.field(default="train", validator=_one_of("train", "eval", "keep"))
     detail: str = attrs.field(default="cheap", validator=_one_of("cheap", "full"))
     transform: str = attrs.field(default="auto", validator=_one_of("auto", "fused", "vjp"))
     progress: Progress | None = attrs.field(default=None, validator=_callable)
     deepen: Callable[[FlowRecord], bool] | None = attrs.field(default=None, validator=_callable)
+    bend: Callable[[FlowRecord], bool] | None = None
     measurements: tuple[Measurement, ...] = attrs.field(default=(), converter=_measurements)
     num_batches: int | None = None
     closely: bool = True
@@ -118,7 +108,12 @@ class Plan:
 
     def is_last(self, step: int) -> bool:
         """Whether a step is the last, as far as that is known."""
-        return step == (self.steps if self.num_batches is None else min(self.steps, self.num_batches)) - 1
+        return step == self.end - 1
+
+    @property
+    def end(self) -> int:
+        """How many steps there are, as far as that is known."""
+        return self.steps if self.num_batches is None else min(self.steps, self.num_batches)
 
 
 _MAX_TRACES = 3  # a NaN that comes back in every step is traced no more often than this
@@ -160,6 +155,7 @@ class Run:
         reach: at which numbers gradient has arrived.
         graph: what they have shown of the graph.
         findings: what else was found.
+        updates: what the optimizer did.
     """
 
     program: Program
@@ -171,3 +167,4 @@ class Run:
     reach: ReachFindings
     graph: GraphFindings = attrs.field(factory=GraphFindings)
     findings: Findings = attrs.field(factory=Findings)
+    updates: UpdateLog = attrs.field(factory=UpdateLog)

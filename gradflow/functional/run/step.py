@@ -44,6 +44,8 @@ class Request:
         inspect: called with the loss and the graph between the forward and the reverse pass (fused only).
         keep_output: keep the model's output in the outcome (fused only).
         keep: the autograd graph outlives the reverse pass, so that it can be walked (fused only).
+        scale: what the loss is multiplied by before it is differentiated, and gradients are divided by
+            afterwards (fused only, where the flow on every edge is not measured).
     """
 
     batch: Any
@@ -59,6 +61,7 @@ class Request:
     inspect: Callable[[Tensor, Structure | None], None] | None = None
     keep_output: bool = False
     keep: bool = False
+    scale: float = 1.0
 
 
 @attrs.frozen(eq=False)
@@ -156,7 +159,7 @@ def _fused_step(program: Program, request: Request) -> Outcome:
         )
         recorder.start_backward()
         structure = None
-        if recorder.asked.structural and loss.grad_fn is not None:
+        if recorder.asked.structural:
             structure = build(
                 loss,
                 recorder,
@@ -180,7 +183,7 @@ def _reverse(
     try:
         return reverse_pass(
             program, recorder, loss, structure, full=request.full, ranks=request.ranks,
-            keep=request.keep,
+            keep=request.keep, scale=request.scale,
         )  # fmt: skip
     except ReentrantCheckpoint:
         raise

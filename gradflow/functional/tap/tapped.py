@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from gradflow.functional.tap.recorder import Recorder
 
 
+Likeness = tuple[type[nn.Module], tuple[tuple[str, tuple[int, ...]], ...]]
+
+
+def likeness(module: nn.Module) -> Likeness:
+    """Return what a module has in common with its copies: its class, and its parameters' names and shapes."""
+    return type(module), tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+
+
 @attrs.define(eq=False)
 class TappedModel:
     """The modules of a model under taps, for as long as it is measured.
@@ -39,6 +47,7 @@ class TappedModel:
     hooked: bool = False  # whether there are hooks on tensors, as far as was seen
     known: list[Call] = attrs.field(factory=list)  # the calls of the last ordinary step
     recorder: Recorder | None = None  # of the step that is running
+    _strangers: set[Likeness] = attrs.field(factory=set)  # of modules that ran and are not the model's
     _pool: list[Tensor] = attrs.field(factory=list)  # slots, used again in every step
 
     def __attrs_post_init__(self) -> None:
@@ -92,6 +101,17 @@ class TappedModel:
     def saw_hook(self) -> None:
         """Hear that a hook is put on a tensor."""
         self.hooked = True
+
+    def saw_stranger(self, module: nn.Module) -> None:
+        """Hear that a module ran in a step that is no part of the model."""
+        first = self.recorder is not None and self.recorder.asked.structural
+        if first and not any(module is own for own in self.modules.values()):
+            self._strangers.add(likeness(module))
+
+    def copied(self) -> set[str]:
+        """Return the names of the modules with parameters of which a like one ran that is not the model's."""
+        alike = {name: likeness(module) for name, module in self.modules.items()} if self._strangers else {}
+        return {name for name, own in alike.items() if own[1] and own in self._strangers}
 
     def sum_exactly(self) -> None:
         """Measure every magnitude exactly in the next step, until precisions are chosen anew."""

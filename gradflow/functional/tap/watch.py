@@ -199,11 +199,21 @@ def _bounds(found: tuple[str, str], args: Any, kwargs: Any) -> Bounds | None:
     return Bounds("bounded", low, high) if plain else None
 
 
-def source_calls(x: Tensor) -> list[int]:
-    """Return the layer calls whose outputs feed `x` through functional operations, by autograd's graph."""
+def source_calls(x: Tensor, past: Callable[[int], bool] = lambda call: False) -> list[int]:
+    """Return the layer calls whose outputs feed `x` through functional operations, by autograd's graph.
+
+    Args:
+        x: the tensor.
+        past: whether to go on past a layer call, to those before it.
+    """
     if not isinstance(x, Tensor) or x.grad_fn is None:
         return []
-    sites = map(site_of, nodes_under([x.grad_fn], stops=lambda node: site_of(node) is not None))
+
+    def stops(node: Any) -> bool:
+        site = site_of(node)
+        return site is not None and not past(site.call)
+
+    sites = map(site_of, nodes_under([x.grad_fn], stops=stops))
     return sorted({site.call for site in sites if site is not None})
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradflow.detect import detect, exploding
-from gradflow.records import FlowRecord, IssueSeverity, Role
+from gradflow.records import FlowRecord, IssueSeverity, KnowledgeRecord, Role
 from tests.detect.builders import Layer, activation, flow_record
 from tests.detect.flow.test_vanishing import scaled
 
@@ -26,6 +26,17 @@ def test_layers_that_amplify_are_named() -> None:
     found = seen(growing(4, 113.0))
     assert set(found) == {"fc1", "fc2", "fc3"}  # what goes through fc0 is not seen: nothing is before it
     assert found["fc2"] is IssueSeverity.CRITICAL
+
+
+@pytest.mark.parametrize("loss", [0.1, 20.0])
+@pytest.mark.parametrize("growth", [2.2, 4.0])
+def test_growth_of_no_great_extent_in_a_model_that_came_knowing(loss: float, growth: float) -> None:
+    record, known = growing(8, growth), KnowledgeRecord(step=7, loss=loss, shuffled=28.0, silent=68.0)
+    record = attrs.evolve(record, losses=np.full(record.steps, loss), knowledge=known)
+    excused = loss == 0.1 and growth == 2.2
+    assert max(seen(record).values()) == (
+        IssueSeverity.LOW if excused else max(seen(growing(8, growth)).values())
+    )
 
 
 def test_uniform_growth_below_the_threshold_of_a_layer_adds_up() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gradflow.detect import detect, unstable
 from gradflow.detect.flow.unstable import rises, total_gradient
-from gradflow.records import FlowRecord, IssueSeverity
+from gradflow.records import FlowRecord, IssueSeverity, KnowledgeRecord
 from tests.detect.builders import Layer, flow_record
 
 STEPS = 20
@@ -33,6 +33,16 @@ def spiked(height: float, *at: int) -> np.ndarray:
 
 def test_rare_spikes_are_found_at_the_layer_nearest_the_loss() -> None:
     assert seen(run(spiked(1e4, 7, 13))) == {"b": IssueSeverity.HIGH}
+
+
+@pytest.mark.parametrize(("zeros_cost", "severity"), [(20.0, IssueSeverity.LOW), (4.0, IssueSeverity.MEDIUM)])
+def test_a_critic_whose_values_hardly_vary_jumps_about_little_of_their_level(
+    zeros_cost: float, severity: IssueSeverity
+) -> None:
+    """An agent's values: near 5 in every state, with errors of a tenth, and in some batches of one."""
+    known = KnowledgeRecord(step=19, loss=0.01, shuffled=0.02, averaged=0.02, silent=zeros_cost)
+    losses = np.where(np.isin(np.arange(STEPS), [7, 13]), 1.0, 0.01)
+    assert seen(run(spiked(60.0, 7, 13), losses=losses, knowledge=known)) == {"b": severity}
 
 
 def test_a_run_that_jumps_away_at_once() -> None:

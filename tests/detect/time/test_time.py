@@ -13,9 +13,9 @@ from gradflow.detect.time import (
     collapsing,
     diverging,
     dying,
-    fading,
     growing,
     sharpening,
+    starving,
     stiffening,
     time_detectors,
 )
@@ -214,14 +214,14 @@ def test_a_gradient_that_falls_away() -> None:
         "gradient_rms/b": turn(0.1, 1e-8),
         "gradient_rms/c": np.ones(LOOKS),
     }
-    issue = only(fading(), series)
+    issue = only(starving(), series)
     assert (issue.layer, issue.issue_type) == ("b", IssueType.VANISHING)
     assert issue.metrics["num_layers"] == 2
     assert not issues(
-        fading(), {**series, "gradient_rms/a": np.full(LOOKS, 1e-9), "gradient_rms/b": np.ones(LOOKS)}
+        starving(), {**series, "gradient_rms/a": np.full(LOOKS, 1e-9), "gradient_rms/b": np.ones(LOOKS)}
     )
     scaled = {name: 1e-6 * np.asarray(values) for name, values in series.items()}
-    assert only(fading(), {**scaled, "loss": STUCK}).layer == "b", "the scale of the loss changes nothing"
+    assert only(starving(), {**scaled, "loss": STUCK}).layer == "b", "the scale of the loss changes nothing"
 
 
 def test_weights_that_grow_and_do_not_stop() -> None:

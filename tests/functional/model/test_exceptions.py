@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,12 @@ def test_a_closure_that_calls_another_model() -> None:
         ModelNotCalledError, match=r"no layer of Linear was called .*must call this very model"
     ):
         analyze_custom(linear(), lambda model, step: other(X), mean_square)
+
+
+def test_a_closure_that_calls_a_copy() -> None:
+    seen = r"no layer of Linear was called .* like the model itself, and are no part of it, were called"
+    with pytest.raises(ModelNotCalledError, match=seen):
+        analyze_custom(linear(), lambda model, step: copy.deepcopy(model)(X), mean_square)
 
 
 def test_custom_forwards_take_a_function_and_a_loss_of_one_argument() -> None:

@@ -55,8 +55,8 @@ def record_of(model: nn.Module, **options: object) -> FlowRecord:
 )
 def test_what_drops_in_eval_mode(way: str, expected: list[tuple[str, float]]) -> None:
     record = record_of(Net(way))
-    assert [(d.name, d.p) for d in record.dropouts if d.in_eval] == expected
-    assert [(d.name, d.p) for d in record.dropouts if not d.in_eval] == [("drop", 0.2)]
+    assert [(d.name, d.p) for d in record.parts.dropouts if d.in_eval] == expected
+    assert [(d.name, d.p) for d in record.parts.dropouts if not d.in_eval] == [("drop", 0.2)]
 
 
 @pytest.mark.parametrize("way", ["layer", "always", "raises"])
@@ -87,4 +87,7 @@ def test_a_layer_that_stays_in_train_mode_is_seen_if_functions_drop_elsewhere() 
 
     model = Net("told")
     model.norm = nn.Sequential(nn.BatchNorm1d(6), Stubborn(0.1))  # type: ignore[assignment]
-    assert [(d.name, d.in_eval) for d in record_of(model).dropouts] == [("drop", False), ("norm.1", True)]
+    assert [(d.name, d.in_eval) for d in record_of(model).parts.dropouts] == [
+        ("drop", False),
+        ("norm.1", True),
+    ]

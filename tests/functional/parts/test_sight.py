@@ -85,21 +85,21 @@ def record_of(model: nn.Module, batch: Callable[[], Any] = text, loss: Any = nex
 @pytest.mark.parametrize("kind", [Written, Fused, Ready])
 def test_causal_attention_sees_exactly_nothing_later(kind: Any) -> None:
     record = record_of(Language(kind(True), kind(True)))
-    assert [s.future for s in record.sights] == [0.0, 0.0, 0.0]
-    assert [s.whole for s in record.sights] == [False, False, True]
+    assert [s.future for s in record.parts.sights] == [0.0, 0.0, 0.0]
+    assert [s.whole for s in record.parts.sights] == [False, False, True]
 
 
 @pytest.mark.parametrize("kind", [Written, Fused, Ready])
 def test_a_leak_has_the_size_of_the_rest(kind: Any) -> None:
-    first, second, model = record_of(Language(kind(True), kind(False))).sights
+    first, second, model = record_of(Language(kind(True), kind(False))).parts.sights
     assert first.future == 0.0
     assert 0.3 < second.future < 0.95
     assert 0.1 < model.future < 0.95
 
 
 def test_a_finite_mask_counts_as_well() -> None:
-    assert record_of(Language(Written(True, -1e4), Written(True, -1e9))).sights[0].future == 0.0
-    assert record_of(Language(Written(True, -3.0))).sights[0].future > 0.01  # hides next to nothing
+    assert record_of(Language(Written(True, -1e4), Written(True, -1e9))).parts.sights[0].future == 0.0
+    assert record_of(Language(Written(True, -3.0))).parts.sights[0].future > 0.01  # hides next to nothing
 
 
 def test_the_share_is_that_of_the_whole_jacobian() -> None:
@@ -123,7 +123,7 @@ def test_the_share_is_that_of_the_whole_jacobian() -> None:
             return self.module(x)
 
     record = record_of(Model(), lambda: x.clone().requires_grad_(), lambda y: y.square().mean())
-    assert record.sights[0].future == pytest.approx(math.sqrt(float(expected)), rel=1e-4)
+    assert record.parts.sights[0].future == pytest.approx(math.sqrt(float(expected)), rel=1e-4)
 
 
 def padded() -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -135,13 +135,13 @@ def padded() -> tuple[tuple[Tensor, Tensor], Tensor]:
 @pytest.mark.parametrize("kind", [Written, Ready])
 def test_padding_is_known_from_a_mask_and_hidden_by_it(kind: Any) -> None:
     record = record_of(Language(kind(False)), padded)
-    assert record.sights[0].padding == 0.0
-    assert record.sights[0].padding_told
+    assert record.parts.sights[0].padding == 0.0
+    assert record.parts.sights[0].padding_told
 
 
 def test_a_mask_that_is_not_applied_lets_padding_be_seen() -> None:
     record = record_of(Language(Fused(False)), padded)
-    assert record.sights[0].padding > 0.1
+    assert record.parts.sights[0].padding > 0.1
 
 
 def test_padding_is_known_from_the_embedding_too() -> None:
@@ -149,10 +149,10 @@ def test_padding_is_known_from_the_embedding_too() -> None:
         (words, _), target = padded()
         return words, target
 
-    (sight, *_) = record_of(Language(Written(False), padding=0), batch).sights
+    (sight, *_) = record_of(Language(Written(False), padding=0), batch).parts.sights
     assert sight.padding > 0.1
     assert not sight.padding_told
-    assert math.isnan(record_of(Language(Written(False)), batch).sights[0].padding)
+    assert math.isnan(record_of(Language(Written(False)), batch).parts.sights[0].padding)
 
 
 def test_targets_that_are_not_the_next_words_are_not_taken_for_them() -> None:
@@ -160,12 +160,12 @@ def test_targets_that_are_not_the_next_words_are_not_taken_for_them() -> None:
         words, _ = text()
         return words, words
 
-    assert [s.name for s in record_of(Language(Written(False)), same).sights] == ["attentions.0"]
+    assert [s.name for s in record_of(Language(Written(False)), same).parts.sights] == ["attentions.0"]
 
     def alike() -> tuple[Tensor, Tensor]:  # one word over and over: next and same cannot be told apart
         return torch.ones(4, TIME, dtype=torch.long), torch.ones(4, TIME, dtype=torch.long)
 
-    assert [s.name for s in record_of(Language(Written(False)), alike).sights] == ["attentions.0"]
+    assert [s.name for s in record_of(Language(Written(False)), alike).parts.sights] == ["attentions.0"]
 
 
 def test_targets_that_were_cut_or_filled_up_are_known() -> None:
@@ -178,7 +178,7 @@ def test_targets_that_were_cut_or_filled_up_are_known() -> None:
         return next_word(scores, target)
 
     for loss in (cut, filled):
-        assert record_of(Language(Written(False)), text, loss).sights[-1].whole
+        assert record_of(Language(Written(False)), text, loss).parts.sights[-1].whole
 
 
 def test_nothing_is_held_of_a_step() -> None:
@@ -194,6 +194,6 @@ def test_whether_order_is_told_shows_in_equal_tokens() -> None:
             x = self.embed(tokens) + places
             return self.head(x + self.attentions[0](x))
 
-    assert record_of(Placed(Written(False))).sights[-1].ordered
-    assert record_of(Language(Written(True))).sights[-1].ordered  # a mask tells the order as well
-    assert not record_of(Language(Written(False))).sights[-1].ordered
+    assert record_of(Placed(Written(False))).parts.sights[-1].ordered
+    assert record_of(Language(Written(True))).parts.sights[-1].ordered  # a mask tells the order as well
+    assert not record_of(Language(Written(False))).parts.sights[-1].ordered

@@ -32,6 +32,17 @@ def test_two_samples_are_swapped_and_averaged() -> None:
     assert found.variations == pytest.approx((naive,), rel=1e-5)
 
 
+def test_a_loss_below_zero_is_asked_of_louder_outputs_too() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2), torch.randn(5, 3)
+    out = model(x).detach()
+    square = known(model, x, lambda y: -y.square().mean())
+    assert square.louder == pytest.approx(16 * square.loss, rel=1e-5)  # closed form
+    mixed = known(model, x, lambda y: y.mean() - (y - 1).square().sum())
+    assert mixed.louder == pytest.approx(float(4 * out.mean() - (4 * out - 1).square().sum()), rel=1e-5)
+    assert math.isnan(known(model, x, lambda y: y.square().mean()).louder)
+
+
 @pytest.mark.parametrize("number", [3, 8, 50])
 def test_a_model_that_knows_pays_for_each_sample_that_is_shuffled(number: int) -> None:
     """Every target is another one, and each output is right: shuffled, all are wrong."""

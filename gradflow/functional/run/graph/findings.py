@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import attrs
+from torch import Tensor
 
 from gradflow.functional.reverse.autograd_graph import Structure, bypassed, capturable
 from gradflow.functional.reverse.dataflow import DataFlow
@@ -27,10 +28,13 @@ class GraphFindings:
     capturable: set[str] = attrs.field(factory=set)  # names of calls; see `autograd_graph.capturable`
     arrived: set[str] = attrs.field(factory=set)  # names of calls at whose output a gradient was seen
     flows: list[HostFlows] = attrs.field(factory=list)
+    taken: set[str] = attrs.field(factory=set)  # parameters that ran, where none has a gradient
     summed: tuple[int, ...] = ()  # see `plainly_summed`; of the first step
 
-    def learn(self, outcome: Outcome, dataflow: DataFlow) -> None:
+    def learn(self, outcome: Outcome, dataflow: DataFlow, parameters: Mapping[str, Tensor]) -> None:
         """Keep what the first step showed of the graph and the data flow."""
+        if outcome.gradients.are_none:
+            self.taken = {name for name, parameter in parameters.items() if id(parameter) in dataflow.leaves}
         structure, self.calls = outcome.structure, outcome.recorder.calls
         self.dataflow = dataflow
         self.severed = cuts(dataflow, structure, self.calls)

@@ -98,6 +98,9 @@ def cuts(dataflow: DataFlow, structure: Structure | None, calls: Sequence[Call])
         target = structure.group_of.get(node) if structure is not None else None
         if target is not None:
             note(origin, target, reason)
+    if structure is not None:
+        for origin, reason in dataflow.lost.items():
+            note(origin, structure.loss, reason)
     return list(found.values())
 
 
@@ -266,6 +269,10 @@ def _why(group: Group, severed: Sequence[Cut], dataflow: DataFlow) -> str:
         return f"its values were read out with {read}, which ends the gradient"
     if call is not None and not call.grad_enabled:
         return "it ran under no_grad"
+    behind = dataflow.behind.get(call.name) if call is not None else None
+    ends = ", ".join(f"{cut.reason} before {cut.target}" for cut in severed if cut.source == behind)
+    if ends:
+        return f"it goes on without its gradient behind {behind}: {ends}"
     if any(cut.source == group.name for cut in severed):
         return "nothing in it or before it requires a gradient"
     return "its output does not lead to the loss"

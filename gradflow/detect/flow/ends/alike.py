@@ -1,0 +1,223 @@
+"""Outputs that are all alike: zero for every sample, or the same for all of them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gradflow.detect.actions import Actions
+from gradflow.detect.evidence import (
+    early,
+    heads,
+    kept_at_least,
+    last_layers,
+    late,
+    shares,
+)
+from gradflow.detect.knowledge import guesses
+from gradflow.detect.view import Flow
+from gradflow.records import (
+    Evidence,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    KnowledgeRecord,
+    Role,
+)
+
+
+def silenced(flow: Flow) -> list[Issue]:
+    """Heads of a model whose outputs are exactly zero for all samples, and which get no gradient any more.
+
+    The last activation is off everywhere, and the loss costs what zeros cost.
+    """
+    known = flow.record.knowledge
+    if known is None or not known.scales or max(known.scales) > 0 or not guesses(flow.record):
+        return []
+    if not flow.record.provenance.optimizer:  # a start from zero ends with the first step
+        return []
+    found = []
+    for module, node in {flow.layers[n].module: n for n in reversed(last_layers(flow))}.items():
+        layer = flow.layers[node]
+        wanted = [p for p in flow.trainable(node) if p.reached.any()]
+        if not wanted or late(layer.output_rms) == 0:
+            continue
+        zero = [np.nan_to_num(p.grad_norm) == 0 for p in wanted]
+        if not all(z[-1] and z.mean() >= 0.8 for z in zero):  # a rare sample may still pass
+            continue
+        ops = ", ".join(dict.fromkeys(flow.wiring.ops_after(node)))
+        found.append(
+            Issue(
+                layer=module,
+                layer_type=layer.type,
+                issue_type=IssueType.DEAD,
+                severity=IssueSeverity.HIGH,
+                description="What comes out of the model is exactly zero for every sample, though its own "
+                f"output has rms {late(layer.output_rms):.3g}: what follows it ({ops or 'an activation'}) is "
+                f"off, so no gradient comes back, and the loss is the {known.silent:.3g} that zeros cost.",
+                magnitude=float(sum(p.num_elements for p in wanted)),
+                recommended_actions=(
+                    f"Let what follows {module or 'the model'} pass something below zero as well (softplus, "
+                    "a leaky rectifier), or start its bias above zero.",
+                    "Weigh less what drives the outputs to zero: a penalty on their size, weight decay.",
+                ),
+                metrics={"why": "silent output", "silent_loss": known.silent},
+                evidence=Evidence(roles=Role.BLOCKING, developed=bool(np.any(wanted[0].grad_norm > 0))),
+            )
+        )
+    return found
+
+
+def collapsed(flow: Flow, alike: float) -> list[Issue]:
+    """Two outputs that are compared with each other and are the same for all samples: a collapsed embedding.
+
+    Where a model makes its own targets (two views, a teacher), giving the same for every input meets the loss
+    and teaches nothing: the loss of a constant output is no larger than that of the model. Seen in the
+    outputs of the last step, and in the first step's layers already; where the variation rises within the
+    run, the model is about to learn.
+
+    Args:
+        flow: the record along its wiring.
+        alike: largest part of the outputs that differs between samples.
+    """
+    known = flow.record.knowledge
+    if known is None or not known.averaged <= known.loss + 1e-3 * abs(known.loss):
+        return []
+    rows = [(s, v) for s, v in zip(known.shapes, known.variations, strict=True) if len(s) > 1 and s[-1] > 1]
+    same = [v for s, v in rows if sum(s == other for other, _ in rows) >= 2]
+    if len(known.shapes) == 1 and _compares_samples(known):
+        same = [*known.variations] * 2
+    elif guesses(flow.record) and _agree(known):
+        alike *= 2  # what differs between samples is of no use to the loss
+    if len(same) < 2 or not max(same) < alike:
+        return []
+    last = max(heads(flow), key=lambda node: flow.layers[node].order, default="")
+    lost = _first_alike(flow, alike) or ((last, 1.0) if last else None)
+    if lost is None:
+        return []
+    layer, before = flow.layers[lost[0]], lost[1]
+    now, first = late(layer.output_variation), early(layer.output_variation)
+    if now > 1.5 * first:
+        return []
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.BOTTLENECK,
+            severity=IssueSeverity.HIGH,
+            description=f"What comes out is the same for all samples: only {now:.1e} of its output differs "
+            f"between them, after {before:.2g} before, and {max(same):.1e} of the outputs that the loss "
+            f"compares. With the same output for all samples the loss is {known.averaged:.3g}, no more than "
+            f"the {known.loss:.3g} of the model: it is met without telling one input from another.",
+            magnitude=now,
+            recommended_actions=_alike_actions(layer.name),
+            metrics={"variation": now, "variation_before": before, "constant_loss": known.averaged},
+        )
+    ]
+
+
+def constant(flow: Flow, same: float) -> list[Issue]:
+    """The layer from which on a model gives the same for every sample, although what enters it differs.
+
+    What picks, masks or normalises in front of it gives the same whatever comes in: one code of a codebook
+    for all, an average over the samples. Left to others where the gradient is starved, units are silent or
+    saturated, or weights are still zero: there the same comes of another illness, or of a start by design.
+
+    Args:
+        flow: the record along its wiring.
+        same: largest part of the outputs that differs between samples. Rounding leaves 1e-7; the outputs of
+            healthy models have 4e-3 and more, fresh deep ones included.
+    """
+    known = flow.record.knowledge
+    if known is None or known.num_samples < 4 or not math.isclose(known.averaged, known.loss, rel_tol=1e-3):
+        return []
+    outputs = [v for v, size in zip(known.variations, known.scales, strict=True) if size > 0]
+    lost = _first_alike(flow, 10 * same) if outputs and max(outputs) <= same else None
+    if lost is None or _is_another_illness(flow, lost[0]):
+        return []
+    layer, before = flow.layers[lost[0]], lost[1]
+    now = late(layer.output_variation)
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.BOTTLENECK,
+            severity=IssueSeverity.HIGH,
+            description=f"The model gives the same for every sample: only {max(outputs):.1e} of its outputs "
+            f"differs between them. What tells them apart is lost in front of this layer: {now:.1e} of its "
+            f"output differs, of what comes before up to {before:.0%}. The loss is what a constant costs, "
+            f"{known.averaged:.3g}.",
+            magnitude=max(outputs),
+            recommended_actions=_constant_actions(flow, lost[0]),
+            metrics={"variation": now, "variation_before": before, "constant_loss": known.averaged},
+        )
+    ]
+
+
+def _is_another_illness(flow: Flow, node: str) -> bool:
+    """Whether the same is given for all samples for a reason that another detector tells, or at the start."""
+    upstream = {node, *flow.wiring.upstream(node)}
+    weights = [p for n in upstream if n in flow.layers for p in flow.trainable(n) if len(p.shape) > 1]
+    if any(late(p.norm) == 0 or not np.any(p.grad_norm > 0) for p in weights):
+        return True
+    kept = shares(flow, kept_at_least(flow)).share
+    if any(late(kept[n]) < 1e-3 for n in upstream if n in kept):
+        return True
+    shut = (late(a.saturated_share) >= 0.5 or a.never_fired >= 0.9 for a in flow.record.activations)
+    return any(shut)
+
+
+def _compares_samples(known: KnowledgeRecord) -> bool:
+    """Whether the loss asks of outputs only how samples differ: all constants cost the same, zeros too."""
+    return math.isclose(known.averaged, known.silent, rel_tol=1e-5) and math.isclose(
+        known.loss, known.averaged, rel_tol=1e-2
+    )
+
+
+def _agree(known: KnowledgeRecord) -> bool:
+    """Whether the outputs are as good as a constant, or differ by little of their size from one another."""
+    near = 0 <= known.loss <= 0.05 * min(known.scales) ** 2
+    return near or math.isclose(known.loss, known.averaged, rel_tol=1e-2)
+
+
+def _first_alike(flow: Flow, alike: float) -> tuple[str, float] | None:
+    """The first layer whose rows are alike, and the largest variation upstream, three times it or more."""
+    most: dict[str, float] = {}
+    found: dict[str, float] = {}
+    for node in flow.wiring.order:
+        preds = flow.wiring.preds[node]
+        most[node] = max((most[p] for p in preds), default=0.0)
+        layer = flow.layers.get(node)
+        here = late(layer.output_variation) if layer is not None else math.nan
+        if not math.isfinite(here):
+            continue
+        if here < alike and most[node] > 3 * alike and layer is not None and not layer.composite:
+            found[node] = most[node]
+        most[node] = max(most[node], here)
+    first = min(found, key=lambda node: flow.layers[node].order, default="")
+    return (first, found[first]) if found else None
+
+
+def _constant_actions(flow: Flow, node: str) -> Actions:
+    """For a model that gives the same for every sample."""
+    layer = flow.layers[node].name or "the model"
+    feeders = [flow.layers[n].name for n in flow.wiring.before(node) if n in flow.layers]
+    between = f"between {feeders[0]} and {layer}" if feeders and feeders[0] else f"in front of {layer}"
+    return (
+        f"Print what stands {between} for two samples: an index that is the same for all (the nearest code "
+        "of a codebook), a norm or a mean over the samples, or a mask that hides the input gives the same "
+        "whatever comes in.",
+        "If it is a codebook: start its codes at the scale of what the encoder gives (at its outputs for "
+        "random samples), and start codes anew that are never picked.",
+    )
+
+
+def _alike_actions(layer: str) -> Actions:
+    """For two outputs that are compared with each other and are the same for all samples."""
+    return (
+        "Stop the gradient on the side that makes the target (target.detach(), a slow teacher), and give the "
+        "other side a predictor of its own.",
+        "Or add a term that keeps samples apart: variance and covariance (VICReg), or negatives (InfoNCE).",
+        f"Start {layer} anew: an embedding that has collapsed does not come back by itself.",
+    )

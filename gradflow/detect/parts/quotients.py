@@ -1,0 +1,70 @@
+"""Divisions by next to nothing: a few elements of what is divided outweigh all others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+from gradflow.detect.parts.peers import type_of
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, QuotientRecord
+
+
+def tiny_divisors(excess: float = 1e5, *, weight: float = 1e3) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of divisions by numbers some of which are next to nothing beside the others.
+
+    Measured: divisions of what a model computes by numbers without gradient (targets, their size, a spread
+    taken from the batch); which of those are below 1e-4 of the largest one, and how much larger what they
+    give is than what the others give.
+
+    Why this is evidence: each element's gradient is divided as it is itself. What is 1e5 times larger at a
+    hundredth of the elements is all that a step sees; whatever the scale of the loss, the others are as good
+    as absent, and a new batch with other such elements throws the model about.
+
+    Looks alike and is not: divisors of many sizes where what is divided has the same sizes (outputs in the
+    units of the data over its spread); zeros over next to nothing (a constant feature less its mean); one
+    divisor for all, which is a matter of scale alone.
+
+    Args:
+        excess: how many times as much the small divisors must give. Targets that spread over three or four
+            orders of magnitude are common in percentage errors, and can be learned.
+        weight: that, times the share of the small ones: how much more they weigh than all the others.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        worst: dict[str, QuotientRecord] = {}
+        for found in record.parts.quotients:
+            over = found.excess >= excess and found.excess * found.small_share >= weight
+            if over and not (found.layer in worst and worst[found.layer].excess >= found.excess):
+                worst[found.layer] = found
+        return [_issue(record, found) for found in worst.values()]
+
+    return detector
+
+
+def _issue(record: FlowRecord, found: QuotientRecord) -> Issue:
+    module = found.layer.partition("@")[0]
+    finite = math.isfinite(found.excess)
+    return Issue(
+        layer=found.layer,
+        layer_type=type_of(record, module),
+        issue_type=IssueType.EXPLODING,
+        severity=IssueSeverity.HIGH,
+        description=f"What becomes of its output is divided by numbers of which {found.small_share:.1%} are "
+        f"next to nothing beside the others, down to {found.smallest:.1e}. There it gives "
+        + (f"{found.excess:.1e} times as much, and so does" if finite else "infinitely more, and so does")
+        + " its gradient: a step sees these elements alone.",
+        magnitude=found.excess,
+        recommended_actions=(
+            "Bound the divisor from below at the scale of the data, and not at 1e-8, on its absolute value: "
+            "target.abs().clamp_min(0.1 * target.abs().mean()).",
+            "Or divide by one number for all (a weighted percentage error: |error|.sum() / |target|.sum(); a "
+            "scale taken from the training data), or leave out elements that are near zero.",
+        ),
+        metrics={
+            "small_share": found.small_share,
+            "smallest": found.smallest,
+            "excess": found.excess,
+            "op": "div",
+        },
+        evidence=Evidence(growth=found.excess, op="div"),
+    )

@@ -1,0 +1,68 @@
+"""UNSTABLE: updates that overshoot, since the rate is too high for the curvature, or the moments are cold."""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+import numpy as np
+
+from gradflow.detect.updates.rate import Misfit
+from gradflow.detect.updates.readings import largest, layer_of
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
+
+
+def overshooting(record: FlowRecord, misfit: Misfit) -> Issue:
+    """Return the issue of a run whose updates make things worse, where nothing else was told of it."""
+    name, _ = largest(record)
+    layer, kind = layer_of(record, name)
+    first, last = float(record.losses[0]), float(record.losses[-1])
+    far = not np.isfinite(record.losses).all() or last >= 10 * first
+    return with_rate(
+        Issue(
+            layer=layer,
+            layer_type=kind,
+            issue_type=IssueType.UNSTABLE,
+            severity=IssueSeverity.HIGH if far else IssueSeverity.MEDIUM,
+            description=f"The updates make things worse: the loss goes from {first:.3g} to {last:.3g}.",
+            magnitude=misfit.ratio if math.isfinite(misfit.ratio) else 0.0,
+            evidence=Evidence(roles=Role.JUMPING),
+        ),
+        misfit,
+        record,
+    )
+
+
+def with_rate(issue: Issue, misfit: Misfit, record: FlowRecord) -> Issue:
+    """Return an issue of an unstable run with what the updates tell of the rate."""
+    optimizer, curve = record.provenance.optimizer, misfit.curve
+    text, actions = "", list[str]()
+    metrics: dict[str, float] = {"update_ratio": misfit.ratio, "rate": misfit.rate}
+    if math.isfinite(misfit.factor):
+        lower = misfit.rate / misfit.factor
+        metrics["rate_factor"] = misfit.factor
+        text += (
+            f" The learning rate, {misfit.rate:.3g}, is too high by a factor of about {misfit.factor:.1g}: "
+            f"one update is as large as {misfit.ratio:.2g} of the weights."
+        )
+        actions.append(f"Lower the learning rate of {optimizer}: {misfit.rate:.3g} to about {lower:.1g}.")
+    if curve is not None:
+        metrics |= {"sharpness": curve.sharpness, "best": curve.best, "actual": curve.actual}
+        text += (
+            f" The update of step {curve.step} changes the loss of its own batch by {curve.actual:+.3g}; to "
+            f"first order it would be {curve.slope:+.3g}."
+        )
+        if math.isfinite(curve.sharpness):
+            text += f" Curvature along it over slope is {curve.sharpness:.3g}, where 2 is the edge."
+    if misfit.cold:
+        text += " The optimizer's state is new, while the model came with what it knows."
+        actions.append(
+            "Load the optimizer's state with the model's, or warm the rate up: without it, the first steps "
+            "have the full rate in every number."
+        )
+    return attrs.evolve(
+        issue,
+        description=issue.description + text,
+        recommended_actions=(*actions, *issue.recommended_actions),
+        metrics={**issue.metrics, **metrics},
+    )

@@ -1,0 +1,116 @@
+"""What is read off the account of updates for the whole model: sizes, shares, and whether the loss moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from gradflow.detect.evidence import early, late
+from gradflow.records import Floats, FlowRecord, ParameterRecord, UpdateRecord
+
+
+def held(record: FlowRecord) -> list[tuple[UpdateRecord, ParameterRecord]]:
+    """Return the updates of the model's parameters that an optimizer holds, with the parameters."""
+    known = {p.name: p for p in record.parameters}
+    updates = () if record.updates is None else record.updates.parameters
+    return [(u, known[u.name]) for u in updates if u.held and u.name in known]
+
+
+def whole_ratio(record: FlowRecord) -> Floats:
+    """Return, by look, the size of the update of all that is held over that of the weights: ‖u‖ / ‖p‖."""
+    pairs = held(record)
+    moved = _total((u.rms, p.num_elements) for u, p in pairs)
+    weight = _total((u.weight_rms, p.num_elements) for u, p in pairs)
+    with np.errstate(all="ignore"):
+        return np.where(weight > 0, moved / weight, np.nan)
+
+
+def _total(parts: Iterable[tuple[Floats, int]]) -> Floats:
+    """Return the norm of several parameters together, of their root mean squares."""
+    squares = [np.nan_to_num(rms, posinf=math.inf) ** 2 * size for rms, size in parts]
+    with np.errstate(all="ignore"):
+        return np.sqrt(np.sum(squares, axis=0)) if squares else np.zeros(0)
+
+
+def unchanged(record: FlowRecord) -> Floats:
+    """Return, by look, the share of all entries with a gradient that the update left as they were.
+
+    Of parameters in whose gradients some entries are zero, all are counted.
+    """
+    pairs = [(u, p) for u, p in held(record) if np.isfinite(u.unchanged).any()]
+    if not pairs:
+        return np.zeros(0)
+    sizes = np.array([p.num_elements for _, p in pairs], dtype=float)
+    shares = np.stack([np.nan_to_num(u.unchanged, nan=1.0) for u, _ in pairs])
+    return (sizes @ shares) / sizes.sum()
+
+
+def is_adaptive(record: FlowRecord) -> bool:
+    """Whether the steps have a size of their own: the optimizer divides by a running mean of squares."""
+    return any(np.isfinite(u.second_moment).any() for u, _ in held(record))
+
+
+def rates(record: FlowRecord) -> list[float]:
+    """Return the learning rates of the run's updates."""
+    found = () if record.updates is None else record.updates.rates
+    return [rate for rate in found if math.isfinite(rate)]
+
+
+def is_rising(record: FlowRecord) -> bool:
+    """Whether the rate is on its way up, or a scheduler keeps it below what it was built with."""
+    seen = rates(record)
+    scheduled = record.updates is not None and record.updates.scheduled
+    return scheduled or (len(seen) > 1 and seen[-1] > 1.01 * seen[0])
+
+
+def has_worsened(record: FlowRecord, times: float = 1.5) -> bool:
+    """Whether the updates have made things worse: the loss ends above where it started, or nowhere."""
+    losses = record.losses
+    if len(losses) < 3 or not np.isfinite(losses[0]):
+        return False
+    if not np.isfinite(losses[1:]).all():
+        return True
+    return losses.min() > 0 and late(losses) >= times * losses[0]
+
+
+def stands_still(record: FlowRecord, share: float = 0.02) -> bool:
+    """Whether the loss has not fallen, by `share` of it or by the usual change from batch to batch."""
+    known = record.losses[np.isfinite(record.losses)]
+    if len(known) < 5:
+        return False
+    fall = early(known) - late(known)
+    return fall <= max(share * abs(early(known)), float(np.median(np.abs(np.diff(known)))))
+
+
+def largest(record: FlowRecord) -> tuple[str, float]:
+    """Return the matrix whose update was largest against its size, and that ratio."""
+    found = [
+        (float(np.nanmax(u.ratio)), u.name)
+        for u, p in held(record)
+        if len(p.shape) >= 2 and np.isfinite(u.ratio).any()
+    ]
+    ratio, name = max(found, default=(math.nan, ""))
+    return name, ratio
+
+
+def largest_ratio(record: FlowRecord) -> float:
+    """Return the usual update over weight of the matrix in which it is largest; of all, without matrices."""
+    found = [typical(u.ratio) for u, p in held(record) if len(p.shape) >= 2]
+    known = [ratio for ratio in found if math.isfinite(ratio)]
+    return max(known, default=typical(whole_ratio(record)))
+
+
+def layer_of(record: FlowRecord, parameter: str) -> tuple[str, str]:
+    """Return the name and type of the first layer call that owns a parameter; the model, where none does."""
+    for layer in record.layers:
+        if parameter in layer.parameters:
+            return layer.name, layer.type
+    return "", record.provenance.model or "model"
+
+
+def typical(values: Floats) -> float:
+    """Return the median of the known values; NaN without any."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else math.nan

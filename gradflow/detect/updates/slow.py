@@ -1,0 +1,142 @@
+"""VANISHING: updates that are next to nothing, or nothing at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from gradflow.detect.evidence import loss_fell
+from gradflow.detect.knowledge import guesses
+from gradflow.detect.updates.rate import Misfit, is_clipped_away, too_low
+from gradflow.detect.updates.readings import held, is_rising, rates, typical, unchanged
+from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+
+_SHORT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # what a dtype rounds away of a weight, at most
+
+
+def slow_updates(swallowed: float = 0.9) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of updates that change next to nothing, or nothing at all.
+
+    Measured: the update as applied over the weight; the share of entries that it left as they were although
+    their gradient is not zero; and, where the loss stands still, the loss of a batch along its update, from
+    a fraction of it to many thousand times its length.
+
+    Why this is evidence: a step that is some ten thousand times shorter than the one that would lower the
+    loss of its own batch most does not train, whatever the gradient is. A number of eight bits, as bfloat16
+    has, keeps a change of a quarter percent or more: smaller ones are rounded away each time anew, and do not
+    add up.
+
+    Looks alike and is not: a warm-up (the rate rises, or is set by a scheduler below its own); fine-tuning
+    with a small rate (the model knows already); a gradient that vanishes (plain descent at a usual rate); a
+    trained model (it knows, and an optimizer may stop there); short dtypes that train all the same (the loss
+    falls: LOW).
+
+    Args:
+        swallowed: share of unchanged entries from which rounding swallows the updates.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        if record.updates is None or not record.updates.steps or not held(record):
+            return []
+        found = _nothing(record) or _swallowed(record, swallowed)
+        if found is None and (misfit := too_low(record)) is not None:
+            found = _slow(record, misfit)
+        return [] if found is None else [found]
+
+    return detector
+
+
+def _issue(
+    record: FlowRecord, severity: IssueSeverity, text: str, actions: tuple[str, ...], **of: float
+) -> Issue:
+    return Issue(
+        layer="",
+        layer_type=record.provenance.model or "model",
+        issue_type=IssueType.VANISHING,
+        severity=severity,
+        description=text,
+        magnitude=next(iter(of.values())),
+        recommended_actions=actions,
+        metrics=of,
+    )
+
+
+def _nothing(record: FlowRecord) -> Issue | None:
+    """No update changes any number, although there is a gradient."""
+    pairs = [(u, p) for u, p in held(record) if np.nanmax(np.nan_to_num(u.gradient_rms)) > 0]
+    if not pairs or any(np.nanmax(np.nan_to_num(u.rms)) > 0 for u, _ in pairs):
+        return None
+    rate = max(rates(record), default=math.nan)
+    if rate == 0 and is_rising(record):
+        return _issue(
+            record, IssueSeverity.LOW,
+            "The learning rate is 0 in all of these steps, as a scheduler has set it: nothing changes yet.",
+            ("Pass `scheduler=` too, or diagnose later in the warm-up.",), rate=rate,
+        )  # fmt: skip
+    if rate == 0:
+        return _issue(
+            record, IssueSeverity.HIGH,
+            "The learning rate is 0: gradients arrive, and no step changes anything.",
+            ("Give the optimizer a rate; 1e-3 is usual for Adam.",), rate=rate,
+        )  # fmt: skip
+    if not guesses(record):  # an optimizer that stops where the gradient is small enough has done its work
+        return None
+    return _issue(
+        record, IssueSeverity.HIGH,
+        "Gradients arrive, and no step changes a single number: they are never applied, or each update is "
+        f"rounded away (learning rate {rate:.3g}).",
+        ("Check that the step is made with this very optimizer and model, and that its rate is not tiny.",),
+        rate=rate,
+    )  # fmt: skip
+
+
+def _swallowed(record: FlowRecord, least: float) -> Issue | None:
+    """Most updates are smaller than what the dtype of the weights rounds away."""
+    short = [p for _, p in held(record) if p.dtype in _SHORT]
+    if sum(p.num_elements for p in short) < 0.5 * sum(p.num_elements for _, p in held(record)):
+        return None
+    share = typical(unchanged(record))
+    if not share >= least:
+        return None
+    dtype, rate = short[0].dtype, max(rates(record), default=math.nan)
+    severity = IssueSeverity.LOW if loss_fell(record) or share < 0.99 else IssueSeverity.MEDIUM
+    return _issue(
+        record, severity,
+        f"Of the weights, which are {dtype}, an update leaves {share:.1%} as they were although their "
+        f"gradient is not zero: it is less than what {dtype} rounds away ({_SHORT[dtype]:.1g} of a weight), "
+        f"so it is lost and does not add up. Learning rate {rate:.3g}.",
+        (
+            "Keep the weights in float32 and compute in the short dtype: torch.autocast(...).",
+            "Or use an optimizer with stochastic rounding or a float32 copy of the weights.",
+        ),
+        unchanged=share, rate=rate,
+    )  # fmt: skip
+
+
+def _slow(record: FlowRecord, misfit: Misfit) -> Issue:
+    curve = misfit.curve
+    assert curve is not None
+    gain, own = -min(curve.changes) / abs(curve.loss), -curve.actual / abs(curve.loss)
+    name = record.provenance.optimizer
+    text = (
+        f"One update moves the weights by {misfit.ratio:.1e} of their size, and the loss stands still. Along "
+        f"the update of step {curve.step}, the loss of its batch is lowest {curve.best:.0f} times as far "
+        f"({gain:.2g} of it gained, {own:.1g} by the update as it is)."
+    )
+    if is_clipped_away(record):
+        share = typical(np.array(record.updates.clipping if record.updates is not None else ()))
+        text += f" Clipping leaves {share:.1g} of the gradient."
+        actions = (f"Clip to a norm about {misfit.factor:.1g} times as large, or raise the rate by as much.",)
+    else:
+        text += f" The learning rate, {misfit.rate:.3g}, is too low by a factor of about {misfit.factor:.1g}."
+        actions = (
+            f"Raise the learning rate of {name}: {misfit.rate:.3g} to about "
+            f"{misfit.rate * misfit.factor:.1g}.",
+            "If this is the start of a warm-up, pass its `scheduler=`, or diagnose behind it.",
+        )
+    return _issue(
+        record, IssueSeverity.MEDIUM, text, actions, factor=misfit.factor, ratio=misfit.ratio,
+        rate=misfit.rate, best=curve.best, slope=curve.slope, sharpness=curve.sharpness,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What a training loop does between two batches, on copies. May import what `run` may."""

@@ -1,0 +1,130 @@
+"""Divisions by next to nothing: the numbers measured, and the verdicts on sick and healthy losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradflow as gf
+from gradflow.detect import tiny_divisors
+from gradflow.records import IssueType
+
+G = torch.Generator().manual_seed(5)
+X = torch.randn(64, 1, 9, generator=G)
+WAVE = 2 * torch.sin(X[:, 0, :4]) + 0.5
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(1, 6, 3), nn.GELU(), nn.Flatten(), nn.Linear(42, 4))
+
+
+def report(loss: Callable[[Tensor], Tensor], net: nn.Module | None = None) -> gf.Report:
+    net = net or model()
+    return gf.diagnose(net, lambda: X, loss, steps=5, optimizer=torch.optim.Adam(net.parameters(), 1e-3))
+
+
+def test_the_numbers_of_a_division() -> None:
+    divisor = torch.full((64, 4), 0.5)
+    divisor[:16] = 1e-8
+
+    def loss(y: Tensor) -> Tensor:
+        above = torch.ones_like(y) + 0 * y
+        return (above / divisor).mean()
+
+    (found,) = report(loss).record.parts.quotients
+    assert found.layer == "3"
+    assert found.small_share == pytest.approx(0.25)
+    assert found.smallest == pytest.approx(1e-8)
+    assert found.excess == pytest.approx(0.5 / 1e-8, rel=1e-5)  # closed form
+
+
+def test_the_numbers_of_a_division_slowly() -> None:
+    divisor = torch.rand(64, 4, generator=G) ** 40
+    seen: list[Tensor] = []
+
+    def loss(y: Tensor) -> Tensor:
+        seen.append(y.detach().clone())
+        return (y / divisor).square().mean().log()
+
+    (found,) = report(loss).record.parts.quotients
+    quotients = (seen[4] / divisor).abs().flatten().tolist()  # of the fifth step, which is the last
+    both = zip(quotients, divisor.flatten().tolist(), strict=True)
+    pairs = [(q, d) for q, d in both if 0 < q < float("inf")]
+    largest = max(d for _, d in pairs)
+    small = sorted(q for q, d in pairs if d <= 1e-4 * largest)
+    others = sorted(q for q, d in pairs if d > 1e-4 * largest)
+    assert found.small_share == pytest.approx(len(small) / len(pairs))
+    lower = [values[(len(values) - 1) // 2] for values in (small, others)]  # torch's median
+    assert found.excess == pytest.approx(lower[0] / lower[1], rel=1e-4)
+
+
+SICK: dict[str, Callable[[Tensor], Tensor]] = {
+    "percentages of targets that may be negative": lambda y: ((y - WAVE).abs() / WAVE.clamp_min(1e-8)).mean(),
+    "squares over a spread that is zero in one column": lambda y: (
+        (y - WAVE).square() / (WAVE * torch.tensor([1.0, 1.0, 0.0, 1.0])).var(0).add(1e-10)
+    ).mean(),
+    "a target in fifty that is zero": lambda y: (
+        (y - WAVE).abs() / torch.where(torch.arange(64)[:, None] == 7, 1e-9, WAVE.abs() + 0.1)
+    ).mean(),
+}
+
+
+@pytest.mark.parametrize("name", SICK)
+@pytest.mark.parametrize("scale", [1.0, 1e-8])
+def test_some_elements_outweigh_all_others(name: str, scale: float) -> None:
+    told = report(lambda y: scale * SICK[name](y))
+    assert (told.causes[0].issue_type, told.causes[0].layer) == (IssueType.EXPLODING, "3")
+    assert "divided by numbers" in told.issues[0].description
+
+
+class Units(nn.Module):
+    """Gives its outputs in the units of the data, which differ by orders of magnitude."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = model()
+        self.register_buffer("units", torch.tensor([1e-7, 1.0, 1e3, 30.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) * self.units
+
+
+HEALTHY: dict[str, Callable[[Tensor], Tensor]] = {
+    "percentages of targets away from zero": lambda y: ((y - WAVE).abs() / (WAVE.abs() + 0.1)).mean(),
+    "one divisor for all": lambda y: ((y - WAVE).abs() / torch.tensor([1e-9])).mean(),
+    "masked where the divisor is nothing": lambda y: (
+        (y - WAVE).abs() * (WAVE > 0) / WAVE.clamp_min(1e-8)
+    ).mean(),
+    "a mean over a mask": lambda y: ((y - WAVE).square().sum(1) / (WAVE > 0).sum(1).clamp_min(1)).mean(),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_losses(name: str) -> None:
+    assert not list(tiny_divisors()(report(HEALTHY[name]).record))
+
+
+def test_outputs_in_units_over_the_units_are_no_tiny_divisors() -> None:
+    net = Units()
+    told = report(lambda y: ((y - WAVE * net.units) / net.units).square().mean(), net)  # type: ignore[operator]
+    assert not list(tiny_divisors()(told.record))
+
+
+def test_what_is_not_told() -> None:
+    fields: dict[str, Any] = {"layer": "3", "smallest": 1e-8}
+    few = gf.records.QuotientRecord(small_share=1e-4, excess=2e5, **fields)
+    near = gf.records.QuotientRecord(small_share=0.5, excess=5e4, **fields)
+    record = report(HEALTHY["one divisor for all"]).record
+    for found in (few, near):
+        changed = attrs.evolve(record, parts=attrs.evolve(record.parts, quotients=(found,)))
+        assert not list(tiny_divisors()(changed))
