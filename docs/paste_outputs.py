@@ -34,6 +34,7 @@ PAGES = (
     "docs/policy.md",
     "docs/transformer.md",
     "docs/reach.md",
+    "docs/inside.md",
     "docs/precision.md",
     "docs/updates.md",
     "docs/training.md",

@@ -40,6 +40,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"extras"},
         {"reach", "updates"},
         {"run", "jacobian", "attention", "recurrent", "policy", "parts", "precision"},
+        {"inside"},
         {"analyze", "scale", "weights"},
         {"__init__"},
     ],

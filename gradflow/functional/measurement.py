@@ -53,6 +53,13 @@ class Session(Listener):
     def end(self) -> None:
         """Keep the numbers of the step, and let go of its tensors."""
 
+    def hears_alone(self) -> bool:
+        """Whether it is of use where it only hears, as in a training's own pass.
+
+        Then `differentiate` is never called. By default it is, if it does not override that.
+        """
+        return type(self).differentiate is Session.differentiate
+
     def wants_eval(self) -> bool:
         """Whether to hear the last batch once more, in eval mode. Asked once, after the last step."""
         return False

@@ -25,6 +25,7 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `utils._pytree` | nested values, those of Hugging Face included | an error |
 | `Module._parameters`, `Module._buffers` | swapping copies in | an error |
 | `_BatchNorm`, `_NormBase`, `_InstanceNorm` | which layers keep running statistics | an error |
+| `Module._compiled_call_impl` | telling a compiled module | taken for none |
 | `DataLoader._iterator` | fresh workers, where a loader keeps its own | those it keeps |
 | the frames of `torch.utils.checkpoint` | telling one running checkpoint from another | taken for one |
 """
@@ -61,6 +62,7 @@ __all__ = [
     "in_checkpoint",
     "in_reverse_pass",
     "input_metadata",
+    "is_compiled",
     "is_view",
     "is_wrapped",
     "lazy_clone",
@@ -185,6 +187,12 @@ def own_memory(storage_of_copy: StorageWeakRef) -> None:
 def stores(module: nn.Module) -> tuple[dict[str, Tensor | None], dict[str, Tensor | None]]:
     """Return the very dicts that hold a module's own parameters and buffers."""
     return module._parameters, module._buffers  # type: ignore[return-value]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module runs as `torch.compile` has made it."""
+    wrapped = type(module).__name__ == "OptimizedModule"  # by its name: to import its class takes a second
+    return wrapped or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def without_workers(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
 from torch import nn
 
 from gradflow.detect.time import TimeDetector
@@ -14,8 +15,10 @@ from gradflow.errors import ModelInputError
 from gradflow.functional.model.supported import check_module
 from gradflow.records import HistoryRecord, Issue, IssueSeverity
 from gradflow.report import Report
+from gradflow.watching.inside import LookedStep, PlainStep, Step, scale_of
 from gradflow.watching.log import append, mend, read_history
-from gradflow.watching.observer import observer, readable
+from gradflow.watching.look import Seen
+from gradflow.watching.observer import readable, watching
 from gradflow.watching.schedule import is_jump, loss_ceiling
 from gradflow.watching.state import Key, ObserverState, key_of
 
@@ -81,12 +84,13 @@ class Monitor:
     ) -> None:
         check_module(model)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
-        self._init, self._update = observer(
+        self._watch = watching(
             every=every, pipeline=pipeline, in_time=in_time, forward_fn=forward_fn, batches=batches, most=most
         )
-        self._state = self._init()
+        self._state = ObserverState()
         self._path = None if path is None else Path(path)
         self._step = 0
+        self._looked: LookedStep | None = None
         self._report: Report | None = None
         self._looks: list[Callable[[Report, int], Any]] = []
         self._alerts: list[tuple[IssueSeverity, Callable[[Issue, int], Any]]] = []
@@ -123,9 +127,15 @@ class Monitor:
         before = self._state.history
         if len(before) and step <= before.steps[-1]:  # gone through again after a restart
             return None
-        self._state, report = self._update(
+        state, report = self._watch.update(
             self._state, self.model, batch, self.loss_fn, self.optimizer, step, loss=loss
         )
+        self._keep(state, report, step)
+        return report
+
+    def _keep(self, state: ObserverState, report: Report | None, step: int) -> None:
+        """Go on with a state: write what is new of it, and tell of what was found."""
+        before, self._state = self._state.history, state
         if self._path is not None and self._state.history is not before:
             append(self._path, before, self._state.history)
         if report is not None:
@@ -133,7 +143,68 @@ class Monitor:
             for function in self._looks:
                 function(report, step)
             self._alert(report, step)
-        return report
+
+    def step(self, batch: Any = None, *, scaler: Any = None, step: int | None = None) -> Step:
+        """Return a context for one training step, which is measured from inside where a look is due.
+
+        Taps are on the model for the length of such a context alone, and the numbers are those of the very
+        passes that train it, with their loss scale, accumulation and averaging over processes, at no pass
+        more. Probes are identities: the weights come out the same, bit for bit. In a step that is no look the
+        context does nothing. An exception of the loop comes through; one of the look is noted, and the
+        training goes on.
+
+        Args:
+            batch: of this step, to name the samples that carry a jump of the loss; may be left out.
+            scaler: the GradScaler of the loop. With it, or with `step.loss(loss)` before the loss is scaled,
+                gradients are told of as they are without the scale.
+            step: the training's own count; by default the calls are counted.
+
+        Returns:
+            The context; `step.loss(loss)` in it tells of a loss before `backward`, and `step.report` after it
+            has the report, if there is one.
+
+        Raises:
+            ModelInputError: if `scaler` is none, or the context of another step is open; at the first look,
+                if the model cannot be looked into.
+
+        >>> import torch
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model, loss_fn = nn.Linear(4, 1), nn.MSELoss()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> monitor = Monitor(model, every=20)
+        >>> for _ in range(41):
+        ...     x = torch.randn(16, 4)
+        ...     with monitor.step() as step:
+        ...         optimizer.zero_grad()
+        ...         loss = step.loss(loss_fn(model(x), x.sum(1, keepdim=True)))
+        ...         loss.backward()
+        ...         optimizer.step()
+        >>> monitor.history.steps.tolist(), monitor.report.ok
+        ([0, 1, 4, 16, 20, 40], True)
+        """
+        if self._looked is not None and self._looked.is_open:
+            raise ModelInputError(
+                "monitor.step() was called inside of monitor.step(): all passes of one training step go into "
+                "one context. For several models take a monitor each."
+            )
+        now = self._step if step is None else step
+        self._step = now + 1
+        if now < self._state.due:
+            return PlainStep(self._state.ceiling, self._jumped)
+        scale = scale_of(scaler)
+        seen = Seen(self.model, self.loss_fn, now, self._watch.forward_fn)
+        state = self._watch.with_changes(self._state, seen)
+        if now < state.due and state.suspicion is None:
+            self._keep(state, None, now)
+            return PlainStep(state.ceiling, self._jumped)
+        self._looked = LookedStep(self._watch, state, seen, batch=batch, scale=scale, keep=self._keep)
+        return self._looked
+
+    def _jumped(self) -> None:
+        """Hear that the loss of a step that is no look has jumped: the next one is looked at."""
+        since = self._step - 1
+        self._state = attrs.evolve(self._state, due=since + 1, since=since)
 
     @property
     def state(self) -> ObserverState:

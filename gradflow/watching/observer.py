@@ -108,6 +108,22 @@ def observer(
     >>> state.history.steps.tolist()
     [0, 1, 4, 16, 50, 100]
     """
+    watch = watching(
+        every=every, pipeline=pipeline, in_time=in_time, forward_fn=forward_fn, batches=batches, most=most
+    )
+    return Observer(ObserverState, watch.update)
+
+
+def watching(
+    *,
+    every: int,
+    pipeline: Any,
+    in_time: Iterable[TimeDetector] | None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None,
+    batches: int,
+    most: int,
+) -> Watch:
+    """Return how a training is watched; see `observer` for the arguments, and for what it raises."""
     for name, value, least in (("every", every, 1), ("batches", batches, 1), ("most", most, 4)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
@@ -117,12 +133,11 @@ def observer(
             f"forward_fn is a {type(forward_fn).__name__}; pass a function of (model, batch): "
             "`lambda model, batch: model.loss(batch)`."
         )
-    watch = _Watch(every, detectors_of(pipeline, "observer"), judging, forward_fn, batches, most)
-    return Observer(ObserverState, watch.update)
+    return Watch(every, detectors_of(pipeline, "observer"), judging, forward_fn, batches, most)
 
 
 @attrs.frozen(eq=False)
-class _Watch:
+class Watch:
     """How a training is watched; see `observer` for the fields."""
 
     every: int
@@ -156,24 +171,29 @@ class _Watch:
         except Exception as error:
             if isinstance(error, GradflowError) and not len(state.history):
                 raise
-            return self._failed(state, step, error)
+            return self.failed(state, step, f"{type(error).__name__}: {error}")
 
     def _seen(
         self, state: ObserverState, seen: Seen, batch: Any, jumped: bool
     ) -> tuple[ObserverState, Report | None]:
-        state = self._with_changes(state, seen)
+        state = self.with_changes(state, seen)
         suspicion = state.suspicion
         if suspicion is None:
             if seen.step < state.due and not jumped:
                 return state, None
-            return self._look(state, seen, batch)
+            look = quick_look(seen, batch, self.detectors, closely=looks_closely(state))
+            state, report = self.taken(state, seen, look, batch)
+            if keys := self.suspected(state, look, seen.step):
+                suspicion = Suspicion(step=seen.step, keys=keys, batches=(copied(batch),))
+            return attrs.evolve(state, suspicion=suspicion), report
         suspicion = attrs.evolve(suspicion, batches=(*suspicion.batches, copied(batch)))
         state = attrs.evolve(state, suspicion=suspicion)
         if len(suspicion.batches) < self.batches:
             return attrs.evolve(state, due=seen.step + 1), None
-        return self._look_closer(state, seen, suspicion)
+        look = closer_look(seen, suspicion.batches, self.detectors)
+        return self.decided(state, suspicion, look, seen.step)
 
-    def _with_changes(self, state: ObserverState, seen: Seen) -> ObserverState:
+    def with_changes(self, state: ObserverState, seen: Seen) -> ObserverState:
         """Take down what the update after the last look has done; the next look is where it was."""
         sample = state.sample
         if sample is None:
@@ -184,12 +204,16 @@ class _Watch:
         due = next_look(sample.step, self.every, state.since)
         return attrs.evolve(state, history=history, sample=None, due=due)
 
-    def _look(self, state: ObserverState, seen: Seen, batch: Any) -> tuple[ObserverState, Report]:
-        """Look at a batch: one column more, what lasts, what is suspected."""
+    def taken(self, state: ObserverState, seen: Seen, look: Look, batch: Any) -> tuple[ObserverState, Report]:
+        """Take down a look: one column more, and what lasts.
+
+        Args:
+            state: before it.
+            seen: what the loop handed over.
+            look: what was measured, and judged.
+            batch: that it was taken on, to name the samples that carry a jump of the loss; None if not known.
+        """
         step = seen.step
-        number = len(state.history)
-        closely = number & (number - 1) == 0  # the first, and each of a number that is a power of two
-        look = quick_look(seen, batch, self.detectors, closely=closely)
         types = {layer.name: layer.type for layer in look.record}
         history = state.history.with_types(types).with_look(step, every_scalar(look.record))
         lines = list(look.lines)
@@ -208,24 +232,18 @@ class _Watch:
         )
         over_time = [issue for detector in self.in_time for issue in detector(state.history)]
         at_once = [i for i in look.issues if i.severity is IssueSeverity.CRITICAL and _is_numerical(i)]
-        state, report = told(state, look, [*at_once, *over_time], step, self.detectors, lines)
-        return self._suspecting(state, look, step, batch), report
+        return told(state, look, [*at_once, *over_time], step, self.detectors, lines)
 
-    def _suspecting(self, state: ObserverState, look: Look, step: int, batch: Any) -> ObserverState:
-        """Take down which of a look's issues are new, and may turn out to be nothing."""
+    def suspected(self, state: ObserverState, look: Look, step: int) -> frozenset[Key]:
+        """Return which of a look's issues are new, and may turn out to be nothing."""
         keys = {key_of(issue) for issue in look.issues if is_serious(issue)} - state.certain.keys()
-        keys = {key for key in keys if (doubt := state.doubts.get(key)) is None or doubt.until <= step}
-        if not keys:
-            return state
-        suspicion = Suspicion(step=step, keys=frozenset(keys), batches=(copied(batch),))
-        return attrs.evolve(state, suspicion=suspicion)
+        doubted = {key for key in keys if (doubt := state.doubts.get(key)) is not None and step < doubt.until}
+        return frozenset(keys - doubted)
 
-    def _look_closer(
-        self, state: ObserverState, seen: Seen, suspicion: Suspicion
+    def decided(
+        self, state: ObserverState, suspicion: Suspicion, look: Look, step: int
     ) -> tuple[ObserverState, Report]:
-        """Let `diagnose` decide, on several batches, what one has made suspect."""
-        step = seen.step
-        look = closer_look(seen, suspicion.batches, self.detectors)
+        """Let a closer look, on several batches, decide what one has made suspect."""
         types = {kind for _, kind in suspicion.keys}
         borne_out = [i for i in look.issues if is_serious(i) and i.issue_type.value in types]
         found = {key_of(issue) for issue in borne_out}
@@ -239,8 +257,9 @@ class _Watch:
         times = state.doubts[key].times + 1 if key in state.doubts else 1
         return Doubt(times=times, until=step + self.every * 2 ** (times - 1))
 
-    def _failed(self, state: ObserverState, step: int, error: Exception) -> tuple[ObserverState, Report]:
-        note = f"Step {step} could not be looked at: {type(error).__name__}: {error}"[:500]
+    def failed(self, state: ObserverState, step: int, why: str) -> tuple[ObserverState, Report]:
+        """Take down that a step could not be looked at."""
+        note = f"Step {step} could not be looked at: {why}"[:500]
         logger.warning("%s", note)
         state = attrs.evolve(
             state,
@@ -250,6 +269,12 @@ class _Watch:
             due=(step // self.every + 1) * self.every,
         )
         return state, Report(record=no_record(note), lines=[note])
+
+
+def looks_closely(state: ObserverState) -> bool:
+    """Whether the next look is a close one: the first, and each whose number is a power of two."""
+    number = len(state.history)
+    return number & (number - 1) == 0
 
 
 def readable(loss: Any) -> float | None:
@@ -285,4 +310,4 @@ def _is_numerical(issue: Issue) -> bool:
 def _jump(state: ObserverState, seen: Seen, batch: Any, loss: float) -> str:
     """Return in words that a loss has jumped, and which samples carry it."""
     sentence = f"Step {seen.step}: the loss is {loss:.4g}, where {state.ceiling:.4g} is as much as is usual."
-    return " ".join(filter(None, (sentence, carriers(seen, batch))))
+    return " ".join(filter(None, (sentence, "" if batch is None else carriers(seen, batch))))

@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from gradflow.functional.inside.look import InsideLook
 from gradflow.functional.weights import WeightSample
 from gradflow.records import EventRecord, HistoryRecord, Issue
 
@@ -42,11 +43,13 @@ class Suspicion:
         step: of that look.
         keys: of its issues.
         batches: that look's, and those of the steps since: what the closer look is taken on.
+        inside: the closer look, where it is taken from inside the steps since.
     """
 
     step: int
     keys: frozenset[Key]
-    batches: tuple[Any, ...]
+    batches: tuple[Any, ...] = ()
+    inside: InsideLook | None = None
 
 
 @attrs.frozen(kw_only=True)

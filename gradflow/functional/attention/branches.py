@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradflow.functional.model.trees import iter_tensors, wide_dtype
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.nodes import nodes_under
-from gradflow.functional.tap.probes import is_probe
+from gradflow.functional.tap.probes import site_of
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import node_number
 
@@ -84,10 +84,10 @@ class Branches:
         while True:
             known = self._outputs.get(id(node))
             if known is None:
-                node = max(_probes_behind([node]), key=lambda probe: probe.site.call)
-                known = self._outputs.get(id(node), (node, node.site.call))
+                node = max(_outputs_behind([node]), key=_call_of)
+                known = self._outputs.get(id(node), (node, _call_of(node)))
             call, behind = calls[known[1]], node.next_functions[0][0]
-            if not call.type.startswith(_ROUND) or not is_probe(node) or not _probes_behind([behind]):
+            if not call.type.startswith(_ROUND) or site_of(node) is None or not _outputs_behind([behind]):
                 return call
             node = behind
 
@@ -103,13 +103,23 @@ def _may_be_stream(value: Any) -> bool:
     )
 
 
-def _probes_behind(nodes: Iterable[Any]) -> list[Any]:
-    """Return the nearest probes at or behind some autograd nodes."""
-    return [node for node in nodes_under(nodes, is_probe) if is_probe(node)]
+def _outputs_behind(nodes: Iterable[Any]) -> list[Any]:
+    """Return the nearest probes, or what else makes the outputs of layers, at or behind autograd nodes."""
+    return [node for node in nodes_under(nodes, _is_output) if _is_output(node)]
+
+
+def _is_output(node: Any) -> bool:
+    return site_of(node) is not None
+
+
+def _call_of(node: Any) -> int:
+    site = site_of(node)
+    assert site is not None
+    return site.call
 
 
 def _calls_behind(nodes: Iterable[Any]) -> list[int]:
-    return [node.site.call for node in _probes_behind(nodes)]
+    return [_call_of(node) for node in _outputs_behind(nodes)]
 
 
 def _comes_from(node: Any, source: Any) -> bool:

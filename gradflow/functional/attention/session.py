@@ -96,6 +96,10 @@ class AttentionSession(Session):
 
     # ------------------------------------------------------------------ while the model runs
 
+    def hears_alone(self) -> bool:
+        """All but the gradients is taken of what is heard."""
+        return True
+
     def begin(self, step: int, recorder: Recorder) -> None:
         """Start a step."""
         self._forget()

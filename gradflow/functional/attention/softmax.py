@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gradflow.functional.attention.followed import Followed, Origin, Weighted, fitting, hidden, unmerged
 from gradflow.functional.attention.products import PRODUCTS, Labels, operands_of
-from gradflow.functional.tap.probes import is_probe
+from gradflow.functional.tap.probes import is_probe, site_of
 from gradflow.functional.torch_private import num_writes
 
 End = Callable[[Any], None]
@@ -268,7 +268,7 @@ class Follower:
                 axis = origin.axis if same else origin.axis - scores.dim()
                 keys_first = -made.output.dim() <= axis and made.labels.out[axis] in made.labels.a
                 return (made.b, made.a) if keys_first else (made.a, made.b)
-            if not is_probe(node) or node is scores.grad_fn:
+            if site_of(node) is None or node is scores.grad_fn:
                 todo.extend(child for child, _ in node.next_functions if child is not None)
         return None, None
 

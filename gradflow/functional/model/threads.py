@@ -44,6 +44,17 @@ def exclusive() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unless_busy() -> Iterator[bool]:
+    """Be the one thread that runs, if no other does; tells whether that is so, and waits for nobody."""
+    free = _running.acquire(blocking=False)
+    try:
+        yield free
+    finally:
+        if free:
+            _running.release()
+
+
+@contextlib.contextmanager
 def measuring() -> Iterator[None]:
     """Let one thread at a time measure plain numbers, outside of the transforms of `torch.func` around it."""
     with exclusive(), outside_transforms():

@@ -84,6 +84,10 @@ class PartsSession(Session):
         """In the first step and the last alone."""
         return end
 
+    def hears_alone(self) -> bool:
+        """All but the gradients is taken of what is heard."""
+        return True
+
     def _forget(self) -> None:
         self._numbers: dict[tuple[str, str], Tensor] = {}
         self._entering: dict[int, tuple[Tensor, int]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from gradflow.functional.tap.probes import is_probe
+from gradflow.functional.tap.probes import is_probe, site_of
 
 Node = Any  # an autograd node: a C++ one, or a BackwardCFunction
 Position = tuple[Node, int]  # an output of a node
@@ -110,6 +110,6 @@ def of_parameters(nodes: list[Node]) -> set[Node]:
         if is_leaf(node):
             if isinstance(node.variable, nn.Parameter):
                 found.add(node)
-        elif not is_probe(node) and below and all(child in found for child in below):
+        elif site_of(node) is None and below and all(child in found for child in below):
             found.add(node)
     return found

@@ -36,11 +36,18 @@ whoever made it, so it is probed too. So is what a custom function made: in olde
 does not keep itself alive, and to ask for the gradient at one that is gone ends the process. An output that
 is also used past its probe has both: the probe marks it in the graph, and the edge gathers the whole of its
 gradient.
+
+NOTE [Whose probes]
+The graph of a training may hold probes of several recorders: two models that are looked into at once, a
+hidden state that was kept from an earlier pass. Each knows its own by `whose`, and takes others for what they
+are, identities. A measurement beside the training has a graph to itself, and needs no name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
@@ -62,6 +69,7 @@ class Site:
     exact: bool
     slot: Tensor | None = None
     edge: GradientEdge | None = None  # in the place of a slot: see NOTE [Captured gradients]
+    whose: Any = None  # see NOTE [Whose probes]
 
 
 class Probe(torch.autograd.Function):
@@ -104,6 +112,24 @@ class EagerProbe(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         (g,) = grad_outputs
         return g, magnitude(g, exact=ctx.site.exact), None
+
+
+class EagerInPlaceProbe(EagerProbe):
+    """`EagerProbe` that takes the place of `x` itself in autograd's books, for whoever holds it.
+
+    The gradient with respect to its slot is the careful magnitude.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot: Tensor, site: Site) -> Tensor:  # type: ignore[override]
+        ctx.site = site
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        (g,) = grad_outputs
+        return g, careful_magnitude(g.detach()), None
 
 
 class InPlaceProbe(Probe):
@@ -183,12 +209,48 @@ def in_place_probe(x: Tensor, slot: Tensor, site: Site) -> Tensor:
         return InPlaceProbe.apply(x, slot, site)  # type: ignore[return-value]
 
 
-_NODES = tuple(node_class(kind) for kind in (EagerProbe, Probe, InPlaceProbe))
+def eager_in_place_probe(x: Tensor, slot: Tensor, site: Site) -> Tensor:
+    """Return `x`, the very object, with a probe on its gradient, for use under plain autograd.
+
+    As `in_place_probe` does; `x` is neither a leaf nor a view.
+    """
+    with preserved_writes(x):
+        return EagerInPlaceProbe.apply(x, slot, site)  # type: ignore[return-value]
+
+
+_NODES = tuple(node_class(kind) for kind in (EagerProbe, EagerInPlaceProbe, Probe, InPlaceProbe))
+
+
+_whose: contextvars.ContextVar[Any] = contextvars.ContextVar("whose probes are looked for", default=None)
+
+
+@contextlib.contextmanager
+def probes_of(whose: Any) -> Iterator[None]:
+    """Look for somebody's own probes, for the length of the context; see NOTE [Whose probes]."""
+    token = _whose.set(whose)
+    try:
+        yield
+    finally:
+        _whose.reset(token)
 
 
 def is_probe(node: Any) -> bool:
-    """Whether an autograd node is a probe."""
-    return isinstance(node, _NODES)
+    """Whether an autograd node is a probe, and one of those that are looked for."""
+    return isinstance(node, _NODES) and node.site.whose is _whose.get()
+
+
+_MARK = "gradflow"
+
+
+def mark(node: Any, site: Site) -> None:
+    """Have an autograd node tell that it makes an output, where no probe can stand behind it."""
+    node.metadata[_MARK] = site
+
+
+def site_of(node: Any) -> Site | None:
+    """Return the site of a probe, or of the output that a node is marked to make; else None."""
+    site = node.site if isinstance(node, _NODES) else node.metadata.get(_MARK)
+    return site if site is not None and site.whose is _whose.get() else None
 
 
 def is_custom(node: Any) -> bool:
@@ -218,6 +280,26 @@ def magnitude(x: Tensor, *, exact: bool) -> Tensor:
     if exact and x.device.type != "mps":
         return _by_pieces(x, lambda piece: torch.linalg.vector_norm(piece, dtype=torch.float64))
     return torch.linalg.vector_norm(x, dtype=torch.float32).square()
+
+
+def careful_magnitude(x: Tensor) -> Tensor:
+    """Return what `magnitude` does where it is exact, for whom no second try is left.
+
+    It is a fast sum where that lies in the safe range, which on a CPU can be asked at once.
+
+    Args:
+        x: as for `magnitude`.
+
+    >>> [f"{float(careful_magnitude(torch.tensor(x))):.4g}" for x in ([3.0, 4.0], [3e-30, 4e-30])]
+    ['5', '5e-30']
+    """
+    flat = _flat_plain(x)
+    if flat is not None and flat.dtype == torch.float32:
+        square = torch.dot(flat, flat)
+        least, most = safe_range(flat.numel())
+        if least**2 < float(square) < most**2:
+            return square.double().sqrt()
+    return magnitude(x, exact=True)
 
 
 def as_norm(found: Tensor) -> Tensor:

@@ -211,10 +211,9 @@ class Recorder:
     def _input_size(self, call: Call, args: Any, kwargs: Any) -> tuple[Tensor | None, int]:
         """Return the magnitude of the first floating-point input, taken before the layer may overwrite it."""
         if self.asked.look and call.is_layer:
-            exact = self.model.exact.get((call.name, "input"), True)
             for tensor in iter_tensors((args, kwargs)):
                 if is_differentiable(tensor) and tensor.numel() and tensor.layout is torch.strided:
-                    return magnitude(tensor.detach(), exact=exact), tensor.numel()
+                    return self._size(call, "input", tensor.detach()), tensor.numel()
         return None, 0
 
     def _recompute(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -313,12 +312,15 @@ class Recorder:
         return given[position]
 
     def _forward_statistics(self, call: Call, y: Tensor) -> None:
-        exact = self.model.exact.get((call.name, "out"), True)
-        self.note("out", call.index, magnitude(y, exact=exact), y.numel())
+        self.note("out", call.index, self._size(call, "out", y), y.numel())
         self.note("zeros", call.index, y.numel() - num_nonzero(y), y.numel())
         axis = unit_axis(y, call.type)
         mean = y.mean([d for d in range(y.dim()) if d != axis % y.dim()]) if y.dim() > 1 else y
         self.note("mean_row", call.index, magnitude(mean, exact=True), mean.numel())
+
+    def _size(self, call: Call, kind: str, x: Tensor) -> Tensor:
+        """Return the magnitude of a tensor of a call, as precisely as was chosen for its kind."""
+        return magnitude(x, exact=self.model.exact.get((call.name, kind), True))
 
     def _follow(self, key: ActivationKey, output: Any) -> None:
         """Note what a rectifier module gave, in a step without a watch."""

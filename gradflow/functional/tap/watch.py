@@ -6,7 +6,8 @@ modules' own calls included, without touching the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from gradflow.functional.tap.calls import ActivationKey, unit_axis
 from gradflow.functional.tap.nodes import nodes_under
-from gradflow.functional.tap.probes import is_probe, magnitude
+from gradflow.functional.tap.probes import magnitude, site_of
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import transform_level, unwatched
 
@@ -45,37 +46,49 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        recorder = self._recorder
-        if transform_level() > recorder.level:
-            return func(*args, **kwargs)
-        listeners = recorder.asked.listeners
-        if not listeners:
-            return self._run(func, args, kwargs)
-        with recorder.telling():
-            ends = [listener.function(func, args, kwargs) for listener in listeners]
-        out = self._run(func, args, kwargs)
-        with recorder.telling():
-            for end in ends:
-                if end is not None:
-                    end(out)
+        ends = self.heard(func, args, kwargs)
+        out = func(*args, **kwargs)
+        for end in ends:
+            end(out)
         return out
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def heard(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> list[Callable[[Any], None]]:
+        """Tell of a function that is about to be called; return what is to be called with its output."""
+        recorder = self._recorder
+        if transform_level() > recorder.level:
+            return []
+        ends: list[Callable[[Any], None]] = []
+        if recorder.asked.listeners:
+            with recorder.telling():
+                told = [listener.function(func, args, kwargs) for listener in recorder.asked.listeners]
+            ends = [functools.partial(self._tell, end) for end in told if end is not None]
+        before = self._before(func, args, kwargs)
+        return ends if before is None else [before, *ends]
+
+    def _tell(self, end: Callable[[Any], None], out: Any) -> None:
+        with self._recorder.telling():
+            end(out)
+
+    def _before(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Callable[[Any], None] | None:
+        """Look at the input of an activation; return what looks at its output, None for other functions."""
         found = ACTIVATIONS.get(getattr(func, "__name__", ""))
         if found is None:
-            return func(*args, **kwargs)
+            return None
         x = args[0] if args else kwargs.get("input")
         bounds = _bounds(found, args, kwargs)
-        if not _is_watched(x) or bounds is None:
-            return func(*args, **kwargs)
+        if not isinstance(x, Tensor) or not _is_watched(x) or bounds is None:
+            return None
         with unwatched():
             op = "relu6" if found[0] == "hardtanh" and bounds.kind == "rectifier" else found[0]
             before = _Before(self._recorder, op, x, bounds)
-        out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and out.numel():
-            with unwatched():
-                before.note(out, kwargs.get("dim", args[1] if len(args) > 1 else -1))
-        return out
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+
+        def after(out: Any) -> None:
+            if isinstance(out, Tensor) and out.numel():
+                with unwatched():
+                    before.note(out, dim)
+
+        return after
 
 
 def _is_watched(x: Any) -> bool:
@@ -195,8 +208,13 @@ def source_calls(x: Tensor, past: Callable[[int], bool] = lambda call: False) ->
     """
     if not isinstance(x, Tensor) or x.grad_fn is None:
         return []
-    nodes = nodes_under([x.grad_fn], stops=lambda node: is_probe(node) and not past(node.site.call))
-    return sorted({node.site.call for node in nodes if is_probe(node)})
+
+    def stops(node: Any) -> bool:
+        site = site_of(node)
+        return site is not None and not past(site.call)
+
+    sites = map(site_of, nodes_under([x.grad_fn], stops=stops))
+    return sorted({site.call for site in sites if site is not None})
 
 
 def source_layer(recorder: Recorder, x: Tensor, *, joint: bool = False) -> str:

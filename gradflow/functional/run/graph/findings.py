@@ -43,6 +43,11 @@ class GraphFindings:
             self.structures, self.summed = [structure], plainly_summed(structure)
             self.bypassed, self.capturable = set(bypassed(structure)), capturable(structure)
 
+    def meet(self, structure: Structure | None) -> None:
+        """Keep the graph of a later step, unless it is known."""
+        if structure is not None and not any(structure.groups is known.groups for known in self.structures):
+            self.structures.append(structure)
+
     def add(self, step: int, outcome: Outcome) -> None:
         """Keep the flows of a step, where it has any, and its graph, unless that is known."""
         structure, flows, kept = outcome.structure, outcome.gradients.flows, self.structures
