@@ -121,12 +121,14 @@ class ChoiceRecord:
         num_codes: rows of the table.
         num_picked: how many of them were picked in any of the steps that were looked at.
         num_choices: how many choices there were in those.
+        by_step: how many were picked in each of those steps.
     """
 
     layer: str
     num_codes: int
     num_picked: int
     num_choices: int
+    by_step: tuple[int, ...] = attrs.field(default=(), converter=to_tuple)
 
 
 @attrs.frozen(kw_only=True)

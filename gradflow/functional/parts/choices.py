@@ -31,6 +31,7 @@ class Choices:
         factory=dict
     )  # by module and place: whether a row was ever picked
     numbers: dict[str, int] = attrs.field(factory=dict)
+    by_step: dict[str, list[Tensor]] = attrs.field(factory=dict)
     _recorder: Recorder | None = None
     _found: dict[int, tuple[int, Tensor]] = attrs.field(
         factory=dict
@@ -125,6 +126,7 @@ class Choices:
         for place, rows, positions in self._heard:
             flat = positions.detach().flatten()
             hit = torch.zeros(rows, dtype=torch.bool, device=flat.device).index_fill_(0, flat.long(), True)
+            self.by_step.setdefault(place, []).append(hit)
             old = self.picked.get(place)
             self.picked[place] = hit if old is None or old.shape != hit.shape else old | hit
             self.numbers[place] = self.numbers.get(place, 0) + flat.numel()
@@ -134,7 +136,11 @@ class Choices:
         """Return the numbers, at the end of the run."""
         return [
             ChoiceRecord(
-                layer=place, num_codes=len(hit), num_picked=int(hit.sum()), num_choices=self.numbers[place]
+                layer=place,
+                num_codes=len(hit),
+                num_picked=int(hit.sum()),
+                num_choices=self.numbers[place],
+                by_step=[int(step.sum()) for step in self.by_step[place]],
             )
             for place, hit in self.picked.items()
         ]
