@@ -133,7 +133,7 @@ class InsideLook:
         run.graph.conclude(reached, self._untold)
         record = assembled(run, None)
         model = run.program.given.model
-        standing = {note for note in standing_notes(model, None) if not note.startswith("TorchScript")}
+        standing = {note for note in standing_notes(model, ()) if not note.startswith("TorchScript")}
         own = [note for note in record.provenance.notes if note not in standing]
         if untold := sorted(self._untold - reached):
             own.append(

@@ -45,7 +45,7 @@ def test_numbers_are_those_of_a_look_beside(kind: str, dtype: torch.dtype) -> No
     assert record.activations == other.activations
     assert record.parts.norms == other.parts.norms
     assert record.parts.blocks == other.parts.blocks
-    assert record.dropouts == other.dropouts
+    assert record.parts.dropouts == other.parts.dropouts
     assert record.transformer.branches == other.transformer.branches
     for a, b in zip(record.transformer.attention, other.transformer.attention, strict=True):
         assert a.entropy == pytest.approx(b.entropy)
