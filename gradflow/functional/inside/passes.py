@@ -273,7 +273,7 @@ class Passes:
         if run.graph.dataflow is None:
             outcome = Outcome(loss.detach(), Gradients({}, []), recorder, structure)
             learn_reach(run, outcome, dataflow)
-            run.graph.learn(outcome, dataflow, run.program.state.parameters)
+            run.graph.learn(outcome, dataflow, {})
         else:
             run.graph.meet(structure)
             dataflow.release()
