@@ -202,17 +202,28 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
             )
     else:
         if math.isfinite(gain) and gain < 3:
+            entered = late(flow.layers[node_name(feeder)].input_rms)
             actions.append(
-                f"The weights before it are of ordinary size ({gain:.2g}), so it is their input that is "
-                f"large: "
-                "standardise it (divide pixels by 255), or put a norm layer before the activation."
+                f"The weights of {feeder} are of ordinary size ({gain:.2g}), so it is what enters it that "
+                f"is large (rms {entered:.3g}): standardise it{_pixels(entered)}, or put a norm layer before "
+                f"the {activation.op}."
             )
         elif math.isfinite(gain):
-            actions.append(f"Scale its weights down: {initialisation(flow, node_name(feeder))}.")
-        actions.append(f"Replace the {activation.op} by ReLU or GELU if it is a hidden layer.")
+            drawn = initialisation(flow, node_name(feeder))
+            actions.append(f"The weights of {feeder}, which feeds it, are large ({gain:.2g}): {drawn}.")
         if flow.wiring.is_last(node_name(activation.layer)):
-            actions.append("If it is an output: compute the loss on what enters it (BCEWithLogitsLoss).")
+            actions.append(
+                "It is an output: where it stands for a probability, compute the loss on what enters it "
+                "(BCEWithLogitsLoss); where it bounds a value, keep targets inside the bounds."
+            )
+        else:
+            actions.append(f"Or replace the {activation.op} by ReLU or GELU.")
     return tuple(actions) or ("Scale down what enters it.",)
+
+
+def _pixels(rms: float) -> str:
+    """Return the usual cure of inputs that look like bytes."""
+    return " (divide pixels by 255)" if 50 <= rms <= 255 else ""
 
 
 def gate_actions(layer: str, entering: float) -> Actions:
@@ -228,17 +239,42 @@ def numerical_actions(birth: NumericalRecord | None) -> Actions:
     """For a NaN or an Inf, by the operation that bore it."""
     if birth is None:
         return ("Look at the loss: a division, log, sqrt or exp at the edge of its domain.",)
-    op = birth.op.lower()
+    op, largest = birth.op.lower(), max(abs(birth.input_min), abs(birth.input_max))
     if birth.phase == "input":
         return ("Clean the input: torch.nan_to_num, or drop the samples that hold a NaN.",)
     if birth.phase == "parameter":
         return ("Its parameters are broken before the step: look at the step, or the checkpoint, before.",)
+    if largest > _BEYOND:
+        return (
+            f"{birth.op} is not at fault: what enters it has grown to {largest:.1e}. See what lets it grow.",
+        )
+    if op.startswith("log") and "softmax" not in op:
+        return _log_actions(birth)
     for word, actions in _CURES.items():
         if word in op:
             return actions
     return (
         f"Keep the arguments of {birth.op} inside its domain: clamp them before it, not after it.",
         "Run the model in float32 there, if it runs in half precision.",
+    )
+
+
+_BEYOND = 1e18  # its square leaves the range of float32
+
+
+def _log_actions(birth: NumericalRecord) -> Actions:
+    """For the logarithm of what is not above zero."""
+    last = "A clamp, log(x.clamp(min=1e-8)), keeps it finite, and gives no gradient below the bound."
+    if birth.input_min < 0:
+        return (
+            f"What enters the logarithm goes down to {birth.input_min:.3g}: make it positive where it is "
+            "made, F.softplus(x) + 1e-4, or let the layer give the logarithm itself.",
+            last,
+        )
+    return (
+        "What enters is exactly zero, a probability that was rounded away: compute the loss on the logits "
+        "(logsigmoid, log_softmax, BCEWithLogitsLoss).",
+        last,
     )
 
 
@@ -251,9 +287,6 @@ _CURES: dict[str, Actions] = {
     "softmax": ("A row that is masked throughout has no softmax: keep one key, or drop the row.",
                 "Fill the mask with a large negative number, not -inf, if such rows can occur."),
     "attention": ("A row that is masked throughout has no softmax: keep one key, or drop the row.",),
-    "log": ("Clamp the argument from below, log(x.clamp(min=1e-8)), or compute the log directly "
-    "(log_softmax, "
-            "logsigmoid).",),
     "exp": ("Clamp the argument before exp (88 is the limit in float32, 11 in float16).",
             "Bound what produces it: a log-variance by clamp(-20, 8), a log-ratio by a cap."),
     "div": ("Guard the denominator: / n.clamp(min=1), or / (x + eps).",

@@ -251,7 +251,8 @@ def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float, origin: s
     if s.absorber:
         how = f"it is lost at {s.absorber}, which hands back {s.local:.1e} of what a layer of its kind should"
     else:
-        how = f"each of the {s.num_layers - 1} layers on its way keeps about {per_layer:.2g} of it"
+        kept = f"about {per_layer:.2g} of it (1 is healthy)"
+        how = f"each of the {s.num_layers - 1} layers on its way keeps {kept}"
     share = f"{s.share:.1e} of what should" if s.arriving else "for it has become too small for its format"
     first = early(plain.share[s.node]) if s.node in plain.share else math.nan
     trend = ""

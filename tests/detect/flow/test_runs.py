@@ -59,7 +59,7 @@ def test_the_same_in_a_unit_that_fits() -> None:
     model = Waves()
     nn.init.normal_(model.get_parameter("layers.2.weight"), std=1e-4)
     assert not unstable(
-        model, sound(0.05), F.mse_loss, torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9)
+        model, sound(0.05), F.mse_loss, torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     )
 
 

@@ -106,10 +106,11 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
             layer_type=layer.type,
             issue_type=IssueType.BOTTLENECK,
             severity=IssueSeverity.HIGH,
-            description=f"What comes out is the same for all samples: only {now:.1e} of its output differs "
-            f"between them, after {before:.2g} before, and {max(same):.1e} of the outputs that the loss "
-            f"compares. With the same output for all samples the loss is {known.averaged:.3g}, no more than "
-            f"the {known.loss:.3g} of the model: it is met without telling one input from another.",
+            description=f"Its output is almost the same for every sample: {now:.1%} of its size differs "
+            f"between them, against {before:.0%} of what enters; in the first steps it was {first:.1%}. Of "
+            f"the outputs that the loss compares, {max(same):.1%} differs. One and the same output for all "
+            f"samples costs {known.averaged:.3g}, the model's own {known.loss:.3g}: the loss asks for no more, or is "
+            "stuck at its margin.",
             magnitude=now,
             recommended_actions=_alike_actions(layer.name),
             metrics={"variation": now, "variation_before": before, "constant_loss": known.averaged},
