@@ -169,7 +169,11 @@ def growing(*, grown: float = 10.0, still: float = 1.2, beside: float = 3.0) -> 
     """
 
     def detector(history: HistoryRecord) -> Iterable[Issue]:
-        series = {n: v for n, v in history.of("weight_rms").items() if np.isfinite(v).sum() >= 8}
+        series = {
+            name: values
+            for name, values in history.of("weight_rms").items()
+            if np.isfinite(values).sum() >= 8 and _has_a_scale(history, name)
+        }
         growth = {name: _growth(values) for name, values in series.items()}
         if len(growth) < 2:
             return
@@ -206,6 +210,12 @@ def growing(*, grown: float = 10.0, still: float = 1.2, beside: float = 3.0) -> 
         )
 
     return unworried(detector)
+
+
+def _has_a_scale(history: HistoryRecord, name: str) -> bool:
+    """Whether a parameter starts at a scale of its own: biases start at zero, and gains of norms are free."""
+    kind = history.types.get(layer_of(history, name), "").lower()
+    return name.rpartition(".")[2] != "bias" and "norm" not in kind
 
 
 def _growth(values: Floats) -> Floats:

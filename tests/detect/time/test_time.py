@@ -236,6 +236,8 @@ def test_weights_that_grow_and_do_not_stop() -> None:
     assert not issues(growing(), {"loss": STUCK, "weight_rms/c.weight": stopped, **rest})
     all_alike = {name: fall(0.1, 5.0) for name in rest}
     assert not issues(growing(), {"loss": STUCK, **all_alike})
+    bias = {"weight_rms/c.bias": fall(1e-3, 5.0)}
+    assert not issues(growing(), {"loss": STUCK, **bias, **rest}), "a bias starts at zero"
     from_zero = np.r_[0.0, fall(1e-5, 0.02, LOOKS - 1)]
     assert not issues(growing(), {"loss": STUCK, "weight_rms/c.weight": from_zero, **rest})
 

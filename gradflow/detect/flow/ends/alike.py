@@ -109,8 +109,8 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
             description=f"Its output is almost the same for every sample: {now:.1%} of its size differs "
             f"between them, against {before:.0%} of what enters; in the first steps it was {first:.1%}. Of "
             f"the outputs that the loss compares, {max(same):.1%} differs. One and the same output for all "
-            f"samples costs {known.averaged:.3g}, the model's own {known.loss:.3g}: the loss asks for no more, or is "
-            "stuck at its margin.",
+            f"samples costs {known.averaged:.3g}, the model's own {known.loss:.3g}: the loss asks for no "
+            "more, or is stuck at its margin.",
             magnitude=now,
             recommended_actions=_alike_actions(layer.name),
             metrics={"variation": now, "variation_before": before, "constant_loss": known.averaged},
