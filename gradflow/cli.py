@@ -232,8 +232,16 @@ def _with_trials(report: Report, built: Any, optimizer: Any, options: Any, progr
     from gradflow.remedies import try_remedies
 
     pipeline = getattr(pipelines, options.pipeline)() if options.pipeline else None
+    model, batches, loss_fn = built[:3]
     trials = try_remedies(
-        report, *built[:3], optimizer, budget=options.budget, pipeline=pipeline, progress=progress
+        report,
+        model,
+        batches,
+        loss_fn,
+        optimizer,
+        budget=options.budget,
+        pipeline=pipeline,
+        progress=progress,
     )
     return report.with_trials(trials)
 

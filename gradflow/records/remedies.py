@@ -54,7 +54,7 @@ class TrialRecord:
         losses_without: loss by step and seed without the remedy, shape (steps, seeds).
         losses_with: the same with it.
         present: share of the seeds in which the issue is there without the remedy.
-        gone: share of the seeds in which it is not there with the remedy; NaN where that was not asked.
+        gone: share of the seeds in which it is not there with the remedy.
         gain: how much lower the loss came out, mean over seeds, in [-1, 1]: see
             `gradflow.remedies.trials.verdict`.
         gain_spread: its standard error over seeds; 0 for one seed.

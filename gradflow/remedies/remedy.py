@@ -46,8 +46,8 @@ class Remedy:
         name: short, and its own: `kaiming_normal_ on fc2`.
         words: what it changes, in one sentence.
         code: the same as code to paste.
-        apply: (model, optimizer) → (model, optimizer). Both are copies, and it may change them in place. Random
-            states are those of the trial's seed. Parameters that it makes join the optimizer's first
+        apply: (model, optimizer) → (model, optimizer). Both are copies, and it may change them in place.
+            Random states are those of the trial's seed. Parameters that it makes join the optimizer's first
             group by themselves. What it raises is the reason why it could not be tried.
         applies: (cause, record) → whether it is worth a trial.
         on_batches: changes the batches that were drawn; as many come back, or fewer.

@@ -3,8 +3,8 @@
 NOTE [From words to remedies]
 A detector recommends in words. `sentences.py` tells, for every kind of sentence that gradflow's detectors
 write, which remedies do what it says; a sentence that no rule knows (call a module, widen a layer, another
-loss) is about code that cannot be changed from outside, and gives none. The order is that of the sentences, and what
-usually helps against that type of issue comes after it.
+loss) is about code that cannot be changed from outside, and gives none. The order is that of the sentences,
+and what usually helps against that type of issue comes after it.
 """
 
 from __future__ import annotations

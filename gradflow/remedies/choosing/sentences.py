@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradflow.detect.actions import initialisation
@@ -141,7 +141,8 @@ def _epsilon(target: Target, action: str) -> Iterator[Remedy]:
         for n, layer in target.flow.layers.items()
         if layer.type == kind and "norm" in kind.lower()
     ]
-    names = list(dict.fromkeys([*([named[1]] if named else []), *alike]))
+    own = [str(named[1])] if named else []
+    names = list(dict.fromkeys([*own, *alike]))
     if names:
         yield structure.norm_epsilon(names)
 
@@ -174,8 +175,14 @@ def _left_out(target: Target, action: str) -> Iterator[Remedy]:
             yield structure.without([module_of(activation.name)])
 
 
-def _identity(x: object) -> object:
+def _identity(x: Tensor) -> Tensor:
     return x
+
+
+def _without_norm(target: Target, action: str) -> Iterator[Remedy]:
+    after = target.flow.wiring.after(target.node) if target.node in target.flow.layers else ()
+    norms = [module_of(node) for node in after if target.flow.is_norm(node)]
+    yield structure.without(norms or [target.module])
 
 
 def _gated(target: Target, action: str) -> Iterator[Remedy]:
@@ -282,8 +289,10 @@ _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
         (r"[Cc]lip(?: the gradient)?: torch", _clip),
         (r"a large eps|an epsilon of", _epsilon),
         (r"attention scores|Scale the scores|scale it down|Normalise queries", _scores),
-        (r"tandardise (?:what enters|it|the obs)|rescale the inputs|Normalise what enters", _scaled_inputs),
+        (r"tandardise (?:what enters|it|the obs)|rescale the inputs", _scaled_inputs),
+        (r"Normalise what enters(?!.*norm out)", _scaled_inputs),
         (r"compute the loss on what|leave the softmax out|without an activation", _left_out),
+        (r"leave the norm out", _without_norm),
         (r"nn\.GRU or nn\.LSTM|a gated layer", _gated),
         (r"\.fill_\(", _keeping),
         (r"recurrent weights (?:smaller or )?orthogonal", _orthogonal),

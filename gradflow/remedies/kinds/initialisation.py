@@ -149,7 +149,7 @@ def rescaled(names: Sequence[str], factor: float) -> Remedy:
 
 
 def biased(names: Sequence[str], value: float) -> Remedy:
-    """Return the remedy that starts the biases of layers at a value, a small positive one for units to fire."""
+    """Return the remedy that starts biases at a value: a small positive one, for units to fire."""
 
     def change(model: nn.Module, name: str) -> None:
         bias = getattr(part(model, name), "bias", None)

@@ -1,4 +1,4 @@
-"""Remedies of the training: its rate, a warm-up, clipping, epsilon, weight decay, and the scale of the loss."""
+"""Remedies of the training: rate, warm-up, clipping, epsilon, weight decay, and the scale of the loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Remedies of structure: another activation, norm layers, skip connections, standardised inputs, other layers."""
+"""Remedies of structure: other activations and layers, norms, skip connections, standardised inputs."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def group_norm(names: Sequence[str]) -> Remedy:
 
 
 def gated(name: str) -> Remedy:
-    """Return the remedy that puts a GRU, which starts by keeping its state, in the place of a plain recurrence.
+    """Return the remedy that puts a GRU that starts by keeping its state for a plain recurrence.
 
     Cho et al., 2014.
     """

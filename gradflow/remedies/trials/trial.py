@@ -340,7 +340,7 @@ def _kept_in_step(drawn: Sequence[Drawn], batches: Sequence[Any]) -> list[Drawn]
         raise RemedyError("`on_batches` returned no batch.")
     if len(batches) > len(drawn):
         raise RemedyError(f"`on_batches` returned {len(batches)} batches, of {len(drawn)} that were drawn.")
-    return [Drawn(batch, one.state) for batch, one in zip(batches, drawn, strict=False)]
+    return [attrs.evolve(one, batch=batch) for one, batch in zip(drawn, batches, strict=False)]
 
 
 def _reason(error: Exception) -> str:

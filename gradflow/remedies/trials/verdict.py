@@ -5,7 +5,7 @@ Losses of two arms are compared by what they came to, u without the remedy and w
 fifth of the steps, which see the same batches. A difference means nothing by itself, so it is held against
 all that happened, from the lowest to the highest of u, w and the loss s at which the lower of both began:
 
-    gain = (u − w) / (max(u, w, s) − min(u, w, s) + 2 σ)
+    gain = (u − w) / (max(u, w, s) − min(u, w, s) + 4 σ)
 
 where σ is how much the loss differs between the last batches, the smaller of both arms. If both arms learn,
 it is the share of the fall that is missing without the remedy; if the loss rises without it, the share of the
@@ -29,7 +29,6 @@ import numpy as np
 
 from gradflow.records import (
     FINAL_SHARE,
-    NAN,
     AnyIssueType,
     Cause,
     Floats,
@@ -89,16 +88,15 @@ def effect(without: Sequence[Outcome], treated: Sequence[Outcome], cause: Cause)
     pairs = list(zip(without, treated, strict=False))
     gains = np.array([gain(a.losses, b.losses) for a, b in pairs])
     spread = float(np.std(gains, ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else 0.0
-    there = [bool(_left(a.issues, cause)) for a, _ in pairs]
-    cleared = [not _left(b.issues, cause) for (_, b), was in zip(pairs, there, strict=True) if was]
-    gone = float(np.mean(cleared)) if cleared else NAN
+    present = float(np.mean([bool(_left(a.issues, cause)) for a, _ in pairs]))
+    gone = float(np.mean([not _left(b.issues, cause) for _, b in pairs]))
     new = _new(pairs, cause)
     mean = float(np.mean(gains))
     verdict = _verdict(mean, spread, gone, new)
     return Effect(
         verdict=verdict,
-        why=_why(pairs, gone, mean, new, len(gains)),
-        present=float(np.mean(there)),
+        why=_why(pairs, present, gone, new),
+        present=present,
         gone=gone,
         gain=mean,
         gain_spread=spread,
@@ -123,7 +121,7 @@ def gain(without: Floats, treated: Floats) -> float:
     u, w = (float(final_losses(losses[:, None])[0]) for losses in (without, treated))
     every = [u, w, min(float(without[0]), float(treated[0]))]
     noise = min(_noise(without), _noise(treated))
-    span = max(every) - min(every) + 2 * noise
+    span = max(every) - min(every) + 4 * noise
     of_all = (u - w) / span if span > 0 else 0.0
     of_loss = (u - w) / (2 * (max(u, w) + 2 * noise)) if min(every) > 0 else 0.0
     return max(of_all, of_loss, key=abs)
@@ -182,19 +180,15 @@ def _new(pairs: Sequence[tuple[Outcome, Outcome]], cause: Cause) -> tuple[str, .
     )
 
 
-def _why(
-    pairs: Sequence[tuple[Outcome, Outcome]], gone: float, mean: float, new: Sequence[str], seeds: int
-) -> str:
+def _why(pairs: Sequence[tuple[Outcome, Outcome]], present: float, gone: float, new: Sequence[str]) -> str:
     u, w = (
         float(np.median([final_losses(run.losses[:, None])[0] for run in arm]))
         for arm in zip(*pairs, strict=True)
     )
-    steps = len(pairs[0][0].losses)
+    steps, seeds = len(pairs[0][0].losses), len(pairs)
     told = f"loss after {steps} steps {_number(w)} instead of {_number(u)} ({seeds} seed{'s' * (seeds > 1)})"
-    if math.isnan(gone):
-        issue = "the issue is not there without it either"
-    elif gone == 1.0:
-        issue = "the issue is gone"
+    if gone == 1.0:
+        issue = "the issue is gone" if present else "the issue is gone by then, without it too"
     else:
         issue = f"the issue is gone with {gone:.0%} of the seeds" if gone else "the issue is still there"
     return "; ".join([told, issue, *(f"new: {kind}" for kind in new)])

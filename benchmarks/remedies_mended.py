@@ -1,0 +1,2 @@
+CANNOT: dict = {}
+def page(rows, cannot): return ""
