@@ -4,8 +4,8 @@
     python benchmarks/remedies.py print ROWS.jsonl
     python benchmarks/remedies.py write ROWS.jsonl [FILE]
 
-`run` adds a line to ROWS.jsonl for every model that has none there yet, so it can be stopped and gone on with:
-of the zoo (`benchmarks/verdicts/zoo`) and of the folders given, each with a `cases.py` of labelled models.
+`run` adds a line to ROWS.jsonl for every model that has none there yet, so it can be stopped and gone on
+with: of the zoo (`benchmarks/verdicts/zoo`) and of the folders given, each with a `cases.py` of labelled models.
 
   sick      the report of 20 steps, trials of its first two causes, and the loss of the repaired twin after as
             many steps
@@ -34,12 +34,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "verdicts"))
-from remedies_mended import CANNOT, page  # noqa: E402
-from zoo import CASES  # noqa: E402
+from remedies_mended import CANNOT, page
+from zoo import CASES
 
-import gradflow as gf  # noqa: E402
-from gradflow.records import IssueSeverity, final_losses  # noqa: E402
-from gradflow.remedies import first_action, try_remedies  # noqa: E402
+import gradflow as gf
+from gradflow.records import IssueSeverity, final_losses
+from gradflow.remedies import first_action, try_remedies
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SEEDS, MOST_CAUSES = 50, 3, 2
@@ -174,7 +174,9 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def line_of(row: dict[str, Any]) -> str:
     """Return a row in one line."""
-    best = ", ".join(f"{t['verdict']}: {t['remedy'][:50]} (gain {t['gain']:.2f})" for t in row.get("trials", ()))
+    best = ", ".join(
+        f"{t['verdict']}: {t['remedy'][:50]} (gain {t['gain']:.2f})" for t in row.get("trials", ())
+    )
     causes = " ".join(":".join(cause) for cause in row.get("causes", ())) or row.get("error", "no cause")
     return f"{row['kind']:8} {row['id']} | {causes} | {best or 'none'} | {row['seconds']} s"
 

@@ -15,7 +15,14 @@ from gradflow.records import IssueType
 from gradflow.remedies.choosing.targets import Target, module_of
 from gradflow.remedies.kinds import data, optimizing, structure
 from gradflow.remedies.kinds import initialisation as start
-from gradflow.remedies.kinds.functions import attached, cooled, inputs_with_gradient, smooth, straight_through
+from gradflow.remedies.kinds.functions import (
+    attached,
+    cooled,
+    inputs_with_gradient,
+    reparametrised,
+    smooth,
+    straight_through,
+)
 from gradflow.remedies.remedy import Remedy
 
 _Maker = Callable[[Target, str], Iterable[Remedy]]
@@ -45,7 +52,9 @@ def _drawn_anew(target: Target, action: str) -> Iterator[Remedy]:
         for name in target.off_scale()
         for init in start.inits_in(initialisation(target.flow, node_name(name)) + ".")
     ]
-    every = {init.parameter: init for init in (*own, *others, *alike)}
+    every = {i.parameter: i for i in (*own, *others, *alike) if i.parameter in target.flow.parameters}
+    if not every:
+        return
     yield start.initialised(tuple(every.values()), zero_bias=zero_bias)
     if zero_bias and target.rectified():
         yield start.kaiming(target.rectified())
@@ -201,6 +210,7 @@ def _orthogonal(target: Target, action: str) -> Iterator[Remedy]:
 
 def _passed(target: Target, action: str) -> Iterator[Remedy]:
     yield straight_through()
+    yield reparametrised()
 
 
 def _attached(target: Target, action: str) -> Iterator[Remedy]:

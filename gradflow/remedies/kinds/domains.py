@@ -30,6 +30,16 @@ def _quotient(function: Any, x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
     return function(x, y, *args, **kwargs)
 
 
+def _inverse(function: Any, y: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(torch.where(y.abs() < _SMALL, torch.where(y < 0, -_SMALL, _SMALL).to(y.dtype), y), x)
+
+
+def _deviation(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    if x.numel() < 2:
+        return function(x.detach(), *args, correction=0, **kwargs)
+    return (x.var(*args, **kwargs) + _SMALL).sqrt()
+
+
 def _exponential(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return function(x.clamp(max=20.0 if x.element_size() >= 4 else 10.0), *args, **kwargs)
 
@@ -64,11 +74,12 @@ _GUARDS: dict[str, tuple[Substitute, str]] = {
     "div": (_quotient, "x / (y + 1e-8)"),
     "true_divide": (_quotient, "x / (y + 1e-8)"),
     "__truediv__": (_quotient, "x / (y + 1e-8)"),
+    "__rdiv__": (_inverse, "x / (y + 1e-8)"),
     "reciprocal": (_length, "1 / (x + 1e-8)"),
     "norm": (_length, "torch.sqrt((x ** 2).sum() + 1e-8)"),
     "vector_norm": (_length, "torch.sqrt((x ** 2).sum() + 1e-8)"),
     "cdist": (_finite, "(x[:, None] - y).square().sum(-1).add(1e-8).sqrt()"),
-    "std": (_finite, "x.var(...).add(1e-8).sqrt()"),
+    "std": (_deviation, "x.var(...).add(1e-8).sqrt()"),
     "pow": (_power, "(x + 1e-8) ** p"),
     "__pow__": (_power, "(x + 1e-8) ** p"),
     "acos": (_clamped(-1 + 1e-7, 1 - 1e-7), "torch.acos(x.clamp(-1 + 1e-7, 1 - 1e-7))"),
@@ -85,7 +96,7 @@ _FAMILIES = {
     "sqrt": ("sqrt", "rsqrt"),
     "log": ("log", "log1p", "log2"),
     "exp": ("exp", "expm1"),
-    "div": ("div", "true_divide", "__truediv__", "reciprocal"),
+    "div": ("div", "true_divide", "__truediv__", "__rdiv__", "reciprocal"),
     "norm": ("norm", "vector_norm", "cdist"),
     "pow": ("pow", "__pow__"),
     "acos": ("acos", "asin"),

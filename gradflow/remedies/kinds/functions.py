@@ -110,8 +110,27 @@ def attached(name: str = "") -> Remedy:
     )
 
 
+def reparametrised() -> Remedy:
+    """Return the remedy that draws normal numbers as mean + std × noise, through which a gradient flows.
+
+    Kingma and Welling, "Auto-encoding variational Bayes", 2014.
+    """
+
+    def drawn(function: Any, mean: Any, std: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if not (isinstance(mean, Tensor) and isinstance(std, Tensor)):
+            return function(mean, *(() if std is None else (std,)), *args, **kwargs)
+        return mean + std * torch.randn_like(mean)
+
+    return Remedy(
+        name="rsample for sample",
+        words="Normal numbers drawn as mean + std × noise, so that mean and std get a gradient.",
+        code="z = distribution.rsample()  # for distribution.sample()",
+        apply=_Attached("", {"normal": drawn}),
+    )
+
+
 class _Attached:
-    """The change that `attached` makes: see there."""
+    """Calls other operations in the place of some, and has gradients on, in the forward pass of a module."""
 
     def __init__(self, name: str, substitutes: dict[str, Substitute]) -> None:
         self._name, self._substitutes = name, substitutes
