@@ -5,7 +5,8 @@
     python benchmarks/remedies.py write ROWS.jsonl [FILE]
 
 `run` adds a line to ROWS.jsonl for every model that has none there yet, so it can be stopped and gone on
-with: of the zoo (`benchmarks/verdicts/zoo`) and of the folders given, each with a `cases.py` of labelled models.
+with: of the zoo (`benchmarks/verdicts/zoo`) and of the folders given, each with a `cases.py` of labelled
+models.
 
   sick      the report of 20 steps, trials of its first two causes, and the loss of the repaired twin after as
             many steps

@@ -28,7 +28,15 @@ from gradflow.remedies.kinds.initialisation import (
     queries_divided,
     rescaled,
 )
-from gradflow.remedies.kinds.optimizing import clipped, epsilon, loss_times, no_decay, rate_times, warmed_up
+from gradflow.remedies.kinds.optimizing import (
+    clipped,
+    epsilon,
+    loss_times,
+    no_decay,
+    own_rate,
+    rate_times,
+    warmed_up,
+)
 from gradflow.remedies.kinds.structure import (
     activation,
     gated,
@@ -74,6 +82,7 @@ __all__ = [
     "on_optimizer",
     "orthogonal_recurrence",
     "output_times",
+    "own_rate",
     "queries_divided",
     "rate_times",
     "remedies_for",

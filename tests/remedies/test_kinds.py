@@ -139,7 +139,7 @@ def _by_hand(change: Callable[[nn.Sequential], Any]) -> nn.Sequential:
         (r.norm_behind(["0"]), lambda m: m.__setitem__(0, nn.Sequential(m[0], nn.LayerNorm(6)))),
         (r.norm_before(["2"]), lambda m: m.__setitem__(
             2, nn.Sequential(nn.LayerNorm(6, elementwise_affine=False), m[2]))),
-        (r.output_times("4", 3.0, 1.0), lambda m: m.__setitem__(4, _Affine(m[4]))),
+        (r.output_times(["4"], 3.0, 1.0), lambda m: m.__setitem__(4, _Affine(m[4]))),
     ],
     ids=["activation", "without", "norm_behind", "norm_before", "output_times"],
 )  # fmt: skip
@@ -380,6 +380,15 @@ def test_epsilon_and_weight_decay() -> None:
     assert {group["eps"] for group in changed.param_groups} == {1e-3}
 
 
+def test_a_rate_of_its_own() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    _, changed = r.own_rate("2.weight", 0.01).apply(model, optimizer)
+    rates = {id(p): group["lr"] for group in changed.param_groups for p in group["params"]}
+    assert rates.pop(id(model[2].weight)) == pytest.approx(1e-3)
+    assert list(rates.values()) == [0.1] * 5
+
+
 def test_new_parameters_join_the_first_group() -> None:
     model = net()
     before = list(model.parameters())
@@ -437,6 +446,8 @@ def test_more_refusals() -> None:
     optimizer: Any = type("Rateless", (), {"param_groups": [{"params": []}]})()
     with pytest.raises(RemedyError, match="Rateless has no learning rate"):
         r.rate_times(0.1).apply(model, optimizer)
+    with pytest.raises(RemedyError, match="holds no parameter 'x' with a learning rate"):
+        applied(r.own_rate("x", 0.1), net())
     with pytest.raises(RemedyError, match="differ in shape, so they cannot be joined"):
         r.larger_batches(2).on_batches([torch.zeros(2, 3), torch.zeros(2, 4)])
     with pytest.raises(RemedyError, match="hold a str cannot be joined"):

@@ -88,6 +88,8 @@ def _another_activation(target: Target, action: str) -> Iterator[Remedy]:
         chosen = target.all_activations(("bounded",))
     else:
         chosen = target.activations(("bounded",) if bounded else ("rectifier",))
+    if "hidden" in action:
+        chosen = [a for a in chosen if not target.is_output(a)]
     modules = list(dict.fromkeys(module_of(a.name) for a in chosen if not a.functional))
     functions = tuple(dict.fromkeys(a.op for a in chosen if a.functional))
     found: list[Remedy] = []
@@ -250,7 +252,7 @@ def _gains(target: Target, action: str) -> Iterator[Remedy]:
 def _divided(target: Target, action: str) -> Iterator[Remedy]:
     told = re.search(r"divide its scores by a constant, ([\d.]+(?:e[+-]?\d+)?)", action)
     if told:
-        yield structure.output_times(target.module, 1 / float(told[1].rstrip(".")))
+        yield structure.output_times([target.module], 1 / float(told[1].rstrip(".")))
 
 
 def far_targets(target: Target, action: str = "") -> Iterator[Remedy]:
@@ -260,12 +262,35 @@ def far_targets(target: Target, action: str = "") -> Iterator[Remedy]:
     first = float(target.flow.record.losses[0]) if target.flow.record.steps else math.nan
     if math.isfinite(first) and first > 1:
         scale = math.sqrt(first)
-        yield structure.output_times(target.module, scale) + optimizing.loss_times(1 / first)
+        yield structure.output_times([target.module], scale) + optimizing.loss_times(1 / first)
 
 
 def _small_updates(target: Target, action: str) -> Iterator[Remedy]:
     if target.group:
         yield start.rescaled(target.group, 1e-3)
+
+
+def _bounded_updates(target: Target, action: str) -> Iterator[Remedy]:
+    told = re.search(r"number of blocks \((\d+)\)", action)
+    if told and target.group:
+        yield structure.output_times(target.group, 1 / int(told[1]))
+        yield structure.norm_before(target.group)
+
+
+def _above_zero(target: Target, action: str) -> Iterator[Remedy]:
+    functions = tuple(dict.fromkeys(a.op for a in target.activations(("rectifier",)) if a.functional))
+    modules = [module_of(a.name) for a in target.activations(("rectifier",)) if not a.functional]
+    if functions:
+        yield smooth(functions, new=F.softplus)
+    if modules:
+        yield structure.activation(modules, nn.Softplus)
+    yield start.biased([target.feeder], 1.0)
+
+
+def _own_rate(target: Target, action: str) -> Iterator[Remedy]:
+    told = re.search(r"Give (\S+) a smaller learning rate", action)
+    if told:
+        yield optimizing.own_rate(told[1], 0.01)
 
 
 def _fan_in(target: Target, action: str) -> Iterator[Remedy]:
@@ -292,7 +317,7 @@ _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
         (r"nn\.init\.\w+_\((?!policy_head|normal_\()", _drawn_anew),
         (r"Draw \S+ at random|start one of them at random|Start \S+ at random", _at_random),
         (r"Replace the|se LeakyReLU", _another_activation),
-        (r"[Aa]dd a norm layer|Put a norm layer behind|norm layer before the last", _norms),
+        (r"[Aa]dd a norm layer|Put a norm layer behind|norm layer before the last|normalise it at", _norms),
         (r"Add skip connections|Put a skip connection|Add the input of", _skips),
         (r"ower the learning rate|ower learning rate|learning rate below", _lower_rate),
         (r"\(post-norm\)", _warm_up),
@@ -317,5 +342,8 @@ _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
         (r"Bring the targets", far_targets),
         (r"last layer of each block's update", _small_updates),
         (r"fan_in of", _fan_in),
+        (r"Bound what each block adds", _bounded_updates),
+        (r"pass something below zero", _above_zero),
+        (r"a smaller learning rate, in", _own_rate),
     )
 )  # fmt: skip

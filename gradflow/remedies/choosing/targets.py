@@ -111,10 +111,11 @@ class Target:
         return [
             a
             for a in self.flow.record.activations
-            if (a.kind in wanted) and (not named or a.op in named) and not self._is_output(a)
+            if (a.kind in wanted) and (not named or a.op in named) and not self.is_output(a)
         ]
 
-    def _is_output(self, activation: ActivationRecord) -> bool:
+    def is_output(self, activation: ActivationRecord) -> bool:
+        """Whether an activation module is the last layer on its way to the loss."""
         node = node_name(activation.layer)
         return node in self.flow.layers and self.flow.wiring.is_last(node) and not activation.functional
 

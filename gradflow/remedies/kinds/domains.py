@@ -36,7 +36,7 @@ def _inverse(function: Any, y: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _deviation(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     if x.numel() < 2:
-        return function(x.detach(), *args, correction=0, **kwargs)
+        return function(x, **{k: v for k, v in kwargs.items() if k in ("dim", "keepdim")}, correction=0)
     return (x.var(*args, **kwargs) + _SMALL).sqrt()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradflow.errors import RemedyError
@@ -36,6 +36,31 @@ def rate_times(factor: float) -> Remedy:
         words=f"The learning rate, times {factor:.3g}.",
         code=f'for group in optimizer.param_groups:\n    group["lr"] *= {factor:.3g}',
         apply=on_optimizer(change),
+    )
+
+
+def own_rate(name: str, factor: float) -> Remedy:
+    """Return the remedy that gives one parameter a learning rate of its own, in a group of its own.
+
+    Args:
+        name: qualified name of the parameter.
+        factor: what the rate of its group is multiplied by.
+    """
+
+    def apply(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        parameter = dict(model.named_parameters()).get(name)
+        group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
+        if group is None or "lr" not in group:
+            raise RemedyError(f"the optimizer holds no parameter {name!r} with a learning rate.")
+        group["params"] = [p for p in group["params"] if p is not parameter]
+        optimizer.param_groups.append({**group, "params": [parameter], "lr": group["lr"] * factor})
+        return model, optimizer
+
+    return Remedy(
+        name=f"learning rate of {name} × {factor:g}",
+        words=f"A learning rate of its own for {name}, {factor:g} times that of the others.",
+        code=f'optimizer.add_param_group({{"params": [model.{name}], "lr": {factor:g} * rate}})',
+        apply=apply,
     )
 
 

@@ -166,25 +166,25 @@ def skip_round(names: Sequence[str]) -> Remedy:
     return Remedy(
         name=f"a skip connection round {listed(names)}",
         words=f"The input of {listed(names)} added to the output.",
-        code=for_each(names, "# in forward(): x = x + {}(x)"),
+        code="\n".join(f"# in forward(): x = x + {access(name)}(x)" for name in names),
         apply=_each_put(names, lambda old, name: Residual(old)),
     )
 
 
-def output_times(name: str, factor: float, shift: float = 0.0) -> Remedy:
-    """Return the remedy that multiplies the output of a layer, as a temperature does, and shifts it.
+def output_times(names: Sequence[str], factor: float, shift: float = 0.0) -> Remedy:
+    """Return the remedy that multiplies the outputs of layers, as a temperature does, and shifts them.
 
     Args:
-        name: of the layer.
+        names: of the layers.
         factor: that it is multiplied by.
         shift: that is added then.
     """
     return Remedy(
-        name=f"output of {name or 'model'} × {factor:.3g}" + (f" + {shift:.3g}" if shift else ""),
-        words=f"The output of {name or 'the model'} times {factor:.3g}"
+        name=f"output of {listed(names)} × {factor:.3g}" + (f" + {shift:.3g}" if shift else ""),
+        words=f"The output of {listed(names)} times {factor:.3g}"
         + (f", plus {shift:.3g}." if shift else "."),
         code=f"output = {factor:.3g} * output" + (f" + {shift:.3g}" if shift else ""),
-        apply=_each_put([name], lambda old, _: Times(old, factor, shift)),
+        apply=_each_put(names, lambda old, _: Times(old, factor, shift)),
     )
 
 

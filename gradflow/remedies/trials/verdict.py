@@ -5,15 +5,16 @@ Losses of two arms are compared by what they came to, u without the remedy and w
 fifth of the steps, which see the same batches. A difference means nothing by itself, so it is held against
 all that happened, from the lowest to the highest of u, w and the loss s at which the lower of both began:
 
-    gain = (u − w) / (max(u, w, s) − min(u, w, s) + 4 σ)
+    gain = (u − w) / (max(u, w, s) − min(u, w, s) + noise)
 
-where σ is how much the loss differs between the last batches, the smaller of both arms. If both arms learn,
+where noise is eight standard errors of the mean difference over the last batches, or four standard deviations
+of the loss between them, in the arm where it differs less, whichever is smaller. If both arms learn,
 it is the share of the fall that is missing without the remedy; if the loss rises without it, the share of the
 rise that is undone; 1 where one learns and the other does not. Near the end of a fall that hardly tells two
 arms apart, so of losses that are positive throughout half their difference over the larger one counts, where
 that is more: a quarter for a loss that is halved,
 
-    gain = (u − w) / (2 (max(u, w) + 2 σ)).
+    gain = (u − w) / (2 max(u, w) + noise).
 
 Multiplying the loss changes nothing. A run that does not stay finite counts as infinitely bad: a gain of 1 or
 -1. A gain is *clear* from a quarter on, if it is at least twice its standard error over seeds.
@@ -120,16 +121,19 @@ def gain(without: Floats, treated: Floats) -> float:
         return float(broken[0]) - float(broken[1])
     u, w = (float(final_losses(losses[:, None])[0]) for losses in (without, treated))
     every = [u, w, min(float(without[0]), float(treated[0]))]
-    noise = min(_noise(without), _noise(treated))
-    span = max(every) - min(every) + 4 * noise
+    noise = _noise(without, treated)
+    span = max(every) - min(every) + noise
     of_all = (u - w) / span if span > 0 else 0.0
-    of_loss = (u - w) / (2 * (max(u, w) + 2 * noise)) if min(every) > 0 else 0.0
+    of_loss = (u - w) / (2 * max(u, w) + noise) if min(every) > 0 else 0.0
     return max(of_all, of_loss, key=abs)
 
 
-def _noise(losses: Floats) -> float:
-    last = losses[-max(1, round(FINAL_SHARE * len(losses))) :]
-    return float(np.std(last))
+def _noise(without: Floats, treated: Floats) -> float:
+    """Return what counts as no difference; see NOTE [How much lower]."""
+    number = max(1, round(FINAL_SHARE * len(without)))
+    a, b = without[-number:], treated[-number:]
+    error = float(np.std(a - b)) / math.sqrt(number)
+    return min(8 * error, 4 * float(np.std(a)), 4 * float(np.std(b)))
 
 
 def is_clear(mean: float, spread: float) -> bool:
