@@ -161,5 +161,7 @@ class TrialsRecord:
         return None if best is None else best.verdict.confirms
 
 
-def _place(trial: TrialRecord) -> tuple[int, float]:
-    return _RANKS[trial.verdict], -trial.gain if trial.gain == trial.gain else 0.0
+def _place(trial: TrialRecord) -> tuple[int, int, float]:
+    """What does most first, of those alike what was tried with more seeds, then the lower loss."""
+    loss = trial.loss_with
+    return _RANKS[trial.verdict], -trial.seeds, loss if np.isfinite(loss) else np.inf

@@ -107,12 +107,16 @@ def test_what_is_no_trials_record_is_refused() -> None:
 
 
 def test_the_best_is_the_one_that_does_most() -> None:
-    weak = attrs.evolve(trial(TrialVerdict.HELPS, "weak"), gain=0.3)
-    strong = attrs.evolve(trial(TrialVerdict.HELPS, "strong"), gain=0.8)
+    weak = attrs.evolve(trial(TrialVerdict.HELPS, "weak"), losses_with=np.full((5, 2), 1.0))
+    strong = attrs.evolve(trial(TrialVerdict.HELPS, "strong"), losses_with=np.full((5, 2), 0.5))
     trials = TrialsRecord(trials=[trial(TrialVerdict.HARMS), weak, strong])
     cause = report().causes[0]
     assert [t.remedy for t in trials.of(cause)] == ["strong", "weak", "a < b"]
-    assert np.isnan(strong.loss_with)  # with one seed it was not finite
+    once = attrs.evolve(
+        strong, remedy="once", losses_without=np.full((5, 1), 2.3), losses_with=np.zeros((5, 1))
+    )
+    assert TrialsRecord(trials=[once, strong]).best(cause) is strong  # more seeds, more weight
+    assert np.isnan(trial(TrialVerdict.HELPS).loss_with)  # with one seed it was not finite
     assert strong.loss_without == 2.3
 
 

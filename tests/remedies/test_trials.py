@@ -46,9 +46,17 @@ def test_everything_of_the_users_is_as_it_was(remedy: Remedy) -> None:
 
 def test_a_cure_is_told_and_what_does_nothing_is() -> None:
     report, *given = setting()
-    trials = try_remedies(report, *given, steps=25, seeds=2, remedies=[nothing(), CURE, rate_times(0.9)])
+    others = [nothing(str(i)) for i in range(4)]
+    trials = try_remedies(report, *given, steps=25, seeds=2, remedies=[nothing(), CURE, *others])
     done = {trial.remedy: trial for trial in trials.trials}
-    assert [trial.verdict.value for trial in trials.trials] == ["no effect", "cures"]  # the third is spared
+    assert [trial.remedy for trial in trials.trials] == ["nothing", CURE.name, "0", "1"]  # the rest is spared
+    assert [trial.verdict.value for trial in trials.trials] == [
+        "no effect",
+        "cures",
+        "no effect",
+        "no effect",
+    ]
+    assert [trial.seeds for trial in trials.trials] == [1, 2, 1, 1]
     assert done["nothing"].gain == 0.0
     assert done["nothing"].gone == 0.0
     np.testing.assert_array_equal(done["nothing"].losses_with, done["nothing"].losses_without)

@@ -27,7 +27,7 @@ from gradflow.remedies.remedy import Remedy, unchanged
 from gradflow.remedies.surgery import adopted
 from gradflow.remedies.trials.copies import Copies, copies_of
 from gradflow.remedies.trials.replay import Drawn, Recorder, replayed
-from gradflow.remedies.trials.verdict import CLEAR, Outcome, effect, serious
+from gradflow.remedies.trials.verdict import CLEAR, Outcome, effect, gain, serious
 from gradflow.report import Report
 
 logger = logging.getLogger("gradflow")
@@ -35,6 +35,8 @@ logger = logging.getLogger("gradflow")
 RATE = (
     1e-3  # of the Adam that stands in where there is no optimizer: the size of its steps, whatever the loss
 )
+
+MORE = 2  # remedies that are tried after one that cures: the first cure need not be the best
 
 _NOTHING = Remedy(name="nothing", words="Nothing.", code="pass", apply=unchanged)
 
@@ -59,8 +61,9 @@ def try_remedies(
     Every remedy is run for `steps` steps of training and judged by the same measurements and detectors as
     `gradflow.diagnose`, against runs without it. Both arms see the same batches in the same order and start
     from the same random states, seed by seed; the batches are drawn once, and each seed has an order of its
-    own. The likeliest remedies of a cause are tried first, a remedy that does nothing with the first seed is
-    not tried with the others, and where one cures, the rest are left out.
+    own. The likeliest remedies of a cause are tried first. A remedy that does nothing with the first seed is
+    not tried with the others; and where one cures, two more are tried, with the other seeds only if the loss
+    comes out lower still.
 
     The model, the optimizer, the loss and all random states are afterwards what they were, bit for bit; the
     source of the batches stays advanced by the `steps` batches drawn.
@@ -231,18 +234,23 @@ class _Laboratory:
             self._progress(self._most, self._most)
 
     def tried(self, cause: Cause, remedies: Sequence[Remedy]) -> list[TrialRecord]:
-        """Return the trials of remedies for a cause, in order, up to the first that cures."""
+        """Return the trials of remedies for a cause, in order, up to a few after the first that cures."""
         found: list[TrialRecord] = []
+        first_cure = len(remedies)
         for place, remedy in enumerate(remedies):
+            if place > first_cure + MORE:
+                break
             if self.without and not self.limits.allow(self.steps):
                 self.left_out += len(remedies) - place
                 break
-            found.append(self._tried(cause, remedy))
+            cures = [trial for trial in found if trial.verdict is TrialVerdict.CURES]
+            best = min(cures, key=lambda trial: trial.loss_with, default=None)
+            found.append(self._tried(cause, remedy, best))
             if found[-1].verdict is TrialVerdict.CURES:
-                break
+                first_cure = min(first_cure, place)
         return found
 
-    def _tried(self, cause: Cause, remedy: Remedy) -> TrialRecord:
+    def _tried(self, cause: Cause, remedy: Remedy, best: TrialRecord | None) -> TrialRecord:
         common = {
             "remedy": remedy.name, "words": remedy.words, "code": remedy.code, "layer": cause.layer,
             "issue_type": cause.issue_type,
@@ -250,7 +258,7 @@ class _Laboratory:
         treated: list[Outcome] = []
         none = np.empty((0, 0))
         for seed in range(self.seeds):
-            if treated and not (self._promising(treated, cause) and self.limits.allow(self.steps)):
+            if treated and not (self._promising(treated, cause, best) and self.limits.allow(self.steps)):
                 break
             self._untreated(seed)
             try:
@@ -271,8 +279,10 @@ class _Laboratory:
             seconds=sum(run.seconds for run in treated),
         )
 
-    def _promising(self, treated: Sequence[Outcome], cause: Cause) -> bool:
+    def _promising(self, treated: Sequence[Outcome], cause: Cause, best: TrialRecord | None) -> bool:
         """Whether what the first seeds showed is worth trying with another."""
+        if best is not None and gain(best.losses_with[:, 0], treated[0].losses) < CLEAR / 2:
+            return False
         return abs(effect(self.without, treated, cause).gain) >= CLEAR / 2
 
     def _untreated(self, seed: int) -> None:
