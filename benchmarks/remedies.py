@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "verdicts"))
-from remedies_mended import CANNOT, page
+from remedies_mended import page
 from zoo import CASES
 
 import gradflow as gf
@@ -199,7 +199,7 @@ def main() -> int:
     if args.what == "run":
         run(args)
         return 0
-    text = page(rows_of(args.rows), CANNOT)
+    text = page(rows_of(args.rows))
     if args.what == "write":
         args.file.write_text(text, encoding="utf-8")
     else:

@@ -34,6 +34,7 @@ PAGES = (
     "docs/policy.md",
     "docs/transformer.md",
     "docs/reach.md",
+    "docs/remedies.md",
     "docs/measurements.md",
 )
 ABOVE, ALL_ABOVE = "the block above", "the blocks above"

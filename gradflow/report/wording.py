@@ -117,6 +117,6 @@ def trials_line(trials: TrialsRecord) -> str:
     """Return how many fixes were tried, and how."""
     notes = "".join(f" {note}" for note in trials.notes)
     return (
-        f"{len(trials.trials)} fixes tried on copies, {trials.steps} steps of {trials.optimizer}, up to "
-        f"{trials.seeds} seeds, on {trials.num_batches} batches.{notes}"
+        f"{len(trials.trials)} fix(es) tried on copies, {trials.steps} steps of {trials.optimizer}, up to "
+        f"{trials.seeds} seed(s), on {trials.num_batches} batches.{notes}"
     )

@@ -49,7 +49,7 @@ def told(*trials: TrialRecord) -> gf.Report:
             "confirmed by trial: a < b helps",
         ),
         ([trial(TrialVerdict.NO_EFFECT)], 0.0, 0.2, "not confirmed: with the issue gone"),
-        ([trial(TrialVerdict.NO_EFFECT, gone=0.0)], 0.3, 0.5, "none of 1 remedies tried lowers the loss"),
+        ([trial(TrialVerdict.NO_EFFECT, gone=0.0)], 0.3, 0.5, "of 1 remedies tried, none lowers the loss"),
     ],
 )
 def test_confidence_is_what_trials_say(trials: Any, low: float, high: float, reason: str) -> None:
@@ -64,7 +64,7 @@ def test_text_and_page_show_the_best_first() -> None:
     assert text.index("[cures] a < b: loss after 5 steps 0.31 instead of 2.3") < text.index(
         "[no effect] useless"
     )
-    assert "trials   2 fixes tried on copies, 5 steps of Adam, up to 2 seeds, on 5 batches." in text
+    assert "trials   2 fix(es) tried on copies, 5 steps of Adam, up to 2 seed(s), on 5 batches." in text
 
 
 def test_the_page_holds_both_curves_and_the_code(tmp_path: Path) -> None:

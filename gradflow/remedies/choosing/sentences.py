@@ -287,6 +287,11 @@ def _above_zero(target: Target, action: str) -> Iterator[Remedy]:
     yield start.biased([target.feeder], 1.0)
 
 
+def _broken_steps(target: Target, action: str) -> Iterator[Remedy]:
+    yield optimizing.epsilon(1e-4)
+    yield optimizing.rate_times(1 / 30) + optimizing.warmed_up(10)
+
+
 def _own_rate(target: Target, action: str) -> Iterator[Remedy]:
     told = re.search(r"Give (\S+) a smaller learning rate", action)
     if told:
@@ -343,6 +348,7 @@ _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
         (r"last layer of each block's update", _small_updates),
         (r"fan_in of", _fan_in),
         (r"Bound what each block adds", _bounded_updates),
+        (r"look at the step, or", _broken_steps),
         (r"pass something below zero", _above_zero),
         (r"a smaller learning rate, in", _own_rate),
     )
