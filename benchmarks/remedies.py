@@ -1,6 +1,7 @@
 """How often a fix that was tried helps, and how often trials see through a false verdict.
 
     python benchmarks/remedies.py run ROWS.jsonl [--only PART] [--cases FOLDER ...] [--healthy] [--seconds N]
+    python benchmarks/remedies.py cost ROWS.jsonl
     python benchmarks/remedies.py print ROWS.jsonl
     python benchmarks/remedies.py write ROWS.jsonl [FILE]
 
@@ -13,7 +14,8 @@ models.
   healthy   with `--healthy`: models without an illness, a verdict forced on them by extreme thresholds, and
             the trials of its first cause
 
-`write` makes the page docs/remedies_measured.md.
+`cost` adds a line for each of three networks: the processor time of trials of four remedies, over that of as
+many plain steps of training. `write` makes the page docs/remedies_measured.md.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from typing import Any
 import attrs
 import numpy as np
 import torch
+import workloads
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "verdicts"))
 from remedies_mended import page
@@ -40,7 +43,7 @@ from zoo import CASES
 
 import gradflow as gf
 from gradflow.records import IssueSeverity, final_losses
-from gradflow.remedies import first_action, try_remedies
+from gradflow.remedies import first_action, rate_times, try_remedies
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SEEDS, MOST_CAUSES = 50, 3, 2
@@ -168,6 +171,52 @@ def run(args: argparse.Namespace) -> None:
             print(line_of(row), flush=True)
 
 
+def plain_step(work: workloads.Workload, optimizer: torch.optim.Optimizer, number: int) -> float:
+    """Return the processor time of a plain step of training, in seconds, over a number of them."""
+    begun = time.process_time()
+    for _ in range(number):
+        optimizer.zero_grad()
+        work.loss().backward()
+        optimizer.step()
+    return (time.process_time() - begun) / number
+
+
+def costs(args: argparse.Namespace) -> None:
+    """Add a row for each network with what trials cost."""
+    for name in ("mlp", "lstm", "encoder"):
+        work = workloads.build(name)
+        optimizer = torch.optim.Adam(work.model.parameters(), 1e-3)
+
+        record = gf.analyze(work.model, [work.batch], work.loss_fn, steps=1)
+        layer = record.layers[0]
+        issue = gf.Issue(
+            layer=layer.name, layer_type=layer.type, issue_type=gf.IssueType.VANISHING, description="",
+            severity=IssueSeverity.HIGH, magnitude=1.0,
+        )  # fmt: skip
+        cause = gf.Cause(
+            layer=layer.name, issue_type=issue.issue_type, mechanism="", issues=[issue], confidence=0.5
+        )
+        report = gf.Report(record=record, issues=[issue], causes=[cause])
+        remedies = [rate_times(factor) for factor in (10.0, 0.1, 0.01, 1e-3)]
+        plain_step(work, optimizer, 3)
+        before = plain_step(work, optimizer, 20)
+        begun = time.process_time()
+        trials = try_remedies(
+            report, work.model, [work.batch], work.loss_fn, optimizer, steps=STEPS, seeds=SEEDS,
+            remedies=remedies,
+        )  # fmt: skip
+        spent = time.process_time() - begun
+        step = (before + plain_step(work, optimizer, 20)) / 2
+        number = STEPS * (sum(t.seeds for t in trials.trials) + max(t.seeds for t in trials.trials))
+        row = {
+            "kind": "cost", "id": name, "what": workloads.DESCRIPTIONS[name], "steps": number,
+            "plain": 1000 * step, "ratio": spent / (number * step),
+        }  # fmt: skip
+        with args.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -185,7 +234,7 @@ def line_of(row: dict[str, Any]) -> str:
 def main() -> int:
     """Run, print or write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("run", "print", "write"))
+    parser.add_argument("what", choices=("run", "cost", "print", "write"))
     parser.add_argument("rows", type=Path)
     parser.add_argument("file", type=Path, nargs="?", default=ROOT / "docs" / "remedies_measured.md")
     parser.add_argument("--only", default="")
@@ -198,6 +247,9 @@ def main() -> int:
     torch.set_num_threads(1)
     if args.what == "run":
         run(args)
+        return 0
+    if args.what == "cost":
+        costs(args)
         return 0
     text = page(rows_of(args.rows))
     if args.what == "write":

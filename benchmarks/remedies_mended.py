@@ -12,21 +12,20 @@ DATA = "its data, targets or masks have to be others"
 WIDTH = "a layer has to be wider"
 CHOICE = "a hard choice, or code outside of PyTorch, has to become another computation"
 
-# Faults that cannot be mended by changing weights, modules, operations, batches or the optimizer: told by what
-# repairs the labelled model, before anything was tried.
-CANNOT: dict[str, str] = {
-    **dict.fromkeys(
-        """mlp-deep-branch-never-called cnn-loss-on-side-output cnn-attention-pool-over-one
+# Faults that cannot be mended by changing weights, modules, operations, batches or the optimizer: told by
+# what repairs the labelled model, before anything was tried.
+_MODELS: dict[str, str] = {
+    WIRE: """
+        mlp-deep-branch-never-called cnn-loss-on-side-output cnn-attention-pool-over-one
         cnn-instance-norm-after-pooling transformer-positions-never-added moe-router-only-chooses
         moe-early-exit-never-taken finetune-alpha-over-rank-in-integers
         finetune-wrapped-layer-not-the-one-called finetune-prompt-hidden-by-mask
         diffusion-condition-always-dropped contact1a-lm-top1gate contact1a-forecast-revin
         contact2b-anomaly-memory contact2b-hetero-source contact4b-meta-inner_loop_by_data
-        timesfm-522-scale-not-guarded-on-the-way-back""".split(),
-        WIRE,
-    ),
-    **dict.fromkeys(
-        """moe-experts-without-tokens rl-log-probabilities-from-the-buffer rl-ratios-all-clipped
+        timesfm-522-scale-not-guarded-on-the-way-back
+    """,
+    LOSS: """
+        moe-experts-without-tokens rl-log-probabilities-from-the-buffer rl-ratios-all-clipped
         rl-weights-without-a-cap finetune-distilled-from-the-wrong-side detection-boxes-that-never-meet
         diffusion-weight-without-bound contact1a-latent-codebook contact1a-forecast-jepa
         contact1b-generative-vq_latent_action contact1b-rl-leaking_actor_loss
@@ -37,27 +36,24 @@ CANNOT: dict[str, str] = {
         contact4b-tabular-negative_scale so-31880720-one-unit-softmax
         olaf-world-8-codebook-loss-on-wrong-tensor ml-agents-2897-rare-huge-reward
         vjepa2-109-embeddings-collapse rq-vae-65-codebook-collapse
-        aidotnet-1844-penalty-without-a-graph""".split(),
-        LOSS,
-    ),
-    **dict.fromkeys(
-        """mlp-insurance-claims transformer-loss-mask-all-zero detection-logarithm-of-a-width
-        contact4a-speech-crowded_utterances fairseq-3753-every-alignment-impossible""".split(),
-        DATA,
-    ),
-    **dict.fromkeys(
-        """rnn-summary-of-one-number vae-code-of-one-number graph-readout-of-one-number
+        aidotnet-1844-penalty-without-a-graph
+    """,
+    DATA: """
+        mlp-insurance-claims transformer-loss-mask-all-zero detection-logarithm-of-a-width
+        contact4a-speech-crowded_utterances fairseq-3753-every-alignment-impossible
+    """,
+    WIDTH: """
+        rnn-summary-of-one-number vae-code-of-one-number graph-readout-of-one-number
         moe-shared-passage-of-one-number metric-projector-of-one-number
-        nmt-fixed-length-context""".split(),
-        WIDTH,
-    ),
-    **dict.fromkeys(
-        """cnn-pooled-in-numpy rnn-hard-choice-between-parts detection-peak-by-argmax
+        nmt-fixed-length-context
+    """,
+    CHOICE: """
+        cnn-pooled-in-numpy rnn-hard-choice-between-parts detection-peak-by-argmax
         detection-score-only-compared contact1b-medical-nearest_warp contact2a-motion-rounded_forward_warp
-        contact4a-segmentation-dice_threshold pytorch-1339-argmax-between-modules""".split(),
-        CHOICE,
-    ),
+        contact4a-segmentation-dice_threshold pytorch-1339-argmax-between-modules
+    """,
 }
+CANNOT = {id: why for why, ids in _MODELS.items() for id in ids.split()}
 _ORDER = ("cures", "helps", "no effect", "harms", "not applicable")
 
 Row = Mapping[str, Any]
@@ -72,6 +68,7 @@ def page(rows: Sequence[Row]) -> str:
         _HEAD,
         _figures(sick, mendable),
         _false(healthy),
+        _costs([row for row in rows if row["kind"] == "cost"]),
         _cases(mendable),
         _cannot(sick),
         _failed([row for row in rows if row["kind"] == "failed"]),
@@ -81,8 +78,8 @@ def page(rows: Sequence[Row]) -> str:
 
 _HEAD = """# Remedies, measured
 
-What trying fixes does, on models whose fault is known: those of the zoo (`benchmarks/verdicts/zoo`), and of labelled
-cases from outside this project. All figures are from one run of
+What trying fixes does, on models whose fault is known: those of the zoo (`benchmarks/verdicts/zoo`), and of
+labelled cases from outside this project. All figures are from one run of
 
 ```
 python benchmarks/remedies.py run ROWS.jsonl --cases FOLDER ...
@@ -91,8 +88,8 @@ python benchmarks/remedies.py write ROWS.jsonl
 ```
 
 A sick model is diagnosed in 20 steps, and for each of the first two causes of its report the fixes that
-`gradflow.try_remedies` chooses are tried: 50 steps, three seeds. *Like its twin* means that the loss comes to within
-ten percent of that of the repaired model after as many steps: of that loss, or of how far it has fallen.
+`gradflow.try_remedies` chooses are tried: 50 steps, three seeds. *Like its twin* means that the loss comes to
+within ten percent of that of the repaired model after as many steps: of that loss, or of how far it fell.
 What the verdicts mean, and how they are reached: [remedies.md](remedies.md).
 """
 
@@ -155,9 +152,9 @@ def _figures(sick: Sequence[Row], mendable: Sequence[Row]) -> str:
     useless = [row for row in every if first_helps(row) is False]
     lines += [
         "",
-        f"Of all {len(sick)} sick models, those that cannot be mended from outside included, the first action "
-        f"of the report could be tried in {sum(first_helps(row) is not None for row in every)}; it was of no "
-        f"use in {len(useless)} of them.",
+        f"Of all {len(sick)} sick models, those that cannot be mended from outside included, the first "
+        f"action of the report could be tried in {sum(first_helps(row) is not None for row in every)}; it was "
+        f"of no use in {len(useless)} of them.",
         "",
         "What the first action does, by the type of the first cause:",
         "",
@@ -178,8 +175,8 @@ def _false(healthy: Sequence[Row]) -> str:
     lines = [
         "## False verdicts",
         "",
-        "Healthy models on which extreme thresholds force a verdict. *No effect* is what trials should say; the "
-        "best remedy of each counts, harm included.",
+        "Healthy models on which extreme thresholds force a verdict. *No effect* is what trials should say; "
+        "the best remedy of each counts, harm included.",
         "",
         "| verdict forced | models | no effect or harm | a remedy seems to help |",
         "| --- | ---: | ---: | ---: |",
@@ -191,6 +188,24 @@ def _false(healthy: Sequence[Row]) -> str:
         tried = [b for b in best if b is not None]
         helps = [b["verdict"] in ("cures", "helps") for b in tried]
         lines.append(f"| {kind} | {len(tried)} | {_share([not h for h in helps])} | {sum(helps)} |")
+    return "\n".join([*lines, ""])
+
+
+def _costs(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    lines = [
+        "## Cost",
+        "",
+        "Processor time of the trials of four remedies, over that of as many plain steps of training "
+        "(forward and backward pass, loss, and the step of Adam), one thread. What a run adds once (the "
+        "account of reach, the looks, the record) weighs on a network whose steps are short.",
+        "",
+        "| network | plain step, ms | steps run | trials / plain steps |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        lines.append(f"| {row['what']} | {row['plain']:.1f} | {row['steps']} | {row['ratio']:.2f} |")
     return "\n".join([*lines, ""])
 
 

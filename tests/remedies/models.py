@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import gradflow.remedies as r
+
 
 def dead_net() -> nn.Sequential:
     """Return a network whose hidden units never fire."""
@@ -64,3 +66,27 @@ def with_targets_kept() -> tuple[Callable[[], Tensor], Callable[[Tensor], Tensor
         return x
 
     return draw, lambda output: nn.functional.mse_loss(output, latest["y"]), latest
+
+
+def net() -> nn.Sequential:
+    """Return a small network."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def applied(remedy: r.Remedy, model: nn.Module, seed: int = 3) -> nn.Module:
+    """Return the model after a remedy, drawn with a seed."""
+    optimizer = torch.optim.SGD(list(model.parameters()) or [torch.zeros(1)], 0.1)
+    torch.manual_seed(seed)
+    return remedy.apply(model, optimizer)[0]
+
+
+def x(number: int = 5) -> Tensor:
+    """Return inputs of `net`."""
+    return torch.randn(number, 4, generator=torch.Generator().manual_seed(2))
+
+
+def equal(a: nn.Module, b: nn.Module) -> None:
+    """Assert that all parameters are the same bit for bit."""
+    for (name, p), (_, q) in zip(a.named_parameters(), b.named_parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0, msg=name)

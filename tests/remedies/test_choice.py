@@ -107,7 +107,7 @@ def of(action: str, kind: IssueType = IssueType.UNSTABLE) -> list[str]:
         ("Start near uniform: nn.init.orthogonal_(policy_head.weight, gain=0.01), and a bias of zero.",
          ["orthogonal_ on fc"]),
         ("Scale the scores down (their standard deviation is 18.7, about 1 is usual): divide by sqrt(d).",
-         ["scores of fc / 18.7", "scores of model / 18.7", "queries of fc / 18.7"]),
+         ["scores of model / 18.7", "scores of fc / 18.7", "queries of fc / 18.7"]),
         ("Call fc in forward(), or delete it; check for a name that is overwritten.", []),
         ("Widen fc: 1 numbers for a gradient of effective rank 2; try 4.", []),
     ],

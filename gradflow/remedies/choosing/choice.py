@@ -12,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 
+import attrs
+
 from gradflow.records import Cause, FlowRecord, IssueType
 from gradflow.remedies.choosing.sentences import far_targets, of_action
 from gradflow.remedies.choosing.targets import Target
@@ -82,6 +84,16 @@ def _against_explosion(target: Target) -> Iterator[Remedy]:
 
 
 def _against_death(target: Target) -> Iterator[Remedy]:
+    zeros = [p for p in target.flow.record.parameters if p.trainable and len(p.norm) and p.norm[0] == 0]
+    drawn = [
+        start.Init("xavier_uniform_", p.name)
+        if len(p.shape) >= 2
+        else start.Init("normal_", p.name, {"std": 0.1})
+        for p in zeros
+        if not p.name.endswith("bias")
+    ]
+    if drawn:
+        yield start.initialised(drawn)
     if target.rectified() and target.activations(("rectifier",)):
         yield start.kaiming(target.rectified())
 
@@ -106,7 +118,10 @@ def _against_nan(target: Target) -> Iterator[Remedy]:
         if op:
             yield guarded(op)
     yield wider_precision()
-    yield guarded("log") + guarded("sqrt") + guarded("div") + guarded("exp") + guarded("norm")
+    every = guarded("log")
+    for op in ("sqrt", "div", "exp", "norm", "pow", "softmax", "mean"):
+        every += guarded(op)
+    yield attrs.evolve(every, name="every operation inside its domain")
 
 
 _USUAL: dict[IssueType, Callable[[Target], Iterable[Remedy]]] = {

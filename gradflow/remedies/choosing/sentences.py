@@ -117,10 +117,14 @@ def _norms(target: Target, action: str) -> Iterator[Remedy]:
 
 
 def _skips(target: Target, action: str) -> Iterator[Remedy]:
-    names = [module_of(i.layer) for i in target.same]
-    kind = target.flow.layers[target.node].type if target.node in target.flow.layers else ""
-    alike = [module_of(n) for n, layer in target.flow.layers.items() if layer.type == kind and kind]
-    yield structure.skip_round(list(dict.fromkeys([*names, *alike])))
+    own = re.sub(r"\d+", "#", target.module)
+    every = dict.fromkeys(
+        ".".join(parts[:depth])
+        for parts in (layer.module.split(".") for layer in target.flow.record.layers)
+        for depth in range(1, len(parts) + 1)
+    )
+    alike = [name for name in every if re.sub(r"\d+", "#", name) == own]
+    yield structure.skip_round(alike or [target.module])
 
 
 def _lower_rate(target: Target, action: str) -> Iterator[Remedy]:
@@ -159,14 +163,15 @@ def _epsilon(target: Target, action: str) -> Iterator[Remedy]:
 
 
 def _scores(target: Target, action: str) -> Iterator[Remedy]:
-    told = re.search(r"(?:standard deviation is|has rms) ([\d.]+(?:e[+-]?\d+)?)", action)
+    actions = " ".join(line for issue in target.same for line in issue.recommended_actions)
+    told = re.search(r"standard deviation is ([\d.]+(?:e[+-]?\d+)?)", f"{action} {actions}")
     factor = float(told[1]) if told else target.entering()
-    if not (math.isfinite(factor) and factor > 1):
+    if not 1 < factor < 1e4:  # beyond, it is the size of a mask
         return
     activation = next(iter(target.activations(("softmax",))), None)
     inside = module_of(activation.name) if activation and not activation.functional else target.module
-    yield cooled(inside, factor)
     yield cooled("", factor)
+    yield cooled(inside, factor)
     yield start.queries_divided(target.module, factor)
 
 

@@ -41,7 +41,7 @@ def _deviation(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _exponential(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    return function(x.clamp(max=20.0 if x.element_size() >= 4 else 10.0), *args, **kwargs)
+    return function(x.clamp(max=10.0), *args, **kwargs)
 
 
 def _length(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +58,22 @@ def _filled_rows(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return function(x.clamp(min=-1e4) if x.is_floating_point() else x, *args, **kwargs)
 
 
+def _masked(function: Any, x: Any, mask: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(x, mask, -1e4 if isinstance(value, float) and value < -1e4 else value, *args, **kwargs)
+
+
+def _attention(function: Any, q: Any, k: Any, v: Any, mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+    mask = kwargs.pop("attn_mask", mask)
+    if isinstance(mask, Tensor):
+        bare = (
+            torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -1e4)
+            if mask.dtype is torch.bool
+            else mask
+        )
+        mask = bare.clamp(min=-1e4)
+    return function(q, k, v, mask, *args, **kwargs)
+
+
 def _finite(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     y = function(x, *args, **kwargs)
     return torch.nan_to_num(y) if isinstance(y, Tensor) and y.is_floating_point() else y
@@ -69,8 +85,8 @@ _GUARDS: dict[str, tuple[Substitute, str]] = {
     "log": (_clamped(low=_SMALL), "torch.log(x.clamp(min=1e-8))"),
     "log1p": (_clamped(low=_SMALL - 1), "torch.log1p(x.clamp(min=1e-8 - 1))"),
     "log2": (_clamped(low=_SMALL), "torch.log2(x.clamp(min=1e-8))"),
-    "exp": (_exponential, "torch.exp(x.clamp(max=20))"),
-    "expm1": (_exponential, "torch.expm1(x.clamp(max=20))"),
+    "exp": (_exponential, "torch.exp(x.clamp(max=10))"),
+    "expm1": (_exponential, "torch.expm1(x.clamp(max=10))"),
     "div": (_quotient, "x / (y + 1e-8)"),
     "true_divide": (_quotient, "x / (y + 1e-8)"),
     "__truediv__": (_quotient, "x / (y + 1e-8)"),
@@ -87,6 +103,9 @@ _GUARDS: dict[str, tuple[Substitute, str]] = {
     "atanh": (_clamped(-1 + 1e-7, 1 - 1e-7), "torch.atanh(x.clamp(-1 + 1e-7, 1 - 1e-7))"),
     "softmax": (_filled_rows, "torch.softmax(scores.clamp(min=-1e4), -1)"),
     "log_softmax": (_filled_rows, "torch.log_softmax(scores.clamp(min=-1e4), -1)"),
+    "masked_fill": (_masked, "scores.masked_fill(mask, -1e4)"),
+    "masked_fill_": (_masked, "scores.masked_fill_(mask, -1e4)"),
+    "scaled_dot_product_attention": (_attention, "scaled_dot_product_attention(q, k, v, (~mask) * -1e4)"),
     "mean": (_finite, "x.sum() / max(x.numel(), 1)"),
     "cross_entropy": (_finite, "F.cross_entropy(scores, y, reduction='sum') / max(number, 1)"),
     "nll_loss": (_finite, "F.nll_loss(scores, y, reduction='sum') / max(number, 1)"),
@@ -100,7 +119,7 @@ _FAMILIES = {
     "norm": ("norm", "vector_norm", "cdist"),
     "pow": ("pow", "__pow__"),
     "acos": ("acos", "asin"),
-    "softmax": ("softmax", "log_softmax"),
+    "softmax": ("softmax", "log_softmax", "masked_fill", "masked_fill_", "scaled_dot_product_attention"),
     "mean": ("mean", "cross_entropy", "nll_loss"),
 }
 

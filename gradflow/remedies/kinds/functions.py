@@ -10,6 +10,8 @@ what the recommended action says, done in every place of that kind at once.
 from __future__ import annotations
 
 import functools
+import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,20 +27,28 @@ Substitute = Callable[..., Any]  # (the function itself, *its arguments) → wha
 
 
 class _Substituting(TorchFunctionMode):
-    """Calls other functions in the place of some, by their last names; the inner calls are not looked at."""
+    """Calls other functions in the place of some, by their last names.
+
+    Calls that are made within one, and those of gradflow's own probes, are not looked at.
+    """
 
     def __init__(self, substitutes: dict[str, Substitute]) -> None:
         super().__init__()
         self._substitutes = substitutes
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name == "__get__":  # a property, such as `.data`
             name = f"{(resolve_name(func) or '').split('.')[-2:][0]}.get"
         substitute = self._substitutes.get(name)
-        if substitute is None:
+        if substitute is None or _is_ours(sys._getframe(1)):
             return func(*args, **(kwargs or {}))
         return substitute(func, *args, **(kwargs or {}))
+
+
+def _is_ours(frame: types.FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__", ""))
+    return name.startswith("gradflow.") and not name.startswith("gradflow.remedies.")
 
 
 def substituted(function: Callable[..., Any], substitutes: dict[str, Substitute]) -> Callable[..., Any]:
@@ -144,9 +154,11 @@ class _Attached:
 class _WithGradient(_Substituting):
     """Runs every operation with gradients on, whatever context it stands in."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_ours(sys._getframe(1)):
+            return func(*args, **(kwargs or {}))
         with torch.enable_grad():
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(func, kinds, args, kwargs)
 
 
 def _with_gradient(function: Callable[..., Any], substitutes: dict[str, Substitute]) -> Callable[..., Any]:
@@ -173,26 +185,45 @@ def _with_inputs(model: Any, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def wider_precision() -> Remedy:
-    """Return the remedy that runs the whole model in float32."""
+    """Return the remedy that runs the whole model in float32, casts to half precision included."""
+
+    def kept(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        y = function(x, *args, **kwargs)
+        return x if isinstance(y, Tensor) and y.dtype in (torch.float16, torch.bfloat16) else y
+
+    def change(model: Any) -> None:
+        _with_inputs(model.float(), Tensor.float)
+        model.forward = substituted(model.forward, dict.fromkeys(("half", "bfloat16", "to", "type"), kept))
+
     return Remedy(
         name="float32",
         words="The whole model in float32.",
-        code="model.float()  # and its inputs",
-        apply=on_model(lambda model: _with_inputs(model.float(), Tensor.float)),
+        code="model.float()  # and its inputs, without .half() in forward()",
+        apply=on_model(change),
     )
 
 
 def inputs_with_gradient() -> Remedy:
-    """Return the remedy that has the floating-point inputs of the model require a gradient.
+    """Return the remedy that has the floating-point inputs of the model, and what frozen embeddings give,
+    require a gradient.
 
     Reentrant checkpointing gives no gradient to a stage none of whose inputs requires one.
     """
+
+    def opened(function: Any, *args: Any, **kwargs: Any) -> Any:
+        y = function(*args, **kwargs)
+        return y if y.requires_grad else y.requires_grad_()
+
+    def change(model: nn.Module) -> None:
+        _with_inputs(model, lambda x: x.detach().requires_grad_())
+        module: Any = model
+        module.forward = substituted(module.forward, {"embedding": opened})
 
     return Remedy(
         name="inputs that require a gradient",
         words="The inputs of the model require a gradient, so that checkpointed stages get theirs.",
         code="checkpoint(stage, x, use_reentrant=False)",
-        apply=on_model(lambda model: _with_inputs(model, lambda x: x.detach().requires_grad_())),
+        apply=on_model(change),
     )
 
 

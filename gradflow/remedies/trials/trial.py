@@ -27,7 +27,7 @@ from gradflow.remedies.remedy import Remedy, unchanged
 from gradflow.remedies.surgery import adopted
 from gradflow.remedies.trials.copies import Copies, copies_of
 from gradflow.remedies.trials.replay import Drawn, Recorder, replayed
-from gradflow.remedies.trials.verdict import CLEAR, Outcome, effect, gain, serious
+from gradflow.remedies.trials.verdict import CLEAR, CLEAR_IF_GONE, Outcome, effect, gain, serious
 from gradflow.report import Report
 
 logger = logging.getLogger("gradflow")
@@ -283,7 +283,7 @@ class _Laboratory:
         """Whether what the first seeds showed is worth trying with another."""
         if best is not None and gain(best.losses_with[:, 0], treated[0].losses) < CLEAR / 2:
             return False
-        return abs(effect(self.without, treated, cause).gain) >= CLEAR / 2
+        return abs(effect(self.without, treated, cause).gain) >= CLEAR_IF_GONE / 2
 
     def _untreated(self, seed: int) -> None:
         """Make the run without a remedy for a seed, unless it was made; the first one draws the batches."""

@@ -17,7 +17,8 @@ that is more: a quarter for a loss that is halved,
     gain = (u − w) / (2 max(u, w) + noise).
 
 Multiplying the loss changes nothing. A run that does not stay finite counts as infinitely bad: a gain of 1 or
--1. A gain is *clear* from a quarter on, if it is at least twice its standard error over seeds.
+-1. A gain is *clear* from a quarter on, if it is at least twice its standard error over seeds; from 0.15 on
+where the issue is gone as well, since two signs agree.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from gradflow.records import (
 
 _ANYWHERE = (IssueType.NUMERICAL, IssueType.UNSTABLE)  # which layer shows them first is an accident
 CLEAR = 0.25  # of all that happened; a remedy that does less is not worth its lines
+CLEAR_IF_GONE = 0.15
 
 
 @attrs.frozen(eq=False)
@@ -136,13 +138,13 @@ def _noise(without: Floats, treated: Floats) -> float:
     return min(8 * error, 4 * float(np.std(a)), 4 * float(np.std(b)))
 
 
-def is_clear(mean: float, spread: float) -> bool:
+def is_clear(mean: float, spread: float, *, least: float = CLEAR) -> bool:
     """Whether a gain, or a loss of it, is large enough and larger than its spread over seeds."""
-    return abs(mean) >= CLEAR and abs(mean) >= 2 * spread
+    return abs(mean) >= least and abs(mean) >= 2 * spread
 
 
 def _verdict(mean: float, spread: float, gone: float, new: Sequence[str]) -> TrialVerdict:
-    if not is_clear(mean, spread):
+    if not is_clear(mean, spread, least=CLEAR_IF_GONE if gone == 1.0 and mean > 0 else CLEAR):
         return TrialVerdict.NO_EFFECT
     if mean < 0:
         return TrialVerdict.HARMS
