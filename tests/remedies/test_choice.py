@@ -140,3 +140,19 @@ def test_every_remedy_has_words_and_code() -> None:
             assert remedy.words.endswith(".")
             compile(remedy.code.replace("...", "0"), remedy.name, "exec")
         assert names_of(remedies_for(cause, record)) == names
+
+
+def test_factors_that_are_both_zero_are_drawn_at_random() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 4, bias=False), nn.Linear(16, 4, bias=False)
+            nn.init.zeros_(self.a.weight)
+            nn.init.zeros_(self.b.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (self.a(x) * self.b(x)).sum(-1, keepdim=True)
+
+    cause, _, names = told(Product())  # type: ignore[arg-type]
+    assert cause.issue_type is IssueType.DEAD
+    assert "xavier_uniform_ on a and b" in names

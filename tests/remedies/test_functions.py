@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import gradflow as gf
 import gradflow.remedies as r
-from tests.remedies.models import applied, x
+from tests.remedies.models import applied, dead_net, drawn, x
 
 # ----------------------------------------------------------------------------------------- functions
 
@@ -137,3 +139,65 @@ def test_functions_are_smoothed_and_float_is_float() -> None:
     torch.testing.assert_close(applied(r.smooth(("sigmoid",)), model)(x()), model[1](F.gelu(x())))
     half = applied(r.wider_precision(), nn.Sequential(nn.Linear(4, 2)).half())
     assert half(x().half()).dtype == torch.float32
+
+
+class Tokens(nn.Module):
+    """Checkpointed behind a frozen table, in half precision on the way, or behind a mask that hides all."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body, self.how = nn.Embedding(5, 4), nn.Linear(4, 4), how
+        self.table.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.table(tokens)
+        if self.how == "checkpoint":
+            return checkpoint(self.body, h, use_reentrant=True)  # type: ignore[return-value]
+        h = self.body(h)
+        if self.how == "half":
+            return (h.half() * 1e4).half() * 1e4
+        if self.how == "to half":
+            return h.to(torch.float16) * 1e8
+        hidden = torch.ones(len(h), len(h), dtype=torch.bool)
+        if self.how == "masked_fill":
+            return torch.softmax((h @ h.T).masked_fill(hidden, -math.inf), -1)
+        if self.how == "masked attention":
+            return F.scaled_dot_product_attention(h[None], h[None], h[None], attn_mask=~hidden)
+        return h
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize(
+    ("how", "remedy"),
+    [
+        ("checkpoint", r.inputs_with_gradient()),
+        ("half", r.wider_precision()),
+        ("to half", r.wider_precision()),
+        ("masked_fill", r.guarded("softmax")),
+        ("masked attention", r.guarded("softmax")),
+    ],
+)
+def test_tokens_get_their_gradient_and_finite_numbers(how: str, remedy: r.Remedy) -> None:
+    def good(model: nn.Module) -> bool:
+        out = model(torch.arange(5))
+        if not out.requires_grad:
+            return False
+        (out.float().square().mean() + 0 * model.body.weight.sum()).backward()  # type: ignore[union-attr, operator]
+        return bool(torch.isfinite(out).all() and torch.isfinite(model.body.weight.grad).all())  # type: ignore[union-attr, arg-type]
+
+    if how != "masked attention":  # some kernels give zeros there
+        assert not good(Tokens(how))
+    assert good(applied(remedy, Tokens(how)))
+
+
+def test_where_there_is_nothing_to_mend_nothing_changes() -> None:
+    """Neither the operations of a plain model nor those of the probes on it are touched."""
+    model = dead_net()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    given = model, drawn(), nn.MSELoss(), optimizer
+    report = gf.diagnose(*given[:3], optimizer=optimizer, steps=4)
+    remedies = [r.attached(), r.straight_through(), r.reparametrised(), r.guarded("log"), r.wider_precision()]
+    for trial in r.try_remedies(report, *given, steps=6, seeds=1, remedies=remedies).trials:
+        assert trial.steps == 6, trial.why
+        np.testing.assert_array_equal(trial.losses_with, trial.losses_without)

@@ -74,6 +74,14 @@ def test_clear_means_large_and_larger_than_the_spread() -> None:
     assert is_clear(0.25, 0.1)
     assert not is_clear(0.24, 0.0)
     assert not is_clear(0.5, 0.3)
+    assert is_clear(0.2, 0.05, least=0.15)
+
+
+def test_less_is_asked_where_the_issue_is_gone_as_well() -> None:
+    without = [outcome(line(2.0, 1.0), ISSUE)] * 2
+    better = line(2.0, 0.8)
+    assert effect(without, [outcome(better)] * 2, CAUSE).verdict is TrialVerdict.CURES
+    assert effect(without, [outcome(better, ISSUE)] * 2, CAUSE).verdict is TrialVerdict.NO_EFFECT
 
 
 LEARNS, STAYS, RISES = line(2.0, 0.5), line(2.0, 2.0), line(2.0, 9.0)
