@@ -155,5 +155,5 @@ def _weighed(cause: Cause, trials: TrialsRecord) -> Cause:
         reason = "not confirmed: with the issue gone the model trains as before"
     else:
         sure = min(cause.confidence, _USELESS)
-        reason = f"not confirmed: of {tried} remedies tried, none lowers the loss"
+        reason = f"not confirmed: of {tried} remedies tried, none mends it and lowers the loss"
     return attrs.evolve(cause, confidence=sure, reason=reason)

@@ -156,3 +156,14 @@ def test_factors_that_are_both_zero_are_drawn_at_random() -> None:
     cause, _, names = told(Product())  # type: ignore[arg-type]
     assert cause.issue_type is IssueType.DEAD
     assert "xavier_uniform_ on a and b" in names
+
+
+def test_an_operation_is_kept_inside_its_domain() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 4))
+    loss = lambda output, target: -torch.log(output.clamp(min=0)).mean()  # noqa: E731
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    x = torch.randn(32, 16)
+    report = gf.diagnose(net, [(x, x)] * 3, loss, optimizer=optimizer, steps=3)
+    assert report.causes[0].issue_type is IssueType.NUMERICAL
+    assert names_of(first_action(report.causes[0], report.record)) == ["log inside its domain"]

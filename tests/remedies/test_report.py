@@ -49,7 +49,12 @@ def told(*trials: TrialRecord) -> gf.Report:
             "confirmed by trial: a < b helps",
         ),
         ([trial(TrialVerdict.NO_EFFECT)], 0.0, 0.2, "not confirmed: with the issue gone"),
-        ([trial(TrialVerdict.NO_EFFECT, gone=0.0)], 0.3, 0.5, "of 1 remedies tried, none lowers the loss"),
+        (
+            [trial(TrialVerdict.NO_EFFECT, gone=0.0)],
+            0.3,
+            0.5,
+            "of 1 remedies tried, none mends it and lowers the loss",
+        ),
     ],
 )
 def test_confidence_is_what_trials_say(trials: Any, low: float, high: float, reason: str) -> None:

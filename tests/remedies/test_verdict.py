@@ -92,7 +92,7 @@ LEARNS, STAYS, RISES = line(2.0, 0.5), line(2.0, 2.0), line(2.0, 9.0)
     [
         ([outcome(LEARNS)] * 2, TrialVerdict.CURES),
         ([outcome(LEARNS), outcome(LEARNS, ISSUE)], TrialVerdict.HELPS),
-        ([outcome(LEARNS, ISSUE)] * 2, TrialVerdict.HELPS),
+        ([outcome(LEARNS, ISSUE)] * 2, TrialVerdict.NO_EFFECT),  # it does nothing about the cause
         ([outcome(LEARNS, OTHER)] * 2, TrialVerdict.HELPS),  # something new
         ([outcome(LEARNS), outcome(LEARNS, OTHER)], TrialVerdict.CURES),  # new with one seed of two: not most
         ([outcome(STAYS)] * 2, TrialVerdict.NO_EFFECT),

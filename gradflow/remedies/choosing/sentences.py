@@ -15,6 +15,7 @@ from gradflow.records import IssueType
 from gradflow.remedies.choosing.targets import Target, module_of
 from gradflow.remedies.kinds import data, optimizing, structure
 from gradflow.remedies.kinds import initialisation as start
+from gradflow.remedies.kinds.domains import guard_of, guarded
 from gradflow.remedies.kinds.functions import (
     attached,
     cooled,
@@ -312,6 +313,15 @@ def _fan_in(target: Target, action: str) -> Iterator[Remedy]:
         yield structure.norm_before(last)
 
 
+def _defined(target: Target, action: str) -> Iterator[Remedy]:
+    if target.cause.issue_type is IssueType.NUMERICAL:
+        op = guard_of(target.cause.issues[0].evidence.op) or next(
+            (found for birth in target.flow.record.numerics if (found := guard_of(birth.op))), ""
+        )
+        if op:
+            yield guarded(op)
+
+
 def _near_uniform(target: Target, action: str) -> Iterator[Remedy]:
     yield start.initialised([start.Init("orthogonal_", f"{target.module}.weight", {"gain": 0.01})])
 
@@ -324,6 +334,8 @@ _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
     (_widely(pattern), make)
     for pattern, make in (
         (r"policy_head", _near_uniform),
+        (r"inside its domain|[Cc]lamp the argument|Guard the denom|slope of a square root", _defined),
+        (r"masked throughout|norm of zeros|mean of nothing|power below 1|where\(\) hides", _defined),
         (r"nn\.init\.\w+_\((?!policy_head|normal_\()", _drawn_anew),
         (r"Draw \S+ at random|start one of them at random|Start \S+ at random", _at_random),
         (r"Replace the|se LeakyReLU", _another_activation),

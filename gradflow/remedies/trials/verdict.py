@@ -148,6 +148,8 @@ def _verdict(mean: float, spread: float, gone: float, new: Sequence[str]) -> Tri
         return TrialVerdict.NO_EFFECT
     if mean < 0:
         return TrialVerdict.HARMS
+    if gone == 0.0:  # whatever lowers the loss leaves the cause as it is, and says nothing of it
+        return TrialVerdict.NO_EFFECT
     return TrialVerdict.CURES if gone == 1.0 and not new else TrialVerdict.HELPS
 
 
