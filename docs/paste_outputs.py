@@ -38,6 +38,7 @@ PAGES = (
     "docs/precision.md",
     "docs/updates.md",
     "docs/training.md",
+    "docs/remedies.md",
     "docs/measurements.md",
 )
 ABOVE, ALL_ABOVE = "the block above", "the blocks above"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gradflow import graph as graph
     from gradflow import pipelines as pipelines
     from gradflow import records as records
+    from gradflow import remedies as remedies
     from gradflow import report as report
     from gradflow.analyzers import (
         FlowAnalyzer,
@@ -84,10 +85,14 @@ if TYPE_CHECKING:
         Reason,
         ReservoirDynamics,
         Role,
+        TrialRecord,
+        TrialsRecord,
+        TrialVerdict,
         issue_type,
         register_record,
     )
     from gradflow.records import Issue as GradientIssue
+    from gradflow.remedies import Remedy, try_remedies
     from gradflow.report import Report
     from gradflow.watching import Monitor, Observer, ObserverState, observer, read_history
 
@@ -162,15 +167,19 @@ _PLACES = {
         "Reason",
         "ReservoirDynamics",
         "Role",
+        "TrialRecord",
+        "TrialVerdict",
+        "TrialsRecord",
         "issue_type",
         "register_record",
     ),
+    "gradflow.remedies": ("Remedy", "try_remedies"),
     "gradflow.report": ("Report",),
     "gradflow.watching": ("Monitor", "Observer", "ObserverState", "observer", "read_history"),
 }
 _PLACE_OF = {name: place for place, names in _PLACES.items() for name in names}
 _ALIASES = {"GradientIssue": "Issue"}
-_SUBMODULES = ("errors", "functional", "graph", "pipelines", "records", "report")
+_SUBMODULES = ("errors", "functional", "graph", "pipelines", "records", "remedies", "report")
 
 try:
     __version__ = importlib.metadata.version("gradient-flow")
@@ -234,12 +243,16 @@ __all__ = [
     "ReachRecord",
     "Reason",
     "RecurrentAnalyzer",
+    "Remedy",
     "Report",
     "ReservoirDynamics",
     "Role",
     "Rule",
     "Session",
     "TransformerAnalyzer",
+    "TrialRecord",
+    "TrialVerdict",
+    "TrialsRecord",
     "__version__",
     "action_entropy",
     "all_of",
@@ -279,6 +292,7 @@ __all__ = [
     "remap",
     "sample_losses",
     "saturation",
+    "try_remedies",
     "unstable",
     "vanishing",
     "vector_field",

@@ -92,6 +92,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--clip", type=float, metavar="NORM", help="clip gradients to this norm before each update")
     add("--accumulate", type=_positive, metavar="N", help="make an update after every N batches")
     add("--seed", type=int, metavar="N", help="make dropout and the like repeatable")
+    add(
+        "--try",
+        dest="tried",
+        action="store_true",
+        help="try fixes for what is found, on copies, and tell what they did",
+    )
+    add(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help="seconds after which no further fix is tried (default: no limit)",
+    )
     add("--json", type=Path, metavar="PATH", help="write the report as JSON")
     add("--html", type=Path, metavar="PATH", help="write the report as one HTML file")
     add(
@@ -209,12 +221,33 @@ def _report(file: Path, name: str, options: argparse.Namespace) -> Report:
         wanted = sys.stderr.isatty() if options.progress is None else options.progress
         bar = progress_bar(sys.stderr) if wanted and not options.quiet else contextlib.nullcontext()
         with _explained(f"the model of {file}:{name}() cannot be diagnosed"), bar as progress:
-            return diagnose(
+            report = diagnose(
                 *built[:3],
                 pipeline=getattr(pipelines, options.pipeline)() if options.pipeline else None,
                 progress=progress,
                 **how,
             )
+            return _with_trials(report, built, optimizer, options, progress) if options.tried else report
+
+
+def _with_trials(report: Report, built: Any, optimizer: Any, options: Any, progress: Any) -> Report:
+    """Return the report with what fixes did."""
+    from gradflow import pipelines
+    from gradflow.remedies import try_remedies
+
+    pipeline = getattr(pipelines, options.pipeline)() if options.pipeline else None
+    model, batches, loss_fn = built[:3]
+    trials = try_remedies(
+        report,
+        model,
+        batches,
+        loss_fn,
+        optimizer,
+        budget=options.budget,
+        pipeline=pipeline,
+        progress=progress,
+    )
+    return report.with_trials(trials)
 
 
 def _options(where: str, built: Sequence[Any], options: argparse.Namespace) -> dict[str, Any]:

@@ -113,6 +113,10 @@ class PipelineError(GradflowError, TypeError):
     """What was passed as a pipeline, a detector, a rule or a type of issue cannot be used as one."""
 
 
+class RemedyError(GradflowError, ValueError):
+    """A remedy is none, or cannot be applied to this model; in a trial, the reason why it was not tried."""
+
+
 class NotAnalyzedError(GradflowError, RuntimeError):
     """An analyzer was asked for what it has only after a run."""
 

@@ -68,6 +68,8 @@ def test_pages_have_the_outputs_they_should() -> None:
     assert jacobians
     assert all(kinds)
     (measured,) = kinds[-1]
+    (mended,) = kinds[-2]
+    assert mended.arguments[1].count("\n") < 25, "a remedy of one's own takes few lines"
     definition, use = measured.arguments[1].split("\n\ntorch.manual_seed(0)\n")
     assert definition.count("\n") < 60, "a measurement of one's own takes less than 60 lines"
     assert "from_json" in use

@@ -22,6 +22,7 @@ ORDER = [
     {"pipelines"},
     {"report"},
     {"diagnosis", "results"},
+    {"remedies"},
     {"watching", "comparing"},
     {"integrations"},
     {"analyzers"},
@@ -52,6 +53,14 @@ ROOMS: dict[str, list[set[str]]] = {
         {"values", "coarse"},
         {"queries", "export"},
         {"layer_graph"},
+        {"__init__"},
+    ],
+    "remedies": [
+        {"remedy"},
+        {"surgery"},
+        {"kinds"},
+        {"choosing"},
+        {"trials"},
         {"__init__"},
     ],
     "detect": [

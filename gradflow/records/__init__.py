@@ -73,6 +73,7 @@ from gradflow.records.recurrent import (
     depth,
     mean_profile,
 )
+from gradflow.records.remedies import FINAL_SHARE, TrialRecord, TrialsRecord, TrialVerdict, final_losses
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, to_plain, write
 from gradflow.records.saving.registered import register_record
 from gradflow.records.scalars import every_scalar, few_scalars
@@ -83,6 +84,7 @@ for _cls in [value for value in globals().values() if isinstance(value, type) an
     register_record(_cls)
 
 __all__ = [
+    "FINAL_SHARE",
     "FORMAT_VERSION",
     "NAN",
     "ActionDeviation",
@@ -143,6 +145,9 @@ __all__ = [
     "SubnormalRecord",
     "TermRecord",
     "TransformerRecord",
+    "TrialRecord",
+    "TrialVerdict",
+    "TrialsRecord",
     "TwinsRecord",
     "UpdateRecord",
     "UpdatesRecord",
@@ -154,6 +159,7 @@ __all__ = [
     "depth",
     "every_scalar",
     "few_scalars",
+    "final_losses",
     "float_field",
     "from_plain",
     "frozen",

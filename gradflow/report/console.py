@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gradflow.records import Cause, FlowRecord, Issue
+from gradflow.records import Cause, FlowRecord, Issue, TrialsRecord
 from gradflow.report.wording import (
     healthy_layers,
     layer_label,
@@ -12,6 +12,8 @@ from gradflow.report.wording import (
     measured_facts,
     model_line,
     severity_counts,
+    trials_facts,
+    trials_line,
     verdict,
 )
 
@@ -43,7 +45,11 @@ def summary_text(issues: Sequence[Issue], *, limit: int | None = None) -> str:
 
 
 def report_text(
-    record: FlowRecord, issues: Sequence[Issue], causes: Sequence[Cause], lines: Sequence[str] = ()
+    record: FlowRecord,
+    issues: Sequence[Issue],
+    causes: Sequence[Cause],
+    lines: Sequence[str] = (),
+    trials: TrialsRecord | None = None,
 ) -> str:
     """Return the text of a report: verdict, what was measured how, causes, issues, more lines, healthy count.
 
@@ -52,12 +58,14 @@ def report_text(
         issues: in the order to be shown.
         causes: what explains them.
         lines: what the pipeline's summaries tell of the record.
+        trials: what became of the model when fixes were tried.
     """
     text = [f"gradflow: {verdict(issues, causes)}"]
     facts = [("model", model_line(record)), *measured_facts(record), ("loss", loss_line(record))]
+    facts += [] if trials is None else [("trials", trials_line(trials))]
     text += [f"  {label:<9}{fact}" for label, fact in facts]
     for number, cause in enumerate(causes, start=1):
-        text += ["", *_cause_lines(number, cause)]
+        text += ["", *_cause_lines(number, cause, trials)]
     healthy = len(healthy_layers(record, issues))
     text += ["", summary_text(issues, limit=MAX_DETAILS)]
     text += ["", *lines] if lines else []
@@ -65,11 +73,14 @@ def report_text(
     return "\n".join(text)
 
 
-def _cause_lines(number: int, cause: Cause) -> list[str]:
+def _cause_lines(number: int, cause: Cause, trials: TrialsRecord | None) -> list[str]:
     head = f"Cause {number}: {cause.issue_type.value} in {layer_label(cause.layer)}"
     lines = [f"{head} (confidence {cause.confidence:.2f})", f"  {cause.mechanism}"]
     if cause.reason:
         lines.append(f"  Confidence: {cause.reason}")
+    if tried := trials_facts(cause, trials):
+        lines.append("  Tried:")
+        lines.extend(f"    - [{label}] {text}" for label, text in tried)
     if cause.evidence:
         lines.append("  Evidence:")
         lines.extend(f"    - {line}" for line in cause.evidence)

@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from gradflow.records import Cause, Floats, FlowRecord, Issue, IssueSeverity, LayerRecord
+from gradflow.records import (
+    Cause,
+    Floats,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    LayerRecord,
+    TrialsRecord,
+)
 from gradflow.report import svg
 from gradflow.report.style import COLOURS, HEALTHY_COLOUR, STYLE
 from gradflow.report.wording import (
@@ -24,6 +32,8 @@ from gradflow.report.wording import (
     model_line,
     serious_issues,
     severity_counts,
+    trials_facts,
+    trials_line,
     verdict,
 )
 
@@ -31,7 +41,11 @@ MAX_ROWS = 400  # layers in the table and the profile; the sick ones are always 
 
 
 def report_html(
-    record: FlowRecord, issues: Sequence[Issue], causes: Sequence[Cause], lines: Sequence[str] = ()
+    record: FlowRecord,
+    issues: Sequence[Issue],
+    causes: Sequence[Cause],
+    lines: Sequence[str] = (),
+    trials: TrialsRecord | None = None,
 ) -> str:
     """Return the report as the text of one self-contained HTML page.
 
@@ -40,13 +54,14 @@ def report_html(
         issues: in the order to be shown.
         causes: what explains them.
         lines: what the pipeline's summaries tell of the record.
+        trials: what became of the model when fixes were tried.
     """
     worst = _worst_by_layer(issues)
     layers = _shown_layers(record, worst)
     body = "".join(
         [
             _verdict_section(record, issues, causes),
-            _causes_section(causes),
+            _causes_section(causes, trials),
             _profile_section(layers, worst),
             _issues_section(issues),
             _lines_section(lines),
@@ -163,7 +178,7 @@ def _verdict_section(record: FlowRecord, issues: Sequence[Issue], causes: Sequen
     )
 
 
-def _causes_section(causes: Sequence[Cause]) -> str:
+def _causes_section(causes: Sequence[Cause], trials: TrialsRecord | None) -> str:
     if not causes:
         return ""
     cards = []
@@ -181,10 +196,29 @@ def _causes_section(causes: Sequence[Cause]) -> str:
             f"{escape(cause.issue_type.value)} in <code>{escape(layer_label(cause.layer))}</code></h3>"
             f"<p>{escape(cause.mechanism)}</p>"
             f'<p class="soft">Confidence {cause.confidence:.2f} <span class="bar">'
-            f'<i style="width:{share}"></i></span> {escape(cause.reason)}</p>{evidence}'
+            f'<i style="width:{share}"></i></span> {escape(cause.reason)}</p>'
+            f"{_tried(cause, trials)}{evidence}"
             f'<p class="soft">Explains {explained}{more}</p></div>'
         )
-    return f"<h2>Causes</h2>{''.join(cards)}"
+    how = f'<p class="soft">{escape(trials_line(trials))}</p>' if trials is not None else ""
+    return f"<h2>Causes</h2>{how}{''.join(cards)}"
+
+
+def _tried(cause: Cause, trials: TrialsRecord | None) -> str:
+    """Return what trials say of a cause: the best remedy, both loss curves and its code, then the others."""
+    facts = trials_facts(cause, trials)
+    if trials is None or not facts:
+        return ""
+    lines = [f"{label}: {text}" for label, text in facts]
+    best = trials.best(cause)
+    if best is None:
+        return _list(lines)
+    chart = svg.two_losses(best.losses_without, best.losses_with)
+    return (
+        f"<p><b>{escape(lines[0])}</b></p>{chart}"
+        f'<p class="soft">loss without (grey) and with it (green)</p>'
+        f'<pre class="mono">{escape(best.code)}</pre>{_list(lines[1:]) if lines[1:] else ""}'
+    )
 
 
 def _issues_section(issues: Sequence[Issue]) -> str:

@@ -15,6 +15,8 @@ from gradflow.records import (
     FlowRecord,
     Issue,
     IssueSeverity,
+    TrialsRecord,
+    TrialVerdict,
     check_causes,
     check_issues,
     check_record,
@@ -38,6 +40,19 @@ def _to_lines(value: Any) -> tuple[str, ...]:
     return lines
 
 
+def _check_trials(call: str, value: Any) -> None:
+    if value is not None and not isinstance(value, TrialsRecord):
+        raise RecordInputError(
+            f"{call}: expected a TrialsRecord, got {type(value).__name__}: try_remedies(report, model, ...) "
+            "returns one."
+        )
+
+
+# How sure a cause is once remedies were tried. A remedy that cures took away what was measured and let the
+# model learn; that is as near to certain as runs on other seeds and batches allow.
+_CURED, _HELPED, _USELESS, _MENDED_IN_VAIN = 0.97, 0.85, 0.4, 0.15
+
+
 @attrs.frozen(kw_only=True, repr=False)
 class Report:
     """The answer of `gradflow.diagnose`. `print(report)` tells it in words.
@@ -47,6 +62,7 @@ class Report:
         issues: the verdicts, most severe first.
         causes: what explains them, the one that explains most first.
         lines: what the pipeline's summaries tell of the record.
+        trials: what became of the model when fixes were tried; None where none were: see `with_trials`.
 
     Raises:
         RecordInputError: if any of these is something else.
@@ -56,6 +72,9 @@ class Report:
     issues: tuple[Issue, ...] = attrs.field(default=(), converter=lambda v: check_issues("Report", v))
     causes: tuple[Cause, ...] = attrs.field(default=(), converter=lambda v: check_causes("Report", v))
     lines: tuple[str, ...] = attrs.field(default=(), converter=_to_lines)
+    trials: TrialsRecord | None = attrs.field(
+        default=None, validator=lambda report, field, value: _check_trials("Report", value)
+    )
 
     @property
     def ok(self) -> bool:
@@ -88,7 +107,7 @@ class Report:
         return numbers | {f"issues/{s.value.lower()}": float(severities.count(s)) for s in IssueSeverity}
 
     def __str__(self) -> str:
-        return report_text(self.record, self.issues, self.causes, self.lines)
+        return report_text(self.record, self.issues, self.causes, self.lines, self.trials)
 
     def __repr__(self) -> str:
         model = self.record.provenance.model or "model"
@@ -97,11 +116,26 @@ class Report:
             f"{len(self.issues)} issues, {len(self.causes)} causes)"
         )
 
+    def with_trials(self, trials: TrialsRecord) -> Report:
+        """Return the report with what became of the model when fixes were tried.
+
+        The confidence of a cause is what trials say, where they were made: one that a remedy cures or helps
+        is confirmed; one whose mending changes nothing is not.
+
+        Args:
+            trials: what `gradflow.try_remedies` returned for this report.
+
+        Raises:
+            RecordInputError: if it is something else.
+        """
+        _check_trials("Report.with_trials", trials or "nothing")
+        return attrs.evolve(self, causes=[_weighed(cause, trials) for cause in self.causes], trials=trials)
+
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the report as strict JSON, and write it to `path` where one is given.
 
-        The object has the keys `format`, `ok`, `issues`, `causes`, `lines` and `record`; the last one is what
-        `FlowRecord.from_json` reads.
+        The object has the keys `format`, `ok`, `issues`, `causes`, `lines`, `trials` and `record`; the last
+        one is what `FlowRecord.from_json` reads.
         """
         return write({"format": FORMAT_VERSION, "ok": self.ok, **to_plain(self)}, path)
 
@@ -130,5 +164,24 @@ class Report:
 
     def to_html(self, path: str | Path) -> None:
         """Write the report to `path` as one HTML file that needs nothing else."""
-        page = report_html(self.record, self.issues, self.causes, self.lines)
+        page = report_html(self.record, self.issues, self.causes, self.lines, self.trials)
         Path(path).write_text(page, encoding="utf-8")
+
+
+def _weighed(cause: Cause, trials: TrialsRecord) -> Cause:
+    """Return a cause as sure as trials make it."""
+    best = trials.best(cause)
+    if best is None:
+        return cause
+    tried = sum(trial.verdict is not TrialVerdict.NOT_APPLICABLE for trial in trials.of(cause))
+    if best.verdict is TrialVerdict.CURES:
+        sure, reason = _CURED, f"confirmed by trial: {best.remedy} cures it"
+    elif best.verdict is TrialVerdict.HELPS:
+        sure, reason = max(cause.confidence, _HELPED), f"confirmed by trial: {best.remedy} helps"
+    elif any(trial.gone == 1.0 for trial in trials.of(cause)):
+        sure = min(cause.confidence, _MENDED_IN_VAIN)
+        reason = "not confirmed: with the issue gone the model trains as before"
+    else:
+        sure = min(cause.confidence, _USELESS)
+        reason = f"not confirmed: of {tried} remedies tried, none mends it and lowers the loss"
+    return attrs.evolve(cause, confidence=sure, reason=reason)

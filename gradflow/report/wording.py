@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradflow.records import Cause, FlowRecord, GraphRecord, Issue, IssueSeverity
+from gradflow.records import Cause, FlowRecord, GraphRecord, Issue, IssueSeverity, TrialRecord, TrialsRecord
 
 
 def layer_label(name: str) -> str:
@@ -99,3 +99,25 @@ def _graph_line(graph: GraphRecord | None) -> str:
     if not graph.measured:
         return f"topology only, {size}"
     return f"flow on every edge in {len(graph.steps)} steps, {size}"
+
+
+def trial_line(trial: TrialRecord) -> str:
+    """Return in one line what a remedy did."""
+    return f"{trial.remedy}: {trial.why}"
+
+
+def trials_facts(cause: Cause, trials: TrialsRecord | None) -> list[tuple[str, str]]:
+    """Return what trials say of a cause, as (label, text): the best remedy, then those that did less."""
+    if trials is None:
+        return []
+    found = trials.of(cause)
+    return [(trial.verdict.value, trial_line(trial)) for trial in found]
+
+
+def trials_line(trials: TrialsRecord) -> str:
+    """Return how many fixes were tried, and how."""
+    notes = "".join(f" {note}" for note in trials.notes)
+    return (
+        f"{len(trials.trials)} fix(es) tried on copies, {trials.steps} steps of {trials.optimizer}, up to "
+        f"{trials.seeds} seed(s), on {trials.num_batches} batches.{notes}"
+    )

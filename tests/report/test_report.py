@@ -55,7 +55,7 @@ def test_json_holds_everything(tmp_path: Path) -> None:
     text = report.to_json(path)
     assert path.read_text(encoding="utf-8") == text
     data = json.loads(text)
-    assert set(data) == {"format", "ok", "record", "issues", "causes", "lines"}
+    assert set(data) == {"format", "ok", "record", "issues", "causes", "lines", "trials"}
     assert (data["format"], data["ok"]) == (1, False)
     assert FlowRecord.from_json(json.dumps(data["record"])) == report.record
     assert [issue["layer"] for issue in data["issues"]] == ["fc1", "fc2", "fc4"]

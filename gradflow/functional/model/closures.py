@@ -28,14 +28,14 @@ def modules_in(*values: Any) -> tuple[nn.Module, ...]:
     >>> modules_in(functools.partial(norm.forward)) == (norm,)
     True
     """
-    found = [value for value in _reachable(values) if isinstance(value, nn.Module)]
+    found = [value for value in reachable(values) if isinstance(value, nn.Module)]
     inner = {id(part) for module in found for part in module.modules() if part is not module}
     return tuple(module for module in found if id(module) not in inner)
 
 
 def optimizers_in(*values: Any) -> tuple[Optimizer, ...]:
     """Return the optimizers that functions and objects can reach by what they hold, each once."""
-    return tuple(value for value in _reachable(values) if isinstance(value, Optimizer))
+    return tuple(value for value in reachable(values) if isinstance(value, Optimizer))
 
 
 def tensors_in(*values: Any) -> tuple[Tensor, ...]:
@@ -46,11 +46,14 @@ def tensors_in(*values: Any) -> tuple[Tensor, ...]:
     >>> tensors_in(functools.partial(torch.dot, weight))
     (tensor([1., 1.]),)
     """
-    return tuple(value for value in _reachable(values) if isinstance(value, Tensor))
+    return tuple(value for value in reachable(values) if isinstance(value, Tensor))
 
 
-def _reachable(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield all that some values hold, themselves included, each once; into modules it does not go."""
+def reachable(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield all that some values hold, themselves included, each once; into modules it does not go.
+
+    It looks where `modules_in` does.
+    """
     seen: dict[int, Any] = {}  # keeps what it has seen alive, so that ids stay unique
     todo = list(values)[::-1]
     while todo:

@@ -121,12 +121,18 @@ def _prepare(value: Any, memo: dict[int, Any], found: list[Any], seen: set[int])
             waiting += list(value)
         elif isinstance(value, types.MethodType):
             waiting.append(value.__self__)
-        elif (hasattr(value, "__dict__") or slot_values(value)) and may_hold_state(value):
-            if hasattr(value, "param_groups") and callable(getattr(value, "step", None)):
+        elif _is_optimizer(value) or (
+            (hasattr(value, "__dict__") or slot_values(value)) and may_hold_state(value)
+        ):
+            if _is_optimizer(value):
                 found.append(value)
             waiting += [*getattr(value, "__dict__", {}).values(), *(v for _, v in slot_values(value))]
         else:
             memo[id(value)] = _copied_or_shared(value)
+
+
+def _is_optimizer(value: Any) -> bool:
+    return hasattr(value, "param_groups") and callable(getattr(value, "step", None))
 
 
 def _copied_or_shared(value: Any) -> Any:

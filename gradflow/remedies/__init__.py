@@ -1,0 +1,99 @@
+"""Remedies: fixes as values, which remedies a cause calls for, and their trial on copies of a model.
+
+What a remedy is stands in `remedy.py`, how a model is changed by the names of its parts in `surgery.py`;
+`kinds/` holds the remedies that gradflow knows, `choosing/` tells which of them a cause's recommended actions
+stand for, `trials/` runs them. May import everything down to `diagnosis`.
+"""
+
+from gradflow.remedies.choosing.choice import first_action, remedies_for
+from gradflow.remedies.kinds.data import larger_batches
+from gradflow.remedies.kinds.domains import guarded
+from gradflow.remedies.kinds.functions import (
+    attached,
+    cooled,
+    inputs_with_gradient,
+    reparametrised,
+    smooth,
+    straight_through,
+    wider_precision,
+)
+from gradflow.remedies.kinds.initialisation import (
+    Init,
+    biased,
+    initialised,
+    kaiming,
+    keeping,
+    like_siblings,
+    orthogonal_recurrence,
+    queries_divided,
+    rescaled,
+)
+from gradflow.remedies.kinds.optimizing import (
+    clipped,
+    epsilon,
+    loss_times,
+    no_decay,
+    own_rate,
+    rate_times,
+    warmed_up,
+)
+from gradflow.remedies.kinds.structure import (
+    activation,
+    gated,
+    group_norm,
+    less_dropout,
+    norm_before,
+    norm_behind,
+    norm_epsilon,
+    output_times,
+    skip_round,
+    standardised,
+    without,
+)
+from gradflow.remedies.remedy import Remedy, on_model, on_optimizer
+from gradflow.remedies.trials.trial import try_remedies
+
+__all__ = [
+    "Init",
+    "Remedy",
+    "activation",
+    "attached",
+    "biased",
+    "clipped",
+    "cooled",
+    "epsilon",
+    "first_action",
+    "gated",
+    "group_norm",
+    "guarded",
+    "initialised",
+    "inputs_with_gradient",
+    "kaiming",
+    "keeping",
+    "larger_batches",
+    "less_dropout",
+    "like_siblings",
+    "loss_times",
+    "no_decay",
+    "norm_before",
+    "norm_behind",
+    "norm_epsilon",
+    "on_model",
+    "on_optimizer",
+    "orthogonal_recurrence",
+    "output_times",
+    "own_rate",
+    "queries_divided",
+    "rate_times",
+    "remedies_for",
+    "reparametrised",
+    "rescaled",
+    "skip_round",
+    "smooth",
+    "standardised",
+    "straight_through",
+    "try_remedies",
+    "warmed_up",
+    "wider_precision",
+    "without",
+]
