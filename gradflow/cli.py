@@ -227,7 +227,11 @@ def _report(file: Path, name: str, options: argparse.Namespace) -> Report:
                 progress=progress,
                 **how,
             )
-            return _with_trials(report, built, optimizer, options, progress) if options.tried else report
+            return (
+                _with_trials(report, built, how.get("optimizer"), options, progress)
+                if options.tried
+                else report
+            )
 
 
 def _with_trials(report: Report, built: Any, optimizer: Any, options: Any, progress: Any) -> Report:

@@ -217,7 +217,7 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
                 "(BCEWithLogitsLoss); where it bounds a value, keep targets inside the bounds."
             )
         else:
-            actions.append(f"Or replace the {activation.op} by ReLU or GELU.")
+            actions.append(f"Replace the {activation.op} by ReLU or GELU.")
     return tuple(actions) or ("Scale down what enters it.",)
 
 

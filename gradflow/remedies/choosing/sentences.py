@@ -335,6 +335,7 @@ _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
     for pattern, make in (
         (r"policy_head", _near_uniform),
         (r"inside its domain|[Cc]lamp the argument|Guard the denom|slope of a square root", _defined),
+        (r"make it positive where|on the logits|A clamp, log", _defined),
         (r"masked throughout|norm of zeros|mean of nothing|power below 1|where\(\) hides", _defined),
         (r"nn\.init\.\w+_\((?!policy_head|normal_\()", _drawn_anew),
         (r"Draw \S+ at random|start one of them at random|Start \S+ at random", _at_random),

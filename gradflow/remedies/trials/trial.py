@@ -21,6 +21,7 @@ from gradflow.functional.analyze import analyzed
 from gradflow.functional.model.closures import modules_in
 from gradflow.functional.model.purity import checked_seed, preserved, seed_all
 from gradflow.functional.run.run import Plan
+from gradflow.functional.run.training.options import Loop
 from gradflow.records import Cause, FlowRecord, IssueSeverity, TrialRecord, TrialsRecord, TrialVerdict
 from gradflow.remedies.choosing.choice import remedies_for
 from gradflow.remedies.remedy import Remedy, unchanged
@@ -320,8 +321,8 @@ class _Laboratory:
                 self._progress(min(done + step, self._most), self._most)
 
         plan = Plan(
-            steps=self.steps, optimizer=optimizer, clip=self.clip, seed=seed, mode=self.mode, progress=told,
-            **wanted(self.detectors, "cheap"),
+            steps=self.steps, loop=Loop(optimizer=optimizer, clip=self.clip), seed=seed, mode=self.mode,
+            progress=told, **wanted(self.detectors, "cheap"),
         )  # fmt: skip
         record = analyzed(model, batches, loss_fn, plan)
         self.limits.done += self.steps
