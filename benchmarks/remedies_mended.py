@@ -153,8 +153,8 @@ def _figures(sick: Sequence[Row], mendable: Sequence[Row]) -> str:
     lines += [
         "",
         f"Of all {len(sick)} sick models, those that cannot be mended from outside included, the first "
-        f"action of the report could be tried in {sum(first_helps(row) is not None for row in every)}; it was "
-        f"of no use in {len(useless)} of them.",
+        f"action of the report could be tried in {sum(first_helps(row) is not None for row in every)}; it "
+        f"was of no use in {len(useless)} of them.",
         "",
         "What the first action does, by the type of the first cause:",
         "",
