@@ -135,10 +135,7 @@ def try_remedies(
     try:
         for cause, found in candidates:
             if not found:
-                notes.append(
-                    f"No remedy is known for {cause.issue_type.value} in {cause.layer or '(model)'} that can be "
-                    "tried from outside the model's code."
-                )
+                notes.append(_nothing_for(cause))
             trials += laboratory.tried(cause, found)
     finally:
         laboratory.close()
@@ -148,6 +145,11 @@ def try_remedies(
         trials=trials, steps=steps, seeds=seeds, optimizer=type(stepper).__name__, notes=notes,
         num_batches=len(laboratory.drawn), seconds=time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _nothing_for(cause: Cause) -> str:
+    where = f"{cause.issue_type.value} in {cause.layer or '(model)'}"
+    return f"No remedy is known for {where} that can be tried from outside the model's code."
 
 
 def _checked(remedies: Iterable[Remedy]) -> tuple[Remedy, ...]:
