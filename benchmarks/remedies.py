@@ -47,6 +47,7 @@ from gradflow.remedies import first_action, rate_times, try_remedies
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SEEDS, MOST_CAUSES = 50, 3, 2
+BUDGET = 60.0  # seconds for the trials of a model
 # Thresholds at which healthy models are called sick.
 EXTREME = {
     "vanishing": lambda: gf.vanishing(1.0, share=0.9, local_share=0.95),
@@ -116,8 +117,9 @@ def sick_row(model: Model) -> dict[str, Any]:
     row["action"] = (causes[0].issues[0].recommended_actions or ("",))[0]
     row["first"] = [remedy.name for remedy in first_action(causes[0], report.record)]
     trials = try_remedies(
-        report, built.model, built.make_batch, built.loss_fn, optimizer, steps=STEPS, seeds=SEEDS
-    )
+        report, built.model, built.make_batch, built.loss_fn, optimizer, steps=STEPS, seeds=SEEDS,
+        budget=BUDGET,
+    )  # fmt: skip
     row["trials"] = [told(trial) for trial in trials.trials]
     if model.twin is not None:
         row["twin"] = trained_to(model.twin())

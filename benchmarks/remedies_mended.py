@@ -79,17 +79,18 @@ def page(rows: Sequence[Row]) -> str:
 _HEAD = """# Remedies, measured
 
 What trying fixes does, on models whose fault is known: those of the zoo (`benchmarks/verdicts/zoo`), and of
-labelled cases from outside this project. All figures are from one run of
+labelled cases from outside this project. All figures are printed by
 
 ```
 python benchmarks/remedies.py run ROWS.jsonl --cases FOLDER ...
 python benchmarks/remedies.py run ROWS.jsonl --healthy
+python benchmarks/remedies.py cost ROWS.jsonl
 python benchmarks/remedies.py write ROWS.jsonl
 ```
 
 A sick model is diagnosed in 20 steps, and for each of the first two causes of its report the fixes that
-`gradflow.try_remedies` chooses are tried: 50 steps, three seeds. *Like its twin* means that the loss comes to
-within ten percent of that of the repaired model after as many steps: of that loss, or of how far it fell.
+`gradflow.try_remedies` chooses are tried: 50 steps, three seeds, a minute a model. *Like its twin* means that the loss comes
+to within ten percent of that of the repaired model after as many steps: of that loss, or of how far it fell.
 What the verdicts mean, and how they are reached: [remedies.md](remedies.md).
 """
 
@@ -100,9 +101,9 @@ def best_of(row: Row) -> Mapping[str, Any] | None:
     return min(tried, key=_place, default=None)
 
 
-def _place(trial: Mapping[str, Any]) -> tuple[int, float]:
+def _place(trial: Mapping[str, Any]) -> tuple[int, int, float]:
     loss = trial["with"]
-    return _ORDER.index(trial["verdict"]), loss if math.isfinite(loss) else math.inf
+    return _ORDER.index(trial["verdict"]), -trial["seeds"], loss if math.isfinite(loss) else math.inf
 
 
 def first_helps(row: Row) -> bool | None:
@@ -149,12 +150,12 @@ def _figures(sick: Sequence[Row], mendable: Sequence[Row]) -> str:
             f"| {_share([like_twin(row) for row in rows])} | {_share([first_helps(row) for row in rows])} |"
         )
     every = [row for row in sick if row.get("trials")]
-    useless = [row for row in every if first_helps(row) is False]
+    useless = sum(first_helps(row) is False for row in every)
+    tried = sum(first_helps(row) is not None for row in every)
     lines += [
         "",
         f"Of all {len(sick)} sick models, those that cannot be mended from outside included, the first "
-        f"action of the report could be tried in {sum(first_helps(row) is not None for row in every)}; it "
-        f"was of no use in {len(useless)} of them.",
+        f"action of the report could be tried in {tried}; it was of no use in {useless} of them.",
         "",
         "What the first action does, by the type of the first cause:",
         "",
@@ -178,7 +179,7 @@ def _false(healthy: Sequence[Row]) -> str:
         "Healthy models on which extreme thresholds force a verdict. *No effect* is what trials should say; "
         "the best remedy of each counts, harm included.",
         "",
-        "| verdict forced | models | no effect or harm | a remedy seems to help |",
+        "| verdict forced | tried | no effect or harm | a remedy seems to help |",
         "| --- | ---: | ---: | ---: |",
     ]
     kinds = list(dict.fromkeys(row["id"].rpartition("/")[2] for row in healthy))

@@ -21,7 +21,7 @@ def commands() -> list[str]:
 
 def test_two_commands_do_all_the_set_up() -> None:
     job, tests = commands()
-    assert job.endswith("'.[examples]' && .venv/bin/gradflow diagnose examples/vanishing_sigmoid.py")
+    assert job.endswith("'.[examples]' && .venv/bin/gradflow diagnose --try examples/vanishing_sigmoid.py")
     assert tests.endswith("-e '.[dev]' && .venv/bin/python -m pytest -n auto --dist loadfile")
     for command in (job, tests):
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -c constraints.txt ")

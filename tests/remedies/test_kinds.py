@@ -163,6 +163,21 @@ def test_convolutions_get_their_norms() -> None:
     assert out.shape == (8, 3, 6, 6)
 
 
+def test_recurrent_layers_get_a_norm_behind_their_outputs() -> None:
+    model = nn.Sequential(nn.LSTM(4, 3, bidirectional=True, batch_first=True))
+    sequence = torch.randn(2, 5, 4)
+    plain, state = model[0](sequence)
+    outputs, same = applied(r.norm_behind(["0"]), model)(sequence)
+    torch.testing.assert_close(outputs, F.layer_norm(plain, [6]))
+    torch.testing.assert_close(same, state)
+
+
+def test_words_are_not_standardised() -> None:
+    model = applied(r.standardised(["0"]), nn.Sequential(nn.Embedding(3, 2)))
+    with pytest.raises(RemedyError, match="what enters is int64, no measured quantity"):
+        model(torch.arange(3))
+
+
 def test_norm_epsilon_dropout_and_gated() -> None:
     model = nn.Sequential(nn.LayerNorm(4, 1e3), nn.Dropout(0.9), nn.RNN(4, 3, batch_first=True))
     applied(r.norm_epsilon(["0"]) + r.less_dropout("1", 0.1) + r.gated("2"), model)

@@ -185,6 +185,22 @@ def test_new_parameters_are_trained() -> None:
     assert trial.verdict is gf.TrialVerdict.CURES
 
 
+def test_what_the_model_raises_comes_through_and_leaves_all_as_it_was() -> None:
+    report, net, batches, _, optimizer = setting()
+    before = bits(net, optimizer)
+    generator = torch.Generator()
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True, generator=generator)  # type: ignore[arg-type]
+    state = generator.get_state()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        raise ArithmeticError("no loss today")
+
+    with pytest.raises(ArithmeticError, match="no loss today"):
+        try_remedies(report, net, loader, loss, optimizer, steps=6, remedies=[CURE])
+    assert same(bits(net, optimizer), before)
+    assert torch.equal(generator.get_state(), state)
+
+
 def test_budgets_are_kept() -> None:
     report, *given = setting()
     many = [nothing(str(i)) for i in range(6)]

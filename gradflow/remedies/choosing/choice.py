@@ -78,7 +78,7 @@ def _against_vanishing(target: Target) -> Iterator[Remedy]:
 def _against_explosion(target: Target) -> Iterator[Remedy]:
     if target.hidden:
         yield structure.norm_behind(target.hidden)
-    yield structure.standardised([next(iter(target.matrices), target.module)])
+    yield structure.standardised([target.entry])
     yield optimizing.clipped(1.0) + optimizing.rate_times(1 / 10)
     yield from far_targets(target)
 
@@ -102,7 +102,7 @@ def _against_leaps(target: Target) -> Iterator[Remedy]:
     yield optimizing.rate_times(1 / 30)
     yield optimizing.clipped(1.0)
     yield optimizing.rate_times(1 / 300) + optimizing.clipped(1.0)
-    yield structure.standardised([next(iter(target.matrices), target.module)])
+    yield structure.standardised([target.entry])
 
 
 def _against_saturation(target: Target) -> Iterator[Remedy]:

@@ -178,9 +178,8 @@ def _scores(target: Target, action: str) -> Iterator[Remedy]:
 
 def _scaled_inputs(target: Target, action: str) -> Iterator[Remedy]:
     yield structure.standardised([target.feeder])
-    first = next(iter(target.matrices), "")
-    if first and first != target.feeder:
-        yield structure.standardised([first])
+    if target.entry != target.feeder:
+        yield structure.standardised([target.entry])
     yield structure.norm_before([target.feeder])
 
 

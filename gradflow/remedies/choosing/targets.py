@@ -63,6 +63,12 @@ class Target:
         """All modules with a weight matrix, in order."""
         return self._matrices(self.flow.layers)
 
+    @property
+    def entry(self) -> str:
+        """The first module with a weight matrix that is no table: what the numbers of a batch enter."""
+        found = self._matrices(n for n in self.flow.layers if not self.flow.is_table(n))
+        return found[0] if found else self.module
+
     def rectified(self) -> list[str]:
         """Return the hidden modules with a weight matrix that feed a rectifier or its like."""
         smooth = {"gelu", "silu", "relu", "leakyrelu", "leaky_relu", "elu", "relu6", "mish"}

@@ -44,6 +44,8 @@ def norm_behind(names: Sequence[str]) -> Remedy:
         for convolution, norm in _CONVOLUTIONS:
             if isinstance(old, convolution):
                 return nn.Sequential(old, norm(old.out_channels))  # type: ignore[call-arg, arg-type]
+        if isinstance(old, nn.RNNBase):
+            return NormedOutput(old, nn.LayerNorm(old.hidden_size * (2 if old.bidirectional else 1)))
         return nn.Sequential(old, nn.LayerNorm(_width(old, name)))
 
     return Remedy(
@@ -67,6 +69,24 @@ def _width(layer: nn.Module, name: str) -> int:
     raise RemedyError(f"how wide the output of {name or 'the model'} is cannot be told.")
 
 
+class NormedOutput(nn.Module):
+    """A recurrent layer with a norm behind the outputs of all its steps.
+
+    Args:
+        layer: returns its outputs and its last state.
+        norm: of the outputs.
+    """
+
+    def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, norm
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer, and normalise its outputs."""
+        outputs, state = self.layer(*args, **kwargs)
+        return self.norm(outputs), state
+
+
 class Standardised(nn.Module):
     """A layer behind a standardisation of its input, feature by feature, over the other axes of the batch.
 
@@ -81,6 +101,8 @@ class Standardised(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the layer on the standardised input."""
+        if not x.is_floating_point():
+            raise RemedyError(f"what enters is {str(x.dtype).removeprefix('torch.')}, no measured quantity.")
         feature = 1 if self.images else x.dim() - 1
         axes = [axis for axis in range(x.dim()) if axis != feature]
         with torch.no_grad():

@@ -133,20 +133,24 @@ def try_remedies(
     laboratory.announce(progress, sum(len(found) for _, found in candidates))
     notes = [] if optimizer is not None else [f"No optimizer was given: Adam at a rate of {RATE:g} stepped."]
     trials: list[TrialRecord] = []
-    for cause, found in candidates:
-        if not found:
-            notes.append(
-                f"No remedy is known for {cause.issue_type.value} in {cause.layer or '(model)'} that can be "
-                "tried from outside the model's code."
-            )
-        trials += laboratory.tried(cause, found)
+    try:
+        for cause, found in candidates:
+            if not found:
+                notes.append(_nothing_for(cause))
+            trials += laboratory.tried(cause, found)
+    finally:
+        laboratory.close()
     if laboratory.left_out:
         notes.append(f"{laboratory.left_out} remedies were left out: the budget was spent.")
-    laboratory.close()
     return TrialsRecord(
         trials=trials, steps=steps, seeds=seeds, optimizer=type(stepper).__name__, notes=notes,
         num_batches=len(laboratory.drawn), seconds=time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _nothing_for(cause: Cause) -> str:
+    where = f"{cause.issue_type.value} in {cause.layer or '(model)'}"
+    return f"No remedy is known for {where} that can be tried from outside the model's code."
 
 
 def _checked(remedies: Iterable[Remedy]) -> tuple[Remedy, ...]:
