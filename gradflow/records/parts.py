@@ -102,7 +102,7 @@ class QuotientRecord:
         layer: the layer call whose output is divided, as it is or as an operation made it.
         small_share: how many divisors are below 1e-4 of the largest one, as a share.
         smallest: the smallest of them; infinity if there are none.
-        excess: median of what they give over that of what the others give, both taken as magnitudes: 1 where
+        excess: mean of what they give over that of what the others give, both taken as magnitudes: 1 where
             what is divided is as small as they are; NaN if there are none.
     """
 

@@ -10,64 +10,123 @@ import numpy as np
 from gradflow.detect.attention.attention import num_updates
 from gradflow.detect.evidence import late
 from gradflow.detect.knowledge import excused
-from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import AttentionRecord, Evidence, FlowRecord, Issue, IssueSeverity, IssueType
 
 
 def collapsed_rank(
-    alike: float = 0.01, *, fall: float = 10.0, severe: float = 1e-3
+    alike: float = 0.01, *, fall: float = 10.0, severe: float = 1e-3, rounding: float = 1e-5
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of token representations that become one, layer by layer.
 
     Measured: what enters each attention layer, and of it the residual ‖X − 1x̄ᵀ‖ / ‖X‖ over the positions of
-    a sample, in the order of execution; at the end of the run.
+    a sample, in the order of execution; at the end of the run. And of what it reads, whether positions can be
+    told apart at all: the largest distance of a score from the mean of its row, where queries differ, and the
+    gradients at queries and keys over that at the values; at every look.
 
     Why this is evidence: attention averages over positions, so without a way round it the residual falls
     doubly exponentially with depth (Dong, Cordonnier and Loukas, 2021). The residual is free of scale. It is
-    taken within a sample: samples that differ from each other do not hide it.
+    taken within a sample: samples that differ from each other do not hide it. Where keys are all the same,
+    every query scores them alike, and where values are too, the softmax hands nothing back to either: queries
+    learn nothing, and all get the same, whatever they ask.
 
     Looks alike and is not: the *output* of one attention layer, which averages whenever its weights are near
     uniform, as at most initialisations, beside a skip connection that keeps what tells positions apart;
-    sequences of one position; positions that are alike from the start (learned queries of a decoder).
+    sequences of one position, and rows that may see a single key; positions that are alike from the start
+    (learned queries of a decoder); queries or keys that start at zero, by design.
 
     Args:
         alike: residual below which positions are alike: what tells them apart is a percent.
         fall: how many times as much there must have been before, at an earlier layer.
         severe: residual below which it is HIGH.
+        rounding: distance of scores, and share of the gradient at the values, below which there is none but
+            by rounding. Float32 leaves 1e-7 of either, the smallest usual initialisations 1e-3.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
-        most, at = 0.0, ""
-        for layer in record.transformer.attention:
-            residual = late(layer.input_residual)
-            if not math.isfinite(residual):
-                continue
-            if residual < alike and most >= fall * alike:
-                yield Issue(
-                    layer=layer.name,
-                    layer_type=layer.type,
-                    issue_type=IssueType.BOTTLENECK,
-                    severity=IssueSeverity.HIGH if residual < severe else IssueSeverity.MEDIUM,
-                    description=f"All positions have become one where they enter it: only {residual:.1e} of "
-                    f"them differs within a sample, after {most:.2g} at {at}. Attention averages, and "
-                    "nothing has kept what tells them apart.",
-                    magnitude=residual,
-                    recommended_actions=(
-                        "Put a skip connection round every attention layer, and an MLP behind it.",
-                        "Scale what skips up against what is added, or use fewer layers.",
-                    ),
-                    metrics={
-                        "op": layer.op,
-                        "residual": residual,
-                        "residual_before": most,
-                        "before": at,
-                    },
-                    evidence=Evidence(side_branch=math.isfinite(late(layer.branch_share))),
-                )
-                return
-            if residual > most:
-                most, at = residual, layer.name
+        yield from _entering_alike(record, alike, fall, severe)
+        yield from _read_alike(record, fall * alike, rounding)
 
     return excused(detector)
+
+
+def _entering_alike(record: FlowRecord, alike: float, fall: float, severe: float) -> Iterable[Issue]:
+    """The first attention layer that all positions enter as one, after they differed before."""
+    most, at = 0.0, ""
+    for layer in record.transformer.attention:
+        residual = late(layer.input_residual)
+        if not math.isfinite(residual):
+            continue
+        if residual < alike and most >= fall * alike:
+            yield Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.BOTTLENECK,
+                severity=IssueSeverity.HIGH if residual < severe else IssueSeverity.MEDIUM,
+                description=f"All positions have become one where they enter it: only {residual:.1e} of "
+                f"them differs within a sample, after {most:.2g} at {at}. Attention averages, and "
+                "nothing has kept what tells them apart.",
+                magnitude=residual,
+                recommended_actions=(
+                    "Put a skip connection round every attention layer, and an MLP behind it.",
+                    "Scale what skips up against what is added, or use fewer layers.",
+                ),
+                metrics={
+                    "op": layer.op,
+                    "residual": residual,
+                    "residual_before": most,
+                    "before": at,
+                },
+                evidence=Evidence(side_branch=math.isfinite(late(layer.branch_share))),
+            )
+            return
+        if residual > most:
+            most, at = residual, layer.name
+
+
+def _read_alike(record: FlowRecord, apart: float, rounding: float) -> Iterable[Issue]:
+    """The first attention layer whose queries differ, and to which all that it reads is one and the same."""
+    same = [layer for layer in record.transformer.attention if _reads_one(layer, apart, rounding)]
+    if not same:
+        return
+    layer, others = same[0], [f"{other.name}" for other in same[1:]]
+    keys, asked = late(layer.num_keys), late(layer.input_residual)
+    yield Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.HIGH,
+        description=f"What it reads is the same at all of its {keys:.3g} positions: no query scores one of "
+        f"them above another, though {asked:.0%} of the queries differs within a sample. All get the "
+        "same, and queries and keys get no gradient but rounding."
+        + (f" So it is in {', '.join(others)}." if others else ""),
+        magnitude=float(np.nanmax(layer.scores.logit_peak)),
+        recommended_actions=(
+            f"Print what {layer.name or 'the attention'} takes its keys and values from, for two positions "
+            "of a sample: one vector that is repeated (a pooled feature, expand, repeat), or positions that "
+            "came to be one before, tell it nothing that one position would not.",
+            "Hand it the features by position, as they are before they are pooled, with their places added.",
+        ),
+        metrics={
+            "op": layer.op,
+            "num_keys": keys,
+            "logit_peak": float(np.nanmax(layer.scores.logit_peak)),
+            "residual": asked,
+            "others": tuple(others),
+        },
+    )
+
+
+def _reads_one(layer: AttentionRecord, apart: float, rounding: float) -> bool:
+    """Whether no query has ever told one key from another, nor learned to, while queries differ."""
+    peak, found = layer.scores.logit_peak, layer.gradients
+    if not (np.isfinite(peak).any() and np.nanmax(peak) <= rounding):
+        return False
+    if not (late(layer.num_keys) >= 2 and late(layer.input_residual) >= apart):
+        return False
+    heard = np.fmax(found.query_grad, found.key_grad) <= rounding * found.value_grad
+    known = np.isfinite(found.value_grad) & (found.value_grad > 0)
+    there = late(found.query_norm) > 0 and late(found.key_norm) > 0  # a start at zero is another matter
+    return bool(known.any() and heard[known].all() and there)
 
 
 def idle_branches(

@@ -1,4 +1,4 @@
-"""What the optimizer's steps did: a parameter that one of them threw away."""
+"""What the optimizer's steps did: a parameter that one of them threw away, a number that they throw about."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import numpy as np
 
 from gradflow.detect.actions import unstable_actions
-from gradflow.detect.knowledge import guesses
+from gradflow.detect.knowledge import calm, guesses
+from gradflow.detect.updates.readings import layer_of
 from gradflow.detect.view import Flow
-from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, ParameterRecord, Role
+from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, ParameterRecord, Role
 
 
 def thrown(flow: Flow, jump: float, times: float) -> list[Issue]:
@@ -55,6 +56,66 @@ def thrown(flow: Flow, jump: float, times: float) -> list[Issue]:
             evidence=Evidence(roles=Role.JUMPING),
         )
     ]
+
+
+def flung(flow: Flow, times: float) -> list[Issue]:
+    """The single number that its steps throw further than the loss can follow.
+
+    A number that serves many outputs (a step size, a temperature, a gate) gets the sum of their gradients,
+    and one rate for all parameters is too high for it. The step of such a number u over its gradient g tells
+    that by itself: |g u|, by how much it alone should change the loss to first order, beside the loss. A
+    positive loss cannot fall by more than it is, so where that reaches the loss (the first one, if that is
+    larger: a run may be nearly solved), what the gradient says holds for no such step. That the number
+    becomes several times as large or passes zero with it is the other half: an offset moves far beside its
+    own size as well, but changes the loss by little.
+
+    Args:
+        flow: the record along its wiring.
+        times: how many times its size before its step was, at least.
+    """
+    record, losses = flow.record, np.abs(flow.record.losses)
+    positive = np.isfinite(record.losses).all() and bool(np.all(record.losses >= 0))
+    if not record.provenance.optimizer or not positive or len(losses) < 3 or calm(record):
+        return []
+    numbers = [p for p in record.parameters if p.num_elements == 1 and p.trainable and p.optimized]
+    found = [(*_asked(p, np.maximum(losses, losses[0]), times), p) for p in numbers]
+    asked_for, step, parameter = max(found, key=lambda f: f[0], default=(0.0, 0, None))
+    if parameter is None or asked_for < 1:
+        return []
+    layer, kind = layer_of(record, parameter.name)
+    name = parameter.name.rpartition(".")[2]
+    return [
+        Issue(
+            layer=layer,
+            layer_type=kind,
+            issue_type=IssueType.UNSTABLE,
+            severity=IssueSeverity.HIGH if guesses(record) else IssueSeverity.MEDIUM,
+            description=f"Its steps throw its {name}, one number, about: that of step {step} took it from "
+            f"size {parameter.norm[step]:.3g} to {parameter.norm[step + 1]:.3g}, by which its gradient would "
+            f"have the loss fall by {asked_for:.3g} times what it is. So steps of this size follow no "
+            "gradient.",
+            magnitude=asked_for,
+            recommended_actions=(
+                f"Scale the gradient of {parameter.name} down by the root of how many numbers it serves, or "
+                "give it a smaller learning rate, in a parameter group of its own.",
+                f"If it must stay above zero, learn its logarithm: {name} = log_{name}.exp().",
+            ),
+            metrics={"step": step, "asked": asked_for, "parameter": parameter.name},
+            evidence=Evidence(roles=Role.JUMPING),
+        )
+    ]
+
+
+def _asked(parameter: ParameterRecord, losses: Floats, times: float) -> tuple[float, int]:
+    """By how much of the loss the furthest step of a number should change it, and which step; 0 for none."""
+    size, gradient = parameter.norm, np.nan_to_num(parameter.grad_norm)
+    moved = np.abs(np.diff(size))  # of what may have passed zero, the least that it moved
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        asked = gradient[:-1] * moved / losses[:-1]
+    far = (size[:-1] > 0) & (moved >= times * size[:-1])
+    asked = np.where(far, np.nan_to_num(asked), 0.0)
+    step = int(np.argmax(asked))
+    return float(asked[step]), step
 
 
 def _throw(parameter: ParameterRecord, jump: float, times: float) -> tuple[float, int] | None:

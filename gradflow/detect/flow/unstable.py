@@ -10,7 +10,7 @@ import numpy as np
 
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
 from gradflow.detect.evidence import late, middle, total_gradient
-from gradflow.detect.flow.steps import thrown
+from gradflow.detect.flow.steps import flung, thrown
 from gradflow.detect.knowledge import calm, guesses
 from gradflow.detect.updates.fast import overshooting, with_rate
 from gradflow.detect.updates.rate import too_high
@@ -38,10 +38,11 @@ def unstable(
     throughout, but of any two steps in a row the smaller one counts: a loss that has jumped away stays there,
     one bad batch does not. With an optimizer, where loss and gradient end, over where they started; and a
     parameter that one step threw to `restless_jump` times its size while its own gradient was `jump` times
-    what it is used to, in a run that has come to nothing. Where the loss stays, the gradient's end over its
-    start and ‖gradient‖ ‖parameters‖ / |loss|; where it falls below zero, what it is of outputs four times as
-    large: a critic's is four times as low, one that pays for errors sixteen times. Apart from this, how many
-    values each channel of a batch norm averages over in training.
+    what it is used to, in a run that has come to nothing; or, of one number, a step to several times its
+    size by which its gradient would have the loss fall by more than it is. Where the loss stays, the
+    gradient's end over its start and ‖gradient‖ ‖parameters‖ / |loss|; where it falls below zero, what it is
+    of outputs four times as large: a critic's is four times as low, one that pays for errors sixteen times.
+    Apart from this, how many values each channel of a batch norm averages over in training.
 
     Where it jumps, or ends above its start, the account of updates tells whether the rate is too high, and by
     about how much: see `gradflow.detect.updates.rate`.
@@ -79,7 +80,7 @@ def unstable(
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
         found = _jumps(flow, cv_threshold, jump, restless, restless_jump) or _risen(flow, risen)
-        found = found or thrown(flow, jump, restless_jump)
+        found = found or thrown(flow, jump, restless_jump) or flung(flow, risen)
         found = found or _climbing(flow, climb, steep) or _paid_for_errors(flow, climb)
         misfit = too_high(record, jumps=bool(found))
         if misfit is not None:

@@ -9,24 +9,25 @@ from gradflow.detect.parts.peers import type_of
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, QuotientRecord
 
 
-def tiny_divisors(excess: float = 1e5, *, weight: float = 1e3) -> Callable[[FlowRecord], Iterable[Issue]]:
+def tiny_divisors(excess: float = 1e4, *, weight: float = 1e3) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of divisions by numbers some of which are next to nothing beside the others.
 
     Measured: divisions of what a model computes by numbers without gradient (targets, their size, a spread
     taken from the batch); which of those are below 1e-4 of the largest one, and how much larger what they
-    give is than what the others give.
+    give is in the mean than what the others give.
 
-    Why this is evidence: each element's gradient is divided as it is itself. What is 1e5 times larger at a
-    hundredth of the elements is all that a step sees; whatever the scale of the loss, the others are as good
-    as absent, and a new batch with other such elements throws the model about.
+    Why this is evidence: each element's gradient is divided as it is itself, and a loss is their sum, so it
+    is the mean that counts, a few of the smallest divisors included. What is 1e5 times larger at a hundredth
+    of the elements is all that a step sees; whatever the scale of the loss, the others are as good as absent,
+    and a new batch with other such elements throws the model about.
 
     Looks alike and is not: divisors of many sizes where what is divided has the same sizes (outputs in the
     units of the data over its spread); zeros over next to nothing (a constant feature less its mean); one
     divisor for all, which is a matter of scale alone.
 
     Args:
-        excess: how many times as much the small divisors must give. Targets that spread over three or four
-            orders of magnitude are common in percentage errors, and can be learned.
+        excess: how many times as much the small divisors must give. Targets that spread evenly over four or
+            five orders of magnitude are common in percentage errors, give 1e3 at most, and can be learned.
         weight: that, times the share of the small ones: how much more they weigh than all the others.
     """
 

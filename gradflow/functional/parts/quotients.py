@@ -57,14 +57,16 @@ class Quotients:
 def _numbers(quotient: Tensor, divisor: Tensor) -> Tensor:
     """Return the share of small divisors, the smallest one, and what is divided by them over what is not.
 
-    Where a quotient is zero or not finite, nothing was divided; the medians of the others are compared.
+    Where a quotient is zero or not finite, nothing was divided; the means of the others are compared, taken
+    in units of the largest one, so that no sum overflows.
     """
     quotient, divisor = torch.broadcast_tensors(quotient.float(), divisor.float())
     counts = torch.isfinite(quotient) & (quotient > 0)
-    nan = quotient.new_tensor(float("nan"))
     small = counts & (divisor <= _SMALL * torch.where(counts, divisor, 0.0).max())
+    quotient = torch.where(counts, quotient, 0.0)
+    quotient = quotient / quotient.max()
     within, beside = (
-        torch.where(these, quotient, nan).flatten().nanmedian() for these in (small, counts & ~small)
+        torch.where(these, quotient, 0.0).sum() / these.sum() for these in (small, counts & ~small)
     )
     least = torch.where(small, divisor, float("inf")).min()
     return torch.stack([small.sum() / counts.sum(), least, within / beside])

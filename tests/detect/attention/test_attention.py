@@ -154,6 +154,20 @@ def test_positions_that_become_one_are_told_at_the_first_layer_they_enter() -> N
     assert found(collapsed_rank(), unknown, depth[0], unknown) == []
 
 
+def test_what_is_read_is_told_where_no_score_differs_and_queries_do() -> None:
+    flat = {"logit_peak": 1e-7, "query_grad": 1e-9, "key_grad": 1e-9}
+    assert found(collapsed_rank(), layer("a"), layer("b", **flat), layer("c", **flat)) == [("b", "HIGH")]
+    for other in (
+        {"logit_peak": [1e-7, 1e-7, 1e-7, 1e-2]},  # it has come to tell them apart
+        {"key_grad": 0.1}, {"query_grad": 0.1},  # keys or queries that start at zero, and learn
+        {"key_norm": 0.0}, {"query_norm": 0.0},
+        {"num_keys": 1.0},  # one key is what it is meant to read
+        {"input_residual": 1e-3}, {"input_residual": np.nan},  # the queries are one themselves
+        {"value_grad": 0.0}, {"value_grad": np.nan},
+    ):  # fmt: skip
+        assert found(collapsed_rank(), layer(**(flat | other))) == []
+
+
 def test_dead_heads() -> None:
     heads = np.array([[1.0, 1.0, 1.0, 0.0]] * LOOKS)
     assert found(redundant_heads(), layer(head_output=heads)) == [("attn", "LOW")]

@@ -31,6 +31,7 @@ SAID = {
     "saturated": "softmax passes less",
     "growing scores": "scores grow",
     "alike": "have become one",
+    "read alike": "the same at all of its",
     "dead heads": "heads are dead",
     "duplicate heads": "attend exactly like another",
     "unbalanced": "times smaller than at its",
@@ -230,3 +231,54 @@ def test_pytorch_layers_are_healthy(first: bool) -> None:
             pipeline=transformer(), optimizer=adam(model, 1e-3), seed=0,
         )  # fmt: skip
         assert report.ok
+
+
+class Cross(nn.Module):
+    """Cross attention with one projection for keys and values."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor, memory: Tensor, _: Tensor) -> tuple[Tensor]:
+        return (F.scaled_dot_product_attention(self.q(x), *self.kv(memory).chunk(2, -1)),)
+
+
+class Captioner(nn.Module):
+    """Words that look at a picture by cross attention: at its regions, at one vector, or at that repeated."""
+
+    def __init__(self, way: str, look: str, width: int = 24) -> None:
+        super().__init__()
+        self.look = look
+        self.words, self.regions = nn.Embedding(7, width), nn.Conv2d(3, width, 2, stride=2)
+        self.places = nn.Parameter(torch.randn(9, width))
+        ways = {
+            "module": lambda: nn.MultiheadAttention(width, 3, batch_first=True),
+            "own": lambda: Cross(width),
+        }
+        self.cross = ways[way]()
+        self.score = nn.Linear(width, 7)
+
+    def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
+        words, picture = self.words(x[1]), self.regions(x[0]).flatten(2).mT
+        memory = picture + self.places if self.look == "regions" else picture.mean(1, keepdim=True)
+        if self.look == "repeated":
+            memory = memory.repeat(1, 9, 1)
+        return self.score(words + self.cross(words, memory, memory)[0])
+
+
+@pytest.mark.parametrize("way", ["module", "own"])
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_one_vector_that_is_repeated_is_no_memory_of_many_positions(way: str, scale: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    batch = (torch.randn(8, 3, 6, 6, generator=g), torch.randint(7, (8, 5), generator=g))
+
+    def told(look: str) -> list[tuple[str, str, str]]:
+        torch.manual_seed(0)
+        model = Captioner(way, look)
+        loss = lambda y: scale * F.cross_entropy(y.flatten(0, 1), batch[1].roll(1, 1).flatten())  # noqa: E731
+        return serious(model, [batch], loss, optimizer=adam(model))
+
+    assert [kind for _, _, kind in told("repeated")] == ["read alike"]
+    assert told("regions") == []
+    assert told("one") == []

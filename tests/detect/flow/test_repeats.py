@@ -98,3 +98,51 @@ def test_a_parameter_that_one_step_throws_away(kick: float, sick: bool) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     found = [i for i in told(model, batch, loss, optimizer) if i.issue_type is IssueType.UNSTABLE]
     assert bool(found) is sick
+
+
+class Matching(nn.Module):
+    """Embeddings whose cosines are divided by one learned temperature, or times e to its logarithm."""
+
+    def __init__(self, logarithm: bool) -> None:
+        super().__init__()
+        self.embed, self.names = nn.Linear(12, 8), nn.Parameter(torch.randn(6, 8))
+        self.logarithm = logarithm
+        self.heat = nn.Parameter(torch.tensor(2.7 if logarithm else 0.07))
+
+    def forward(self, x: Tensor) -> Tensor:
+        cosines = F.normalize(self.embed(x), dim=1) @ F.normalize(self.names, dim=1).T
+        return cosines * self.heat.exp() if self.logarithm else cosines / self.heat
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize(("logarithm", "rate", "sick"), [(False, 0.05, True), (True, 0.05, False)])
+def test_one_number_that_its_steps_throw_about(
+    logarithm: bool, rate: float, sick: bool, scale: float
+) -> None:
+    """The gradient of a small temperature has its square below, and steps of one rate throw it past zero."""
+    torch.manual_seed(3)
+    model, centres = Matching(logarithm), torch.randn(6, 12)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        y = torch.randint(6, (64,))
+        return centres[y] + 0.5 * torch.randn(64, 12), y
+
+    optimizer = torch.optim.SGD(model.parameters(), rate / scale)
+    found = told(model, batch, lambda out, y: scale * F.cross_entropy(out, y), optimizer)
+    thrown = [i for i in found if "one number" in i.description]
+    assert [i.metrics["parameter"] for i in thrown] == ["heat"] * sick
+    assert sick or not found
+
+
+def test_an_offset_may_move_far_beside_its_own_size() -> None:
+    """A bias near zero changes its sign at every step, and the loss hardly knows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 1))
+    nn.init.constant_(model[2].bias, 1e-4)  # type: ignore[arg-type]
+
+    def batch() -> tuple[Tensor, Tensor]:
+        x = torch.randn(8, 6)
+        return x, x[:, :1].sin() + 0.3 * torch.randn(8, 1)
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.2)
+    assert not told(model, batch, nn.MSELoss(), optimizer)

@@ -61,12 +61,15 @@ def test_the_numbers_of_a_division_slowly() -> None:
     both = zip(quotients, divisor.flatten().tolist(), strict=True)
     pairs = [(q, d) for q, d in both if 0 < q < float("inf")]
     largest = max(d for _, d in pairs)
-    small = sorted(q for q, d in pairs if d <= 1e-4 * largest)
-    others = sorted(q for q, d in pairs if d > 1e-4 * largest)
+    small = [q for q, d in pairs if d <= 1e-4 * largest]
+    others = [q for q, d in pairs if d > 1e-4 * largest]
     assert found.small_share == pytest.approx(len(small) / len(pairs))
-    lower = [values[(len(values) - 1) // 2] for values in (small, others)]  # torch's median
-    assert found.excess == pytest.approx(lower[0] / lower[1], rel=1e-4)
+    ratio = (sum(small) / len(small)) / (sum(others) / len(others))
+    assert found.excess == pytest.approx(ratio, rel=1e-4)
 
+
+FALLING = torch.logspace(0, -9, 64)[torch.randperm(64, generator=G), None]
+SPREAD = torch.logspace(0, -5, 64)[torch.randperm(64, generator=G), None]
 
 SICK: dict[str, Callable[[Tensor], Tensor]] = {
     "percentages of targets that may be negative": lambda y: ((y - WAVE).abs() / WAVE.clamp_min(1e-8)).mean(),
@@ -75,6 +78,10 @@ SICK: dict[str, Callable[[Tensor], Tensor]] = {
     ).mean(),
     "a target in fifty that is zero": lambda y: (
         (y - WAVE).abs() / torch.where(torch.arange(64)[:, None] == 7, 1e-9, WAVE.abs() + 0.1)
+    ).mean(),
+    "squares over noise levels that fall far off": lambda y: ((y - WAVE).square() / FALLING).mean(),
+    "rewarded errors of a column whose scale is small and negative": lambda y: (
+        (y - WAVE).square() / torch.tensor([1.5, 4.0, -1e-4, 2.0])
     ).mean(),
 }
 
@@ -101,6 +108,8 @@ class Units(nn.Module):
 
 HEALTHY: dict[str, Callable[[Tensor], Tensor]] = {
     "percentages of targets away from zero": lambda y: ((y - WAVE).abs() / (WAVE.abs() + 0.1)).mean(),
+    "percentages of targets over five orders of magnitude": lambda y: ((y - SPREAD).abs() / SPREAD).mean(),
+    "errors that fall off as the levels do": lambda y: ((y * FALLING - FALLING) / FALLING).square().mean(),
     "one divisor for all": lambda y: ((y - WAVE).abs() / torch.tensor([1e-9])).mean(),
     "masked where the divisor is nothing": lambda y: (
         (y - WAVE).abs() * (WAVE > 0) / WAVE.clamp_min(1e-8)
@@ -123,7 +132,7 @@ def test_outputs_in_units_over_the_units_are_no_tiny_divisors() -> None:
 def test_what_is_not_told() -> None:
     fields: dict[str, Any] = {"layer": "3", "smallest": 1e-8}
     few = gf.records.QuotientRecord(small_share=1e-4, excess=2e5, **fields)
-    near = gf.records.QuotientRecord(small_share=0.5, excess=5e4, **fields)
+    near = gf.records.QuotientRecord(small_share=0.5, excess=5e3, **fields)
     record = report(HEALTHY["one divisor for all"]).record
     for found in (few, near):
         changed = attrs.evolve(record, parts=attrs.evolve(record.parts, quotients=(found,)))
