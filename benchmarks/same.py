@@ -183,7 +183,9 @@ def answer(gf: Any, build: Builder, arguments: Mapping[str, Any]) -> dict[str, A
     told = json.loads(portable(report.to_json()))
     told["record"].pop("format", None)
     told["record"]["provenance"].pop("versions", None)
-    return {part: told[part] for part in ("record", "issues", "causes")} | {"text": portable(str(report))}
+    return {part: told[part] for part in ("record", "issues", "causes")} | {
+        "text": portable(report.text("full"))
+    }
 
 
 def answers(gf: Any, name: str, build: Builder) -> Iterator[tuple[str, dict[str, Any]]]:

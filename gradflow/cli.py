@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="show a progress bar on standard error (default: on a terminal)",
     )
+    add("--verbose", action="store_true", help="print all evidence and every issue, not what fits a screen")
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--traceback", action="store_true", help="show the whole traceback of what went wrong")
     diagnose.set_defaults(run=_diagnose)
@@ -151,7 +152,7 @@ def _diagnose(options: argparse.Namespace) -> int:
             raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
     report = _report(file, name, options)
     if not options.quiet:
-        print(report)
+        print(report.text("full" if options.verbose else "short"))
     with _explained("cannot write the report"):
         if options.json is not None:
             report.to_json(options.json)

@@ -15,7 +15,7 @@ from gradflow.errors import RecordInputError
 from gradflow.graph import GraphChange
 from gradflow.records import FlowRecord, Issue, every_scalar, float_field
 from gradflow.report import Report
-from gradflow.report.comparison import comparison_text
+from gradflow.report.text.comparison import comparison_text
 
 _WHOLE_SHARE = math.log(100)  # a share that goes from 0 to 1 counts as much as a factor of a hundred
 _SHARES = frozenset({

@@ -75,7 +75,7 @@ def tensorboard_tracker(writer: Any, *, which: Which = "few", prefix: str = "gra
         for name, value in scalars.items():
             writer.add_scalar(name, value, step)
         if report is not None:
-            text = "".join(f"    {line}\n" for line in str(report).splitlines())  # Markdown's code
+            text = "".join(f"    {line}\n" for line in report.text("full").splitlines())  # Markdown's code
             writer.add_text(f"{prefix}report", text, step)
         writer.flush()
 

@@ -28,8 +28,9 @@ from gradflow.records import (
     to_plain,
     write,
 )
-from gradflow.report.console import report_text
 from gradflow.report.html import report_html
+from gradflow.report.text.full import full_text
+from gradflow.report.text.short import short_text
 from gradflow.report.wording import serious_issues
 
 
@@ -55,7 +56,7 @@ _CURED, _HELPED, _USELESS, _MENDED_IN_VAIN = 0.97, 0.85, 0.4, 0.15
 
 @attrs.frozen(kw_only=True, repr=False)
 class Report:
-    """The answer of `gradflow.diagnose`. `print(report)` tells it in words.
+    """The answer of `gradflow.diagnose`. `print(report)` tells it in short, `report.text("full")` whole.
 
     Args:
         record: what was measured.
@@ -106,8 +107,28 @@ class Report:
         severities = [issue.severity for issue in self.issues]
         return numbers | {f"issues/{s.value.lower()}": float(severities.count(s)) for s in IssueSeverity}
 
+    def text(self, which: Literal["short", "full"] = "short") -> str:
+        """Return the report in words.
+
+        Args:
+            which: `short`, which `print(report)` shows: 25 lines with the verdict, and of each cause where it
+                is, what was measured and what to change; or `full`, with all evidence and every issue.
+
+        Raises:
+            ValueError: if `which` is neither.
+
+        >>> from gradflow.records import FlowRecord
+        >>> report = Report(record=FlowRecord(steps=1, losses=[0.5], layers=(), parameters=()))
+        >>> report.text().splitlines()[0]
+        'gradflow: no illness found'
+        """
+        if which not in ("short", "full"):
+            raise ValueError(f"which must be short or full, got {which!r}.")
+        tell = short_text if which == "short" else full_text
+        return tell(self.record, self.issues, self.causes, self.lines, self.trials)
+
     def __str__(self) -> str:
-        return report_text(self.record, self.issues, self.causes, self.lines, self.trials)
+        return self.text()
 
     def __repr__(self) -> str:
         model = self.record.provenance.model or "model"

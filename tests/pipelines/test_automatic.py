@@ -52,7 +52,7 @@ def test_the_base_by_itself_says_the_base_only(name: str) -> None:
     assert not report.record.transformer.attention
     assert not report.record.recurrences
     assert report.record.policy is None
-    assert "special" not in str(report)
+    assert "special" not in report.text("full")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if case(name).kinds])
@@ -77,7 +77,7 @@ HEADS = {
 @pytest.mark.parametrize("name", HEADS)
 def test_the_head_of_the_report_tells_what_was_chosen_and_why(name: str, tmp_path: Path) -> None:
     report = diagnosed(name)
-    (line,) = [line for line in str(report).splitlines() if line.startswith("  special")]
+    (line,) = [line for line in report.text("full").splitlines() if line.startswith("  special")]
     assert line.split(maxsplit=1)[1].startswith(HEADS[name]), line
     report.to_html(tmp_path / "flow.html")
     assert HEADS[name] in (tmp_path / "flow.html").read_text(encoding="utf-8")
@@ -206,7 +206,7 @@ def test_the_analyzer_and_the_command_see_it_too(capsys: pytest.CaptureFixture[s
         "def build():\n"
         "    return nn.GRU(3, 8), lambda: torch.randn(5, 4, 3), lambda y: y[0].square().mean()\n"
     )
-    assert main(["diagnose", str(file), "--steps", "2"]) == 0
+    assert main(["diagnose", str(file), "--steps", "2", "--verbose"]) == 0
     assert "special  recurrence, since GRU in the model ran" in capsys.readouterr().out
     assert main(["diagnose", str(file), "--steps", "2", "--pipeline", "flow"]) == 0
     assert "special" not in capsys.readouterr().out

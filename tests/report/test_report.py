@@ -11,7 +11,7 @@ import pytest
 
 from gradflow.errors import RecordInputError
 from gradflow.records import FlowRecord, IssueSeverity, issue_type
-from gradflow.report import Report, report_html, report_text
+from gradflow.report import Report, full_text, report_html, short_text
 from tests.samples import chain_record, make_issue, sick_chain
 
 
@@ -35,9 +35,13 @@ def test_ok_is_no_issue_of_medium_or_above(severity: IssueSeverity, ok: bool) ->
     assert Report(record=chain_record(), issues=[make_issue(severity=severity)]).ok is ok
 
 
-def test_print_is_the_console_text() -> None:
+def test_print_is_the_short_text() -> None:
     report = sick_report()
-    assert str(report) == report_text(report.record, report.issues, report.causes, report.lines)
+    parts = (report.record, report.issues, report.causes, report.lines)
+    assert str(report) == report.text() == report.text("short") == short_text(*parts)
+    assert report.text("full") == full_text(*parts)
+    with pytest.raises(ValueError, match="which must be short or full, got 'long'"):
+        report.text("long")  # type: ignore[arg-type]
     assert repr(report) == "Report(Chain: sick, 3 issues, 1 causes)"
     assert repr(Report(record=chain_record())) == "Report(Chain: ok, 0 issues, 0 causes)"
 
@@ -80,11 +84,12 @@ def test_json_comes_back(tmp_path: Path) -> None:
 def test_lines_are_shown_in_the_text_and_on_the_page_and_nothing_is_there_without() -> None:
     report = attrs.evolve(sick_report(), lines="Outliers:\n  fc1 <b>  5%")
     assert report.lines == ("Outliers:", "  fc1 <b>  5%")
-    assert "\n\nOutliers:\n  fc1 <b>  5%\n\nHealthy: " in str(report)
+    assert "\n\nOutliers:\n  fc1 <b>  5%\n\nHealthy: " in report.text("full")
+    assert "\n\nOutliers:\n  fc1 <b>  5%\n\nIssues: " in str(report)
     page = report_html(report.record, (), (), report.lines)
     assert '<pre class="mono">Outliers:\n  fc1 &lt;b&gt;  5%</pre>' in page
     assert "<pre" not in report_html(report.record, (), ())
-    assert str(report).replace("Outliers:\n  fc1 <b>  5%\n\n", "") == str(sick_report())
+    assert report.text("full").replace("Outliers:\n  fc1 <b>  5%\n\n", "") == sick_report().text("full")
 
 
 @pytest.mark.parametrize("wrong", [None, 3, [3], ["a", None]])
@@ -100,7 +105,7 @@ def test_own_types_of_issues_are_shown_everywhere(tmp_path: Path) -> None:
     report = Report(record=record, issues=[issue], causes=[cause])
     assert str(report).startswith("gradflow: OUTLIERS in fc1\n")
     assert "[CRITICAL] OUTLIERS in fc1 (Linear)" in str(report)
-    assert "Cause 1: OUTLIERS in fc1" in str(report)
+    assert "Cause 1: OUTLIERS in fc1" in report.text("full")
     report.to_html(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text(encoding="utf-8").count("OUTLIERS") >= 3
     assert json.loads(report.to_json())["issues"][0]["issue_type"] == "OUTLIERS"

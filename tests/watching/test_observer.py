@@ -114,7 +114,7 @@ def test_a_look_that_raises_ends_nothing() -> None:
             report = monitors[0](batch)
             looking.clear()
             if report is not None and not report.record.steps:
-                assert "could not be looked at: RuntimeError: the disk is full" in str(report)
+                assert "could not be looked at: RuntimeError: the disk is full" in report.text("full")
 
         return call
 

@@ -120,5 +120,5 @@ def test_what_a_custom_forward_does_is_no_part_of_the_model() -> None:
 
 def test_the_report_says_that_its_verdicts_are_not_on_training() -> None:
     report = gf.diagnose(Net(), [X], total, steps=1)
-    assert NOTE in str(report)
-    assert "no verdict here is on training" in str(report)
+    assert NOTE in report.text("full")
+    assert "no verdict here is on training" in report.text("full")

@@ -75,7 +75,7 @@ def test_a_clipped_run_is_told_and_saved() -> None:
     report = gf.diagnose(
         net, batches(), nn.MSELoss(), steps=4, optimizer=torch.optim.SGD(net.parameters(), 0.01), clip=1
     )
-    assert "stepped by a copy of SGD (lr 0.01), gradients clipped to norm 1" in str(report)
+    assert "stepped by a copy of SGD (lr 0.01), gradients clipped to norm 1" in report.text("full")
     assert gf.FlowRecord.from_json(report.record.to_json()) == report.record
 
 

@@ -1,4 +1,4 @@
-"""Plain text for a terminal: the summary that analyzers print, and the fuller text of a report."""
+"""The full text: the summary of issues that analyzers print, and everything that a report tells in words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from gradflow.report.wording import (
 )
 
 RULE = "=" * 80
-MAX_DETAILS = 10  # a report's text shows this many issues whole; more would bury the causes above them
 MAX_EXPLAINED = 6
 
 
@@ -44,14 +43,19 @@ def summary_text(issues: Sequence[Issue], *, limit: int | None = None) -> str:
     return "\n".join(lines)
 
 
+<<<<<<< HEAD:gradflow/report/console.py
 def report_text(
     record: FlowRecord,
     issues: Sequence[Issue],
     causes: Sequence[Cause],
     lines: Sequence[str] = (),
     trials: TrialsRecord | None = None,
+=======
+def full_text(
+    record: FlowRecord, issues: Sequence[Issue], causes: Sequence[Cause], lines: Sequence[str] = ()
+>>>>>>> w-html:gradflow/report/text/full.py
 ) -> str:
-    """Return the text of a report: verdict, what was measured how, causes, issues, more lines, healthy count.
+    """Return all: verdict, what was measured how, causes, issues, more lines, healthy count.
 
     Args:
         record: what was measured.
@@ -67,7 +71,7 @@ def report_text(
     for number, cause in enumerate(causes, start=1):
         text += ["", *_cause_lines(number, cause, trials)]
     healthy = len(healthy_layers(record, issues))
-    text += ["", summary_text(issues, limit=MAX_DETAILS)]
+    text += ["", summary_text(issues)]
     text += ["", *lines] if lines else []
     text += ["", f"Healthy: {healthy} of {len(record.layers)} layer calls have no issue."]
     return "\n".join(text)

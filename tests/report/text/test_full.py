@@ -1,4 +1,4 @@
-"""The text of a summary and of a report, line by line."""
+"""The text of a summary and the full text of a report, line by line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import attrs
 import pytest
 
 from gradflow.records import EdgeRecord, GraphRecord, IssueSeverity, IssueType, NodeRecord, Provenance
-from gradflow.report import report_text, summary_text
+from gradflow.report import full_text, summary_text
 from gradflow.report.wording import healthy_layers, loss_line, measured_facts, verdict
 from tests.samples import chain_record, make_issue, sick_chain
 
@@ -45,7 +45,7 @@ def test_summary_shows_all_issues_unless_told_otherwise() -> None:
 
 def test_report_tells_the_verdict_then_causes_then_issues() -> None:
     record, issues, causes = sick_chain()
-    lines = report_text(record, issues, causes).splitlines()
+    lines = full_text(record, issues, causes).splitlines()
     assert lines[:8] == [
         "gradflow: VANISHING in fc1, which explains 2 of 3 issues",
         "  model    Chain: 5 layer calls, 320 parameters",
@@ -71,7 +71,7 @@ def test_report_tells_the_verdict_then_causes_then_issues() -> None:
 
 
 def test_report_of_a_healthy_model() -> None:
-    lines = report_text(chain_record(), (), ()).splitlines()
+    lines = full_text(chain_record(), (), ()).splitlines()
     assert lines[0] == "gradflow: no illness found"
     assert "[OK] No gradient issues found." in lines
     assert lines[-1] == "Healthy: 5 of 5 layer calls have no issue."
@@ -80,7 +80,7 @@ def test_report_of_a_healthy_model() -> None:
 def test_a_cause_of_many_issues_names_the_first_of_them() -> None:
     record, _, causes = sick_chain()
     many = tuple(make_issue(f"fc{i}") for i in range(9))
-    text = report_text(record, many, [attrs.evolve(causes[0], issues=many)])
+    text = full_text(record, many, [attrs.evolve(causes[0], issues=many)])
     assert "VANISHING in fc5, and 3 more" in text
     assert "VANISHING in fc6," not in text
 
