@@ -43,17 +43,12 @@ def summary_text(issues: Sequence[Issue], *, limit: int | None = None) -> str:
     return "\n".join(lines)
 
 
-<<<<<<< HEAD:gradflow/report/console.py
-def report_text(
+def full_text(
     record: FlowRecord,
     issues: Sequence[Issue],
     causes: Sequence[Cause],
     lines: Sequence[str] = (),
     trials: TrialsRecord | None = None,
-=======
-def full_text(
-    record: FlowRecord, issues: Sequence[Issue], causes: Sequence[Cause], lines: Sequence[str] = ()
->>>>>>> w-html:gradflow/report/text/full.py
 ) -> str:
     """Return all: verdict, what was measured how, causes, issues, more lines, healthy count.
 
