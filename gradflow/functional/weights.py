@@ -35,6 +35,11 @@ class WeightSample:
         with outside_transforms(), torch.no_grad():
             return cls(step, {name: sampled(p).clone() for name, p in _trainable(model)})
 
+    def checksum(self) -> float:
+        """Return the sum of all entries, in double precision: the same number only where nothing changed."""
+        sums = [entries.double().sum().cpu() for entries in self.entries.values() if entries.numel()]
+        return float(torch.stack(sums).sum()) if sums else 0.0
+
     def changes(self, model: nn.Module) -> dict[str, float]:
         """Return what became of the weights since, by name: `update_ratio/…` and `unchanged_share/…`.
 

@@ -173,6 +173,11 @@ class FlowRecord:
 
         return LayerGraph.from_record(self)
 
+    @property
+    def failed(self) -> bool:
+        """Whether it stands for a look that could not be taken: no step, and a note that says why."""
+        return not self.steps and bool(self.provenance.notes)
+
     def __repr__(self) -> str:
         p = self.provenance
         head = (

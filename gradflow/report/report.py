@@ -79,8 +79,8 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether no issue is of severity MEDIUM or above."""
-        return not serious_issues(self.issues)
+        """Whether something was measured, and no issue is of severity MEDIUM or above."""
+        return not serious_issues(self.issues) and not self.record.failed
 
     def scalars(self, which: Literal["few", "all"] = "few") -> dict[str, float]:
         """Return the report in plain numbers by name: what a tracker of experiments plots.

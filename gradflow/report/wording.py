@@ -35,9 +35,11 @@ def healthy_layers(record: FlowRecord, issues: Sequence[Issue]) -> tuple[str, ..
     return tuple(layer.name for layer in record if layer.name not in sick)
 
 
-def verdict(issues: Sequence[Issue], causes: Sequence[Cause]) -> str:
+def verdict(issues: Sequence[Issue], causes: Sequence[Cause], record: FlowRecord | None = None) -> str:
     """Return the answer in one line: the first cause, or the gravest issue, or that all is well."""
     serious = serious_issues(issues)
+    if record is not None and record.failed:
+        return "nothing could be measured"
     if not serious:
         remarks = f", {len(issues)} remark(s) of LOW or INFO" if issues else ""
         return f"no illness found{remarks}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ from torch import nn
 
 from gradflow.detect.time import TimeDetector
 from gradflow.errors import ModelInputError
+from gradflow.functional.model.optimizers import check_optimizers
 from gradflow.functional.model.supported import check_module
+from gradflow.functional.run.training.options import Loop
 from gradflow.records import HistoryRecord, Issue, IssueSeverity
 from gradflow.report import Report
 from gradflow.watching.inside import LookedStep, PlainStep, Step, scale_of
@@ -21,6 +24,29 @@ from gradflow.watching.look import Seen
 from gradflow.watching.observer import readable, watching
 from gradflow.watching.schedule import is_jump, loss_ceiling
 from gradflow.watching.state import Key, ObserverState, key_of
+
+logger = logging.getLogger("gradflow")
+
+
+def _resumed(path: Path, model: nn.Module) -> HistoryRecord:
+    """Return the history in a file, of this very model.
+
+    Raises:
+        ModelInputError: if it is a folder, or the history is another model's.
+        RecordFormatError: if the file is no history.
+    """
+    if path.is_dir():
+        raise ModelInputError(f"path={str(path)!r} is a folder; pass the name of a file in it.")
+    mend(path)
+    history = read_history(path)
+    layers = {name.partition("@")[0] for name in history.types}
+    known = {name for name, _ in model.named_modules()}
+    if layers and len(layers & known) < len(layers) / 2:
+        raise ModelInputError(
+            f"the history in {path} is of a model with layers {', '.join(sorted(layers - known)[:3])}, which "
+            f"{type(model).__name__} does not have. Pass another path=, or move that file away."
+        )
+    return history
 
 
 class Monitor:
@@ -45,7 +71,9 @@ class Monitor:
         most: how many looks are kept in memory; the file keeps all.
 
     Raises:
-        ModelInputError: if the model is none, or `forward_fn` cannot be called.
+        ModelInputError: if the model is none, `forward_fn` cannot be called, or the history at `path` is of
+            another model.
+        OptimizerMismatchError: if `optimizer` is none, or holds none of the model's parameters.
         RecordFormatError: if the file at `path` is no history.
         ValueError: if `every`, `batches` or `most` is too small.
         PipelineError: if `pipeline` cannot be used as one.
@@ -83,6 +111,8 @@ class Monitor:
         most: int = 512,
     ) -> None:
         check_module(model)
+        if optimizer is not None:
+            check_optimizers(Loop(optimizer=optimizer).optimizers, model)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self._watch = watching(
             every=every, pipeline=pipeline, in_time=in_time, forward_fn=forward_fn, batches=batches, most=most
@@ -92,12 +122,13 @@ class Monitor:
         self._step = 0
         self._looked: LookedStep | None = None
         self._report: Report | None = None
+        self._written = HistoryRecord.empty()
+        self._warned = self._torn = False
         self._looks: list[Callable[[Report, int], Any]] = []
         self._alerts: list[tuple[IssueSeverity, Callable[[Issue, int], Any]]] = []
         self._alerted: dict[Key, IssueSeverity] = {}
         if self._path is not None and self._path.exists():
-            mend(self._path)
-            history = read_history(self._path)
+            history = _resumed(self._path, model)
             self._take_up(history, int(history.steps[-1]) + 1 if len(history) else 0)
 
     def __call__(self, batch: Any, *, loss: Any = None, step: int | None = None) -> Report | None:
@@ -116,6 +147,8 @@ class Monitor:
         self._step = now + 1
         state = self._state
         if now < state.due:  # nearly always: nothing may be done here that takes time
+            if step is not None and len(state.history) and step < state.history.steps[-1]:
+                self._warn_of_the_past(step)
             if loss is None:
                 return None
             value = readable(loss)
@@ -126,6 +159,7 @@ class Monitor:
     def _look(self, batch: Any, loss: Any, step: int) -> Report | None:
         before = self._state.history
         if len(before) and step <= before.steps[-1]:  # gone through again after a restart
+            self._warn_of_the_past(step)
             return None
         state, report = self._watch.update(
             self._state, self.model, batch, self.loss_fn, self.optimizer, step, loss=loss
@@ -137,12 +171,35 @@ class Monitor:
         """Go on with a state: write what is new of it, and tell of what was found."""
         before, self._state = self._state.history, state
         if self._path is not None and self._state.history is not before:
-            append(self._path, before, self._state.history)
+            self._written = self._write(self._path, self._state.history)
         if report is not None:
             self._report = report
             for function in self._looks:
                 function(report, step)
             self._alert(report, step)
+
+    def _warn_of_the_past(self, step: int) -> None:
+        """Say once that steps before the last look are not looked at."""
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "step %d is before the last look, at step %d: nothing is looked at until then. Pass the "
+                "count of the whole training, not of an epoch, and another path= for another training.",
+                step, self.history.steps[-1],
+            )  # fmt: skip
+
+    def _write(self, path: Path, history: HistoryRecord) -> HistoryRecord:
+        """Write what is new to the file, and return what it holds then; a full disk ends no training."""
+        try:
+            if self._torn:
+                mend(path)
+            append(path, self._written, history)
+            self._torn = False
+        except OSError as error:
+            self._torn = path.exists()
+            logger.warning("the history could not be written to %s: %s", path, error)
+            return self._written
+        return history
 
     def step(self, batch: Any = None, *, scaler: Any = None, step: int | None = None) -> Step:
         """Return a context for one training step, which is measured from inside where a look is due.
@@ -275,7 +332,7 @@ class Monitor:
             for key, issue in told.items()
             if key not in self._alerted or issue.severity > self._alerted[key]
         ]
-        self._alerted = {key: issue.severity for key, issue in told.items()}
+        self._alerted |= {key_of(issue): issue.severity for issue in news}
         for issue in news:
             for least, function in self._alerts:
                 if issue.severity >= least:
@@ -304,10 +361,10 @@ class Monitor:
         history, self._step = HistoryRecord.from_json(state["history"]), int(state["step"])
         if not len(self.history):
             if self._path is not None:
-                append(self._path, self.history, history)
+                self._written = self._write(self._path, history)
             self._take_up(history, self._step)
 
     def _take_up(self, history: HistoryRecord, step: int) -> None:
         """Go on after a history; the first step is looked at."""
-        self._step = step
+        self._step, self._written = step, history
         self._state = ObserverState(history=history, due=step, ceiling=loss_ceiling(history))

@@ -215,7 +215,9 @@ class Watch:
         """
         step = seen.step
         types = {layer.name: layer.type for layer in look.record}
-        history = state.history.with_types(types).with_look(step, every_scalar(look.record))
+        sample = WeightSample.of(seen.model, step)
+        numbers = {**every_scalar(look.record), "weight_checksum": sample.checksum()}
+        history = state.history.with_types(types).with_look(step, numbers)
         lines = list(look.lines)
         loss = float(look.record.losses[-1])
         if is_jump(loss, state.ceiling):
@@ -226,7 +228,7 @@ class Watch:
         state = attrs.evolve(
             state,
             history=history.thinned(self.most),
-            sample=WeightSample.of(seen.model, step),
+            sample=sample,
             ceiling=loss_ceiling(history),
             due=step + 1,
         )

@@ -5,7 +5,7 @@ May import what all detectors share; nothing here knows a `FlowRecord`.
 
 from gradflow.detect.time.collapse import collapsing, dying, sharpening
 from gradflow.detect.time.growth import diverging, growing, starving
-from gradflow.detect.time.plasticity import stiffening
+from gradflow.detect.time.plasticity import resting, stiffening
 from gradflow.detect.time.series import TimeDetector
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "diverging",
     "dying",
     "growing",
+    "resting",
     "sharpening",
     "starving",
     "stiffening",
@@ -28,4 +29,4 @@ def time_detectors() -> tuple[TimeDetector, ...]:
     >>> [issue for detector in time_detectors() for issue in detector(HistoryRecord.empty())]
     []
     """
-    return (diverging(), dying(), collapsing(), sharpening(), starving(), growing(), stiffening())
+    return (diverging(), dying(), collapsing(), sharpening(), starving(), growing(), stiffening(), resting())

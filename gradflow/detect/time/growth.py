@@ -17,7 +17,7 @@ from gradflow.detect.time.series import (
     unworried,
 )
 from gradflow.detect.time.telling import go_back, in_order, issue_in_time, layer_of
-from gradflow.records import Floats, HistoryRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Bools, Floats, HistoryRecord, Issue, IssueSeverity, IssueType
 
 
 def diverging(*, lost: float = 0.5, risen: float = 1.5, guesses: float = 0.8) -> TimeDetector:
@@ -32,7 +32,9 @@ def diverging(*, lost: float = 0.5, risen: float = 1.5, guesses: float = 0.8) ->
 
     Looks alike and is not: one hard batch (both of the last two looks must show it); the losses of an agent,
     which rise as its returns do (not told where a policy was seen, nor where the share of the loss of guesses
-    says that the model knows as before); a loss that was never lower than at the start.
+    says that the model knows as before); those of a player whose opponent gets better, as in a GAN (where
+    that share is not known, the loss must be above its start, and the gradient have grown); a loss that was
+    never lower than at the start.
 
     Args:
         lost: part of the way from the first loss to the lowest that must be lost again.
@@ -51,7 +53,7 @@ def diverging(*, lost: float = 0.5, risen: float = 1.5, guesses: float = 0.8) ->
             up = (losses - lowest >= lost * np.maximum(first - lowest, 0.0)) & (lowest < first)
             up &= losses >= np.where(lowest > 0, risen * lowest, lowest + (risen - 1) * np.abs(lowest))
         left = history["loss_share_left"] if "loss_share_left" in history else np.full(len(losses), np.nan)
-        up &= np.isnan(left) | (left >= guesses) | (losses >= first)
+        up &= (left >= guesses) | ((losses >= first) & _steep(history))
         since = lasting(up)
         if since is None or first - lowest[-1] <= 0.05 * abs(first):
             return
@@ -76,6 +78,14 @@ def diverging(*, lost: float = 0.5, risen: float = 1.5, guesses: float = 0.8) ->
         )
 
     return unworried(detector)
+
+
+def _steep(history: HistoryRecord, risen: float = 3.0) -> Bools:
+    """Return at which looks the gradient is `risen` times its lowest: steps that diverge are large ones."""
+    if "gradient_norm" not in history:
+        return np.ones(len(history), dtype=bool)
+    norms = history["gradient_norm"]
+    return norms >= risen * lowest_so_far(norms)
 
 
 def _largest_update(history: HistoryRecord, since: int) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""A model that can no longer learn: what has grown stiff, told by several signs at once."""
+"""A model that no longer learns: it has grown stiff, told by several signs at once, or stands still."""
 
 from __future__ import annotations
 
@@ -69,6 +69,49 @@ def stiffening(
 
 
 _SIGNS = ("more of its units are silent", "its weights have grown", "its gradient has fallen away")
+
+
+def resting(*, looks: int = 4, steps: int = 50) -> TimeDetector:
+    """Return the detector of a training in which no weight changes.
+
+    Measured: the sum of some thousands of entries of every parameter, at the last looks, to the last bit.
+
+    Why this is evidence: any step of an optimizer changes some of them. A rate of zero, an optimizer on other
+    parameters, a `step` that is never called, or updates that rounding swallows leave all as they are.
+
+    Looks alike and is not: steps that only add up gradients between two updates (the looks must lie further
+    apart than that), or that a scaler skips while it seeks its scale.
+
+    Args:
+        looks: in how many looks in a row nothing has changed.
+        steps: how many steps they must span.
+    """
+
+    def detector(history: HistoryRecord) -> Iterable[Issue]:
+        if len(history) < looks or "weight_checksum" not in history:
+            return
+        span = int(history.steps[-1] - history.steps[-looks])
+        last = history["weight_checksum"][-looks:]
+        if span < steps or not (last == last[0]).all():
+            return
+        yield issue_in_time(
+            history,
+            len(history) - looks,
+            layer="",
+            issue_type=IssueType.VANISHING,
+            severity=IssueSeverity.HIGH,
+            description=f"No weight has changed over the last {span} steps.",
+            magnitude=0.0,
+            recommended_actions=(
+                "See that the loop calls `optimizer.step()`, on an optimizer that was made of this very "
+                "model's parameters: `torch.optim.Adam(model.parameters())`.",
+                "Print the learning rate, `optimizer.param_groups[0]['lr']`: a schedule may have brought it "
+                "to zero.",
+            ),
+            metrics={"steps": span},
+        )
+
+    return unworried(detector)
 
 
 def _mean(series: Sequence[Floats]) -> Floats:

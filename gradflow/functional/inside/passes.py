@@ -99,6 +99,7 @@ class Passes:
     _inputs: Mapping[str, Tensor] = attrs.field(factory=dict)
     _watch: Watch | None = None
     _handed: list[Tensor] = attrs.field(factory=list)  # losses
+    _is_handed: bool = False  # whether the present pass is of one of them
     _over: bool = False
     _total: tuple[list[str], Tensor] | None = None  # norm of the gradients after the last pass, and whose
 
@@ -221,12 +222,16 @@ class Passes:
             except Exception as error:
                 self.fail(error)
 
-    def _before(self, recorder: OwnRecorder, given: dict[str, Any]) -> _Asked:
-        first = not recorder.in_backward
-        recorder.start_backward()
-        self._watch = None
+    def _before(self, recorder: OwnRecorder, given: dict[str, Any]) -> _Asked | None:
+        """Return what a pass is asked; None if losses were handed over and it is of another, as of a second
+        model."""
         with unwatched(), torch.no_grad(), probes_of(recorder.whose):
             root, loss, factor = self._loss_of(given)
+            if self._handed and not self._is_handed:
+                return None
+            first = not recorder.in_backward
+            recorder.start_backward()
+            self._watch = None
             if first:
                 self._learn(recorder, root)
             if (inputs := given.get("inputs")) is not None and recorder.slots():
@@ -249,11 +254,12 @@ class Passes:
         tensors, cotangents = given["tensors"], given.get("grad_tensors")
         roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         weights = [cotangents] if cotangents is None or isinstance(cotangents, Tensor) else list(cotangents)
+        self._is_handed = False
         for loss in reversed(self._handed):
             if loss.grad_fn is not None:
                 (factor,) = torch.autograd.grad(roots, [loss], weights, retain_graph=True, allow_unused=True)
                 if factor is not None:
-                    self.measured = True
+                    self.measured = self._is_handed = True
                     return loss, loss.detach(), factor
         scale = self.scale()
         if weights == [None]:

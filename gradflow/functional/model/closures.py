@@ -38,6 +38,16 @@ def optimizers_in(*values: Any) -> tuple[Optimizer, ...]:
     return tuple(value for value in reachable(values) if isinstance(value, Optimizer))
 
 
+def stateful_in(*values: Any) -> tuple[Any, ...]:
+    """Return what else functions and objects can reach that has a state to save: schedulers, scalers."""
+    kinds = (nn.Module, Optimizer, type)
+    return tuple(
+        value
+        for value in reachable(values)
+        if not isinstance(value, kinds) and hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+    )
+
+
 def tensors_in(*values: Any) -> tuple[Tensor, ...]:
     """Return the tensors that functions and objects can reach by what they hold, those of modules excepted.
 

@@ -61,6 +61,17 @@ def copy_training(
         ) from error
 
 
+def check_optimizers(optimizers: Iterable[Any], model: nn.Module) -> None:
+    """Check that each is an optimizer on some of the model's parameters.
+
+    Raises:
+        OptimizerMismatchError: if one is not.
+    """
+    known = {id(p): name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        _check_holds_some(optimizer, known)
+
+
 def _check_holds_some(optimizer: Any, known: Mapping[int, Any]) -> None:
     if not isinstance(getattr(optimizer, "param_groups", None), list):
         raise OptimizerMismatchError(

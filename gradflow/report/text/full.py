@@ -59,7 +59,7 @@ def full_text(
         lines: what the pipeline's summaries tell of the record.
         trials: what became of the model when fixes were tried.
     """
-    text = [f"gradflow: {verdict(issues, causes)}"]
+    text = [f"gradflow: {verdict(issues, causes, record)}"]
     facts = [("model", model_line(record)), *measured_facts(record), ("loss", loss_line(record))]
     facts += [] if trials is None else [("trials", trials_line(trials))]
     text += [f"  {label:<9}{fact}" for label, fact in facts]

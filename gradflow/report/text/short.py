@@ -68,7 +68,7 @@ def _head(record: FlowRecord, issues: Sequence[Issue], causes: Sequence[Cause]) 
     facts = measured_facts(record)
     how = "; ".join(text for label, text in facts if label in ("steps", "loop"))
     notes = [text for label, text in facts if label == "note"]
-    head = [f"gradflow: {verdict(issues, causes)}"]
+    head = [f"gradflow: {verdict(issues, causes, record)}"]
     head += _wrapped(f"  {model_line(record)}; loss {loss_line(record)}; {how}", "  ")
     for note in notes[:MAX_NOTES]:
         head += _clipped(f"  Note: {note}", "  ", most=2)

@@ -14,6 +14,7 @@ from gradflow.detect.time import (
     diverging,
     dying,
     growing,
+    resting,
     sharpening,
     starving,
     stiffening,
@@ -171,6 +172,7 @@ def test_logits_that_run_away() -> None:
 def test_a_training_that_diverges_names_what_was_moved_most() -> None:
     series = {
         "loss": turn(0.3, 5.0) + fall(2.0, 1e-3),
+        "gradient_norm": turn(0.3, 5.0),
         "update_ratio/a.weight": np.full(LOOKS, 1e-3),
         "update_ratio/c.weight": turn(1e-3, 0.4),
         "update_ratio/c.bias": turn(1e-3, 9.0),
@@ -201,6 +203,15 @@ def test_the_losses_of_an_agent_are_no_measure() -> None:
     assert not issues(
         diverging(), {"loss": np.r_[2.0, loss[1:] / 3], "loss_share_left": np.full(LOOKS, 0.05)}
     )
+
+
+def test_a_player_whose_opponent_gets_better_does_not_diverge() -> None:
+    loss = np.r_[fall(0.69, 0.3, 12), np.full(12, 0.66)]
+    assert not issues(diverging(), {"loss": loss, "gradient_norm": np.r_[np.full(12, 0.1), np.full(12, 0.9)]})
+    loss = np.r_[fall(0.69, 0.3, 12), np.full(12, 1.4)]
+    assert not issues(diverging(), {"loss": loss, "gradient_norm": np.full(LOOKS, 0.5)})
+    assert issues(diverging(), {"loss": loss, "gradient_norm": turn(0.1, 0.9)})
+    assert issues(diverging(), {"loss": loss / 2, "loss_share_left": turn(0.3, 0.97)}), "it guesses again"
 
 
 def test_a_loss_below_zero_diverges_too() -> None:
@@ -257,6 +268,18 @@ def test_lost_plasticity() -> None:
     assert "more of its units are silent" in issue.description
     assert not issues(stiffening(), {**series, "loss": FALLING})
     assert not issues(stiffening(), {"loss": series["loss"], "weight_norm": series["weight_norm"]})
+
+
+def test_weights_that_stand_still() -> None:
+    assert not issues(resting(), {"loss": STUCK, "weight_checksum": np.arange(LOOKS)})
+    stopped = {"weight_checksum": np.minimum(np.arange(LOOKS), 16)}
+    issue = only(resting(), {"loss": STUCK, **stopped})
+    assert (issue.layer, issue.issue_type, issue.severity) == (
+        "",
+        IssueType.VANISHING,
+        IssueSeverity.HIGH,
+    )
+    assert not list(resting()(history(stopped, every=10))), "micro-batches between two updates"
 
 
 # ------------------------------------------------------------------------------------ all of them
