@@ -26,7 +26,7 @@ from gradflow.records import (
     to_plain,
     write,
 )
-from gradflow.report.html import report_html
+from gradflow.report.html.page import report_html
 from gradflow.report.text.full import full_text
 from gradflow.report.text.short import short_text
 from gradflow.report.wording import serious_issues
