@@ -54,6 +54,13 @@ ROOMS: dict[str, list[set[str]]] = {
         {"layer_graph"},
         {"__init__"},
     ],
+    "report": [
+        {"wording", "svg", "progress", "layout"},
+        {"text", "html", "plots"},
+        {"notebook"},
+        {"report"},
+        {"__init__"},
+    ],
     "detect": [
         {"wiring"},
         {"view"},
