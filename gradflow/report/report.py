@@ -26,6 +26,7 @@ from gradflow.records import (
     to_plain,
     write,
 )
+from gradflow.records.showing import Shown
 from gradflow.report.html.page import report_html
 from gradflow.report.text.full import full_text
 from gradflow.report.text.short import short_text
@@ -40,7 +41,7 @@ def _to_lines(value: Any) -> tuple[str, ...]:
 
 
 @attrs.frozen(kw_only=True, repr=False)
-class Report:
+class Report(Shown):
     """The answer of `gradflow.diagnose`. `print(report)` tells it in short, `report.text("full")` whole.
 
     Args:

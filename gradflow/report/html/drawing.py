@@ -19,6 +19,7 @@ from gradflow.report.wording import layer_label
 
 WIDTH, HEIGHT, GAP, ROW = 300, 42, 18, 20  # of a box; between boxes; a row in an open box
 LEFT, TOP, LANE = 8, 10, 11
+MAX_TYPE = 30  # letters
 CLOSED = ' aria-expanded="false"'
 DECADES = 2.0  # of gain, from grey to the full colour
 
@@ -30,7 +31,8 @@ def picture_section(picture: Picture, places: Places) -> str:
     lanes = max((line.lane for line in picture.lines), default=0)
     width = LEFT + WIDTH + 24 + LANE * lanes
     height = TOP + len(picture.boxes) * (HEIGHT + GAP)
-    lines = "".join(map(_line, picture.lines, flow_widths(picture.lines)))
+    widths = zip(picture.lines, flow_widths(picture.lines), strict=True)
+    lines = "".join(_line(line, width, picture.boxes[line.source]) for line, width in widths)
     boxes = "".join(_box(i, box, places) for i, box in enumerate(picture.boxes))
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     buttons = "".join(
@@ -47,7 +49,7 @@ def picture_section(picture: Picture, places: Places) -> str:
         f"{lines}{boxes}</svg></div>"
         f'<div class="legend"><span><i class="flow"></i>width: gradient that flows back, {what}</span>'
         '<span>a block keeps 1% of it<i class="scale"></i>multiplies it by 100</span>'
-        '<span class="cutline">dashed: carries nothing</span></div></div>'
+        '<span class="cutline">dashed: carries nothing back</span></div></div>'
     )
 
 
@@ -55,10 +57,12 @@ def _top(place: int) -> int:
     return TOP + place * (HEIGHT + GAP)
 
 
-def _line(line: Line, width: float) -> str:
-    """Return a line; the script sets its way again where boxes open."""
+def _line(line: Line, width: float, source: Box) -> str:
+    """Return a line; the script sets its way again where boxes open. One that carries nothing back to what
+    can learn something is marked as cut; one to what cannot (indices, position tables) is only hinted at."""
     start, end = _top(line.source) + HEIGHT, _top(line.target)
-    kind = "edge" if width else "edge cut"
+    learns = source.norm == 0 or any(call.parameters for call in source.members)
+    kind = "edge" if width else "edge cut" if learns else "edge idle"
     flow = "carries nothing" if not width else f"gradient {number(line.flow)}"
     tip = f"{flow}{f' ({line.reason})' if line.reason else ''}"
     return (
@@ -81,14 +85,15 @@ def _box(place: int, box: Box, places: Places) -> str:
     issues = [number for name in dict.fromkeys([*calls, box.name]) for number in places.issues.get(name, ())]
     worst = max((places.worst[c] for c in [*calls, box.name] if c in places.worst), default=None)
     opens = box.kind == "block"
-    told = f"{len(calls)} layers: {box.type}" if opens else box.type if box.type != box.name else box.kind
+    told = f"{len(calls)}: {box.type}" if opens else box.type if box.type != box.name else box.kind
+    told = told if len(told) <= MAX_TYPE else told[: MAX_TYPE - 1] + "…"
     gain = f"gain {number(box.gain)}" if math.isfinite(box.gain) else ""
     colour = svg.heat(math.log10(box.gain) * 6 / DECADES) if box.gain > 0 else "var(--soft)"
     tip = f"{box.name}: {told}; output gradient {number(box.norm)}{f', {gain}' if gain else ''}"
     rows = "".join(_row(i, call, places) for i, call in enumerate(box.members)) if opens else ""
     inner = f'<g class="inner">{rows}</g>' if opens else ""
     heads = f'<text class="name" x="14" y="18">{escape(shortened(box.name, 32))}</text>'
-    heads += f'<text class="soft" x="14" y="34">{escape(shortened(told, 30))}</text>'
+    heads += f'<text class="soft" x="14" y="34">{escape(told)}</text>'
     heads += f'<text class="gain" x="{WIDTH - 10}" y="34">{gain}</text>'
     return (
         f'<g class="box {box.kind}" id="box-{place}" tabindex="0" role="button" '

@@ -39,6 +39,7 @@
   function toggle(box, open) {
     if (!box.hasAttribute("aria-expanded")) return;
     box.setAttribute("aria-expanded", String(box.classList.toggle("open", open)));
+    stage.style.maxHeight = "";
     layout();
   }
 
@@ -54,6 +55,7 @@
   function fit() {
     const w = Math.max(natural, stage.clientWidth);
     view = { x: (natural - w) / 2, y: 0, w };
+    stage.style.maxHeight = `${(total * stage.clientWidth) / w}px`;
     show();
   }
   function zoom(by, x, y) {
