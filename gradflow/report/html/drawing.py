@@ -31,8 +31,13 @@ def picture_section(picture: Picture, places: Places) -> str:
     lanes = max((line.lane for line in picture.lines), default=0)
     width = LEFT + WIDTH + 24 + LANE * lanes
     height = TOP + len(picture.boxes) * (HEIGHT + GAP)
-    widths = zip(picture.lines, flow_widths(picture.lines), strict=True)
-    lines = "".join(_line(line, width, picture.boxes[line.source]) for line, width in widths)
+    widths = flow_widths(picture.lines)
+    heard = {line.source for line, width in zip(picture.lines, widths, strict=True) if width}
+    learn = {i for i, box in enumerate(picture.boxes) if any(call.parameters for call in box.members)}
+    lines = "".join(
+        _line(line, width, cut=line.source in learn - heard)
+        for line, width in zip(picture.lines, widths, strict=True)
+    )
     boxes = "".join(_box(i, box, places) for i, box in enumerate(picture.boxes))
     size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     buttons = "".join(
@@ -49,7 +54,7 @@ def picture_section(picture: Picture, places: Places) -> str:
         f"{lines}{boxes}</svg></div>"
         f'<div class="legend"><span><i class="flow"></i>width: gradient that flows back, {what}</span>'
         '<span>a block keeps 1% of it<i class="scale"></i>multiplies it by 100</span>'
-        '<span class="cutline">dashed: carries nothing back</span></div></div>'
+        '<span class="cutline">dashed: a gradient is cut; dotted: none is needed</span></div></div>'
     )
 
 
@@ -57,12 +62,14 @@ def _top(place: int) -> int:
     return TOP + place * (HEIGHT + GAP)
 
 
-def _line(line: Line, width: float, source: Box) -> str:
-    """Return a line; the script sets its way again where boxes open. One that carries nothing back to what
-    can learn something is marked as cut; one to what cannot (indices, position tables) is only hinted at."""
+def _line(line: Line, width: float, *, cut: bool) -> str:
+    """Return a line; the script sets its way again where boxes open.
+
+    One that carries nothing is `cut` where its source could learn and hears nothing from elsewhere; indices,
+    masks and tables of positions need no gradient, and such lines are only hinted at.
+    """
     start, end = _top(line.source) + HEIGHT, _top(line.target)
-    learns = source.norm == 0 or any(call.parameters for call in source.members)
-    kind = "edge" if width else "edge cut" if learns else "edge idle"
+    kind = "edge" if width else "edge cut" if cut else "edge idle"
     flow = "carries nothing" if not width else f"gradient {number(line.flow)}"
     tip = f"{flow}{f' ({line.reason})' if line.reason else ''}"
     return (

@@ -48,7 +48,7 @@
   const ratio = () => stage.clientHeight / Math.max(stage.clientWidth, 1);
   function show() {
     view.w = Math.min(Math.max(view.w, 120), Math.max(4 * natural, total / ratio()));
-    view.y = Math.min(Math.max(view.y, -view.w * ratio() / 2), total - view.w * ratio() / 2);
+    view.y = Math.min(Math.max(view.y, 0), Math.max(total - view.w * ratio(), 0));
     view.x = Math.min(Math.max(view.x, -view.w / 2), natural - view.w / 2);
     svg.setAttribute("viewBox", `${view.x} ${view.y} ${view.w} ${view.w * ratio()}`);
   }
