@@ -15,13 +15,14 @@ from gradflow.graph.data import GraphData
 from gradflow.graph.queries import bottlenecks, circulation, compare, critical, paths, reach
 from gradflow.graph.values import Edge
 from gradflow.records import EdgeRecord, GraphRecord, NodeRecord
+from gradflow.records.showing import Shown
 
 if TYPE_CHECKING:
     import networkx as nx
 
 
 @attrs.frozen(slots=False, repr=False)
-class LayerGraph(GraphData):
+class LayerGraph(GraphData, Shown):
     """The model's graph as the gradient sees it, ready for queries.
 
     Nodes are layer calls, operations between them, inputs and the loss, by unique names. An edge u→v runs

@@ -29,6 +29,7 @@ from gradflow.records.precision import PrecisionRecord
 from gradflow.records.reach import ReachAccount
 from gradflow.records.recurrent import RecurrenceRecord
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, parsed, to_plain, write
+from gradflow.records.showing import Shown
 from gradflow.records.updates import UpdatesRecord
 
 if TYPE_CHECKING:  # the one name that points down the layout: see FlowRecord.graph
@@ -79,7 +80,7 @@ class Provenance:
 
 
 @attrs.frozen(kw_only=True, repr=False)
-class FlowRecord:
+class FlowRecord(Shown):
     """Everything that one run measured; no verdicts.
 
     Iterating gives the layer calls in the order of execution; `record["encoder.0"]` gives one of them;

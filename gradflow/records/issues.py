@@ -12,6 +12,7 @@ import attrs
 from gradflow.errors import PipelineError, RecordInputError
 from gradflow.records.evidence import Evidence
 from gradflow.records.fields import float_field, mapping_field, to_tuple
+from gradflow.records.showing import Shown
 
 
 class IssueType(enum.Enum):
@@ -120,7 +121,7 @@ _RANKS = {severity: len(IssueSeverity) - 1 - i for i, severity in enumerate(Issu
 
 
 @attrs.frozen(kw_only=True)
-class Issue:
+class Issue(Shown):
     """A verdict on one layer.
 
     Args:

@@ -1,6 +1,6 @@
 """Rendering: console text, HTML, plots, progress. The only part of gradflow that renders."""
 
-from gradflow.report.html import report_html
+from gradflow.report.html.page import report_html
 from gradflow.report.report import Report
 from gradflow.report.text.attention import attention_text
 from gradflow.report.text.full import full_text, summary_text

@@ -28,7 +28,8 @@ from gradflow.records import (
     to_plain,
     write,
 )
-from gradflow.report.html import report_html
+from gradflow.records.showing import Shown
+from gradflow.report.html.page import report_html
 from gradflow.report.text.full import full_text
 from gradflow.report.text.short import short_text
 from gradflow.report.wording import serious_issues
@@ -55,7 +56,7 @@ _CURED, _HELPED, _USELESS, _MENDED_IN_VAIN = 0.97, 0.85, 0.4, 0.15
 
 
 @attrs.frozen(kw_only=True, repr=False)
-class Report:
+class Report(Shown):
     """The answer of `gradflow.diagnose`. `print(report)` tells it in short, `report.text("full")` whole.
 
     Args:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 
 from gradflow.records import Floats
-from gradflow.report.style import HEALTHY_COLOUR
 
 MAX_POINTS = 120  # points per sparkline; more than a pixel can show
 MAX_NAMES = 36  # layer names under the profile; beyond, they would overlap
@@ -100,32 +99,6 @@ def loss_chart(losses: Floats, *, width: int = 220, height: int = 44) -> str:
     low, high = float(finite.min()), float(finite.max())
     line = polyline(losses, Domain(low, high), colour="#334155", width=width, height=height)
     return _svg(width, height, line, "loss")
-
-
-def two_losses(without: Floats, treated: Floats, *, width: int = 220, height: int = 64) -> str:
-    """Return a chart of the loss over steps without a remedy (grey) and with it (green), on one axis.
-
-    The axis is logarithmic where all losses are positive. Every seed is a line; what is not finite is a gap.
-
-    Args:
-        without: shape (steps, seeds).
-        treated: the same with the remedy.
-        width: in pixels.
-        height: in pixels.
-    """
-    every = np.concatenate([without.ravel(), treated.ravel()])
-    known = every[np.isfinite(every)]
-    if not len(known):
-        return ""
-    scale = np.log10 if known.min() > 0 else np.asarray
-    low, high = float(scale(known.min())), float(scale(known.max()))
-    lines = []
-    for losses, colour in ((without, "#94a3b8"), (treated, HEALTHY_COLOUR)):
-        for line in losses.T:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                drawn = scale(thinned(line))
-            lines.append(polyline(drawn, Domain(low, high), colour=colour, width=width, height=height))
-    return _svg(width, height, "".join(lines), "loss")
 
 
 def polyline(values: Floats, domain: Domain, *, colour: str, width: int, height: int) -> str:

@@ -186,7 +186,8 @@ def test_rectifiers_that_die_are_told_as_they_are_from_beside() -> None:
 
     inside = events(False)
     assert ("2", "DEAD", "CRITICAL", 100) in inside
-    assert inside == events(True)
+    # that the loss is again that of guesses is known beside alone
+    assert inside == [event for event in events(True) if event[1] != "UNSTABLE"]
 
 
 def test_a_jump_of_the_loss_is_looked_at_in_the_next_step() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradflow.errors import UnknownLayerError
 from gradflow.graph.coarse.contract import contracted, norm_of_parts
-from gradflow.graph.data import G
+from gradflow.graph.data import G, GraphData
 from gradflow.graph.table import FlowTable
 from gradflow.records import EdgeRecord, Floats, GraphRecord, NodeRecord
 
@@ -62,12 +62,38 @@ def at(graph: G, pattern: str | None = None, *, depth: int | None = None, max_ed
     if depth is not None and depth < 1:
         raise ValueError(f"graph.at: expected depth of at least 1, got {depth}. depth=1 names top modules.")
     name_of = _by_depth(depth) if depth is not None else _by_pattern(str(pattern))
-    blocks = [None if n.kind in ("input", "loss") else name_of(n.layer) for n in full.record.nodes]
-    if pattern is not None and not any(blocks):
+    if pattern is not None and not any(_blocks(full, lambda node: name_of(node.layer))):
         raise UnknownLayerError.at(pattern, sorted({n.layer for n in full.record.nodes if n.layer}))
-    record = contracted(_quotient(full.table, blocks), max_edges=max_edges)
     level = f"depth {depth}" if depth is not None else str(pattern)
+    return grouped(graph, lambda node: name_of(node.layer), level, max_edges=max_edges)
+
+
+def grouped(
+    graph: G, block_of: Callable[[NodeRecord], str | None], level: str, *, max_edges: int = 100_000
+) -> G:
+    """Return the graph with nodes contracted to blocks of one's own choice; see `at` for the numbers.
+
+    Args:
+        graph: at any level; it is contracted from its full one.
+        block_of: the name of a node's block, or None for one that stays as it is; not asked of inputs and
+            of the loss.
+        level: what to call the result's level.
+        max_edges: as in `layers`.
+
+    >>> from gradflow.graph import LayerGraph
+    >>> graph = LayerGraph.from_flows(
+    ...     {"a": 0.2, "b": 0.5, "c": 2.0, "loss": 1.0},
+    ...     {("a", "b"): 0.2, ("b", "c"): 0.5, ("c", "loss"): 2.0})
+    >>> list(grouped(graph, lambda node: "ab" if node.name in "ab" else None, "halves"))
+    ['ab', 'c', 'loss']
+    """
+    table = graph.full.table
+    record = contracted(_quotient(table, _blocks(graph.full, block_of)), max_edges=max_edges)
     return graph.coarser(record, level)
+
+
+def _blocks(graph: GraphData, block_of: Callable[[NodeRecord], str | None]) -> list[str | None]:
+    return [None if n.kind in ("input", "loss") else block_of(n) for n in graph.record.nodes]
 
 
 def _by_depth(depth: int) -> Callable[[str], str | None]:

@@ -11,7 +11,8 @@ import pytest
 
 from gradflow.records import FlowRecord, IssueSeverity, IssueType, Provenance
 from gradflow.report import report_html
-from gradflow.report.html import MAX_ROWS
+from gradflow.report.html.findings import MAX_EVIDENCE, MAX_OPEN
+from gradflow.report.html.tables import MAX_SPARKLINES
 from tests.samples import chain_record, layer_record, make_issue, parameter_record, sick_chain
 
 
@@ -40,9 +41,12 @@ def test_page_tells_verdict_causes_issues_layers_and_provenance() -> None:
     root = parsed(page)
     assert root.findtext(".//h1") == "VANISHING in fc1, which explains 2 of 3 issues"
     assert [h.text for h in root.iter("h2")] == [
+        "The model",
         "Causes",
-        "Gradient over depth",
         "Issues",
+        "Over steps",
+        "Gradient over depth",
+        "Layers × steps",
         "Layers",
         "Where NaN and Inf were born",
         "Parameters",
@@ -71,18 +75,36 @@ def test_page_of_a_healthy_model_says_so() -> None:
     page = report_html(chain_record(), (), ())
     assert parsed(page).findtext(".//h1") == "No illness found"
     assert "HEALTHY" in text_of(page)
-    assert next(h.text for h in parsed(page).iter("h2")) == "Gradient over depth"
+    assert [h.text for h in parsed(page).iter("h2")][:2] == ["The model", "Over steps"]
 
 
 def test_page_loads_nothing_from_anywhere() -> None:
     page = report_html(*sick_chain())
     root = parsed(page)
     tags = {element.tag for element in root.iter()}
-    assert not tags & {"script", "link", "img", "iframe", "object", "embed", "image", "use", "base"}
+    assert not tags & {"link", "iframe", "object", "embed", "image", "use", "base"}
     attributes = {name for element in root.iter() for name in element.attrib}
-    assert not attributes & {"src", "href", "srcset", "action", "data", "poster"}
+    assert not attributes & {"srcset", "action", "data", "poster"}
     assert not any(name.startswith("on") for name in attributes)
+    assert all(element.attrib["href"].startswith("#") for element in root.iter() if "href" in element.attrib)
+    images = [element.attrib["src"] for element in root.iter() if "src" in element.attrib]
+    assert len(images) == 2
+    for image in images:
+        assert image.startswith("data:image/png;base64,")
+        page = page.replace(image, "")
     assert not re.search(r"url\(|@import|https?:|//", page)
+    (code,) = root.iter("script")
+    assert "fetch" not in str(code.text)
+    assert "XMLHttpRequest" not in str(code.text)
+
+
+def test_links_lead_to_what_is_on_the_page() -> None:
+    root = parsed(report_html(*sick_chain()))
+    ids = [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
+    assert len(ids) == len(set(ids))
+    links = {element.attrib["href"][1:] for element in root.iter("a")}
+    assert links >= {"layer-0", "layer-1", "layer-3", "issue-0", "issue-2"}
+    assert links <= set(ids)
 
 
 def test_every_text_from_outside_is_escaped() -> None:
@@ -137,7 +159,7 @@ def test_every_text_from_outside_is_escaped() -> None:
         provenance=provenance,
     )
     page = report_html(sick, [issue], [cause])
-    assert "<script" not in page
+    assert page.count("<script") == 1  # the page's own
     text = text_of(page)
     assert [entry for entry in given if entry not in text] == []
 
@@ -167,16 +189,30 @@ def test_an_empty_record_can_be_drawn() -> None:
     assert parsed(page).findtext(".//h1") == "No illness found"
 
 
-def test_a_huge_model_shows_its_sick_layers_and_says_what_is_left_out() -> None:
-    record = chain_record(depth=MAX_ROWS + 50, steps=2, decay=1.0)
-    last = f"fc{MAX_ROWS + 50}"
-    issues = [make_issue(last, IssueType.EXPLODING, IssueSeverity.HIGH)]
+def test_a_huge_model_shows_every_layer_and_folds_its_picture() -> None:
+    depth = MAX_SPARKLINES + 50
+    record = chain_record(depth=depth, steps=2, decay=1.0)
+    issues = [make_issue(f"fc{depth}", IssueType.EXPLODING, IssueSeverity.HIGH)]
     page = report_html(record, issues, ())
     rows = rows_of(page, "Layer")
-    assert len(rows) == MAX_ROWS
-    assert (rows[-1][1], rows[-1][-1]) == (last, "HIGH")
-    assert "50 more layer calls without an issue are not shown." in text_of(page)
-    assert "50 more are not shown." in text_of(page)
+    assert len(rows) == len(rows_of(page, "Parameter")) == depth
+    assert (rows[-1][1], rows[-1][-1]) == (f"fc{depth}", "HIGH")
+    boxes = [e for e in parsed(page).iter("g") if e.attrib.get("class", "").startswith("box ")]
+    assert 20 <= len(boxes) <= 32
+    assert sum(int(box.attrib["data-rows"]) for box in boxes) == depth
+    assert boxes[-1].attrib["data-issues"] == "0"
+
+
+def test_many_issues_are_all_there_the_later_ones_folded_and_shorter() -> None:
+    count = MAX_EVIDENCE + 5
+    issues = [make_issue(f"fc{i + 1}", recommended_actions=("one", "two")) for i in range(count)]
+    root = parsed(report_html(chain_record(depth=count, steps=2, decay=1.0), issues, ()))
+    cards = list(root.iter("article"))
+    assert [card.attrib["id"] for card in cards] == [f"issue-{i}" for i in range(count)]
+    (rest,) = [e for e in root.iter("details") if e.attrib.get("class") == "rest"]
+    assert rest.findtext("summary") == f"{count - MAX_OPEN} more"
+    assert len(rest.findall("article")) == count - MAX_OPEN
+    assert [len(list(card.iter("li"))) for card in (cards[0], cards[-1])] == [2, 1]
 
 
 @pytest.mark.parametrize("loss", [0.0, 1.6e19, -1e308, 1.7e308, 5e-324, np.inf, np.nan])
