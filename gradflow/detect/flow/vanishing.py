@@ -53,7 +53,8 @@ def vanishing(
     the first are not lost in their sum (LOW); a branch beside a path that carries the gradient (zero or tiny
     gates, LayerScale); the modest decay of a stack at PyTorch's default initialisation; the fall behind a
     pooling; a small last layer (policy heads at gain 0.01); exact zeros, which are `dead`'s, unless they are
-    what a decay comes to where the format of the numbers ends.
+    what a decay comes to where the format of the numbers ends; zeros but for rounding behind a norm over one
+    feature, likewise.
 
     Args:
         threshold: what arrives, below which the verdict is at least MEDIUM whatever the kinds of layers, and
@@ -75,10 +76,12 @@ def vanishing(
         flow = flow_of(record)
         against = shares(flow, kept_at_least(flow), from_peak=True)
         plain = shares(flow, kept_at_least(flow, by_matrix=1.0))
-        gone = zeros_of(flow).underflown()
+        zeros = zeros_of(flow)
+        gone = zeros.underflown()
         starved = _starved(against, plain, gone, threshold, share, local_share)
         fed = _best_upstream(flow, against)
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
+        starved = [s for s in starved if s.node not in zeros.muted]  # what comes there is rounding
         starved = [_heard_later(s, against, threshold, share) for s in starved]
         found = [*_issues(flow, plain, starved, fed), *_forgetful(flow, threshold)]
         if at_level(record):
