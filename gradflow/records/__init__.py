@@ -51,6 +51,7 @@ from gradflow.records.parts import (
     NormRecord,
     PartsRecord,
     QuotientRecord,
+    ScanRecord,
     SightRecord,
     TwinsRecord,
 )
@@ -139,6 +140,7 @@ __all__ = [
     "ReservoirDynamics",
     "Role",
     "ScalerRecord",
+    "ScanRecord",
     "SightRecord",
     "SubnormalRecord",
     "TermRecord",
