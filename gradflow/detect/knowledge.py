@@ -121,11 +121,15 @@ def calm(record: FlowRecord, most: float = 0.5) -> bool:
     """Whether no loss of the run comes near what ignorance costs; False where that is not known.
 
     Of a model that came with outputs of the right level (see `at_level`), near a tenth of what zeros cost:
-    where targets hardly vary, a mean that answers all alike costs next to nothing too.
+    where targets hardly vary, a mean that answers all alike costs next to nothing too. Where zeros cost
+    nothing at all, as outputs are held against outputs (two views, a teacher), a tenth of their square:
+    those that have nothing to do with each other cost twice that square.
     """
     known, losses = record.knowledge, record.losses[np.isfinite(record.losses)]
     if known is None or len(losses) < len(record.losses) or not len(losses):
         return False
+    if known.silent == 0 and known.scales and losses.min() >= 0:
+        return bool(losses.max() <= 0.1 * min(known.scales) ** 2)
     if at_level(record) and float(np.abs(losses).max()) <= 0.1 * known.silent:
         return True
     return bool(losses.min() >= 0) and float(losses.max()) <= most * known.ignorance

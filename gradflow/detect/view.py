@@ -47,6 +47,10 @@ class Flow:
         """Return the parameters of a layer call that training is meant to change."""
         return tuple(p for p in self.parameters_of(node) if p.trainable and p.optimized)
 
+    def modules_below(self, module: str) -> set[str]:
+        """Return the names of the layers that ran inside of a module."""
+        return {x.module for x in self.layers.values() if x.module.startswith(f"{module}.")}
+
     def reaches_nothing(self) -> bool:
         """Whether no gradient, not even a zero, came to any parameter in any step."""
         return not any(parameter.reached.any() for parameter in self.parameters.values())

@@ -51,6 +51,7 @@ from gradflow.records.parts import (
     NormRecord,
     PartsRecord,
     QuotientRecord,
+    ScanRecord,
     SightRecord,
     TwinsRecord,
 )
@@ -141,6 +142,7 @@ __all__ = [
     "ReservoirDynamics",
     "Role",
     "ScalerRecord",
+    "ScanRecord",
     "SightRecord",
     "SubnormalRecord",
     "TermRecord",

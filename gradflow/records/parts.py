@@ -113,6 +113,23 @@ class QuotientRecord:
 
 
 @attrs.frozen(kw_only=True)
+class ScanRecord:
+    """A tensor that a loop of operations took apart one step at a time, in the last step that was looked at.
+
+    Args:
+        name: qualified name of the module in which it did so; "" for the model, or the loss.
+        num_steps: steps of the loop.
+        shape: of the tensor.
+        faded_share: share of the steps whose gradient is not zero, and below 1e-6 of the largest.
+    """
+
+    name: str
+    num_steps: int
+    shape: tuple[int, ...] = attrs.field(default=(), converter=to_tuple)
+    faded_share: float = float_field()
+
+
+@attrs.frozen(kw_only=True)
 class ChoiceRecord:
     """A table without gradient from which a model picks rows by what it computes: the codes of a quantiser.
 
@@ -186,6 +203,7 @@ class PartsRecord:
         twins: parameters of which at least half of the slices are copies.
         quotients: divisions outside of layers, in the order of execution.
         choices: tables without gradient from which the model picks by itself.
+        scans: what loops of operations take apart step by step, where no module is called for each.
         sights: which positions each self-attention lets its outputs see.
         dropouts: dropout layers, and what drops in eval mode.
     """
@@ -197,6 +215,7 @@ class PartsRecord:
     twins: tuple[TwinsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     quotients: tuple[QuotientRecord, ...] = attrs.field(default=(), converter=to_tuple)
     choices: tuple[ChoiceRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    scans: tuple[ScanRecord, ...] = attrs.field(default=(), converter=to_tuple)
     sights: tuple[SightRecord, ...] = attrs.field(default=(), converter=to_tuple)
     dropouts: tuple[DropoutRecord, ...] = attrs.field(default=(), converter=to_tuple)
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import attrs
 
+from gradflow.detect.evidence import activations_of
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.errors import PipelineError
@@ -153,8 +154,7 @@ def _not_silent(flow: Flow, cause: Issue, victim: Issue) -> bool:
 
 def _starved_of_input(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """The victim's gradient is lost here, or nothing enters it, or it is not known where it is lost."""
-    known = victim.evidence.origin
-    return known in (None, cause.layer) or victim.evidence.no_input
+    return victim.evidence.origin in (None, cause.layer) or victim.evidence.no_input
 
 
 def _shows_more(flow: Flow, cause: Issue, victim: Issue) -> bool:
@@ -169,7 +169,7 @@ def _behind_the_cut(flow: Flow, cause: Issue, victim: Issue) -> bool:
     if node_name(victim.layer) in flow.wiring.fed_by(node_name(cause.layer)):
         # With an operation of its own that cuts it, mending the other one would not mend the victim.
         return op in ("", cause.evidence.op)
-    a, b = flow.layers.get(node_name(cause.layer)), flow.layers.get(node_name(victim.layer))
+    a, b = (flow.layers.get(node_name(issue.layer)) for issue in (cause, victim))
     same_part = cause.layer.split(".")[0] == victim.layer.split(".")[0]
     same_part |= not flow.wiring.known or flow.reaches_nothing()
     return bool(a and b and same_part and a.order > b.order and not op)
@@ -177,7 +177,16 @@ def _behind_the_cut(flow: Flow, cause: Issue, victim: Issue) -> bool:
 
 def _not_finite(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """Both are of values that are not finite, rather than of a processor that is slow."""
-    return not (cause.evidence.plays(Role.SUBNORMAL) or victim.evidence.plays(Role.SUBNORMAL))
+    return not any(issue.evidence.plays(Role.SUBNORMAL) for issue in (cause, victim))
+
+
+def _picks(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """A router that picks several of a numbered list of parts, never this one; one alone is no pick."""
+    parts, _, number = victim.layer.rpartition(".")
+    softmax = any(a.kind == "softmax" for a in activations_of(flow, node_name(cause.layer)))
+    ran = {m[len(parts) :].split(".")[1] for m in flow.modules_below(parts)}
+    beside = f".{cause.layer}".startswith(f".{parts}".rpartition(".")[0])
+    return softmax and beside and number.isdigit() and len(ran) > 1
 
 
 def _of_own_type(flow: Flow, cause: Issue, victim: Issue) -> bool:
@@ -187,8 +196,8 @@ def _of_own_type(flow: Flow, cause: Issue, victim: Issue) -> bool:
 def is_lent(issue: Issue) -> bool:
     """Whether an issue plays a role that is another type's own: it stops the gradient, and is neither
     VANISHING nor DEAD."""
-    stops = issue.evidence.plays(Role.ABSORBING, Role.BLOCKING)
-    return stops and issue.issue_type not in (IssueType.VANISHING, IssueType.DEAD)
+    own = issue.issue_type in (IssueType.VANISHING, IssueType.DEAD)
+    return not own and issue.evidence.plays(Role.ABSORBING, Role.BLOCKING)
 
 
 def _lent(flow: Flow, cause: Issue, victim: Issue) -> bool:
@@ -205,8 +214,7 @@ def shown(flow: Flow, issue: Issue) -> tuple[bool, bool, bool, int]:
 
 def order(flow: Flow, issue: Issue) -> int:
     """Return the place of an issue's layer in the order of execution; -1 if it did not run."""
-    layer = flow.layers.get(node_name(issue.layer))
-    return layer.order if layer else -1
+    return layer.order if (layer := flow.layers.get(node_name(issue.layer))) else -1
 
 
 # -------------------------------------------------------------------------------- the table
@@ -291,6 +299,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         cause=_T.SATURATION, victim=(_T.VANISHING, _T.DEAD), where=("upstream", "same"),
         because="nothing comes back through a slope that is gone",
+    ),
+    Rule(
+        cause=_T.SATURATION, victim=_T.DEAD, where=_ANYWHERE, victim_roles=Role.UNUSED, when=_picks,
+        because="what a softmax at its ends picks from never comes to be picked",
     ),
     Rule(
         cause=_T.SATURATION, victim=_T.SATURATION, where=_BOTH,

@@ -202,7 +202,7 @@ def _climbing(flow: Flow, climb: float, steep: float) -> list[Issue]:
     size = math.sqrt(sum(late(p.norm) ** 2 for node in flow.layers for p in flow.trainable(node)))
     ratio = late(gradient) / max(float(gradient[0]), 1e-300)
     slope = late(gradient) * size / max(abs(late(record.losses)), 1e-300)
-    if len(gradient) < 5 or not (ratio >= climb and slope >= steep):
+    if len(gradient) < 5 or not (ratio >= climb and slope >= steep) or calm(record):
         return []
     told = (
         f"The gradient ends {ratio:.3g} times above where it started, while the model still guesses: the "

@@ -13,9 +13,9 @@ from gradflow.detect.flow.ends.unheard import unheard
 from gradflow.detect.flow.readings.falls import falls_of, known
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.readings.zeros import zeros_of
-from gradflow.detect.knowledge import AT_LEVEL, at_level, lowered
+from gradflow.detect.knowledge import AT_LEVEL, at_level, guesses, lowered
 from gradflow.detect.view import Flow, flow_of
-from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role, ScanRecord
 
 _SHAPES = ("view", "reshape", "expand", "transpose", "permute", "squeeze", "clone", "split", "select")
 _FEW_CALLS = 4  # of one module: more are steps of a loop
@@ -29,6 +29,7 @@ def vanishing(
     local_share: float = 0.5,
     bypass: float = 100.0,
     leverage: float = 1e-4,
+    faded: float = 0.25,
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of gradients that are lost between the loss and a layer.
 
@@ -43,7 +44,8 @@ def vanishing(
     all weights alike. What each layer keeps, against its kind, shows uniform decay too.
 
     A fused plain recurrent layer whose last step alone is read is judged by its recurrent weights, see
-    `gradflow.detect.flow.readings.recurrent_weights`.
+    `gradflow.detect.flow.readings.recurrent_weights`. Of a loop of operations over a sequence (a scan, a
+    recurrence written out), the gradient is measured along the sequence, at what the loop takes step by step.
 
     Where one layer accounts for half of the fall along a path, in logarithms, that layer is named, or the
     operation that its input goes through. Where none does, the fall is reported where it shows most, in the
@@ -53,7 +55,8 @@ def vanishing(
     the first are not lost in their sum (LOW); a branch beside a path that carries the gradient (zero or tiny
     gates, LayerScale); the modest decay of a stack at PyTorch's default initialisation; the fall behind a
     pooling; a small last layer (policy heads at gain 0.01); exact zeros, which are `dead`'s, unless they are
-    what a decay comes to where the format of the numbers ends.
+    what a decay comes to where the format of the numbers ends; zeros but for rounding behind a norm over one
+    feature, likewise.
 
     Args:
         threshold: what arrives, below which the verdict is at least MEDIUM whatever the kinds of layers, and
@@ -69,18 +72,22 @@ def vanishing(
         leverage: part of the loss that the last outputs can change by changing as much as they are large,
             below which the loss does not hear them, where the model guesses: then what stands between the
             last layer and the loss is measured, and told if it keeps less than `share`.
+        faded: share of the steps of a loop of operations at which the gradient is below 1e-6 of the largest,
+            from which it is told in a model that guesses. A quarter of a sequence is more than its start.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
         against = shares(flow, kept_at_least(flow), from_peak=True)
         plain = shares(flow, kept_at_least(flow, by_matrix=1.0))
-        gone = zeros_of(flow).underflown()
+        zeros = zeros_of(flow)
+        gone = zeros.underflown()
         starved = _starved(against, plain, gone, threshold, share, local_share)
         fed = _best_upstream(flow, against)
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
+        starved = [s for s in starved if s.node not in zeros.muted]  # what comes there is rounding
         starved = [_heard_later(s, against, threshold, share) for s in starved]
-        found = [*_issues(flow, plain, starved, fed), *_forgetful(flow, threshold)]
+        found = [*_issues(flow, plain, starved, fed), *_forgetful(flow, threshold), *_fading(flow, faded)]
         if at_level(record):
             found = [lowered(issue, AT_LEVEL) for issue in found]
         return [*found, *unheard(flow, leverage, share)]
@@ -328,6 +335,38 @@ def _forgetful(flow: Flow, threshold: float) -> list[Issue]:
             )
         )
     return issues
+
+
+def _fading(flow: Flow, most: float) -> list[Issue]:
+    """Loops of operations, from whose later steps next to no gradient comes back to the earlier ones, in a
+    model that knows nothing yet: where it does, a memory that fades may be what the task asks for."""
+    if not guesses(flow.record):
+        return []
+    worst: dict[str, ScanRecord] = {}
+    for scan in flow.record.parts.scans:
+        if scan.faded_share >= most and scan.faded_share > getattr(worst.get(scan.name), "faded_share", 0.0):
+            worst[scan.name] = scan
+    return [
+        Issue(
+            layer=scan.name,
+            layer_type="Module" if scan.name else flow.record.provenance.model,
+            issue_type=IssueType.VANISHING,
+            severity=IssueSeverity.MEDIUM,
+            description=f"Its loop over {scan.num_steps} steps forgets: at {scan.faded_share:.0%} of them "
+            "the gradient is less than a millionth of what it is at the others, so they might as well not be "
+            "there. What each step keeps of its state is too little for so many.",
+            magnitude=1.0 - scan.faded_share,
+            recommended_actions=(
+                f"Start what {scan.name or 'the model'} multiplies its state by nearer to one: small step "
+                "sizes (in a state space layer between 0.001 and 0.1, by the inverse of their softplus), a "
+                "bias of 1 or more at a forget gate. See that no later initialisation overwrites it.",
+                "Or read more of the steps than the last: their mean, or a target for each.",
+            ),
+            metrics={"faded_share": scan.faded_share, "num_steps": scan.num_steps},
+            evidence=Evidence(roles=Role.ABSORBING),
+        )
+        for scan in worst.values()
+    ]
 
 
 def _operation(flow: Flow, s: _Starved) -> tuple[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from gradflow.detect.reach.actions import copied_actions, cut_actions, never_called_actions
 from gradflow.detect.reach.unreached import is_copied, is_moved
 from gradflow.detect.view import Flow
@@ -45,8 +47,9 @@ def _idle_issue(
     aside = set(names) <= set(flow.record.passed_by) and not copied
     also = " It is called on a branch that these batches do not take." if aside else ""
     also = " Modules that are like it, and no part of the model, ran instead." if copied else also
-    chosen = _is_one_of_few(container, groups, flow)  # a router's choice, which steps may change
-    by_design = (aside or chosen) and not flow.record.provenance.optimizer
+    few = _is_one_of_few(container, groups, flow)  # a router's choice, which steps may change
+    by_design = (aside or few) and not flow.record.provenance.optimizer
+    by_design |= few and _is_routed(container, flow)
     severity = IssueSeverity.LOW if by_design else IssueSeverity.HIGH
     return Issue(
         layer=container,
@@ -74,7 +77,17 @@ def _is_one_of_few(name: str, idle: Iterable[str], flow: Flow) -> bool:
         return False
     part = re.compile(rf"{re.escape(above)}\.(\d+)(\.|$)")
     ran = {found[1] for layer in flow.layers.values() if (found := part.match(layer.module))}
-    return len(ran) > sum(bool(part.match(other)) for other in idle)
+    return len(ran) > len({found[1] for other in idle if (found := part.match(other))})
+
+
+def _is_routed(name: str, flow: Flow) -> bool:
+    """Whether the model picks among a numbered list of parts row by row: those of its parts that ran get
+    other numbers of rows from step to step, as no part does that is merely forgotten."""
+    above = name.rpartition(".")[0]
+    part = re.compile(rf"{re.escape(above)}\.\d+(\.|$)")
+    ran = (layer for layer in flow.layers.values() if part.match(layer.module))
+    sizes = [np.where(layer.called, layer.num_elements, 0) for layer in ran]
+    return bool(sizes) and all(len(set(size)) > 1 for size in sizes)
 
 
 def _idle_container(name: str, idle: Sequence[str], flow: Flow) -> str:

@@ -22,6 +22,7 @@ from gradflow.functional.parts.skips import passes
 from gradflow.functional.parts.twins import Twins, apart, twins
 from gradflow.functional.tap.calls import Call, version
 from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.tap.scans import Scan, Scans, faded_share
 from gradflow.records import (
     BlockRecord,
     Floats,
@@ -29,6 +30,7 @@ from gradflow.records import (
     NormRecord,
     PartsRecord,
     QuotientRecord,
+    ScanRecord,
     TwinsRecord,
 )
 
@@ -47,8 +49,8 @@ def parts() -> Parts:
 
     Of blocks that a model repeats, what each keeps of its input and adds to it; of norm layers, what they
     add to the variance, and the variance; of weight matrices, the size of fused parts, and whether slices
-    are equal to the bit; of divisions, divisors that are nothing beside their like. The record has it as
-    `record.parts`.
+    are equal to the bit; of divisions, divisors that are nothing beside their like; of loops of operations
+    over a sequence, at which of its steps gradient arrives. The record has it as `record.parts`.
 
     >>> import gradflow as gf
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
@@ -77,6 +79,8 @@ class PartsSession(Session):
         self._passes: dict[str, bool | None] = {}
         self._quotients: list[QuotientRecord] = []
         self._divided: Quotients | None = None
+        self._scanned: Scans | None = None
+        self._scans: list[ScanRecord] = []
         self._choices = Choices()
         self._forget()
 
@@ -93,11 +97,12 @@ class PartsSession(Session):
         self._entering: dict[int, tuple[Tensor, int]] = {}
         self._suspects: list[tuple[str, Tensor, Twins]] = []
         self._apart: list[Tensor] = []
+        self._faded: list[tuple[Scan, Tensor]] = []
 
     def begin(self, step: int, recorder: Recorder) -> None:
         """Look at the parameters."""
         self._forget()
-        self._step, self._divided = step, Quotients(recorder)
+        self._step, self._divided, self._scanned = step, Quotients(recorder), Scans(recorder)
         self._choices.begin(recorder)
         for name, (module, _) in self._norms.items() if not self._steps else ():
             if isinstance(gain := getattr(module, "weight", None), Tensor) and gain.numel():
@@ -136,14 +141,23 @@ class PartsSession(Session):
     def function(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Callable[[Any], None] | None:
-        """Hear of divisions, and of choices."""
+        """Hear of divisions, of choices, and of steps that are taken one by one."""
+        if self._scanned is not None:
+            self._scanned.hear(func, args, kwargs)
         follow = self._choices.hear(func, args, kwargs)
         if follow is None and self._divided is not None:
             return self._divided.hear(func, args, kwargs)
         return follow
 
     def differentiate(self, loss: Tensor) -> None:
-        """Take the gradients of parameters whose slices are equal: does the first step tell them apart?"""
+        """Take the gradients of parameters whose slices are equal: does the first step tell them apart? And
+        those of what a loop takes step by step: do they reach the first steps?"""
+        scans = self._scanned.whole() if self._scanned is not None else []
+        if scans:
+            found = gradients(loss, [scan.tensor for scan in scans])
+            with torch.no_grad():
+                pairs = [(scan, g) for scan, g in zip(scans, found, strict=True) if g is not None]
+                self._faded = [(scan, faded_share(scan, gradient)) for scan, gradient in pairs]
         if self._suspects:
             found = gradients(loss, [parameter for _, parameter, _ in self._suspects])
             with torch.no_grad():
@@ -168,6 +182,14 @@ class PartsSession(Session):
         self._looks.append(read)
         self._choices.end()
         self._quotients, self._divided = self._divided.read() if self._divided else [], None
+        self._scans = [
+            ScanRecord(
+                name=scan.module, num_steps=scan.tensor.shape[scan.axis], shape=scan.tensor.shape,
+                faded_share=float(share),
+            )
+            for scan, share in self._faded
+        ]  # fmt: skip
+        self._scanned = None
         self._forget()
 
     def fields(self) -> Mapping[str, Any]:
@@ -203,6 +225,7 @@ class PartsSession(Session):
                 twins=self._twins,
                 quotients=self._quotients,
                 choices=self._choices.read(),
+                scans=self._scans,
             )
         }  # fmt: skip
 

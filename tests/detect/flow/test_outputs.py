@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradflow as gf
-from gradflow.records import IssueType
+from gradflow.records import IssueSeverity, IssueType
 
 SERIOUS = {"CRITICAL", "HIGH", "MEDIUM"}
 
@@ -115,6 +115,63 @@ def test_experts_that_nothing_picks(idle: int, optimizer: bool, sick: bool) -> N
     assert any(kind is IssueType.DEAD for kind, _ in found) is sick
 
 
+class Routed(nn.Module):
+    """Each row goes to one of four experts, by a router of scores that are as large as it is told."""
+
+    def __init__(self, size: float, lean: tuple[float, ...]) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 4)
+        nn.init.normal_(self.router.weight, std=size)
+        with torch.no_grad():
+            self.router.bias.copy_(torch.tensor(lean))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.router(x).softmax(1).max(1)
+        y = x.new_zeros(len(x), 2)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            if len(rows):
+                y = y.index_add(0, rows, weight[rows, None] * expert(x[rows]))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("size", "lean", "kinds"),
+    [
+        (0.1, (0.0, 0.0, 0.0, -0.9), []),  # one is not picked yet
+        (0.1, (0.0, 0.0, -0.9, -0.9), ["DEAD", "DEAD"]),  # half are not
+        (9.0, (0.0, 0.0, -900.0, -900.0), ["DEAD", "DEAD", "SATURATION"]),
+    ],
+)
+def test_experts_that_a_router_does_not_pick(size: float, lean: tuple[float, ...], kinds: list[str]) -> None:
+    """A fresh router is uneven, and steps may change that; a saturated one explains whom it never picks."""
+    torch.manual_seed(0)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        x = torch.randn(64, 6)
+        return x, (x[:, 0] > 0).long()
+
+    model = Routed(size, lean)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    report = gf.diagnose(model, batch, nn.CrossEntropyLoss(), optimizer=optimizer, seed=0)
+    assert sorted(i.issue_type.value for i in report.issues if i.severity >= IssueSeverity.MEDIUM) == kinds
+    if "SATURATION" in kinds:
+        (cause,) = report.causes
+        assert (cause.layer, cause.issue_type) == ("router", IssueType.SATURATION)
+
+
+def test_an_infinite_loss_says_nothing_of_outputs_that_are_alike() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+    with torch.no_grad():
+        model[2].weight.mul_(0.01)  # type: ignore[operator]
+    found = told(model, lambda: torch.randn(64, 6), lambda y: y.square().sum() + 1e39)
+    assert all(kind is not IssueType.BOTTLENECK for kind, _ in found)
+
+
 def test_an_embedding_of_which_a_loss_compares_the_rows() -> None:
     """Triplets by the hardest alone, once the net has given in: all rows alike, the loss at its margin."""
     torch.manual_seed(4)
@@ -152,3 +209,39 @@ def test_values_at_their_level_need_no_more() -> None:
     assert told(model, batch, nn.MSELoss(), 0.0) == []
     far = [(x, y - 60.0) for x, y in (batch() for _ in range(5))]
     assert (IssueType.SATURATION, "1") in told(model, far, nn.MSELoss(), 0.0)
+
+
+class Twins(nn.Module):
+    """Predicts what a slow copy of its encoder makes of the same input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.teacher = (
+            nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(2)
+        )
+        self.teacher.load_state_dict(self.encoder.state_dict())
+        self.teacher.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encoder(x), self.teacher(x)
+
+
+@pytest.mark.parametrize(("growth", "sick"), [(1.2, False), (1.5, True)])
+def test_a_rise_of_next_to_nothing_beside_what_outputs_are(growth: float, sick: bool) -> None:
+    """Outputs that agree to a thousandth may come to agree to a percent, but not to differ by their size."""
+    torch.manual_seed(0)
+    model, noise = Twins(), [1e-3]
+
+    def batch() -> Tensor:
+        return torch.randn(64, 6)
+
+    def loss(outputs: tuple[Tensor, Tensor]) -> Tensor:
+        noise[0] *= growth
+        ours, theirs = outputs
+        return F.mse_loss(ours * (1 + noise[0]), theirs)
+
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    report = gf.diagnose(model, batch, loss, optimizer=optimizer, seed=0)
+    assert report.record.losses[-1] > 3 * report.record.losses[0]
+    serious = [i for i in report.issues if i.severity.value in SERIOUS]
+    assert any(i.issue_type is IssueType.UNSTABLE for i in serious) is sick

@@ -5,11 +5,14 @@ from __future__ import annotations
 import attrs
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import gradflow as gf
 from gradflow.detect import dead, detect, vanishing
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.view import flow_of
-from gradflow.records import FlowRecord
+from gradflow.records import FlowRecord, IssueSeverity, IssueType
 from tests.detect.builders import STEPS, Layer, flow_record
 
 
@@ -63,3 +66,21 @@ def test_a_product_too_small_for_its_format_is_an_underflow_where_something_ente
     ]
     flow = flow_of(attrs.evolve(record, layers=layers, parameters=parameters))
     assert zeros_of(flow).blocked_by(flow, "c")[0] == ("underflow" if entering else "zero input")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_what_is_rounding_behind_a_norm_over_one_feature_does_not_vanish(scale: float) -> None:
+    """Its gradient is zero by mathematics, and told as such, once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 16), nn.GELU(), nn.Linear(16, 1), nn.LayerNorm(1), nn.Linear(1, 2))
+    x = torch.randn(32, 7)
+    report = gf.diagnose(
+        model,
+        lambda: x,
+        lambda y: scale * nn.functional.cross_entropy(y, (x[:, 0] > 0).long()),
+        optimizer=torch.optim.SGD(model.parameters(), 0.1 / scale),
+        seed=0,
+    )
+    serious = {i.issue_type for i in report.issues if i.severity >= IssueSeverity.MEDIUM}
+    assert serious == {IssueType.DEAD}
+    assert report.causes[0].layer == "2"

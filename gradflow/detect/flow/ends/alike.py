@@ -82,7 +82,9 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
         alike: largest part of the outputs that differs between samples.
     """
     known = flow.record.knowledge
-    if known is None or not known.averaged <= known.loss + 1e-3 * abs(known.loss):
+    if known is None or not math.isfinite(known.loss):  # no output costs less than another
+        return []
+    if not known.averaged <= known.loss + 1e-3 * abs(known.loss):
         return []
     rows = [(s, v) for s, v in zip(known.shapes, known.variations, strict=True) if len(s) > 1 and s[-1] > 1]
     same = [v for s, v in rows if sum(s == other for other, _ in rows) >= 2]
