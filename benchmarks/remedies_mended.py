@@ -89,8 +89,9 @@ python benchmarks/remedies.py write ROWS.jsonl
 ```
 
 A sick model is diagnosed in 20 steps, and for each of the first two causes of its report the fixes that
-`gradflow.try_remedies` chooses are tried: 50 steps, three seeds, a minute a model. *Like its twin* means that the loss comes
-to within ten percent of that of the repaired model after as many steps: of that loss, or of how far it fell.
+`gradflow.try_remedies` chooses are tried: 50 steps, three seeds, a minute a model. *Like its twin* means that
+the loss comes to within ten percent of that of the repaired model after as many steps, of that loss or of how
+far it fell.
 What the verdicts mean, and how they are reached: [remedies.md](remedies.md).
 """
 

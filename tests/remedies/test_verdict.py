@@ -74,7 +74,7 @@ def test_clear_means_large_and_larger_than_the_spread() -> None:
     assert is_clear(0.25, 0.1)
     assert not is_clear(0.24, 0.0)
     assert not is_clear(0.5, 0.3)
-    assert is_clear(0.2, 0.05, least=0.15)
+    assert is_clear(0.2, 0.05, least=0.1)
 
 
 def test_less_is_asked_where_the_issue_is_gone_as_well() -> None:

@@ -72,7 +72,6 @@ def _against_vanishing(target: Target) -> Iterator[Remedy]:
     if target.hidden:
         yield structure.norm_behind(target.hidden)
         yield start.kaiming(target.rectified() or target.hidden)
-    yield optimizing.rate_times(10.0)
 
 
 def _against_explosion(target: Target) -> Iterator[Remedy]:

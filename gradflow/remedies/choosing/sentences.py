@@ -346,7 +346,7 @@ _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
         (r"[Cc]lip(?: the gradient)?: torch", _clip),
         (r"a large eps|an epsilon of", _epsilon),
         (r"attention scores|Scale the scores|scale it down|Normalise queries", _scores),
-        (r"tandardise (?:what enters|it|the obs)|rescale the inputs", _scaled_inputs),
+        (r"tandardise (?:what enters|it|the obs)|[Rr]escale the inputs", _scaled_inputs),
         (r"Normalise what enters(?!.*norm out)", _scaled_inputs),
         (r"compute the loss on what|leave the softmax out|without an activation", _left_out),
         (r"leave the norm out", _without_norm),

@@ -25,7 +25,9 @@ def _root(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _quotient(function: Any, x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
-    if isinstance(y, Tensor):
+    if isinstance(y, Tensor) and not y.is_floating_point():
+        y = y.clamp(min=1)  # a number of members
+    elif isinstance(y, Tensor):
         y = torch.where(y.abs() < _SMALL, torch.where(y < 0, -_SMALL, _SMALL).to(y.dtype), y)
     return function(x, y, *args, **kwargs)
 
@@ -109,6 +111,10 @@ _GUARDS: dict[str, tuple[Substitute, str]] = {
     "mean": (_finite, "x.sum() / max(x.numel(), 1)"),
     "cross_entropy": (_finite, "F.cross_entropy(scores, y, reduction='sum') / max(number, 1)"),
     "nll_loss": (_finite, "F.nll_loss(scores, y, reduction='sum') / max(number, 1)"),
+    "mse_loss": (_finite, "F.mse_loss(x, y, reduction='sum') / max(number, 1)"),
+    "l1_loss": (_finite, "F.l1_loss(x, y, reduction='sum') / max(number, 1)"),
+    "smooth_l1_loss": (_finite, "F.smooth_l1_loss(x, y, reduction='sum') / max(number, 1)"),
+    "binary_cross_entropy": (_finite, "F.binary_cross_entropy(x, y, reduction='sum') / max(number, 1)"),
     "kl_div": (_finite, "F.kl_div(input, target.clamp(min=1e-8))"),
 }
 _FAMILIES = {
@@ -120,7 +126,15 @@ _FAMILIES = {
     "pow": ("pow", "__pow__"),
     "acos": ("acos", "asin"),
     "softmax": ("softmax", "log_softmax", "masked_fill", "masked_fill_", "scaled_dot_product_attention"),
-    "mean": ("mean", "cross_entropy", "nll_loss"),
+    "mean": (
+        "mean",
+        "cross_entropy",
+        "nll_loss",
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "binary_cross_entropy",
+    ),
 }
 
 

@@ -17,8 +17,8 @@ that is more: a quarter for a loss that is halved,
     gain = (u − w) / (2 max(u, w) + noise).
 
 Multiplying the loss changes nothing. A run that does not stay finite counts as infinitely bad: a gain of 1 or
--1. A gain is *clear* from a quarter on, if it is at least twice its standard error over seeds; from 0.15 on
-where the issue is gone as well, since two signs agree.
+-1. A gain is *clear* from a quarter on, if it is at least twice its standard error over seeds; from a tenth
+on where the issue is gone as well, since two signs agree.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from gradflow.records import (
 
 _ANYWHERE = (IssueType.NUMERICAL, IssueType.UNSTABLE)  # which layer shows them first is an accident
 CLEAR = 0.25  # of all that happened; a remedy that does less is not worth its lines
-CLEAR_IF_GONE = 0.15
+CLEAR_IF_GONE = 0.1
 
 
 @attrs.frozen(eq=False)
