@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -51,6 +52,7 @@ class Flow:
         """Return the names of the layers that ran inside of a module."""
         return {x.module for x in self.layers.values() if x.module.startswith(f"{module}.")}
 
+    @functools.cached_property
     def reaches_nothing(self) -> bool:
         """Whether no gradient, not even a zero, came to any parameter in any step."""
         return not any(parameter.reached.any() for parameter in self.parameters.values())

@@ -171,7 +171,7 @@ def _behind_the_cut(flow: Flow, cause: Issue, victim: Issue) -> bool:
         return op in ("", cause.evidence.op)
     a, b = (flow.layers.get(node_name(issue.layer)) for issue in (cause, victim))
     same_part = cause.layer.split(".")[0] == victim.layer.split(".")[0]
-    same_part |= not flow.wiring.known or flow.reaches_nothing()
+    same_part |= not flow.wiring.known or flow.reaches_nothing
     return bool(a and b and same_part and a.order > b.order and not op)
 
 

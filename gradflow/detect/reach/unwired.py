@@ -55,7 +55,7 @@ def _idle_issue(
         layer=container,
         layer_type="Module",
         issue_type=IssueType.DEAD,
-        severity=IssueSeverity.CRITICAL if flow.reaches_nothing() else severity,
+        severity=IssueSeverity.CRITICAL if flow.reaches_nothing else severity,
         description=f"No step ran or used it, so its {number:,} parameters "
         f"({len(names)} module(s)) never change.{also}",
         magnitude=float(number),
@@ -125,7 +125,7 @@ def _cut_issue(flow: Flow, node: str, layer: LayerRecord, wanted: Sequence[Param
     # A teacher under no_grad is by design; only an optimizer that holds it says that it is meant to train.
     by_design = "no_grad" in reason and not flow.record.provenance.optimizer
     by_design |= _ends_a_round(flow, node)
-    nothing = flow.reaches_nothing()
+    nothing = flow.reaches_nothing
     severity = IssueSeverity.CRITICAL if nothing else IssueSeverity.LOW if by_design else IssueSeverity.HIGH
     if is_moved(flow, [p.name for p in wanted]):
         severity = IssueSeverity.LOW
