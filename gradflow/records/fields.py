@@ -53,11 +53,17 @@ def array_field(dtype: type = np.float64, *, axes: int = 1, unknown: str = "") -
 
     return attrs.field(
         default=attrs.Factory(nan, takes_self=True) if unknown else attrs.NOTHING,
-        converter=lambda value: read_only(value, dtype),
+        converter=lambda value: _array(value, dtype),
         eq=_same_array,
         repr=False,
         metadata={"axes": axes},
     )
+
+
+def _array(value: Any, dtype: type) -> Any:
+    if value is None:  # NumPy would make a NaN of it
+        raise TypeError("expected an array or a sequence of numbers, got None")
+    return read_only(value, dtype)
 
 
 def float_field(default: Any = attrs.NOTHING) -> Any:
