@@ -20,7 +20,9 @@ from gradflow.detect.time.telling import go_back, in_order, issue_in_time, layer
 from gradflow.records import Bools, Floats, HistoryRecord, Issue, IssueSeverity, IssueType
 
 
-def diverging(*, lost: float = 0.5, risen: float = 1.5, guesses: float = 0.8) -> TimeDetector:
+def diverging(
+    *, lost: float = 0.5, risen: float = 1.5, guesses: float = 0.8, far_above: float = 9.0
+) -> TimeDetector:
     """Return the detector of a training that loses what it has learned.
 
     Measured: the loss of a look against the lowest so far and against the first; and, where it is known,
@@ -30,16 +32,18 @@ def diverging(*, lost: float = 0.5, risen: float = 1.5, guesses: float = 0.8) ->
     Why this is evidence: gradient descent gives back half of what it has won, twice in a row, only if its
     steps are too large for where it is.
 
-    Looks alike and is not: one hard batch (both of the last two looks must show it); the losses of an agent,
-    which rise as its returns do (not told where a policy was seen, nor where the share of the loss of guesses
-    says that the model knows as before); those of a player whose opponent gets better, as in a GAN (where
-    that share is not known, the loss must be above its start, and the gradient have grown); a loss that was
-    never lower than at the start.
+    Looks alike and is not: one hard batch (both of the last two looks must show it); the losses of an
+    agent, which rise as its returns do (not told where a policy was seen, nor where the share of the loss
+    of guesses says that the model knows as before); those of a player whose opponent gets better, as in a
+    GAN (where that share is not known, the loss must be far above its start, and the gradient have
+    grown); a loss that was never lower than at the start.
 
     Args:
         lost: part of the way from the first loss to the lowest that must be lost again.
         risen: factor over the lowest by which the loss must have risen.
         guesses: share of the loss of guesses from which a model knows nothing any more.
+        far_above: where that is not known, how far above its start the loss must be, in sizes of its start or
+            of what was won.
     """
 
     def detector(history: HistoryRecord) -> Iterable[Issue]:
@@ -53,7 +57,8 @@ def diverging(*, lost: float = 0.5, risen: float = 1.5, guesses: float = 0.8) ->
             up = (losses - lowest >= lost * np.maximum(first - lowest, 0.0)) & (lowest < first)
             up &= losses >= np.where(lowest > 0, risen * lowest, lowest + (risen - 1) * np.abs(lowest))
         left = history["loss_share_left"] if "loss_share_left" in history else np.full(len(losses), np.nan)
-        up &= (left >= guesses) | ((losses >= first) & _steep(history))
+        far = first + far_above * np.maximum(first - lowest, abs(first))
+        up &= (left >= guesses) | ((losses >= far) & _steep(history))
         since = lasting(up)
         if since is None or first - lowest[-1] <= 0.05 * abs(first):
             return
