@@ -131,6 +131,7 @@ class Choices:
             self.picked[place] = hit if old is None or old.shape != hit.shape else old | hit
             self.numbers[place] = self.numbers.get(place, 0) + flat.numel()
         self._forget()
+        self._recorder = None
 
     def read(self) -> list[ChoiceRecord]:
         """Return the numbers, at the end of the run."""

@@ -78,8 +78,6 @@ class PartsSession(Session):
         self._drawn: dict[str, tuple[float, float]] = {}
         self._passes: dict[str, bool | None] = {}
         self._quotients: list[QuotientRecord] = []
-        self._divided: Quotients | None = None
-        self._scanned: Scans | None = None
         self._scans: list[ScanRecord] = []
         self._choices = Choices()
         self._forget()
@@ -93,6 +91,8 @@ class PartsSession(Session):
         return True
 
     def _forget(self) -> None:
+        self._divided: Quotients | None = None
+        self._scanned: Scans | None = None
         self._numbers: dict[tuple[str, str], Tensor] = {}
         self._entering: dict[int, tuple[Tensor, int]] = {}
         self._suspects: list[tuple[str, Tensor, Twins]] = []
