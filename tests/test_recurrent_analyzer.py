@@ -137,9 +137,12 @@ def test_the_general_analyzer_looks_through_time_too_and_in_full_where_it_is_tol
 ) -> None:
     model, batches, loss_fn, _ = example.build()
     plain, through = (gf.GradientFlowAnalyzer(model, enable_rnn_analyzer=on) for on in (False, True))
-    (fresh,), (issue,) = (a.analyze(batches, loss_fn, steps=2) for a in (plain, through))
-    for found in (fresh, issue):
-        assert (found.layer, found.issue_type) == ("lstm", gf.IssueType.VANISHING)
+    told = [a.analyze(batches, loss_fn, steps=2) for a in (plain, through)]
+    fresh, issue = (
+        next(i for i in issues if (i.layer, i.issue_type) == ("lstm", gf.IssueType.VANISHING))
+        for issues in told
+    )
+    assert all(i.severity <= gf.IssueSeverity.LOW for i in told[0])
     assert fresh.severity == gf.IssueSeverity.LOW  # it may yet learn to keep more
     assert issue.severity > gf.IssueSeverity.LOW
     exponents = [a.record.recurrences[0].levels[0].lyapunov for a in (plain, through)]
