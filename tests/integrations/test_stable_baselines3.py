@@ -149,6 +149,7 @@ def test_the_logger_gets_the_scalars_where_asked(tmp_path: Path) -> None:
     seen: dict[str, float] = {}
     callback.on_look(lambda report, step: seen.update(callback.logger.name_to_value))
     algorithm.learn(100, callback=callback, log_interval=10**9)
+    algorithm.logger.close()
     assert {"gradflow/actor/loss", "gradflow/critic/loss", "gradflow/critic/issues/high"} <= seen.keys()
     for part in ("actor", "critic"):
         history = gf.read_history(tmp_path / f"history-{part}.jsonl")

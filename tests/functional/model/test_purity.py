@@ -32,7 +32,7 @@ RAISES_IN_VJP = {name for name in HABITS if name.startswith("write")} | {
 WRITES_ORIGINALS = {"writes a parameter that it holds", "writes a buffer that it holds"}
 
 
-FAILURES = (None, "draw", "model", "loss", "detached loss", "progress", "deepen")
+FAILURES = (None, "draw", "model", "loss", "loss of a number", "progress", "deepen")
 
 
 @contextlib.contextmanager
@@ -64,6 +64,7 @@ runs = st.fixed_dictionaries(
         "graded": st.booleans(),
         "frozen": st.booleans(),
         "evaluated": st.sets(st.sampled_from(["", "bn", "drop", "fc2"]), max_size=3),
+        "detached": st.booleans(),
     }
 )
 
@@ -81,6 +82,7 @@ def run(
     graded: bool,
     frozen: bool,
     evaluated: set[str],
+    detached: bool,
 ) -> None:
     torch.manual_seed(0)
     model = Creature(habits)
@@ -102,11 +104,12 @@ def run(
             raise Boom("in the draw")
         return batch
 
-    def loss(y: Tensor) -> Tensor:
+    def loss(y: Tensor) -> Any:
         torch.rand(1)
         if failure == "loss" and steps == 3:
             raise Boom("in the loss")
-        return (y.detach() if failure == "detached loss" else y).square().mean()
+        value = (y.detach() if detached else y).square().mean()
+        return float(value.detach()) if failure == "loss of a number" else value
 
     def progress(done: int, of: int) -> None:
         if failure == "progress" and done == 3:
@@ -135,7 +138,7 @@ def run(
     assert batch.dtype == dtype
     if failure == "deepen" and detail == "full":
         failure = None  # not asked then
-    if failure == "detached loss":
+    if failure == "loss of a number":
         expected: Any = GradflowError
     elif transform == "vjp" and RAISES_IN_VJP & set(habits):
         expected = (Boom, RuntimeError)
@@ -156,7 +159,7 @@ def test_everything_is_as_before(options: dict[str, Any]) -> None:
 
 PLAIN: dict[str, Any] = {
     "failure": None, "optimizer": None, "transform": "fused", "detail": "cheap", "mode": "train",
-    "seed": None, "around": "", "graded": True, "frozen": False, "evaluated": set(),
+    "seed": None, "around": "", "graded": True, "frozen": False, "evaluated": set(), "detached": False,
 }  # fmt: skip
 
 
@@ -183,6 +186,12 @@ def test_a_snapshot_sees_every_habit(habit: str) -> None:
         finally:
             torch.set_default_dtype(torch.float32)
         assert changed == bool(habits)
+
+
+@pytest.mark.parametrize("transform", ["fused", "vjp"])
+def test_a_loss_without_a_graph_leaves_no_trace(transform: str) -> None:
+    habits = ("counts", "keeps activations", "fills a nested dict", "draws global random numbers")
+    run(**{**PLAIN, "habits": habits, "transform": transform, "optimizer": "sgd", "detached": True})
 
 
 @pytest.mark.parametrize("failure", [f for f in FAILURES if f])

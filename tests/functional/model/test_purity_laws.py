@@ -121,7 +121,8 @@ def same(a: Any, b: Any) -> bool:
     optimizer=st.sampled_from([None, "sgd", "adam"]),
     transform=st.sampled_from(["fused", "vjp"]),
     detail=st.sampled_from(["cheap", "full"]),
-    fails=st.sampled_from([None, None, "model", "loss", "batch", "detached"]),
+    fails=st.sampled_from([None, None, "model", "loss", "batch", "number"]),
+    detached=st.booleans(),
     nan=st.booleans(),
     grad=st.booleans(),
     mode=st.sampled_from(["train", "eval", "keep"]),
@@ -132,7 +133,7 @@ def same(a: Any, b: Any) -> bool:
 def test_everything_is_as_before(
     frozen: bool, graded: bool, evaluated: tuple[str, ...], optimizer: str | None, transform: Any,
     detail: Any,
-    fails: str | None, nan: bool, grad: bool, mode: Any, seed: int | None,
+    fails: str | None, detached: bool, nan: bool, grad: bool, mode: Any, seed: int | None,
     writes_weights: bool, swaps_buffer: bool,
 ) -> None:  # fmt: skip
     torch.manual_seed(3)
@@ -161,11 +162,12 @@ def test_everything_is_as_before(
             raise KeyError("batch")
         return batch * (float("nan") if nan and count[0] == 2 else 1.0)
 
-    def loss(y: Tensor) -> Tensor:
+    def loss(y: Tensor) -> Any:
         torch.rand(2)
         if fails == "loss" and count[0] == 3:
             raise ZeroDivisionError("loss")
-        return y.detach().sum() if fails == "detached" else y.square().sum()
+        value = (y.detach() if detached else y).square().sum()
+        return float(value.detach()) if fails == "number" else value
 
     if fails == "model":
         model.fc2.register_forward_pre_hook(lambda m, x: 1 / 0 if count[0] == 3 else None)
