@@ -13,10 +13,11 @@ from gradflow.detect.time.series import (
     highest_so_far,
     lasting,
     lowest_so_far,
+    series,
     unworried,
 )
-from gradflow.detect.time.telling import go_back, in_order, issue_in_time, layer_of
-from gradflow.records import Bools, Floats, HistoryRecord, Issue, IssueSeverity, IssueType
+from gradflow.detect.time.telling import go_back, issue_in_time, layer_of, longest
+from gradflow.records import Floats, HistoryRecord, Issue, IssueSeverity, IssueType
 
 
 def dying(*, most: float = 0.5, risen: float = 0.3, nearly_all: float = 0.9) -> TimeDetector:
@@ -103,9 +104,18 @@ def collapsing(
             & (highest_so_far(values) >= steady)
             for name, values in history.of("output_variation").items()
         }
-        if (told := _first(history, alike)) is not None:
-            name, since, number = told
-            values = history[f"output_variation/{name}"]
+        outputs = history.of("output_rms")
+        kept = {name: values / highest_so_far(values) for name, values in outputs.items()}
+        most_kept = np.fmax.reduce(list(kept.values())) if kept else np.empty(0)
+        by = np.where(forgot(history), shrunk_if_forgot, shrunk)
+        gone = {name: share * by <= np.fmin(most_kept, 1.0) for name, share in kept.items()}
+        for holds, quantity, metric, words in (
+            (alike, "output_variation", "variation", _ALIKE), (gone, "output_rms", "output_rms", _GONE),
+        ):  # fmt: skip
+            if (told := longest(history, holds)) is None:
+                continue
+            (name, *_), since, number = told
+            values = history[f"{quantity}/{name}"]
             now, before = float(values[-1]), float(highest_so_far(values)[-1])
             yield issue_in_time(
                 history,
@@ -113,51 +123,23 @@ def collapsing(
                 layer=name,
                 issue_type=IssueType.BOTTLENECK,
                 severity=graded(IssueSeverity.HIGH, history),
-                description=(
-                    f"Its output has become nearly the same for every row: the variation over rows is "
-                    f"{now:.2g} of its size, where it was {before:.2g}{_so_others(number)}."
-                ),
+                description=words.format(now=now, before=before, others=_so_others(number)),
                 magnitude=now,
                 recommended_actions=_ALIKE_ACTIONS,
-                metrics={"variation": now, "variation_before": before, "num_layers": number},
-            )
-        outputs = history.of("output_rms")
-        with np.errstate(divide="ignore", invalid="ignore"):  # where an output was always zero
-            kept = {name: values / highest_so_far(values) for name, values in outputs.items()}
-        most_kept = np.fmax.reduce(list(kept.values())) if kept else np.empty(0)
-        by = np.where(forgot(history), shrunk_if_forgot, shrunk)
-        gone = {name: share * by <= np.fmin(most_kept, 1.0) for name, share in kept.items()}
-        if (told := _first(history, gone)) is not None:
-            name, since, number = told
-            now, before = float(outputs[name][-1]), float(highest_so_far(outputs[name])[-1])
-            yield issue_in_time(
-                history,
-                since,
-                layer=name,
-                issue_type=IssueType.BOTTLENECK,
-                severity=graded(IssueSeverity.HIGH, history),
-                description=(
-                    f"Its output has shrunk to nothing: its root mean square is {now:.2g}, where it was "
-                    f"{before:.2g}{_so_others(number)}. What follows it gets the same for every sample."
-                ),
-                magnitude=now,
-                recommended_actions=_ALIKE_ACTIONS,
-                metrics={"output_rms": now, "output_rms_before": before, "num_layers": number},
+                metrics={metric: now, f"{metric}_before": before, "num_layers": number},
             )
 
     return unworried(detector)
 
 
-def _first(history: HistoryRecord, conditions: dict[str, Bools]) -> tuple[str, int, int] | None:
-    """Return the layer at which a condition has held for longest, its first look, and how many hold it.
-
-    Of several the one that runs first; None where it holds at none.
-    """
-    found = {name: since for name, holds in conditions.items() if (since := lasting(holds)) is not None}
-    if not found:
-        return None
-    name = min(in_order(history, list(found)), key=lambda name: found[name])
-    return name, found[name], len(found)
+_ALIKE = (
+    "Its output has become nearly the same for every row: the variation over rows is {now:.2g} of its size, "
+    "where it was {before:.2g}{others}."
+)
+_GONE = (
+    "Its output has shrunk to nothing: its root mean square is {now:.2g}, where it was {before:.2g}{others}. "
+    "What follows it gets the same for every sample."
+)
 
 
 def _so_others(number: int) -> str:
@@ -198,11 +180,10 @@ def sharpening(
     """
 
     def detector(history: HistoryRecord) -> Iterable[Issue]:
-        peaks = history.of("attention_logit_peak")
         for name, share in history.of("attention_entropy_share").items():
             highest = highest_so_far(share)
             since = lasting((share <= least) & (highest >= before))
-            peak = peaks.get(name, np.full(len(share), np.nan))
+            peak = series(history, f"attention_logit_peak/{name}")
             lowest = lowest_so_far(peak)
             ran = lasting((peak >= logits) & (peak >= grown * lowest))
             if since is None and ran is None:

@@ -8,15 +8,15 @@ import numpy as np
 
 from gradflow.detect.time.series import (
     TimeDetector,
-    goes_well,
     graded,
     highest_so_far,
     lasting,
     lowest_so_far,
+    series,
     smooth,
     unworried,
 )
-from gradflow.detect.time.telling import go_back, in_order, issue_in_time, layer_of
+from gradflow.detect.time.telling import go_back, issue_in_time, layer_of, longest
 from gradflow.records import Bools, Floats, HistoryRecord, Issue, IssueSeverity, IssueType
 
 
@@ -53,10 +53,9 @@ def diverging(
         first, lowest = float(losses[0]), lowest_so_far(losses)
         if not np.isfinite(first) or not np.isfinite(lowest[-1]):
             return
-        with np.errstate(all="ignore"):
-            up = (losses - lowest >= lost * np.maximum(first - lowest, 0.0)) & (lowest < first)
-            up &= losses >= np.where(lowest > 0, risen * lowest, lowest + (risen - 1) * np.abs(lowest))
-        left = history["loss_share_left"] if "loss_share_left" in history else np.full(len(losses), np.nan)
+        up = (losses - lowest >= lost * np.maximum(first - lowest, 0.0)) & (lowest < first)
+        up &= losses >= np.where(lowest > 0, risen * lowest, lowest + (risen - 1) * np.abs(lowest))
+        left = series(history, "loss_share_left")
         far = first + far_above * np.maximum(first - lowest, abs(first))
         up &= (left >= guesses) | ((losses >= far) & _steep(history))
         since = lasting(up)
@@ -124,23 +123,17 @@ def starving(*, fallen: float = 1e3, least: float = 1e-4) -> TimeDetector:
     """
 
     def detector(history: HistoryRecord) -> Iterable[Issue]:
-        series = {name: values for name, values in history.of("gradient_rms").items() if len(values)}
-        if not series:
+        gradients = history.of("gradient_rms")
+        if not gradients:
             return
-        with np.errstate(all="ignore"):
-            largest = np.fmax.reduce(list(series.values()))
-            shares = {name: values / largest for name, values in series.items()}
-        found = {}
-        for name, share in shares.items():
-            highest = highest_so_far(share)
-            since = lasting((share <= least) & (share * fallen <= highest))
-            if since is not None:
-                found[name] = since, float(share[-1]), float(highest[-1])
-        if not found:
+        largest = np.fmax.reduce(list(gradients.values()))
+        shares = {name: values / largest for name, values in gradients.items()}
+        highest = {name: highest_so_far(share) for name, share in shares.items()}
+        fell = {name: (share <= least) & (share * fallen <= highest[name]) for name, share in shares.items()}
+        if (told := longest(history, fell)) is None:
             return
-        first = min(since for since, _, _ in found.values())
-        name = [name for name in in_order(history, list(found)) if found[name][0] == first][-1]
-        since, now, before = found[name]
+        (*_, name), since, number = told
+        now, before = float(shares[name][-1]), float(highest[name][-1])
         yield issue_in_time(
             history,
             since,
@@ -149,11 +142,11 @@ def starving(*, fallen: float = 1e3, least: float = 1e-4) -> TimeDetector:
             severity=graded(IssueSeverity.HIGH, history),
             description=(
                 f"The gradient at its output has fallen to {now:.2g} of that at the layer with most, from "
-                f"{before:.2g} earlier in this training; so it has at {len(found) - 1} other layers."
+                f"{before:.2g} earlier in this training; so it has at {number - 1} other layers."
             ),
             magnitude=now,
             recommended_actions=(_LOOK_BEHIND, go_back(history, since)),
-            metrics={"share": now, "share_before": before, "num_layers": len(found)},
+            metrics={"share": now, "share_before": before, "num_layers": number},
         )
 
     return unworried(detector)
@@ -184,12 +177,12 @@ def growing(*, grown: float = 10.0, still: float = 1.2, beside: float = 3.0) -> 
     """
 
     def detector(history: HistoryRecord) -> Iterable[Issue]:
-        series = {
+        weights = {
             name: values
             for name, values in history.of("weight_rms").items()
             if np.isfinite(values).sum() >= 8 and _has_a_scale(history, name)
         }
-        growth = {name: _growth(values) for name, values in series.items()}
+        growth = {name: _growth(values) for name, values in weights.items()}
         if len(growth) < 2:
             return
         usual = float(np.median([values[-1] for values in growth.values()]))
@@ -198,19 +191,18 @@ def growing(*, grown: float = 10.0, still: float = 1.2, beside: float = 3.0) -> 
             quarter = max(len(values) // 4, 1)
             on = values[-1] >= still * values[-1 - quarter]
             since = lasting((values >= grown) & (values >= beside * usual))
-            if since is not None and on and series[name][-1] >= _typical(series, name):
+            if since is not None and on and weights[name][-1] >= _typical(weights, name):
                 found[name] = since, float(values[-1])
         if not found:
             return
         name = max(found, key=lambda name: found[name][1])
         since, times = found[name]
-        kind = IssueSeverity.LOW if goes_well(history) else IssueSeverity.MEDIUM
         yield issue_in_time(
             history,
             since,
             layer=layer_of(history, name),
             issue_type=IssueType.EXPLODING,
-            severity=kind,
+            severity=graded(IssueSeverity.MEDIUM, history),
             description=(
                 f"The weights of `{name}` are {times:.3g} times what they were when the training had begun, "
                 f"and go on growing; the median parameter is {usual:.3g} times."
@@ -241,8 +233,8 @@ def _growth(values: Floats) -> Floats:
     return known / float(np.median(early)) if len(early) else np.full(len(values), np.nan)
 
 
-def _typical(series: dict[str, Floats], name: str) -> float:
+def _typical(weights: dict[str, Floats], name: str) -> float:
     """Return the median rms of the other parameters of the same name (weights, biases), now."""
     kind = name.rpartition(".")[2]
-    others = [v[-1] for n, v in series.items() if n != name and n.rpartition(".")[2] == kind]
+    others = [v[-1] for n, v in weights.items() if n != name and n.rpartition(".")[2] == kind]
     return float(np.median(others)) if others else 0.0

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gradflow.detect.time.series import TimeDetector, goes_well, lasting, smooth, unworried
+from gradflow.detect.time.series import TimeDetector, goes_well, lasting, series, smooth, unworried
 from gradflow.detect.time.telling import issue_in_time
 from gradflow.records import Bools, Floats, HistoryRecord, Issue, IssueSeverity, IssueType
 
@@ -40,8 +40,8 @@ def stiffening(
         mean = _mean(shares) if shares else np.full(len(history), np.nan)
         others = [
             mean - _start(mean) >= silent,
-            _against_start(_series(history, "weight_norm")) >= weights,
-            _against_start(_series(history, "gradient_norm")) <= 1.0 / gradient,
+            _against_start(series(history, "weight_norm")) >= weights,
+            _against_start(series(history, "gradient_norm")) <= 1.0 / gradient,
         ]
         since = lasting(worse & (worse.astype(int) + np.sum(others, axis=0) >= signs))
         if since is None:
@@ -114,15 +114,11 @@ def resting(*, looks: int = 4, steps: int = 50) -> TimeDetector:
     return unworried(detector)
 
 
-def _mean(series: Sequence[Floats]) -> Floats:
+def _mean(shares: Sequence[Floats]) -> Floats:
     """Return the mean of several series at each look, over those that are known there."""
-    values = np.stack(series)
+    values = np.stack(shares)
     known = ~np.isnan(values)
     return np.where(known, values, 0.0).sum(0) / known.sum(0)
-
-
-def _series(history: HistoryRecord, name: str) -> Floats:
-    return history[name] if name in history else np.full(len(history), np.nan)
 
 
 def _start(values: Floats) -> float:

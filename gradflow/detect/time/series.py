@@ -23,6 +23,11 @@ def unworried(detector: TimeDetector) -> TimeDetector:
     return quiet
 
 
+def series(history: HistoryRecord, name: str) -> Floats:
+    """Return a series by its name; NaN at every look where there is none of that name."""
+    return history[name] if name in history else np.full(len(history), np.nan)
+
+
 def smooth(values: Floats) -> Floats:
     """Return running medians of three: each entry with its neighbours; the ends as the median of two.
 
@@ -68,11 +73,11 @@ def goes_well(history: HistoryRecord) -> bool:
     The loss of the last two looks is at most a tenth of what guesses cost, or their mean is no more than 2
     percent above the lowest mean of two looks before.
     """
-    left = history["loss_share_left"] if "loss_share_left" in history else np.empty(0)
+    left = series(history, "loss_share_left")
     left = left[~np.isnan(left)][-2:]
     if len(left) and float(left.mean()) <= KNOWS:
         return True
-    losses = history["loss"] if "loss" in history else np.empty(0)
+    losses = series(history, "loss")
     if len(losses) < 3 or not np.isfinite(losses[-2:]).all():
         return False
     pairs = (losses[1:] + losses[:-1]) / 2
@@ -86,9 +91,7 @@ def goes_well(history: HistoryRecord) -> bool:
 def forgot(history: HistoryRecord, knew: float = 0.5, guesses: float = 0.9) -> Bools:
     """Return at which looks a model guesses that knew before: what is left of the loss of guesses was at most
     `knew`, and is `guesses` or more."""
-    if "loss_share_left" not in history:
-        return np.zeros(len(history), dtype=bool)
-    left = history["loss_share_left"]
+    left = series(history, "loss_share_left")
     return (left >= guesses) & (lowest_so_far(left) <= knew)
 
 

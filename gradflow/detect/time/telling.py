@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradflow.records import Evidence, HistoryRecord, Issue
+from gradflow.detect.time.series import lasting
+from gradflow.records import Bools, Evidence, HistoryRecord, Issue
 
 
 def issue_in_time(history: HistoryRecord, since: int, **fields: Any) -> Issue:
@@ -51,3 +52,19 @@ def in_order(history: HistoryRecord, names: Sequence[str]) -> list[str]:
     """Return what series are about in the order in which the layers run; those unknown last."""
     place = {name: number for number, name in enumerate(history.types)}
     return sorted(names, key=lambda name: place.get(layer_of(history, name), len(place)))
+
+
+def longest(history: HistoryRecord, holds: Mapping[str, Bools]) -> tuple[list[str], int, int] | None:
+    """Return at which layers a condition has held for longest, the look since which, and how many hold it.
+
+    The layers are in the order in which they run; None where the condition holds at none.
+
+    Args:
+        history: the history.
+        holds: at which looks the condition holds, by layer.
+    """
+    found = {name: since for name, held in holds.items() if (since := lasting(held)) is not None}
+    if not found:
+        return None
+    first = min(found.values())
+    return in_order(history, [name for name in found if found[name] == first]), first, len(found)
