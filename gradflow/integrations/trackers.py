@@ -49,7 +49,7 @@ class Tracker:
     def __call__(self, report: Report, step: int) -> None:
         """Write what a look has seen."""
         scalars = {f"{self._prefix}{name}": value for name, value in report.scalars(self._which).items()}
-        now = {_key(issue) for issue in report.issues if issue.severity >= IssueSeverity.MEDIUM}
+        now = {_key(issue) for issue in report.issues if issue.severity.is_serious}
         changed, self._told = now != self._told, now
         self._write(scalars, report if changed else None, step)
 

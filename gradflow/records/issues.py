@@ -104,6 +104,11 @@ class IssueSeverity(enum.Enum):
         """0 for INFO up to 4 for CRITICAL."""
         return _RANKS[self]
 
+    @property
+    def is_serious(self) -> bool:
+        """Whether it is MEDIUM or above: an issue of it makes a model sick; one below is a remark."""
+        return self >= IssueSeverity.MEDIUM
+
     def __lt__(self, other: IssueSeverity) -> bool:
         return self.rank < other.rank
 

@@ -25,8 +25,8 @@ def severity_counts(issues: Sequence[Issue]) -> list[tuple[IssueSeverity, int]]:
 
 
 def serious_issues(issues: Sequence[Issue]) -> tuple[Issue, ...]:
-    """Return the issues of severity MEDIUM or above: those that make a model sick."""
-    return tuple(issue for issue in issues if issue.severity >= IssueSeverity.MEDIUM)
+    """Return the issues that are serious: those that make a model sick."""
+    return tuple(issue for issue in issues if issue.severity.is_serious)
 
 
 def healthy_layers(record: FlowRecord, issues: Sequence[Issue]) -> tuple[str, ...]:

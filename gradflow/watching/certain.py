@@ -8,7 +8,7 @@ import attrs
 
 from gradflow.detect import Detector
 from gradflow.diagnosis import report_of
-from gradflow.records import EventRecord, Issue, IssueSeverity
+from gradflow.records import EventRecord, Issue
 from gradflow.report import Report
 from gradflow.watching.look import Look
 from gradflow.watching.state import Certain, Key, ObserverState, key_of
@@ -43,22 +43,18 @@ def told(
     shown = {key_of(issue): issue for issue in look.issues} | new
     certain = {key: _followed(known, shown.get(key)) for key, known in state.certain.items()}
     for key, issue in new.items():
-        if key not in certain and _is_grave(issue):
+        if key not in certain and issue.severity.is_serious:
             certain[key] = Certain(issue=issue, event=_event(state, issue, step, since))
     over = {key: known for key, known in certain.items() if known.missed >= _MISSED}
     certain = {key: known for key, known in certain.items() if key not in over}
     ended = [attrs.evolve(known.event, until=step) for known in over.values()]
     history = state.history.with_events(*ended, *(known.event for known in certain.values()))
     state = attrs.evolve(state, history=history, certain=certain)
-    mild = [issue for key, issue in shown.items() if not _is_grave(issue) and key not in certain]
+    mild = [issue for key, issue in shown.items() if not issue.severity.is_serious and key not in certain]
     issues = [*(known.issue for known in certain.values()), *mild]
-    waiting = [issue for key, issue in shown.items() if _is_grave(issue) and key not in certain]
+    waiting = [issue for key, issue in shown.items() if issue.severity.is_serious and key not in certain]
     report = report_of(look.record, issues, detectors, lines=[*_told(certain, waiting, step), *lines])
     return state, report
-
-
-def _is_grave(issue: Issue) -> bool:
-    return issue.severity >= IssueSeverity.MEDIUM
 
 
 def _followed(known: Certain, now: Issue | None) -> Certain:

@@ -238,7 +238,7 @@ class Watch:
 
     def suspected(self, state: ObserverState, look: Look, step: int) -> frozenset[Key]:
         """Return which of a look's issues are new, and may turn out to be nothing."""
-        keys = {key_of(issue) for issue in look.issues if is_serious(issue)} - state.certain.keys()
+        keys = {key_of(issue) for issue in look.issues if issue.severity.is_serious} - state.certain.keys()
         doubted = {key for key in keys if (doubt := state.doubts.get(key)) is not None and step < doubt.until}
         return frozenset(keys - doubted)
 
@@ -247,7 +247,7 @@ class Watch:
     ) -> tuple[ObserverState, Report]:
         """Let a closer look, on several batches, decide what one has made suspect."""
         types = {kind for _, kind in suspicion.keys}
-        borne_out = [i for i in look.issues if is_serious(i) and i.issue_type.value in types]
+        borne_out = [i for i in look.issues if i.severity.is_serious and i.issue_type.value in types]
         found = {key_of(issue) for issue in borne_out}
         doubts = {key: self._doubted(state, key, step) for key in suspicion.keys - found}
         due = next_look(step, self.every, state.since)
@@ -298,11 +298,6 @@ def readable(loss: Any) -> float | None:
         raise ModelInputError(
             f"loss is a {type(loss).__name__}; pass the scalar loss of this step, or leave it out."
         ) from error
-
-
-def is_serious(issue: Issue) -> bool:
-    """Whether an issue is of severity MEDIUM or above."""
-    return issue.severity >= IssueSeverity.MEDIUM
 
 
 def _is_numerical(issue: Issue) -> bool:

@@ -16,7 +16,6 @@ from gradflow.records import (
     Cause,
     FlowRecord,
     Issue,
-    IssueSeverity,
     IssueType,
     OwnIssueType,
     Role,
@@ -123,7 +122,7 @@ def _confidence(flow: Flow, issue: Issue, explained: int) -> tuple[float, str]:
             if sure
             else (0.8, "no path in the graph; what cuts it was not seen")
         )
-    if issue.severity < IssueSeverity.MEDIUM:
+    if not issue.severity.is_serious:
         return 0.3, "the evidence is weak, or it may be by design"
     if isinstance(issue.issue_type, OwnIssueType) and not explained:
         return 0.5, "a type of one's own: what it can bring about, or what brings it about, is not known"

@@ -20,7 +20,7 @@ from gradflow.detect.causes.rules import RULES, Rule, Where, is_lent, order, pre
 from gradflow.detect.evidence import heads
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
-from gradflow.records import Issue, IssueSeverity, IssueType, Role
+from gradflow.records import Issue, IssueType, Role
 
 MOST_SUSPECTS = 40  # of one type: a stack of thousands of layers has thousands of like issues, and one cause
 
@@ -98,7 +98,7 @@ class _Relation:
     def explains(self, cause: Suspect, victim: Suspect) -> bool:
         """Whether an issue can have brought another about."""
         a, b = cause.issue, victim.issue
-        if a.severity < IssueSeverity.MEDIUM and a.severity < b.severity:
+        if not a.severity.is_serious and a.severity < b.severity:
             return False
         rules = self.rules[a.issue_type, b.issue_type]
         where = self.places.of(cause, victim) if rules else "apart"

@@ -22,21 +22,19 @@ from gradflow.functional.model.closures import modules_in
 from gradflow.functional.model.purity import checked_seed, preserved, seed_all
 from gradflow.functional.run.run import Plan
 from gradflow.functional.run.training.options import Loop
-from gradflow.records import Cause, FlowRecord, IssueSeverity, TrialRecord, TrialsRecord, TrialVerdict
+from gradflow.records import Cause, FlowRecord, TrialRecord, TrialsRecord, TrialVerdict
 from gradflow.remedies.choosing.choice import remedies_for
 from gradflow.remedies.remedy import Remedy, unchanged
 from gradflow.remedies.surgery import adopted
 from gradflow.remedies.trials.copies import Copies, copies_of
 from gradflow.remedies.trials.replay import Drawn, Recorder, replayed
-from gradflow.remedies.trials.verdict import CLEAR, CLEAR_IF_GONE, Outcome, effect, gain, serious
+from gradflow.remedies.trials.verdict import CLEAR, CLEAR_IF_GONE, Outcome, effect, gain
 from gradflow.report import Report
+from gradflow.report.wording import serious_issues
 
 logger = logging.getLogger("gradflow")
 
-RATE = (
-    1e-3  # of the Adam that stands in where there is no optimizer: the size of its steps, whatever the loss
-)
-
+RATE = 1e-3  # of the Adam that stands in where there is no optimizer
 MORE = 2  # remedies that are tried after one that cures: the first cure need not be the best
 
 _NOTHING = Remedy(name="nothing", words="Nothing.", code="pass", apply=unchanged)
@@ -128,7 +126,7 @@ def try_remedies(
     candidates = [
         (cause, _chosen(cause, report.record, given))
         for cause in report.causes
-        if cause.issues and cause.issues[0].severity >= IssueSeverity.MEDIUM
+        if cause.issues and cause.issues[0].severity.is_serious
     ]
     laboratory.announce(progress, sum(len(found) for _, found in candidates))
     notes = [] if optimizer is not None else [f"No optimizer was given: Adam at a rate of {RATE:g} stepped."]
@@ -330,7 +328,7 @@ class _Laboratory:
         )  # fmt: skip
         record = analyzed(model, batches, loss_fn, plan)
         self.limits.done += self.steps
-        issues = serious(judged(record, self.detectors).issues)
+        issues = serious_issues(judged(record, self.detectors).issues)
         return Outcome(np.array(record.losses), issues, time.perf_counter() - begun)
 
 

@@ -35,7 +35,6 @@ from gradflow.records import (
     Cause,
     Floats,
     Issue,
-    IssueSeverity,
     IssueType,
     TrialVerdict,
     final_losses,
@@ -204,8 +203,3 @@ def _why(pairs: Sequence[tuple[Outcome, Outcome]], present: float, gone: float, 
 
 def _number(loss: float) -> str:
     return "not finite" if math.isnan(loss) else f"{loss:.3g}"
-
-
-def serious(issues: Sequence[Issue]) -> tuple[Issue, ...]:
-    """Return the issues of severity MEDIUM and above."""
-    return tuple(issue for issue in issues if issue.severity >= IssueSeverity.MEDIUM)

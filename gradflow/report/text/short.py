@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import attrs
 
-from gradflow.records import Cause, FlowRecord, Issue, IssueSeverity, TrialsRecord
+from gradflow.records import Cause, FlowRecord, Issue, TrialsRecord
 from gradflow.report.wording import (
     healthy_layers,
     layer_label,
@@ -92,7 +92,7 @@ def _body(items: Sequence[_Item], room: int) -> list[str]:
     for number, item in enumerate(items, start=1):
         left = room - len(body) - (number < len(items))  # one line is kept for the number of those left out
         kept = min(2 * (len(items) - number), MAX_KEPT)  # and some for those that follow
-        grave = item.issue.severity >= IssueSeverity.MEDIUM
+        grave = item.issue.severity.is_serious
         forms = [_whole(number, item, most) for most in (MAX_ACTIONS, 1)] if grave or number == 1 else []
         fitting = next((form for form in forms if len(form) <= left - kept), None)
         if fitting is None and number == 1:
