@@ -18,7 +18,7 @@ from gradflow.functional.weights import WeightSample
 from gradflow.report import Report
 from gradflow.watching.look import Look, Seen
 from gradflow.watching.observer import Watch, looks_closely, readable
-from gradflow.watching.schedule import next_look
+from gradflow.watching.schedule import is_jump, next_look
 from gradflow.watching.state import ObserverState, Suspicion
 
 Keep = Callable[[ObserverState, "Report | None", int], None]
@@ -57,7 +57,7 @@ class PlainStep:
     def loss(self, loss: Any) -> Any:
         """Tell of the loss; returns it as it is."""
         value = readable(loss)
-        if value is not None and not value <= self._ceiling:
+        if value is not None and is_jump(value, self._ceiling):
             self._jumped()
         return loss
 
@@ -183,7 +183,7 @@ class LookedStep:
                 return attrs.evolve(state, suspicion=suspicion, due=step + 1), None
             return watch.decided(state, suspicion, self._judged(), step)
         look = self._judged()
-        state, report = watch.taken(state, self._seen, look, self._batch)
+        state, report = watch.taken(state, self._seen, look, self._batch, self._sample)
         state = self._with_changes(state)
         if keys := watch.suspected(state, look, step):
             state = attrs.evolve(state, suspicion=Suspicion(step=step, keys=keys), due=step + 1)

@@ -49,6 +49,14 @@ def _resumed(path: Path, model: nn.Module) -> HistoryRecord:
     return history
 
 
+def _check_listener(call: str, function: Any, told: str) -> None:
+    if not callable(function):
+        raise ModelInputError(
+            f"{call}: {function!r:.100} cannot be called. Pass a function of ({told}, step): "
+            f"`monitor.{call}(lambda {told}, step: print(step, {told}))`."
+        )
+
+
 class Monitor:
     """Watches a training from inside its loop: one call a step, and a report at every look.
 
@@ -128,7 +136,7 @@ class Monitor:
         self._alerts: list[tuple[IssueSeverity, Callable[[Issue, int], Any]]] = []
         self._alerted: dict[Key, IssueSeverity] = {}
         if self._path is not None and self._path.exists():
-            history = _resumed(self._path, model)
+            history = self._written = _resumed(self._path, model)
             self._take_up(history, int(history.steps[-1]) + 1 if len(history) else 0)
 
     def __call__(self, batch: Any, *, loss: Any = None, step: int | None = None) -> Report | None:
@@ -294,11 +302,7 @@ class Monitor:
         Raises:
             ModelInputError: if `function` cannot be called.
         """
-        if not callable(function):
-            raise ModelInputError(
-                f"on_look: {function!r:.100} cannot be called. Pass a function of (report, step): "
-                "`monitor.on_look(lambda report, step: print(report))`."
-            )
+        _check_listener("on_look", function, "report")
         self._looks.append(function)
 
     def on_issue(self, function: Callable[[Issue, int], Any], severity: Any = "HIGH") -> None:
@@ -314,11 +318,7 @@ class Monitor:
             ModelInputError: if `function` cannot be called.
             ValueError: if `severity` is none.
         """
-        if not callable(function):
-            raise ModelInputError(
-                f"on_issue: {function!r:.100} cannot be called. Pass a function of (issue, step): "
-                "`monitor.on_issue(lambda issue, step: print(step, issue))`."
-            )
+        _check_listener("on_issue", function, "issue")
         names = IssueSeverity.__members__
         if not isinstance(severity, IssueSeverity) and severity not in names:
             raise ValueError(f"severity must be one of {', '.join(names)}, got {severity!r}.")
@@ -366,5 +366,5 @@ class Monitor:
 
     def _take_up(self, history: HistoryRecord, step: int) -> None:
         """Go on after a history; the first step is looked at."""
-        self._step, self._written = step, history
+        self._step = step
         self._state = ObserverState(history=history, due=step, ceiling=loss_ceiling(history))

@@ -182,7 +182,8 @@ class Watch:
             if seen.step < state.due and not jumped:
                 return state, None
             look = quick_look(seen, batch, self.detectors, closely=looks_closely(state))
-            state, report = self.taken(state, seen, look, batch)
+            sample = WeightSample.of(seen.model, seen.step)
+            state, report = self.taken(state, seen, look, batch, sample)
             if keys := self.suspected(state, look, seen.step):
                 suspicion = Suspicion(step=seen.step, keys=keys, batches=(copied(batch),))
             return attrs.evolve(state, suspicion=suspicion), report
@@ -204,7 +205,9 @@ class Watch:
         due = next_look(sample.step, self.every, state.since)
         return attrs.evolve(state, history=history, sample=None, due=due)
 
-    def taken(self, state: ObserverState, seen: Seen, look: Look, batch: Any) -> tuple[ObserverState, Report]:
+    def taken(
+        self, state: ObserverState, seen: Seen, look: Look, batch: Any, sample: WeightSample
+    ) -> tuple[ObserverState, Report]:
         """Take down a look: one column more, and what lasts.
 
         Args:
@@ -212,10 +215,10 @@ class Watch:
             seen: what the loop handed over.
             look: what was measured, and judged.
             batch: that it was taken on, to name the samples that carry a jump of the loss; None if not known.
+            sample: the weights that it was taken at.
         """
         step = seen.step
         types = {layer.name: layer.type for layer in look.record}
-        sample = WeightSample.of(seen.model, step)
         numbers = {**every_scalar(look.record), "weight_checksum": sample.checksum()}
         history = state.history.with_types(types).with_look(step, numbers)
         lines = list(look.lines)

@@ -67,6 +67,14 @@ def test_a_disk_that_is_full_ends_nothing(tmp_path: Any, monkeypatch: pytest.Mon
         full[0] = 15 < step < 35
         monitor(batch)
     assert gf.read_history(path) == monitor.history
+    resumed = gf.Monitor(network(), nn.CrossEntropyLoss(), every=10, path=tmp_path / "resumed.jsonl")
+    full[0] = True
+    resumed.load_state_dict(monitor.state_dict())
+    full[0] = False
+    for batch in batches(30):
+        resumed(batch)
+    assert gf.read_history(tmp_path / "resumed.jsonl") == resumed.history
+    assert resumed.history.steps[0] == 0
 
 
 def test_a_history_of_another_model_is_refused(tmp_path: Any) -> None:
