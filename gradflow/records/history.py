@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -118,9 +118,7 @@ class HistoryRecord:
                 f"HistoryRecord.with_look: step {step} is not after the last look, at step {self.steps[-1]}. "
                 "Looks are added in the order of the training; pass `step=` the training's own count."
             )
-        names = (*self.names, *(name for name in numbers if name not in self._places))
-        values = np.full((len(self) + 1, len(names)), NAN)
-        values[:-1, : len(self.names)] = self.values
+        names, values = self._widened(numbers, len(self) + 1)
         values[-1] = [numbers.get(name, NAN) for name in names]
         return attrs.evolve(self, steps=[*self.steps, step], names=names, values=values)
 
@@ -133,13 +131,16 @@ class HistoryRecord:
         at = np.flatnonzero(self.steps == step)
         if not len(at):
             raise UnknownLayerError.at(str(step), [str(known) for known in self.steps])
-        names = (*self.names, *(name for name in numbers if name not in self._places))
-        values = np.full((len(self), len(names)), NAN)
-        values[:, : len(self.names)] = self.values
-        for place, name in enumerate(names):
-            if name in numbers:
-                values[at[0], place] = numbers[name]
+        names, values = self._widened(numbers, len(self))
+        values[at[0]] = [numbers.get(name, value) for name, value in zip(names, values[at[0]], strict=True)]
         return attrs.evolve(self, names=names, values=values)
+
+    def _widened(self, names: Iterable[str], looks: int) -> tuple[tuple[str, ...], Floats]:
+        """Return the names with new ones behind them, and the values with room for so many looks."""
+        every = (*self.names, *(name for name in names if name not in self._places))
+        values = np.full((looks, len(every)), NAN)
+        values[: len(self), : len(self.names)] = self.values
+        return every, values
 
     def with_events(self, *events: EventRecord) -> HistoryRecord:
         """Return the history with events added, in the place of those of the same beginning and issue."""

@@ -35,11 +35,7 @@ def every_scalar(record: FlowRecord) -> dict[str, float]:
     >>> every_scalar(FlowRecord(steps=2, losses=[2.0, 1.5], layers=(), parameters=()))
     {'loss': 1.5}
     """
-    found: dict[str, float] = {}
-    for name, value in _numbers(record):
-        if not np.isnan(value):
-            found[name] = float(value)
-    return found
+    return {name: value for name, (_, value) in _known(record).items()}
 
 
 def few_scalars(record: FlowRecord) -> dict[str, float]:
@@ -52,12 +48,12 @@ def few_scalars(record: FlowRecord) -> dict[str, float]:
     Args:
         record: any record.
     """
-    kinds, groups = _kinds(record), defaultdict(list)
+    groups = defaultdict(list)
     few: dict[str, float] = {}
-    for name, value in every_scalar(record).items():
+    for name, (kind, value) in _known(record).items():
         quantity, _, where = name.partition("/")
         if where:
-            groups[f"{quantity}/{kinds.get(name, 'all')}"].append(value)
+            groups[f"{quantity}/{kind}"].append(value)
         else:
             few[name] = value
     for name, values in groups.items():
@@ -73,24 +69,34 @@ def last(values: Floats) -> float:
     return float(values[known[-1]]) if len(known) else NAN
 
 
-def _numbers(record: FlowRecord) -> Iterator[tuple[str, float]]:
-    yield from _of_the_whole(record)
+def _known(record: FlowRecord) -> dict[str, tuple[str, float]]:
+    """Return the numbers that are known, by name, each after the kind of what it is about."""
+    return {name: (kind, float(value)) for name, kind, value in _numbers(record) if not np.isnan(value)}
+
+
+def _numbers(record: FlowRecord) -> Iterator[tuple[str, str, float]]:
+    """Yield names, kinds of what they are about (a layer's class name, an activation's name), and numbers."""
+    for name, value in (*_of_the_whole(record), *_special(record)):
+        yield name, "all", value
     for layer in record.layers:
-        yield f"gradient_rms/{layer.name}", last(layer.grad_rms)
-        yield f"output_rms/{layer.name}", last(layer.output_rms)
-        yield f"output_zero_share/{layer.name}", last(layer.output_zero_share)
-        yield f"output_variation/{layer.name}", last(layer.output_variation)
+        kind = layer.type
+        yield f"gradient_rms/{layer.name}", kind, last(layer.grad_rms)
+        yield f"output_rms/{layer.name}", kind, last(layer.output_rms)
+        yield f"output_zero_share/{layer.name}", kind, last(layer.output_zero_share)
+        yield f"output_variation/{layer.name}", kind, last(layer.output_variation)
     for used in record.activations:
-        yield f"fired_share/{used.name}", last(used.fired_share)
-        yield f"saturated_share/{used.name}", last(used.saturated_share)
-        yield f"never_fired/{used.name}", used.never_fired
-        yield f"always_saturated/{used.name}", used.always_saturated
+        kind = used.op
+        yield f"fired_share/{used.name}", kind, last(used.fired_share)
+        yield f"saturated_share/{used.name}", kind, last(used.saturated_share)
+        yield f"never_fired/{used.name}", kind, used.never_fired
+        yield f"always_saturated/{used.name}", kind, used.always_saturated
+    types = {layer.module: layer.type for layer in record.layers}
     for parameter in record.parameters:
+        kind = f"{types.get(parameter.layer, 'parameters')}.{parameter.name.rpartition('.')[2]}"
         root = np.sqrt(max(parameter.num_elements, 1))
-        yield f"weight_rms/{parameter.name}", last(parameter.norm) / root
-        yield f"weight_gradient_rms/{parameter.name}", last(parameter.grad_norm) / root
-        yield f"gradient_zero_share/{parameter.name}", last(parameter.grad_zero_share)
-    yield from _special(record)
+        yield f"weight_rms/{parameter.name}", kind, last(parameter.norm) / root
+        yield f"weight_gradient_rms/{parameter.name}", kind, last(parameter.grad_norm) / root
+        yield f"gradient_zero_share/{parameter.name}", kind, last(parameter.grad_zero_share)
 
 
 def _of_the_whole(record: FlowRecord) -> Iterator[tuple[str, float]]:
@@ -131,20 +137,3 @@ _ATTENTION: Mapping[str, str] = {
     "logit_peak": "logit_peak",
     "branch_share": "branch_share",
 }
-
-
-def _kinds(record: FlowRecord) -> dict[str, str]:
-    """Return the kind of what a scalar is about: a layer's class name, an activation's name, ..."""
-    types = {layer.module: layer.type for layer in record.layers}
-    kinds: dict[str, str] = {}
-    for layer in record.layers:
-        for quantity in ("gradient_rms", "output_rms", "output_zero_share", "output_variation"):
-            kinds[f"{quantity}/{layer.name}"] = layer.type
-    for used in record.activations:
-        for quantity in ("fired_share", "saturated_share", "never_fired", "always_saturated"):
-            kinds[f"{quantity}/{used.name}"] = used.op
-    for parameter in record.parameters:
-        kind = f"{types.get(parameter.layer, 'parameters')}.{parameter.name.rpartition('.')[2]}"
-        for quantity in ("weight_rms", "weight_gradient_rms", "gradient_zero_share", "update_ratio"):
-            kinds[f"{quantity}/{parameter.name}"] = kind
-    return kinds
