@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from gradflow.errors import ModelInputError
 from gradflow.functional.measurement import Measurement
 from gradflow.functional.model.batches import Source, invoke, make_objective, no_batches, prepared
-from gradflow.functional.model.closures import modules_in, optimizers_in, stateful_in
+from gradflow.functional.model.closures import modules_in, stateful_in
 from gradflow.functional.model.supported import check_module
 from gradflow.functional.model.trees import named_tensors, same_device
 from gradflow.functional.parts.chance import chance
@@ -255,9 +255,9 @@ def graph_of(
 
 
 def _held(function: Any) -> tuple[Any, ...]:
-    """Return what a function holds that running it may change: itself, modules, optimizers, and what else has
-    a state to save, such as schedulers and scalers."""
-    return (function, *modules_in(function), *optimizers_in(function), *stateful_in(function))
+    """Return what a function holds that running it may change: itself, modules, and what else has a state to
+    save, such as optimizers, schedulers and scalers."""
+    return (function, *modules_in(function), *stateful_in(function))
 
 
 def _module(loss_fn: Any) -> nn.Module | None:

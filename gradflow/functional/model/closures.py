@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from gradflow.functional.model.undo import python_module
 
@@ -33,18 +32,14 @@ def modules_in(*values: Any) -> tuple[nn.Module, ...]:
     return tuple(module for module in found if id(module) not in inner)
 
 
-def optimizers_in(*values: Any) -> tuple[Optimizer, ...]:
-    """Return the optimizers that functions and objects can reach by what they hold, each once."""
-    return tuple(value for value in reachable(values) if isinstance(value, Optimizer))
-
-
 def stateful_in(*values: Any) -> tuple[Any, ...]:
-    """Return what else functions and objects can reach that has a state to save: schedulers, scalers."""
-    kinds = (nn.Module, Optimizer, type)
+    """Return what else functions and objects can reach that has a state to save: optimizers, scalers, ..."""
     return tuple(
         value
         for value in reachable(values)
-        if not isinstance(value, kinds) and hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+        if not isinstance(value, (nn.Module, type))
+        and hasattr(value, "state_dict")
+        and hasattr(value, "load_state_dict")
     )
 
 
