@@ -42,10 +42,7 @@ except ImportError as error:
         "gradflow.integrations.stable_baselines3 needs stable-baselines3: pip install 'gradient-flow[sb3]'."
     ) from error
 
-_ROUNDS = {
-    True: 10,
-    False: 1000,
-}  # between looks, for on-policy algorithms (long rollouts) and others (short)
+_ROUNDS = {True: 10, False: 1000}  # between looks: on-policy algorithms have long rollouts, others short
 
 
 class Loss(NamedTuple):

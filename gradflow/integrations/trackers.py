@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradflow.records import Issue, IssueSeverity, to_plain
-from gradflow.report import Report, report_html
+from gradflow.report import Report
 
 Which = Literal["few", "all"]
 Write = Callable[[dict[str, float], Report | None, int], Any]
@@ -108,7 +108,7 @@ def wandb_tracker(run: Any = None, *, which: Which = "few", prefix: str = "gradf
     def write(scalars: dict[str, float], report: Report | None, step: int) -> None:
         row: dict[str, Any] = {axis: step, **scalars}
         if report is not None:
-            row[f"{prefix}report"] = wandb.Html(_page(report), inject=False)
+            row[f"{prefix}report"] = wandb.Html(report.html(), inject=False)
         if run.step in rows:
             run.log({}, commit=True)
         rows.clear()
@@ -147,7 +147,7 @@ def mlflow_tracker(run_id: str | None = None, *, which: Which = "few", prefix: s
         named = {_mlflow_name(name): value for name, value in scalars.items()}
         mlflow.log_metrics(named, step=step, run_id=run_id)
         if report is not None:
-            mlflow.log_text(_page(report), f"{prefix}step-{step:08d}.html", run_id=run_id)
+            mlflow.log_text(report.html(), f"{prefix}step-{step:08d}.html", run_id=run_id)
 
     return Tracker(write, which=which, prefix=prefix)
 
@@ -185,7 +185,3 @@ def _told(issue: Issue) -> dict[str, str]:
         "severity": issue.severity.value,
         "description": issue.description,
     }
-
-
-def _page(report: Report) -> str:
-    return report_html(report.record, report.issues, report.causes, report.lines)

@@ -184,10 +184,13 @@ class Report(Shown):
             raise RecordFormatError.at(f"ok: expected {report.ok}, as the issues have it, got {data['ok']!r}")
         return report
 
+    def html(self) -> str:
+        """Return the report as one HTML page that needs nothing else."""
+        return report_html(self.record, self.issues, self.causes, self.lines, self.trials)
+
     def to_html(self, path: str | Path) -> None:
         """Write the report to `path` as one HTML file that needs nothing else."""
-        page = report_html(self.record, self.issues, self.causes, self.lines, self.trials)
-        Path(path).write_text(page, encoding="utf-8")
+        Path(path).write_text(self.html(), encoding="utf-8")
 
 
 def _weighed(cause: Cause, trials: TrialsRecord) -> Cause:
