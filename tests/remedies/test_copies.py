@@ -22,6 +22,10 @@ def by_global(output: Tensor) -> Tensor:
     return (output - MODEL(LATEST.expand(1, 2))).sum()
 
 
+def by_inner_function(output: Tensor) -> Tensor:
+    return sum((lambda row: (row - MODEL(LATEST)).sum())(row) for row in output)  # type: ignore[return-value]
+
+
 class Loss:
     """A loss that is an object, with the model and what cannot be copied."""
 
@@ -93,11 +97,12 @@ def test_a_loss_goes_with_its_model(kind: str) -> None:
     assert made.loss_fn(output).item() == pytest.approx(before + 4.0)
 
 
-def test_a_loss_that_names_the_model_as_a_global() -> None:
-    made = copies_of(MODEL, by_global, torch.optim.SGD(MODEL.parameters(), 0.1))
-    assert made.loss_fn is not by_global
+@pytest.mark.parametrize("loss_fn", [by_global, by_inner_function])
+def test_a_loss_that_names_the_model_as_a_global(loss_fn: Any) -> None:
+    made = copies_of(MODEL, loss_fn, torch.optim.SGD(MODEL.parameters(), 0.1))
+    assert made.loss_fn is not loss_fn
     assert made.loss_fn.__globals__["MODEL"] is made.model
-    assert by_global.__globals__["MODEL"] is MODEL
+    assert loss_fn.__globals__["MODEL"] is MODEL
     assert made.loss_fn.__globals__["LATEST"] is LATEST
 
 

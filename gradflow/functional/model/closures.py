@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradflow.functional.model.undo import python_module
 
 _LIBRARIES = ("torch", "numpy", "builtins", "gradflow")
-_MOST_ITEMS = 1000  # of a container: a longer one is a data set
+MOST_ITEMS = 1000  # of a container: a longer one is a data set
 
 
 def modules_in(*values: Any) -> tuple[nn.Module, ...]:
@@ -73,36 +73,51 @@ def reachable(values: Iterable[Any]) -> Iterator[Any]:
 def _held(value: Any) -> Iterator[Any]:
     """Yield what a value holds directly, as far as modules may be in it."""
     if isinstance(value, types.FunctionType):
-        if python_module(value).split(".")[0] not in _LIBRARIES:
+        if is_the_users(value):
             yield from _held_by_function(value)
     elif isinstance(value, types.MethodType):
         yield from (value.__self__, value.__func__)
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, (tuple, list, set, Mapping)):
-        if len(value) <= _MOST_ITEMS:
+        if len(value) <= MOST_ITEMS:
             yield from value.values() if isinstance(value, Mapping) else value
     elif not isinstance(value, (type, types.ModuleType)):
         wrapped = getattr(value, "__wrapped__", None)
         yield from () if wrapped is None else (wrapped,)
-        if python_module(type(value)).split(".")[0] not in _LIBRARIES:
+        if is_the_users(type(value)):
             yield from (f for c in type(value).__mro__ if (f := vars(c).get("__call__")) is not None)
             yield from getattr(value, "__dict__", {}).values()
 
 
 def _held_by_function(function: types.FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
+    yield from (value for _, value in cells_of(function))
     yield from function.__defaults__ or ()
     yield from (function.__kwdefaults__ or {}).values()
     if wrapped := getattr(function, "__wrapped__", None):
         yield wrapped
+    yield from (value for _, value in globals_of(function))
+
+
+def is_the_users(what: Any) -> bool:
+    """Whether a function or class is none of a library's, so that it may hold what is the user's."""
+    return python_module(what).split(".")[0] not in _LIBRARIES
+
+
+def cells_of(function: types.FunctionType) -> Iterator[tuple[types.CellType, Any]]:
+    """Yield the cells of a function's closure that are filled, with what is in them."""
+    for cell in function.__closure__ or ():
+        try:
+            yield cell, cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+
+
+def globals_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the names of the globals that a function loads, inner functions included, with what they are."""
     for name in _globals_named(function.__code__):
         if name in function.__globals__:
-            yield function.__globals__[name]
+            yield name, function.__globals__[name]
 
 
 @functools.lru_cache(maxsize=256)

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gradflow.functional.model.closures import cells_of
 from gradflow.functional.model.undo import (
     REFILL,
     TensorState,
@@ -282,11 +283,7 @@ def _referred_to(code: Any) -> Iterator[Any]:
         held = [code.func, *code.args, *code.keywords.values()]
     else:
         held = [*(code.__defaults__ or ()), *(code.__kwdefaults__ or {}).values(), *vars(code).values()]
-        for cell in code.__closure__ or ():
-            try:
-                held.append(cell.cell_contents)
-            except ValueError:  # not bound yet
-                continue
+        held += [value for _, value in cells_of(code)]
     for value in held:
         yield value
         if isinstance(value, dict) and len(value) <= _LARGE:

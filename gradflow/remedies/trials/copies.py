@@ -19,7 +19,7 @@ import attrs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradflow.functional.model.closures import modules_in, reachable, tensors_in
+from gradflow.functional.model.closures import cells_of, globals_of, modules_in, reachable, tensors_in
 from gradflow.functional.model.optimizers import copy_optimizer
 
 Memo = dict[int, Any]
@@ -125,18 +125,14 @@ def _fill(function: types.FunctionType, memo: Memo, reaches: Callable[[Any], boo
     def copied(value: Any) -> Any:
         return _copied(value, memo, reaches)
 
-    for cell in function.__closure__ or ():
-        try:
-            memo[id(cell)].cell_contents = copied(cell.cell_contents)
-        except ValueError:  # not filled yet
-            continue
+    for cell, value in cells_of(function):
+        memo[id(cell)].cell_contents = copied(value)
     if function.__defaults__:
         made.__defaults__ = tuple(map(copied, function.__defaults__))
     if function.__kwdefaults__:
         made.__kwdefaults__ = {key: copied(value) for key, value in function.__kwdefaults__.items()}
-    for name in function.__code__.co_names:
-        if name in function.__globals__:
-            made.__globals__[name] = copied(function.__globals__[name])
+    for name, value in globals_of(function):
+        made.__globals__[name] = copied(value)
 
 
 def _copied(value: Any, memo: Memo, reaches: Callable[[Any], bool]) -> Any:

@@ -22,16 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.batches import Source, no_batches
-from gradflow.functional.model.closures import reachable
+from gradflow.functional.model.closures import MOST_ITEMS, cells_of, globals_of, is_the_users, reachable
 from gradflow.functional.model.purity import seed_all
 from gradflow.functional.model.trees import private_copy
-from gradflow.functional.model.undo import generator_undo, python_module
+from gradflow.functional.model.undo import generator_undo
 from gradflow.functional.torch_private import num_writes
 from gradflow.remedies.trials.copies import Memo
 
 _STRIDE = 100_003  # between the random states of two seeds; runs have fewer steps than that
-_MOST_ITEMS = 1000  # of a container: a longer one is a data set
-_LIBRARIES = ("torch", "numpy", "builtins", "gradflow")
 
 Key = tuple[int, str]
 
@@ -171,10 +169,10 @@ class _Held:
 
     def _places(self, value: Any) -> Iterator[Place]:
         if isinstance(value, types.FunctionType):
-            if python_module(value).split(".")[0] not in _LIBRARIES:
+            if is_the_users(value):
                 yield from _of_function(value)
         elif type(value) in (dict, list):
-            if len(value) <= _MOST_ITEMS:
+            if len(value) <= MOST_ITEMS:
                 yield _of_container(value)
         elif isinstance(value, Tensor):
             if value.is_leaf and not value.requires_grad:
@@ -184,7 +182,7 @@ class _Held:
             yield Place(value, "", (object(),), lambda memo: undo())
         elif not isinstance(value, (nn.Module, torch.optim.Optimizer, type, types.ModuleType)):
             held = getattr(value, "__dict__", None)
-            if type(held) is dict and python_module(type(value)).split(".")[0] not in _LIBRARIES:
+            if type(held) is dict and is_the_users(type(value)):
                 items = dict(held)
                 put = functools.partial(_refill_attributes, value, items)
                 yield Place(value, "", (*items, *items.values()), put)
@@ -197,14 +195,9 @@ class _Held:
 
 
 def _of_function(function: types.FunctionType) -> Iterator[Place]:
-    for cell in function.__closure__ or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not filled yet
-            continue
+    for cell, value in cells_of(function):
         yield Place(cell, "", (value,), functools.partial(_fill_cell, cell, value))
-    for name in function.__code__.co_names:
-        value = function.__globals__.get(name, types)
+    for name, value in globals_of(function):
         if not isinstance(value, (types.ModuleType, types.FunctionType, type, nn.Module)):
             yield Place(function, name, (value,), functools.partial(_set_global, function, name, value))
 
