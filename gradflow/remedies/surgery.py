@@ -45,18 +45,6 @@ def put(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return model
 
 
-def weight_of(model: nn.Module, name: str) -> Tensor:
-    """Return the weight matrix of a layer.
-
-    Raises:
-        RemedyError: if it has none.
-    """
-    weight = getattr(part(model, name), "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.dim() < 2:
-        raise RemedyError(f"{name or 'the model'} has no weight matrix.")
-    return weight
-
-
 def with_tensors_like(new: nn.Module, old: nn.Module) -> nn.Module:
     """Return a new module on the device and in the dtype of an old one."""
     like = next((t for t in old.parameters() if t.is_floating_point()), None)

@@ -325,12 +325,8 @@ def _near_uniform(target: Target, action: str) -> Iterator[Remedy]:
     yield start.initialised([start.Init("orthogonal_", f"{target.module}.weight", {"gain": 0.01})])
 
 
-def _widely(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern)
-
-
 _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
-    (_widely(pattern), make)
+    (re.compile(pattern), make)
     for pattern, make in (
         (r"policy_head", _near_uniform),
         (r"inside its domain|[Cc]lamp the argument|Guard the denom|slope of a square root", _defined),

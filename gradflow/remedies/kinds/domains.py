@@ -24,16 +24,20 @@ def _root(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return function(x.clamp(min=0.0) + _SMALL, *args, **kwargs)
 
 
+def _away_from_zero(y: Tensor) -> Tensor:
+    return torch.where(y.abs() < _SMALL, torch.where(y < 0, -_SMALL, _SMALL).to(y.dtype), y)
+
+
 def _quotient(function: Any, x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
     if isinstance(y, Tensor) and not y.is_floating_point():
         y = y.clamp(min=1)  # a number of members
     elif isinstance(y, Tensor):
-        y = torch.where(y.abs() < _SMALL, torch.where(y < 0, -_SMALL, _SMALL).to(y.dtype), y)
+        y = _away_from_zero(y)
     return function(x, y, *args, **kwargs)
 
 
 def _inverse(function: Any, y: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    return function(torch.where(y.abs() < _SMALL, torch.where(y < 0, -_SMALL, _SMALL).to(y.dtype), y), x)
+    return function(_away_from_zero(y), x)
 
 
 def _deviation(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:

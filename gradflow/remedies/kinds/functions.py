@@ -51,12 +51,25 @@ def _is_ours(frame: types.FrameType) -> bool:
     return name.startswith("gradflow.") and not name.startswith("gradflow.remedies.")
 
 
-def substituted(function: Callable[..., Any], substitutes: dict[str, Substitute]) -> Callable[..., Any]:
+class _WithGradient(_Substituting):
+    """Runs every operation with gradients on as well, whatever context it stands in."""
+
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_ours(sys._getframe(1)):
+            return func(*args, **(kwargs or {}))
+        with torch.enable_grad():
+            return super().__torch_function__(func, kinds, args, kwargs)
+
+
+def substituted(
+    function: Callable[..., Any], substitutes: dict[str, Substitute], *, with_gradient: bool = False
+) -> Callable[..., Any]:
     """Return a function that runs with other operations in the place of some.
 
     Args:
         function: a forward pass or a loss.
         substitutes: by name of an operation, what is called in its place, with the operation first.
+        with_gradient: whether gradients are on throughout, `no_grad` or not.
 
     >>> half = substituted(lambda x: torch.relu(x) + 1, {"relu": lambda relu, x: relu(x) / 2})
     >>> half(torch.tensor([2.0]))
@@ -65,18 +78,18 @@ def substituted(function: Callable[..., Any], substitutes: dict[str, Substitute]
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _Substituting(substitutes):
+        with (_WithGradient if with_gradient else _Substituting)(substitutes):
             return function(*args, **kwargs)
 
     return run
 
 
-def in_model(name: str, substitutes: dict[str, Substitute]) -> Any:
-    """Return the change that has the forward pass of a module call other operations in the place of some."""
+def in_model(name: str, substitutes: dict[str, Substitute], *, with_gradient: bool = False) -> Any:
+    """Return the change that has the forward pass of a module run as `substituted` does."""
 
     def change(model: nn.Module) -> None:
         module: Any = part(model, name)
-        module.forward = substituted(module.forward, substitutes)
+        module.forward = substituted(module.forward, substitutes, with_gradient=with_gradient)
 
     return on_model(change)
 
@@ -116,7 +129,7 @@ def attached(name: str = "") -> Remedy:
         name=f"without detach in {name or 'model'}",
         words=f"detach(), .data and no_grad() are ignored in {name or 'the model'}.",
         code="# remove detach(), .data and torch.no_grad() from forward()",
-        apply=_Attached(name, {"detach": as_it_is, "detach_": as_it_is, "data.get": as_it_is}),
+        apply=in_model(name, dict.fromkeys(("detach", "detach_", "data.get"), as_it_is), with_gradient=True),
     )
 
 
@@ -135,39 +148,8 @@ def reparametrised() -> Remedy:
         name="rsample for sample",
         words="Normal numbers drawn as mean + std × noise, so that mean and std get a gradient.",
         code="z = distribution.rsample()  # for distribution.sample()",
-        apply=_Attached("", {"normal": drawn}),
+        apply=in_model("", {"normal": drawn}, with_gradient=True),
     )
-
-
-class _Attached:
-    """Calls other operations in the place of some, and has gradients on, in the forward pass of a module."""
-
-    def __init__(self, name: str, substitutes: dict[str, Substitute]) -> None:
-        self._name, self._substitutes = name, substitutes
-
-    def __call__(self, model: nn.Module, optimizer: Any) -> Any:
-        module: Any = part(model, self._name)
-        module.forward = _with_gradient(module.forward, self._substitutes)
-        return model, optimizer
-
-
-class _WithGradient(_Substituting):
-    """Runs every operation with gradients on, whatever context it stands in."""
-
-    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _is_ours(sys._getframe(1)):
-            return func(*args, **(kwargs or {}))
-        with torch.enable_grad():
-            return super().__torch_function__(func, kinds, args, kwargs)
-
-
-def _with_gradient(function: Callable[..., Any], substitutes: dict[str, Substitute]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with _WithGradient(substitutes):
-            return function(*args, **kwargs)
-
-    return run
 
 
 def _with_inputs(model: Any, change: Callable[[Tensor], Tensor]) -> None:

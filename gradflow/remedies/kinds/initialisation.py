@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from gradflow.errors import RemedyError
 from gradflow.remedies.remedy import Remedy, on_model
-from gradflow.remedies.surgery import access, each, for_each, listed, part, weight_of
+from gradflow.remedies.surgery import access, each, for_each, listed, part
 
 _CALL = re.compile(
     r"nn\.init\.(?P<function>\w+_)\((?P<parameter>[\w.]+)(?:, (?P<options>(?:[^()]|\([^()]*\))*))?\)"
@@ -279,9 +278,3 @@ def queries_divided(name: str, factor: float) -> Remedy:
         code=f"scores = scores / {factor:.3g}  # in {name or 'the model'}",
         apply=on_model(each([name], change)),
     )
-
-
-def usual_scale(model: nn.Module, name: str) -> float:
-    """Return the rms of the rows of a layer's weights; a usual initialisation has 0.6 to 1.4."""
-    weight = weight_of(model, name)
-    return float(weight.detach().float().norm()) / math.sqrt(weight.shape[0])

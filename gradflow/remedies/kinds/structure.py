@@ -20,6 +20,11 @@ _CONVOLUTIONS: tuple[tuple[type[nn.Module], type[nn.Module]], ...] = (
 )
 
 
+def _takes_images(layer: nn.Module) -> bool:
+    """Whether the features of what enters a layer are axis 1, and not the last one."""
+    return isinstance(layer, tuple(convolution for convolution, _ in _CONVOLUTIONS))
+
+
 def _each_put(names: Sequence[str], make: Callable[[nn.Module, str], nn.Module]) -> Any:
     """Return a change of a model that puts what is made of each module in its place."""
 
@@ -143,7 +148,7 @@ def standardised(names: Sequence[str]) -> Remedy:
     """Return the remedy that standardises what enters some layers, feature by feature."""
 
     def make(old: nn.Module, name: str) -> nn.Module:
-        return Standardised(old, images=isinstance(old, tuple(c for c, _ in _CONVOLUTIONS)))
+        return Standardised(old, images=_takes_images(old))
 
     return Remedy(
         name=f"standardised inputs of {listed(names)}",
@@ -158,7 +163,7 @@ def norm_before(names: Sequence[str]) -> Remedy:
     """Return the remedy that puts a layer norm, without gains of its own, before each of some layers."""
 
     def make(old: nn.Module, name: str) -> nn.Module:
-        return _Normed(old, images=isinstance(old, tuple(c for c, _ in _CONVOLUTIONS)))
+        return _Normed(old, images=_takes_images(old))
 
     return Remedy(
         name=f"a norm layer before {listed(names)}",
