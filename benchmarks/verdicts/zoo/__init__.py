@@ -13,6 +13,7 @@ _FAMILIES = """
     contact4a_1 contact4a_2 contact4b_1 contact4b_2
     contact5a_1 contact5a_2 contact5a_3
     contact5b_1 contact5b_2 contact5b_3
+    contact6b_1 contact6b_2 contact6b_3
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
