@@ -14,6 +14,7 @@ _FAMILIES = """
     contact5a_1 contact5a_2 contact5a_3
     contact5b_1 contact5b_2 contact5b_3
     contact6a_1 contact6a_2 contact6a_3
+    contact6b_1 contact6b_2 contact6b_3
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
