@@ -51,7 +51,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"algebra"},
         {"data"},
         {"values", "coarse"},
-        {"queries", "export"},
+        {"queries", "export", "readers"},
         {"layer_graph"},
         {"__init__"},
     ],
