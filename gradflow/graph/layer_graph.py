@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -17,6 +18,7 @@ from gradflow.records.showing import Shown
 
 if TYPE_CHECKING:
     import networkx as nx
+    from matplotlib.figure import Figure
 
 
 @attrs.frozen(slots=False, repr=False)
@@ -112,6 +114,21 @@ class LayerGraph(GraphData, Shown):
     def severed(self) -> tuple[Edge, ...]:
         """The edges that carry nothing: cut, or exactly zero at every measured step."""
         return tuple(Edge(**e) for e in values.edge_values(self) if e["severed"])
+
+    def draw(self, path: str | Path | None = None, **options: Any) -> Figure:
+        """Draw the graph with matplotlib; see `gradflow.report.plots.draw_graph` for the options.
+
+        Args:
+            path: where to save it, as PNG, SVG or PDF by its ending; None to save nothing.
+            options: `ax`, `level`, `max_nodes`.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        # Against the direction of the layout, as `record.graph` is: graphs know nothing of rendering.
+        from gradflow.report.plots import draw_graph
+
+        return draw_graph(self, path, **options)
 
     def __repr__(self) -> str:
         kinds: dict[str, int] = {}
