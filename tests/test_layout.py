@@ -92,10 +92,12 @@ EXCEPTIONS = {
     ("graph/layer_graph.py", "LayerGraph.draw", "gradflow.report.plots"),
     ("records/showing.py", "Shown._repr_html_", "gradflow.report.notebook"),
 }
-# Type hints alone, within a room: a listener is handed the recorder that tells it, which has a list of them.
+# Type hints alone, within a room: a listener is handed the recorder that tells it, which has a list of them;
+# figures are drawn of reports, which draw themselves.
 HINTS = {
     ("functional/tap/asked.py", "gradflow.functional.tap.recorder"),
     ("functional/tap/tapped.py", "gradflow.functional.tap.recorder"),
+    ("report/plots/canvas.py", "gradflow.report.report"),
 }
 
 

@@ -61,7 +61,7 @@ def record_of_networkx(graph: nx.DiGraph) -> GraphRecord:
         EdgeRecord(
             source=str(u),
             target=str(v),
-            flow=[_number(f"edge {u!s} -> {v!s}", data, "flow")] if measured else [],
+            flow=np.array([_number(f"edge {u!s} -> {v!s}", data, "flow")] if measured else []),
             severed=bool(data.get("severed", False)),
             reason=str(data.get("reason", "")),
         )
@@ -77,7 +77,7 @@ def _node(name: Hashable, data: Mapping[str, Any], place: int, measured: bool) -
         raise RecordFormatError(
             f"LayerGraph.from_networkx: {where}: expected a kind of {', '.join(_KINDS)}, got {kind!r}."
         )
-    numbers: dict[str, list[float]] = {"grad_norm": [], "input_grad_norm": [], "effective_rank": []}
+    numbers: dict[str, Any] = {"grad_norm": [], "input_grad_norm": [], "effective_rank": []}
     if measured:
         norm = _number(where, data, "grad_norm")
         numbers["grad_norm"] = [norm]

@@ -53,6 +53,7 @@ OTHERS = {
     "from_flows",
     "from_networkx",
     "minimum_cut",
+    "draw",
     "to_graphml",
     "coarser",
 }  # tested by themselves

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from gradflow.errors import RecordInputError
-from gradflow.records import Cause, FlowRecord, Issue, IssueSeverity, TrialsRecord
+from gradflow.records import FlowRecord, IssueSeverity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from gradflow.report.report import Report as Judged  # a hint alone: reports are drawn by what is here
 
 INK, SOFT, LINE = "#1f2937", "#64748b", "#1d4ed8"
 COLOURS = ("#1d4ed8", "#c2560a", "#15803d", "#7e22ce")  # blue, orange, green, purple
@@ -26,31 +28,7 @@ LABELS_PER_INCH = 6.5  # names in 7 points along an axis; of more, some are left
 MAX_LETTERS = 28
 
 
-class Judged(Protocol):
-    """A record with its verdicts: what a `Report` is to those who draw it."""
-
-    @property
-    def record(self) -> FlowRecord:
-        """What was measured."""
-        ...
-
-    @property
-    def issues(self) -> tuple[Issue, ...]:
-        """The verdicts."""
-        ...
-
-    @property
-    def causes(self) -> tuple[Cause, ...]:
-        """What explains them."""
-        ...
-
-    @property
-    def trials(self) -> TrialsRecord | None:
-        """What fixes did."""
-        ...
-
-
-def is_judged(source: Any) -> bool:
+def is_judged(source: Any) -> TypeGuard[Judged]:
     """Answer whether it is a report: a record with its verdicts."""
     return isinstance(getattr(source, "record", None), FlowRecord) and hasattr(source, "causes")
 
@@ -120,6 +98,13 @@ def plain(ax: Axes) -> None:
     ax.grid(True, color="#e2e8f0", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.tick_params(labelsize=8)
+
+
+def whole_steps(ax: Axes) -> None:
+    """Put marks at whole numbers alone along x."""
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def said(ax: Axes, text: str) -> Axes:

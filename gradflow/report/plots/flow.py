@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from gradflow.report.plots.canvas import (
     COLOURS,
     SEVERITIES,
     SOFT,
-    Judged,
     axes_for,
     is_judged,
     named_ticks,
@@ -23,6 +22,8 @@ from gradflow.report.series import finite_middle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from gradflow.report.plots.canvas import Judged
 
 
 def plot_flow(source: Judged | FlowRecord, *, ax: Axes | None = None) -> Axes:
@@ -62,7 +63,7 @@ def plot_flow(source: Judged | FlowRecord, *, ax: Axes | None = None) -> Axes:
     if len(zero):
         ax.plot(zero, np.full(len(zero), foot), "x", color=SOFT, label="exactly zero")
     if is_judged(source):
-        _mark(ax, cast(Judged, source), np.where(middles > 0, middles, foot))
+        _mark(ax, source, np.where(middles > 0, middles, foot))
     named_ticks(ax, [layer.name for layer in record.layers], along="x")
     ax.set_ylabel("gradient rms", fontsize=8)
     ax.legend(fontsize=7, frameon=False)

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradflow.records import Floats, FlowRecord
-from gradflow.report.plots.canvas import Judged, axes_for, named_ticks, record_of, said
+from gradflow.report.plots.canvas import axes_for, named_ticks, record_of, said, whole_steps
 from gradflow.report.series import GRIDS, HEAD_NUMBERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from gradflow.report.plots.canvas import Judged
 
 _MISSING = "#d1d5db"
 
@@ -52,7 +54,7 @@ def plot_grid(source: Judged | FlowRecord, number: str = "gradient", *, ax: Axes
         _image(ax, values, 0.0, 1.0, "viridis", label="share")
     ax.set_title(grid.title, fontsize=9, loc="left")
     ax.set_xlabel("measured step", fontsize=8)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    whole_steps(ax)
     named_ticks(ax, [name for name, _ in grid.rows], along="y")
     return ax
 
@@ -89,7 +91,7 @@ def plot_attention(source: Judged | FlowRecord, number: str = "entropy", *, ax: 
     _image(ax, values, 0.0, 1.0, "viridis", label="share")
     ax.set_title(told.title, fontsize=9, loc="left")
     ax.set_xlabel("head", fontsize=8)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    whole_steps(ax)
     named_ticks(ax, [layer.name for layer in layers], along="y")
     return ax
 
