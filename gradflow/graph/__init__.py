@@ -5,8 +5,8 @@ record. This folder never calls a model.
 
 From low to high, each importing only from those before it: `table.py` (the record as arrays), `flow.py`
 (gain, coherence, ω), `algebra/` (the Hodge decomposition), `data.py` (a record with all of these, which every
-query takes), `values.py` (nodes and edges with their numbers) and `coarse/` (contraction), `queries/` and
-`export.py`, `layer_graph.py` (the public class).
+query takes), `values.py` (nodes and edges with their numbers) and `coarse/` (contraction, folding, parts),
+`queries/` and `export.py`, `readers.py` (graphs from elsewhere), `layer_graph.py` (the public class).
 """
 
 from gradflow.graph.algebra.hodge import HodgeDecomposition
@@ -16,6 +16,7 @@ from gradflow.graph.queries.bottlenecks import Bottleneck
 from gradflow.graph.queries.circulation import Circulation
 from gradflow.graph.queries.compare import EdgeChange, GraphChange, NodeChange
 from gradflow.graph.queries.critical import CriticalPoint
+from gradflow.graph.queries.cuts import Cut
 from gradflow.graph.queries.paths import GradientPath
 from gradflow.graph.queries.reach import Unreachable
 from gradflow.graph.values import Edge, Node
@@ -24,6 +25,7 @@ __all__ = [
     "Bottleneck",
     "Circulation",
     "CriticalPoint",
+    "Cut",
     "Edge",
     "EdgeChange",
     "FlowNumbers",

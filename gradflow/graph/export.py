@@ -1,4 +1,4 @@
-"""Exports of the graph: networkx, node-link JSON, GraphML and DOT, with plain attributes.
+"""Exports of the graph: networkx, node-link JSON, GraphML, DOT and pandas, with plain attributes.
 
 networkx takes longer to import than the rest of gradflow together, so it is imported where it is needed.
 """
@@ -9,11 +9,14 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from gradflow.graph.data import GraphData
-from gradflow.graph.values import edge_values, node_values
+from gradflow.graph.values import Edge, Node, edge_values, node_values
 
 if TYPE_CHECKING:
     import networkx as nx
+    import pandas as pd
 
 
 def networkx_graph(graph: GraphData) -> nx.DiGraph:
@@ -124,6 +127,34 @@ def to_dot(graph: GraphData) -> str:
             style = "penwidth=1.0"
         lines.append(f"  {arrow} [{style}];")
     return "\n".join([*lines, "}"])
+
+
+def to_pandas(graph: GraphData) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the nodes and the edges as two tables of pandas, with all their numbers.
+
+    Returns:
+        The nodes, by name in the order of execution, with the fields of `Node` as columns; and the edges, by
+        (source, target), with those of `Edge`. Means over the measured steps, NaN where not measured.
+
+    Raises:
+        ImportError: if pandas is not installed.
+
+    >>> from gradflow.graph import LayerGraph
+    >>> graph = LayerGraph.from_flows({"fc": 2.0, "loss": 1.0}, {("fc", "loss"): 2.0})
+    >>> nodes, edges = graph.to_pandas()
+    >>> float(nodes.loc["fc", "grad_norm"]), float(edges.loc[("fc", "loss"), "flow"])
+    (2.0, 2.0)
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise ImportError(
+            "graph.to_pandas needs pandas, which is not installed. It is an extra of gradflow: "
+            'pip install "gradient-flow[pandas]".'
+        ) from error
+    nodes = pd.DataFrame(node_values(graph), columns=[field.name for field in attrs.fields(Node)])
+    edges = pd.DataFrame(edge_values(graph), columns=[field.name for field in attrs.fields(Edge)])
+    return nodes.set_index("name"), edges.set_index(["source", "target"])
 
 
 def _quoted(text: str) -> str:

@@ -6,7 +6,7 @@ Everything here is elementwise on arrays of shape (nodes, steps) and (edges, ste
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -190,6 +190,11 @@ def log_of(values: Floats) -> Floats:
 def number_field() -> Any:
     """Return an attrs field for a float in which NaN equals NaN, so that records compare."""
     return attrs.field(converter=lambda x: NAN if x != x else float(x), eq=lambda x: (x,))
+
+
+def known_numbers(values: Iterable[float]) -> tuple[float, ...]:
+    """Return the numbers as a tuple with one NaN that equals itself, so that records compare."""
+    return tuple(NAN if value != value else value for value in values)
 
 
 def exponential(nats: float) -> float:

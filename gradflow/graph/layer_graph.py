@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import attrs
-import numpy as np
 
-from gradflow.graph import export, values
-from gradflow.graph.coarse import blocks, contract
+from gradflow.graph import export, readers, values
+from gradflow.graph.coarse import blocks, contract, folding, parts
 from gradflow.graph.data import GraphData
-from gradflow.graph.queries import bottlenecks, circulation, compare, critical, paths, reach
+from gradflow.graph.queries import bottlenecks, circulation, compare, critical, cuts, paths, reach
 from gradflow.graph.values import Edge
-from gradflow.records import EdgeRecord, GraphRecord, NodeRecord
 from gradflow.records.showing import Shown
 
 if TYPE_CHECKING:
     import networkx as nx
+    from matplotlib.figure import Figure
 
 
 @attrs.frozen(slots=False, repr=False)
@@ -73,27 +73,34 @@ class LayerGraph(GraphData, Shown):
         >>> LayerGraph.from_flows({"fc": [2.0, 1.0], "loss": [1.0, 1.0]}, {("fc", "loss"): [2.0, 1.0]})
         LayerGraph(full: 2 nodes (1 layer, 1 loss), 1 edge, 2 steps measured)
         """
-        rows = {name: np.atleast_1d(np.asarray(value, dtype=float)) for name, value in grad_norms.items()}
-        steps = max((len(row) for row in rows.values()), default=0)
-        blank = np.full(steps, np.nan)
-        elements, ranks = num_elements or {}, effective_ranks or {}
-        nodes = []
-        for order, (name, norm) in enumerate(rows.items()):
-            kind = "op" if name in ops else "loss" if name == "loss" else "layer"
-            kind = "input" if name.startswith("input") else kind
-            nodes.append(
-                NodeRecord(
-                    name=name, kind=kind, layer=name if kind == "layer" else "", type=kind, order=order,
-                    num_elements=elements.get(name, 0), grad_norm=norm, input_grad_norm=blank,
-                    parameters=(f"{name}.weight",) if kind == "layer" else (),
-                    effective_rank=np.atleast_1d(ranks[name]) if name in ranks else blank,
-                )
-            )  # fmt: skip
-        edges = [
-            EdgeRecord(source=u, target=v, flow=np.atleast_1d(np.asarray(flow, dtype=float)))
-            for (u, v), flow in flows.items()
-        ]
-        return cls(GraphRecord(nodes=nodes, edges=edges, steps=range(steps)))
+        record = readers.record_of_flows(
+            grad_norms, flows, ops=ops, num_elements=num_elements or {}, effective_ranks=effective_ranks or {}
+        )
+        return cls(record)
+
+    @classmethod
+    def from_networkx(cls, graph: nx.DiGraph) -> LayerGraph:
+        """Return a graph from a directed graph of networkx, such as a changed copy of `graph.nx`.
+
+        Args:
+            graph: edges in the direction of the data, with a `flow` each where flows are known; attributes of
+                nodes as `graph.nx` has them, all optional: `kind` (`layer`, `op`, `input`, `loss`, `block`),
+                `grad_norm`, `gain`, `effective_rank`, `parameters`, `shape`, `num_elements`, and so on. A
+                node without a kind is a layer, and the loss if it is called `loss`.
+
+        Returns:
+            The full graph, of one measured step; of topology alone where no edge has a flow.
+
+        Raises:
+            RecordFormatError: if it is not a `DiGraph`, or an attribute is something else than expected.
+
+        >>> import networkx as nx
+        >>> flows = nx.DiGraph()
+        >>> flows.add_edge("fc", "loss", flow=2.0)
+        >>> LayerGraph.from_networkx(flows).edge("fc", "loss").flow
+        2.0
+        """
+        return cls(readers.record_of_networkx(graph))
 
     @functools.cached_property
     def nx(self) -> nx.DiGraph:
@@ -107,6 +114,21 @@ class LayerGraph(GraphData, Shown):
     def severed(self) -> tuple[Edge, ...]:
         """The edges that carry nothing: cut, or exactly zero at every measured step."""
         return tuple(Edge(**e) for e in values.edge_values(self) if e["severed"])
+
+    def draw(self, path: str | Path | None = None, **options: Any) -> Figure:
+        """Draw the graph with matplotlib; see `gradflow.report.plots.draw_graph` for the options.
+
+        Args:
+            path: where to save it, as PNG, SVG or PDF by its ending; None to save nothing.
+            options: `ax`, `level`, `max_nodes`.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        # Against the direction of the layout, as `record.graph` is: graphs know nothing of rendering.
+        from gradflow.report.plots import draw_graph
+
+        return draw_graph(self, path, **options)
 
     def __repr__(self) -> str:
         kinds: dict[str, int] = {}
@@ -128,16 +150,21 @@ class LayerGraph(GraphData, Shown):
     edge_values = values.edge_values
     layers = contract.layers
     at = blocks.at
+    fold = folding.fold
+    subgraph = parts.subgraph
     path = paths.path
+    weakest_path = paths.weakest_path
     transmission = paths.transmission
     circulation = circulation.circulation
     bottlenecks = bottlenecks.bottlenecks
+    minimum_cut = cuts.minimum_cut
     critical_points = critical.critical_points
     unreachable = reach.unreachable
     compare = compare.compare
     to_node_link = export.to_node_link
     to_graphml = export.to_graphml
     to_dot = export.to_dot
+    to_pandas = export.to_pandas
 
 
 def _count(number: int, noun: str) -> str:

@@ -32,7 +32,8 @@ from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, parsed, to
 from gradflow.records.showing import Shown
 from gradflow.records.updates import UpdatesRecord
 
-if TYPE_CHECKING:  # the one name that points down the layout: see FlowRecord.graph
+if TYPE_CHECKING:  # names that point down the layout: see FlowRecord.graph and FlowRecord.compare
+    from gradflow.comparing import Comparison
     from gradflow.graph import LayerGraph
 
 
@@ -173,6 +174,19 @@ class FlowRecord(Shown):
         from gradflow.graph import LayerGraph
 
         return LayerGraph.from_record(self)
+
+    def compare(self, other: FlowRecord) -> Comparison:
+        """Return what changed from this record to another of the same model; see `gradflow.compare`.
+
+        Args:
+            other: the record after.
+
+        Raises:
+            RecordInputError: if it is no record.
+        """
+        from gradflow.comparing import compare  # against the direction of the layout, as `graph` is
+
+        return compare(self, other)
 
     @property
     def failed(self) -> bool:

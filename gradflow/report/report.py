@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -33,6 +33,9 @@ from gradflow.report.html.page import report_html
 from gradflow.report.text.full import full_text
 from gradflow.report.text.short import short_text
 from gradflow.report.wording import serious_issues
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def _to_lines(value: Any) -> tuple[str, ...]:
@@ -183,6 +186,23 @@ class Report(Shown):
         if data["ok"] is not report.ok:
             raise RecordFormatError.at(f"ok: expected {report.ok}, as the issues have it, got {data['ok']!r}")
         return report
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Return a matplotlib figure of the report at a glance; one question each: `gradflow.report.plots`.
+
+        Args:
+            path: where to save it, as PNG, SVG or PDF by its ending; None to save nothing.
+
+        Returns:
+            The figure: the flow with its issues, the gradient of layers × steps, loss and gradient norm, and
+            what else was measured. `figure.axes` are its panels, to be restyled.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        from gradflow.report.plots import plot_report  # a reader of JSON needs none of it
+
+        return plot_report(self, path)
 
     def html(self) -> str:
         """Return the report as one HTML page that needs nothing else."""

@@ -22,6 +22,7 @@ QUESTIONS: dict[str, tuple[str, Callable[[LayerGraph, str, str], object]]] = {
     "hodge": ("flow", lambda g, a, b: g.hodge),
     "hodge_per_step": ("flow", lambda g, a, b: g.hodge_per_step),
     "path": ("flow", lambda g, a, b: g.path(a, b)),
+    "weakest_path": ("flow", lambda g, a, b: g.weakest_path(a, b)),
     "transmission": ("flow", lambda g, a, b: g.transmission(a, b)),
     "circulation": ("flow", lambda g, a, b: g.circulation()),
     "bottlenecks": ("flow", lambda g, a, b: g.bottlenecks()),
@@ -30,6 +31,9 @@ QUESTIONS: dict[str, tuple[str, Callable[[LayerGraph, str, str], object]]] = {
     "compare": ("structure", lambda g, a, b: g.compare(g)),
     "layers": ("structure", lambda g, a, b: g.layers()),
     "at": ("structure", lambda g, a, b: g.at(depth=1)),
+    "fold": ("structure", lambda g, a, b: g.fold()),
+    "subgraph": ("structure", lambda g, a, b: g.subgraph("*") if len(g) else ()),
+    "to_pandas": ("structure", lambda g, a, b: g.to_pandas()[0]),
     "nx": ("structure", lambda g, a, b: g.nx),
     "to_node_link": ("structure", lambda g, a, b: json.dumps(g.to_node_link(), allow_nan=False)),
     "to_dot": ("structure", lambda g, a, b: g.to_dot()),
@@ -47,9 +51,13 @@ OTHERS = {
     "step",
     "from_record",
     "from_flows",
+    "from_networkx",
+    "minimum_cut",
+    "draw",
     "to_graphml",
     "coarser",
 }  # tested by themselves
+NAMED = ("path", "weakest_path", "transmission")  # asked of two nodes
 
 
 def empty() -> LayerGraph:
@@ -115,14 +123,14 @@ def test_a_topology_answers_what_structure_tells_and_says_what_the_rest_needs(qu
             assert ask(graph, names[-1], names[0]) is not None
 
 
-@pytest.mark.parametrize("question", [q for q in QUESTIONS if q not in ("path", "transmission")])
+@pytest.mark.parametrize("question", [q for q in QUESTIONS if q not in NAMED])
 def test_an_empty_graph_has_nothing_to_tell(question: str) -> None:
     answer = QUESTIONS[question][1](empty(), "", "")
     if isinstance(answer, tuple | list):
         assert len(answer) == 0
 
 
-@pytest.mark.parametrize("question", ["path", "transmission"])
+@pytest.mark.parametrize("question", NAMED)
 def test_a_name_that_is_not_there(question: str) -> None:
     for graph in (empty(), residual(0.5)):
         for pair in (("loss", "nowhere"), ("nowhere", "loss")):

@@ -1,4 +1,4 @@
-"""Coarser graphs: without the operations between layers, or with whole modules as one node.
+"""Coarser graphs: without the operations between layers, or with whole modules as one node; and parts.
 
 May import: `table.py`, `flow.py`, `data.py`.
 """

@@ -61,7 +61,7 @@ def at(graph: G, pattern: str | None = None, *, depth: int | None = None, max_ed
         )
     if depth is not None and depth < 1:
         raise ValueError(f"graph.at: expected depth of at least 1, got {depth}. depth=1 names top modules.")
-    name_of = _by_depth(depth) if depth is not None else _by_pattern(str(pattern))
+    name_of = _by_depth(depth) if depth is not None else by_pattern(str(pattern))
     if pattern is not None and not any(_blocks(full, lambda node: name_of(node.layer))):
         raise UnknownLayerError.at(pattern, sorted({n.layer for n in full.record.nodes if n.layer}))
     level = f"depth {depth}" if depth is not None else str(pattern)
@@ -104,7 +104,8 @@ def _by_depth(depth: int) -> Callable[[str], str | None]:
     return block
 
 
-def _by_pattern(pattern: str) -> Callable[[str], str | None]:
+def by_pattern(pattern: str) -> Callable[[str], str | None]:
+    """Return a function from a dotted module name to the part of it that a glob matches, or None."""
     globs = pattern.split(".")
 
     def block(module: str) -> str | None:

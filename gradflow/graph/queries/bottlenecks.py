@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from gradflow.graph.coarse.parts import between
 from gradflow.graph.data import GraphData
 from gradflow.graph.flow import arithmetic_mean, geometric_mean, node_gain, number_field
 from gradflow.graph.queries.dominators import DominatorTree, cut_capacities, dominator_tree
@@ -78,7 +79,13 @@ class _Context:
 
 
 def bottlenecks(
-    graph: GraphData, k: int = 5, *, throttle: float = 0.5, narrow: float = 0.5
+    graph: GraphData,
+    k: int = 5,
+    *,
+    source: str | None = None,
+    target: str | None = None,
+    throttle: float = 0.5,
+    narrow: float = 0.5,
 ) -> tuple[Bottleneck, ...]:
     """Return where the gradient must pass and is throttled, worst first; healthy waists come last.
 
@@ -93,8 +100,14 @@ def bottlenecks(
     for nodes that are a local minimum of width on the chain of dominators (the first of equals). The loss
     and operations with one element are left out: their gain says how a mean spreads over a batch.
 
+    With `source` and `target` the same is asked of the part of the graph between the two: what throttles the
+    gradient on its way from the one back to the other, weighed by the trainable layers between them. What
+    gain is usual is still the whole network's.
+
     Args:
         k: how many to return at most.
+        source: name of the node that the gradient comes from; None for the loss.
+        target: name of the node that it is to arrive at; None for all that is upstream.
         throttle: a node is listed if `gain_ratio` or `rank_ratio` is below it; a half, as
             layers of one network differ by less than a factor of 2 from their initialisation alone.
         narrow: a node is narrow if both width shares are below it; a half, as widths go in powers of two.
@@ -103,7 +116,9 @@ def bottlenecks(
         At most k records: first what is throttled, by score; then waists, by score.
 
     Raises:
-        ValueError: if `k` is below 1, or `throttle` or `narrow` is not in (0, 1].
+        ValueError: if `k` is below 1, `throttle` or `narrow` is not in (0, 1], or `source` feeds `target`:
+            the gradient runs the other way.
+        UnknownLayerError: if there is no node named `source` or `target`.
         GraphUnavailableError: if only the topology was taken: what throttles is told by the flow.
 
     Dominators: K. D. Cooper, T. J. Harvey, K. Kennedy, "A simple, fast dominance algorithm", 2001.
@@ -116,6 +131,8 @@ def bottlenecks(
     >>> worst = graph.bottlenecks()[0]
     >>> worst.name, round(worst.gain, 6), worst.is_dominator, worst.waist
     ('fc3', 0.01, True, False)
+    >>> [found.name for found in graph.bottlenecks(source="fc2")]     # nothing is lost before fc2
+    []
     """
     if k < 1 or not (0 < throttle <= 1 and 0 < narrow <= 1):
         raise ValueError(
@@ -123,19 +140,39 @@ def bottlenecks(
             f"k={k!r}, throttle={throttle!r}, narrow={narrow!r}."
         )
     graph.table.check_measured("graph.bottlenecks")
-    context = _context(graph.table, narrow)
+    usual_gain = _usual_gain(graph.table)
+    if source is not None or target is not None:
+        _check_direction(graph, source, target)
+        graph = between(graph, source, target)
+    context = _context(graph.table, narrow, usual_gain)
     found = [_weighed(context, node, throttle) for node in context.tree.order]
     ranked = sorted((b for b in found if b is not None), key=lambda b: (b.waist, -b.score))
     return tuple(ranked[:k])
 
 
-def _context(table: FlowTable, narrow: float) -> _Context:
+def _check_direction(graph: GraphData, source: str | None, target: str | None) -> None:
+    if source is None or target is None or source == target or len(between(graph, source, target)):
+        return
+    if len(between(graph, target, source)):
+        raise ValueError(
+            f"graph.bottlenecks: {source!r} feeds {target!r}, and the gradient runs against the data: "
+            f"ask for source={target!r}, target={source!r}."
+        )
+
+
+def _usual_gain(table: FlowTable) -> float:
+    """Return the median gain of the network's layers, at most 1."""
+    gains = geometric_mean(node_gain(table)).tolist()
+    pairs = zip(table.nodes, gains, strict=True)
+    return min(1.0, _median([gain for node, gain in pairs if node.kind in ("layer", "block") and gain > 0]))
+
+
+def _context(table: FlowTable, narrow: float, usual_gain: float) -> _Context:
     tree = dominator_tree(table)
     gains = geometric_mean(node_gain(table)).tolist()
     ranks = arithmetic_mean(table.rank).tolist()
     before, after = _widest(table)
     is_layer = [node.kind in ("layer", "block") for node in table.nodes]
-    usual_gain = min(1.0, _median([g for g, layer in zip(gains, is_layer, strict=True) if layer and g > 0]))
 
     def capacity(node: int) -> float:
         if not is_layer[node]:
@@ -191,10 +228,11 @@ def _weighed(context: _Context, node: int, throttle: float) -> Bottleneck | None
         "cut_capacity": context.cuts.get(node, math.nan),
         "waist": not throttled,
     }
-    return Bottleneck(**values, reason=_reason(values, context.usual_gain, context.rank_room[node], throttle))
+    return Bottleneck(**values, reason=_reason(values, context, node, throttle))
 
 
-def _reason(values: dict[str, Any], usual_gain: float, room: float, throttle: float) -> str:
+def _reason(values: dict[str, Any], context: _Context, node: int, throttle: float) -> str:
+    table, usual_gain, room = context.table, context.usual_gain, context.rank_room[node]
     parts = []
     if values["gain_ratio"] < throttle:
         parts.append(f"passes on {values['gain']:.3g} of its gradient (usual here: {usual_gain:.3g})")
@@ -205,7 +243,9 @@ def _reason(values: dict[str, Any], usual_gain: float, room: float, throttle: fl
         told = "with a healthy gain" if math.isfinite(values["gain"]) else "its gain was not measured"
         parts.append(f"is narrow ({values['width_before']:.3g} and {values['width_after']:.3g} of the widest "
                      f"before and behind), {told}")  # fmt: skip
-    share = f"{values['must_pass']:.0%} of the trainable layers up to it have no other way to the loss"
+    root = " and ".join(table.name(i) for i in table.roots()[:2]) or "the loss"
+    root = "the loss" if any(n.kind == "loss" for n in table.nodes) else root
+    share = f"{values['must_pass']:.0%} of the trainable layers up to it have no other way to {root}"
     return f"{values['name']} {'; '.join(parts)}; {share}."
 
 

@@ -1,21 +1,25 @@
-"""Where the gradient goes: the path that carries most of it, and how much comes through over all paths."""
+"""Where the gradient goes: the paths that carry most and least of it, and how much comes through over all."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import attrs
 import numpy as np
 
 from gradflow.graph.data import GraphData
-from gradflow.graph.flow import absent, edge_ratios, exponential, geometric_mean, number_field, outflow, ratio
+from gradflow.graph.flow import (
+    absent,
+    edge_ratios,
+    exponential,
+    geometric_mean,
+    known_numbers,
+    number_field,
+    outflow,
+    ratio,
+)
 from gradflow.graph.table import FlowTable
-from gradflow.records import NAN, Floats
-
-
-def _numbers(values: Iterable[float]) -> tuple[float, ...]:
-    return tuple(NAN if value != value else value for value in values)  # one NaN, equal to itself
+from gradflow.records import Floats
 
 
 @attrs.frozen(kw_only=True)
@@ -39,8 +43,8 @@ class GradientPath:
     target: str
     nodes: tuple[str, ...]
     ratios: tuple[float, ...]
-    gains: tuple[float, ...] = attrs.field(converter=_numbers)
-    grad_norms: tuple[float, ...] = attrs.field(converter=_numbers)
+    gains: tuple[float, ...] = attrs.field(converter=known_numbers)
+    grad_norms: tuple[float, ...] = attrs.field(converter=known_numbers)
     log_transmission: float = number_field()
     share: float = number_field()
     reason: str = ""
@@ -93,15 +97,50 @@ def path(graph: GraphData, source: str, target: str) -> GradientPath:
     >>> round(route.share, 2)
     0.98
     """
+    return _route(graph, source, target, weakest=False)
+
+
+def weakest_path(graph: GraphData, source: str, target: str) -> GradientPath:
+    """Return the path between two nodes that carries least of the gradient, of those that carry any.
+
+    The path with the smallest product of r(u→v) = f(u→v) / ‖g_v‖ over its edges; see `path`. Where it is far
+    weaker than the strongest one, a branch of the network is all but out of the training. Ways that are
+    severed carry nothing, and are told by `severed` and `unreachable`.
+
+    Args:
+        source: name of the first node.
+        target: name of the last node.
+
+    Returns:
+        As `path` does.
+
+    Raises:
+        UnknownLayerError: if there is no node of that name.
+        GraphUnavailableError: if only the topology was taken, or the graph has a cycle.
+
+    >>> from gradflow.graph import LayerGraph
+    >>> graph = LayerGraph.from_flows(
+    ...     {"fc1": 1.02, "fc2": 1.0, "add": 1.0, "loss": 1.0},
+    ...     {("fc1", "fc2"): 0.02, ("fc1", "add"): 1.0, ("fc2", "add"): 1.0, ("add", "loss"): 1.0},
+    ...     ops=("add",))
+    >>> print(graph.weakest_path("loss", "fc1"))
+    loss -(1)- add -(1)- fc2 -(0.02)- fc1
+    """
+    return _route(graph, source, target, weakest=True)
+
+
+def _route(graph: GraphData, source: str, target: str, *, weakest: bool) -> GradientPath:
+    """Return the path with the largest or the smallest sum of ω."""
+    call = "graph.weakest_path" if weakest else "graph.path"
     table = graph.table
-    table.check_measured("graph.path")
-    topo = table.order("graph.path")
+    table.check_measured(call)
+    topo = table.order(call)
     first, last = graph.position(source), graph.position(target)
     place = {node: i for i, node in enumerate(topo)}
     low, high = sorted((first, last), key=place.__getitem__)  # the data runs from low to high
     omega = graph.numbers.mean_omega
     between = topo[place[low] : place[high] + 1]
-    best, total, chosen = _best(table, omega, between, high)
+    best, total, chosen = _best(table, omega, between, high, sign=-1.0 if weakest else 1.0)
     if low not in best:
         reason = _why_not(graph, low, high)
         nan = float("nan")
@@ -128,9 +167,12 @@ def path(graph: GraphData, source: str, target: str) -> GradientPath:
 
 
 def _best(
-    table: FlowTable, omega: Floats, between: list[int], high: int
+    table: FlowTable, omega: Floats, between: list[int], high: int, *, sign: float
 ) -> tuple[dict[int, float], dict[int, float], dict[int, int]]:
-    """Walk back from `high`: the best sum of ω to every node, the log of the sum over all paths, the edge."""
+    """Walk back from `high`: the best sum of ω to every node, the log of the sum over all paths, the edge.
+
+    The best is the largest, with a `sign` of −1 the smallest.
+    """
     best: dict[int, float] = {high: 0.0}
     total: dict[int, float] = {high: 0.0}
     chosen: dict[int, int] = {}
@@ -144,7 +186,7 @@ def _best(
             if heads[e] in best and math.isfinite(weights[e])
         ]
         if options:
-            best[node], _, chosen[node] = max(options, key=lambda o: (o[0], -o[2]))
+            best[node], _, chosen[node] = max(options, key=lambda o: (sign * o[0], -o[2]))
             top = max(option[1] for option in options)
             total[node] = top + math.log(sum(math.exp(option[1] - top) for option in options))
     return best, total, chosen

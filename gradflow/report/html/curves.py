@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -11,10 +10,10 @@ from html import escape
 
 import numpy as np
 
-from gradflow.detect.evidence import kept_at_least, shares, total_gradient
-from gradflow.detect.view import flow_of
+from gradflow.detect.evidence import total_gradient
 from gradflow.records import Floats, FlowRecord
 from gradflow.report.html.pieces import number, section
+from gradflow.report.series import GRIDS, Grid
 from gradflow.report.svg import Domain, polyline, thinned
 
 MAX_STEPS = 200
@@ -76,7 +75,7 @@ _NONE = (128, 128, 128)
 
 def heat_section(record: FlowRecord) -> str:
     """Return pictures of layers × steps of what was measured, one beside the other behind tabs."""
-    maps = [m for m in (_rms(record), _share(record), _activity(record), _updates(record)) if m]
+    maps = [m for grid in GRIDS.values() if (m := _map(grid(record)))]
     if not maps:
         return ""
     tabs = "".join(
@@ -90,40 +89,9 @@ def heat_section(record: FlowRecord) -> str:
     )
 
 
-def _rms(record: FlowRecord) -> tuple[str, str] | None:
-    rows = [(layer.name, layer.grad_rms) for layer in record.layers]
-    return _map("Gradient rms", rows, "colour: powers of ten over or under the median of all", relative=True)
-
-
-def _share(record: FlowRecord) -> tuple[str, str] | None:
-    if not record.layers or not record.steps:
-        return None
-    flow = flow_of(record)
-    found = shares(flow, kept_at_least(flow)).share
-    rows = [(layer.name, found[name]) for name, layer in flow.layers.items() if name in found]
-    return _map("Share of expected", rows, "grey: as much as should arrive, or more; blue: less", one=True)
-
-
-def _activity(record: FlowRecord) -> tuple[str, str] | None:
-    rows = []
-    for a in record.activations:
-        alive = a.fired_share if a.kind == "rectifier" else 1.0 - a.saturated_share
-        rows.append((a.name, alive))
-    return _map("Activity", rows, "share of elements that fire, or are not saturated", linear=True)
-
-
-def _updates(record: FlowRecord) -> tuple[str, str] | None:
-    if record.updates is None:
-        return None
-    rows = [(p.name, p.ratio) for p in record.updates.parameters]
-    return _map("Update ratio", rows, "update over weight; grey: 1e-3, a usual one", one=True, centre=-3.0)
-
-
-def _map(
-    title: str, rows: Sequence[tuple[str, Floats]], told: str, *, relative: bool = False, one: bool = False,
-    linear: bool = False, centre: float = 0.0,
-) -> tuple[str, str] | None:  # fmt: skip
+def _map(grid: Grid) -> tuple[str, str] | None:
     """Return a heat map with the layers from left to right and the steps downwards, or None if all is NaN."""
+    title, rows = grid.title, grid.rows
     length = max((len(v) for _, v in rows), default=0)
     if not length:
         return None
@@ -134,17 +102,15 @@ def _map(
             values[:, i] = row[picked]
     if np.isnan(values).all():
         return None
-    if linear:
+    if grid.scale == "share":
         pixels, scale = _ramp(values), '<i class="ramp"></i>'
         ends = "0", "1"
     else:
         with np.errstate(divide="ignore", invalid="ignore"):
             logs = np.log10(values)
-        known = logs[np.isfinite(logs)]
-        middle = float(np.median(known)) if relative and len(known) else centre
-        reach = 3.0 if one else 6.0
-        pixels, scale = _diverging((logs - middle) / reach), '<i class="scale"></i>'
-        ends = number(10 ** (middle - reach)), number(10 ** (middle + reach))
+        usual, reach = grid.usual, grid.reach
+        pixels, scale = _diverging((logs - usual) / reach), '<i class="scale"></i>'
+        ends = number(10.0 ** (usual - reach)), number(10.0 ** min(usual + reach, 308.0))
     names = escape("\n".join(name or "(model)" for name, _ in rows))
     return title, (
         f'<figure><div class="grid"><img alt="{escape(title)} of {len(rows)} layers over {length} steps" '
@@ -152,7 +118,7 @@ def _map(
         f'style="height:{min(max(8 * len(picked), 90), 320)}px"/></div>'
         f'<div class="ends"><span>input</span><span class="tip tool" data-names="{names}" '
         f'data-steps="{length}"></span><span>loss</span></div>'
-        f'<div class="legend"><span>layers to the right, {length} steps downwards; {escape(told)}</span>'
+        f'<div class="legend"><span>layers to the right, {length} steps downwards; {escape(grid.told)}</span>'
         f"<span>{ends[0]}{scale}{ends[1]}</span></div></figure>"
     )
 
@@ -187,9 +153,3 @@ def png(pixels: np.ndarray) -> bytes:
     head = struct.pack(">IIBBBBB", columns, rows, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines.tobytes(), 9)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
-
-
-def finite_middle(values: Floats) -> float:
-    """Return the median of the finite values; NaN if there are none."""
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else math.nan

@@ -1,12 +1,7 @@
-"""What the picture of a model shows: its blocks in the order they run, and what flows between them.
-
-A model has hundreds of layer calls; what one can look at has some thirty boxes. So the modules of a numbered
-list are boxes of their own (`h.0`, `h.1`, ...), and where these are too many, runs of them.
-"""
+"""What the picture of a model shows: its folded blocks in the order they run, and what flows between them."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -15,8 +10,8 @@ import numpy as np
 
 from gradflow.errors import GraphUnavailableError
 from gradflow.graph import LayerGraph
-from gradflow.graph.coarse.blocks import grouped
-from gradflow.records import FlowRecord, LayerRecord, NodeRecord
+from gradflow.graph.coarse import folding
+from gradflow.records import FlowRecord, LayerRecord
 from gradflow.report.html.pieces import middle
 
 MAX_BOXES = 32
@@ -99,49 +94,14 @@ def picture(record: FlowRecord, *, most: int = MAX_BOXES) -> Picture:
 
 def runs_of(layers: Sequence[LayerRecord], most: int) -> dict[str, tuple[LayerRecord, ...]]:
     """Return the layer calls by the box that they are in, at most `most` of them, in the order they run."""
-    units: dict[str, list[LayerRecord]] = {}
-    for layer in layers:
-        units.setdefault(block_of(layer.module) or layer.name, []).append(layer)
-    names = list(units)
-    size, split = 1, True
-    while len(runs := _runs(names, size, split)) > most:
-        size, split = (size + 1, True) if size < len(names) else (math.ceil(len(names) / most), False)
-    found = {}
-    for run in runs:
-        title = run[0] if len(run) == 1 else f"{run[0]} … {run[-1].rpartition('.')[2] or run[-1]}"
-        found[title] = tuple(layer for name in run for layer in units[name])
-    return found
-
-
-def block_of(module: str) -> str:
-    """Return the entry of a numbered list that a module is in: `h.3` for `h.3.attn.proj`; "" for none.
-
-    >>> block_of("transformer.h.3.attn.proj"), block_of("head")
-    ('transformer.h.3', '')
-    """
-    parts = module.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return "" if place is None else ".".join(parts[: place + 1])
-
-
-def _runs(names: Sequence[str], size: int, split: bool) -> list[list[str]]:
-    """Return names in runs of `size`; with `split`, no run goes beyond the list that its first one is in."""
-    runs = []
-    for _, some in itertools.groupby(names, key=lambda n: n.rpartition(".")[0] if split else ""):
-        listed = list(some)
-        runs += [listed[i : i + size] for i in range(0, len(listed), size)]
-    return runs
+    by_name = {layer.name: layer for layer in layers}
+    runs = folding.runs_of({layer.name: layer.module for layer in layers}, most)
+    return {title: tuple(by_name[name] for name in names) for title, names in runs.items()}
 
 
 def _graph(record: FlowRecord, runs: Mapping[str, Sequence[LayerRecord]]) -> LayerGraph:
-    box_of_call = {call.name: name for name, calls in runs.items() if len(calls) > 1 for call in calls}
-    box_of_block = {block_of(call.module): box_of_call.get(call.name) for call in record.layers}
-    box_of_block.pop("", None)
-
-    def box(node: NodeRecord) -> str | None:
-        return box_of_call.get(node.name) or box_of_block.get(block_of(node.layer))
-
-    return grouped(record.graph, box, "picture", max_edges=4 * len(runs) + 60)
+    named = {title: [call.name or "(model)" for call in calls] for title, calls in runs.items()}
+    return folding.grouped_by_runs(record.graph, named, max_edges=4 * len(runs) + 60)
 
 
 def _chain(runs: Mapping[str, tuple[LayerRecord, ...]]) -> Picture:

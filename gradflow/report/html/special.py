@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 
-import numpy as np
-
-from gradflow.records import AttentionRecord, Floats, FlowRecord
-from gradflow.records.recurrent import mean_profile
-from gradflow.report.html.curves import chart, finite_middle
+from gradflow.records import AttentionRecord, FlowRecord
+from gradflow.report.html.curves import chart
 from gradflow.report.html.pieces import number, section, shortened
+from gradflow.report.series import HEAD_NUMBERS, HeadNumber, action_curves, time_curves
 
 MAX_RECURRENT = 8  # recurrent layers drawn
 CELL, NAME = 22, 150
@@ -28,23 +26,14 @@ def special_section(record: FlowRecord) -> str:
 def _attention(layers: Sequence[AttentionRecord]) -> str:
     if not layers:
         return ""
-    grids = [
-        _heads("Entropy, as a share of its maximum", layers, lambda a: a.entropy_share),
-        _heads("Weight on the first key", layers, lambda a: a.first_weight),
-        _heads(
-            "Gradient at the head, as a share of the largest", layers, lambda a: a.head_grad, relative=True
-        ),
-    ]
+    grids = [_heads(told, layers) for told in HEAD_NUMBERS.values()]
     return f'<div class="card figures">{"".join(grids)}</div>'
 
 
-def _heads(
-    title: str, layers: Sequence[AttentionRecord], pick: Callable[[AttentionRecord], Floats], *,
-    relative: bool = False,
-) -> str:  # fmt: skip
+def _heads(told: HeadNumber, layers: Sequence[AttentionRecord]) -> str:
     """Return a grid of layers × heads of a number in [0, 1]: the darker, the larger."""
-    values = [[finite_middle(column) for column in pick(layer).T] for layer in layers]
-    largest = max((v for row in values for v in row if v == v), default=0.0) if relative else 1.0
+    title, values = told.title, told.grid(layers)
+    largest = max((v for row in values for v in row if v == v), default=0.0) if told.relative else 1.0
     most = max((len(row) for row in values), default=0)
     if not most or largest <= 0:
         return ""
@@ -80,15 +69,7 @@ def _opacity(share: float) -> str:
 def _recurrent(record: FlowRecord) -> str:
     figures = []
     for layer in record.recurrences[:MAX_RECURRENT]:
-        series = [
-            (name, profile)
-            for level in layer.levels
-            for name, profile in (
-                (f"{level.level}: whole loss", mean_profile(level.gradient_profile)),
-                (f"{level.level}: last step read", mean_profile(level.readout_profile)),
-            )
-            if len(profile) and np.nanmax(profile, initial=0.0) > 0
-        ]
+        series = time_curves(layer)
         if series:
             figures.append(chart(f"{layer.name or '(model)'} ({layer.type})", series[:4], log=True))
     more = len(record.recurrences) - MAX_RECURRENT
@@ -102,17 +83,5 @@ def _policy(record: FlowRecord) -> str:
     figures = []
     for actions in record.policy.distributions:
         heads = ", ".join(actions.heads) or "actions"
-        if actions.discrete:
-            series = [
-                ("entropy, share of its maximum", actions.entropy_share),
-                ("largest probability", actions.max_prob),
-                ("samples that are as good as decided", actions.deterministic_share),
-            ]
-        else:
-            deviation = actions.deviation
-            series = [
-                ("smallest deviation", deviation.std_min), ("mean deviation", deviation.std_mean),
-                ("largest deviation", deviation.std_max), ("size of the mean action", deviation.mean_rms),
-            ]  # fmt: skip
-        figures.append(chart(f"{heads} ({actions.family})", series, axis="look"))
+        figures.append(chart(f"{heads} ({actions.family})", action_curves(actions), axis="look"))
     return f'<div class="card figures">{"".join(figures)}</div>' if figures else ""

@@ -37,6 +37,23 @@ def test_path_is_the_best_of_all_paths(net):
         assert math.prod(route.ratios) == pytest.approx(route.transmission)
 
 
+@settings(max_examples=40, deadline=None)
+@given(networks(max_nodes=8))
+def test_the_weakest_path_is_the_least_of_all_that_carry_any(net):
+    graph = net.graph
+    omega = dict(zip(graph.edges, graph.numbers.mean_omega, strict=True))
+    for name in graph:
+        every = all_paths(graph.edges, name, "loss")
+        sums = [sum(omega[pair] for pair in pairwise(p)) for p in every]
+        route = graph.weakest_path("loss", name)
+        assert route.log_transmission == pytest.approx(min(sums), abs=1e-9)
+        assert list(route.nodes[::-1]) in [
+            p for p, s in zip(every, sums, strict=True) if s < min(sums) + 1e-9
+        ]
+        assert route.share == pytest.approx(math.exp(min(sums)) / sum(map(math.exp, sums)), rel=1e-9)
+    assert residual(0.0).weakest_path("loss", "a").nodes == ("loss", "add", "a")  # the branch is severed
+
+
 @settings(max_examples=60, deadline=None)
 @given(networks(max_nodes=8))
 def test_transmission_from_the_loss_is_the_ratio_of_norms(net):

@@ -1,4 +1,4 @@
-"""Drawings of the layer graph with matplotlib, an optional extra: `pip install "gradient-flow[plot]"`.
+"""Drawings of the layer graph.
 
 Nodes stand in order of depth, data running down; edges are as wide as their flow; colour tells the gain.
 """
@@ -45,15 +45,16 @@ def draw_graph(
         graph: what to draw: a full graph, or one of `graph.layers()` and `graph.at(...)`.
         path: where to save it, as PNG, SVG or PDF by its ending; None to save nothing.
         ax: axes to draw into; None for a figure of its own, sized so that the labels fit.
-        level: `layers` contracts the operations of a full graph, `full` draws the graph as it is.
-        max_nodes: above this many nodes the graph is contracted to the deepest module level that fits, as
+        level: `layers` contracts the operations of a full graph, but for the sums of a long residual stream,
+            without which each layer would be joined to every later one; `full` draws the graph as it is.
+        max_nodes: above this many nodes repeated blocks are folded until the graph fits (`graph.fold`), as
             labels are not legible in a longer drawing, at whatever `level`; the figure says so below.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: if `level` is another word, or no module level has few enough nodes.
+        ValueError: if `level` is another word, or no folding has few enough nodes.
         ImportError: if matplotlib is not installed.
         GraphUnavailableError: if the graph has a cycle.
 
@@ -66,7 +67,7 @@ def draw_graph(
     mpl = _matplotlib()
     if level not in ("layers", "full"):
         raise ValueError(f"draw_graph: expected level 'layers' or 'full', got {level!r}.")
-    asked = graph.layers() if level == "layers" and graph.level == "full" else graph
+    asked = _contracted(graph) if level == "layers" and graph.level == "full" else graph
     shown = _fitting(asked, max_nodes)
     layout = graph_layout(shown)
     figure, axes, scale = _canvas(mpl, layout, ax)
@@ -136,18 +137,23 @@ def _canvas(mpl: Any, layout: Layout, ax: Axes | None) -> tuple[Figure, Any, flo
     return figure, axes, scale
 
 
+def _contracted(graph: LayerGraph) -> LayerGraph:
+    """Return the graph of layers; residual sums stay in it where edges would else outnumber nodes by far."""
+    layers = sum(node.kind == "layer" for node in graph.record.nodes)
+    return graph.layers(max_edges=3 * layers + 20)
+
+
 def _fitting(graph: LayerGraph, max_nodes: int) -> LayerGraph:
-    """Return the graph, contracted to the deepest module level that has at most `max_nodes` nodes."""
+    """Return the graph, with its repeated blocks folded so far that it has at most `max_nodes` nodes."""
     if len(graph) <= max_nodes:
         return graph
-    depths = [node.layer.count(".") + 1 for node in graph.full.record.nodes if node.layer]
-    for depth in range(max(depths, default=0), 0, -1):
-        blocks = graph.at(depth=depth)
-        if len(blocks) <= max_nodes and blocks.table.topo is not None:
-            return blocks
+    for most in range(max_nodes, 0, -max(1, max_nodes // 16)):
+        folded = graph.fold(most=most)
+        if len(folded) <= max_nodes and folded.table.topo is not None:
+            return folded
     raise ValueError(
-        f"draw_graph: the graph has {len(graph)} nodes, and contracted to its top modules still more than "
-        f"max_nodes={max_nodes}. Draw a part of it, such as graph.at('encoder.*'), or raise max_nodes."
+        f"draw_graph: the graph has {len(graph)} nodes, and folded into few blocks still more than "
+        f"max_nodes={max_nodes}. Draw a part of it, such as graph.subgraph('encoder.3'), or raise max_nodes."
     )
 
 

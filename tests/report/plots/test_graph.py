@@ -14,7 +14,7 @@ from tests.graph.dags import edge, edges_of, network, node, residual, topology
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
-plots = pytest.importorskip("gradflow.report.plots")
+plots = pytest.importorskip("gradflow.report.plots.graph")
 draw_graph = plots.draw_graph
 
 
@@ -107,7 +107,7 @@ def test_layers_are_drawn_unless_asked_otherwise():
 def test_a_large_graph_is_contracted_until_it_fits():
     figure = draw_graph(stream(30), max_nodes=40)
     assert {"n0", "blocks.0", "blocks.29", "loss"} <= set(texts(figure))
-    assert any(text.startswith("depth 2;") for text in texts(figure))
+    assert any(text.startswith("folded;") for text in texts(figure))
 
 
 def test_edges_are_as_wide_as_their_flow():
@@ -165,8 +165,10 @@ def test_into_axes_that_are_there():
 def test_what_it_refuses(monkeypatch):
     with pytest.raises(ValueError, match="expected level 'layers' or 'full', got 'ops'"):
         draw_graph(residual(0.5), level="ops")
-    with pytest.raises(ValueError, match=r"contracted to its top modules still more than max_nodes=3"):
-        draw_graph(network([(i, i + 1) for i in range(9)]).graph, max_nodes=3)
+    flows = {(f"input.{i}", "loss"): 1.0 for i in range(9)}
+    inputs = LayerGraph.from_flows({name: 1.0 for name, _ in flows} | {"loss": 1.0}, flows)
+    with pytest.raises(ValueError, match=r"folded into few blocks still more than max_nodes=3"):
+        draw_graph(inputs, max_nodes=3)
     flows = {("c.a", "m.b"): 1.0, ("m.b", "c.c"): 1.0, ("c.c", "loss"): 1.0}
     cyclic = LayerGraph.from_flows({"c.a": 1.0, "m.b": 1.0, "c.c": 1.0, "loss": 1.0}, flows).at(depth=1)
     with pytest.raises(GraphUnavailableError, match="draw_graph needs a graph without cycles"):
@@ -180,12 +182,19 @@ def test_what_it_refuses(monkeypatch):
 
 def test_a_figure_says_what_it_folded():
     graph = stream(30)
-    for level, asked in (("full", graph), ("layers", graph.layers())):
+    for level, asked in (("full", graph), ("layers", plots._contracted(graph))):
         figure = draw_graph(graph, level=level, max_nodes=40)
-        (text,) = [text for text in texts(figure) if "folded" in text]
+        (text,) = [text for text in texts(figure) if "asked for" in text]
         assert text.startswith(
             f"{len(asked)} nodes ({level}) were asked for and are folded to 32, 30 of them"
         )
         assert f"max_nodes={len(asked)} draws all" in text
         whole = draw_graph(graph, level=level, max_nodes=len(asked))
-        assert not [text for text in texts(whole) if "folded" in text]
+        assert not [text for text in texts(whole) if "asked for" in text]
+
+
+def test_a_long_stream_keeps_its_sums_and_a_short_one_does_not():
+    assert "op4" not in texts(draw_graph(stream(2)))
+    long = plots._contracted(stream(30))
+    assert len(long.edges) < 4 * len(long)
+    assert len(stream(30).layers().edges) > 400
