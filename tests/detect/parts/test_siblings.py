@@ -142,7 +142,7 @@ def test_branches_off_scale_are_told(share: float, kind: IssueType) -> None:
     assert (issue.layer, issue.issue_type) == ("blocks.2", kind)
 
 
-@pytest.mark.parametrize("train", [0, 30, 600])
+@pytest.mark.parametrize("train", [0, 30, 200])
 @pytest.mark.parametrize("depth", [3, 5])
 def test_blocks_as_they_are_made_and_trained_are_left_alone(train: int, depth: int) -> None:
     for detector in (uneven_siblings(), swallowed_norms(), misscaled_norms(), copied_units()):
