@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from gradflow.records import Cause, FlowRecord, Issue, TrialsRecord
 from gradflow.report.wording import (
+    cause_title,
+    explaining,
     healthy_layers,
     layer_label,
     loss_line,
     measured_facts,
+    metrics_line,
     model_line,
     severity_counts,
     trials_facts,
@@ -21,12 +24,13 @@ RULE = "=" * 80
 MAX_EXPLAINED = 6
 
 
-def summary_text(issues: Sequence[Issue], *, limit: int | None = None) -> str:
+def summary_text(issues: Sequence[Issue], *, limit: int | None = None, causes: Sequence[Cause] = ()) -> str:
     """Return the summary of some issues: counts by severity, then each issue.
 
     Args:
         issues: in the order to be shown.
         limit: how many to show whole; None shows all.
+        causes: what explains them; where there are any, each issue tells its own, and what it rests on.
 
     >>> print(summary_text(()))
     [OK] No gradient issues found.
@@ -36,8 +40,13 @@ def summary_text(issues: Sequence[Issue], *, limit: int | None = None) -> str:
     lines = [f"[WARNING] Found {len(issues)} gradient issue(s):"]
     lines += [f"{severity.value}: {count} issue(s)" for severity, count in severity_counts(issues)]
     lines += ["", "Details:", RULE]
+    found = explaining(causes)
     for issue in issues[:limit]:
         lines += ["", str(issue)]
+        if (cause := found.get((issue.layer, issue.issue_type))) is not None:
+            lines.append(f"  Cause: {cause_title(cause)}")
+        if causes and (measured := metrics_line(issue)):
+            lines.append(f"  Evidence: {measured}")
     if limit is not None and len(issues) > limit:
         lines += ["", f"... and {len(issues) - limit} more."]
     return "\n".join(lines)
@@ -66,7 +75,7 @@ def full_text(
     for number, cause in enumerate(causes, start=1):
         text += ["", *_cause_lines(number, cause, trials)]
     healthy = len(healthy_layers(record, issues))
-    text += ["", summary_text(issues)]
+    text += ["", summary_text(issues, causes=causes)]
     text += ["", *lines] if lines else []
     text += ["", f"Healthy: {healthy} of {len(record.layers)} layer calls have no issue."]
     return "\n".join(text)

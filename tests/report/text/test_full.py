@@ -49,7 +49,7 @@ def test_report_tells_the_verdict_then_causes_then_issues() -> None:
     assert lines[:8] == [
         "gradflow: VANISHING in fc1, which explains 2 of 3 issues",
         "  model    Chain: 5 layer calls, 320 parameters",
-        "  steps    20 steps, parameters held fixed",
+        "  steps    20 steps, parameters held fixed (no optimizer given: what its steps do is not judged)",
         "  run      train mode, cpu, float32, seed 0",
         "  reverse  fused: no outer transform; detail: cheap",
         "  graph    not taken",

@@ -1,0 +1,47 @@
+"""`main`: the command as a whole, with its exit statuses and what it says where it cannot go on."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from gradflow.cli.completing import complete
+from gradflow.cli.faults import BROKEN_PIPE, FAILED, INTERRUPTED, CommandError
+from gradflow.cli.parser import make_parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0 done, 1 sick, 2 failed, 130 interrupted, 141 not read.
+
+    An error is one line on standard error, `--traceback` shows all.
+
+    Args:
+        arguments: without the program's name; None takes those of the process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    own = given[given.index("--") + 1 :] if given[:1] in (["diagnose"], ["graph"]) and "--" in given else []
+    parser = make_parser()
+    complete(parser)
+    options = parser.parse_args(given[: len(given) - len(own)])
+    options.arguments, options.owns_process = own, arguments is None
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows `?` rather than failing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
+    except CommandError as error:
+        if options.traceback and error.__cause__ is not None:
+            traceback.print_exception(error.__cause__, file=sys.stderr)
+        print(f"gradflow: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("gradflow: interrupted", file=sys.stderr)
+        return INTERRUPTED
