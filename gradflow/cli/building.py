@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import inspect
 import types
@@ -14,7 +15,7 @@ from gradflow.cli.target import Target
 
 LOOP = ("clip", "accumulate", "scheduler", "scaler", "step_fn")
 RETURNS = "(model, batches, loss_fn), or with an optimizer as fourth, or further options of diagnose as fifth"
-_KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float}
+_KINDS = (bool, int, float)
 _TRUTHS = {"true": True, "false": False}
 
 
@@ -61,7 +62,8 @@ def built(module: Any, target: Target, options: Any) -> Built:
     code = getattr(inspect.unwrap(build), "__code__", None)
     line = None if code is None else code.co_firstlineno
     given = Built(*found[:3], optimizer=found[3] if len(found) > 3 else None, loop=loop, line=line)
-    with explained(f"what {target}() returned cannot be put there"):
+    wanted = " ".join(filter(None, [options.device, options.dtype]))
+    with explained(f"what {target}() returned cannot be made {wanted}"):
         return _placed(given, options.device, options.dtype)
 
 
@@ -100,11 +102,9 @@ def builder_arguments(
         CommandError: if it has no such parameter, a parameter without a default has no value, or one whose
             default or type is a number or a truth value has something else.
     """
-    try:
-        signature = inspect.signature(build)
-    except (TypeError, ValueError):  # made by other means than `def`
+    parameters = _parameters(build)
+    if parameters is None:
         return {name: _value(text) for name, text in pairs}
-    parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     told = ", ".join(str(p) for p in named.values())
@@ -116,17 +116,23 @@ def builder_arguments(
             has = f"its parameters are {told}" if named else "it has no parameters"
             raise CommandError(f"{where} has no parameter {name!r}; {has}{hint}")
         arguments[name] = _fitting(named[name], text, where) if name in named else _value(text)
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD,
-             inspect.Parameter.KEYWORD_ONLY)  # fmt: skip
-    missing = [
-        n for n, p in parameters.items() if p.kind in kinds and p.default is p.empty and n not in arguments
-    ]
+    missing = [n for n, p in named.items() if p.default is p.empty and n not in arguments]
     if missing:
         raise CommandError(
             f"{where} needs a value for {', '.join(missing)}: give it by --set {missing[0]}=VALUE; its "
-            f"parameters are {', '.join(map(str, parameters.values()))}"
+            f"parameters are {told}"
         )
     return arguments
+
+
+def _parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """Return the parameters of a function; None for one that was made by other means than `def`."""
+    with contextlib.suppress(Exception):  # annotations may be of names that are not there when it runs
+        return inspect.signature(build, eval_str=True).parameters
+    try:
+        return inspect.signature(build).parameters
+    except (TypeError, ValueError):
+        return None
 
 
 def _value(text: str) -> Any:
@@ -140,8 +146,7 @@ def _fitting(parameter: inspect.Parameter, text: str, where: str) -> Any:
     """Return a value that a parameter takes, as far as its default or its type tells."""
     value, kind = _value(text), type(parameter.default)
     if parameter.default is parameter.empty:
-        annotation = parameter.annotation
-        kind = _KINDS.get(getattr(annotation, "__name__", str(annotation)), object)
+        kind = parameter.annotation if parameter.annotation in _KINDS else object
     if kind is bool and isinstance(value, str):
         value = _TRUTHS.get(value.lower(), value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

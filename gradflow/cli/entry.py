@@ -22,11 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes those of the process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    own = given[given.index("--") + 1 :] if given[:1] in (["diagnose"], ["graph"]) and "--" in given else []
+    parted = given[:1] in (["diagnose"], ["graph"]) and "--" in given
+    end = given.index("--") if parted else len(given)
     parser = make_parser()
     complete(parser)
-    options = parser.parse_args(given[: len(given) - len(own)])
-    options.arguments, options.owns_process = own, arguments is None
+    options = parser.parse_args(given[:end])
+    options.arguments, options.owns_process = given[end + 1 :], arguments is None
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows `?` rather than failing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -40,8 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gradflow: error: {' '.join(str(error).split())}", file=sys.stderr)
         return FAILED
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence()
         return BROKEN_PIPE
+    except OSError as error:  # a full disk; what else may fail is explained where it does
+        _silence()
+        print(f"gradflow: error: cannot write what is to be printed: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("gradflow: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _silence() -> None:
+    """Let Python, as it ends, not fail once more over what could not be printed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

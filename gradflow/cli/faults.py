@@ -43,15 +43,25 @@ def _hint(error: BaseException) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """Return the innermost line of the user's own code that the exception came through, if there is one."""
-    ours = [str(Path(__file__).parent.parent)]
-    if "torch" in sys.modules:
-        ours.append(str(Path(str(sys.modules["torch"].__file__)).parent))
-    paths = sysconfig.get_paths()
-    others = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    frames = traceback.extract_tb(error.__traceback__)
-    for libraries in ([*ours, *others], ours):
-        for frame in reversed(frames):
-            if not frame.filename.startswith(("<", *libraries)):
+    """Return the innermost line of the user's own code that the exception came through, if there is one.
+
+    Without one, it is a line of a library; but of none that is gradflow's, PyTorch's or Python's.
+    """
+    frames = traceback.extract_tb(error.__traceback__)[::-1]
+    for owner in ("user", "library"):
+        for frame in frames:
+            if _owner(frame.filename) == owner:
                 return f" (line {frame.lineno} of {frame.filename})"
     return ""
+
+
+def _owner(file: str) -> str:
+    """Return whose code a file is: the user's, a library's, or such as tells nobody anything."""
+    torch = getattr(sys.modules.get("torch"), "__file__", None)
+    known = [str(Path(__file__).parent.parent), *([str(Path(torch).parent)] if torch else [])]
+    paths = sysconfig.get_paths()
+    if file.startswith(("<", *known)):
+        return "nobody"
+    if file.startswith((paths["purelib"], paths["platlib"])):  # which may lie below Python's own
+        return "library"
+    return "nobody" if file.startswith(paths["stdlib"]) else "user"

@@ -227,7 +227,8 @@ def _add_graph(commands: Any) -> None:
 
 
 def _add_building(parser: Any, metavar: str, *, steps: int) -> None:
-    completes_files(parser.add_argument("target", metavar=metavar, help="what to run"), "py", "ipynb", "json")
+    endings = ("py", "ipynb", "json") if ".json" in metavar else ("py", "ipynb")
+    completes_files(parser.add_argument("target", metavar=metavar, help="what to run"), *endings)
     parser.usage = f"%(prog)s {metavar.partition(' ')[0]} [options] [-- arguments of the file]"
     add = parser.add_argument_group("the model").add_argument
     add(

@@ -38,7 +38,7 @@ def saved(path: str) -> Any:
     from gradflow.records import FlowRecord, read
     from gradflow.report import Report
 
-    if path != "-" and not Path(path).is_file():
+    if path != "-" and (Path(path).is_dir() or not Path(path).exists()):
         told = f"{path!r} is a folder" if Path(path).is_dir() else f"there is no file {path!r}"
         raise CommandError(f"{told}: give a file that to_json() or --json wrote")
     with explained(f"cannot read {path}"):
