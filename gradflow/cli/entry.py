@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from gradflow.cli.completing import complete
 from gradflow.cli.faults import BROKEN_PIPE, FAILED, INTERRUPTED, CommandError
-from gradflow.cli.parser import make_parser
+from gradflow.cli.parser import make_parser, parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end = given.index("--") if parted else len(given)
     parser = make_parser()
     complete(parser)
-    options = parser.parse_args(given[:end])
+    options = parsed(given[:end], parser)
     options.arguments, options.owns_process = given[end + 1 :], arguments is None
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows `?` rather than failing
         if isinstance(stream, io.TextIOWrapper):

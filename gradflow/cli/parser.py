@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parsed(arguments: Sequence[str], parser: argparse.ArgumentParser) -> Any:
+    """Return the options of a command; one that it does not know ends the process, and the nearest is named."""
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        command: Any = options.parser
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return options
+
+
 def _command(commands: Any, name: str, told: str, examples: str, description: str = "") -> Any:
     parser = commands.add_parser(
         name,
@@ -103,6 +116,7 @@ def _command(commands: Any, name: str, told: str, examples: str, description: st
     parser.add_argument(
         "--traceback", action="store_true", help="show the whole traceback of what went wrong"
     )
+    parser.set_defaults(parser=parser)
     return parser
 
 

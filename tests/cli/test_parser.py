@@ -53,6 +53,8 @@ def test_help_says_what_no_optimizer_means_and_lists_every_command(
         (["diagnose", "net.py", "--set", "1a=2"], "expected NAME=VALUE, got '1a=2'"),
         (["diagnose", "net.py", "--budget", "3"], "--budget bounds what --try does: give --try as well"),
         (["show", "flow.json", "--", "--x"], "unrecognized arguments: --x"),
+        (["diagnose", "net.py", "--stepss=3"], "unrecognized arguments: --stepss=3; did you mean --steps?"),
+        (["compare", "a.json", "b.json", "--html", "c"], "usage: gradflow compare "),
         (["completion", "tcsh"], "invalid choice: 'tcsh'"),
     ],
 )

@@ -23,6 +23,7 @@ from gradflow.report.wording import (
     model_line,
     severity_counts,
     trials_facts,
+    trials_line,
     verdict,
 )
 
@@ -68,6 +69,8 @@ def short_text(
     """
     page = _Page(max(width, LEAST_WIDTH))
     head, items = page.head(record, issues, causes), _items(issues, causes, trials)
+    if trials is not None and not trials.trials:  # asked for, and there is no other place that tells of it
+        head += page.clipped(f"  Tried: {trials_line(trials)}", "  ", most=3)
     tail = ["", *page.wrapped(_counts(record, issues), ""), *page.wrapped(_MORE, "")]
     body = page.body(items, MAX_LINES - len(head) - len(tail))
     room = MAX_LINES - len(head) - len(body) - len(tail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from gradflow.records import Cause, IssueSeverity, IssueType, Provenance
+from gradflow.records import Cause, IssueSeverity, IssueType, Provenance, TrialsRecord
 from gradflow.report import short_text
 from gradflow.report.text.short import MAX_LINES, WIDTH
 from tests.samples import chain_record, make_issue, sick_chain
@@ -98,6 +98,16 @@ def test_summaries_are_shown_as_far_as_there_is_room() -> None:
     long = short_text(chain_record(), (), (), [f"row {i}" for i in range(90)])
     assert len(long.splitlines()) == MAX_LINES
     assert "row 16\n... 73 more line(s)\n\nIssues:" in long
+
+
+def test_trials_that_came_to_nothing_are_told() -> None:
+    record, issues, causes = sick_chain()
+    trials = TrialsRecord(
+        trials=(), steps=50, seeds=3, optimizer="Adam", num_batches=0, notes=("No remedy is known.",)
+    )
+    told = "  Tried: 0 fix(es) tried on copies, 50 steps of Adam, up to 3 seed(s), on 0 batches. No remedy is"
+    assert told in short_text(record, issues, causes, (), trials)
+    assert "Tried" not in short_text(record, issues, causes)
 
 
 def test_notes_are_told_up_to_two() -> None:
