@@ -102,9 +102,13 @@ def session_outputs(found: Sequence[Place]) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "examples", Path(folder) / "examples")
         done = subprocess.run(
-            [sys.executable, "-c", _SESSION, commands], cwd=folder, stdout=subprocess.PIPE, text=True, check=True,
+            [sys.executable, "-c", _SESSION, commands],
+            cwd=folder,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
     return json.loads(done.stdout)
 
 

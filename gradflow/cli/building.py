@@ -8,6 +8,7 @@ import difflib
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradflow.cli.faults import CommandError, explained
@@ -26,7 +27,7 @@ class Built(NamedTuple):
         model, batches, loss_fn: as `diagnose` takes them.
         optimizer: or None.
         loop: what else the training loop does, as options of `diagnose`.
-        line: of the file, at which the function begins; None if it is not known.
+        place: the file and the line at which the function begins; None if it is not known.
     """
 
     model: Any
@@ -34,7 +35,7 @@ class Built(NamedTuple):
     loss_fn: Any
     optimizer: Any = None
     loop: Mapping[str, Any] = types.MappingProxyType({})
-    line: int | None = None
+    place: tuple[Path, int] | None = None
 
 
 def built(module: Any, target: Target, options: Any) -> Built:
@@ -59,12 +60,19 @@ def built(module: Any, target: Target, options: Any) -> Built:
         raise CommandError(
             f"{target}(): the fifth value must be a dict of {', '.join(LOOP)}, but is {loop!r:.100}"
         )
-    code = getattr(inspect.unwrap(build), "__code__", None)
-    line = None if code is None else code.co_firstlineno
-    given = Built(*found[:3], optimizer=found[3] if len(found) > 3 else None, loop=loop, line=line)
+    optimizer = found[3] if len(found) > 3 else None
+    given = Built(*found[:3], optimizer=optimizer, loop=loop, place=_place(build))
     wanted = " ".join(filter(None, [options.device, options.dtype]))
     with explained(f"what {target}() returned cannot be made {wanted}"):
         return _placed(given, options.device, options.dtype)
+
+
+def _place(build: Any) -> tuple[Path, int] | None:
+    """Return where a function is written; None for a notebook's, whose lines are not those of its file."""
+    code = getattr(inspect.unwrap(build), "__code__", None)
+    if code is None or not Path(code.co_filename).is_file():
+        return None
+    return Path(code.co_filename), code.co_firstlineno
 
 
 def _function(module: Any, target: Target) -> Any:

@@ -27,12 +27,13 @@ def diagnose_command(options: Any) -> int:
     target = split_target(options.target)
     options.json, options.html = check_writable(options.json, options.html)
     with own_output(for_good=options.owns_process) as out:
-        file, report, line = _report(target, options)
+        report, place = _report(target, options)
+        file, line = place or (target.file, None)
         return deliver(report, options, out, file=file, line=line)
 
 
-def _report(target: Target, options: Any) -> tuple[Path | None, Report, int | None]:
-    """Return the file that builds the model, the report, and the line of the function."""
+def _report(target: Target, options: Any) -> tuple[Report, tuple[Path, int] | None]:
+    """Return the report, and where the function is that builds the model."""
     from gradflow import pipelines
     from gradflow.diagnosis import diagnose
     from gradflow.report.progress import progress_bar
@@ -50,8 +51,7 @@ def _report(target: Target, options: Any) -> tuple[Path | None, Report, int | No
             )  # fmt: skip
             if options.tried:
                 report = _with_trials(report, given, options.budget, pipeline, progress)
-        file = target.file or Path(getattr(module, "__file__", None) or target.module)
-    return file, report, given.line
+    return report, given.place
 
 
 def _loop(given: Built, options: Any) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parsed(arguments: Sequence[str], parser: argparse.ArgumentParser) -> Any:
-    """Return the options of a command; one that it does not know ends the process, and the nearest is named."""
+    """Return the options of a command; one that is not known ends the process, with the nearest named."""
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         command: Any = options.parser

@@ -300,3 +300,23 @@ def test_the_module_runs_as_the_command_and_bears_a_closed_pipe(file: Path) -> N
         assert process.stderr.read() == ""
     assert process.returncode == 141
     assert python("-m", "gradflow", "--version").stdout == f"gradflow {__version__}\n"
+
+
+def test_annotations_stand_at_the_function_that_builds_the_model(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_WORKSPACE", str(file.parent.parent))
+    place = f"file={file.parent.name}/net.py,line=16,"
+    other = file.parent / "other.py"
+    other.write_text("from net import dead\nfrom functools import partial\nbuild = partial(dead)\n")
+    for target in (f"{file}:dead", f"{other}:dead"):
+        status, out, _ = run(
+            capsys, "diagnose", target, "--format", "github", "--fail-on", "HIGH", "--steps", 2
+        )
+        assert status == 1
+        assert out.splitlines()[0].startswith(
+            f"::error {place}title=gradflow%3A [CRITICAL] DEAD in 0 (Linear)::"
+        )
+    monkeypatch.setenv("GITHUB_WORKSPACE", "/nowhere")
+    _, out, _ = run(capsys, "diagnose", other, "--format", "github", "--steps", 2)
+    assert out.startswith(f"::error file={other},title=")
