@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gradflow.records import Cause, FlowRecord, Issue, TrialsRecord
+from gradflow.records import Cause, FlowRecord, Issue, ReservoirDynamics, TrialsRecord
+from gradflow.report.text.attention import attention_text
+from gradflow.report.text.policy import policy_text
+from gradflow.report.text.recurrent import dynamics_text
 from gradflow.report.wording import (
     cause_title,
     explaining,
@@ -77,8 +80,17 @@ def full_text(
     healthy = len(healthy_layers(record, issues))
     text += ["", summary_text(issues, causes=causes)]
     text += ["", *lines] if lines else []
+    for special in _special(record):
+        text += ["", special]
     text += ["", f"Healthy: {healthy} of {len(record.layers)} layer calls have no issue."]
     return "\n".join(text)
+
+
+def _special(record: FlowRecord) -> list[str]:
+    """Return what attention, recurrent layers and policies showed, also where nothing of it is sick."""
+    told = [attention_text(record.transformer.stats)] if record.transformer.attention else []
+    told += [dynamics_text(ReservoirDynamics.of(record.recurrences))] if record.recurrences else []
+    return told + ([policy_text(record.policy.statistics())] if record.policy is not None else [])
 
 
 def _cause_lines(number: int, cause: Cause, trials: TrialsRecord | None) -> list[str]:
