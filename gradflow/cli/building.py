@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradflow.cli.faults import CommandError, explained
-from gradflow.cli.target import Target
+from gradflow.cli.target import DEFAULT_NAME, Target
 
 LOOP = ("clip", "accumulate", "scheduler", "scaler", "step_fn")
 RETURNS = "(model, batches, loss_fn), or with an optimizer as fourth, or further options of diagnose as fifth"
@@ -90,7 +90,8 @@ def _function(module: Any, target: Target) -> Any:
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     if build is not None:
         raise CommandError(f"{name!r} in {where} is a {type(build).__name__}, not a function{hint}")
-    raise CommandError(f"there is no function {name!r} in {where}{hint}")
+    make = f"; write one that returns {RETURNS}" if name == DEFAULT_NAME else ""
+    raise CommandError(f"there is no function {name!r} in {where}{hint}{make}")
 
 
 # ---------------------------------------------------------------------------------- arguments

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gradflow.cli.building import RETURNS
 from gradflow.cli.faults import CommandError
 from gradflow.cli.program import own_output, program
 from gradflow.cli.target import Target, split_target
@@ -65,7 +66,9 @@ def test_what_its_parser_refuses_says_where_arguments_go(
     assert (status, out) == (2, "")
     assert "SystemExit: 2 (line 4 of " in err
     assert err.endswith("give them behind --, as in `gradflow diagnose FILE.py -- --lr 1`\n")
-    assert "there is no function 'build'" in run(capsys, "diagnose", path, "--", "--rate", "1")[2]
+    err = run(capsys, "diagnose", path, "--", "--rate", "1")[2]
+    assert "there is no function 'build' in " in err
+    assert err.endswith(f"; write one that returns {RETURNS}\n")
 
 
 PACKAGE = {

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,3 +155,20 @@ def test_a_failed_look_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[st
     record.to_json(tmp_path / "none.json")
     _, out, _ = run(capsys, "show", tmp_path / "none.json", "--format", "github")
     assert out.startswith("::error title=gradflow%3A nothing could be measured::Chain: 0 layer calls")
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_a_terminal_gets_lines_that_fit_it_and_colours(saved: Path, columns: int) -> None:
+    pty, termios, fcntl = (pytest.importorskip(name) for name in ("pty", "termios", "fcntl"))
+    pytest.importorskip("rich")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, columns, 0, 0))
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR", "FORCE_COLOR")}
+    environment |= {"TERM": "xterm-256color", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "gradflow", "show", str(saved)]
+    subprocess.run(command, stdout=theirs, env=environment, check=True)
+    os.close(theirs)
+    told = os.read(ours, 1 << 16).decode().replace("\r\n", "\n")
+    os.close(ours)
+    assert "\x1b[1;31m[CRITICAL]\x1b[0m" in told
+    assert re.sub(r"\x1b\[[0-9;]*m", "", told) == sick_report().text(width=min(columns, 100)) + "\n"
