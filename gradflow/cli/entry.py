@@ -28,8 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     complete(parser)
     options = parsed(given[:end], parser)
     options.arguments, options.owns_process = given[end + 1 :], arguments is None
-    if sys.stdout is None:  # closed by whoever started the process
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter shows `?` rather than failing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -229,3 +229,23 @@ def test_a_stream_in_memory_is_left_alone(capsys: pytest.CaptureFixture[str]) ->
         print("own")  # noqa: T201
         out.write("report")
     assert capsys.readouterr() == ("report", "own\n")
+
+
+@pytest.mark.parametrize(("closed", "seen"), [(1, ("", "own\n")), (2, ("report\n", ""))])
+def test_a_stream_that_is_closed_is_borne(closed: int, seen: tuple[str, str]) -> None:
+    if os.name != "posix":
+        pytest.skip("descriptors are closed as POSIX has it")
+    code = (
+        "import sys\nfrom gradflow.cli import main, saved\nfrom gradflow.cli.program import own_output\n"
+        "def show(options):\n"
+        "    with own_output(for_good=True) as out:\n"
+        "        print('own'); out.write('report\\n')\n"
+        "    return 0\n"
+        "from gradflow.cli import parser\nparser.show_command = show\nsys.exit(main())\n"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" show x {closed}>&-', sys.executable, code],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, *seen)
