@@ -12,15 +12,23 @@ or all Python blocks above it, run one after another:
 
     <!-- output of: the blocks above -->
 
+Pages in `SESSIONS` have `gradflow` commands alone, which are run one after another in one folder: later ones
+read what earlier ones wrote.
+
 A test runs the same functions and compares, so the pages cannot drift from the code.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +49,17 @@ PAGES = (
     "docs/remedies.md",
     "docs/measurements.md",
 )
+SESSIONS = ("docs/command.md",)
+_SESSION = """
+import contextlib, io, json, sys
+from gradflow.cli import main
+outputs = []
+for arguments in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        main(arguments)
+    outputs.append(out.getvalue())
+print(json.dumps(outputs))
+"""
 ABOVE, ALL_ABOVE = "the block above", "the blocks above"
 
 _PLACE = re.compile(r"<!-- output of: (?P<what>.*?) -->\n```text\n(?P<output>.*?)```\n", re.DOTALL)
@@ -77,13 +96,31 @@ def fresh_output(place: Place) -> str:
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
+def session_outputs(found: Sequence[Place]) -> list[str]:
+    """Return what the commands of a page print now, run in their order in a folder with the examples."""
+    commands = json.dumps([place.arguments[2:] for place in found])
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "examples", Path(folder) / "examples")
+        done = subprocess.run(
+            [sys.executable, "-c", _SESSION, commands],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    return json.loads(done.stdout)
+
+
 def main() -> None:
     """Rewrite every page."""
-    for page in PAGES:
+    for page in PAGES + SESSIONS:
         path = ROOT / page
         text = path.read_text(encoding="utf-8")
-        for place in reversed(places(text)):
-            text = text[: place.start] + fresh_output(place) + text[place.end :]
+        found = places(text)
+        outputs = session_outputs(found) if page in SESSIONS else list(map(fresh_output, found))
+        for place, output in reversed(list(zip(found, outputs, strict=True))):
+            text = text[: place.start] + output + text[place.end :]
         path.write_text(text, encoding="utf-8")
         print(f"{page}: {len(places(text))} outputs")
 

@@ -54,6 +54,15 @@ def test_what_is_shown_is_what_is_printed(place: Any) -> None:
     assert difference(place.output, paste_outputs.fresh_output(place)) == ""
 
 
+@pytest.mark.parametrize("page", paste_outputs.SESSIONS)
+def test_commands_of_a_page_print_what_is_shown(page: str) -> None:
+    pytest.importorskip("sklearn")
+    found = paste_outputs.places((ROOT / page).read_text(encoding="utf-8"))
+    assert {place.arguments[2] for place in found} >= {"diagnose", "show", "compare", "graph"}
+    for place, output in zip(found, paste_outputs.session_outputs(found), strict=True):
+        assert difference(place.output, output) == "", place.arguments
+
+
 def test_pages_have_the_outputs_they_should() -> None:
     readme, pipelines, graph, jacobians, *kinds = (
         paste_outputs.places((ROOT / page).read_text(encoding="utf-8")) for page in paste_outputs.PAGES

@@ -28,7 +28,8 @@ def test_the_import_alone_loads_no_other_package() -> None:
 
 
 def test_the_command_starts_without_any_other_package() -> None:
-    then = "from gradflow.cli import _parser; _parser().format_help(); _parser().parse_args(['diagnose', ''])"
+    then = "from gradflow.cli.parser import make_parser as new; new().format_help(); "
+    then += "new().parse_args(['diagnose', ''])"
     assert loaded("", then) == {"gradflow"}
 
 

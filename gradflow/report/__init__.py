@@ -3,6 +3,7 @@
 from gradflow.report.html.page import report_html
 from gradflow.report.report import Report
 from gradflow.report.text.attention import attention_text
+from gradflow.report.text.coloured import write_text
 from gradflow.report.text.full import full_text, summary_text
 from gradflow.report.text.policy import policy_text
 from gradflow.report.text.recurrent import dynamics_text
@@ -19,4 +20,5 @@ __all__ = [
     "report_html",
     "short_text",
     "summary_text",
+    "write_text",
 ]

@@ -30,8 +30,10 @@ from gradflow.records import (
 )
 from gradflow.records.showing import Shown
 from gradflow.report.html.page import report_html
+from gradflow.report.text.annotations import annotations_text
 from gradflow.report.text.full import full_text
-from gradflow.report.text.short import short_text
+from gradflow.report.text.markdown import markdown_text
+from gradflow.report.text.short import WIDTH, short_text
 from gradflow.report.wording import serious_issues
 
 if TYPE_CHECKING:
@@ -111,12 +113,13 @@ class Report(Shown):
         severities = [issue.severity for issue in self.issues]
         return numbers | {f"issues/{s.value.lower()}": float(severities.count(s)) for s in IssueSeverity}
 
-    def text(self, which: Literal["short", "full"] = "short") -> str:
+    def text(self, which: Literal["short", "full"] = "short", *, width: int = WIDTH) -> str:
         """Return the report in words.
 
         Args:
             which: `short`, which `print(report)` shows: 25 lines with the verdict, and of each cause where it
                 is, what was measured and what to change; or `full`, with all evidence and every issue.
+            width: letters in a line of the short text; the full text is not wrapped.
 
         Raises:
             ValueError: if `which` is neither.
@@ -128,8 +131,40 @@ class Report(Shown):
         """
         if which not in ("short", "full"):
             raise ValueError(f"which must be short or full, got {which!r}.")
-        tell = short_text if which == "short" else full_text
-        return tell(self.record, self.issues, self.causes, self.lines, self.trials)
+        parts = (self.record, self.issues, self.causes, self.lines, self.trials)
+        return short_text(*parts, width=width) if which == "short" else full_text(*parts)
+
+    def markdown(self) -> str:
+        """Return the report as Markdown that fits a comment on a pull request.
+
+        It opens with the verdict; each cause has its evidence and what to change; every issue stands in a
+        part that opens on a click. It has at most 60 000 letters, and tells what was left out.
+
+        >>> from gradflow.records import FlowRecord
+        >>> report = Report(record=FlowRecord(steps=1, losses=[0.5], layers=(), parameters=()))
+        >>> report.markdown().splitlines()[0]
+        '### gradflow: no illness found'
+        """
+        return markdown_text(self.record, self.issues, self.causes, self.lines, self.trials)
+
+    def annotations(self, file: str | os.PathLike[str] = "", *, line: int | None = None) -> str:
+        """Return the report as annotations of a run of GitHub Actions, one line for each issue.
+
+        Printed in a step, they are shown at the file in the pull request: CRITICAL and HIGH as errors,
+        MEDIUM as a warning, what is below as a notice. Without issues it is one notice that says so.
+
+        Args:
+            file: where to put them: the path of a file from the root of the repository; "" puts them nowhere.
+            line: of that file.
+
+        >>> from gradflow.records import FlowRecord
+        >>> report = Report(record=FlowRecord(steps=1, losses=[0.5], layers=(), parameters=()))
+        >>> report.annotations("net.py").partition(",title=")[0]
+        '::notice file=net.py'
+
+        GitHub, "Workflow commands for GitHub Actions".
+        """
+        return annotations_text(self.record, self.issues, self.causes, file=os.fspath(file), line=line)
 
     def __str__(self) -> str:
         return self.text()

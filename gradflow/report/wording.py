@@ -6,16 +6,87 @@ Kept apart from the renderers so that the console and the HTML page can never te
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from gradflow.records import Cause, FlowRecord, GraphRecord, Issue, IssueSeverity, TrialRecord, TrialsRecord
+from gradflow.records import (
+    AnyIssueType,
+    Cause,
+    FlowRecord,
+    GraphRecord,
+    Issue,
+    IssueSeverity,
+    TrialRecord,
+    TrialsRecord,
+)
 
 
 def layer_label(name: str) -> str:
     """Return how a layer is shown; the model itself, whose name is empty, is `(model)`."""
     return name or "(model)"
+
+
+def number(value: Any) -> str:
+    """Return a number as reports show it: integers whole, floats to three digits.
+
+    >>> number(1234), number(0.5), number(1e-9), number(float("nan"))
+    ('1,234', '0.5', '1.00e-09', '–')
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if math.isnan(value):
+        return "–"
+    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
+
+
+def issue_title(issue: Issue) -> str:
+    """Return how grave an issue is, what it is and where: the first line of `str(issue)`."""
+    kind = f" ({issue.layer_type})" if issue.layer_type else ""
+    return f"[{issue.severity.value}] {issue.issue_type.value} in {layer_label(issue.layer)}{kind}"
+
+
+def cause_title(cause: Cause) -> str:
+    """Return what a cause is, where, and how sure."""
+    return f"{cause.issue_type.value} in {layer_label(cause.layer)}, confidence {cause.confidence:.2f}"
+
+
+def explaining(causes: Sequence[Cause]) -> Mapping[tuple[str, AnyIssueType], Cause]:
+    """Return by layer and type of an issue the cause that explains it, the first of several."""
+    return {(i.layer, i.issue_type): cause for cause in reversed(causes) for i in cause.issues}
+
+
+def metrics_line(issue: Issue) -> str:
+    """Return the numbers that an issue rests on, by name; what was not measured is left out."""
+    told = [(name, number(value)) for name, value in issue.metrics.items()]
+    return ", ".join(f"{name} {text}" for name, text in told if text not in ("–", ""))
+
+
+def cause_evidence(cause: Cause) -> str:
+    """Return the line of a cause's evidence that speaks of its own layer, or else its first."""
+    here = [line for line in cause.evidence if line.endswith("(cause)")]
+    return (here or list(cause.evidence) or [""])[0]
+
+
+def issue_facts(issue: Issue, cause: Cause | None) -> list[tuple[str, str]]:
+    """Return what every rendering tells of an issue besides its title, as (label, text).
+
+    Args:
+        issue: the issue.
+        cause: what explains it, if anything does.
+    """
+    facts = [("Seen", issue.description)]
+    if cause is not None:
+        why = "" if cause.mechanism == issue.description else f": {cause.mechanism}"
+        facts.append(("Cause", cause_title(cause) + why))
+    measured = [text for text in (cause_evidence(cause) if cause else "", metrics_line(issue)) if text]
+    facts += [("Evidence", "; ".join(measured))] if measured else []
+    facts += [("Change", issue.recommended_actions[0])] if issue.recommended_actions else []
+    return facts
 
 
 def severity_counts(issues: Sequence[Issue]) -> list[tuple[IssueSeverity, int]]:
@@ -79,7 +150,7 @@ def measured_facts(record: FlowRecord) -> list[tuple[str, str]]:
         how = f"a copy of the parameters stepped by a copy of {provenance.optimizer} (lr {rates})"
         how += "" if provenance.clip is None else f", gradients clipped to norm {provenance.clip:g}"
     else:
-        how = "parameters held fixed"
+        how = "parameters held fixed (no optimizer given: what its steps do is not judged)"
     seed = "no seed" if provenance.seed is None else f"seed {provenance.seed}"
     dtypes = ", ".join(provenance.dtypes) or "no dtype"
     reason = f": {provenance.transform_reason}" if provenance.transform_reason else ""

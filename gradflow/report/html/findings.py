@@ -13,6 +13,8 @@ from gradflow.report.html.curves import chart
 from gradflow.report.html.pieces import Places, badge, facts, list_of, number, section
 from gradflow.report.html.style import NAMES
 from gradflow.report.wording import (
+    cause_title,
+    explaining,
     healthy_layers,
     layer_label,
     loss_line,
@@ -102,9 +104,10 @@ def _cause(place: int, cause: Cause, places: Places, trials: TrialsRecord | None
     )
 
 
-def issues_section(issues: Sequence[Issue], places: Places) -> str:
-    """Return every issue with what to change."""
-    cards = [_issue(i, issue, places) for i, issue in enumerate(issues)]
+def issues_section(issues: Sequence[Issue], places: Places, causes: Sequence[Cause] = ()) -> str:
+    """Return every issue with its cause and what to change."""
+    found = explaining(causes)
+    cards = [_issue(i, s, places, found.get((s.layer, s.issue_type))) for i, s in enumerate(issues)]
     body = f'<div class="issues">{"".join(cards[:MAX_OPEN])}</div>'
     if (more := len(cards) - MAX_OPEN) > 0:
         rest = f'<details class="rest"><summary>{more} more</summary>{"".join(cards[MAX_OPEN:])}</details>'
@@ -112,11 +115,12 @@ def issues_section(issues: Sequence[Issue], places: Places) -> str:
     return section("Issues", body if cards else "", "issues")
 
 
-def _issue(place: int, issue: Issue, places: Places) -> str:
+def _issue(place: int, issue: Issue, places: Places, cause: Cause | None) -> str:
     with_evidence = place < MAX_EVIDENCE
     told = issue.recommended_actions[: None if with_evidence else 1]
     actions = f"<h4>What to change</h4>{list_of(told)}" if told else ""
     pairs = [(name, number(value)) for name, value in issue.metrics.items()] if with_evidence else []
+    why = "" if cause is None else f'<p class="soft">Cause: {escape(cause_title(cause))}</p>'
     metrics = f"<details><summary>Evidence</summary>{facts(pairs)}</details>" if pairs else ""
     box = places.boxes.get(issue.layer)
     shown = "" if box is None else f'<a class="tool show" href="#issue-{place}">show in the picture</a>'
@@ -127,5 +131,5 @@ def _issue(place: int, issue: Issue, places: Places) -> str:
         f"<h3>{badge(issue.severity.value, issue.severity)} {escape(issue.issue_type.value)} in "
         f"{_link(issue.layer, places)}</h3>"
         f'<p class="soft">{escape(issue.layer_type)}, magnitude {number(float(issue.magnitude))} {shown}</p>'
-        f"<p>{escape(issue.description)}</p>{actions}{metrics}</article>"
+        f"<p>{escape(issue.description)}</p>{why}{actions}{metrics}</article>"
     )

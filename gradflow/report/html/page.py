@@ -46,7 +46,7 @@ def report_html(
     drawn = picture(record)
     places = Places.of(record, issues, boxes_of_layers(drawn.boxes))
     text = escape("\n".join(lines))
-    findings = causes_section(causes, places, trials) + issues_section(issues, places)
+    findings = causes_section(causes, places, trials) + issues_section(issues, places, causes)
     body = "".join(
         [
             headline(record, issues, causes, places),

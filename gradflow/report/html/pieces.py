@@ -6,13 +6,13 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any
 
 import attrs
 import numpy as np
 
 from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity
 from gradflow.report.html.style import NAMES
+from gradflow.report.wording import number as number
 
 
 @attrs.frozen
@@ -36,8 +36,8 @@ class Places:
         """Return the places of a report; an issue of a module that is no layer is at its first layer."""
         found: dict[str, list[int]] = {}
         worst: dict[str, IssueSeverity] = {}
-        for number, issue in enumerate(issues):
-            found.setdefault(issue.layer, []).append(number)
+        for place, issue in enumerate(issues):
+            found.setdefault(issue.layer, []).append(place)
             worst[issue.layer] = max(worst.get(issue.layer, issue.severity), issue.severity)
         layers = {layer.name: i for i, layer in enumerate(record.layers)}
         boxes = dict(boxes)
@@ -62,21 +62,6 @@ def facts(pairs: Iterable[tuple[str, str]]) -> str:
     """Return (name, value) pairs, one a line."""
     rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs)
     return f'<dl class="facts">{rows}</dl>'
-
-
-def number(value: Any) -> str:
-    """Return a number as the page shows it: integers whole, floats to three digits.
-
-    >>> number(1234), number(0.5), number(1e-9), number(float("nan"))
-    ('1,234', '0.5', '1.00e-09', '–')
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if math.isnan(value):
-        return "–"
-    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
 
 
 def percent(share: float) -> str:

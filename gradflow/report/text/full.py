@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gradflow.records import Cause, FlowRecord, Issue, TrialsRecord
+from gradflow.records import Cause, FlowRecord, Issue, ReservoirDynamics, TrialsRecord
+from gradflow.report.text.attention import attention_text
+from gradflow.report.text.policy import policy_text
+from gradflow.report.text.recurrent import dynamics_text
 from gradflow.report.wording import (
+    cause_title,
+    explaining,
     healthy_layers,
     layer_label,
     loss_line,
     measured_facts,
+    metrics_line,
     model_line,
     severity_counts,
     trials_facts,
@@ -21,12 +27,13 @@ RULE = "=" * 80
 MAX_EXPLAINED = 6
 
 
-def summary_text(issues: Sequence[Issue], *, limit: int | None = None) -> str:
+def summary_text(issues: Sequence[Issue], *, limit: int | None = None, causes: Sequence[Cause] = ()) -> str:
     """Return the summary of some issues: counts by severity, then each issue.
 
     Args:
         issues: in the order to be shown.
         limit: how many to show whole; None shows all.
+        causes: what explains them; where there are any, each issue tells its own, and what it rests on.
 
     >>> print(summary_text(()))
     [OK] No gradient issues found.
@@ -36,8 +43,13 @@ def summary_text(issues: Sequence[Issue], *, limit: int | None = None) -> str:
     lines = [f"[WARNING] Found {len(issues)} gradient issue(s):"]
     lines += [f"{severity.value}: {count} issue(s)" for severity, count in severity_counts(issues)]
     lines += ["", "Details:", RULE]
+    found = explaining(causes)
     for issue in issues[:limit]:
         lines += ["", str(issue)]
+        if (cause := found.get((issue.layer, issue.issue_type))) is not None:
+            lines.append(f"  Cause: {cause_title(cause)}")
+        if causes and (measured := metrics_line(issue)):
+            lines.append(f"  Evidence: {measured}")
     if limit is not None and len(issues) > limit:
         lines += ["", f"... and {len(issues) - limit} more."]
     return "\n".join(lines)
@@ -66,10 +78,19 @@ def full_text(
     for number, cause in enumerate(causes, start=1):
         text += ["", *_cause_lines(number, cause, trials)]
     healthy = len(healthy_layers(record, issues))
-    text += ["", summary_text(issues)]
+    text += ["", summary_text(issues, causes=causes)]
     text += ["", *lines] if lines else []
+    for special in _special(record):
+        text += ["", special]
     text += ["", f"Healthy: {healthy} of {len(record.layers)} layer calls have no issue."]
     return "\n".join(text)
+
+
+def _special(record: FlowRecord) -> list[str]:
+    """Return what attention, recurrent layers and policies showed, also where nothing of it is sick."""
+    told = [attention_text(record.transformer.stats)] if record.transformer.attention else []
+    told += [dynamics_text(ReservoirDynamics.of(record.recurrences))] if record.recurrences else []
+    return told + ([policy_text(record.policy.statistics())] if record.policy is not None else [])
 
 
 def _cause_lines(number: int, cause: Cause, trials: TrialsRecord | None) -> list[str]:

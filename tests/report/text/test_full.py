@@ -5,9 +5,11 @@ from __future__ import annotations
 import attrs
 import pytest
 
+from gradflow.diagnosis import diagnose
 from gradflow.records import EdgeRecord, GraphRecord, IssueSeverity, IssueType, NodeRecord, Provenance
 from gradflow.report import full_text, summary_text
 from gradflow.report.wording import healthy_layers, loss_line, measured_facts, verdict
+from tests.pipelines.models import case
 from tests.samples import chain_record, make_issue, sick_chain
 
 
@@ -49,7 +51,7 @@ def test_report_tells_the_verdict_then_causes_then_issues() -> None:
     assert lines[:8] == [
         "gradflow: VANISHING in fc1, which explains 2 of 3 issues",
         "  model    Chain: 5 layer calls, 320 parameters",
-        "  steps    20 steps, parameters held fixed",
+        "  steps    20 steps, parameters held fixed (no optimizer given: what its steps do is not judged)",
         "  run      train mode, cpu, float32, seed 0",
         "  reverse  fused: no outer transform; detail: cheap",
         "  graph    not taken",
@@ -146,3 +148,21 @@ def test_loss_line_counts_steps_without_a_finite_loss() -> None:
 def test_healthy_layers_are_those_without_an_issue() -> None:
     record, issues, _ = sick_chain()
     assert healthy_layers(record, issues) == ("fc3", "fc5")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("encoder", ["attention", "0.layers.0.self_attn"]),
+        ("lstm", ["recurrent", "rnn"]),
+        ("actor-critic", ["Policy:", "entropy"]),
+        ("perceptron", []),
+    ],
+)
+def test_what_special_measurements_saw_is_told_where_nothing_is_sick_too(name: str, told: list[str]) -> None:
+    given = case(name)
+    text = diagnose(given.model, [given.batch] * 2, given.loss, seed=0).text("full")
+    tail = text.partition("=" * 80)[2] or text.partition("[OK]")[2]
+    rows = [line.split()[0] for line in tail.splitlines() if line.split()]
+    assert [word for word in told if word in rows] == told
+    assert ("attention" in rows, "recurrent" in rows, "Policy:" in rows).count(True) == bool(told)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from gradflow.records import Cause, IssueSeverity, IssueType, Provenance
+from gradflow.records import Cause, IssueSeverity, IssueType, Provenance, TrialsRecord
 from gradflow.report import short_text
 from gradflow.report.text.short import MAX_LINES, WIDTH
 from tests.samples import chain_record, make_issue, sick_chain
@@ -29,9 +29,10 @@ def test_a_sick_model_line_by_line() -> None:
     issues = (attrs.evolve(issues[0], recommended_actions=("Use ReLU.", "Add a norm.")), *issues[1:])
     causes = [attrs.evolve(causes[0], issues=issues[:2])]
     lines = short_text(record, issues, causes).splitlines()
-    assert lines[:11] == [
+    assert lines[:12] == [
         "gradflow: VANISHING in fc1, which explains 2 of 3 issues",
-        "  Chain: 5 layer calls, 320 parameters; loss 2.31 -> 2.3; 20 steps, parameters held fixed",
+        "  Chain: 5 layer calls, 320 parameters; loss 2.31 -> 2.3; 20 steps, parameters held fixed (no",
+        "  optimizer given: what its steps do is not judged)",
         "",
         "1. [CRITICAL] VANISHING in fc1 (Linear), confidence 0.80",
         "   Cause     Every layer hands on one hundredth of its gradient.",
@@ -50,7 +51,7 @@ def test_a_healthy_model() -> None:
     lines = short_text(chain_record(), (), ()).splitlines()
     assert lines[0] == "gradflow: no illness found"
     assert lines[-2] == "Issues: none. Healthy: 5 of 5 layer calls have no issue."
-    assert len(lines) == 5
+    assert len(lines) == 6
 
 
 @pytest.mark.parametrize("with_causes", [False, True])
@@ -96,7 +97,17 @@ def test_summaries_are_shown_as_far_as_there_is_room() -> None:
     assert "\n\nOutliers:\n  fc1  5%\n\nIssues: none" in text
     long = short_text(chain_record(), (), (), [f"row {i}" for i in range(90)])
     assert len(long.splitlines()) == MAX_LINES
-    assert "row 17\n... 72 more line(s)\n\nIssues:" in long
+    assert "row 16\n... 73 more line(s)\n\nIssues:" in long
+
+
+def test_trials_that_came_to_nothing_are_told() -> None:
+    record, issues, causes = sick_chain()
+    trials = TrialsRecord(
+        trials=(), steps=50, seeds=3, optimizer="Adam", num_batches=0, notes=("No remedy is known.",)
+    )
+    told = "  Tried: 0 fix(es) tried on copies, 50 steps of Adam, up to 3 seed(s), on 0 batches. No remedy is"
+    assert told in short_text(record, issues, causes, (), trials)
+    assert "Tried" not in short_text(record, issues, causes)
 
 
 def test_notes_are_told_up_to_two() -> None:

@@ -10,78 +10,19 @@ from pathlib import Path
 import pytest
 
 from gradflow import __version__, diagnosis, pipelines
-from gradflow.cli import PIPELINES, SEVERITIES, CommandError, main, split_target
+from gradflow.cli.diagnosing import PIPELINES
+from gradflow.cli.faults import CommandError
+from gradflow.cli.output import SEVERITIES
+from gradflow.cli.target import FORMS, Target, split_target
 from gradflow.records import IssueSeverity, issue_type
 from gradflow.report import Report
+from tests.cli.running import python, run, write
 from tests.samples import make_issue
-
-FILE = '''
-import torch
-from torch import nn
-
-def build():
-    """A small healthy model."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
-    data = [(torch.randn(32, 8), torch.randint(0, 4, (32,))) for _ in range(8)]
-    return model, data, nn.CrossEntropyLoss()
-
-def trained():
-    model, data, loss = build()
-    return model, data, loss, torch.optim.SGD(model.parameters(), lr=0.25)
-
-def dead():
-    model, data, loss = build()
-    nn.init.zeros_(model[0].weight)
-    nn.init.constant_(model[0].bias, -1.0)
-    return model, data, loss
-
-def broken():
-    return nn.Linear(3, 4), [torch.randn(2, 8)], lambda y: y.sum()
-
-def two():
-    return nn.Linear(3, 4), []
-
-def nothing():
-    return None
-
-def raises():
-    raise OverflowError("too\\nmuch")
-
-def leaves():
-    raise SystemExit("bye")
-
-def bad_loss():
-    model, data, loss = build()
-    return model, data, lambda y, target: 1 / 0
-
-def scheduled():
-    model, data, loss, optimizer = trained()
-    rates = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.1)
-    return model, data, loss, optimizer, {"scheduler": rates, "accumulate": 2}
-
-def strange():
-    return *trained(), {"clipp": 1}
-
-threshold = 3
-'''
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    path = tmp_path / "net.py"
-    path.write_text(FILE)
-    return path
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Return the exit status, standard output and standard error of the command."""
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as stop:  # how argparse ends
-        status = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return write(tmp_path)
 
 
 def test_prints_the_report(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +64,7 @@ def test_fail_on_is_a_gate(
 
 
 def test_a_pipeline_sees_what_the_default_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
-    example = Path(__file__).parent.parent / "examples" / "forgetful_lstm.py"
+    example = Path(__file__).parent.parent.parent / "examples" / "forgetful_lstm.py"
     assert run(capsys, "diagnose", example, "--quiet", "--fail-on", "MEDIUM")[0] == 0
     status, out, _ = run(capsys, "diagnose", example, "--pipeline", "recurrent", "--fail-on", "MEDIUM")
     assert status == 1
@@ -223,9 +164,9 @@ def test_bad_usage_is_status_2(
         (":broken", "the model of {file}:broken() cannot be diagnosed: RuntimeError: mat1 and mat2 shapes "
                     "cannot be multiplied (2x8 and 3x4); gradflow: raised at step 0"),
         (":bad_loss", "ZeroDivisionError: division by zero (line 39 of {file})"),
-        (":", "expected FILE.py or FILE.py:NAME, got '{file}:'"),
-        (":a-b", "expected FILE.py or FILE.py:NAME, got '{file}:a-b'"),
-        ("x", "expected FILE.py or FILE.py:NAME, got '{file}x'"),
+        (":", "expected " + FORMS + ", got '{file}:'"),
+        (":a-b", "expected " + FORMS + ", got '{file}:a-b'"),
+        ("x", "expected " + FORMS + ", got '{file}x'"),
     ],
 )  # fmt: skip
 def test_what_cannot_run_is_one_clear_line(
@@ -262,12 +203,20 @@ def test_a_folder_that_is_not_there_is_told_before_the_run(
     assert "OverflowError" not in err
 
 
-def test_a_file_that_cannot_be_written_is_status_2(
-    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_file_that_cannot_be_written_is_status_2_and_the_report_is_printed_all_the_same(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     status, _, err = run(capsys, "diagnose", file, "--json", tmp_path, "--quiet")
     assert status == 2
-    assert "cannot write the report: IsADirectoryError" in err
+    assert f"cannot write {tmp_path}: it is a folder" in err
+
+    def full(self: Report, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Report, "to_html", full)
+    status, out, err = run(capsys, "diagnose", file, "--html", tmp_path / "flow.html", "--steps", 2)
+    assert (status, out[:28]) == (2, "gradflow: no illness found\n ")
+    assert err.startswith("gradflow: error: cannot write the report: OSError: [Errno 28] No space left on d")
 
 
 def test_traceback_shows_the_whole_of_it(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,7 +231,7 @@ def test_traceback_shows_the_whole_of_it(file: Path, capsys: pytest.CaptureFixtu
 def test_the_file_may_import_its_neighbours_and_leaves_no_trace(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "neighbour_of_net.py").write_text(FILE)
+    write(tmp_path).rename(tmp_path / "neighbour_of_net.py")
     (tmp_path / "other.py").write_text("from neighbour_of_net import build\n")
     before = list(sys.path)
     assert run(capsys, "diagnose", tmp_path / "other.py")[0] == 0
@@ -301,12 +250,20 @@ def test_the_file_may_import_its_neighbours_and_leaves_no_trace(
 )
 def test_targets(target: str, file: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_file", lambda self: True)
-    assert split_target(target) == (Path(file), name)
+    assert split_target(target) == Target(name, file=Path(file))
 
 
-def test_a_target_without_a_python_file_is_refused() -> None:
-    with pytest.raises(CommandError, match=r"expected FILE\.py or FILE\.py:NAME, got 'net'"):
-        split_target("net")
+@pytest.mark.parametrize(
+    ("target", "module", "name"), [("net", "net", "build"), ("a.b.c:sick", "a.b.c", "sick")]
+)
+def test_targets_that_are_modules(target: str, module: str, name: str) -> None:
+    assert split_target(target) == Target(name, module=module)
+
+
+@pytest.mark.parametrize("target", ["", ":", "a/b", "a b", "a..b", "net:", "net:a-b", "é-x"])
+def test_what_is_no_target_is_refused(target: str) -> None:
+    with pytest.raises(CommandError, match=r"expected FILE\.py, NOTEBOOK\.ipynb or package\.module, with"):
+        split_target(target)
 
 
 def test_interruption_has_its_own_status(
@@ -315,12 +272,8 @@ def test_interruption_has_its_own_status(
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gradflow.cli._report", interrupt)
+    monkeypatch.setattr("gradflow.cli.diagnosing._report", interrupt)
     assert run(capsys, "diagnose", file) == (130, "", "gradflow: interrupted\n")
-
-
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
 
 
 def test_the_severities_are_those_of_the_records() -> None:
@@ -345,4 +298,25 @@ def test_the_module_runs_as_the_command_and_bears_a_closed_pipe(file: Path) -> N
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
+    assert process.returncode == 141
     assert python("-m", "gradflow", "--version").stdout == f"gradflow {__version__}\n"
+
+
+def test_annotations_stand_at_the_function_that_builds_the_model(
+    file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_WORKSPACE", str(file.parent.parent))
+    place = f"file={file.parent.name}/net.py,line=16,"
+    other = file.parent / "other.py"
+    other.write_text("from net import dead\nfrom functools import partial\nbuild = partial(dead)\n")
+    for target in (f"{file}:dead", f"{other}:dead"):
+        status, out, _ = run(
+            capsys, "diagnose", target, "--format", "github", "--fail-on", "HIGH", "--steps", 2
+        )
+        assert status == 1
+        assert out.splitlines()[0].startswith(
+            f"::error {place}title=gradflow%3A [CRITICAL] DEAD in 0 (Linear)::"
+        )
+    monkeypatch.setenv("GITHUB_WORKSPACE", "/nowhere")
+    _, out, _ = run(capsys, "diagnose", other, "--format", "github", "--steps", 2)
+    assert out.startswith(f"::error file={other},title=")
