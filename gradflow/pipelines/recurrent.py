@@ -8,12 +8,15 @@ from gradflow.functional.recurrent.measurement import recurrence
 from gradflow.pipelines.flow import Pipeline, flow
 
 
-def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True) -> Pipeline:
+def recurrent(
+    base: Pipeline | None = None, *, track_hidden_states: bool = True, exact: bool = False
+) -> Pipeline:
     """Return the pipeline for models with recurrent layers, or loops over recurrent cells.
 
     Args:
         base: the pipeline to add to; `flow()` by default.
         track_hidden_states: also measure the rms of h and c at every step.
+        exact: measure at every look, on the whole batch, and with more digits; see `recurrence`.
 
     >>> pipeline = recurrent()
     >>> pipeline.name, len(pipeline.measurements)
@@ -22,7 +25,7 @@ def recurrent(base: Pipeline | None = None, *, track_hidden_states: bool = True)
     through_time = Pipeline(
         "recurrent",
         recurrence_detectors(),
-        measurements=(recurrence(states=track_hidden_states),),
+        measurements=(recurrence(states=track_hidden_states, exact=exact),),
     )
     return (base or flow()) + through_time
 
