@@ -283,7 +283,7 @@ def carried_back(
     drives = []
     for t in reversed(range(len(steps))):
         w = [part if k >= len(outside) else part + outside[k][t] for k, part in enumerate(carried)]
-        if exponent:
+        if exponent and t % 4 == 0:
             w = [torch.hardshrink(part, math.ldexp(1.0, BOTTOM)) for part in w]
         if course.alive is not None:
             here = course.alive[t][:, None]

@@ -60,7 +60,7 @@ class Budget:
     points: int = 8
     vectors: int = 8
     steps: int = 512
-    dense: int = 48
+    dense: int = 64
     tolerance: float = 1e-2
     states: bool = True
     looks: bool = False
