@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gradflow.detect import Detector
+from gradflow.detect.precision.slow import crawling
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
 from gradflow.functional.recurrent.measurement import recurrence
 from gradflow.pipelines.flow import Pipeline, flow
@@ -24,7 +25,7 @@ def recurrent(
     """
     through_time = Pipeline(
         "recurrent",
-        recurrence_detectors(),
+        (*recurrence_detectors(), crawling()),
         measurements=(recurrence(states=track_hidden_states, exact=exact),),
     )
     return (base or flow()) + through_time

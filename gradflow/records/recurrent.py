@@ -98,6 +98,9 @@ class RecurrenceRecord:
             the lowest level is at least 1e-6 of the sample's largest. The others are lost to rounding in the
             gradient of W_ih, a sum over steps. Both directions count together.
         state_error: relative difference of the states from those that the model itself has computed.
+        subnormal_share: share of its steps, over levels and samples, at which the numbers of ∂L/∂s_t are
+            subnormal (float32: below 1.2e-38, and not zero), on a CPU that takes them as they are; of a loop,
+            in the gradient of what is read at the last step alone. Else 0.
         cost: what measuring it took: multiplications by the layer's weights, over those of its own forward
             and reverse pass.
         levels: in PyTorch's order.
@@ -115,6 +118,7 @@ class RecurrenceRecord:
     read_share: Floats = array_field()
     heard_share: Floats = array_field()
     state_error: Floats = array_field()
+    subnormal_share: Floats = array_field(unknown="measured_steps")
     cost: Floats = array_field(unknown="measured_steps")
     levels: tuple[RecurrentLevelRecord, ...] = attrs.field(converter=to_tuple)
     loss_share: float = float_field(NAN)

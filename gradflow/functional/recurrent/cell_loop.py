@@ -17,7 +17,8 @@ from torch import Tensor
 from gradflow.functional.model.trees import wide_dtype
 from gradflow.functional.recurrent.cells import Level, State
 from gradflow.functional.recurrent.cotangents import heard_share
-from gradflow.functional.recurrent.course import Course, Gradients, carried_back
+from gradflow.functional.recurrent.course import Course, Gradients, carried_back, scaled
+from gradflow.functional.recurrent.fused import crawls
 from gradflow.functional.recurrent.numbers import Budget, CallNumbers, last_of, level_numbers, profile
 from gradflow.functional.tap.calls import Call
 from gradflow.records import Floats
@@ -75,13 +76,9 @@ def loop_numbers(chain: Sequence[CellCall], level: Level, *, budget: Budget) -> 
     """
     course, whole, error = _as_course(chain, level)
     steps, samples = course.after[0].shape[:2]
-    found = level_numbers(
-        course,
-        (whole.norms[0], whole.state_norms[0]),
-        _readout(course, whole),
-        total=samples,
-        budget=budget,
-    )
+    readout, subnormal = _readout(course, whole)
+    norms = whole.norms[0], whole.state_norms[0]
+    found = level_numbers(course, norms, readout, total=samples, budget=budget)
     own = 3 * steps * samples * (level.weight_ih.numel() + level.cell.weight_hh.numel())
     computed = steps * samples * (level.weight_ih.numel() + 3 * level.cell.weight_hh.numel())
     parts = [whole.h[0]] if whole.c is None else [whole.h[0], whole.c[0]]
@@ -93,6 +90,7 @@ def loop_numbers(chain: Sequence[CellCall], level: Level, *, budget: Budget) -> 
         read_share=_read_share(parts, pulled),
         heard_share=heard_share([at_drive], None, one_way=True),
         state_error=error,
+        subnormal_share=subnormal if crawls(chain[0].outputs[0]) else 0.0,
         cost=(computed + found.products * level.cell.weight_hh.numel()) / own,
         levels=[found],
     )
@@ -143,15 +141,18 @@ def _error(found: Sequence[Tensor], real: Sequence[Tensor]) -> float:
     return math.sqrt(difference / size) if size else math.sqrt(difference)
 
 
-def _readout(course: Course, whole: Gradients) -> Floats:
+def _readout(course: Course, whole: Gradients) -> tuple[Floats, float]:
     """Return the profile of the last read step's gradient, sent back through the cell alone.
 
     No step follows the last one that a gradient arrives at, so that gradient is of what is read there.
+
+    Returns:
+        The profile, and the share of subnormal numbers.
     """
     norms = whole.state_norms[0].numpy()
     ends = last_of(norms != 0)
     marks = torch.arange(len(norms))[:, None] == torch.from_numpy(ends)
     marks = marks.to(whole.h.device)[None, ..., None]
-    parts = [whole.h] if whole.c is None else [whole.h, whole.c]
-    alone = carried_back(course, tuple(torch.where(marks, part, 0.0) for part in parts))
-    return profile(alone.state_norms[0].numpy(), ends, norms.shape[1])
+    parts = [torch.where(marks, part, 0.0) for part in (whole.h, whole.c) if part is not None]
+    (alone,) = scaled(lambda p, exponent: [carried_back(course, tuple(p), exponent=exponent)], parts)
+    return profile(alone.state_norms[0].numpy(), ends, norms.shape[1]), alone.subnormal_share

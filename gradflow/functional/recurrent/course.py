@@ -30,6 +30,7 @@ from gradflow.functional.recurrent.slopes import Slopes, slopes_of
 Gates = dict[str, Tensor]
 Mask = Callable[[int], Tensor | None]  # index of a level -> what its output is multiplied by, or None
 
+SMALLEST, NORMAL = 2.0**-149, 2.0**-126  # numbers of float32
 TOP, BOTTOM = 60, -100  # exponents of two: of the largest scaled gradient, and of what is set to zero
 
 
@@ -197,6 +198,13 @@ class Gradients:
     exponent: int = 0
 
     @property
+    def subnormal_share(self) -> float:
+        """Share of steps and samples at which the numbers of the first gradient are subnormal in float32."""
+        size = sum(part.shape[-1] for part in (self.h, self.c) if part is not None)
+        sizes = self.state_norms[0] / math.sqrt(size)
+        return float(((sizes > SMALLEST) & (sizes < NORMAL)).double().mean())
+
+    @property
     def norms(self) -> Tensor:
         """‖∂L/∂h_t‖ of every sample, (gradients, steps, samples), float64."""
         return _norm(self.h) * math.ldexp(1.0, -self.exponent)
@@ -226,13 +234,27 @@ def sent_back(
         last: at its last states, each part (gradients, levels, samples, size).
         mask: as for `courses`.
     """
-    exponent = _exponent([output, *last])
-    if exponent:
-        scale = math.ldexp(1.0, exponent)
-        scaled = _through_levels(found, output * scale, tuple(part * scale for part in last), mask, exponent)
-        if all(bool(g.h.isfinite().all()) for g in scaled):
-            return scaled
-    return _through_levels(found, output, last, mask, 0)
+
+    def send(parts: Sequence[Tensor], exponent: int) -> list[Gradients]:
+        return _through_levels(found, parts[0], tuple(parts[1:]), mask, exponent)
+
+    return scaled(send, [output, *last])
+
+
+def scaled(
+    send: Callable[[Sequence[Tensor], int], list[Gradients]], parts: Sequence[Tensor]
+) -> list[Gradients]:
+    """Return what sending gradients back gives, scaled where that can be; see NOTE [Slow numbers ...].
+
+    Args:
+        send: sends them back, given the scaled gradients, and the exponent of two that they are scaled by.
+        parts: the gradients.
+    """
+    if exponent := _exponent(parts):
+        found = send([part * math.ldexp(1.0, exponent) for part in parts], exponent)
+        if all(bool(g.h.isfinite().all()) for g in found):
+            return found
+    return send(parts, 0)
 
 
 def _exponent(parts: Sequence[Tensor]) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from gradflow.functional.model.flushing import flushes
 from gradflow.functional.recurrent.cells import Level, levels_of, work_dtype
 from gradflow.functional.recurrent.cotangents import Cotangents, heard_share
 from gradflow.functional.recurrent.course import Course, Gradients, Mask, courses, sent_back
@@ -108,6 +109,11 @@ def _data(sequence: Any) -> Any:
     return sequence.data if isinstance(sequence, PackedSequence) else sequence
 
 
+def crawls(tensor: Tensor) -> bool:
+    """Whether subnormal numbers of a tensor are taken as they are, and slow."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and not flushes()
+
+
 def draws_on_cpu(tensor: Tensor) -> bool:
     """Whether random numbers for a tensor are drawn on the CPU."""
     return tensor.device.type == "cpu"
@@ -154,6 +160,7 @@ def fused_numbers(heard: FusedCall, budget: Budget) -> CallNumbers | None:
         read_share=float(read.mean() if alive is None else read[alive.cpu().numpy()].mean()),
         heard_share=heard_share(drives, alive, one_way=len(drives) == 1),
         state_error=_error(output, real, alive),
+        subnormal_share=sum(g.subnormal_share for g in back) / len(back) if crawls(heard.outputs[0]) else 0.0,
         cost=_cost(levels, len(x), total, len(chosen), len(back[0].h), per_level),
         levels=per_level,
         unmasked=not heard.masks_known,

@@ -240,6 +240,7 @@ class RecurrenceSession(Session):
             read_share=np.array([n.read_share for n in numbers]),
             heard_share=np.array([n.heard_share for n in numbers]),
             state_error=np.array([n.state_error for n in numbers]),
+            subnormal_share=np.array([n.subnormal_share for n in numbers]),
             cost=np.array([n.cost for n in numbers]),
             levels=[level_record(levels) for levels in zip(*(n.levels for n in numbers), strict=True)],
             loss_share=self._loss_share,

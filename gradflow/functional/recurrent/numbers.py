@@ -101,6 +101,7 @@ class CallNumbers:
     read_share: float
     heard_share: float
     state_error: float
+    subnormal_share: float
     cost: float
     levels: list[LevelNumbers]
     unmasked: bool = False  # its dropout masks are not known

@@ -70,6 +70,8 @@ class Slopes:
         weight = self.cell.weight_hh
         if self.at_c is None:
             at_u = (w[0].unsqueeze(-2) * self.into).flatten(-2)
+            if self.cell.kind == "relu":  # what is off hands on nothing, not 0 · inf
+                at_u = torch.where(self.into.flatten(-2) > 0, at_u, 0.0)
             h = at_u @ weight if self.keep is None else torch.addcmul(at_u @ weight, w[0], self.keep)
             return (h,), at_u if self.driven is None else (w[0].unsqueeze(-2) * self.driven).flatten(-2)
         h = w[0] if self.cell.weight_hr is None else w[0] @ self.cell.weight_hr
