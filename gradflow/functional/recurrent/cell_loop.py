@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -45,6 +46,14 @@ class CellCall:
     follows: int | None
     outputs: State = ()
     found: list[Tensor | None] = attrs.field(factory=list)
+
+    def gives(self, output: Any) -> None:
+        """Take the new state, as the cell returns it."""
+        self.outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+
+    def receives(self, found: Iterator[Tensor | None]) -> None:
+        """Take the gradients at the outputs, which come next."""
+        self.found = [next(found) for _ in self.outputs]
 
 
 def chains(calls: Mapping[int, CellCall]) -> Iterator[list[CellCall]]:

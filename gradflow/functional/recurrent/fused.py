@@ -12,7 +12,7 @@ Other devices draw other numbers; there dropout is left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from gradflow.functional.model.flushing import flushes
 from gradflow.functional.recurrent.cells import Level, levels_of, work_dtype
 from gradflow.functional.recurrent.cotangents import Cotangents, heard_share
 from gradflow.functional.recurrent.course import Course, Gradients, Mask, courses, sent_back
@@ -33,6 +32,7 @@ from gradflow.functional.recurrent.numbers import (
     spread,
 )
 from gradflow.functional.recurrent.unroll import Layout, given_state
+from gradflow.functional.reverse.flushing import flushes
 from gradflow.functional.tap.calls import Call
 
 FOREIGN = 0.1  # relative difference of the first states beyond which a layer computes something else
@@ -72,6 +72,10 @@ class FusedCall:
         except (TypeError, ValueError, AttributeError):  # a subclass with a forward of its own
             return False
         return True
+
+    def receives(self, found: Iterator[Tensor | None]) -> None:
+        """Take the gradients at the outputs, which come next."""
+        self.found = [next(found) for _ in self.outputs]
 
     @property
     def masks_known(self) -> bool:

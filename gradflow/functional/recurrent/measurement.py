@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.measurement import Session, gradients
-from gradflow.functional.model.flushing import flushing
 from gradflow.functional.recurrent.cell_loop import CellCall, chains, loop_numbers
 from gradflow.functional.recurrent.cells import KINDS, Level, level_of_cell, work_dtype
 from gradflow.functional.recurrent.fused import FOREIGN, FusedCall, fused_numbers
 from gradflow.functional.recurrent.numbers import EXACT, Budget, CallNumbers, level_record
+from gradflow.functional.reverse.flushing import flushing
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.ignorance import Ignorance
 from gradflow.functional.tap.recorder import Recorder
@@ -147,7 +147,7 @@ class RecurrenceSession(Session):
         """Keep what a recurrent layer or cell gives."""
         if call.index in self._cells:
             heard = self._cells[call.index]
-            heard.outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+            heard.gives(output)
             module = self._modules[call.module]
             if call.module not in self._levels and isinstance(module, nn.RNNCellBase):
                 self._levels[call.module] = level_of_cell(module, work_dtype(heard.x, *module.parameters()))
@@ -162,7 +162,7 @@ class RecurrenceSession(Session):
         with flushing():
             found = iter(gradients(loss, [t for heard in every for t in heard.outputs]))
         for heard in every:
-            heard.found = [next(found) for _ in heard.outputs]
+            heard.receives(found)
 
     def end(self) -> None:
         """Measure what was heard, and let go of the step's tensors."""

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import gradflow as gf
 from gradflow.functional import recurrence
 from gradflow.functional.measurement import Session
-from gradflow.functional.model.flushing import flushes, flushing
 from gradflow.functional.recurrent import measurement as recurrent
 from gradflow.functional.recurrent.measurement import RecurrenceSession
 from gradflow.functional.recurrent.numbers import Budget, profile_error, standard_error
+from gradflow.functional.reverse.flushing import flushes, flushing
 from gradflow.records import FlowRecord, RecurrentLevelRecord
 from tests.functional.recurrent.models import Loop, inputs, last_step, layer, looped, measured, only, weighed
 from tests.functional.snapshots import difference, snapshot

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gradflow.functional.model.flushing import flushes, flushing
+from gradflow.functional.reverse.flushing import flushes, flushing
 
 
 @pytest.fixture(autouse=True)

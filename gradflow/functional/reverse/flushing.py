@@ -19,7 +19,8 @@ def flushes() -> bool:
     >>> flushes()
     False
     """
-    return not bool((torch.full((1,), 1e-38) * 0.01).view(torch.int32).any())
+    small = torch.full((1,), 1e-38, dtype=torch.float32, device="cpu")
+    return not bool((small * 0.01).view(torch.int32).any())
 
 
 @contextlib.contextmanager
