@@ -289,10 +289,10 @@ Where a look goes, over the plain step; and what the states and the gradients of
 """
 
 _MODELS = """By default and with `recurrent(exact=True)`, ten models at PyTorch's initialisation: the largest
-relative difference of profiles; of the lowest level, spectral radius and Lyapunov exponent with their standard
-errors. *Cost* is `RecurrenceRecord.cost`, what measuring takes in products with the layer's weights over those
-of its own step; *exact* how many times as long the exact look takes. Of {number} radii and {number} exponents
-of all levels, {inside} lie within three standard errors of the exact ones.
+relative difference of profiles; of the lowest level, spectral radius and Lyapunov exponent with their
+standard errors. *Cost* is `RecurrenceRecord.cost`, what measuring takes in products with the layer's weights
+over those of its own step; *exact* how many times as long the exact look takes. Of {number} radii and
+{number} exponents of all levels, {inside} lie within three standard errors of the exact ones.
 
 {models}
 
