@@ -77,19 +77,19 @@ def _recurrent_issue(recurrence: RecurrenceRecord, share: float) -> Issue:
         recurrence.type,
         IssueSeverity.LOW,
         share,
-        f"Over {share:.2g} of its time steps the gradient is subnormal (below 1.2e-38), so that its reverse "
-        f"pass takes up to {1 + 99 * share:.2g} times as long",
+        f"Over {share:.2g} of its time steps the gradient is subnormal (below 1.2e-38)",
+        pays=f", its reverse pass up to {1 + 99 * share:.2g} times",
     )
 
 
-def _told(layer: str, kind: str, severity: IssueSeverity, share: float, what: str) -> Issue:
+def _told(layer: str, kind: str, severity: IssueSeverity, share: float, what: str, pays: str = "") -> Issue:
     return Issue(
         layer=layer,
         layer_type=kind,
         issue_type=IssueType.NUMERICAL,
         severity=severity,
         description=f"{what}: too small to change a weight, and many processors take ten to a hundred times "
-        "as long for them.",
+        f"as long for them{pays}.",
         magnitude=share,
         recommended_actions=(
             "Call torch.set_flush_denormal(True) before training, in the thread that trains: such numbers "
