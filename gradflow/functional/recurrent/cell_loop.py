@@ -123,7 +123,7 @@ def _as_course(chain: Sequence[CellCall], level: Level) -> tuple[Course, Gradien
     )
     new, gates = level.cell(level.drive(x), before)
     course = Course(level=level, before=before, after=after, gates=gates)
-    whole = Gradients(h=h[None], c=c[0][None] if c else None, drive=h[None])
+    whole = Gradients(h=h[None], c=c[0][None] if c else None, drive=None)
     return course, whole, _error(new, after)
 
 

@@ -188,13 +188,14 @@ class Gradients:
     Args:
         h: at h_t, (gradients, steps, samples, size).
         c: at c_t, as it comes from later steps; None where there is no c.
-        drive: at the drive, (gradients, steps, samples, gates · hidden), in the order of reading.
+        drive: at the drive, (gradients, steps, samples, gates · hidden), in the order of reading; None for
+            the upper levels of a layer, once it has been sent on.
         exponent: of two: these are so many times the gradients.
     """
 
     h: Tensor
     c: Tensor | None
-    drive: Tensor
+    drive: Tensor | None
     exponent: int = 0
 
     @property
@@ -276,7 +277,7 @@ def _through_levels(
         for d, (course, part) in enumerate(zip(here, output.chunk(directions, -1), strict=True)):
             ends = tuple(end[:, index * directions + d] for end in last)
             backs.append(carried_back(course, (_turned(part, course.level, 1),), ends, exponent=exponent))
-        gradients[:0] = backs
+        gradients[:0] = [attrs.evolve(back, drive=None) for back in backs] if index else backs
         if index:
             pairs = zip(here, backs, strict=True)
             output = sum(_turned(b.drive, c.level, 1) @ c.level.weight_ih for c, b in pairs)  # type: ignore

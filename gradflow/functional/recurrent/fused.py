@@ -90,9 +90,7 @@ class FusedCall:
         generator = torch.Generator()
         generator.set_state(self.random)
         packed = layout.batch_sizes is not None
-        places = (
-            data.shape[:-1] if packed else layout.steps(data.detach()).shape[:-1]
-        )  # as the kernel has them
+        places = (data if packed else layout.steps(data.detach())).shape[:-1]  # as the kernel has them
         width, dtype = data.shape[-1], self.levels[0].weight_ih.dtype
         drawn: list[Tensor] = []
 
@@ -155,8 +153,11 @@ def fused_numbers(heard: FusedCall, budget: Budget) -> CallNumbers | None:
     )
     read = cotangents.read_steps
     back, per_level = _level_numbers(found, cotangents, mask, total, budget)
-    drives = [g.drive[0].flip(0) if c.level.reverse else g.drive[0]
-              for c, g in zip(found, back, strict=True) if c.level.index == 0]  # fmt: skip
+    drives = [
+        gradients.drive[0].flip(0) if course.level.reverse else gradients.drive[0]
+        for course, gradients in zip(found, back, strict=True)
+        if gradients.drive is not None
+    ]
     return CallNumbers(
         num_steps=len(x),
         num_samples=len(chosen),
