@@ -54,7 +54,7 @@ class Slopes:
         """
         u = nn.functional.linear(v[0], self.cell.weight_hh)
         u = u.unflatten(-1, (-1, self.into.shape[-1]))
-        if self.at_c is None:
+        if self.at_c is None or self.at_o is None or self.keep is None:
             h = (self.into * u).sum(-2) if self.into.shape[-2] > 1 else (self.into * u).squeeze(-2)
             return (h if self.keep is None else torch.addcmul(h, self.keep, v[0]),)
         c = torch.addcmul((self.into * u[..., :3, :]).sum(-2), self.keep, v[1])
@@ -68,7 +68,7 @@ class Slopes:
             w: in the parts of the state, (..., size); further axes in front are of gradients.
         """
         weight = self.cell.weight_hh
-        if self.at_c is None:
+        if self.at_c is None or self.at_o is None or self.keep is None:
             at_u = (w[0].unsqueeze(-2) * self.into).flatten(-2)
             if self.cell.kind == "relu":  # what is off hands on nothing, not 0 · inf
                 at_u = torch.where(self.into.flatten(-2) > 0, at_u, 0.0)
