@@ -338,7 +338,8 @@ def main() -> None:
     memory = {} if args.no_memory else memory_table(args.only, args.steps)
     text = page(times, parts, memory, args.steps)
     if args.write:
-        PAGE.write_text(text, encoding="utf-8")
+        written = re.search("<!-- recurrent -->.*", PAGE.read_text(encoding="utf-8"), flags=re.S)
+        PAGE.write_text(f"{text}\n{written[0]}" if written else text, encoding="utf-8")
 
 
 if __name__ == "__main__":

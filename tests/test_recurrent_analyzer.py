@@ -62,7 +62,8 @@ def test_the_numbers_of_the_example_tell_the_sick_model_from_its_repair(example:
     assert a.gradient_decay_rate > 1 - 1e-9 > 0.999 > b.gradient_decay_rate
     shares = [found.gradient_profile[0] / found.gradient_profile[-1] for found in (a, b)]
     assert shares[0] < 1e-20 < 1e-3 < shares[1]
-    assert [(i.issue_type, i.layer) for i in sick.gradient_issues] == [(gf.IssueType.VANISHING, "lstm")]
+    types = [i.issue_type for i in sick.gradient_issues if i.layer == "lstm"]
+    assert types == [gf.IssueType.VANISHING, gf.IssueType.NUMERICAL]  # of subnormal numbers, which are slow
     assert sick.gradient_issues[0].severity >= gf.IssueSeverity.MEDIUM
     assert all(i.severity <= gf.IssueSeverity.LOW for i in repaired.gradient_issues)
 

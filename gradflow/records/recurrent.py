@@ -48,9 +48,13 @@ class RecurrentLevelRecord:
         gradient_profile: ‖∂L/∂h_t‖, (measured steps, steps). NaN in front where a batch was shorter.
         state_profile: ‖∂L/∂s_t‖, likewise; another profile for an LSTM only, where s is (h, c).
         readout_profile: ‖∂ℓ/∂s_t‖ for what the loss reads at the last step alone; ends there.
+        profile_error: relative standard error of the profiles, where some samples of the batch stand for all:
+            the largest of their entries within a percent of the peak; 0 where all were measured.
         spectral_radius: largest eigenvalue modulus of A_t = ∂s_{t+1}/∂s_t, mean over sampled t and samples.
+        spectral_error: standard error of that mean; NaN for a single one.
         spectral_residual: largest relative residual of these; 0 where the Jacobian was taken whole.
         lyapunov: mean log growth per step of a tangent vector carried along the sequence, mean over samples.
+        lyapunov_error: standard error of that mean; NaN for a single sample.
         hidden_rms: rms of h_t, (measured steps, steps), in the order of reading; empty if not tracked.
         cell_rms: rms of c_t, the same; empty if there is no c.
         gates: one record per gate.
@@ -61,9 +65,12 @@ class RecurrentLevelRecord:
     gradient_profile: Floats = array_field(axes=2)
     state_profile: Floats = array_field(axes=2)
     readout_profile: Floats = array_field(axes=2)
+    profile_error: Floats = array_field(unknown="gradient_profile")
     spectral_radius: Floats = array_field()
+    spectral_error: Floats = array_field(unknown="spectral_radius")
     spectral_residual: Floats = array_field()
     lyapunov: Floats = array_field()
+    lyapunov_error: Floats = array_field(unknown="lyapunov")
     hidden_rms: Floats = array_field(axes=2)
     cell_rms: Floats = array_field(axes=2)
     gates: tuple[GateRecord, ...] = attrs.field(default=(), converter=to_tuple)
@@ -85,11 +92,17 @@ class RecurrenceRecord:
         loop: whether it is a loop over a cell.
         measured_steps: which steps of the run were measured.
         num_steps: steps of the longest sequence.
+        num_samples: on how many samples of the batch it was measured.
         read_share: share of the steps whose output the loss reads directly, not through later steps.
         heard_share: share of the steps, up to the last one that is read, whose gradient at W_ih x_t + b_ih in
             the lowest level is at least 1e-6 of the sample's largest. The others are lost to rounding in the
             gradient of W_ih, a sum over steps. Both directions count together.
         state_error: relative difference of the states from those that the model itself has computed.
+        subnormal_share: share of its steps, over levels and samples, at which the numbers of ∂L/∂s_t are
+            subnormal (float32: below 1.2e-38, and not zero), on a CPU that takes them as they are; of a loop,
+            in the gradient of what is read at the last step alone. Else 0.
+        cost: what measuring it took: multiplications by the layer's weights, over those of its own forward
+            and reverse pass.
         levels: in PyTorch's order.
         loss_share: see `TransformerRecord`.
     """
@@ -101,9 +114,12 @@ class RecurrenceRecord:
     loop: bool = False
     measured_steps: Ints = array_field(np.int64)
     num_steps: Ints = array_field(np.int64)
+    num_samples: Floats = array_field(unknown="measured_steps")
     read_share: Floats = array_field()
     heard_share: Floats = array_field()
     state_error: Floats = array_field()
+    subnormal_share: Floats = array_field(unknown="measured_steps")
+    cost: Floats = array_field(unknown="measured_steps")
     levels: tuple[RecurrentLevelRecord, ...] = attrs.field(converter=to_tuple)
     loss_share: float = float_field(NAN)
 

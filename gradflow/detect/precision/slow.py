@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-import numpy as np
-
 from gradflow.records import (
     Evidence,
     FlowRecord,
@@ -19,7 +17,6 @@ from gradflow.records import (
 from gradflow.records.formats import FORMATS
 
 _SERIOUS = 0.25  # of all numbers: then nearly all of the time is spent on them
-_SMALLEST = 2.0 ** FORMATS["float32"].least
 
 
 def crawling(share: float = 0.01) -> Callable[[FlowRecord], Iterable[Issue]]:
@@ -27,7 +24,7 @@ def crawling(share: float = 0.01) -> Callable[[FlowRecord], Iterable[Issue]]:
 
     Measured: of the numbers that operations are handed in the reverse pass on a CPU, the share that is
     subnormal (float32: below 1.2e-38, and not zero). Of a recurrent layer that is one fused operation, the
-    share of time steps whose gradient is so small.
+    share of time steps whose gradient is so small (`RecurrenceRecord.subnormal_share`).
 
     Why this is evidence: many processors hand an operation on such a number to microcode. How long that
     takes depends on the processor; on all of them the numbers are too small to change a weight.
@@ -53,7 +50,8 @@ def crawling(share: float = 0.01) -> Callable[[FlowRecord], Iterable[Issue]]:
                 told.add(worst.layer)
                 yield _issue(record, worst, slow / total)
         for recurrence in record.recurrences:
-            of_steps = _slow_steps(recurrence)
+            slow_steps = recurrence.subnormal_share
+            of_steps = float(slow_steps[-1]) if len(slow_steps) else 0.0
             if of_steps >= share and recurrence.name not in told:
                 yield _recurrent_issue(recurrence, of_steps)
 
@@ -80,17 +78,18 @@ def _recurrent_issue(recurrence: RecurrenceRecord, share: float) -> Issue:
         IssueSeverity.LOW,
         share,
         f"Over {share:.2g} of its time steps the gradient is subnormal (below 1.2e-38)",
+        pays=f", its reverse pass up to {1 + 99 * share:.2g} times",
     )
 
 
-def _told(layer: str, kind: str, severity: IssueSeverity, share: float, what: str) -> Issue:
+def _told(layer: str, kind: str, severity: IssueSeverity, share: float, what: str, pays: str = "") -> Issue:
     return Issue(
         layer=layer,
         layer_type=kind,
         issue_type=IssueType.NUMERICAL,
         severity=severity,
         description=f"{what}: too small to change a weight, and many processors take ten to a hundred times "
-        "as long for them.",
+        f"as long for them{pays}.",
         magnitude=share,
         recommended_actions=(
             "Call torch.set_flush_denormal(True) before training, in the thread that trains: such numbers "
@@ -101,13 +100,3 @@ def _told(layer: str, kind: str, severity: IssueSeverity, share: float, what: st
         metrics={"share": share},
         evidence=Evidence(roles=Role.SUBNORMAL),
     )
-
-
-def _slow_steps(recurrence: RecurrenceRecord) -> float:
-    """Return the share of time steps with a gradient that is not zero and subnormal at the last look."""
-    shares = [0.0]
-    for level in recurrence.levels:
-        if len(level.gradient_profile) and level.state_size:
-            profile = level.gradient_profile[-1] / np.sqrt(level.state_size)
-            shares.append(float(np.mean((profile > 0) & (profile < _SMALLEST))))
-    return max(shares)

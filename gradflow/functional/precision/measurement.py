@@ -16,7 +16,8 @@ from gradflow.functional.model.layers import owner
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.precision.counts import Counts, Row, counted, histogram, row
 from gradflow.functional.precision.passes import Output, Pass, error, fullest, listening, references, run_pass
-from gradflow.functional.precision.subnormal import ENTRIES, Span, Tally, flushes, graph_nodes, sample
+from gradflow.functional.precision.subnormal import ENTRIES, Span, Tally, graph_nodes, sample
+from gradflow.functional.reverse.flushing import flushes
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import sequence_number

@@ -45,15 +45,6 @@ def num_subnormal(x: Tensor) -> int:
     return int(torch.count_nonzero((bits > 0) & (bits < 1 << mantissa)))
 
 
-def flushes() -> bool:
-    """Whether the processor is set to take subnormal results for zero, as `set_flush_denormal` does.
-
-    >>> flushes()
-    False
-    """
-    return not bool((torch.full((1,), 1e-38) * 0.01).view(torch.int32).any())
-
-
 def graph_nodes(loss: Tensor) -> list[Node]:
     """Return the nodes under a loss that compute something, in the order in which they were made."""
     if loss.grad_fn is None:

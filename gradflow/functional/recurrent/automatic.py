@@ -19,7 +19,7 @@ from torch import nn
 
 from gradflow.functional.measurement import Session, some_of
 from gradflow.functional.recurrent.measurement import RecurrenceSession
-from gradflow.functional.recurrent.numbers import Budget
+from gradflow.functional.recurrent.numbers import Budget, CallNumbers
 from gradflow.functional.tap.calls import Call
 
 SAMPLES, CALLS = 8, 4
@@ -51,8 +51,8 @@ class _AutomaticSession(RecurrenceSession):
                 return
         super().entered(call, args, kwargs)
 
-    def _thin(self, call: Call, most: int, number: int) -> None:
-        self._thinned.setdefault(f"{most} of {number} samples")
+    def _thin(self, call: Call, numbers: CallNumbers) -> None:
+        self._thinned.setdefault(f"{numbers.num_samples} of {numbers.batch} samples")
 
     def fields(self) -> Mapping[str, Any]:
         return super().fields() if self._keys else {}

@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
-import numpy as np
 import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import wide_dtype
 from gradflow.functional.recurrent.cells import Level, State
-from gradflow.functional.recurrent.numbers import (
-    Budget,
-    LevelNumbers,
-    heard_share,
-    last_of,
-    level_numbers,
-    profile,
-)
-from gradflow.functional.recurrent.unroll import Track, TrackGradients
+from gradflow.functional.recurrent.cotangents import heard_share
+from gradflow.functional.recurrent.course import Course, Gradients, carried_back, scaled
+from gradflow.functional.recurrent.fused import crawls
+from gradflow.functional.recurrent.numbers import Budget, CallNumbers, last_of, level_numbers, profile
 from gradflow.functional.tap.calls import Call
 from gradflow.records import Floats
 
@@ -52,6 +47,14 @@ class CellCall:
     outputs: State = ()
     found: list[Tensor | None] = attrs.field(factory=list)
 
+    def gives(self, output: Any) -> None:
+        """Take the new state, as the cell returns it."""
+        self.outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
+
+    def receives(self, found: Iterator[Tensor | None]) -> None:
+        """Take the gradients at the outputs, which come next."""
+        self.found = [next(found) for _ in self.outputs]
+
 
 def chains(calls: Mapping[int, CellCall]) -> Iterator[list[CellCall]]:
     """Yield the sequences that calls of cells make, each in the order of time.
@@ -72,17 +75,7 @@ def chains(calls: Mapping[int, CellCall]) -> Iterator[list[CellCall]]:
     yield from found
 
 
-@attrs.frozen(eq=False, kw_only=True)
-class LoopNumbers:
-    """What one measured step gave for one loop; see `RecurrenceRecord`."""
-
-    read_share: float
-    heard_share: float
-    state_error: float
-    level: LevelNumbers
-
-
-def loop_numbers(chain: Sequence[CellCall], level: Level, *, budget: Budget) -> LoopNumbers:
+def loop_numbers(chain: Sequence[CellCall], level: Level, *, budget: Budget) -> CallNumbers:
     """Return the numbers of one loop.
 
     Args:
@@ -90,50 +83,48 @@ def loop_numbers(chain: Sequence[CellCall], level: Level, *, budget: Budget) -> 
         level: the cell.
         budget: on how much the costlier numbers are taken.
     """
-    track, whole, error = _as_track(chain, level)
-    state = tuple(torch.stack(part).requires_grad_() for part in zip(*track.before, strict=True))
-    drive = track.drive.clone().requires_grad_()
-    new, _ = level.cell(drive, state)
-    parts = [whole.h] if whole.c is None else [whole.h, whole.c]
-    at_drive, *pulled = torch.autograd.grad(new, [drive, *state], parts)
-    whole = attrs.evolve(whole, drive=at_drive)
-    return LoopNumbers(
+    course, whole, error = _as_course(chain, level)
+    steps, samples = course.after[0].shape[:2]
+    readout, subnormal = _readout(course, whole)
+    norms = whole.norms[0], whole.state_norms[0]
+    found = level_numbers(course, norms, readout, total=samples, budget=budget)
+    own = 3 * steps * samples * (level.weight_ih.numel() + level.cell.weight_hh.numel())
+    computed = steps * samples * (level.weight_ih.numel() + 3 * level.cell.weight_hh.numel())
+    parts = [whole.h[0]] if whole.c is None else [whole.h[0], whole.c[0]]
+    pulled, at_drive = course.slopes().pull(tuple(parts))
+    return CallNumbers(
+        num_steps=steps,
+        num_samples=samples,
+        batch=samples,
         read_share=_read_share(parts, pulled),
         heard_share=heard_share([at_drive], None, one_way=True),
         state_error=error,
-        level=level_numbers(track, whole, _readout(track, whole), total=drive.shape[1], budget=budget),
+        subnormal_share=subnormal if crawls(chain[0].outputs[0]) else 0.0,
+        cost=(computed + found.products * level.cell.weight_hh.numel()) / own,
+        levels=[found],
     )
 
 
-def _as_track(chain: Sequence[CellCall], level: Level) -> tuple[Track, TrackGradients, float]:
-    """Return a loop's states and the gradients at them as those of a fused layer, and its state error."""
+def _as_course(chain: Sequence[CellCall], level: Level) -> tuple[Course, Gradients, float]:
+    """Return a loop's states, and the gradients at them, as those of a fused layer, and its state error."""
     dtype = level.weight_ih.dtype
 
-    def stacked(rows: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        return [torch.stack(_rows(part)).detach().to(dtype) for part in zip(*rows, strict=True)]
+    def stacked(rows: Sequence[Sequence[Tensor]]) -> State:
+        return tuple(torch.stack(_rows(part)).detach().to(dtype) for part in zip(*rows, strict=True))
 
     (x,) = stacked([[heard.x] for heard in chain])
     after = stacked([heard.outputs for heard in chain])
     before = stacked([h.before or [torch.zeros_like(part) for part in h.outputs] for h in chain])
-    at_states = stacked(
+    h, *c = stacked(
         [
             [torch.zeros_like(o) if g is None else g for g, o in zip(h.found, h.outputs, strict=True)]
             for h in chain
         ]
     )
-    drive = level.drive(x)
-    new, gates = level.cell(drive, tuple(before))
-    track = Track(
-        level=level,
-        drive=drive,
-        before=list(zip(*before, strict=True)),
-        after=list(zip(*after, strict=True)),
-        last=tuple(part[-1] for part in after),
-        gates=[{name: gate[t] for name, gate in gates.items()} for t in range(len(chain))],
-        alive=None,
-    )
-    whole = TrackGradients(h=at_states[0], c=at_states[1] if len(at_states) > 1 else None, drive=drive)
-    return track, whole, _error(new, after)
+    new, gates = level.cell(level.drive(x), before)
+    course = Course(level=level, before=before, after=after, gates=gates)
+    whole = Gradients(h=h[None], c=c[0][None] if c else None, drive=None)
+    return course, whole, _error(new, after)
 
 
 def _read_share(at_states: Sequence[Tensor], pulled: Sequence[Tensor]) -> float:
@@ -159,24 +150,18 @@ def _error(found: Sequence[Tensor], real: Sequence[Tensor]) -> float:
     return math.sqrt(difference / size) if size else math.sqrt(difference)
 
 
-def _readout(track: Track, whole: TrackGradients) -> Floats:
+def _readout(course: Course, whole: Gradients) -> tuple[Floats, float]:
     """Return the profile of the last read step's gradient, sent back through the cell alone.
 
     No step follows the last one that a gradient arrives at, so that gradient is of what is read there.
+
+    Returns:
+        The profile, and the share of subnormal numbers.
     """
-    norms = whole.state_norms.numpy()
+    norms = whole.state_norms[0].numpy()
     ends = last_of(norms != 0)
-    parts = [whole.h] if whole.c is None else [whole.h, whole.c]
-    device = whole.h.device
-    carried = [torch.zeros_like(part[0]) for part in parts]
-    rows = []
-    for t in reversed(range(len(norms))):
-        starts = torch.from_numpy(ends == t).to(device)[:, None]
-        carried = [torch.where(starts, part[t], old) for part, old in zip(parts, carried, strict=True)]
-        rows.append(torch.cat(carried, -1))
-        state = tuple(part.detach().requires_grad_() for part in track.before[t])
-        new, _ = track.level.cell(track.drive[t], state)
-        carried = list(torch.autograd.grad(new, state, carried))
-    wide = wide_dtype(device)
-    alone = torch.linalg.vector_norm(torch.stack(rows[::-1]), dim=-1, dtype=wide).cpu().double()
-    return profile(alone.numpy(), np.asarray(ends), norms.shape[1])
+    marks = torch.arange(len(norms))[:, None] == torch.from_numpy(ends)
+    marks = marks.to(whole.h.device)[None, ..., None]
+    parts = [torch.where(marks, part, 0.0) for part in (whole.h, whole.c) if part is not None]
+    (alone,) = scaled(lambda p, exponent: [carried_back(course, tuple(p), exponent=exponent)], parts)
+    return profile(alone.state_norms[0].numpy(), ends, norms.shape[1]), alone.subnormal_share

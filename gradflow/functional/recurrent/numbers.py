@@ -11,6 +11,13 @@ Where the loss reads every step, each has a gradient of its own, and the profile
 how far any of them reaches back. So the gradient of what is read at the last step alone is sent back as well:
 its profile falls by what the recurrence itself keeps per step. Where only the last step is read, the two are
 one.
+
+NOTE [What is sampled, and how far off that is]
+Profiles, gates and rms are those of all steps and units, and of all samples unless a batch is too large. The
+eigenvalues of the transition are taken at some moments, of samples spread over the batch, and a tangent
+vector is carried along for some samples. Each mean over n of these comes with its standard error, the
+standard deviation over √n; for a profile, the root of a mean of squares over some of the samples, with the
+relative one of the mean square halved, times √(1 − share measured) since it is drawn without putting back.
 """
 
 from __future__ import annotations
@@ -24,13 +31,11 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import wide_dtype
-from gradflow.functional.recurrent.cells import Cell, State
-from gradflow.functional.recurrent.transition import lyapunov_exponents, spectral_radii
-from gradflow.functional.recurrent.unroll import Track, TrackGradients, Unrolled, track_gradients
+from gradflow.functional.recurrent.course import Course
+from gradflow.functional.recurrent.transition import Radii, growth_rates, radii_of
 from gradflow.functional.tap.watch import SATURATED
 from gradflow.records import Bools, Floats, GateRecord, Ints, RecurrentLevelRecord
 
-HEARD = 1e-6  # of a sample's largest: float32 keeps 7 digits, so what is smaller is lost in the sum
 IDLE = 0.1  # of a step: what an idle gate amounts to over a whole sequence, see `GateRecord`
 
 
@@ -41,33 +46,65 @@ class Budget:
     Args:
         numbers: of gates, over steps and samples; of larger batches some samples stand for all.
         samples: at most, whatever their size.
-        points: transitions whose eigenvalues are taken, and samples whose Lyapunov exponent is.
-        steps: over which a tangent vector is carried; with none the Lyapunov exponent is NaN.
+        points: transitions whose eigenvalues are taken.
+        vectors: samples along which a tangent vector is carried.
+        steps: over which it is carried; with none the Lyapunov exponent is NaN.
+        dense: largest state whose transition is taken whole.
+        tolerance: relative residual of the eigenvalues of larger ones.
         states: whether the rms of the states is taken at every step.
+        looks: whether at every measured step, and not at the first and the last alone.
     """
 
     numbers: int = 2**25
     samples: float = math.inf
     points: int = 8
+    vectors: int = 8
     steps: int = 512
+    dense: int = 64
+    tolerance: float = 1e-2
     states: bool = True
+    looks: bool = False
+
+
+EXACT = Budget(numbers=2**28, points=32, vectors=2**10, steps=2**20, dense=256, tolerance=1e-4, looks=True)
 
 
 @attrs.frozen(eq=False, kw_only=True)
 class LevelNumbers:
-    """What a `RecurrentLevelRecord` holds, of one measured step."""
+    """What a `RecurrentLevelRecord` holds, of one measured step; and `products`, the rows that the transition
+    of its state was multiplied with."""
 
     level: str
     state_size: int
     gradient_profile: Floats
     state_profile: Floats
     readout_profile: Floats
+    profile_error: float
     spectral_radius: float
+    spectral_error: float
     spectral_residual: float
     lyapunov: float
+    lyapunov_error: float
     hidden_rms: Floats
     cell_rms: Floats
     gates: dict[str, tuple[float, float, float]]  # mean, saturated share, idle share
+    products: int
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class CallNumbers:
+    """What one measured step gave for one call or loop; see `RecurrenceRecord`."""
+
+    num_steps: int
+    num_samples: int  # measured, of
+    batch: int
+    read_share: float
+    heard_share: float
+    state_error: float
+    subnormal_share: float
+    cost: float
+    levels: list[LevelNumbers]
+    unmasked: bool = False  # its dropout masks are not known
 
 
 def profile(norms: Floats, ends: Ints, total: int) -> Floats:
@@ -94,6 +131,41 @@ def profile(norms: Floats, ends: Ints, total: int) -> Floats:
     return np.sqrt(total * share * squares.sum(1) / (rows >= 0).sum(1))[::-1].copy()
 
 
+def profile_error(norms: Floats, ends: Ints, total: int) -> float:
+    """Return the relative standard error of a profile; see NOTE [What is sampled, and how far off that is].
+
+    Args:
+        norms: (steps, samples).
+        ends: index of each sample's last step; -1 for one that is left out.
+        total: number of samples that these stand for.
+
+    Returns:
+        Of the entries within a percent of the peak, the largest; 0 where no sample was left out.
+    """
+    number = norms.shape[1]
+    known = ends >= 0
+    if number >= total or not known.any():
+        return 0.0
+    norms, ends = norms[:, known], ends[known]
+    rows = ends - np.arange(int(ends.max()) + 1)[:, None]
+    inside = rows >= 0
+    squares = np.where(inside, np.take_along_axis(norms, np.maximum(rows, 0), 0) ** 2, 0.0)
+    counts = inside.sum(1)
+    mean = squares.sum(1) / counts
+    variance = np.where(inside, (squares - mean[:, None]) ** 2, 0.0).sum(1) / np.maximum(counts - 1, 1)
+    counted = (mean >= 1e-4 * mean.max()) & (mean > 0) & (counts > 1)
+    if not counted.any():
+        return math.nan
+    of_square = np.sqrt(variance / counts)[counted] / mean[counted]
+    return float(of_square.max() / 2 * math.sqrt(1 - number / total))
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of independent values that are known; NaN for fewer than two."""
+    known = values[values.isfinite()]
+    return float(known.std() / math.sqrt(len(known))) if len(known) > 1 else math.nan
+
+
 def last_of(marks: Bools) -> Ints:
     """Return the index of the last true entry along axis 0, -1 where there is none.
 
@@ -105,37 +177,39 @@ def last_of(marks: Bools) -> Ints:
 
 
 def level_numbers(
-    track: Track, whole: TrackGradients, readout: Floats, *, total: int, budget: Budget
+    course: Course, norms: tuple[Tensor, Tensor], readout: Floats, *, total: int, budget: Budget
 ) -> LevelNumbers:
-    """Return the numbers of one track.
+    """Return the numbers of one level.
 
     Args:
-        track: the level, unrolled.
-        whole: the gradients at its states.
+        course: the level over the sequence.
+        norms: of the gradients at h and at the whole state, (steps, samples).
         readout: the profile of the last read step alone.
-        total: number of samples that the track's stand for.
+        total: number of samples that the course's stand for.
         budget: on how much the costlier numbers are taken.
     """
-    hidden, both = whole.norms.numpy(), whole.state_norms.numpy()
+    hidden, both = (part.numpy() for part in norms)
     ends = last_of(hidden != 0)
-    drive = track.drive.detach()
-    drive = drive.flip(0) if track.level.reverse else drive
-    before = [tuple(part.detach() for part in state) for state in track.before]
-    radii, residuals = _radii(track.level.cell, drive, before, track.alive, budget.points)
-    after = [torch.stack(part).detach() for part in zip(*track.after, strict=True)]
-    rms = [_rms(part, track.alive) for part in after] if budget.states else []
+    radii = _radii(course, budget)
+    exponents, carried = _exponents(course, budget)
+    rms = [_rms(part, course.alive) for part in course.after] if budget.states else []
+    known = exponents[~exponents.isnan()]
     return LevelNumbers(
-        level=track.level.name,
-        state_size=sum(track.level.cell.sizes),
+        level=course.level.name,
+        state_size=sum(course.level.cell.sizes),
         gradient_profile=profile(hidden, ends, total),
         state_profile=profile(both, ends, total),
         readout_profile=readout,
-        spectral_radius=float(radii.mean()),
-        spectral_residual=float(residuals.max()),
-        lyapunov=_lyapunov(track.level.cell, drive, before[0], track.alive, budget),
+        profile_error=profile_error(hidden, ends, total),
+        spectral_radius=float(radii.radii.mean()),
+        spectral_error=standard_error(radii.radii),
+        spectral_residual=float(radii.residuals.max()),
+        lyapunov=float(known.mean()) if len(known) else math.nan,
+        lyapunov_error=standard_error(exponents),
         hidden_rms=rms[0] if rms else np.empty(0),
         cell_rms=rms[1] if len(rms) > 1 else np.empty(0),
-        gates=_gates(track.gates, track.alive),
+        gates=_gates(course),
+        products=radii.products * len(radii.radii) + carried,
     )
 
 
@@ -147,9 +221,12 @@ def level_record(numbers: Sequence[LevelNumbers]) -> RecurrentLevelRecord:
         gradient_profile=_padded([n.gradient_profile for n in numbers]),
         state_profile=_padded([n.state_profile for n in numbers]),
         readout_profile=_padded([n.readout_profile for n in numbers]),
+        profile_error=np.array([n.profile_error for n in numbers]),
         spectral_radius=np.array([n.spectral_radius for n in numbers]),
+        spectral_error=np.array([n.spectral_error for n in numbers]),
         spectral_residual=np.array([n.spectral_residual for n in numbers]),
         lyapunov=np.array([n.lyapunov for n in numbers]),
+        lyapunov_error=np.array([n.lyapunov_error for n in numbers]),
         hidden_rms=_padded([n.hidden_rms for n in numbers], front=False),
         cell_rms=_padded([n.cell_rms for n in numbers], front=False),
         gates=[
@@ -169,35 +246,35 @@ def _padded(rows: Sequence[np.ndarray], *, front: bool = True) -> np.ndarray:
     )
 
 
-def _radii(
-    cell: Cell, drive: Tensor, before: Sequence[State], alive: Tensor | None, number: int
-) -> tuple[Tensor, Tensor]:
+def _radii(course: Course, budget: Budget) -> Radii:
     """Return spectral radii at moments spread over the steps and the samples."""
-    samples = spread(drive.shape[1], number)
+    steps, width = course.after[0].shape[:2]
+    samples, number = spread(width, budget.points), budget.points
     points = []
     for i in range(number):
         sample = samples[i % len(samples)]
-        times = range(len(drive)) if alive is None else torch.nonzero(alive[:, sample]).flatten().tolist()
+        times = range(steps)
+        if course.alive is not None:
+            times = torch.nonzero(course.alive[:, sample]).flatten().tolist()
         points.append((times[int((i + 0.5) / number * len(times))], sample))
-    points = sorted(set(points))
-    state = tuple(torch.stack([before[t][k][b] for t, b in points]) for k in range(len(cell.sizes)))
-    return spectral_radii(cell, torch.stack([drive[t, b] for t, b in points]), state)
+    at, which = (list(part) for part in zip(*sorted(set(points)), strict=True))
+    return radii_of(course.slopes(at, which), dense=budget.dense, tolerance=budget.tolerance)
 
 
-def _lyapunov(cell: Cell, drive: Tensor, first: State, alive: Tensor | None, budget: Budget) -> float:
+def _exponents(course: Course, budget: Budget) -> tuple[Tensor, int]:
+    """Return Lyapunov exponents along some samples, and how many products they took."""
     if not budget.steps:
-        return math.nan
-    samples = spread(drive.shape[1], budget.points)
-    state = tuple(part[samples] for part in first)
-    here = None if alive is None else alive[:, samples]
-    if here is not None and len(drive) > budget.steps:  # in reverse, the short ones begin late
-        start = int(here.any(1).float().argmax())
-        drive, here = drive[start:], here[start:]
-    exponents = lyapunov_exponents(
-        cell, drive[: budget.steps, samples], state, alive=None if here is None else here[: budget.steps]
-    )
-    known = exponents[~exponents.isnan()]
-    return float(known.mean()) if len(known) else math.nan
+        return torch.empty(0), 0
+    samples = spread(course.after[0].shape[1], budget.vectors)
+    steps, here, start = len(course.after[0]), None, 0
+    if course.alive is not None:
+        here = course.alive[:, samples]
+        if steps > budget.steps:  # in reverse, the short ones begin late
+            start = int(here.any(1).float().argmax())
+    window = slice(start, start + budget.steps)
+    slopes = course.slopes(window, samples)
+    here = None if here is None else here[window]
+    return growth_rates(slopes.steps(), len(samples), alive=here), len(slopes.into) * len(samples)
 
 
 def spread(number: int, most: int) -> list[int]:
@@ -213,123 +290,30 @@ def spread(number: int, most: int) -> list[int]:
 
 def _rms(values: Tensor, alive: Tensor | None) -> Floats:
     """Return the rms over samples and units at each step, (steps,)."""
-    squares = values.double().square().mean(-1) if values.device.type != "mps" else values.square().mean(-1)
+    squares = torch.linalg.vector_norm(values, dim=-1, dtype=wide_dtype(values.device)).square()
+    squares = squares / values.shape[-1]
     if alive is None:
         return squares.mean(1).sqrt().cpu().double().numpy()
     sums = torch.where(alive, squares, 0.0).sum(1)
     return (sums / alive.sum(1)).sqrt().cpu().double().numpy()
 
 
-def _gates(gates: Sequence[dict[str, Tensor]], alive: Tensor | None) -> dict[str, tuple[float, float, float]]:
+def _gates(course: Course) -> dict[str, tuple[float, float, float]]:
     """Return mean, saturated and idle share of every gate; see `GateRecord`."""
     found = {}
-    for name in gates[0]:
-        values = torch.stack([step[name] for step in gates])
-        values = values.flatten() if alive is None else values[alive].flatten()
+    for name, values in course.gates.items():
+        steps = len(values)
+        values = values.flatten() if course.alive is None else values[course.alive].flatten()
         is_tanh = name in ("candidate", "state")
         slope = 1 - values * values if is_tanh else 4 * values * (1 - values)  # over its largest
-        near = torch.minimum(values, 1 - values) * len(gates) < IDLE
-        idle = math.nan if is_tanh else float(((slope < SATURATED) & near).double().mean())
-        found[name] = (float(values.double().mean()), float((slope < SATURATED).double().mean()), idle)
+        stuck = slope < SATURATED
+        idle = math.nan
+        if not is_tanh:
+            idle = _share(stuck & (torch.minimum(values, 1 - values) * steps < IDLE))
+        mean = float(values.mean(dtype=wide_dtype(values.device)))
+        found[name] = (mean, _share(stuck), idle)
     return found
 
 
-# --------------------------------------------------------------------------- the last read step alone
-
-
-@attrs.frozen(eq=False, kw_only=True)
-class Cotangents:
-    """Gradients at what a fused layer returns.
-
-    Args:
-        output: ∂L/∂output, (steps, samples, directions · size).
-        last: ∂L/∂h_n, and ∂L/∂c_n, each (levels, samples, size).
-        lengths: of the samples, (samples,).
-    """
-
-    output: Tensor
-    last: tuple[Tensor, ...]
-    lengths: Tensor
-
-    @property
-    def directions(self) -> int:
-        """1 or 2."""
-        return self.output.shape[-1] // self.last[0].shape[-1]
-
-    @property
-    def read(self) -> Bools:
-        """Which steps of the output the loss reads, (steps, samples)."""
-        return (self.output != 0).any(-1).cpu().numpy()
-
-    def final(self, reverse: bool) -> Bools:
-        """Which samples' last states, of one direction, the loss reads, (samples,)."""
-        ends = [part[int(reverse) :: self.directions] for part in self.last]
-        return np.any([(part != 0).any(-1).any(0).cpu().numpy() for part in ends], axis=0)
-
-    @property
-    def read_steps(self) -> Bools:
-        """Which steps the loss reads, in the output or as a last state, (steps, samples)."""
-        read = self.read.copy()
-        for reverse in (False, True)[: self.directions]:
-            final = self.final(reverse)
-            ends = np.zeros(len(final), np.int64) if reverse else self.lengths.numpy() - 1
-            read[ends[final], np.flatnonzero(final)] = True
-        return read
-
-    def of_last_read(self, reverse: bool) -> tuple[Cotangents, Ints]:
-        """Return the gradient of what is read at the last step alone, and that step by sample.
-
-        Args:
-            reverse: whether the last step in reverse is meant: the first of the sequence.
-        """
-        read, final, directions = self.read, self.final(reverse), self.directions
-        lengths = self.lengths.numpy()
-        if reverse:
-            first = np.where(read.any(axis=0), np.argmax(read, axis=0), -1)
-            place, end = np.where(final, 0, first), np.zeros_like(lengths)
-        else:
-            place, end = np.where(final, lengths - 1, last_of(read)), lengths - 1
-        marks = torch.arange(len(read))[:, None] == torch.from_numpy(place)
-        last = tuple(torch.zeros_like(part) for part in self.last)
-        here = torch.from_numpy(place == end).to(self.output.device)
-        for new, old in zip(last, self.last, strict=True):
-            new[int(reverse) :: directions] = old[int(reverse) :: directions] * here[:, None]
-        marks = marks.to(self.output.device)[..., None]
-        output = torch.where(marks, self.output, torch.zeros_like(self.output))
-        return attrs.evolve(self, output=output, last=last), place
-
-
-def readout_profiles(
-    unrolled: Unrolled, cotangents: Cotangents, whole: Sequence[TrackGradients], total: int
-) -> list[Floats]:
-    """Return by track the profile of the last read step alone; see NOTE [What one read-out keeps]."""
-    profiles: dict[int, Floats] = {}
-    for reverse in (False, True)[: cotangents.directions]:
-        alone, place = cotangents.of_last_read(reverse)
-        same = torch.equal(alone.output, cotangents.output) and all(
-            torch.equal(a, b) for a, b in zip(alone.last, cotangents.last, strict=True)
-        )
-        found = whole if same else track_gradients(unrolled, alone.output, alone.last)
-        ends = np.where(place >= 0, len(alone.output) - 1 - place, -1) if reverse else place
-        for i, (track, gradient) in enumerate(zip(unrolled.tracks, found, strict=True)):
-            if track.level.reverse is reverse:
-                profiles[i] = profile(gradient.state_norms.numpy(), ends, total)
-    return [profiles[i] for i in range(len(unrolled.tracks))]
-
-
-def heard_share(drives: Sequence[Tensor], alive: Tensor | None, *, one_way: bool) -> float:
-    """Return the share of steps whose gradient is not lost to rounding; see `RecurrenceRecord`.
-
-    Args:
-        drives: ∂L/∂d_t of the lowest level, by direction, (steps, samples, gates · hidden).
-        alive: which steps belong to each sample, (steps, samples); None where all do.
-        one_way: whether there is one direction, so that steps after the last read one do not count.
-    """
-    wide = wide_dtype(drives[0].device)
-    norms = [torch.linalg.vector_norm(d, dim=-1, dtype=wide).cpu().double().numpy() for d in drives]
-    joint = np.sqrt(np.square(norms).sum(0))
-    counted = np.ones(joint.shape, np.bool_) if alive is None else alive.cpu().numpy().copy()
-    if one_way:
-        counted &= np.arange(len(joint))[:, None] <= last_of(joint != 0)
-    counted &= joint.max(0) > 0
-    return float((joint >= HEARD * joint.max(0))[counted].mean()) if counted.any() else math.nan
+def _share(marks: Tensor) -> float:
+    return int(torch.count_nonzero(marks)) / marks.numel()

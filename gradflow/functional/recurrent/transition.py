@@ -1,7 +1,7 @@
 """The transition A_t = ∂s_{t+1}/∂s_t of a recurrent cell: Jacobian, spectral radius, Lyapunov exponent.
 
-All by `torch.func` on the pure cell, with s = h, or (h, c) for an LSTM. It is the true transition, with the
-slopes of the gates and nonlinearities where they stand, and not a weight matrix.
+All by the cell's slopes in closed form (`slopes.py`), with s = h, or (h, c) for an LSTM. It is the true
+transition, with the slopes of the gates and nonlinearities where they stand, and not a weight matrix.
 
 NOTE [Largest eigenvalue of a large transition]
 Up to `DENSE_SIZE` numbers in s the Jacobian is taken whole and its eigenvalues by LAPACK. Beyond, Arnoldi's
@@ -15,24 +15,25 @@ chapter 6.)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from gradflow.functional.model.setting import load_forward_mode
 from gradflow.functional.model.trees import wide_dtype
 from gradflow.functional.recurrent.cells import Cell, State
+from gradflow.functional.recurrent.slopes import Slopes, slopes_at
 
 DENSE_SIZE = 256  # its eigenvalues take some hundredths of a second; those of 1 024, seconds
 TOLERANCE = 1e-2
 MOST_VECTORS = 120
+_CHECKED = 1.4  # the basis grows by this factor between two looks at its eigenvalues
 
 
 def state_jacobians(cell: Cell, drive: Tensor, state: State) -> Tensor:
-    """Return A = ∂s'/∂s of every sample, by `torch.func.jacrev`.
+    """Return A = ∂s'/∂s of every sample, in closed form.
 
     Args:
         cell: the cell.
@@ -48,15 +49,7 @@ def state_jacobians(cell: Cell, drive: Tensor, state: State) -> Tensor:
     tensor([[[0., 2.],
              [1., 0.]]])
     """
-
-    def one(d: Tensor, s: Tensor) -> Tensor:
-        return cell.flat(d.unsqueeze(0), s.unsqueeze(0)).squeeze(0)
-
-    with torch.inference_mode(False):  # in which transforms lose the gradient in older releases
-        parts = {name: _ordinary(getattr(cell, name)) for name in ("weight_hh", "bias_hh", "weight_hr")}
-        cell = attrs.evolve(cell, **parts)
-        at = _ordinary(drive), _ordinary(torch.cat(state, -1))
-        return torch.func.vmap(torch.func.jacrev(one, argnums=1))(*at)
+    return slopes_at(cell, drive, state)[1].jacobian
 
 
 def spectral_radii(
@@ -78,11 +71,46 @@ def spectral_radii(
     >>> spectral_radii(cell, torch.zeros(1, 2), (torch.ones(1, 2),))[0].round(decimals=6)
     tensor([2.], dtype=torch.float64)
     """
-    if sum(cell.sizes) <= DENSE_SIZE:
-        jacobians = state_jacobians(cell, drive, state).cpu().double()
-        radii = _per_matrix(jacobians)
-        return radii, torch.where(radii.isnan(), radii, 0.0)
-    return _arnoldi(cell, drive, state, generator or torch.Generator().manual_seed(0))
+    found = radii_of(slopes_at(cell, drive, state)[1], generator=generator)
+    return found.radii, found.residuals
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Radii:
+    """Largest eigenvalue moduli, and how they were had.
+
+    Args:
+        radii: (samples,), float64.
+        residuals: relative, (samples,), float64; 0 where the Jacobian was taken whole.
+        products: Jacobian-vector products that it took, for each sample.
+    """
+
+    radii: Tensor
+    residuals: Tensor
+    products: int
+
+
+def radii_of(
+    slopes: Slopes,
+    *,
+    dense: int | None = None,
+    tolerance: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Radii:
+    """Return the largest eigenvalue modulus of each of some transitions; see `spectral_radii`.
+
+    Args:
+        slopes: of the steps, (samples, ...).
+        dense: the largest state whose Jacobian is taken whole; `DENSE_SIZE` by default.
+        tolerance: relative residual at which the iteration ends; `TOLERANCE` by default.
+        generator: of the first vectors; a seeded one by default.
+    """
+    size = sum(slopes.cell.sizes)
+    if size <= (DENSE_SIZE if dense is None else dense):
+        radii = _per_matrix(slopes.jacobian.cpu().double())
+        return Radii(radii=radii, residuals=torch.where(radii.isnan(), radii, 0.0), products=size)
+    generator = generator or torch.Generator().manual_seed(0)
+    return _arnoldi(slopes, TOLERANCE if tolerance is None else tolerance, generator)
 
 
 def _per_matrix(matrices: Tensor) -> Tensor:
@@ -94,28 +122,34 @@ def _per_matrix(matrices: Tensor) -> Tensor:
     return radii
 
 
-def _arnoldi(cell: Cell, drive: Tensor, state: State, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def _arnoldi(slopes: Slopes, tolerance: float, generator: torch.Generator) -> Radii:
     """Return radius and residual of every sample at once; see NOTE [Largest eigenvalue ...]."""
-    load_forward_mode()
-    s = torch.cat(state, -1)
-    most = min(s.shape[1], MOST_VECTORS)
-    basis = [_unit(_random_like(s, generator))]
-    h = torch.zeros(len(s), most + 1, most, dtype=torch.float64)
-    radii = residuals = torch.full((len(s),), math.nan, dtype=torch.float64)
+    like = slopes.into
+    number, size = like.shape[0], sum(slopes.cell.sizes)
+    most, check = min(size, MOST_VECTORS), 10.0
+    first = _unit(_random(number, size, like.device, generator)).to(like.dtype)
+    basis = first.new_zeros(number, most + 1, size)
+    basis[:, 0] = first
+    h = torch.zeros(number, most + 1, most, dtype=torch.float64)
+    radii, residuals = torch.full((2, number), math.nan, dtype=torch.float64)
     for k in range(most):
-        w = _pushed(cell, drive, s, basis[k].to(s.dtype))[1].to(basis[k].dtype)
-        stacked = torch.stack(basis, 1)
-        for _ in range(2):  # once is not enough in floating point
-            along = torch.einsum("pks,ps->pk", stacked, w)
-            w = w - torch.einsum("pks,pk->ps", stacked, along)
-            h[:, : k + 1, k] += along.cpu().double()
-        h[:, k + 1, k] = w.norm(dim=-1).cpu().double()
-        basis.append(_unit(w))
-        if k + 1 == most or k % 10 == 9:
-            radii, residuals = _largest(h, k + 1)
-            if not (residuals > TOLERANCE).any():
-                break
-    return radii, residuals
+        w = _pushed(slopes, basis[:, k]).unsqueeze(1)
+        known = basis[:, : k + 1]
+        along = torch.bmm(w, known.transpose(1, 2))
+        w = torch.baddbmm(w, along, known, alpha=-1)
+        rest = torch.bmm(w, known.transpose(1, 2))  # once is not enough in floating point
+        w = torch.baddbmm(w, rest, known, alpha=-1)
+        h[:, : k + 1, k] = (along + rest).squeeze(1).cpu().double()
+        h[:, k + 1, k] = w.norm(dim=-1).squeeze(1).cpu().double()
+        basis[:, k + 1] = _unit(w.squeeze(1))
+        if k + 1 == most or k + 1 >= check:
+            check = _CHECKED * (k + 1)
+            left = ~(residuals <= tolerance)  # the others are found
+            radii[left], residuals[left] = _largest(h[left], k + 1)
+            if not (residuals > tolerance).any():
+                return Radii(radii=radii, residuals=residuals, products=k + 1)
+    return Radii(radii=radii, residuals=residuals, products=most)
 
 
 def _largest(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -159,39 +193,63 @@ def lyapunov_exponents(
     >>> lyapunov_exponents(cell, torch.zeros(8, 1, 2), (torch.ones(1, 2),)).exp().round(decimals=5)
     tensor([2.], dtype=torch.float64)
     """
-    load_forward_mode()
-    s = torch.cat(state, -1)
-    v = _unit(_random_like(s, generator or torch.Generator().manual_seed(0))).to(s.dtype)
-    total = torch.zeros(len(s), dtype=torch.float64)
-    for t, step in enumerate(drive):
-        new, tangent = _pushed(cell, step, s, v)
-        growth = tangent.norm(dim=-1).cpu().double().log()
-        if alive is None:
-            s, v, total = new, _unit(tangent), total + growth
-        else:
-            here = alive[t].to(s.device)[:, None]
-            s, v = torch.where(here, new, s), torch.where(here, _unit(tangent), v)
-            total = total + torch.where(alive[t].cpu(), growth, 0.0)
-    counts = torch.full_like(total, len(drive)) if alive is None else alive.sum(0).cpu().double()
-    return total / counts
+
+    def steps() -> Iterable[Slopes]:
+        now = state
+        for t, entering in enumerate(drive):
+            new, slopes = slopes_at(cell, entering, now)
+            yield slopes
+            here = None if alive is None else alive[t].to(entering.device)[:, None]
+            now = (
+                new
+                if here is None
+                else tuple(torch.where(here, *pair) for pair in zip(new, now, strict=True))
+            )
+
+    return growth_rates(steps(), state[0].shape[0], alive=alive, generator=generator)
 
 
-def _pushed(cell: Cell, drive: Tensor, s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the next state and A v, by dual numbers: `torch.func.jvp` at a third of its overhead."""
-    with torch.inference_mode(False), forward_ad.dual_level():
-        pair = forward_ad.unpack_dual(cell.flat(drive, forward_ad.make_dual(_ordinary(s), _ordinary(v))))
-    assert pair.tangent is not None
-    return pair.primal, pair.tangent
+def growth_rates(
+    steps: Iterable[Slopes],
+    number: int,
+    *,
+    alive: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the mean log growth per step of a random tangent vector; see `lyapunov_exponents`.
+
+    Args:
+        steps: the derivative of each step, in the order of reading.
+        number: of samples.
+        alive: which steps count, (steps, samples); None where all do.
+        generator: of the first vector; a seeded one by default.
+    """
+    v: Tensor | None = None
+    lengths = []
+    for t, slopes in enumerate(steps):
+        if v is None:
+            generator = generator or torch.Generator().manual_seed(0)
+            v = _unit(_random(number, sum(slopes.cell.sizes), slopes.into.device, generator))
+            v = v.to(slopes.into.dtype)
+        new = _pushed(slopes, v)
+        length = new.norm(dim=-1, keepdim=True)
+        lengths.append(length)
+        new = new / length.clamp(min=torch.finfo(new.dtype).tiny)
+        v = new if alive is None else torch.where(alive[t].to(new.device)[:, None], new, v)
+    growth = torch.stack(lengths).squeeze(-1).cpu().double().log()
+    if alive is None:
+        return growth.mean(0)
+    alive = alive.cpu()
+    return torch.where(alive, growth, 0.0).sum(0) / alive.sum(0).double()
 
 
-def _ordinary(tensor: Any) -> Any:
-    """Return a tensor, or a copy of one that was made in inference mode, which takes no tangent."""
-    return tensor.clone() if isinstance(tensor, Tensor) and tensor.is_inference() else tensor
+def _pushed(slopes: Slopes, v: Tensor) -> Tensor:
+    return torch.cat(slopes.push(tuple(v.split(slopes.cell.sizes, -1))), -1)
 
 
-def _random_like(s: Tensor, generator: torch.Generator) -> Tensor:
-    wide = wide_dtype(s.device)
-    return torch.randn(s.shape, generator=generator, dtype=torch.float64).to(device=s.device, dtype=wide)
+def _random(number: int, size: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(number, size, generator=generator, dtype=torch.float64)
+    return drawn.to(device=device, dtype=wide_dtype(device))
 
 
 def _unit(v: Tensor) -> Tensor:

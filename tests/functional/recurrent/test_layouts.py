@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import gradflow as gf
-from gradflow.functional.recurrent import measurement as recurrent
+from gradflow.functional.recurrent import fused
 from gradflow.records import FlowRecord
 from tests.functional.recurrent.models import KINDS, Loop, inputs, layer, looped, measured, only, weighed
 
@@ -99,13 +99,13 @@ def test_dropout_between_levels_is_that_of_the_call(
     record = measured(module, lambda: (x,), loss)
     assert only(record).state_error[0] < 1e-12
     assert not record.provenance.notes
-    monkeypatch.setattr(recurrent, "_FOREIGN", math.inf)
-    monkeypatch.setattr(recurrent.RecurrenceSession, "_dropout", lambda *_: None)
+    monkeypatch.setattr(fused, "FOREIGN", math.inf)
+    monkeypatch.setattr(fused.FusedCall, "mask", lambda *_: lambda index: None)
     assert only(measured(module, lambda: (x,), loss)).state_error[0] > 0.05
 
 
 def test_where_the_masks_are_not_known_a_note_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recurrent, "_draws_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(fused, "draws_on_cpu", lambda tensor: False)
     module = layer("gru", num_layers=2, dropout=0.5)
     record = measured(module, [inputs()], weighed)
     (note,) = record.provenance.notes

@@ -19,7 +19,8 @@ from gradflow.functional import recurrence
 from gradflow.functional.measurement import Session
 from gradflow.functional.recurrent import measurement as recurrent
 from gradflow.functional.recurrent.measurement import RecurrenceSession
-from gradflow.functional.recurrent.numbers import Budget
+from gradflow.functional.recurrent.numbers import Budget, profile_error, standard_error
+from gradflow.functional.reverse.flushing import flushes, flushing
 from gradflow.records import FlowRecord, RecurrentLevelRecord
 from tests.functional.recurrent.models import Loop, inputs, last_step, layer, looped, measured, only, weighed
 from tests.functional.snapshots import difference, snapshot
@@ -38,14 +39,18 @@ def test_every_call_of_a_layer_is_a_record_and_every_look_a_row() -> None:
     record = measured(Siamese(), batches, lambda y: y, steps=5)
     assert [r.name for r in record.recurrences] == ["rnn", "rnn@1"]
     first = record.recurrences[0]
-    assert first.measured_steps.tolist() == [0, 1, 4]
-    assert first.num_steps.tolist() == [5, 7, 4]
-    profile = first.levels[0].gradient_profile
+    assert first.measured_steps.tolist() == [0, 4]  # both ends of the run
+    assert FlowRecord.from_json(record.to_json()) == record
+    exact = measured(Siamese(), batches, lambda y: y, steps=5, measurement=recurrence(exact=True))
+    every = exact.recurrences[0]
+    assert every.measured_steps.tolist() == [0, 1, 4]
+    assert every.num_steps.tolist() == [5, 7, 4]
+    profile = every.levels[0].gradient_profile
     assert profile.shape == (3, 7)
     assert np.isnan(profile).sum(1).tolist() == [2, 0, 3]
     assert np.isfinite(profile[:, -1]).all()  # they end together
-    assert np.isnan(first.levels[0].hidden_rms)[:, -1].tolist() == [True, False, True]  # they begin together
-    assert FlowRecord.from_json(record.to_json()) == record
+    assert np.isnan(every.levels[0].hidden_rms)[:, -1].tolist() == [True, False, True]  # they begin together
+    np.testing.assert_allclose(first.levels[0].gradient_profile[:, -4:], profile[[0, 2], -4:])
 
 
 def test_hidden_states_and_gates() -> None:
@@ -164,6 +169,69 @@ def test_of_a_batch_too_large_some_samples_stand_for_all() -> None:
     np.testing.assert_allclose(alike[2], alike[1])
     dropped = only(measured(module, [x], weighed, measurement=few))
     assert dropped.state_error[0] < 1e-12  # masks are drawn for all, then chosen
+
+
+def test_how_far_off_sampled_numbers_are() -> None:
+    """Over draws of the measured samples, the deviations are as large as the errors that are told."""
+    module, x = layer("lstm"), inputs(6, 64)
+    whole = only(measured(module, [x], last_step)).levels[0]
+    assert whole.profile_error.tolist() == [0.0]
+    far, told, radii, exponents = [], [], [], []
+    for seed in range(12):
+        drawn = x[:, torch.randperm(64, generator=torch.Generator().manual_seed(seed))]
+        few = Budgeted(Budget(samples=12))
+        level = only(measured(module, [drawn], last_step, measurement=few)).levels[0]
+        ratio = level.gradient_profile[0] / whole.gradient_profile[0] - 1.0
+        far.append(np.abs(ratio).max())
+        told.append(float(level.profile_error[0]))
+        radii.append((level.spectral_radius[0], level.spectral_error[0]))
+        exponents.append((level.lyapunov[0], level.lyapunov_error[0]))
+    assert 0.5 < np.mean(far) / np.mean(told) < 1.5
+    for found in (radii, exponents):
+        means, errors = np.array(found).T
+        assert 0.4 < means.std() / errors.mean() < 1.6
+
+
+def test_errors_in_closed_form() -> None:
+    norms = np.array([[1.0, 3.0], [0.0, 0.0]])
+    squares = np.array([1.0, 9.0])
+    of_mean = squares.std(ddof=1) / math.sqrt(2) / squares.mean()
+    assert profile_error(norms, np.array([0, 0]), 8) == pytest.approx(of_mean / 2 * math.sqrt(1 - 2 / 8))
+    assert profile_error(norms, np.array([0, 0]), 2) == 0.0
+    assert math.isnan(profile_error(norms[:, :1], np.array([0]), 8))
+    assert profile_error(norms, np.array([-1, -1]), 8) == 0.0
+    values = torch.tensor([1.0, 2.0, 4.0, math.nan, math.inf])
+    assert standard_error(values) == pytest.approx(np.std([1.0, 2.0, 4.0], ddof=1) / math.sqrt(3))
+    assert math.isnan(standard_error(values[:1]))
+
+
+def test_what_a_look_costs() -> None:
+    """One level, read at the last step: forward, one way back, four Jacobians whole, and four tangents."""
+    record = only(measured(layer("gru"), [inputs(20)], last_step))
+    ih, hh, rows = 12 * 3, 12 * 4, 20 * 4
+    products = rows * (ih + hh) + rows * hh + 8 * 4 * hh + 20 * 4 * hh
+    assert record.cost[0] == pytest.approx(products / (3 * rows * (ih + hh)))
+    assert record.num_samples.tolist() == [4]
+    loop = only(measured(Loop(layer("gru")), [inputs(20)], last_step))
+    assert loop.cost[0] == pytest.approx(record.cost[0] + rows * hh / (3 * rows * (ih + hh)))
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_the_share_of_subnormal_steps(loop: bool) -> None:
+    module = layer("relu", torch.float32)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.weight_hh_l0.copy_(1e-4 * torch.eye(4))
+        module.bias_ih_l0.fill_(1.0)
+    model = Loop(module) if loop else module
+    record = only(measured(model, [inputs(12, dtype=torch.float32)], lambda r: r[0][-1].sum()))
+    assert record.subnormal_share[0] == pytest.approx(2 / 12)  # 1e-40 and 1e-44
+    with flushing():
+        record = only(measured(model, [inputs(12, dtype=torch.float32)], lambda r: r[0][-1].sum()))
+        assert flushes()
+    assert record.subnormal_share[0] == 0.0
+    assert not flushes()
 
 
 def test_long_sequences_carry_a_tangent_for_some_steps() -> None:
