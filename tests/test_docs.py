@@ -1,17 +1,30 @@
-"""The outputs shown in the README and in docs/ are what the code prints today."""
+"""The outputs shown in the README and in docs/ are what the code prints today, and every block of code runs."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import math
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+# Pages whose blocks other tests run, and blocks that go on from names that the page does not make.
+ELSEWHERE = {"docs/training.md": "tests/integrations/test_page.py", "README.md": "tests/test_readme.py"}
+GIVEN = {
+    "docs/detectors.md": "model, batches, loss_fn, optimizer = given()",
+    "docs/remedies.md": "model, batches, loss_fn, optimizer = given()",
+    "docs/policy.md": "ppo = trained()",
+}
 
 
 def _script() -> Any:
@@ -24,11 +37,36 @@ def _script() -> Any:
 
 
 paste_outputs = _script()
-PLACES = [
-    pytest.param(place, id=f"{page}:{' '.join(place.arguments)[:50].splitlines()[0]}")
-    for page in paste_outputs.PAGES
-    for place in paste_outputs.places((ROOT / page).read_text(encoding="utf-8"))
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
+RUNS = [
+    pytest.param(page, run, id=f"{page}:{' '.join(run.arguments)[:50].splitlines()[0]}")
+    for page in paste_outputs.pages()
+    for run in paste_outputs.runs(TEXTS[page])
 ]
+
+
+@pytest.fixture
+def as_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Yield a function that runs code of a page as a program of its own, and returns what it printed.
+
+    It is run here, since every process would import torch again.
+    """
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+
+    def run(page: str, code: str, **names: Any) -> str:
+        monkeypatch.chdir(paste_outputs.folder_of(TEXTS[page], tmp_path))
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, page, "exec"), {"__name__": "__main__", **names})
+        return printed.getvalue()
+
+    with torch.random.fork_rng():
+        yield run
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(tmp_path):
+            del sys.modules[name]
 
 
 def difference(shown: str, printed: str) -> str:
@@ -48,36 +86,65 @@ def difference(shown: str, printed: str) -> str:
     return "" if shown.count("\n") == printed.count("\n") else "more lines on one side"
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_what_is_shown_is_what_is_printed(place: Any) -> None:
+@pytest.mark.parametrize(("page", "run"), RUNS)
+def test_what_is_shown_is_what_is_printed(page: str, run: Any, as_program: Any, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
-    assert difference(place.output, paste_outputs.fresh_output(place)) == ""
+    kind, *rest = run.arguments
+    if kind == "-c":
+        printed = as_program(page, *rest)
+    else:
+        printed = paste_outputs.fresh_output(run, paste_outputs.folder_of(TEXTS[page], tmp_path))
+    for place, output in zip(run.places, paste_outputs.outputs(run, printed), strict=True):
+        assert difference(place.output, output) == ""
+
+
+@pytest.mark.parametrize("page", GIVEN)
+def test_blocks_without_an_output_run(page: str, as_program: Any) -> None:
+    pytest.importorskip("stable_baselines3")
+    given = {"given": _given, "trained": _trained}
+    as_program(page, "\n".join([GIVEN[page], *left_over(page)]), **given)
+
+
+def test_every_block_of_code_is_run_by_a_test() -> None:
+    assert [page for page in TEXTS if left_over(page) and page not in (*ELSEWHERE, *GIVEN)] == []
+    assert all((ROOT / test).exists() for test in ELSEWHERE.values())
+
+
+def left_over(page: str) -> list[str]:
+    """Return the blocks of a page that are run for no output on it."""
+    run = "\n".join(argument for run in paste_outputs.runs(TEXTS[page]) for argument in run.arguments)
+    return [block for block in re.findall(r"```python\n(.*?)```\n", TEXTS[page], re.DOTALL) if block not in run]
+
+
+def _given() -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(model.parameters())
+    return model, [(x, x[:, :1]) for x in torch.randn(5, 16, 4)], nn.MSELoss(), optimizer
+
+
+def _trained() -> Any:
+    from stable_baselines3 import PPO
+
+    ppo = PPO("MlpPolicy", "CartPole-v1", n_steps=256, device="cpu", seed=0)
+    return ppo.learn(256)
 
 
 def test_pages_have_the_outputs_they_should() -> None:
-    readme, pipelines, graph, jacobians, *kinds = (
-        paste_outputs.places((ROOT / page).read_text(encoding="utf-8")) for page in paste_outputs.PAGES
-    )
-    assert [place.arguments[-1] for place in readme] == [
-        "examples/vanishing_sigmoid.py",
-        "examples/exploding_linear.py",
-        "examples/dead_relu.py",
-        "examples/dead_relu.py:repaired",
-    ]
-    assert len(graph) == 2
-    assert jacobians
-    assert all(kinds)
-    (measured,) = kinds[-1]
-    (mended,) = kinds[-2]
-    assert mended.arguments[1].count("\n") < 25, "a remedy of one's own takes few lines"
+    runs = {page: paste_outputs.runs(text) for page, text in TEXTS.items()}
+    assert [run.arguments[-1] for run in runs["README.md"]] == ["examples/vanishing_sigmoid.py"]
+    (measured,) = runs["docs/measurements.md"]
     definition, use = measured.arguments[1].split("\n\ntorch.manual_seed(0)\n")
     assert definition.count("\n") < 60, "a measurement of one's own takes less than 60 lines"
     assert "from_json" in use
-    for page in pipelines:
-        assert page.arguments[1].count("\n") < 35, "a pipeline of one's own takes few lines"
+    (mended,) = runs["docs/remedies.md"]
+    assert mended.arguments[1].count("\n") < 25, "a remedy of one's own takes few lines"
+    detectors = runs["docs/how_to/write_a_detector.md"]
+    for page in detectors:
+        assert page.arguments[1].count("\n") < 35, "a detector of one's own takes few lines"
         assert "gf.Issue(" in page.arguments[1]
-    _, causes = pipelines
-    assert causes.output.splitlines() == [
+    _, causes = detectors
+    assert causes.places[0].output.splitlines() == [
         "VANISHING in 0 explains ['2']",
         "CLOSED_GATE in 4 explains ['0', '2']",
     ]
@@ -107,8 +174,16 @@ def test_places_are_found_and_read() -> None:
         "```python\nprint(2)\n```\n"
         "<!-- output of: the blocks above -->\n```text\n```\n"
     )
-    first, second, third = paste_outputs.places(text)
+    first, second, third = paste_outputs.runs(text)
     assert third.arguments == ("-c", "print(1)\n\nprint(2)\n")
-    assert (first.arguments, first.output) == (("-c", "print(1)\n"), "1\n")
-    assert (second.arguments, second.output) == (("-m", "gradflow", "diagnose", "a b.py"), "")
-    assert paste_outputs.fresh_output(first) == "1\n"
+    assert (first.arguments, first.places[0].output) == (("-c", "print(1)\n"), "1\n")
+    assert (second.arguments, second.places[0].output) == (("-m", "gradflow", "diagnose", "a b.py"), "")
+
+
+def test_a_page_goes_on_from_block_to_block_and_has_its_files() -> None:
+    so_far = "<!-- output of: the page so far -->\n```text\n?\n```\n"
+    text = (
+        '```python title="own.py"\nx = 1\n```\n```python\nfrom own import x\nprint(x)\n```\n' + so_far
+        + "```python\nx += 1\n```\n```python\nprint(x)\n```\n" + so_far
+    )  # fmt: skip
+    assert paste_outputs.rewritten(text) == text.replace("?", "1", 1).replace("?", "2")
