@@ -75,7 +75,9 @@ def runs(text: str) -> list[Run]:
             found.append(Run(("-c", blocks[-1] if what == ABOVE else "\n".join(blocks)), (here,)))
         else:
             program, *rest = shlex.split(what)
-            found.append(Run(({"gradflow": ("-m", "gradflow"), "python": ()}[program]) + tuple(rest), (here,)))
+            found.append(
+                Run(({"gradflow": ("-m", "gradflow"), "python": ()}[program]) + tuple(rest), (here,))
+            )
     return [*found, Run(("-c", "\n".join(story)), tuple(told))] if told else found
 
 

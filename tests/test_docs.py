@@ -21,14 +21,16 @@ _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 # Pages whose blocks other tests run, and blocks that go on from names that the page does not make.
 ELSEWHERE = {"docs/training.md": "tests/integrations/test_page.py", "README.md": "tests/test_readme.py"}
 GIVEN = {
+    "docs/index.md": "model, batches, loss_fn, _ = given()",
     "docs/detectors.md": "model, batches, loss_fn, optimizer = given()",
     "docs/remedies.md": "model, batches, loss_fn, optimizer = given()",
-    "docs/policy.md": "ppo = trained()",
+    "docs/policy.md": "import gradflow as gf\nppo = trained()",
+    "docs/reference/index.md": "",
 }
 
 
-def _script() -> Any:
-    spec = importlib.util.spec_from_file_location("paste_outputs", ROOT / "docs" / "paste_outputs.py")
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -36,15 +38,17 @@ def _script() -> Any:
     return module
 
 
-paste_outputs = _script()
+paste_outputs = _script("paste_outputs")
 TEXTS = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
+EXAMPLES = "examples/"  # as programs of their own: tests/test_examples.py compares their outputs
 RUNS = [
     pytest.param(page, run, id=f"{page}:{' '.join(run.arguments)[:50].splitlines()[0]}")
     for page in paste_outputs.pages()
     for run in paste_outputs.runs(TEXTS[page])
+    if not run.arguments[0].startswith(EXAMPLES)
 ]
 
 
@@ -99,10 +103,29 @@ def test_what_is_shown_is_what_is_printed(page: str, run: Any, as_program: Any, 
 
 
 @pytest.mark.parametrize("page", GIVEN)
-def test_blocks_without_an_output_run(page: str, as_program: Any) -> None:
+def test_blocks_without_an_output_run(
+    page: str, as_program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("stable_baselines3")
-    given = {"given": _given, "trained": _trained}
-    as_program(page, "\n".join([GIVEN[page], *left_over(page)]), **given)
+    monkeypatch.setattr(paste_outputs, "ROOT", tmp_path)  # for what they write
+    as_program(page, "\n".join([GIVEN[page], *left_over(page)]), given=_given, trained=_trained)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda file: file.name)
+def test_notebooks_run_and_show_what_they_have_stored(file: Path) -> None:
+    pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    script = _script("run_notebooks")
+    stored, today = ([_shown(cell) for cell in script.read(file).cells], script.executed(file).cells)
+    assert sum("<svg" in str(cell) for cell in today) == 1  # the record's lines
+    for before, cell in zip(stored, today, strict=True):
+        assert difference(before, _shown(cell)) == ""
+
+
+def _shown(cell: Any) -> str:
+    """Return what one sees of a cell's outputs, without its markup."""
+    outputs = [o.get("text") or o["data"]["text/html"] for o in cell.get("outputs", ())]
+    return re.sub(r"<[^>]*>", "\n", "\n".join(outputs))
 
 
 def test_every_block_of_code_is_run_by_a_test() -> None:
@@ -113,12 +136,15 @@ def test_every_block_of_code_is_run_by_a_test() -> None:
 def left_over(page: str) -> list[str]:
     """Return the blocks of a page that are run for no output on it."""
     run = "\n".join(argument for run in paste_outputs.runs(TEXTS[page]) for argument in run.arguments)
-    return [block for block in re.findall(r"```python\n(.*?)```\n", TEXTS[page], re.DOTALL) if block not in run]
+    return [
+        block for block in re.findall(r"```python\n(.*?)```\n", TEXTS[page], re.DOTALL) if block not in run
+    ]
 
 
 def _given() -> tuple[Any, ...]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    nn.init.constant_(model[0].bias, -9.0)
     optimizer = torch.optim.Adam(model.parameters())
     return model, [(x, x[:, :1]) for x in torch.randn(5, 16, 4)], nn.MSELoss(), optimizer
 

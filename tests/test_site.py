@@ -1,0 +1,102 @@
+"""The site builds without a warning and without a network, and every public name has its place in the reference."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradflow as gf
+
+pytest.importorskip("mkdocs")
+pytest.importorskip("material")
+pytest.importorskip("mkdocstrings")
+
+ROOT = Path(__file__).parent.parent
+# Those whose `__all__` is public, and those of which every class and function made there is.
+LISTED = (
+    "functional",
+    "graph",
+    "pipelines",
+    "records",
+    "remedies",
+    "report",
+    "watching",
+    "detect",
+    "detect.time",
+)
+MADE_THERE = (
+    "errors", "results", "report.plots", "integrations.trackers", "integrations.lightning",
+    "integrations.transformers", "integrations.stable_baselines3",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the site; a page without a place in `nav`, or a link that leads nowhere, is a warning."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "https_proxy": "http://127.0.0.1:9", "no_proxy": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, f"mkdocs build --strict: {done.stdout}{done.stderr}"
+    assert "WARNING" not in done.stderr
+    return folder
+
+
+def names() -> dict[str, set[str]]:
+    """Return every public name as its users write it, with all places where the reference may tell of it.
+
+    What is known by several names needs one place.
+    """
+    parts = {"": gf, **{f"{part}.": importlib.import_module(f"gradflow.{part}") for part in LISTED}}
+    listed = {
+        f"{part}{name}": getattr(module, name)
+        for part, module in parts.items()
+        for name in module.__all__
+        if name != "__version__"
+    }
+    places: dict[int, set[str]] = {}
+    for name, value in listed.items():
+        made = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+        places.setdefault(id(value), {made}).add(f"gradflow.{name}")
+    found = {name: places[id(value)] for name, value in listed.items()}
+    for part in MADE_THERE:  # read, since importing the libraries that they are for takes seconds
+        file = ROOT / "gradflow" / f"{part.replace('.', '/')}.py"
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+                found[f"{part}.{node.name}"] = {f"gradflow.{part}.{node.name}"}
+    return found
+
+
+def test_every_public_name_has_a_place_in_the_reference(site: Path) -> None:
+    pages = [path.read_text(encoding="utf-8") for path in (site / "reference").glob("*.html")]
+    told = {name for page in pages for name in re.findall(r'id="(gradflow[\w.]*)"', page)}
+    missing = [name for name, places in names().items() if not told & places]
+    assert missing == [], "add `::: gradflow.NAME` to a page in docs/reference/"
+    assert len(names()) > 300
+
+
+def test_nothing_is_fetched_when_it_is_read(site: Path) -> None:
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 40
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert re.findall(r'<(?:script|img|iframe)[^>]*src="?(?:https?:)?//[^>]*>', text) == []
+        assert (
+            re.findall(r'<link[^>]*rel="?(?:stylesheet|preconnect)[^>]*href="?(?:https?:)?//[^>]*>', text)
+            == []
+        )
+
+
+def test_doctests_are_code_and_fields_of_records_have_their_types(site: Path) -> None:
+    text = (site / "reference" / "issues.html").read_text(encoding="utf-8")
+    assert "&gt;&gt;&gt;" not in re.sub(r"<pre.*?</pre>", "", text, flags=re.DOTALL)
+    assert re.search(r">recommended_actions</span>.{0,90}>tuple<", text, re.DOTALL)
