@@ -17,8 +17,8 @@ _SEVERAL = re.compile(r"^ {4}(?P<names>\w+(?:,\s+\w+)+): (?P<told>.*(?:\n {5,}.*
 class Docstrings(griffe.Extension):
     """Makes code of doctests, attributes of a record's `Args`, and a line for each of `a, b: as for f`.
 
-    A record's class docstring tells its fields under `Args`, since that is how they are given, but attrs writes
-    the `__init__`, so nothing in the code shows their types there; as attributes they do.
+    A record's class docstring tells its fields under `Args`, since that is how they are given, but attrs
+    writes the `__init__`, so nothing in the code shows their types there; as attributes they do.
     """
 
     def on_object(self, *, obj: griffe.Object, loader: griffe.GriffeLoader, **kwargs: Any) -> None:

@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What is run once: the arguments for Python that make the outputs, and the places for these, in order."""
+    """What is run once: the arguments for Python that make the outputs, and their places, in order."""
 
     arguments: tuple[str, ...]
     places: tuple[Place, ...]

@@ -1,4 +1,4 @@
-"""The outputs shown in the README and in docs/ are what the code prints today, and every block of code runs."""
+"""The outputs shown in the README and in docs/ are what the code prints today; every block of code runs."""
 
 from __future__ import annotations
 
