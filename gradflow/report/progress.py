@@ -30,12 +30,13 @@ def progress_bar(stream: TextIO | None = None, *, label: str = "measuring") -> I
     >>> with progress_bar(io.StringIO()) as progress:
     ...     report = gf.diagnose(model, batches, lambda y: y.mean(), steps=4, progress=progress)
     """
+    drawn_on: TextIO = sys.stderr if stream is None else stream
     if stream is None and _in_a_notebook():
         bar = _notebook_bar(label)
+    elif drawn_on.isatty() and importlib.util.find_spec("rich") is not None:
+        bar = _rich_bar(drawn_on, label)
     else:
-        stream = stream or sys.stderr
-        rich_bar = stream.isatty() and importlib.util.find_spec("rich") is not None
-        bar = _rich_bar(stream, label) if rich_bar else _plain_bar(stream, label)
+        bar = _plain_bar(drawn_on, label)
     with bar as move:
         yield move
 
