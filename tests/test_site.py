@@ -68,12 +68,24 @@ def names() -> dict[str, set[str]]:
         made = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
         places.setdefault(id(value), {made}).add(f"gradflow.{name}")
     found = {name: places[id(value)] for name, value in listed.items()}
-    for part in MADE_THERE:  # read, since importing the libraries that they are for takes seconds
-        file = ROOT / "gradflow" / f"{part.replace('.', '/')}.py"
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
-                found[f"{part}.{node.name}"] = {f"gradflow.{part}.{node.name}"}
+    for part in MADE_THERE:
+        found |= {f"{part}.{name}": {f"gradflow.{part}.{name}"} for name in made_in(part)}
     return found
+
+
+def made_in(part: str) -> list[str]:
+    """Return what a file lists in `__all__`, or the functions and classes that it makes.
+
+    It is read, since importing the libraries that it is for takes seconds.
+    """
+    path = ROOT / "gradflow" / part.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    for node in body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    made = [node.name for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    return [name for name in made if not name.startswith("_")]
 
 
 def test_every_public_name_has_a_place_in_the_reference(site: Path) -> None:
