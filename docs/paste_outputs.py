@@ -17,6 +17,8 @@ or, on a page that goes on from block to block, what they print from the last su
     <!-- output of: the page so far -->
 
 A block with a title (```python title="net.py") is a file: it is there when the page's code and commands run.
+The `gradflow` commands of a page run one after another in one folder, with the examples in it: later ones
+read what earlier ones wrote.
 A test runs the same and compares, so the pages cannot drift from the code.
 """
 
@@ -25,6 +27,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,6 +41,13 @@ _PLACE = re.compile(r"<!-- output of: (?P<what>.*?) -->\n```text\n(?P<output>.*?
 _CODE = re.compile(r"```python\n(?P<code>.*?)```\n", re.DOTALL)
 _FILE = re.compile(r'```\w+ title="(?P<name>[^"]+)"\n(?P<text>.*?)```\n', re.DOTALL)
 _NEXT = "\x1f"  # printed between the outputs of one run
+_COMMANDS = """
+from gradflow.cli import main
+
+for arguments in {commands!r}:
+    assert main(arguments) in (0, 1), arguments
+    print({end!r}, end="")
+"""
 
 
 class Place(NamedTuple):
@@ -64,6 +74,7 @@ def pages() -> list[str]:
 def runs(text: str) -> list[Run]:
     """Return what must be run for the places for outputs in a page."""
     found, story, told, place = [], [], [], 0
+    commands, answered = [], []
     for match in _PLACE.finditer(text):
         what, here = match["what"], Place(match["output"], match.start("output"), match.end("output"))
         blocks = [code["code"] for code in _CODE.finditer(text[: match.start()])]
@@ -75,21 +86,30 @@ def runs(text: str) -> list[Run]:
             found.append(Run(("-c", blocks[-1] if what == ABOVE else "\n".join(blocks)), (here,)))
         else:
             program, *rest = shlex.split(what)
-            found.append(
-                Run(({"gradflow": ("-m", "gradflow"), "python": ()}[program]) + tuple(rest), (here,))
-            )
-    return [*found, Run(("-c", "\n".join(story)), tuple(told))] if told else found
+            if program == "gradflow":
+                commands.append(rest)
+                answered.append(here)
+            else:
+                found.append(Run(tuple(rest), (here,)))
+    if told:
+        found.append(Run(("-c", "\n".join(story)), tuple(told)))
+    if commands:
+        found.append(Run(("-c", _COMMANDS.format(commands=commands, end=_NEXT)), tuple(answered)))
+    return found
 
 
 def folder_of(text: str, new: Path) -> Path:
     """Return where a page's runs take place: here, or in a new folder, with the files that it has written.
 
-    A page that goes on from block to block, or has its reader write files, starts in an empty folder.
+    A page that goes on from block to block, has commands, or has its reader write files, gets a new one.
     """
     own = list(_FILE.finditer(text))
     for match in own:
         (new / match["name"]).write_text(match["text"], encoding="utf-8")
-    return new if own or f"<!-- output of: {SO_FAR} -->" in text else ROOT
+    commands = "<!-- output of: gradflow " in text
+    if commands:
+        shutil.copytree(ROOT / "examples", new / "examples", dirs_exist_ok=True)
+    return new if own or commands or f"<!-- output of: {SO_FAR} -->" in text else ROOT
 
 
 def outputs(run: Run, printed: str) -> list[str]:
@@ -98,12 +118,10 @@ def outputs(run: Run, printed: str) -> list[str]:
 
 
 def fresh_output(run: Run, folder: Path = ROOT) -> str:
-    """Return what a run prints now, in a folder; raises if it fails, but for a gate that is closed."""
+    """Return what a run prints now, in a folder; raises if it fails."""
     command = [sys.executable, *run.arguments]
-    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the tests
-    done = subprocess.run(command, cwd=folder, env=one, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 1 or "--fail-on" not in command:
-        done.check_returncode()
+    ours = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # one thread, as in the tests
+    done = subprocess.run(command, cwd=folder, env=ours, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout
 
 
