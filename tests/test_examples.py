@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_docs import TEXTS, difference, paste_outputs
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SHOWN = [run for text in TEXTS.values() for run in paste_outputs.runs(text)]  # the pages tell their outputs
 
 SICK = {
     "vanishing_sigmoid": "CRITICAL VANISHING in layers.0",
@@ -50,5 +53,8 @@ def test_example_runs_by_itself(name: str) -> None:
     verdict, _, more = repaired.partition("\n")
     assert verdict == "no illness found"
     assert not more or name in NUMBERS
+    for run in SHOWN:
+        if run.arguments == (f"examples/{name}.py",):
+            assert difference(run.places[0].output, done.stdout) == ""
     causes = [line for line in sick.splitlines() if line.startswith("  cause: ")]
     assert causes[0].startswith(f"  cause: {CAUSES.get(name, 'VANISHING in layers.')}")

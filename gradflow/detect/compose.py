@@ -25,6 +25,7 @@ from gradflow.records import (
 )
 
 Detector = Callable[[FlowRecord], Iterable[Issue]]
+"""What judges: a pure function from a record to issues."""
 
 
 def detect(record: FlowRecord, pipeline: Any = None) -> tuple[Issue, ...]:

@@ -158,7 +158,8 @@ def analyze_custom(
             progress, deepen, measurements: as for `analyze`.
 
     Raises:
-        As `analyze` does; ModelNotCalledError if `forward_fn` calls no module of `model`.
+        GradflowError: those that `analyze` raises.
+        ModelNotCalledError: if `forward_fn` calls no module of `model`.
 
     >>> import torch
     >>> model, x = nn.Linear(2, 1), torch.ones(3, 2)

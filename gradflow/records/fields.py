@@ -14,8 +14,11 @@ from gradflow.records.values import ReadOnlyMapping, frozen, one_nan, read_only,
 
 # Written out: what `numpy.typing.NDArray` stands for cannot be read off it in every release.
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+"""An array of float64."""
 Ints = np.ndarray[Any, np.dtype[np.int64]]
+"""An array of whole numbers of 64 bits."""
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
+"""An array of booleans."""
 
 
 # NOTE [Arrays in frozen records]

@@ -69,6 +69,7 @@ class OwnIssueType:
 
 
 AnyIssueType = IssueType | OwnIssueType
+"""A type of issue, built in or of one's own."""
 
 
 def issue_type(name: str) -> AnyIssueType:

@@ -10,7 +10,8 @@ import numpy as np
 from gradflow.records.fields import NAN, Floats, array_field, float_field, to_tuple
 from gradflow.records.issues import AnyIssueType, Cause
 
-FINAL_SHARE = 0.2  # of the steps: their mean loss is what a run came to
+FINAL_SHARE = 0.2
+"""Share of the steps, the last ones, whose mean loss is what a run came to."""
 
 
 class TrialVerdict(enum.Enum):

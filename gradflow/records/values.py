@@ -17,6 +17,7 @@ import attrs
 import numpy as np
 
 NAN = float("nan")
+"""The one NaN that records hold, so that two of them are equal."""
 MAX_DEPTH = 32  # of containers within one another
 # Arrays that JSON keeps exactly: by name of the dtype; texts, of any length, besides.
 DTYPES = {

@@ -1,6 +1,7 @@
 """Rendering: console text, HTML, plots, progress. The only part of gradflow that renders."""
 
 from gradflow.report.html.page import report_html
+from gradflow.report.progress import progress_bar
 from gradflow.report.report import Report
 from gradflow.report.text.attention import attention_text
 from gradflow.report.text.coloured import write_text
@@ -17,6 +18,7 @@ __all__ = [
     "full_text",
     "healthy_layers",
     "policy_text",
+    "progress_bar",
     "report_html",
     "short_text",
     "summary_text",

@@ -54,3 +54,11 @@ def test_a_terminal_without_rich_gets_the_plain_bar(monkeypatch: pytest.MonkeyPa
     with progress_bar(stream) as move:
         move(2, 2)
     assert "[##############################] 2/2" in stream.getvalue()
+
+
+def test_without_a_stream_it_is_standard_error_where_there_is_no_notebook(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with progress_bar(label="trying") as move:
+        move(1, 1)
+    assert capsys.readouterr() == ("", f"\rtrying [{'#' * 30}] 1/1\n")

@@ -10,6 +10,7 @@ import numpy as np
 from gradflow.records import Bools, Floats, HistoryRecord, Issue, IssueSeverity
 
 TimeDetector = Callable[[HistoryRecord], Iterable[Issue]]
+"""What judges a training seen over time: a pure function from its history to issues."""
 KNOWS = 0.1  # of the loss of guesses: what is left where a model knows
 
 

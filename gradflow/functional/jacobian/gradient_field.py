@@ -149,7 +149,7 @@ def field_jacobian(
         The map, on the parameters of all players in order, flat in one vector.
 
     Raises:
-        As `vector_field` does.
+        GradflowError: those that `vector_field` raises.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> field_jacobian(model, lambda y: y.square().sum(), torch.tensor([[1.0, 2.0]])).dense()

@@ -159,7 +159,7 @@ def layer_jvp(
     Raises:
         ValueError: if the tangent has another shape.
         ModelCallError: if an operation in the layer has no derivative.
-        As `layer_function` does.
+        GradflowError: those that `layer_function` raises.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> output, product = layer_jvp(model, "1", torch.ones(1, 2), torch.ones(1, 2))
@@ -196,7 +196,7 @@ def layer_vjp(
     Raises:
         ValueError: if the cotangent has another shape.
         ModelCallError: if an operation in the layer has no derivative.
-        As `layer_function` does.
+        GradflowError: those that `layer_function` raises.
 
     >>> model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.ReLU())
     >>> _, product = layer_vjp(model, "0", torch.ones(1, 2), torch.ones(1, 3))
@@ -245,7 +245,7 @@ def layer_gain(
     Raises:
         ValueError: if `num_probes` or `distribution` is none of those above.
         ModelCallError: if an operation in the layer has no derivative.
-        As `layer_function` does.
+        GradflowError: those that `layer_function` raises.
 
     >>> model = nn.Sequential(nn.Linear(4, 4))
     >>> _ = nn.init.orthogonal_(model[0].weight)
@@ -297,7 +297,7 @@ def layer_spectrum(
         ValueError: if `k`, `sample` or `method` is none of those above, or the layer mixes the samples and
             one was asked for.
         ModelCallError: if an operation in the layer has no derivative.
-        As `layer_function` does.
+        GradflowError: those that `layer_function` raises.
 
     >>> model = nn.Sequential(nn.Linear(3, 3, bias=False))
     >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([1.0, 2.0, 4.0])))

@@ -169,7 +169,7 @@ def gradient_noise(
 
     Raises:
         ModelInputError: also if the batch holds fewer than two samples.
-        As `per_sample_gradients` does.
+        GradflowError: those that `per_sample_gradients` raises.
 
     >>> model = nn.Linear(1, 1, bias=False)
     >>> x = torch.tensor([[1.0], [3.0]])  # these are the gradients themselves

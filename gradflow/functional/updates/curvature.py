@@ -88,7 +88,7 @@ def curvature_along(
         loss after the update and for each of `factors`.
 
     Raises:
-        What `loss_of` raises.
+        Exception: what `loss_of` raises.
 
     Sources: Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability",
     ICLR 2021; Cohen et al., "Adaptive Gradient Methods at the Edge of Stability", 2022; Pearlmutter, "Fast

@@ -41,6 +41,7 @@ from gradflow.records.saving.numbers import (
 )
 
 FORMAT_VERSION = 1
+"""Of the JSON files that are written; a file of a later one is refused."""
 
 _T = TypeVar("_T")
 _Reader = Callable[[Any, int | None], Any]  # (data, number of steps around it if known) → value

@@ -1,6 +1,6 @@
 """The page in headless Chromium; left out where there is no Chromium or no playwright.
 
-apt-get install chromium-headless-shell && pip install playwright
+apt-get install chromium-headless-shell; playwright is in the extra `dev`
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ def test_nothing_overflows_or_overlaps(
     assert page.evaluate(OVERLAPPING) == []
     assert errors == []
     assert page.locator(".tools").is_visible() is scripted
+    assert (tmp_path / "report.html").stat().st_size < 3e6
     page.close()
 
 
