@@ -33,7 +33,8 @@ from workloads import Workload
 import gradflow as gf
 from gradflow.functional import levels_of, recurrence, unroll
 from gradflow.functional.recurrent import fused, measurement, numbers
-from gradflow.functional.recurrent.unroll import track_gradients
+from gradflow.functional.recurrent.numbers import last_of, profile
+from gradflow.functional.recurrent.unroll import TrackGradients, track_gradients
 from gradflow.functional.reverse.flushing import flushing
 from gradflow.records import RecurrenceRecord
 
@@ -172,7 +173,7 @@ def parts_row(name: str, rounds: int = 1) -> list[str]:
         plain = time.process_time() - start
         with clocked(spent):
             gf.analyze(work.model, [work.batch], work.loss_fn, steps=1, measurements=[recurrence()])
-        spent |= by_autograd(work)
+        spent |= by_autograd(work)[0]
         rows.append({part: seconds / plain for part, seconds in spent.items()})
     found = {part: statistics.median(row[part] for row in rows) for part in rows[0]}
     return [name, *(f"{found[part]:.2f}" for part in (*PARTS, *_AUTOGRAD))]
@@ -181,8 +182,8 @@ def parts_row(name: str, rounds: int = 1) -> list[str]:
 _AUTOGRAD = ("states by autograd", "gradients by autograd")
 
 
-def by_autograd(work: Workload) -> dict[str, float]:
-    """Return how long the states, and gradients at them, take by the unrolled cells and autograd."""
+def by_autograd(work: Workload) -> tuple[dict[str, float], list[TrackGradients]]:
+    """Return how long states, and gradients at them, take by the unrolled cells and autograd, and these."""
     model = work.model
     assert isinstance(model, Reader)
     samples = min(len(work.batch), numbers.Budget().numbers // _numbers(model.rnn, work.batch.shape[1]))
@@ -193,8 +194,9 @@ def by_autograd(work: Workload) -> dict[str, float]:
     output = unrolled.output.detach().transpose(0, 1).requires_grad_()
     loss = work.loss_fn(model.head(output if model.every else output[:, -1]))
     (at,) = torch.autograd.grad(loss, output)
-    track_gradients(unrolled, at.transpose(0, 1))
-    return dict(zip(_AUTOGRAD, (middle - start, time.process_time() - middle), strict=True))
+    found = track_gradients(unrolled, at.transpose(0, 1))
+    times = dict(zip(_AUTOGRAD, (middle - start, time.process_time() - middle), strict=True))
+    return times, list(found)
 
 
 def _numbers(rnn: nn.RNNBase, steps: int) -> int:
@@ -221,10 +223,10 @@ def model_row(name: str) -> tuple[list[str], list[tuple[float, float]]]:
     new, seconds = measured(work, exact=False)
     old, exact_seconds = measured(work, exact=True)
     profiles, pairs = [], []
-    for a, b in zip(new.levels, old.levels, strict=True):
-        for field in ("gradient_profile", "state_profile", "readout_profile"):
-            p, q = getattr(a, field)[0], getattr(b, field)[0]
-            profiles.append(float(np.max(np.abs(p - q) / np.maximum(q, 1e-30 * q.max()))))
+    for a, b, gradients in zip(new.levels, old.levels, by_autograd(work)[1], strict=True):
+        norms = gradients.norms.numpy()
+        p, q = a.gradient_profile[0], profile(norms, last_of(norms != 0), norms.shape[1])
+        profiles.append(float(np.max(np.abs(p - q) / np.maximum(q, 1e-30 * q.max()))))
         pairs.append((_distance(a, b, "spectral"), _distance(a, b, "lyapunov")))
     first, last = new.levels[0], old.levels[0]
     texts = [
@@ -290,10 +292,11 @@ Where a look goes, over the plain step; and what the states and the gradients of
 """
 
 _MODELS = """By default and with `recurrent(exact=True)`, ten models at PyTorch's initialisation: the largest
-relative difference of profiles; of the lowest level, spectral radius and Lyapunov exponent with their
-standard errors. *Cost* is `RecurrenceRecord.cost`, what measuring takes in products with the layer's weights
-over those of its own step; *exact* how many times as long the exact look takes. Of {number} radii and
-{number} exponents of all levels, {inside} lie within three standard errors of the exact ones.
+relative difference of the gradient profile from that of the unrolled cells by autograd; of the lowest level,
+spectral radius and Lyapunov exponent with their standard errors. *Cost* is `RecurrenceRecord.cost`, what
+measuring takes in products with the layer's weights over those of its own step; *exact* how many times as
+long the exact look takes. Of {number} radii and {number} exponents of all levels, {inside} lie within three
+standard errors of the exact ones.
 
 {models}
 
