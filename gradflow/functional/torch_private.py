@@ -27,6 +27,7 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `_BatchNorm`, `_NormBase`, `_InstanceNorm` | which layers keep running statistics | an error |
 | `Module._compiled_call_impl` | telling a compiled module | taken for none |
 | `DataLoader._iterator` | fresh workers, where a loader keeps its own | those it keeps |
+| `FSDPModule._get_fsdp_state`, its groups and their parameters | which leaf stands for which shard | an error |
 | the frames of `torch.utils.checkpoint` | telling one running checkpoint from another | taken for one |
 """
 
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -52,6 +54,7 @@ __all__ = [
     "BatchNorm",
     "InstanceNorm",
     "NormWithStatistics",
+    "ShardedGroup",
     "address",
     "as_class",
     "checkpoint_segment",
@@ -73,8 +76,11 @@ __all__ = [
     "own_memory",
     "preserved_writes",
     "pytree",
+    "sees_through",
     "sequence_number",
+    "sharded_groups",
     "stores",
+    "unsharded_class",
     "transform_level",
     "transforms",
     "unwatched",
@@ -200,6 +206,93 @@ def without_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
     loader = copy.copy(loader)
     vars(loader)["_iterator"] = None
     return loader
+
+
+# ------------------------------------------------------------------------------- sharded over processes
+
+
+class ShardedGroup:
+    """A module whose parameters `fully_shard` has spread over processes, and gathers while it runs.
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self._state = module._get_fsdp_state()
+
+    @property
+    def _groups(self) -> list[Any]:
+        several = getattr(self._state, "_fsdp_param_groups", None)  # one alone in older releases
+        one = [] if several is not None else [self._state._fsdp_param_group]
+        return [group for group in (several or one) if group is not None]
+
+    def leaves(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield each sharded parameter and the leaf that stands for it when gathered, None before the first."""
+        for group in self._groups:
+            for held in group.fsdp_params:
+                yield held.sharded_param, getattr(held, "_unsharded_param", None)
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether the parameters are whole at present."""
+        return any(group.is_unsharded for group in self._groups)
+
+    def rest(self) -> None:
+        """Shard the parameters again, and forget a pass that has begun."""
+        if self._state._is_root and hasattr(self.module, "reset_iter_state"):
+            self.module.reset_iter_state()
+        self.module.reshard()
+
+    def set_aside(self) -> Callable[[], None]:
+        """Put aside what an unfinished accumulation of gradients has left; return what puts it back.
+
+        Gradients are reduced from now on, as in the last of the passes of an accumulation.
+        """
+        was = [(g, g.reduce_grads, g.all_reduce_grads, g._partial_reduce_output) for g in self._groups]
+        sums = [(p, p.unsharded_accumulated_grad) for g in self._groups for p in g.fsdp_params]
+        last = self._state._state_ctx.is_last_backward
+        for group, *_ in was:
+            group.reduce_grads = group.all_reduce_grads = True
+            group._partial_reduce_output = None
+        for held, _ in sums:
+            held.unsharded_accumulated_grad = None
+        self._state._state_ctx.is_last_backward = True
+
+        def put_back() -> None:
+            for group, reduced, all_reduced, partial in was:
+                group.reduce_grads, group.all_reduce_grads = reduced, all_reduced
+                group._partial_reduce_output = partial
+            for held, total in sums:
+                held.unsharded_accumulated_grad = total
+            self._state._state_ctx.is_last_backward = last
+
+        return put_back
+
+
+def sharded_groups(model: nn.Module) -> dict[str, ShardedGroup]:
+    """Return the parts of a model that `fully_shard` was called on, by qualified name, the outermost first."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    if kind is None:
+        return {}
+    return {name: ShardedGroup(module) for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def unsharded_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module had before `fully_shard` gave it one of its own."""
+    names = [kind.__name__ for kind in type(module).__mro__[:2]]
+    return type(module).__mro__[2] if names[1] == "FSDPModule" else type(module)
+
+
+def sees_through(node: Any) -> bool:
+    """Whether an autograd node is the identity, and only tells `fully_shard` that the gradient passes by."""
+    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+    return custom and type(node).__name__ in _SEEN_THROUGH
+
+
+_SEEN_THROUGH = ("RegisterPostBackwardFunctionBackward", "RegisterPreBackwardFunctionBackward")
 
 
 # ------------------------------------------------------------------------- transforms and what is watched

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,12 +112,15 @@ def _can_be_shared(tensor: Tensor) -> bool:
     )
 
 
-def copy_parameters(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
+def copy_parameters(
+    model: nn.Module, copy_of: Copy = torch.clone, kept: Container[int] = frozenset()
+) -> Tensors:
     """Return leaf copies of the parameters by qualified name; a tied parameter appears once.
 
     Args:
         model: the model.
         copy_of: makes the copy of a detached tensor.
+        kept: ids of those that are taken as they are.
 
     Raises:
         ModelInputError: if a parameter has no values (lazy modules, the meta device).
@@ -125,6 +128,9 @@ def copy_parameters(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
     copies: Tensors = {}
     for name, parameter in model.named_parameters():
         check_has_values(name, parameter)
+        if id(parameter) in kept:
+            copies[name] = parameter
+            continue
         values, kind = copy_of(parameter.detach()), type(parameter)
         if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
             copy = nn.Parameter(values, requires_grad=parameter.requires_grad)

@@ -30,7 +30,7 @@ from torch import Tensor
 from gradflow.functional.reach.reasons import Blame, Reasons
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.reverse import call_node, validated
-from gradflow.functional.tap.nodes import Node, is_leaf
+from gradflow.functional.tap.nodes import Node, feeds, is_leaf
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.torch_private import input_metadata
 from gradflow.records import Reason
@@ -83,11 +83,12 @@ class Walk:
         for node in reversed(self.structure.nodes):
             leaf = self.structure.leaves.get(node)
             wanted = id(leaf) in self.wanted if leaf is not None else False
-            if wanted or any(child in self._needed for child, _ in node.next_functions):
+            if wanted or any(child in self._needed for child, _ in feeds(node)):
                 self._needed.add(node)
         self._arriving[loss.grad_fn] = {0: [(torch.ones_like(loss), None)]}
-        with torch.no_grad():
+        with torch.no_grad(), self.structure.walk() as ready:
             for node in self.structure.nodes:
+                ready()
                 arrived = self._arriving.pop(node, None)
                 if arrived is not None and node in self._needed:
                     self._visit(node, arrived)
@@ -101,13 +102,13 @@ class Walk:
             self._found[id(self.structure.leaves[node])] = none if labels is None else labels
             return
         if is_probe(node):
-            child, number = node.next_functions[0]
+            child, number = feeds(node)[0]
             self._send(child, number, gathered[0])
             return
         gradients = {number: gradient for number, (gradient, _) in gathered.items()}
         results = call_node(node, gradients)
         pending: dict[int, Tensor] = {}
-        for j, (child, number) in enumerate(node.next_functions):
+        for j, (child, number) in enumerate(feeds(node)):
             if child is None or child not in self._needed:
                 continue
             given = results[j] if j < len(results) else None
@@ -162,7 +163,7 @@ class Walk:
         elif any(bool(rest.any()) for rest in left.values()):
             self._small_or_cancelled(node, gathered, found, left)
         for j, cotangent in pending.items():
-            child, number = node.next_functions[j]
+            child, number = feeds(node)[j]
             self._send(child, number, (cotangent, found[j]))
 
     def _small_or_cancelled(
@@ -209,7 +210,7 @@ class Walk:
         results = call_node(node, gradients)
         found: dict[int, Tensor | None] = {}
         for j in asked:
-            child, number = node.next_functions[j]
+            child, number = feeds(node)[j]
             given = results[j] if j < len(results) else None
             found[j] = None if given is None else validated(given, child, number, self.structure)
         return found

@@ -21,7 +21,7 @@ from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.reverse.autograd_graph import Structure, Windows
 from gradflow.functional.reverse.reverse import call_node, validated
 from gradflow.functional.tap.asked import Listener
-from gradflow.functional.tap.nodes import Node, is_leaf, nodes_under, operation
+from gradflow.functional.tap.nodes import Node, feeds, is_leaf, nodes_under, operation
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.watch import source_layer
@@ -216,14 +216,15 @@ def _upstream(node: Node, recorder: Recorder) -> str:
 def backward_birth(loss: Tensor, structure: Structure) -> tuple[Node, str] | None:
     """Return the first autograd node that makes a non-finite gradient of finite ones, and what it makes."""
     arriving: dict[Node, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss)}}
-    with torch.no_grad():
+    with torch.no_grad(), structure.walk() as ready:
         for node in structure.nodes:
+            ready()
             gradients = arriving.pop(node, None)
             if gradients is None or is_leaf(node):
                 continue
             before = max(_badness(g) for g in gradients.values())
             handed = call_node(node, gradients)
-            for cotangent, (child, number) in zip(handed, node.next_functions, strict=False):
+            for cotangent, (child, number) in zip(handed, feeds(node), strict=False):
                 if cotangent is None or child is None:
                     continue
                 cotangent = validated(cotangent, child, number, structure)

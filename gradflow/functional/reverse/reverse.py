@@ -28,7 +28,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.reverse.autograd_graph import Structure, stands
 from gradflow.functional.tap.calls import unit_axis
-from gradflow.functional.tap.nodes import Node, Position, is_leaf, of_parameters, topological
+from gradflow.functional.tap.nodes import Node, Position, feeds, is_leaf, of_parameters, topological
 from gradflow.functional.tap.probes import as_norm, is_probe, magnitude
 from gradflow.functional.torch_private import in_reverse_pass, input_metadata
 
@@ -84,7 +84,12 @@ def check_walkable(structure: Structure) -> None:
 
 
 def accumulated(
-    loss: Tensor, leaves: Sequence[Any], wanted: Collection[int] = ()
+    loss: Tensor,
+    leaves: Sequence[Any],
+    wanted: Collection[int] = (),
+    *,
+    cotangent: Tensor | None = None,
+    retain_graph: bool = False,
 ) -> dict[int, Tensor | None]:
     """Run `loss.backward()`, leaving the `.grad` of leaves that are not ours as it was.
 
@@ -94,6 +99,8 @@ def accumulated(
         loss: scalar loss with its graph.
         leaves: those that are ours: working parameters and slots.
         wanted: ids of leaves of the user's whose gradients are asked for.
+        cotangent: what the gradient of `loss` itself is; None for 1.
+        retain_graph: whether the graph is kept.
 
     Returns:
         The gradients of those of `wanted` that were met, by id.
@@ -105,7 +112,7 @@ def accumulated(
 
     def note(root: Node) -> None:
         nodes = topological(root)
-        slots = {node.next_functions[1][0] for node in nodes if is_probe(node)}  # made in a checkpoint
+        slots = {feeds(node)[1][0] for node in nodes if is_probe(node)}  # made in a checkpoint
         for leaf in (n.variable for n in nodes if is_leaf(n) and n not in slots):
             known = saved.get(id(leaf))
             if id(leaf) not in ours and (known is None or known[0]() is not leaf):
@@ -115,7 +122,7 @@ def accumulated(
     note(loss.grad_fn)
     try:
         with _told_of_inner_passes(note):
-            loss.backward()
+            loss.backward(cotangent, retain_graph=retain_graph)
         met = {key: reference() for key, (reference, _) in saved.items() if key in wanted}
         return {key: leaf.grad for key, leaf in met.items() if leaf is not None}
     finally:
@@ -205,28 +212,29 @@ class _Walk:
         self._entered = {
             position
             for node in nodes
-            for position in node.next_functions
+            for position in feeds(node)
             if position in self._stands and group_of.get(node) != group_of[self._stands[position]]
         }
 
     def run(self, loss: Tensor) -> None:
         """Call every node with the gradient that has arrived at it, from the loss back."""
         self._arriving[loss.grad_fn] = {0: {self.structure.loss: torch.ones_like(loss)}}
-        for node in self.structure.nodes:
-            incoming = self._arriving.pop(node, None)
-            if incoming is None:
-                continue
-            gradients = {
-                number: self._gather(node, number, by_group) for number, by_group in incoming.items()
-            }
-            if node in self.structure.leaves:
+        with self.structure.walk() as ready:
+            for node in self.structure.nodes:
+                ready()
+                incoming = self._arriving.pop(node, None)
+                if incoming is not None:
+                    self._visit(node, incoming)
+
+    def _visit(self, node: Node, incoming: dict[int, dict[str, Tensor]]) -> None:
+        gradients = {number: self._gather(node, number, by_group) for number, by_group in incoming.items()}
+        if node in self.structure.leaves:
+            if self.structure.gatherer is None:  # which hands out the gradients itself, in slices
                 self.flows.leaves[id(self.structure.leaves[node])] = gradients[0]
-                continue
-            for cotangent, (child, number) in zip(
-                call_node(node, gradients), node.next_functions, strict=False
-            ):
-                if cotangent is not None and child is not None:
-                    self._send(cotangent, node, child, number)
+            return
+        for cotangent, (child, number) in zip(call_node(node, gradients), feeds(node), strict=False):
+            if cotangent is not None and child is not None:
+                self._send(cotangent, node, child, number)
 
     def _send(self, cotangent: Tensor, node: Node, child: Node, number: int) -> None:
         cotangent = validated(cotangent, child, number, self.structure)
@@ -250,8 +258,8 @@ class _Walk:
         for source, size in zip(outside, sizes, strict=True):
             _add(self.flows.edges, (group, source), size)
         if is_probe(node):
-            if node.next_functions[0] in self._entered:
-                self._seen[node.next_functions[0]] = total
+            if feeds(node)[0] in self._entered:
+                self._seen[feeds(node)[0]] = total
             else:
                 whole = sizes[0] if len(sizes) == len(by_group) == 1 else None
                 self._note_output(node, group, total, whole)

@@ -182,7 +182,7 @@ def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> 
         numbers = list(zip(row.layout.places, row.values.tolist(), strict=True))
         run.reach.arrived.settle({str(name) for (kind, name), n in numbers if kind == "pzeros" and n == 0})
         run.reach.arrived.doubt({str(name): n for (kind, name), n in numbers if kind == "pgrad"})
-    run.reach.arrived.add(outcome.gradients.parameters, look=look)
+    run.reach.arrived.add(outcome.gradients.parts, look=look)
 
 
 @attrs.frozen(eq=False)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.functional.model.shards import local
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable, wide_dtype
 from gradflow.functional.run.step import Outcome
@@ -311,11 +312,11 @@ class History:
 
     def _lasting(self, outcome: Outcome, look: bool, moved: bool) -> list[tuple[str, str, Tensor]]:
         """Return (kind of number, name, tensor it is taken of) for the parameters and their gradients."""
-        found = []
+        found, gradients = [], outcome.gradients.parts
         for name, parameter in self.parameters.items():
             if moved:
-                found.append(("norm", name, summable(parameter.detach())))
-            gradient = outcome.gradients.parameters.get(name)
+                found.append(("norm", name, summable(local(parameter.detach()))))
+            gradient = gradients.get(name)
             if gradient is not None:
                 found.append(("pgrad", name, gradient))
                 if look and gradient.layout is torch.strided:

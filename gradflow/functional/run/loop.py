@@ -160,7 +160,7 @@ def _first_step(run: Run, request: Request) -> Outcome:
         request.before.restore(program)
     _check_first(run, shown)
     _end(run.sessions)
-    run.graph.learn(shown, dataflow, program.state.parameters)
+    run.graph.learn(shown, dataflow, program.state.leaves)
     if run.graph.summed:
         check_stage_loss(program.given.model)
     if vjp:
@@ -252,6 +252,8 @@ def _captured(run: Run) -> set[str]:
 
     Together they hold at most a million elements (some megabytes), or 1 percent of the parameters' number.
     """
+    if run.program.state.shards:
+        return set()  # `backward()` hands out no gradient at an edge
     left = max(2**20, sum(p.numel() for p in run.program.state.parameters.values()) // 100)
     chosen, wanted = set(), run.graph.capturable - run.graph.bypassed
     suited = [call for name, call in run.history.calls.items() if name in wanted]

@@ -10,6 +10,7 @@ from torch import nn
 
 from gradflow.errors import NoTrainableParametersError
 from gradflow.functional.model.purity import preserved, seed_all
+from gradflow.functional.model.shards import Shards
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
 from gradflow.functional.model.threads import exclusive, uncompiled
@@ -50,7 +51,8 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
             part.find_unused_parameters = part.static_graph = False
         if plan.seed is not None:
             seed_all(plan.seed)
-        taps, state = TappedModel.of(model), WorkingState.of(given, copies)
+        shards = Shards.of(*given.modules)
+        taps, state = TappedModel.of(model), WorkingState.of(given, copies, shards)
         if not state.trainable:
             raise NoTrainableParametersError(
                 f"none of the {len(state.parameters)} parameters of {type(model).__name__} requires a "
@@ -58,7 +60,8 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
                 "`model.requires_grad_(True)`."
             )
         try:
-            return _measured(Program(given, state, taps), plan, draw, transform, reason)
+            with shards.kept(stepped=bool(plan.loop.optimizers)):
+                return _measured(Program(given, state, taps), plan, draw, transform, reason)
         finally:
             taps.forget()
             del state  # frees the copies before the originals are given their memory back

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.purity import ModuleState, RandomState
+from gradflow.functional.model.shards import Shards, local
 from gradflow.functional.model.state import (
     Copy,
     Swap,
@@ -67,20 +68,23 @@ class WorkingState:
     originals: dict[int, str]  # names of the user's parameters, by id
     _swap: Swap
     _loss_swap: Swap | None = None
+    shards: Shards = attrs.field(factory=Shards)
 
     @classmethod
-    def of(cls, given: Given, copy_of: Copy = torch.clone) -> WorkingState:
+    def of(cls, given: Given, copy_of: Copy = torch.clone, shards: Shards = Shards()) -> WorkingState:
         """Return copies of the present state; what model and loss share belongs to the model.
 
         Args:
             given: model and loss.
             copy_of: makes the copy of a tensor.
+            shards: parameters of the model that are taken as they are.
         """
         model, loss = given.model, given.loss_module
-        parameters, buffers = copy_parameters(model, copy_of), copy_buffers(model, copy_of)
+        kept = {id(p) for p in shards.parameters.values()}
+        parameters, buffers = copy_parameters(model, copy_of, kept), copy_buffers(model, copy_of)
         originals = {id(p): name for name, p in model.named_parameters()}
         if loss is None:
-            return cls(parameters, {}, buffers, originals, Swap(model))
+            return cls(parameters, {}, buffers, originals, Swap(model), shards=shards)
         prefix = loss_prefix(model)
         shared = originals | {id(b): name for name, b in model.named_buffers()}
         own = {n for n, t in (*loss.named_parameters(), *loss.named_buffers()) if id(t) not in shared}
@@ -92,6 +96,7 @@ class WorkingState:
             originals | {id(p): prefix + n for n, p in loss.named_parameters() if n in own},
             Swap(model),
             Swap(loss, prefix, shared),
+            shards,
         )
 
     @property
@@ -104,10 +109,22 @@ class WorkingState:
         """All working parameters that require a gradient."""
         return {name: p for name, p in self.every_parameter.items() if p.requires_grad}
 
+    @property
+    def leaves(self) -> Tensors:
+        """What stands for each parameter in autograd's graph; the leaf that was gathered for a sharded one."""
+        return {**self.every_parameter, **self.shards.leaves()}
+
+    @property
+    def parts(self) -> Tensors:
+        """The parameters of the model, and of a sharded one what this process holds of it."""
+        return {name: local(p) for name, p in self.parameters.items()}
+
     @contextlib.contextmanager
     def swapped(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Put the working copies (or `tensors`) in the modules for the length of the context."""
         state = {**self.parameters, **self.loss_parameters, **self.buffers, **(tensors or {})}
+        for name in self.shards.parameters:  # which the model puts in place by itself
+            del state[name]
         loss = contextlib.nullcontext() if self._loss_swap is None else self._loss_swap(state)
         with self._swap(state), loss:
             yield
@@ -206,6 +223,7 @@ class Before:
 
     def restore(self, program: Program) -> None:
         """Put it back."""
+        program.state.shards.rest()
         if self.modules is not None:
             self.modules.restore()
         self.random.restore()

@@ -17,6 +17,7 @@ from gradflow.functional.reach.findings import Wires
 from gradflow.functional.run.assembly import activation_records, layer_records, parameter_records
 from gradflow.functional.run.history import series
 from gradflow.functional.run.run import Run
+from gradflow.functional.tap.calls import type_name
 from gradflow.records import FlowRecord, KnowledgeRecord, Provenance, UpdatesRecord
 
 
@@ -37,7 +38,7 @@ def conclude(run: Run) -> None:
             "layer's input, and is changed in place afterwards."
         )
     past = run.graph.bypassed
-    if run.transform == "vjp" or run.program.learned.reentrant:  # which see what passes the probes alone
+    if run.transform == "vjp" or run.program.learned.reentrant or run.program.state.shards:  # which see what passes the probes alone
         past = past | run.program.taps.entered
     for name in sorted(past):
         if history.calls[name].module not in unprobed:
@@ -162,7 +163,7 @@ def _provenance(run: Run, said: tuple[str, ...], chosen: tuple[str, ...]) -> Pro
         },
         device=str(parameters[0].device),
         dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
-        model=type(model).__name__,
+        model=type_name(model),
         num_parameters=sum(p.numel() for p in parameters),
         seed=plan.seed,
         requested_steps=plan.steps,

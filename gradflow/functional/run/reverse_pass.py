@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from gradflow.functional.model.shards import local
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
 from gradflow.functional.reverse.autograd_graph import Structure
@@ -39,6 +40,11 @@ class Gradients:
     flows: Flows | None = None
 
     @property
+    def parts(self) -> dict[str, Tensor | None]:
+        """The gradients by name, and of a sharded one what this process holds of it."""
+        return {name: None if g is None else local(g) for name, g in self.parameters.items()}
+
+    @property
     def are_none(self) -> bool:
         """Whether no path leads to any parameter."""
         return all(gradient is None for gradient in self.parameters.values())
@@ -46,7 +52,7 @@ class Gradients:
     @property
     def finite(self) -> bool:
         """Whether every gradient of a parameter is finite."""
-        return all(bool(torch.isfinite(summable(g)).all()) for g in self.parameters.values() if g is not None)
+        return all(bool(torch.isfinite(summable(g)).all()) for g in self.parts.values() if g is not None)
 
 
 def reverse_pass(
@@ -79,6 +85,11 @@ def reverse_pass(
         return _accumulated(program, recorder, loss)
     if structure is not None:
         check_walkable(structure)
+    if program.state.shards:
+        found = _exchanged(program, recorder, loss, scale, keep=keep or full)
+        if full and structure is not None:
+            return attrs.evolve(found, flows=walked(loss, structure, exact=True, ranks=ranks))
+        return found
     trainable = program.state.trainable
     # The original of a parameter enters the graph too, where a list or the loss's closure holds it.
     held = program.learned.held
@@ -100,9 +111,7 @@ def reverse_pass(
             gradients = [flows.leaves.get(id(p)) for p in (*trainable.values(), *held.values())]
             outputs = [flows.probes.get(id(site)) for site in recorder.sites]
     else:
-        # In a short dtype the scale itself may overflow, as it does where a scaler multiplies the loss.
-        cotangent = None if scale == 1.0 else torch.full_like(loss, scale, dtype=torch.float64).to(loss.dtype)
-        found = fused(loss, leaves, cotangent=cotangent, retain_graph=keep)
+        found = fused(loss, leaves, cotangent=_cotangent(loss, scale), retain_graph=keep)
         _check_flat(recorder, trainable, len(leaves) - len(held))
         gradients, outputs = found[:number], _outputs(recorder, found[number:])
         if scale != 1.0:
@@ -140,6 +149,35 @@ def _accumulated(program: Program, recorder: Recorder, loss: Tensor) -> Gradient
     outputs = [slot.grad if slot is not None else None for slot in own]
     _clear(trainable, recorder)
     return Gradients(found, outputs)
+
+
+def _exchanged(program: Program, recorder: Recorder, loss: Tensor, scale: float, *, keep: bool) -> Gradients:
+    """Differentiate as training does, by `backward()`, in which the processes exchange what they have.
+
+    Gradients of sharded parameters are found in the `.grad` of their slices; see NOTE [Sharded parameters].
+    """
+    state, cotangent = program.state, _cotangent(loss, scale)
+    trainable, shards = state.trainable, state.shards
+    whole = shards.leaves().values()
+    slots = [site.slot for site in recorder.sites if site.slot is not None]
+    plain = [p for name, p in trainable.items() if name not in shards.parameters]
+    with shards.handing_out():
+        accumulated(loss, [*plain, *slots, *whole], cotangent=cotangent, retain_graph=keep)
+        found = {name: p.grad for name, p in trainable.items()}
+    outputs = [None if site.slot is None else site.slot.grad for site in recorder.sites]
+    _clear({name: p for name, p in trainable.items() if name not in shards.parameters}, recorder)
+    if scale != 1.0:
+        found = {name: None if g is None else g / scale for name, g in found.items()}
+        outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
+    return Gradients(found, outputs)
+
+
+def _cotangent(loss: Tensor, scale: float) -> Tensor | None:
+    """Return the loss's own gradient, None for 1.
+
+    In a short dtype the scale itself may overflow, as it does where a scaler multiplies the loss.
+    """
+    return None if scale == 1.0 else torch.full_like(loss, scale, dtype=torch.float64).to(loss.dtype)
 
 
 def _check_flat(recorder: Recorder, trainable: Tensors, num_leaves: int) -> None:

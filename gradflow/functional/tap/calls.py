@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradflow.functional.model.layers import is_scripted
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.tap.probes import Site
-from gradflow.functional.torch_private import checkpoint_segment, num_writes, sequence_number
+from gradflow.functional.torch_private import checkpoint_segment, num_writes, sequence_number, unsharded_class
 
 
 @attrs.define(eq=False)
@@ -145,7 +145,7 @@ def unit_axis(y: Tensor, feeding: str) -> int:
 
 def type_name(module: nn.Module) -> str:
     """Return the name of a module's class; of the class that it was made from, where it is TorchScript."""
-    return str(module.original_name) if is_scripted(module) else type(module).__name__
+    return str(module.original_name) if is_scripted(module) else unsharded_class(module).__name__
 
 
 def version(value: Any) -> int:
