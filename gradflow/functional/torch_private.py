@@ -28,6 +28,7 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `Module._compiled_call_impl` | telling a compiled module | taken for none |
 | `DataLoader._iterator` | fresh workers, where a loader keeps its own | those it keeps |
 | `FSDPModule._get_fsdp_state`, its groups and their parameters | which leaf stands for which shard | an error |
+| `tensor._utils.compute_local_shape_and_global_offset` | where in the whole a shard lies | an error |
 | the frames of `torch.utils.checkpoint` | telling one running checkpoint from another | taken for one |
 """
 
@@ -74,6 +75,7 @@ __all__ = [
     "num_writes",
     "outside_transforms",
     "own_memory",
+    "place_of",
     "preserved_writes",
     "pytree",
     "sees_through",
@@ -278,6 +280,16 @@ def sharded_groups(model: nn.Module) -> dict[str, ShardedGroup]:
     if kind is None:
         return {}
     return {name: ShardedGroup(module) for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def place_of(tensor: Any) -> tuple[slice, ...]:
+    """Return where in a DTensor the part lies that this process holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if not offset:
+        return (slice(0, 0),) * tensor.dim()
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
 def unsharded_class(module: nn.Module) -> type[nn.Module]:

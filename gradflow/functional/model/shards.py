@@ -15,14 +15,15 @@ whether the model runs once more is decided by all of them together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gradflow.functional.torch_private import ShardedGroup, preserved_writes, sharded_groups
+from gradflow.functional.torch_private import ShardedGroup, place_of, preserved_writes, sharded_groups
+from gradflow.records import Floats
 
 Tensors = dict[str, Tensor]
 
@@ -116,11 +117,52 @@ class Shards:
             for parameter, gradient in saved:
                 parameter.grad = gradient
 
+    def total(self, sums: Floats) -> Floats:
+        """Return the sums of numbers over all processes."""
+        if not self.groups:
+            return sums
+        found = torch.tensor(sums, device=local(next(iter(self.parameters.values()))).device)
+        dist.all_reduce(found)
+        return found.cpu().numpy()
+
+    def whole(self, masks: Mapping[str, Tensor | None], names: Iterable[str]) -> dict[str, Tensor | None]:
+        """Return masks of whole parameters, made of those that the processes have of their slices.
+
+        Args:
+            masks: by name; on the host, None for a mask that would be full. Those that are empty are left out.
+            names: of all parameters that any process may have one of, alike on all of them.
+        """
+        names = list(names)
+        found = self._largest([0 if n not in masks else 2 if masks[n] is None else 1 for n in names])
+        kinds = dict(zip(names, found.tolist(), strict=True))
+        partly = {name: self.parameters.get(name) for name, kind in kinds.items() if kind == 1}
+        pieces = []
+        for name, shard in partly.items():
+            mask = masks.get(name)
+            if shard is not None:
+                piece = torch.zeros(shard.shape, dtype=torch.uint8)
+                if mask is not None:
+                    piece[place_of(shard)] = mask.to(torch.uint8)
+            else:
+                assert mask is not None
+                piece = mask.to(torch.uint8)
+            pieces.append(piece)
+        flat = self._largest(torch.cat([piece.reshape(-1) for piece in pieces])) if pieces else torch.empty(0)
+        sizes = [piece.numel() for piece in pieces]
+        joined: dict[str, Tensor | None] = {name: None for name, kind in kinds.items() if kind == 2}
+        for name, piece, part in zip(partly, pieces, flat.split(sizes) if sizes else (), strict=True):
+            joined[name] = part.reshape(piece.shape).bool()
+        return {name: joined[name] for name in names if name in joined}
+
+    def _largest(self, values: Sequence[int] | Tensor) -> Tensor:
+        """Return, of each of some small numbers, the largest that any process has, on the host."""
+        device = local(next(iter(self.parameters.values()))).device
+        found = torch.as_tensor(values, dtype=torch.uint8).to(device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return found.cpu()
+
     def any(self, *flags: bool) -> Sequence[bool]:
         """Return which flags are set on any process, where the processes must take the same way."""
         if not self.groups:
             return flags
-        device = local(next(iter(self.parameters.values()))).device
-        found = torch.tensor([float(flag) for flag in flags], device=device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return [flag > 0 for flag in found.tolist()]
+        return [flag > 0 for flag in self._largest([int(flag) for flag in flags]).tolist()]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.layers import owner
+from gradflow.functional.model.shards import Shards, local
 from gradflow.functional.reach.arrived import Arrived
 from gradflow.functional.reach.blame import Blamed, Walk
 from gradflow.functional.reach.origins import Origins
@@ -61,20 +62,24 @@ class ReachFindings:
     Args:
         trainable: the trainable working parameters by name.
         originals: names of the user's own parameters by their id.
+        shards: those of the parameters that are spread over processes.
     """
 
     trainable: Mapping[str, Tensor]
     originals: Mapping[int, str]
+    shards: Shards = attrs.field(factory=Shards)
     arrived: Arrived = attrs.field(init=False)
     closely: Closely | None = None
     outside: tuple[OutsideRecord, ...] = ()
     terms: tuple[TermRecord, ...] = ()
     failed: str = ""  # why no step could be looked at closely
     _writes: dict[str, int] = attrs.field(init=False)
+    _partly: set[str] = attrs.field(factory=set)  # to which a path has led
+    _asked: set[str] | None = None  # what is open on any process, where that had to be agreed on
 
     def __attrs_post_init__(self) -> None:
-        self.arrived = Arrived(self.trainable)
-        self._writes = {name: num_writes(p) for name, p in self.trainable.items()}
+        self.arrived = Arrived({name: local(p) for name, p in self.trainable.items()})
+        self._writes = {name: num_writes(local(p)) for name, p in self.trainable.items()}
 
     def fail(self, why: str) -> None:
         """Hear why no step could be looked at closely."""
@@ -87,7 +92,16 @@ class ReachFindings:
     @property
     def is_open(self) -> bool:
         """Whether a path has led to some parameter, and gradient has not arrived everywhere in it."""
+        if self.shards and self._asked is not None:
+            return bool(self._asked)
         return bool(self.arrived.faint or self.arrived.partly)
+
+    def agree(self) -> None:
+        """Agree with the other processes on what is open, where each knows of its slices alone."""
+        if self.shards:
+            known = {*self.arrived.faint, *self.arrived.partly}
+            found = self.shards.any(*(name in known for name in self.trainable))
+            self._asked = {name for name, flag in zip(self.trainable, found, strict=True) if flag}
 
     def look(
         self,
@@ -111,9 +125,10 @@ class ReachFindings:
 
     def _look(self, step: int, structure: Structure, origins: Origins, inputs: Mapping[str, Tensor]) -> None:
         assert structure.root is not None
-        names = {**self.originals, **{id(p): name for name, p in self.trainable.items()}}
+        leaves = {**self.trainable, **self.shards.leaves()}
+        names = {**self.originals, **{id(p): name for name, p in leaves.items()}}
         reasons = Reasons(structure, origins, names, {id(t): name for name, t in inputs.items()})
-        asked = {*self.arrived.open, *self.arrived.faint}
+        asked = {*self.arrived.open, *self.arrived.faint, *(self._asked or ())}
         wanted = {key for key, name in names.items() if name in asked}
         found = Walk(structure, reasons, wanted).run(structure.root)
         self.closely = Closely(step, _by_name(found, names), found.blames)
@@ -124,6 +139,9 @@ class ReachFindings:
         """Return the account, at the end of a run."""
         total = sum(p.numel() for p in self.trainable.values())
         unreached = self.arrived.unreached()
+        if self.shards:
+            unreached = self.shards.whole(unreached, self.trainable)
+        self._partly = self.arrived.partly | {name for name, mask in unreached.items() if mask is not None}
         records: list[ReachRecord] = []
         for name in self.trainable:
             mask = unreached.get(name)
@@ -180,7 +198,7 @@ class ReachFindings:
         self, name: str, mask: Tensor, unreached: Tensor, blame: Blame, wires: Wires
     ) -> Iterator[ReachRecord]:
         parameter, layer = self.trainable[name], owner(name, wires.modules)
-        unwired = name not in self.arrived.partly  # an optimizer does not step it
+        unwired = name not in self._partly  # an optimizer does not step it
         names = block_names(wires.modules.get(layer), name)
         shape = tuple(parameter.shape)
         for part in parts(mask, unreached):
@@ -193,7 +211,7 @@ class ReachFindings:
                 num_slices=part.num_slices,
                 num_elements=part.num_elements,
                 block=block(part, shape, names),
-                moved=unwired and num_writes(parameter) != self._writes[name],
+                moved=unwired and num_writes(local(parameter)) != self._writes[name],
                 step=self.closely.step if self.closely is not None else -1,
                 **attrs.asdict(blame),
             )

@@ -202,6 +202,7 @@ class Closer:
     def look(self, run: Run, outcome: Outcome) -> None:
         """Find out why gradient did not arrive, where it did not; the step's graph is kept for that."""
         structure, program = outcome.structure, run.program
+        run.reach.agree()
         if structure is not None and structure.nodes and run.reach.is_open:
             inputs = program.given.inputs_of(self.request.batch)
             with program.state.swapped():  # a checkpoint calls the model again
@@ -216,6 +217,7 @@ def closer_look(run: Run, request: Request) -> Closer | None:
         return None
     if not plan.closely:
         return None
+    run.reach.agree()
     return Closer.of(run, request) if request.first or run.reach.is_open else None
 
 
@@ -225,8 +227,10 @@ def looked_again(run: Run, request: Request) -> None:
     So it is where nobody knew that it would be the last.
     """
     program, reach = run.program, run.reach
-    done = reach.closely is not None or reach.failed or not reach.is_open or not run.plan.closely
-    if done or program.learned.reentrant or request.transform != "fused":
+    if not run.plan.closely or program.learned.reentrant or request.transform != "fused":
+        return
+    reach.agree()
+    if reach.closely is not None or reach.failed or not reach.is_open:
         return
     closer = Closer.of(run, Request(batch=request.batch, step=request.step, before=request.before))
     with request.before.again(program):

@@ -73,7 +73,7 @@ def _measured(
     """Run the plan on working copies; nothing that is made here outlives the call but the record."""
     given, state, taps = program.given, program.state, program.taps
     sessions = tuple([m.start(given.model, taps.modules) for m in plan.measurements])
-    reach = ReachFindings(state.trainable, state.originals)
+    reach = ReachFindings(state.trainable, state.originals, state.shards)
     history = History(state.parameters, taps, plan.closely)
     run = Run(program, plan, transform, reason, sessions, history, reach)
 

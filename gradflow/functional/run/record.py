@@ -38,7 +38,7 @@ def conclude(run: Run) -> None:
             "layer's input, and is changed in place afterwards."
         )
     past = run.graph.bypassed
-    if run.transform == "vjp" or run.program.learned.reentrant or run.program.state.shards:  # which see what passes the probes alone
+    if run.transform == "vjp" or run.program.learned.reentrant:  # which see what passes the probes alone
         past = past | run.program.taps.entered
     for name in sorted(past):
         if history.calls[name].module not in unprobed:

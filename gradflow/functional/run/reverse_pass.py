@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 
 import attrs
 import torch
@@ -21,7 +23,7 @@ from gradflow.functional.reverse.reverse import (
     walked,
 )
 from gradflow.functional.run.program import Program
-from gradflow.functional.tap.probes import magnitude
+from gradflow.functional.tap.probes import Site, magnitude
 from gradflow.functional.tap.recorder import Recorder
 
 
@@ -161,15 +163,39 @@ def _exchanged(program: Program, recorder: Recorder, loss: Tensor, scale: float,
     whole = shards.leaves().values()
     slots = [site.slot for site in recorder.sites if site.slot is not None]
     plain = [p for name, p in trainable.items() if name not in shards.parameters]
-    with shards.handing_out():
+    edges = [site for site in recorder.sites if site.edge is not None]
+    at_edges: dict[int, Tensor] = {}
+    with shards.handing_out(), _told_at(edges, at_edges):
         accumulated(loss, [*plain, *slots, *whole], cotangent=cotangent, retain_graph=keep)
         found = {name: p.grad for name, p in trainable.items()}
-    outputs = [None if site.slot is None else site.slot.grad for site in recorder.sites]
+    slots_of = [None if site.slot is None else site.slot.grad for site in recorder.sites]
+    outputs = [at_edges.get(id(site), g) for site, g in zip(recorder.sites, slots_of, strict=True)]
     _clear({name: p for name, p in trainable.items() if name not in shards.parameters}, recorder)
     if scale != 1.0:
         found = {name: None if g is None else g / scale for name, g in found.items()}
         outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
     return Gradients(found, outputs)
+
+
+@contextlib.contextmanager
+def _told_at(sites: Sequence[Site], found: dict[int, Tensor]) -> Iterator[None]:
+    """Keep, by id of the site, the magnitude of what a backward pass hands to the node that each edge names.
+
+    `autograd.grad` hands out the gradient of an edge; `backward()` does not.
+    """
+
+    def note(site: Site, gradients: Sequence[Tensor | None]) -> None:
+        assert site.edge is not None
+        gradient = gradients[site.edge.output_nr]
+        if gradient is not None:
+            found[id(site)] = magnitude(gradient.detach(), exact=site.exact)
+
+    with contextlib.ExitStack() as stack:
+        for site in sites:
+            assert site.edge is not None
+            handle = site.edge.node.register_prehook(functools.partial(note, site))
+            stack.callback(handle.remove)
+        yield
 
 
 def _cotangent(loss: Tensor, scale: float) -> Tensor | None:

@@ -93,7 +93,9 @@ class Stepper:
                 self.log.scaled(request.step, self.loss_scale)
             gradients = self._step(program, request, outcome, made=not overflown)
             if watched:
-                figures = update_figures(self.optimizers, was, watched, gradients, aged=aged)
+                figures = update_figures(
+                    self.optimizers, was, watched, gradients, aged=aged, total=program.state.shards.total
+                )
                 self.log.look(request.step, figures)
         self._schedule(outcome.loss)
 
