@@ -28,6 +28,7 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `Module._compiled_call_impl` | telling a compiled module | taken for none |
 | `DataLoader._iterator` | fresh workers, where a loader keeps its own | those it keeps |
 | `FSDPModule._get_fsdp_state`, its groups and their parameters | which leaf stands for which shard | an error |
+| `Module._distribute_module_applied` | which calls are taken with their hooks | an operation more in the graph |
 | `tensor._utils.compute_local_shape_and_global_offset` | where in the whole a shard lies | an error |
 | the frames of `torch.utils.checkpoint` | telling one running checkpoint from another | taken for one |
 """
@@ -67,6 +68,7 @@ __all__ = [
     "in_reverse_pass",
     "input_metadata",
     "is_compiled",
+    "is_parallel",
     "is_view",
     "is_wrapped",
     "lazy_clone",
@@ -78,6 +80,7 @@ __all__ = [
     "place_of",
     "preserved_writes",
     "pytree",
+    "replicated",
     "sees_through",
     "sequence_number",
     "sharded_groups",
@@ -280,6 +283,18 @@ def sharded_groups(model: nn.Module) -> dict[str, ShardedGroup]:
     if kind is None:
         return {}
     return {name: ShardedGroup(module) for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def is_parallel(module: nn.Module) -> bool:
+    """Whether `parallelize_module` has given a module hooks that turn tensors into DTensors and back."""
+    return "_distribute_module_applied" in vars(module)
+
+
+def replicated() -> Any:
+    """Return the placement of what all processes hold alike."""
+    from torch.distributed.tensor import Replicate
+
+    return Replicate()
 
 
 def place_of(tensor: Any) -> tuple[slice, ...]:

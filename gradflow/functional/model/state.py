@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradflow.functional.model.memory import keyed_by, rekey
 from gradflow.functional.model.purity import preserved
+from gradflow.functional.model.shards import is_distributed, local, of_parts
 from gradflow.functional.model.supported import check_has_values
 from gradflow.functional.model.threads import exclusive
 from gradflow.functional.torch_private import (
@@ -54,6 +55,8 @@ class LazyCopies:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor; a real one, where its memory cannot be shared in this way."""
+        if is_distributed(tensor):
+            return of_parts(self(local(tensor)), tensor)
         if (key := _memory(tensor)) in self._common:
             held = self._common[key]
             if held is None:

@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradflow.errors import LossError, ModelInputError
 from gradflow.functional.model.layers import is_scripted
-from gradflow.functional.model.shards import Shards, is_distributed
 from gradflow.functional.model.undo import python_module
 from gradflow.functional.torch_private import has_post_accumulate_hooks, has_step_hooks, is_wrapped
 
@@ -41,11 +40,8 @@ def check_supported(model: nn.Module) -> None:
             raise ModelInputError(f"{place}: {_SHARDED}")
         if ".quantized" in python_module(type(module)):
             raise ModelInputError(f"{place}: {_QUANTISED}")
-    gathered = {id(p) for p in Shards.of(model).parameters.values()}
     for name, tensor in _tensors(model):
         check_not_wrapped(repr(name), tensor)
-        if is_distributed(tensor) and id(tensor) not in gathered:
-            raise ModelInputError(f"{name!r} is a DTensor: {_SHARDED}")
         if tensor.is_quantized:
             raise ModelInputError(f"{name!r} has dtype {tensor.dtype}: {_QUANTISED}")
 

@@ -34,6 +34,8 @@ from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.nodes import (
     Node,
     Position,
+    below,
+    converts,
     feeds,
     is_leaf,
     of_parameters,
@@ -94,7 +96,7 @@ class Structure:
     def gather_by(self, shards: Shards) -> None:
         """Have the parameters gathered for every walk, where they are sharded."""
         windows = Windows(self.calls)
-        self.gatherer = gatherer(shards, self.nodes, windows.innermost) if shards else None
+        self.gatherer = gatherer(shards, self.nodes, windows.innermost) if shards.groups else None
 
     def walk(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Begin a walk over the nodes: what is called before each, in their order, whether it is used or not."""
@@ -230,6 +232,9 @@ def _group(
             order = call.start if not call.has_children else call.end
             structure.groups[name] = layer_group(name, call, order)
         return structure.groups[name]
+    made = [structure.group_of[child] for child in below(node) if child in structure.group_of]
+    if made and converts(node):  # the same tensor, in another form
+        return structure.groups[made[0]]
     op = operation(node)
     inside = windows.innermost(node)
     prefix = f"{inside.name}:" if inside is not None and inside.name else ""
@@ -386,4 +391,4 @@ def _attach_parameters(structure: Structure, names: Mapping[int, str]) -> None:
             if leaf is not None and id(leaf) in names:
                 structure.groups[group].use([names[id(leaf)]])
             elif child in weights and inside != group and structure.groups[inside or group].kind == "layer":
-                todo += [below for below, _ in feeds(child) if below is not None]
+                todo += below(child)

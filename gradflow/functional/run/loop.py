@@ -252,7 +252,7 @@ def _captured(run: Run) -> set[str]:
 
     Together they hold at most a million elements (some megabytes), or 1 percent of the parameters' number.
     """
-    if run.program.state.shards:
+    if run.program.state.shards.groups:
         return set()  # `backward()` hands out no gradient at an edge
     left = max(2**20, sum(p.numel() for p in run.program.state.parameters.values()) // 100)
     chosen, wanted = set(), run.graph.capturable - run.graph.bypassed

@@ -80,7 +80,7 @@ class WorkingState:
             shards: parameters of the model that are taken as they are.
         """
         model, loss = given.model, given.loss_module
-        kept = {id(p) for p in shards.parameters.values()}
+        kept = {id(p) for p in shards.gathered.values()}
         parameters, buffers = copy_parameters(model, copy_of, kept), copy_buffers(model, copy_of)
         originals = {id(p): name for name, p in model.named_parameters()}
         if loss is None:
@@ -123,7 +123,7 @@ class WorkingState:
     def swapped(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Put the working copies (or `tensors`) in the modules for the length of the context."""
         state = {**self.parameters, **self.loss_parameters, **self.buffers, **(tensors or {})}
-        for name in self.shards.parameters:  # which the model puts in place by itself
+        for name in self.shards.gathered:  # which the model puts in place by itself
             del state[name]
         loss = contextlib.nullcontext() if self._loss_swap is None else self._loss_swap(state)
         with self._swap(state), loss:

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.model.shards import local
+from gradflow.functional.model.shards import local, summed
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
 from gradflow.functional.reverse.autograd_graph import Structure
@@ -87,7 +87,7 @@ def reverse_pass(
         return _accumulated(program, recorder, loss)
     if structure is not None:
         check_walkable(structure)
-    if program.state.shards:
+    if program.state.shards.groups:
         found = _exchanged(program, recorder, loss, scale, keep=keep or full)
         if full and structure is not None:
             return attrs.evolve(found, flows=walked(loss, structure, exact=True, ranks=ranks))
@@ -119,7 +119,7 @@ def reverse_pass(
         if scale != 1.0:
             gradients = [None if g is None else g / scale for g in gradients]
             outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
-    return Gradients(_by_name(trainable, held, gradients), outputs, flows)
+    return Gradients(_placed(_by_name(trainable, held, gradients), trainable), outputs, flows)
 
 
 def _unscaled(found: Tensor, scale: float) -> Tensor:
@@ -162,7 +162,7 @@ def _exchanged(program: Program, recorder: Recorder, loss: Tensor, scale: float,
     trainable, shards = state.trainable, state.shards
     whole = shards.leaves().values()
     slots = [site.slot for site in recorder.sites if site.slot is not None]
-    plain = [p for name, p in trainable.items() if name not in shards.parameters]
+    plain = [p for name, p in trainable.items() if name not in shards.gathered]
     edges = [site for site in recorder.sites if site.edge is not None]
     at_edges: dict[int, Tensor] = {}
     with shards.handing_out(), _told_at(edges, at_edges):
@@ -170,11 +170,16 @@ def _exchanged(program: Program, recorder: Recorder, loss: Tensor, scale: float,
         found = {name: p.grad for name, p in trainable.items()}
     slots_of = [None if site.slot is None else site.slot.grad for site in recorder.sites]
     outputs = [at_edges.get(id(site), g) for site, g in zip(recorder.sites, slots_of, strict=True)]
-    _clear({name: p for name, p in trainable.items() if name not in shards.parameters}, recorder)
+    _clear({name: p for name, p in trainable.items() if name not in shards.gathered}, recorder)
     if scale != 1.0:
         found = {name: None if g is None else g / scale for name, g in found.items()}
         outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
-    return Gradients(found, outputs)
+    return Gradients(_placed(found, trainable), outputs)
+
+
+def _placed(found: dict[str, Tensor | None], trainable: Tensors) -> dict[str, Tensor | None]:
+    """Return gradients in the placements of their parameters, where those are spread over processes."""
+    return {name: None if g is None else summed(g, trainable[name]) for name, g in found.items()}
 
 
 @contextlib.contextmanager

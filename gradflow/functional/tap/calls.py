@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.layers import is_scripted
+from gradflow.functional.model.shards import Ranks, local
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.tap.probes import Site
 from gradflow.functional.torch_private import checkpoint_segment, num_writes, sequence_number, unsharded_class
@@ -35,6 +37,7 @@ class Call:
     num_elements: int = 0
     versions: list[int] = attrs.field(factory=list)  # of the positional arguments, before it ran
     sites: list[Site] = attrs.field(factory=list)
+    split: Mapping[Ranks, int] = attrs.field(factory=dict)  # see `note_split`
 
     def begin(self, args: Any) -> None:
         """Note what is so at the start of the call."""
@@ -63,7 +66,21 @@ class Call:
         """Note the size of an output, and the shape of the first."""
         if not self.num_elements:  # the record of an earlier step may be used again
             self.shape = tuple(y.shape)
-        self.num_elements += y.numel()
+        self.num_elements += local(y).numel()
+
+    def note_split(self, split: Mapping[Ranks, int], size: tuple[int, ...]) -> None:
+        """Note over which processes an output is split, each of them having a part; see `split_of`.
+
+        Args:
+            split: by the processes, the axis of the output.
+            size: of the part that this process has.
+        """
+        self.split = {**split, **self.split}
+        whole = list(size)
+        for ranks, axis in split.items():
+            if axis < len(whole):
+                whole[axis] *= len(ranks)
+        self.shape = tuple(whole)
 
     def finish(self) -> None:
         """Note the end of the call."""
@@ -72,7 +89,9 @@ class Call:
     def take_over(self, first: Call) -> None:
         """Take over from the same call of an earlier step what only the first step shows."""
         self.differentiable, self.has_children = first.differentiable, first.has_children
-        self.shape = self.shape or first.shape
+        self.shape, self.split = self.shape or first.shape, first.split
+        if first.split and len(self.shape) == len(first.shape):
+            self.shape = first.shape
 
 
 @attrs.frozen

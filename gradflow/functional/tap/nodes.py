@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from gradflow.functional.tap.probes import is_probe, site_of
@@ -28,6 +29,15 @@ def _seen_through(edge: tuple[Node | None, int]) -> tuple[Node | None, int]:
     while sees_through(edge[0]):
         edge = edge[0].next_functions[edge[1]]
     return edge
+
+
+def converts(node: Node) -> bool:
+    """Whether an autograd node makes a DTensor of a tensor, or the other way round, or moves its parts."""
+    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+    return custom and type(node).__name__ in _CONVERT
+
+
+_CONVERT = ("_FromTorchTensorBackward", "_ToTorchTensorBackward", "RedistributeBackward")
 
 
 def below(node: Node) -> list[Node]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gradflow.functional.model.shards import settled
 from gradflow.functional.tap.calls import ActivationKey, unit_axis
 from gradflow.functional.tap.nodes import nodes_under
 from gradflow.functional.tap.probes import magnitude, site_of
@@ -106,8 +107,9 @@ class _Before:
     def __init__(self, recorder: Recorder, op: str, x: Tensor, bounds: Bounds) -> None:
         self.recorder, self.op, self.bounds = recorder, op, bounds
         self.key = self._key(x)
-        self.entering = magnitude(x.detach(), exact=True) if recorder.asked.look else None
-        self.masked = x.detach() <= MASKED if recorder.asked.look and op == "softmax" else None
+        here = settled(x.detach())
+        self.entering = magnitude(here, exact=True) if recorder.asked.look else None
+        self.masked = here <= MASKED if recorder.asked.look and op == "softmax" else None
 
     def _key(self, x: Tensor) -> ActivationKey:
         recorder = self.recorder
@@ -123,7 +125,7 @@ class _Before:
         return ActivationKey(name, self.op, self.bounds.kind, True, layer)
 
     def note(self, out: Tensor, dim: Any) -> None:
-        recorder, y = self.recorder, out.detach()
+        recorder, y = self.recorder, settled(out.detach())
         if self.bounds.kind == "softmax":
             self._note_softmax(y, dim)
             return
