@@ -16,9 +16,10 @@ from gradflow.functional.reach.terms import constant_terms, outside_records
 from gradflow.functional.reverse import numerics
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.dataflow import DataFlow
-from gradflow.functional.run.history import Row
+from gradflow.functional.run.rows import Row
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome, Request, evaluated, run_step
+from gradflow.functional.run.together.gradients import averaged
 from gradflow.functional.tap.asked import Asked
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.records import FlowRecord
@@ -53,7 +54,7 @@ def traced(run: Run, request: Request, row: Row) -> Row:
             batch=request.batch, step=request.step, before=request.before, structural=True, look=True,
             listeners=(tracer,), inspect=certify,
         )  # fmt: skip
-        outcome = run_step(program, closely)
+        outcome = averaged(run, run_step(program, closely)).outcome
         again = run.history.read(outcome, look=True, parameters_moved=bool(run.plan.loop.optimizers))
     return again if _is_same(run, request.step, row.loss, again.loss) else row
 
@@ -82,7 +83,7 @@ def unscaled(run: Run, request: Request, row: Row) -> Row:
         plainly = attrs.evolve(
             request, first=False, structural=False, full=False, ranks=False, listeners=(), scale=1.0
         )
-        outcome = run_step(program, plainly)
+        outcome = averaged(run, run_step(program, plainly)).outcome
         plain = run.history.read(outcome, look=request.look, parameters_moved=True)
     return plain if _is_same(run, request.step, row.loss, plain.loss) else row
 

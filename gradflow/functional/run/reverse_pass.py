@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
@@ -32,11 +32,13 @@ class Gradients:
         parameters: the gradient of every trainable parameter by name; None where no path leads there.
         outputs: Σg² of each probe, in the order of the recorder's sites; None where no gradient arrived.
         flows: on every edge, where they were asked for.
+        wholes: by call and number of the probe, the gradients that are kept whole.
     """
 
     parameters: dict[str, Tensor | None]
     outputs: list[Tensor | None]
     flows: Flows | None = None
+    wholes: Mapping[tuple[str, int], Tensor] = attrs.field(factory=dict)
 
     @property
     def are_none(self) -> bool:
@@ -108,7 +110,21 @@ def reverse_pass(
         if scale != 1.0:
             gradients = [None if g is None else g / scale for g in gradients]
             outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
-    return Gradients(_by_name(trainable, held, gradients), outputs, flows)
+    wholes = {} if flows is not None else _wholes(program, recorder, found[number:])
+    return Gradients(_by_name(trainable, held, gradients), outputs, flows, wholes)
+
+
+def _wholes(
+    program: Program, recorder: Recorder, found: Sequence[Tensor | None]
+) -> dict[tuple[str, int], Tensor]:
+    """Return the gradients that were asked for by an edge, of the calls of which they are kept."""
+    return {
+        (name, site.index): g
+        for site, g in zip(recorder.sites, found, strict=True)
+        if site.edge is not None
+        and g is not None
+        and (name := recorder.calls[site.call].name) in program.taps.whole
+    }
 
 
 def _unscaled(found: Tensor, scale: float) -> Tensor:

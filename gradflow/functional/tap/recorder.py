@@ -317,6 +317,8 @@ class Recorder:
         axis = unit_axis(y, call.type)
         mean = y.mean([d for d in range(y.dim()) if d != axis % y.dim()]) if y.dim() > 1 else y
         self.note("mean_row", call.index, magnitude(mean, exact=True), mean.numel())
+        if self.model.keeps_means and y.dim() > 1:
+            self.note("mean", call.index, mean, y.numel() // max(mean.numel(), 1))
 
     def _size(self, call: Call, kind: str, x: Tensor) -> Tensor:
         """Return the magnitude of a tensor of a call, as precisely as was chosen for its kind."""
