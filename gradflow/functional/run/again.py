@@ -20,6 +20,7 @@ from gradflow.functional.run.rows import Row
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome, Request, evaluated, run_step
 from gradflow.functional.run.together.gradients import averaged
+from gradflow.functional.run.together.joined import joined_graph
 from gradflow.functional.tap.asked import Asked
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.records import FlowRecord
@@ -121,8 +122,10 @@ def deepened(run: Run, request: Request, record: FlowRecord) -> FlowRecord:
             batch=request.batch, step=step, before=request.before, structural=True, look=True, full=True,
             ranks=True,
         )  # fmt: skip
-        outcome = run_step(program, deeply)
-    graph = run.graph.record_of(step, outcome)
+        shared = averaged(run, run_step(program, deeply))
+    graph = run.graph.record_of(step, shared.outcome)
+    if not run.line.alone:
+        graph = joined_graph(run.line.gathered(graph), run.wholes.groups)
     if graph is None:
         return record
     notes = [
@@ -130,7 +133,7 @@ def deepened(run: Run, request: Request, record: FlowRecord) -> FlowRecord:
         f"The flow on every edge was measured at step {step}, run again with the same batch and random "
         "state.",
     ]
-    if (other := _other_loss(step, float(record.losses[-1]), float(outcome.loss))) is not None:
+    if (other := _other_loss(step, float(record.losses[-1]), float(shared.loss))) is not None:
         notes.append(other)
     return attrs.evolve(record, graph_record=graph, provenance=attrs.evolve(record.provenance, notes=notes))
 

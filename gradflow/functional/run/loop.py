@@ -100,6 +100,7 @@ def run_plan(
         if outcome.structure is not None:
             outcome.structure.release()
         if stepper is not None and not plan.is_last(step):
+            outcome = attrs.evolve(outcome, loss=shared.loss)
             stepper.after(program, request, outcome, finite=row.finite and not overflown, end=plan.end)
         del outcome  # frees its gradients before the next step
         if plan.progress is not None:
@@ -199,9 +200,9 @@ def _shown_whole(run: Run, request: Request) -> tuple[Outcome, DataFlow]:
     calls, groups = without_batch(shown.structure, dataflow, shown.recorder)
     whole = agreed_without_batch(line, calls, shown.recorder)
     run.wholes.learn(whole, groups)
-    if not whole:
+    program.taps.keep_whole(whole, run.wholes.groups)
+    if not whole and not (request.full and run.wholes.groups):
         return shown, dataflow
-    program.taps.keep_whole(whole)
     request.before.restore(program)
     return _shown(program, request)
 

@@ -84,7 +84,7 @@ def _measured(
 
     def make_stepper(log: UpdateLog) -> Stepper:
         both = _Both.of(given.model, given.loss_module)
-        return Stepper.of(plan.loop, both, state.every_parameter, log)
+        return Stepper.of(plan.loop, both, state.every_parameter, log, line)
 
     with tapped(taps):
         return run_plan(run, draw, make_stepper if plan.loop.optimizers else None)

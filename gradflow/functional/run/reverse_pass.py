@@ -20,7 +20,7 @@ from gradflow.functional.reverse.reverse import (
     walked,
 )
 from gradflow.functional.run.program import Program
-from gradflow.functional.tap.probes import magnitude
+from gradflow.functional.tap.probes import Site, magnitude
 from gradflow.functional.tap.recorder import Recorder
 
 
@@ -94,7 +94,8 @@ def reverse_pass(
     if full and structure is not None:
         hooked = program.taps.hooked
         found = fused(loss, leaves, retain_graph=True) if hooked else []
-        flows = walked(loss, structure, exact=True, ranks=ranks)  # an underflow would go unnoticed
+        kept = program.taps.whole_nodes
+        flows = walked(loss, structure, exact=True, ranks=ranks, kept=kept)  # fast, an underflow goes unnoticed
         _check_flat(recorder, trainable, len(leaves) - len(held))
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
             gradients, outputs = found[:number], _outputs(recorder, found[number:])
@@ -110,8 +111,13 @@ def reverse_pass(
         if scale != 1.0:
             gradients = [None if g is None else g / scale for g in gradients]
             outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
-    wholes = {} if flows is not None else _wholes(program, recorder, found[number:])
+    asked = found[number:] if flows is None else [_kept(flows, site) for site in recorder.sites]
+    wholes = _wholes(program, recorder, asked)
     return Gradients(_by_name(trainable, held, gradients), outputs, flows, wholes)
+
+
+def _kept(flows: Flows, site: Site) -> Tensor | None:
+    return next(iter(flows.kept.get(("probe", id(site)), ())), None)
 
 
 def _wholes(

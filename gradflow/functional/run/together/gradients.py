@@ -9,13 +9,21 @@ measures stays where it is until the run is over.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 import attrs
 import torch
 from torch import Tensor
 
+from gradflow.functional.processes.line import Line
 from gradflow.functional.run.run import Run
+from gradflow.functional.run.together.flows import combined_flows
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.probes import magnitude
+from gradflow.functional.torch_private import in_reverse_pass
 
 
 @attrs.frozen(eq=False)
@@ -40,34 +48,108 @@ def averaged(run: Run, outcome: Outcome) -> Shared:
         run: the run.
         outcome: of the step, on this process.
     """
-    line = run.line
+    line, gradients = run.line, outcome.gradients
     if line.alone:
         return Shared(outcome, False, outcome.loss)
-    trainable, gradients = run.program.state.trainable, outcome.gradients
-    known, names = gradients.parameters, list(trainable)
     wholes = run.wholes.exchanged(gradients.wholes, outcome.recorder, first=not run.history.rows)
-    given = [_dense(known.get(name), trainable[name]) for name in names]
-    there = [known.get(name) is not None for name in names]
-    thin = [(g := known.get(name)) is not None and g.layout is not torch.strided for name in names]
-    flags = torch.tensor([*there, *thin], device=given[0].device).to(given[0].dtype)
-    numbers = torch.stack([_is_broken(outcome).to(flags), outcome.loss.detach().to(flags)])
-    exchanged = [numbers, flags, *given, *(whole.to(flags.device) for whole in wholes.values())]
-    for axis in line.processes.batch_axes:
-        exchanged = line.mean(exchanged, axis)
-    numbers, flags, *means = exchanged
-    broken, *flagged = (torch.cat([numbers[:1], flags]) != 0).tolist()
-    found: dict[str, Tensor | None] = {
-        name: None if not led else mean.to_sparse(1) if flat else mean
-        for name, mean, led, flat in zip(names, means, flagged, flagged[len(names) :], strict=False)
-    }
-    sizes = {key: magnitude(mean, exact=True) for key, mean in zip(wholes, means[len(names) :], strict=True)}
+    mean = mean_gradients(
+        line, run.program.state.trainable, gradients.parameters, outcome.loss, broken=_is_broken(outcome),
+        wholes=list(wholes.values()),
+    )  # fmt: skip
+    sizes = {key: magnitude(whole, exact=True) for key, whole in zip(wholes, mean.wholes, strict=True)}
     outputs = list(gradients.outputs)
     for position, site in enumerate(outcome.recorder.sites):
         size = sizes.get((outcome.recorder.calls[site.call].name, site.index))
         if size is not None:
             outputs[position] = size
-    gradients = attrs.evolve(gradients, parameters={**known, **found}, outputs=outputs, wholes={})
-    return Shared(attrs.evolve(outcome, gradients=gradients), bool(broken), numbers[1])
+    flows = combined_flows(line, gradients.flows, outcome.structure)
+    gradients = attrs.evolve(gradients, parameters=mean.parameters, outputs=outputs, wholes={}, flows=flows)
+    return Shared(attrs.evolve(outcome, gradients=gradients), mean.broken, mean.loss)
+
+
+@attrs.frozen(eq=False)
+class Mean:
+    """The mean of gradients over processes.
+
+    Args:
+        parameters: by name; None where no path led on any of them.
+        loss: the mean of their losses.
+        broken: whether any of them has said that something of it is not as it should be.
+        wholes: the means of other gradients.
+    """
+
+    parameters: dict[str, Tensor | None]
+    loss: Tensor
+    broken: bool
+    wholes: list[Tensor]
+
+
+def mean_gradients(
+    line: Line,
+    trainable: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor | None],
+    loss: Tensor,
+    *,
+    broken: Tensor,
+    wholes: Sequence[Tensor] = (),
+) -> Mean:
+    """Return the mean of gradients over the processes that split the batch; see NOTE [One exchange a step].
+
+    Args:
+        line: to the processes.
+        trainable: the trainable parameters by name.
+        parameters: their gradients by name; None where no path leads.
+        loss: of this process.
+        broken: whether something of it is not as it should be.
+        wholes: other gradients; of the same shapes on all processes.
+    """
+    names = list(trainable)
+    given = [_dense(parameters.get(name), trainable[name]) for name in names]
+    there = [parameters.get(name) is not None for name in names]
+    thin = [(g := parameters.get(name)) is not None and g.layout is not torch.strided for name in names]
+    flags = torch.tensor([*there, *thin], device=given[0].device).to(given[0].dtype)
+    numbers = torch.stack([broken.to(flags), loss.detach().to(flags)])
+    exchanged = [numbers, flags, *given, *(whole.to(flags.device) for whole in wholes)]
+    for axis in line.processes.batch_axes:
+        exchanged = line.mean(exchanged, axis)
+    numbers, flags, *means = exchanged
+    any_broken, *flagged = (torch.cat([numbers[:1], flags]) != 0).tolist()
+    found: dict[str, Tensor | None] = {
+        name: None if not led else mean.to_sparse(1) if sparse else mean
+        for name, mean, led, sparse in zip(names, means, flagged, flagged[len(names) :], strict=False)
+    }
+    return Mean({**parameters, **found}, numbers[1], bool(any_broken), means[len(names) :])
+
+
+@contextlib.contextmanager
+def averaged_backward(line: Line, trainable: Mapping[str, Tensor]) -> Iterator[None]:
+    """Average what accumulates in the `.grad` of some parameters after every reverse pass, for the context.
+
+    What was averaged before is the same everywhere, and so is its mean.
+
+    Args:
+        line: to the processes.
+        trainable: the parameters by name.
+    """
+    plain = torch.autograd.backward
+
+    @functools.wraps(plain)
+    def backward(*args: Any, **kwargs: Any) -> None:
+        inner = in_reverse_pass()
+        plain(*args, **kwargs)
+        if not inner:
+            found = {name: p.grad for name, p in trainable.items()}
+            zero = torch.zeros(())
+            mean = mean_gradients(line, trainable, found, zero, broken=zero)
+            for name, parameter in trainable.items():
+                parameter.grad = mean.parameters[name]
+
+    if not line.alone:
+        torch.autograd.backward = backward
+    try:
+        yield
+    finally:
+        torch.autograd.backward = plain
 
 
 def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:

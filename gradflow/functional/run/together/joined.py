@@ -1,11 +1,114 @@
-"""What the processes of a run have measured beside numbers of steps, joined into one record."""
+"""What the processes of a run have measured beside the numbers of its steps, joined into one record."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+
 from gradflow.functional.run.run import Run
-from gradflow.records import FlowRecord
+from gradflow.functional.run.together.merging import merged
+from gradflow.records import EdgeRecord, FlowRecord, GraphRecord, NodeRecord, Provenance
+
+_MERGED = (
+    "numerics", "transformer", "parts", "recurrences", "policy", "extras", "knowledge", "precision", "updates",
+)  # fmt: skip
 
 
 def joined(run: Run, record: FlowRecord) -> FlowRecord:
-    """Return the record of all processes of a run."""
-    return record
+    """Return the record of all processes of a run, of those that each of them has.
+
+    What `numbers.combine` has combined is the same in all of them.
+    """
+    if run.line.alone:
+        return record
+    told = attrs.evolve(record, layers=(), parameters=(), activations=(), losses=np.empty(0))
+    every: list[FlowRecord] = run.line.gathered(told)
+    fields: dict[str, Any] = {name: merged([getattr(r, name) for r in every]) for name in _MERGED}
+    numerics = [entry for r in every for entry in r.numerics]
+    ran = set.intersection(*(set(r.never_called) for r in every))
+    return attrs.evolve(
+        record,
+        **{**fields, "numerics": tuple(sorted(dict.fromkeys(numerics), key=lambda entry: entry.step))},
+        never_called=[name for name in record.never_called if name in ran],
+        passed_by=merged([r.passed_by for r in every]),
+        graph_record=joined_graph([r.graph_record for r in every], run.wholes.groups),
+        reach=every[0].reach,
+        provenance=_provenance(record.provenance, every),
+    )
+
+
+def joined_graph(every: Sequence[GraphRecord | None], whole: Collection[str]) -> GraphRecord | None:
+    """Return the graph of all processes.
+
+    Args:
+        every: those that each of them saw.
+        whole: names of the nodes whose gradients are the same on all of them.
+    """
+    known = [graph for graph in every if graph is not None]
+    if not known:
+        return None
+    number, first = len(every), known[0]
+    steps = first.steps if all(graph.steps == first.steps for graph in known) else ()
+    nodes: dict[str, list[NodeRecord]] = {}
+    edges: dict[tuple[str, str], list[EdgeRecord]] = {}
+    for graph in known:
+        for node in graph.nodes:
+            nodes.setdefault(node.name, []).append(node)
+        for edge in graph.edges:
+            edges.setdefault((edge.source, edge.target), []).append(edge)
+    flows = {key: _flow([e.flow for e in of], number, key[0] in whole, len(steps)) for key, of in edges.items()}
+    into: dict[str, list[Any]] = {}
+    for (_, target), flow in flows.items():
+        into.setdefault(target, []).append(flow)
+    return GraphRecord(
+        nodes=[_node(of, number, name in whole, into.get(name, ()), len(steps)) for name, of in nodes.items()],
+        edges=[
+            attrs.evolve(of[0], flow=flows[key], severed=all(e.severed for e in of))
+            for key, of in edges.items()
+        ],
+        steps=steps,
+    )
+
+
+def _flow(found: Sequence[Any], number: int, whole: bool, steps: int) -> Any:
+    """Return the norms of a gradient over the measured steps, of those on the processes that have it."""
+    if not steps:
+        return np.empty(0)
+    stack = np.stack([values if len(values) == steps else np.full(steps, math.nan) for values in found])
+    missing = np.isnan(stack).all(0)
+    with np.errstate(all="ignore"):
+        there = (~np.isnan(stack)).sum(0)
+        total = np.nansum(stack, 0) / there if whole else np.sqrt(np.nansum(stack**2, 0)) / number
+    return np.where(missing, math.nan, total)
+
+
+def _node(of: Sequence[NodeRecord], number: int, whole: bool, into: Sequence[Any], steps: int) -> NodeRecord:
+    first = of[0]
+    entering = np.sqrt(np.nansum(np.stack(into) ** 2, 0)) if len(into) and steps else np.full(steps, math.nan)
+    if len(into) and steps:
+        entering = np.where(np.isnan(np.stack(into)).all(0), math.nan, entering)
+    alike = whole or first.kind == "loss"
+    reachable = any(node.reachable for node in of)
+    return attrs.evolve(
+        first,
+        num_elements=first.num_elements if alike else sum(node.num_elements for node in of),
+        parameters=tuple(dict.fromkeys(p for node in of for p in node.parameters)),
+        grad_norm=_flow([node.grad_norm for node in of], number, alike, steps),
+        input_grad_norm=entering,
+        effective_rank=merged([node.effective_rank for node in of]) if steps else np.empty(0),
+        reachable=reachable,
+        reason="" if reachable else first.reason,
+    )
+
+
+def _provenance(own: Provenance, every: Sequence[FlowRecord]) -> Provenance:
+    first = every[0].provenance
+    return attrs.evolve(
+        first,
+        notes=tuple(dict.fromkeys(note for r in every for note in r.provenance.notes)),
+        chosen=tuple(dict.fromkeys(line for r in every for line in r.provenance.chosen)),
+    )
