@@ -42,6 +42,7 @@ def diagnose(
     pipeline: Any = None,
     detail: Detail = "cheap",
     transform: Transform = "auto",
+    processes: Any = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Return what is wrong with a model's training, where it starts, and what to change.
@@ -98,8 +99,8 @@ def diagnose(
         step_fn=step_fn,
     )  # fmt: skip
     plan = Plan(
-        steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, progress=progress,
-        **wanted(detectors, detail),
+        steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, processes=processes,
+        progress=progress,         **wanted(detectors, detail),
     )  # fmt: skip
     record = analyzed(model, batches, loss_fn, plan)
     return judged(record, detectors)
@@ -122,6 +123,7 @@ def diagnose_custom(
     pipeline: Any = None,
     detail: Detail = "cheap",
     transform: Transform = "auto",
+    processes: Any = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Like `diagnose`, for forwards that need more than `model(x)`.
@@ -150,8 +152,8 @@ def diagnose_custom(
         step_fn=step_fn,
     )  # fmt: skip
     plan = Plan(
-        steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, progress=progress,
-        **wanted(detectors, detail),
+        steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, processes=processes,
+        progress=progress,         **wanted(detectors, detail),
     )  # fmt: skip
     record = analyzed_custom(model, forward_fn, loss_fn, plan)
     return judged(record, detectors)

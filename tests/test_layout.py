@@ -34,6 +34,7 @@ ORDER = [
 ROOMS: dict[str, list[set[str]]] = {
     "functional": [
         {"torch_private"},
+        {"processes"},
         {"model"},
         {"tap"},
         {"reverse"},

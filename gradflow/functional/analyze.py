@@ -47,6 +47,7 @@ def analyze(
     mode: Mode = "train",
     detail: Detail = "cheap",
     transform: Transform = "auto",
+    processes: Any = "auto",
     progress: Progress | None = None,
     deepen: Callable[[FlowRecord], bool] | None = None,
     measurements: Iterable[Measurement] = (),
@@ -123,7 +124,7 @@ def analyze(
     )  # fmt: skip
     plan = Plan(
         steps=steps, loop=loop, seed=seed, mode=mode, detail=detail, transform=transform,
-        progress=progress, deepen=deepen, measurements=measurements,
+        processes=processes, progress=progress, deepen=deepen, measurements=measurements,
     )  # fmt: skip
     return analyzed(model, batches, loss_fn, plan)
 
@@ -144,6 +145,7 @@ def analyze_custom(
     mode: Mode = "train",
     detail: Detail = "cheap",
     transform: Transform = "auto",
+    processes: Any = "auto",
     progress: Progress | None = None,
     deepen: Callable[[FlowRecord], bool] | None = None,
     measurements: Iterable[Measurement] = (),
@@ -172,7 +174,7 @@ def analyze_custom(
     )  # fmt: skip
     plan = Plan(
         steps=steps, loop=loop, seed=seed, mode=mode, detail=detail, transform=transform,
-        progress=progress, deepen=deepen, measurements=measurements,
+        processes=processes, progress=progress, deepen=deepen, measurements=measurements,
     )  # fmt: skip
     return analyzed_custom(model, forward_fn, loss_fn, plan)
 

@@ -30,6 +30,9 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `FSDPModule._get_fsdp_state`, its groups and their parameters | which leaf stands for which shard | an error |
 | `Module._distribute_module_applied` | which calls are taken with their hooks | an operation more in the graph |
 | `tensor._utils.compute_local_shape_and_global_offset` | where in the whole a shard lies | an error |
+| `distributed_c10d._get_default_store` | how processes tell one another that one has failed | an error |
+| `distributed_c10d._set_pg_timeout`, `ProcessGroup._get_backend` | a bound on how long one waits | an error |
+| `DistributedDataParallel._comm_hooks` | telling that they are not run | taken for none |
 | the frames of `torch.utils.checkpoint` | telling one running checkpoint from another | taken for one |
 """
 
@@ -37,6 +40,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +49,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch import pyfunctorch
+from torch.distributed import distributed_c10d
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
@@ -60,6 +65,8 @@ __all__ = [
     "address",
     "as_class",
     "checkpoint_segment",
+    "communication_hooks",
+    "default_store",
     "gradient_hooks",
     "has_gradient_hooks",
     "has_post_accumulate_hooks",
@@ -83,11 +90,13 @@ __all__ = [
     "replicated",
     "sees_through",
     "sequence_number",
+    "set_timeout",
     "sharded_groups",
     "stores",
-    "unsharded_class",
+    "timeout_of",
     "transform_level",
     "transforms",
+    "unsharded_class",
     "unwatched",
     "unwrapped",
     "without_workers",
@@ -240,6 +249,11 @@ class ShardedGroup:
                 yield held.sharded_param, getattr(held, "_unsharded_param", None)
 
     @property
+    def meshes(self) -> list[Any]:
+        """The meshes of processes, of one dimension or, with replicas, two, over which they are spread."""
+        return [group.mesh_info.mesh for group in self._groups]
+
+    @property
     def is_gathered(self) -> bool:
         """Whether the parameters are whole at present."""
         return any(group.is_unsharded for group in self._groups)
@@ -377,3 +391,30 @@ def checkpoint_segment() -> int:
 def in_checkpoint() -> bool:
     """Whether activation checkpointing is running the present code."""
     return next(_checkpoint_frames(), None) is not None
+
+
+# ------------------------------------------------------------------------------------------- processes
+
+
+def default_store() -> Any:
+    """Return the store through which the processes of the default group have found one another."""
+    return distributed_c10d._get_default_store()
+
+
+def timeout_of(group: Any) -> datetime.timedelta:
+    """Return how long a collective of a process group may take."""
+    return next(iter(_backends(group))).options._timeout
+
+
+def set_timeout(group: Any, timeout: datetime.timedelta) -> None:
+    """Set how long a collective of a process group may take from now on."""
+    distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _backends(group: Any) -> list[Any]:
+    return [group._get_backend(device) for device in group._device_types]
+
+
+def communication_hooks(model: nn.Module) -> list[Any]:
+    """Return the communication hooks of a `DistributedDataParallel`."""
+    return list(getattr(model, "_comm_hooks", ()))

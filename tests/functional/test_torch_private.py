@@ -74,6 +74,8 @@ OWNERS = {
     "_BatchNorm": torch.nn.modules.batchnorm,
     "_NormBase": torch.nn.modules.batchnorm,
     "_InstanceNorm": torch.nn.modules.instancenorm,
+    "distributed_c10d": torch.distributed.distributed_c10d,
+    "ProcessGroup": torch.distributed.ProcessGroup,
 }
 
 

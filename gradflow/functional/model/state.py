@@ -14,9 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gradflow.functional.model.memory import keyed_by, rekey
 from gradflow.functional.model.purity import preserved
-from gradflow.functional.model.shards import is_distributed, local, of_parts
 from gradflow.functional.model.supported import check_has_values
 from gradflow.functional.model.threads import exclusive
+from gradflow.functional.processes.shards import is_distributed, local, of_parts
 from gradflow.functional.torch_private import (
     address,
     as_class,

@@ -14,7 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from gradflow.errors import LossError, ModelInputError
 from gradflow.functional.model.layers import is_scripted
 from gradflow.functional.model.undo import python_module
-from gradflow.functional.torch_private import has_post_accumulate_hooks, has_step_hooks, is_wrapped
+from gradflow.functional.torch_private import (
+    communication_hooks,
+    has_post_accumulate_hooks,
+    has_step_hooks,
+    is_wrapped,
+)
 
 
 def check_supported(model: nn.Module) -> None:
@@ -163,8 +168,14 @@ def distributed(model: nn.Module) -> list[DistributedDataParallel]:
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
-def standing_notes(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[str]:
-    """Yield what a reader must know of what is not run, not seen or not put back."""
+def standing_notes(model: nn.Module, optimizers: Iterable[Any], *, alone: bool = True) -> Iterator[str]:
+    """Yield what a reader must know of what is not run, not seen or not put back.
+
+    Args:
+        model: the model.
+        optimizers: those that were given.
+        alone: whether the analysis is of this process alone.
+    """
     scripted = [name for name, module in model.named_modules() if is_scripted(module)]
     inside = {n for n in scripted for m in scripted if n != m and n.startswith(f"{m}." if m else "")}
     if outermost := [name for name in scripted if name not in inside]:
@@ -179,8 +190,13 @@ def standing_notes(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[str]
             "the next stage sends back, as `lambda output: (output * gradient).sum()` does. With any other, "
             "no verdict here is on training."
         )
-    if distributed(model):
+    if distributed(model) and alone:
         yield "Gradients are those of this process alone: an analysis exchanges nothing with the others."
+    if any(communication_hooks(part) for part in distributed(model)):
+        yield (
+            "A communication hook of DistributedDataParallel is not run: gradients are averaged as they are, "
+            "without what it does to them (compression, a power iteration)."
+        )
     if hooked := [name for name, p in model.named_parameters() if has_post_accumulate_hooks(p)]:
         yield (
             f"The hooks on {_names(hooked)} that run after a gradient was accumulated are not run: gradients "

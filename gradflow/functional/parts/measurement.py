@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.measurement import Session, gradients
-from gradflow.functional.model.shards import is_distributed
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.parts.blocks import siblings
 from gradflow.functional.parts.choices import Choices
@@ -21,6 +20,7 @@ from gradflow.functional.parts.norms import epsilon_of, variance
 from gradflow.functional.parts.quotients import Quotients
 from gradflow.functional.parts.skips import passes
 from gradflow.functional.parts.twins import Twins, apart, twins
+from gradflow.functional.processes.shards import is_distributed
 from gradflow.functional.tap.calls import Call, type_name, version
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.scans import Scan, Scans, faded_share

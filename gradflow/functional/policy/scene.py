@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import ModelInputError, UnknownLayerError
-from gradflow.functional.model.shards import local
 from gradflow.functional.model.trees import named_tensors
 from gradflow.functional.policy.seen import Seer, tensors_in
+from gradflow.functional.processes.shards import local
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.nodes import below, nodes_under
 from gradflow.functional.tap.probes import is_probe

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.layers import owner
-from gradflow.functional.model.shards import Shards, local
+from gradflow.functional.processes.line import Line
+from gradflow.functional.processes.shards import Shards, local
 from gradflow.functional.reach.arrived import Arrived
 from gradflow.functional.reach.blame import Blamed, Walk
 from gradflow.functional.reach.origins import Origins
@@ -63,11 +64,13 @@ class ReachFindings:
         trainable: the trainable working parameters by name.
         originals: names of the user's own parameters by their id.
         shards: those of the parameters that are spread over processes.
+        line: to these.
     """
 
     trainable: Mapping[str, Tensor]
     originals: Mapping[int, str]
     shards: Shards = attrs.field(factory=Shards)
+    line: Line = attrs.field(factory=Line)
     arrived: Arrived = attrs.field(init=False)
     closely: Closely | None = None
     outside: tuple[OutsideRecord, ...] = ()
@@ -100,7 +103,7 @@ class ReachFindings:
         """Agree with the other processes on what is open, where each knows of its slices alone."""
         if self.shards:
             known = {*self.arrived.faint, *self.arrived.partly}
-            found = self.shards.any(*(name in known for name in self.trainable))
+            found = self.shards.any(self.line, [name in known for name in self.trainable])
             self._asked = {name for name, flag in zip(self.trainable, found, strict=True) if flag}
 
     def look(
@@ -140,7 +143,7 @@ class ReachFindings:
         total = sum(p.numel() for p in self.trainable.values())
         unreached = self.arrived.unreached()
         if self.shards:
-            unreached = self.shards.whole(unreached, self.trainable)
+            unreached = self.shards.whole(self.line, unreached, self.trainable)
         self._partly = self.arrived.partly | {name for name, mask in unreached.items() if mask is not None}
         records: list[ReachRecord] = []
         for name in self.trainable:

@@ -28,7 +28,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from gradflow.functional.model.shards import Shards
+from gradflow.functional.processes.shards import Shards
 from gradflow.functional.reverse.gathered import Gatherer, gatherer
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.nodes import (

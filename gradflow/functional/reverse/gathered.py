@@ -1,7 +1,7 @@
 """Walks over a graph whose parameters are sharded: each part is gathered while its nodes are called.
 
 In a pass of autograd's own the model's machinery does that, told by hooks on tensors, which do not act where
-a walk calls the nodes. See NOTE [Sharded parameters] in model/shards.py.
+a walk calls the nodes. See NOTE [Sharded parameters] in processes/shards.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
-from gradflow.functional.model.shards import Shards
+from gradflow.functional.processes.shards import Shards
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.nodes import Node, is_leaf
 from gradflow.functional.torch_private import ShardedGroup

@@ -164,6 +164,8 @@ class Flows:
         probes: magnitude of the gradient at each probe, by the id of its site.
         leaves: gradient of each leaf, by id.
         ranks: effective rank of the output gradient of layers, where asked for.
+        grams: in their place, what they are taken of, where that is to be added up over processes.
+        kept: gradients that are kept whole, by what they are of: an edge, a node, or a probe's site.
     """
 
     edges: dict[tuple[str, str], Tensor] = attrs.field(factory=dict)
@@ -171,9 +173,22 @@ class Flows:
     probes: dict[int, Tensor] = attrs.field(factory=dict)
     leaves: dict[int, Tensor] = attrs.field(factory=dict)
     ranks: dict[str, float] = attrs.field(factory=dict)
+    grams: dict[str, Tensor] = attrs.field(factory=dict)
+    kept: dict[tuple[Any, ...], list[Tensor]] = attrs.field(factory=dict)
+
+    def keep(self, *of: Any, gradient: Tensor) -> None:
+        """Keep a gradient whole."""
+        self.kept.setdefault(of, []).append(gradient)
 
 
-def walked(loss: Tensor, structure: Structure, *, exact: bool, ranks: bool = False) -> Flows:
+def walked(
+    loss: Tensor,
+    structure: Structure,
+    *,
+    exact: bool,
+    ranks: bool = False,
+    kept: Collection[str] | None = None,
+) -> Flows:
     """Return the flow on every edge; see NOTE [The flow on every edge].
 
     Args:
@@ -181,12 +196,14 @@ def walked(loss: Tensor, structure: Structure, *, exact: bool, ranks: bool = Fal
         structure: the contracted graph of the same step.
         exact: take sums in double precision.
         ranks: take the effective rank of every layer's output gradient as well (one SVD each).
+        kept: names of nodes whose gradients are kept whole, and Gram matrices instead of ranks, to be combined
+            with those of other processes; None where there are none.
 
     Raises:
         ReentrantCheckpoint: if the graph holds one, whose inside cannot be walked.
     """
     check_walkable(structure)
-    walk = _Walk(structure, exact, ranks)
+    walk = _Walk(structure, exact, ranks, kept)
     with torch.no_grad():
         walk.run(loss)
     return walk.flows
@@ -199,6 +216,7 @@ class _Walk:
     structure: Structure
     exact: bool
     ranks: bool
+    kept: Collection[str] | None = None
     flows: Flows = attrs.field(factory=Flows)
     _arriving: dict[Node, dict[int, dict[str, Tensor]]] = attrs.field(factory=dict)
     _weights: set[Node] = attrs.field(init=False)
@@ -257,6 +275,8 @@ class _Walk:
         sizes = [magnitude(cotangent, exact=self.exact) for cotangent in outside.values()]
         for source, size in zip(outside, sizes, strict=True):
             _add(self.flows.edges, (group, source), size)
+            if self.kept and group in self.kept:
+                self.flows.keep("edge", group, source, gradient=outside[source])
         if is_probe(node):
             if feeds(node)[0] in self._entered:
                 self._seen[feeds(node)[0]] = total
@@ -269,6 +289,8 @@ class _Walk:
         elif outside and not self._is_probed(group):
             whole = sizes[0] if len(by_group) == 1 else magnitude(total, exact=self.exact)
             _add(self.flows.groups, group, whole)
+            if self.kept and group in self.kept:
+                self.flows.keep("node", group, gradient=total)
         return total
 
     def _note_output(self, probe: Node, group: str, gradient: Tensor, size: Tensor | None = None) -> None:
@@ -276,8 +298,15 @@ class _Walk:
         size = magnitude(gradient, exact=self.exact) if size is None else size
         _add(self.flows.groups, group, size)
         self.flows.probes[id(probe.site)] = size
-        if self.ranks and group not in self.flows.ranks:
-            self.flows.ranks[group] = effective_rank(gradient, self.structure.groups[group].type)
+        kind = self.structure.groups[group].type
+        if self.kept and group in self.kept:
+            self.flows.keep("node", group, gradient=gradient)
+            self.flows.keep("probe", id(probe.site), gradient=gradient)
+        if self.ranks and group not in self.flows.ranks and group not in self.flows.grams:
+            if self.kept is None or gradient.dim() < 2:
+                self.flows.ranks[group] = effective_rank(gradient, kind)
+            else:
+                self.flows.grams[group] = gram_matrix(gradient, kind)
 
     def _is_probed(self, group: str) -> bool:
         call = self.structure.groups[group].call
@@ -344,14 +373,47 @@ def effective_rank(gradient: Tensor, layer_type: str = "Linear") -> float:
     """
     if gradient.dim() < 2:
         return 1.0 if bool(gradient.any()) else float("nan")
-    matrix = gradient.detach().movedim(unit_axis(gradient, layer_type), -1).flatten(0, -2)
-    matrix = matrix.to(device="cpu", dtype=torch.complex128 if matrix.is_complex() else torch.float64)
+    matrix = _matrix(gradient, layer_type)
     top = matrix.abs().max()
     if not torch.isfinite(top) or top == 0:
         return float("nan")
     matrix = matrix / top
     gram = matrix.mH @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mH
-    values = torch.linalg.eigvalsh(gram).clamp(min=0)
+    return rank_of(gram)
+
+
+def _matrix(gradient: Tensor, layer_type: str) -> Tensor:
+    matrix = gradient.detach().movedim(unit_axis(gradient, layer_type), -1).flatten(0, -2)
+    return matrix.to(device="cpu", dtype=torch.complex128 if matrix.is_complex() else torch.float64)
+
+
+def gram_matrix(gradient: Tensor, layer_type: str, most: int = 256) -> Tensor:
+    """Return GᵀG of a gradient G as a matrix (samples × features), which adds up over parts of a batch.
+
+    Of more features than `most`, random combinations are taken, the same wherever there are as many (Halko,
+    Martinsson and Tropp, 2011, "Finding structure with randomness").
+
+    Args:
+        gradient: output gradient of a layer, of two axes at least.
+        layer_type: class name of the layer; tells where its features are.
+        most: rows of what is returned.
+    """
+    matrix = _matrix(gradient, layer_type)
+    features = matrix.shape[1]
+    if features > most:
+        generator = torch.Generator().manual_seed(features)
+        matrix = matrix @ torch.randn(features, most, generator=generator, dtype=torch.float64).to(
+            matrix.dtype
+        )
+    return matrix.mH @ matrix
+
+
+def rank_of(gram: Tensor) -> float:
+    """Return the effective rank of a matrix by its Gram matrix; see `effective_rank`."""
+    top = gram.abs().max()
+    if not torch.isfinite(top) or top == 0:
+        return float("nan")
+    values = torch.linalg.eigvalsh(gram / top).clamp(min=0)
     shares = values / values.sum()
     shares = shares[shares > 0]
     return float(torch.exp(-(shares * shares.log()).sum()))

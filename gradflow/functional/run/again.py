@@ -16,9 +16,11 @@ from gradflow.functional.reach.terms import constant_terms, outside_records
 from gradflow.functional.reverse import numerics
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.dataflow import DataFlow
-from gradflow.functional.run.history import Row
+from gradflow.functional.run.rows import Row
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome, Request, evaluated, run_step
+from gradflow.functional.run.together.gradients import averaged
+from gradflow.functional.run.together.joined import joined_graph
 from gradflow.functional.tap.asked import Asked
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.records import FlowRecord
@@ -53,7 +55,7 @@ def traced(run: Run, request: Request, row: Row) -> Row:
             batch=request.batch, step=request.step, before=request.before, structural=True, look=True,
             listeners=(tracer,), inspect=certify,
         )  # fmt: skip
-        outcome = run_step(program, closely)
+        outcome = averaged(run, run_step(program, closely)).outcome
         again = run.history.read(outcome, look=True, parameters_moved=bool(run.plan.loop.optimizers))
     return again if _is_same(run, request.step, row.loss, again.loss) else row
 
@@ -82,7 +84,7 @@ def unscaled(run: Run, request: Request, row: Row) -> Row:
         plainly = attrs.evolve(
             request, first=False, structural=False, full=False, ranks=False, listeners=(), scale=1.0
         )
-        outcome = run_step(program, plainly)
+        outcome = averaged(run, run_step(program, plainly)).outcome
         plain = run.history.read(outcome, look=request.look, parameters_moved=True)
     return plain if _is_same(run, request.step, row.loss, plain.loss) else row
 
@@ -120,8 +122,10 @@ def deepened(run: Run, request: Request, record: FlowRecord) -> FlowRecord:
             batch=request.batch, step=step, before=request.before, structural=True, look=True, full=True,
             ranks=True,
         )  # fmt: skip
-        outcome = run_step(program, deeply)
-    graph = run.graph.record_of(step, outcome)
+        shared = averaged(run, run_step(program, deeply))
+    graph = run.graph.record_of(step, shared.outcome)
+    if not run.line.alone:
+        graph = joined_graph(run, run.line.gathered(graph))
     if graph is None:
         return record
     notes = [
@@ -129,7 +133,7 @@ def deepened(run: Run, request: Request, record: FlowRecord) -> FlowRecord:
         f"The flow on every edge was measured at step {step}, run again with the same batch and random "
         "state.",
     ]
-    if (other := _other_loss(step, float(record.losses[-1]), float(outcome.loss))) is not None:
+    if (other := _other_loss(step, float(record.losses[-1]), float(shared.loss))) is not None:
         notes.append(other)
     return attrs.evolve(record, graph_record=graph, provenance=attrs.evolve(record.provenance, notes=notes))
 

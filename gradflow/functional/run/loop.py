@@ -11,6 +11,7 @@ from gradflow.errors import ModelInputError, ModelNotCalledError
 from gradflow.functional.measurement import Session
 from gradflow.functional.model.layers import ancestors, owner
 from gradflow.functional.model.supported import check_stage_loss
+from gradflow.functional.processes.line import BatchesEnded
 from gradflow.functional.reverse.autograd_graph import entered
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.run.again import (
@@ -30,6 +31,10 @@ from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.record import assembled, conclude
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome, Request, run_step
+from gradflow.functional.run.together.gradients import averaged
+from gradflow.functional.run.together.joined import joined
+from gradflow.functional.run.together.numbers import combine
+from gradflow.functional.run.together.whole import agreed_without_batch, without_batch
 from gradflow.functional.run.training.curves import Ends, bent
 from gradflow.functional.run.training.stepper import Stepper
 from gradflow.functional.updates.log import UpdateLog
@@ -56,15 +61,28 @@ def run_plan(
             batch = draw(step)
             program.state.keep_buffers()
         if batch is None:
+            run.line.end_batches()
             break
-        request = _request(run, step, batch, scale=1.0 if stepper is None else stepper.loss_scale)
+        last, request = (
+            request,
+            _request(run, step, batch, scale=1.0 if stepper is None else stepper.loss_scale),
+        )
         first = request if first is None and stepper is not None else first
         closer = closer_look(run, request)
         request = request if closer is None else closer.request
-        if program.learned.reentrant:
+        if program.learned.reentrant or not run.line.alone:
             program.taps.sum_exactly()  # its steps are not run again where a fast sum fails
-        outcome = _first_step(run, request) if step == 0 else _step(run, request)
+        try:
+            if run.line.processes.communicates:
+                run.line.go_on()
+            outcome = _first_step(run, request) if step == 0 else _step(run, request)
+            shared = averaged(run, outcome)
+        except BatchesEnded:
+            request = last
+            break
+        outcome = shared.outcome
         row = history.read(outcome, look=request.look, parameters_moved=stepper is not None)
+        row = attrs.evolve(row, broken=shared.broken)
         overflown = request.scale != 1.0 and not row.finite and not outcome.gradients.finite
         follow_reach(run, outcome, row, look=request.look)
         if closer is not None:
@@ -85,6 +103,7 @@ def run_plan(
         if outcome.structure is not None:
             outcome.structure.release()
         if stepper is not None and not plan.is_last(step):
+            outcome = attrs.evolve(outcome, loss=shared.loss)
             stepper.after(program, request, outcome, finite=row.finite and not overflown, end=plan.end)
         del outcome  # frees its gradients before the next step
         if plan.progress is not None:
@@ -92,9 +111,10 @@ def run_plan(
     if request is not None:
         looked_again(run, request)
         heard_in_eval(run, request)
-    conclude(run)
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
-    record = assembled(run, known)
+    combine(run)
+    conclude(run)
+    record = joined(run, assembled(run, known))
     if request is None:
         return record
     if plan.deepen is not None and plan.detail == "cheap" and plan.deepen(record):
@@ -152,7 +172,7 @@ def _first_step(run: Run, request: Request) -> Outcome:
     if vjp:
         plain = attrs.evolve(request, transform="fused", first=True, look=False, listeners=run.sessions)
         closer = Closer.of(run, plain)
-    shown, dataflow = _shown(program, request if closer is None else closer.request)
+    shown, dataflow = _shown_whole(run, request if closer is None else closer.request)
     learn_reach(run, shown, dataflow)
     if closer is not None:
         follow_reach(run, shown, None, look=True)
@@ -171,6 +191,23 @@ def _first_step(run: Run, request: Request) -> Outcome:
         _check_first(run, shown)
     program.learned.saw_random(request.before.random)
     return shown
+
+
+def _shown_whole(run: Run, request: Request) -> tuple[Outcome, DataFlow]:
+    """Return what a structural step shows, on several processes with the gradients of outputs that do not come
+    from the batch kept whole."""
+    program, line = run.program, run.line
+    shown, dataflow = _shown(program, request)
+    if line.alone or program.learned.reentrant or not request.look:
+        return shown, dataflow
+    calls, groups = without_batch(shown.structure, dataflow, shown.recorder)
+    whole = agreed_without_batch(line, calls, shown.recorder)
+    run.wholes.learn(whole, groups)
+    program.taps.keep_whole(whole, run.wholes.groups)
+    if not whole and not (request.full and run.wholes.groups):
+        return shown, dataflow
+    request.before.restore(program)
+    return _shown(program, request)
 
 
 def _shown(program: Program, request: Request) -> tuple[Outcome, DataFlow]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import attrs
+import numpy as np
 import torch
 from torch import nn
 
 from gradflow.errors import NoTrainableParametersError
 from gradflow.functional.model.purity import preserved, seed_all
-from gradflow.functional.model.shards import Shards
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
 from gradflow.functional.model.threads import exclusive, uncompiled
+from gradflow.functional.processes.group import processes_of
+from gradflow.functional.processes.line import Line
+from gradflow.functional.processes.shards import Shards, processes_over
 from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
@@ -37,11 +41,13 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     """
     model = given.model
     check_supported(model)
+    shards = Shards.of(*given.modules)
+    line = Line(processes_over(shards, plan.processes) or processes_of(model, plan.processes))
     transform, reason = _choose_transform(plan.transform)
     outside = outside_transforms()  # a record holds plain numbers
     grad = torch.enable_grad()
     with (
-        exclusive(), LazyCopies(*given.modules) as copies,
+        line.opened(), exclusive(), shards.kept(stepped=bool(plan.loop.optimizers)), LazyCopies(*given.modules) as copies,
         preserved(*given.modules, also=given.functions), outside, uncompiled(),
         torch.inference_mode(False), grad,
     ):  # fmt: skip
@@ -51,7 +57,6 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
             part.find_unused_parameters = part.static_graph = False
         if plan.seed is not None:
             seed_all(plan.seed)
-        shards = Shards.of(*given.modules)
         taps, state = TappedModel.of(model), WorkingState.of(given, copies, shards)
         if not state.trainable:
             raise NoTrainableParametersError(
@@ -60,29 +65,41 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
                 "`model.requires_grad_(True)`."
             )
         try:
-            with shards.kept(stepped=bool(plan.loop.optimizers)):
-                return _measured(Program(given, state, taps), plan, draw, transform, reason)
+            plan = attrs.evolve(plan, num_batches=_fewest(line, plan))
+            return _measured(Program(given, state, taps), plan, draw, transform, reason, line)
         finally:
+            shards.rest()
             taps.forget()
             del state  # frees the copies before the originals are given their memory back
 
 
 def _measured(
-    program: Program, plan: Plan, draw: Callable[[int], Any], transform: str, reason: str
+    program: Program, plan: Plan, draw: Callable[[int], Any], transform: str, reason: str, line: Line
 ) -> FlowRecord:
     """Run the plan on working copies; nothing that is made here outlives the call but the record."""
     given, state, taps = program.given, program.state, program.taps
     sessions = tuple([m.start(given.model, taps.modules) for m in plan.measurements])
-    reach = ReachFindings(state.trainable, state.originals, state.shards)
+    reach = ReachFindings(state.trainable, state.originals, state.shards, line)
     history = History(state.parameters, taps, plan.closely)
-    run = Run(program, plan, transform, reason, sessions, history, reach)
+    run = Run(program, plan, transform, reason, sessions, history, reach, line=line)
+    if not line.alone:
+        taps.keep_means()
 
     def make_stepper(log: UpdateLog) -> Stepper:
         both = _Both.of(given.model, given.loss_module)
-        return Stepper.of(plan.loop, both, state.every_parameter, log)
+        return Stepper.of(plan.loop, both, state.every_parameter, log, line)
 
     with tapped(taps):
         return run_plan(run, draw, make_stepper if plan.loop.optimizers else None)
+
+
+def _fewest(line: Line, plan: Plan) -> int | None:
+    """Return how many batches every process has, as far as that is known."""
+    if line.alone:
+        return plan.num_batches
+    own = np.inf if plan.num_batches is None else plan.num_batches
+    fewest = -float(line.extremes(np.array([-own]))[0])
+    return None if np.isinf(fewest) else int(fewest)
 
 
 class _Both(nn.Module):

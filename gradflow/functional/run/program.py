@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.purity import ModuleState, RandomState
-from gradflow.functional.model.shards import Shards, local
 from gradflow.functional.model.state import (
     Copy,
     Swap,
@@ -23,6 +22,7 @@ from gradflow.functional.model.state import (
     copy_parameters,
     loss_prefix,
 )
+from gradflow.functional.processes.shards import Shards, local
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.tap.calls import ActivationKey
 from gradflow.functional.tap.tapped import TappedModel

@@ -131,7 +131,7 @@ def _version() -> str:
 def _provenance(run: Run, said: tuple[str, ...], chosen: tuple[str, ...]) -> Provenance:
     model, plan, steps = run.program.given.model, run.plan, len(run.history.rows)
     parameters = list(run.program.state.parameters.values())
-    notes = [*run.findings.notes, *standing_notes(model, plan.loop.optimizers)]
+    notes = [*run.findings.notes, *standing_notes(model, plan.loop.optimizers, alone=run.line.alone)]
     if run.graph.summed:
         notes.append(
             f"The loss is the plain sum or mean of an output of shape {run.graph.summed}: its elements all "

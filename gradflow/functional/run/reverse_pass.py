@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.model.shards import local, summed
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
+from gradflow.functional.processes.shards import local, summed
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.reverse import (
     Flows,
@@ -35,11 +35,13 @@ class Gradients:
         parameters: the gradient of every trainable parameter by name; None where no path leads there.
         outputs: Σg² of each probe, in the order of the recorder's sites; None where no gradient arrived.
         flows: on every edge, where they were asked for.
+        wholes: by call and number of the probe, the gradients that are kept whole.
     """
 
     parameters: dict[str, Tensor | None]
     outputs: list[Tensor | None]
     flows: Flows | None = None
+    wholes: Mapping[tuple[str, int], Tensor] = attrs.field(factory=dict)
 
     @property
     def parts(self) -> dict[str, Tensor | None]:
@@ -90,7 +92,9 @@ def reverse_pass(
     if program.state.shards.groups:
         found = _exchanged(program, recorder, loss, scale, keep=keep or full)
         if full and structure is not None:
-            return attrs.evolve(found, flows=walked(loss, structure, exact=True, ranks=ranks))
+            return attrs.evolve(
+                found, flows=walked(loss, structure, exact=True, ranks=ranks, kept=program.taps.whole_nodes)
+            )
         return found
     trainable = program.state.trainable
     # The original of a parameter enters the graph too, where a list or the loss's closure holds it.
@@ -105,7 +109,10 @@ def reverse_pass(
     if full and structure is not None:
         hooked = program.taps.hooked
         found = fused(loss, leaves, retain_graph=True) if hooked else []
-        flows = walked(loss, structure, exact=True, ranks=ranks)  # an underflow would go unnoticed
+        kept = program.taps.whole_nodes
+        flows = walked(
+            loss, structure, exact=True, ranks=ranks, kept=kept
+        )  # fast, an underflow goes unnoticed
         _check_flat(recorder, trainable, len(leaves) - len(held))
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
             gradients, outputs = found[:number], _outputs(recorder, found[number:])
@@ -119,7 +126,26 @@ def reverse_pass(
         if scale != 1.0:
             gradients = [None if g is None else g / scale for g in gradients]
             outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
-    return Gradients(_placed(_by_name(trainable, held, gradients), trainable), outputs, flows)
+    asked = found[number:] if flows is None else [_kept(flows, site) for site in recorder.sites]
+    wholes = _wholes(program, recorder, asked)
+    return Gradients(_placed(_by_name(trainable, held, gradients), trainable), outputs, flows, wholes)
+
+
+def _kept(flows: Flows, site: Site) -> Tensor | None:
+    return next(iter(flows.kept.get(("probe", id(site)), ())), None)
+
+
+def _wholes(
+    program: Program, recorder: Recorder, found: Sequence[Tensor | None]
+) -> dict[tuple[str, int], Tensor]:
+    """Return the gradients that were asked for by an edge, of the calls of which they are kept."""
+    return {
+        (name, site.index): g
+        for site, g in zip(recorder.sites, found, strict=True)
+        if site.edge is not None
+        and g is not None
+        and (name := recorder.calls[site.call].name) in program.taps.whole
+    }
 
 
 def _unscaled(found: Tensor, scale: float) -> Tensor:
@@ -163,18 +189,21 @@ def _exchanged(program: Program, recorder: Recorder, loss: Tensor, scale: float,
     whole = shards.leaves().values()
     slots = [site.slot for site in recorder.sites if site.slot is not None]
     plain = [p for name, p in trainable.items() if name not in shards.gathered]
-    edges = [site for site in recorder.sites if site.edge is not None]
-    at_edges: dict[int, Tensor] = {}
-    with shards.handing_out(), _told_at(edges, at_edges):
+    whole_at: dict[int, Tensor] = {}
+    with shards.handing_out(), _told_at([site for site in recorder.sites if site.edge is not None], whole_at):
         accumulated(loss, [*plain, *slots, *whole], cotangent=cotangent, retain_graph=keep)
         found = {name: p.grad for name, p in trainable.items()}
-    slots_of = [None if site.slot is None else site.slot.grad for site in recorder.sites]
-    outputs = [at_edges.get(id(site), g) for site, g in zip(recorder.sites, slots_of, strict=True)]
+    asked = [whole_at.get(id(site)) for site in recorder.sites]
+    outputs = [
+        (None if site.slot is None else site.slot.grad) if g is None else magnitude(g, exact=site.exact)
+        for site, g in zip(recorder.sites, asked, strict=True)
+    ]
+    wholes = _wholes(program, recorder, asked)
     _clear({name: p for name, p in trainable.items() if name not in shards.gathered}, recorder)
     if scale != 1.0:
         found = {name: None if g is None else g / scale for name, g in found.items()}
         outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
-    return Gradients(_placed(found, trainable), outputs)
+    return Gradients(_placed(found, trainable), outputs, wholes=wholes)
 
 
 def _placed(found: dict[str, Tensor | None], trainable: Tensors) -> dict[str, Tensor | None]:
@@ -184,7 +213,7 @@ def _placed(found: dict[str, Tensor | None], trainable: Tensors) -> dict[str, Te
 
 @contextlib.contextmanager
 def _told_at(sites: Sequence[Site], found: dict[int, Tensor]) -> Iterator[None]:
-    """Keep, by id of the site, the magnitude of what a backward pass hands to the node that each edge names.
+    """Keep, by id of the site, what a backward pass hands to the node that each edge names.
 
     `autograd.grad` hands out the gradient of an edge; `backward()` does not.
     """
@@ -193,7 +222,7 @@ def _told_at(sites: Sequence[Site], found: dict[int, Tensor]) -> Iterator[None]:
         assert site.edge is not None
         gradient = gradients[site.edge.output_nr]
         if gradient is not None:
-            found[id(site)] = magnitude(gradient.detach(), exact=site.exact)
+            found[id(site)] = gradient.detach()
 
     with contextlib.ExitStack() as stack:
         for site in sites:

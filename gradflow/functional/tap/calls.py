@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.layers import is_scripted
-from gradflow.functional.model.shards import Ranks, local
 from gradflow.functional.model.trees import iter_tensors
+from gradflow.functional.processes.shards import Ranks, local
 from gradflow.functional.tap.probes import Site
 from gradflow.functional.torch_private import checkpoint_segment, num_writes, sequence_number, unsharded_class
 

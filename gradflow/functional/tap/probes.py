@@ -56,7 +56,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradflow.functional.model.shards import arrived, settled
+from gradflow.functional.processes.shards import arrived, settled
 from gradflow.functional.torch_private import node_class, preserved_writes
 from gradflow.records import Bools, Floats
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradflow.functional.model.shards import Ranks, is_distributed, local, settled, split_of
 from gradflow.functional.model.trees import is_differentiable, iter_tensors, map_tensors
+from gradflow.functional.processes.shards import Ranks, is_distributed, local, settled, split_of
 from gradflow.functional.tap.asked import Asked
 from gradflow.functional.tap.calls import (
     PASSING,
@@ -338,6 +338,8 @@ class Recorder:
         axis = unit_axis(y, call.type)
         mean = y.mean([d for d in range(y.dim()) if d != axis % y.dim()]) if y.dim() > 1 else y
         self.note("mean_row", call.index, magnitude(mean, exact=True), mean.numel())
+        if self.model.keeps_means and y.dim() > 1:
+            self.note("mean", call.index, mean, y.numel() // max(mean.numel(), 1))
 
     def _size(self, call: Call, kind: str, x: Tensor) -> Tensor:
         """Return the magnitude of a tensor of a call, as precisely as was chosen for its kind."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import attrs
@@ -45,6 +45,9 @@ class TappedModel:
     exact: dict[tuple[str, str], bool] = attrs.field(factory=dict)  # by call, and kind of sum
     unprobed: set[str] = attrs.field(factory=set)  # modules; see `Recorder.check_aliases`
     entered: set[str] = attrs.field(factory=set)  # calls whose outputs are used past their probes
+    whole: set[str] = attrs.field(factory=set)  # calls of which the gradients are kept whole
+    whole_nodes: Collection[str] | None = None  # of the graph, the same; None on one process
+    keeps_means: bool = False  # whether means over samples and positions are kept as vectors
     hooked: bool = False  # whether there are hooks on tensors, as far as was seen
     known: list[Call] = attrs.field(factory=list)  # the calls of the last ordinary step
     recorder: Recorder | None = None  # of the step that is running
@@ -91,6 +94,16 @@ class TappedModel:
     def gather_whole(self, calls: Iterable[str]) -> None:
         """Take the whole gradient of some calls' outputs from now on, as they are used past their probes."""
         self.entered.update(calls)
+
+    def keep_whole(self, calls: Iterable[str], nodes: Collection[str]) -> None:
+        """Keep the whole gradients of some calls' outputs, and of some nodes of the graph, from now on."""
+        self.whole.update(calls)
+        self.whole_nodes = nodes
+        self.entered.update(calls)
+
+    def keep_means(self) -> None:
+        """Keep means over samples and positions as vectors from now on."""
+        self.keeps_means, self.whole_nodes = True, ()
 
     def look_for_hooks(self) -> None:
         """See whether modules or parameters have hooks that act on gradients."""

@@ -34,7 +34,11 @@ def tapped(model: TappedModel) -> Iterator[None]:
         model.thread.check(name, model.types[name])
         return recorder.run
 
-    with _told_of_hooks(model), led(model.modules, lead, model.saw_stranger, whole=model.parallel), model.thread.insisted():
+    with (
+        _told_of_hooks(model),
+        led(model.modules, lead, model.saw_stranger, whole=model.parallel),
+        model.thread.insisted(),
+    ):
         yield
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gradflow.functional.model.shards import settled
+from gradflow.functional.processes.shards import settled
 from gradflow.functional.tap.calls import ActivationKey, unit_axis
 from gradflow.functional.tap.nodes import nodes_under
 from gradflow.functional.tap.probes import magnitude, site_of

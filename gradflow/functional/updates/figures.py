@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.functional.model.shards import local
+from gradflow.functional.processes.shards import local
 from gradflow.functional.updates.moments import Moments, age_of, moments
 from gradflow.records import Floats
 
@@ -181,7 +181,17 @@ def _numbers(
         v = v / np.repeat(corrections, lengths)
         u, moving = now - was, (g != 0) & ~np.isnan(g)
         under = moving & (np.sqrt(np.maximum(v, 0.0)) < np.repeat(epsilons, lengths))
-        values = (was * was, u * u, now, g * g, g * u, v, moving * 1.0, (moving & (u == 0)) * 1.0, under * 1.0)
+        values = (
+            was * was,
+            u * u,
+            now,
+            g * g,
+            g * u,
+            v,
+            moving * 1.0,
+            (moving & (u == 0)) * 1.0,
+            under * 1.0,
+        )
         sums = total(np.stack([lengths * 1.0, *map(summed, values)]))
         length = sums[0]
         weight, square, ends, power, slope, second, share, still, low = sums[1:] / length

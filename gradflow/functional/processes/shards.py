@@ -22,6 +22,7 @@ parts; of what all hold alike, those of one are taken. Working copies are DTenso
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gradflow.errors import ModelInputError
+from gradflow.functional.processes.group import Axis, Processes, Ranks
+from gradflow.functional.processes.line import Line
 from gradflow.functional.torch_private import (
     ShardedGroup,
     place_of,
@@ -40,7 +44,6 @@ from gradflow.functional.torch_private import (
 from gradflow.records import Floats
 
 Tensors = dict[str, Tensor]
-Ranks = tuple[int, ...]  # of the processes along one dimension of a mesh
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -62,6 +65,11 @@ def of_parts(part: Tensor, like: Any) -> Tensor:
     return type(like).from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
+
+
+def like_parts(part: Tensor, like: Tensor) -> Tensor:
+    """Return what this process holds of a tensor in the form of another: a DTensor, where that is one."""
+    return of_parts(part, like) if is_distributed(like) else part
 
 
 def settled(tensor: Tensor, like: Tensor | None = None) -> Tensor:
@@ -96,7 +104,7 @@ def split_of(mesh: Any, placements: Sequence[Any]) -> dict[Ranks, int]:
     return {
         tuple(dist.get_process_group_ranks(mesh.get_group(dim))): placement.dim
         for dim, placement in enumerate(placements)
-        if placement.is_shard() and mesh.size(dim) > 1
+        if "Shard" in type(placement).__name__ and mesh.size(dim) > 1  # the strided ones of two axes too
     }
 
 
@@ -122,12 +130,14 @@ class Shards:
         spread: Tensors = {}
         for model in models:
             own = sharded_groups(model)
-            for group in own.values():
-                group.module.reshard()
-            ids = {id(shard) for group in own.values() for shard, _ in group.leaves()}
+            pairs = [pair for group in own.values() for pair in group.leaves()]
+            slices = {id(t): shard for shard, leaf in pairs for t in (shard, leaf) if t is not None}
             groups |= own
-            gathered |= {name: p for name, p in model.named_parameters() if id(p) in ids}
-            spread |= {name: p for name, p in model.named_parameters() if is_distributed(p)}
+            for name, parameter in model.named_parameters():
+                if id(parameter) in slices:
+                    gathered[name] = spread[name] = slices[id(parameter)]
+                elif is_distributed(parameter):
+                    spread[name] = parameter
         return cls(groups, gathered, spread)
 
     def __bool__(self) -> bool:
@@ -135,7 +145,9 @@ class Shards:
 
     def leaves(self) -> Tensors:
         """Return, by name, the leaves that have stood for the slices in autograd's graph."""
-        whole = {id(s): leaf for group in self.groups.values() for s, leaf in group.leaves() if leaf is not None}
+        whole = {
+            id(s): leaf for group in self.groups.values() for s, leaf in group.leaves() if leaf is not None
+        }
         return {name: whole[id(p)] for name, p in self.gathered.items() if id(p) in whole}
 
     def rest(self) -> None:
@@ -157,6 +169,9 @@ class Shards:
         Args:
             stepped: whether an optimizer steps them.
         """
+        whole = [group for group in self.groups.values() if group.is_gathered]
+        for group in whole:
+            group.module.reshard()
         saved = [(p, local(p).clone()) for p in self.gathered.values()] if stepped else []
         undo = [group.set_aside() for group in self.groups.values()]
         try:
@@ -168,6 +183,8 @@ class Shards:
             for parameter, values in saved:
                 with torch.no_grad(), preserved_writes(here := local(parameter)):
                     here.copy_(values)
+        for group in whole:
+            group.module.unshard()
 
     @contextlib.contextmanager
     def handing_out(self) -> Iterator[None]:
@@ -181,52 +198,94 @@ class Shards:
             for parameter, gradient in saved:
                 parameter.grad = gradient
 
-    def total(self, sums: Floats) -> Floats:
-        """Return the sums of numbers over all processes."""
-        if not self.spread:
-            return sums
-        found = torch.tensor(sums, device=local(next(iter(self.spread.values()))).device)
-        dist.all_reduce(found)
-        return found.cpu().numpy()
+    def total(self, line: Line, sums: Floats) -> Floats:
+        """Return the sums of numbers over all processes, where each has taken them of its slices alone.
 
-    def whole(self, masks: Mapping[str, Tensor | None], names: Iterable[str]) -> dict[str, Tensor | None]:
+        What several processes hold alike counts as often as they are, in numbers of entries too.
+        """
+        for axis in line.processes.axes if self.spread else ():
+            sums = line.reduced(sums.reshape(-1), axis).reshape(sums.shape)
+        return sums
+
+    def whole(
+        self, line: Line, masks: Mapping[str, Tensor | None], names: Iterable[str]
+    ) -> dict[str, Tensor | None]:
         """Return masks of whole parameters, made of those that the processes have of their slices.
 
         Args:
+            line: to the other processes.
             masks: by name; on the host, None for a mask that would be full. Those that are empty are left out.
             names: of all parameters that any process may have one of, alike on all of them.
         """
         names = list(names)
-        found = self._largest([0 if n not in masks else 2 if masks[n] is None else 1 for n in names])
-        kinds = dict(zip(names, found.tolist(), strict=True))
-        partly = {name: self.spread.get(name) for name, kind in kinds.items() if kind == 1}
-        pieces = []
-        for name, shard in partly.items():
-            mask = masks.get(name)
-            if shard is not None:
-                piece = torch.zeros(shard.shape, dtype=torch.uint8)
-                if mask is not None:
-                    piece[place_of(shard)] = mask.to(torch.uint8)
-            else:
-                assert mask is not None
-                piece = mask.to(torch.uint8)
-            pieces.append(piece)
-        flat = self._largest(torch.cat([piece.reshape(-1) for piece in pieces])) if pieces else torch.empty(0)
-        sizes = [piece.numel() for piece in pieces]
-        joined: dict[str, Tensor | None] = {name: None for name, kind in kinds.items() if kind == 2}
-        for name, piece, part in zip(partly, pieces, flat.split(sizes) if sizes else (), strict=True):
-            joined[name] = part.reshape(piece.shape).bool()
-        return {name: joined[name] for name in names if name in joined}
+        mine = torch.tensor([0 if n not in masks else 2 if masks[n] is None else 1 for n in names])
+        kinds = dict(zip(names, line.largest(mine).tolist(), strict=True))
+        pieces = {name: self._piece(name, masks.get(name)) for name, kind in kinds.items() if kind == 1}
+        flat = line.largest(torch.cat([torch.empty(0), *(piece.reshape(-1) for piece in pieces.values())]))
+        parts = dict(zip(pieces, flat.split([piece.numel() for piece in pieces.values()]), strict=True))
+        found = {name: parts[name].reshape(pieces[name].shape).bool() for name in pieces}
+        return {name: found.get(name) for name, kind in kinds.items() if kind}
 
-    def _largest(self, values: Sequence[int] | Tensor) -> Tensor:
-        """Return, of each of some small numbers, the largest that any process has, on the host."""
-        device = local(next(iter(self.spread.values()))).device
-        found = torch.as_tensor(values, dtype=torch.uint8).to(device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found.cpu()
+    def _piece(self, name: str, mask: Tensor | None) -> Tensor:
+        """Return a mask of a whole parameter in which that of a slice stands in its place."""
+        shard = self.spread.get(name)
+        if shard is None:
+            assert mask is not None
+            return mask
+        whole = torch.zeros(shard.shape, dtype=torch.uint8)
+        if mask is not None:
+            whole[place_of(shard)] = mask.to(torch.uint8)
+        return whole
 
-    def any(self, *flags: bool) -> Sequence[bool]:
+    def any(self, line: Line, flags: Sequence[bool]) -> list[bool]:
         """Return which flags are set on any process, where the processes must take the same way."""
-        if not self.spread:
-            return flags
-        return [flag > 0 for flag in self._largest([int(flag) for flag in flags]).tolist()]
+        return [bool(flag) for flag in line.largest(torch.tensor(flags, dtype=torch.uint8)).tolist()]
+
+
+def processes_over(shards: Shards, asked: Any) -> Processes | None:
+    """Return the processes over which parameters are spread; None if none are.
+
+    Those that gather a module's parameters split the batch, those that compute with parts of them do not.
+
+    Args:
+        shards: the model's.
+        asked: `auto`, or a process group that splits the batch beside; see `processes_of`.
+
+    Raises:
+        ModelInputError: if this process is asked for alone, or the meshes do not span all processes.
+    """
+    if not shards:
+        return None
+    if asked == "alone":
+        raise ModelInputError(
+            f"processes='alone', but {next(iter(shards.spread))!r} is spread over processes, and no process has "
+            "a model of its own. Leave `processes` out, and call gradflow on every process, each with its own "
+            "part of the batch, as training is."
+        )
+    axes: dict[Ranks, Axis] = {}
+    found = [(mesh, "batch") for group in shards.groups.values() for mesh in group.meshes]
+    found += [(p.device_mesh, "model") for p in shards.spread.values()]  # type: ignore[attr-defined]
+    for mesh, splits in found:
+        for dim in range(mesh.ndim):
+            name = (mesh.mesh_dim_names or ())[dim : dim + 1] or (f"{splits}{dim}",)
+            axis = Axis(name[0], mesh.get_group(dim), splits)
+            if axis.size > 1:
+                axes.setdefault(axis.ranks, axis)
+    if isinstance(asked, dist.ProcessGroup):
+        axis = Axis("data", asked)
+        axes = {axis.ranks: axis, **axes} if axis.ranks not in axes else axes
+    ordered = tuple(sorted(axes.values(), key=lambda axis: axis.splits != "batch"))
+    number = math.prod(axis.size for axis in ordered)
+    if len(ordered) > 1 and number != dist.get_world_size():
+        raise ModelInputError(
+            f"the parameters are spread over {number} processes ({_sizes(ordered)}), of "
+            f"{dist.get_world_size()} in all. Pass processes=GROUP, the process group over which the batch is split "
+            "beside, so that the axes span all processes."
+        )
+    names = {name: frozenset(split_of(p.device_mesh, p.placements)) for name, p in shards.spread.items()}  # type: ignore[attr-defined]
+    group = ordered[0].group if len(ordered) == 1 else dist.group.WORLD
+    return Processes(ordered, group, True, names, frozenset(shards.gathered))
+
+
+def _sizes(axes: Sequence[Axis]) -> str:
+    return ", ".join(f"{axis.name}: {axis.size}" for axis in axes)

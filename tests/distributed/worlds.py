@@ -1,0 +1,82 @@
+"""Runs scenarios on several processes at once: one fork server, which has imported torch, for all of them."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import pickle
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "gradflow.diagnosis", "tests.distributed.scenarios"])
+
+
+def _main(rank: int, size: int, folder: str, module: str, names: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    scenarios = sys.modules.get(module) or __import__(module, fromlist=["x"])
+    store = dist.TCPStore("127.0.0.1", _port(folder, rank), size, is_master=rank == 0)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
+    )
+    for name in names:
+        try:
+            found: Any = ("done", getattr(scenarios, name)(rank, size))
+        except Exception as error:
+            found = ("raised", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        Path(folder, f"{name}.{rank}").write_bytes(pickle.dumps(found))
+    dist.destroy_process_group()
+
+
+def _port(folder: str, rank: int) -> int:
+    """Return a free port, which the first process chooses."""
+    file = Path(folder, "port")
+    if rank == 0:
+        import socket
+
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+        Path(folder, "port.new").write_text(str(port))
+        Path(folder, "port.new").rename(file)
+    while not file.exists():
+        pass
+    return int(file.read_text())
+
+
+def ran(size: int, names: Iterable[str], folder: Path, module: str = "tests.distributed.scenarios") -> Callable[[str], list[Any]]:
+    """Run scenarios, one after the other, on each of some processes; return what gives their results by rank.
+
+    Args:
+        size: how many processes.
+        names: of functions of (rank, size) in the module.
+        folder: an empty one.
+        module: where they are.
+    """
+    names = tuple(names)
+    processes = [
+        _CONTEXT.Process(target=_main, args=(rank, size, str(folder), module, names)) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        process.kill()
+
+    def results(name: str) -> list[Any]:
+        found = []
+        for rank in range(size):
+            file = folder / f"{name}.{rank}"
+            assert file.exists(), f"process {rank} did not come to {name}"
+            how, value = pickle.loads(file.read_bytes())
+            assert how == "done", value
+            found.append(value)
+        return found
+
+    return results
