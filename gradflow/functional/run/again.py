@@ -41,12 +41,13 @@ def traced(run: Run, request: Request, row: Row) -> Row:
         taps.sum_exactly()
         tracer = numerics.Tracer()
         inputs = program.given.inputs_of(request.batch)
-        parameters = program.state.parameters
-        owners = {name: owner(name, taps.modules) for name in parameters}
+        owners = {name: owner(name, taps.modules) for name in program.state.parameters}
+        bad = _not_finite(run)
+        split = bool(run.line.processes.model_axes)  # then nodes exchange, and not all processes may walk
 
         def certify(loss: Tensor, structure: Structure | None) -> None:
             found = numerics.certificates(
-                tracer, loss, structure, step=request.step, inputs=inputs, parameters=parameters,
+                tracer, loss, None if split else structure, step=request.step, inputs=inputs, bad=bad,
                 owners=owners,
             )  # fmt: skip
             run.findings.certify(found)
@@ -58,6 +59,15 @@ def traced(run: Run, request: Request, row: Row) -> Row:
         outcome = averaged(run, run_step(program, closely)).outcome
         again = run.history.read(outcome, look=True, parameters_moved=bool(run.plan.loop.optimizers))
     return again if _is_same(run, request.step, row.loss, again.loss) else row
+
+
+def _not_finite(run: Run) -> dict[str, int]:
+    """Return, by name of a parameter that is not finite on any process, how bad it is."""
+    parts = run.program.state.parts
+    found = torch.tensor([numerics.badness(part) for part in parts.values()], dtype=torch.uint8)
+    if run.program.state.shards:
+        found = run.line.largest(found)
+    return {name: bad for name, bad in zip(parts, found.tolist(), strict=True) if bad}
 
 
 def summed_exactly(run: Run, request: Request, row: Row) -> Row:
@@ -189,6 +199,9 @@ def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> 
     run.reach.arrived.add(outcome.gradients.parts, look=look)
 
 
+_SPLIT = "layers are split over processes (tensor parallel), where the graph cannot be walked by each of them at its own pace."
+
+
 @attrs.frozen(eq=False)
 class Closer:
     """What a step is asked and listened to for, so that its zeros can be explained when it is over."""
@@ -222,7 +235,12 @@ def closer_look(run: Run, request: Request) -> Closer | None:
     if not plan.closely:
         return None
     run.reach.agree()
-    return Closer.of(run, request) if request.first or run.reach.is_open else None
+    if not (request.first or run.reach.is_open):
+        return None
+    if run.line.processes.model_axes:
+        run.reach.fail(_SPLIT)
+        return None
+    return Closer.of(run, request)
 
 
 def looked_again(run: Run, request: Request) -> None:
@@ -235,6 +253,9 @@ def looked_again(run: Run, request: Request) -> None:
         return
     reach.agree()
     if reach.closely is not None or reach.failed or not reach.is_open:
+        return
+    if run.line.processes.model_axes:
+        reach.fail(_SPLIT)
         return
     closer = Closer.of(run, Request(batch=request.batch, step=request.step, before=request.before))
     with request.before.again(program):

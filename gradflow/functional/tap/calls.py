@@ -38,6 +38,7 @@ class Call:
     versions: list[int] = attrs.field(factory=list)  # of the positional arguments, before it ran
     sites: list[Site] = attrs.field(factory=list)
     split: Mapping[Ranks, int] = attrs.field(factory=dict)  # see `note_split`
+    entering: Mapping[Ranks, int] = attrs.field(factory=dict)  # the same of its first input
 
     def begin(self, args: Any) -> None:
         """Note what is so at the start of the call."""
@@ -68,6 +69,10 @@ class Call:
             self.shape = tuple(y.shape)
         self.num_elements += local(y).numel()
 
+    def note_entering(self, split: Mapping[Ranks, int]) -> None:
+        """Note over which processes its first input is split."""
+        self.entering = split
+
     def note_split(self, split: Mapping[Ranks, int], size: tuple[int, ...]) -> None:
         """Note over which processes an output is split, each of them having a part; see `split_of`.
 
@@ -89,7 +94,7 @@ class Call:
     def take_over(self, first: Call) -> None:
         """Take over from the same call of an earlier step what only the first step shows."""
         self.differentiable, self.has_children = first.differentiable, first.has_children
-        self.shape, self.split = self.shape or first.shape, first.split
+        self.shape, self.split, self.entering = self.shape or first.shape, first.split, first.entering
         if first.split and len(self.shape) == len(first.shape):
             self.shape = first.shape
 

@@ -217,6 +217,8 @@ class Recorder:
             for tensor in iter_tensors((args, kwargs)):
                 if is_differentiable(tensor) and tensor.numel() and tensor.layout is torch.strided:
                     here = settled(tensor.detach())
+                    if self.asked.structural and self.model.parallel:
+                        call.note_entering(self._split(tensor))
                     return self._size(call, "input", here), here.numel()
         return None, 0
 

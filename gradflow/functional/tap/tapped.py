@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradflow.functional.model.layers import ancestors, callable_modules, is_layer
 from gradflow.functional.model.threads import OneThread
 from gradflow.functional.tap.calls import Call, type_name
-from gradflow.functional.torch_private import has_gradient_hooks, is_parallel
+from gradflow.functional.torch_private import has_gradient_hooks, is_parallel, sharded_groups
 
 if TYPE_CHECKING:
     from gradflow.functional.tap.recorder import Recorder
@@ -41,6 +41,7 @@ class TappedModel:
     thread: OneThread = attrs.field(factory=OneThread)  # the one that runs the steps
     types: dict[str, str] = attrs.field(init=False)
     parallel: set[str] = attrs.field(init=False)  # modules whose hooks make DTensors of what they take
+    exchanges: bool = attrs.field(init=False)  # whether modules exchange tensors with other processes
     leaves: set[str] = attrs.field(init=False)  # modules without callable modules in them
     exact: dict[tuple[str, str], bool] = attrs.field(factory=dict)  # by call, and kind of sum
     unprobed: set[str] = attrs.field(factory=set)  # modules; see `Recorder.check_aliases`
@@ -60,6 +61,8 @@ class TappedModel:
             parents.update(ancestors(name))
         self.leaves = set(self.modules) - parents
         self.parallel = {name for name, module in self.modules.items() if is_parallel(module)}
+        gathered = any(sharded_groups(module) for module in self.modules.values())
+        self.exchanges = bool(self.parallel) or gathered
         self.types = {name: type_name(module) for name, module in self.modules.items()}
 
     @classmethod

@@ -7,6 +7,8 @@ modules' own calls included, without touching the model.
 from __future__ import annotations
 
 import functools
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,6 +49,8 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._recorder.model.exchanges and _is_exchange():
+            return func(*args, **kwargs)
         ends = self.heard(func, args, kwargs)
         out = func(*args, **kwargs)
         for end in ends:
@@ -90,6 +94,20 @@ class Watch(TorchFunctionMode):
                     before.note(out, dim)
 
         return after
+
+
+def _is_exchange() -> bool:
+    """Whether what exchanges tensors between processes calls a function, and not the model.
+
+    Tensors may have no memory there yet.
+    """
+    for frame, _ in traceback.walk_stack(sys._getframe(2)):
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("torch.distributed"):
+            return True
+        if not module.startswith("torch.") or module.startswith("torch.nn.modules"):
+            return False
+    return False
 
 
 def _is_watched(x: Any) -> bool:

@@ -196,7 +196,7 @@ class _Numbers:
         if kind in _OF_PARAMETERS:
             return any(axis is other for other in processes.parameter_axes(key))
         name = key.name if isinstance(key, ActivationKey) else key
-        axes = processes.call_axes(_split_of(self.run.history, key))
+        axes = processes.call_axes(_split_of(self.run.history, key, kind))
         return (axis.splits != "batch" or name not in self.run.wholes.calls) and any(axis is a for a in axes)
 
     def rows(self, every: Sequence[Content]) -> list[Row]:
@@ -285,7 +285,8 @@ def _calls(history: History, every: Sequence[Content]) -> dict[str, Call]:
     told: dict[str, tuple[Any, ...]] = {}
     for content in every:
         for entry in content.calls:
-            told.setdefault(entry[0], entry)
+            if entry[0] not in told or not told[entry[0]][6]:  # nothing may have come to it on some of them
+                told[entry[0]] = entry
     found = {}
     for name in _in_order([[entry[0] for entry in content.calls] for content in every]):
         _, module, kind, number, has_children, differentiable, shape, split = told[name]
@@ -300,10 +301,12 @@ def _calls(history: History, every: Sequence[Content]) -> dict[str, Call]:
     return found
 
 
-def _split_of(history: History, key: Any) -> Mapping[Ranks, int]:
-    """Return along which axes the model splits the output of a call, or of an activation behind one."""
+def _split_of(history: History, key: Any, kind: str = "out") -> Mapping[Ranks, int]:
+    """Return along which axes the model splits what a number is of: a call's output, its input, an activation."""
     call = history.calls.get(key.layer if isinstance(key, ActivationKey) else key)
-    return {} if call is None else call.split
+    if call is None:
+        return {}
+    return call.entering if kind == "input" and not isinstance(key, ActivationKey) else call.split
 
 
 def _beside(
