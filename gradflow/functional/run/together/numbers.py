@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradflow.functional.processes.group import Axis, Ranks
+from gradflow.functional.processes.group import Axis, Processes, Ranks
 from gradflow.functional.processes.line import Line
 from gradflow.functional.run.history import History
 from gradflow.functional.run.rows import NORMS, Layout, Row
@@ -85,7 +85,7 @@ class _Own:
         }
         return cls(values, means)
 
-    def content(self, history: History) -> Content:
+    def content(self, history: History, processes: Processes) -> Content:
         def sizes(found: Mapping[ActivationKey, Tensor | None]) -> tuple[tuple[ActivationKey, int], ...]:
             return tuple((key, -1 if units is None else units.numel()) for key, units in found.items())
 
@@ -96,14 +96,9 @@ class _Own:
             sizes(history.stuck),
             tuple(
                 (
-                    c.name,
-                    c.module,
-                    c.type,
-                    c.number,
-                    c.has_children,
-                    c.differentiable,
-                    c.shape,
-                    tuple(c.split.items()),
+                    *(c.name, c.module, c.type, c.number, c.has_children, c.differentiable, c.shape),
+                    _numbered(processes, c.split),
+                    _numbered(processes, c.entering),
                 )
                 for c in history.calls.values()
             ),
@@ -116,22 +111,23 @@ def combine(run: Run) -> None:
     if line.alone:
         return
     own = _Own.of(history)
-    mine = own.content(history)
+    mine = own.content(history, line.processes)
     every = line.agreed(mine) or [mine]
     entries = _in_order([content.entries for content in every])
     means = _common([content.means for content in every])
     peaks = _common([content.peaks for content in every])
     stuck = _common([content.stuck for content in every])
-    numbers = _Numbers.of(run, own, entries, means)
+    calls = _calls(run, every)
+    numbers = _Numbers.of(run, own, entries, means, calls)
     for axis in line.processes.axes:
         numbers.over(line, axis)
     free = {key: None if units is None else ~units for key, units in history.stuck.items()}
-    peaks, highest = _beside(run, peaks, history.peaks, -np.inf)
-    stuck, free = _beside(run, stuck, free, 0.0)
+    peaks, highest = _beside(line, calls, peaks, history.peaks, -np.inf)
+    stuck, free = _beside(line, calls, stuck, free, 0.0)
     most, free = line.extremes(_flat(peaks, highest, -np.inf)), line.extremes(_flat(stuck, free, 0.0))
     history.combine(
         numbers.rows(every),
-        _calls(history, every),
+        calls,
         _split(peaks, most, lambda units: units),
         _split(stuck, free, lambda units: units == 0),
     )
@@ -144,6 +140,7 @@ class _Numbers:
     run: Run
     entries: list[Entry]
     means: dict[Unit, int]
+    calls: Mapping[str, Call]
     values: Floats
     counts: Floats
     there: Floats
@@ -151,11 +148,13 @@ class _Numbers:
     numbers: Floats  # of them
 
     @classmethod
-    def of(cls, run: Run, own: _Own, entries: list[Entry], means: dict[Unit, int]) -> _Numbers:
+    def of(
+        cls, run: Run, own: _Own, entries: list[Entry], means: dict[Unit, int], calls: Mapping[str, Call]
+    ) -> _Numbers:
         found = [own.values.get(entry, (0.0, 0.0)) for entry in entries]
         vectors = [own.means.get(unit, (torch.zeros(n), 0)) for unit, n in means.items() if n >= 0]
         return cls(
-            run, entries, means,
+            run, entries, means, calls,
             np.array([value for value, _ in found]), np.array([count for _, count in found]),
             np.array([float(entry in own.values) for entry in entries]),
             np.concatenate([np.zeros(0), *(v.double().cpu().numpy() * n for v, n in vectors)]),
@@ -196,7 +195,7 @@ class _Numbers:
         if kind in _OF_PARAMETERS:
             return any(axis is other for other in processes.parameter_axes(key))
         name = key.name if isinstance(key, ActivationKey) else key
-        axes = processes.call_axes(_split_of(self.run.history, key, kind))
+        axes = processes.call_axes(_split_of(self.calls, key, kind))
         return (axis.splits != "batch" or name not in self.run.wholes.calls) and any(axis is a for a in axes)
 
     def rows(self, every: Sequence[Content]) -> list[Row]:
@@ -280,8 +279,9 @@ def _split(sizes: Mapping[Any, int], flat: Floats, units_of: Any) -> dict[Any, T
     return found
 
 
-def _calls(history: History, every: Sequence[Content]) -> dict[str, Call]:
+def _calls(run: Run, every: Sequence[Content]) -> dict[str, Call]:
     """Return the layer calls of all processes, in the order of execution."""
+    history, axes = run.history, run.line.processes.axes
     told: dict[str, tuple[Any, ...]] = {}
     for content in every:
         for entry in content.calls:
@@ -289,42 +289,53 @@ def _calls(history: History, every: Sequence[Content]) -> dict[str, Call]:
                 told[entry[0]] = entry
     found = {}
     for name in _in_order([[entry[0] for entry in content.calls] for content in every]):
-        _, module, kind, number, has_children, differentiable, shape, split = told[name]
+        _, module, kind, number, has_children, differentiable, shape, split, entering = told[name]
         known = history.calls.get(name)
         call = Call(
             index=-1 if known is None else known.index, name=name, module=module, type=kind, number=number,
             parent=-1, is_layer=True, has_children=has_children, differentiable=differentiable, shape=shape,
-            split=dict(split),
+            split={axes[i].ranks: axis for i, axis in split},
+            entering={axes[i].ranks: axis for i, axis in entering},
         )  # fmt: skip
         call.sites.extend(() if known is None else known.sites)
         found[name] = call
     return found
 
 
-def _split_of(history: History, key: Any, kind: str = "out") -> Mapping[Ranks, int]:
+def _numbered(processes: Processes, split: Mapping[Ranks, int]) -> tuple[tuple[int, int], ...]:
+    """Return along which axes, by their number, which is the same on all processes, something is split."""
+    return tuple((i, split[axis.ranks]) for i, axis in enumerate(processes.axes) if axis.ranks in split)
+
+
+def _split_of(calls: Mapping[str, Call], key: Any, kind: str = "out") -> Mapping[Ranks, int]:
     """Return along which axes the model splits what a number is of: a call's output, its input, an activation."""
-    call = history.calls.get(key.layer if isinstance(key, ActivationKey) else key)
+    call = calls.get(key.layer if isinstance(key, ActivationKey) else key)
     if call is None:
         return {}
     return call.entering if kind == "input" and not isinstance(key, ActivationKey) else call.split
 
 
 def _beside(
-    run: Run, sizes: dict[Any, int], found: Mapping[Any, Tensor | None], absent: float
+    line: Line,
+    calls: Mapping[str, Call],
+    sizes: dict[Any, int],
+    found: Mapping[Any, Tensor | None],
+    absent: float,
 ) -> tuple[dict[Any, int], dict[Any, Tensor | None]]:
     """Return vectors over units, of which processes may have others, each in its place among those of all.
 
     Args:
-        run: the run.
+        line: to the processes.
+        calls: of all of them.
         sizes: of the vectors.
         found: those of this process.
         absent: what stands for the units of others.
     """
     sizes, placed = dict(sizes), dict(found)
-    for axis in run.line.processes.model_axes:
+    for axis in line.processes.model_axes:
         at = axis.ranks.index(dist.get_rank())
         for key, size in sizes.items():
-            if size >= 0 and axis.ranks in _split_of(run.history, key):
+            if size >= 0 and axis.ranks in _split_of(calls, key):
                 units = placed.get(key)
                 whole = torch.full((axis.size, size), absent, dtype=torch.float64)
                 if units is not None:
