@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradflow.errors import LossError, ModelInputError
 from gradflow.functional.model.layers import is_scripted
 from gradflow.functional.model.undo import python_module
+from gradflow.functional.processes.shards import is_distributed
 from gradflow.functional.torch_private import (
     communication_hooks,
     has_post_accumulate_hooks,
@@ -22,8 +23,12 @@ from gradflow.functional.torch_private import (
 )
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: nn.Module, *, spread: bool = False) -> None:
     """Raise if a model is of a kind whose gradients cannot be measured.
+
+    Args:
+        model: the model.
+        spread: whether its parameters may be spread over processes.
 
     Raises:
         ModelInputError: if parts of it are sharded over processes, quantised, spread over devices by
@@ -47,6 +52,8 @@ def check_supported(model: nn.Module) -> None:
             raise ModelInputError(f"{place}: {_QUANTISED}")
     for name, tensor in _tensors(model):
         check_not_wrapped(repr(name), tensor)
+        if is_distributed(tensor) and not spread:
+            raise ModelInputError(f"{name!r} is a DTensor: {_SPREAD}")
         if tensor.is_quantized:
             raise ModelInputError(f"{name!r} has dtype {tensor.dtype}: {_QUANTISED}")
 
@@ -144,8 +151,14 @@ def check_stage_loss(model: nn.Module) -> None:
 
 
 _SHARDED = (
-    "its values are sharded over processes, which gradflow does not take yet. Pass the model as it was "
-    "before it was sharded (`fully_shard`, FSDP, tensor parallelism), with a batch that one process can hold."
+    "its values are sharded over processes in a form that PyTorch gives up, in which parameters are slices of one "
+    "long vector. Shard it with `torch.distributed.fsdp.fully_shard`, or pass the model as it was before it was "
+    "sharded, with a batch that one process can hold."
+)
+_SPREAD = (
+    "its values are sharded over processes. `analyze` and `diagnose` take such models, when they are called on "
+    "every process; what was called here does not. Pass the model as it was before it was sharded "
+    "(`fully_shard`, tensor parallelism), with a batch that one process can hold."
 )
 _UNSPLIT = (
     "Pass the whole model, as it was before it was split into stages, with the loss of its training and a "

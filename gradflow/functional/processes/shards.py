@@ -275,6 +275,8 @@ def processes_over(shards: Shards, asked: Any) -> Processes | None:
         axis = Axis("data", asked)
         axes = {axis.ranks: axis, **axes} if axis.ranks not in axes else axes
     ordered = tuple(sorted(axes.values(), key=lambda axis: axis.splits != "batch"))
+    if not ordered:  # of one process each
+        return Processes()
     number = math.prod(axis.size for axis in ordered)
     if len(ordered) > 1 and number != dist.get_world_size():
         raise ModelInputError(

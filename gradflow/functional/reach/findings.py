@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 
 from gradflow.functional.model.layers import owner
 from gradflow.functional.processes.line import Line
-from gradflow.functional.processes.shards import Shards, local
+from gradflow.functional.processes.shards import Shards, is_distributed, local
 from gradflow.functional.reach.arrived import Arrived
 from gradflow.functional.reach.blame import Blamed, Walk
 from gradflow.functional.reach.origins import Origins
 from gradflow.functional.reach.reasons import Blame, Reasons
 from gradflow.functional.reach.slices import block, block_names, by_rows, parts
 from gradflow.functional.reverse.autograd_graph import Structure
-from gradflow.functional.torch_private import num_writes
+from gradflow.functional.torch_private import num_writes, place_of
 from gradflow.records import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 
 
@@ -134,7 +135,32 @@ class ReachFindings:
         asked = {*self.arrived.open, *self.arrived.faint, *(self._asked or ())}
         wanted = {key for key, name in names.items() if name in asked}
         found = Walk(structure, reasons, wanted).run(structure.root)
+        for name, leaf in leaves.items():
+            if is_distributed(leaf) and id(leaf) in found.labels:
+                whole = torch.zeros(leaf.shape, dtype=torch.int16)
+                whole[place_of(leaf)] = found.labels[id(leaf)].cpu()
+                found.labels[id(leaf)] = whole
         self.closely = Closely(step, _by_name(found, names), found.blames)
+
+    def _share(self) -> None:
+        """Put the labels of all processes together: where they differ, that which says more."""
+        mine = self.closely
+        every = self.line.gathered(None if mine is None else (sorted(mine.labels), mine.blames))
+        known = [told for told in every if told is not None]
+        if not known or mine is None:
+            return
+        blames = sorted({b for _, told in known for b in told if b is not None}, key=_says)[-_MOST:]
+        number = {blame: i for i, blame in enumerate(blames, 1)}
+        table = torch.tensor([0 if b is None else number.get(b, 0) for b in mine.blames])
+        shapes = {name: self.trainable[name].shape for names, _ in known for name in names}
+        flat = [
+            table[mine.labels[name].long()].reshape(-1) if name in mine.labels else torch.zeros(shape.numel())
+            for name, shape in sorted(shapes.items())
+        ]
+        found = self.line.largest(torch.cat([torch.zeros(0), *flat]).to(torch.uint8))
+        parts = found.split([shape.numel() for _, shape in sorted(shapes.items())])
+        labels = {n: p.reshape(s).short() for (n, s), p in zip(sorted(shapes.items()), parts, strict=True)}
+        self.closely = Closely(mine.step, labels, [None, *blames])
 
     # ----------------------------------------------------------------- the account
 
@@ -144,6 +170,7 @@ class ReachFindings:
         unreached = self.arrived.unreached()
         if self.shards:
             unreached = self.shards.whole(self.line, unreached, self.trainable)
+            self._share()
         self._partly = self.arrived.partly | {name for name, mask in unreached.items() if mask is not None}
         records: list[ReachRecord] = []
         for name in self.trainable:
@@ -226,6 +253,17 @@ class ReachFindings:
             return Blame(Reason.NOT_CALLED, op="copy" if layer in wires.copied else "")
         op, at = wires.cuts.get(layer, ("", ""))
         return Blame(Reason.CUT, at=at, layer_at=layer, op=op)
+
+
+_MOST = 255  # blames that a byte tells apart
+_LITTLE = (Reason.UNEXPLAINED, Reason.UNCHOSEN_BY_DATA, Reason.UNCHOSEN_BY_MODEL, Reason.BY_MATHEMATICS)
+
+
+def _says(blame: Blame) -> tuple[Any, ...]:
+    """Return an order in which a reason comes the later, the more it says: on some processes nothing has come
+    to where others know why it ends."""
+    little = _LITTLE.index(blame.reason) if blame.reason in _LITTLE else len(_LITTLE)
+    return (little, *(str(value) for value in attrs.astuple(blame)))
 
 
 def _by_name(found: Blamed, names: Mapping[int, str]) -> dict[str, Tensor]:

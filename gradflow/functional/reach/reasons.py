@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from gradflow.functional.processes.shards import local
 from gradflow.functional.reach.kinds import ADDED, VIEWS, Kind, is_over_one, kind_of
 from gradflow.functional.reach.origins import Function, Origin, Origins
 from gradflow.functional.reverse.autograd_graph import Structure, Windows
@@ -141,7 +142,7 @@ class Reasons:
             if k not in (j, *ADDED.get(operation(node), ())) and child is not None:
                 return attrs.evolve(place, whose=self._name_of(child), source=self._source_of(child))
         still = function.still if function is not None else ()
-        zeros = [t for t in still if t.numel() and not bool(t.all())]
+        zeros = [here for t in still if (here := local(t)).numel() and not bool(here.all())]
         if not zeros:
             return place
         factor = min(zeros, key=lambda t: float(t.count_nonzero()) / t.numel())

@@ -235,12 +235,7 @@ def closer_look(run: Run, request: Request) -> Closer | None:
     if not plan.closely:
         return None
     run.reach.agree()
-    if not (request.first or run.reach.is_open):
-        return None
-    if run.line.processes.model_axes:
-        run.reach.fail(_SPLIT)
-        return None
-    return Closer.of(run, request)
+    return Closer.of(run, request) if request.first or run.reach.is_open else None
 
 
 def looked_again(run: Run, request: Request) -> None:
@@ -253,9 +248,6 @@ def looked_again(run: Run, request: Request) -> None:
         return
     reach.agree()
     if reach.closely is not None or reach.failed or not reach.is_open:
-        return
-    if run.line.processes.model_axes:
-        reach.fail(_SPLIT)
         return
     closer = Closer.of(run, Request(batch=request.batch, step=request.step, before=request.before))
     with request.before.again(program):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradflow.errors import NoTrainableParametersError
+from gradflow.errors import ModelInputError, NoTrainableParametersError
 from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
@@ -40,10 +40,15 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
         plan: how many steps, which optimizer, ...
     """
     model = given.model
-    check_supported(model)
+    check_supported(model, spread=True)
     shards = Shards.of(*given.modules)
     line = Line(processes_over(shards, plan.processes) or processes_of(model, plan.processes))
     transform, reason = _choose_transform(plan.transform)
+    if shards and transform == "vjp":
+        raise ModelInputError(
+            f"the transform is `vjp` ({reason}), which does not take parameters that are spread over processes, such as "
+            f"{next(iter(shards.spread))!r}. Pass transform='fused', outside of any transform of torch.func."
+        )
     outside = outside_transforms()  # a record holds plain numbers
     grad = torch.enable_grad()
     with (

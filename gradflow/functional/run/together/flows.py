@@ -7,6 +7,8 @@ of the joined batch's gradients are taken.
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import torch
 from torch import Tensor
@@ -48,8 +50,9 @@ def combined_flows(line: Line, flows: Flows | None, structure: Structure | None)
             if of[0] in flows.grams:
                 ranks[of[0]] = effective_rank(wholes[0], structure.groups[of[0]].type)
     for name in flows.grams:
-        gram = next(means)
-        ranks.setdefault(name, rank_of(gram))
+        gram, call = next(means), structure.groups[name].call
+        # Of features that are split over processes, each has a matrix of its own.
+        ranks.setdefault(name, math.nan if call is not None and call.split else rank_of(gram))
     return attrs.evolve(flows, edges=edges, groups=groups, ranks=ranks, grams={}, kept={})
 
 
