@@ -12,7 +12,7 @@ from gradflow.functional.processes.shards import local
 from gradflow.functional.reach.kinds import ADDED, VIEWS, Kind, is_over_one, kind_of
 from gradflow.functional.reach.origins import Function, Origin, Origins
 from gradflow.functional.reverse.autograd_graph import Structure, Windows
-from gradflow.functional.tap.nodes import Node, feeds, is_leaf, nodes_under, operation
+from gradflow.functional.tap.nodes import Node, converts, feeds, is_leaf, nodes_under, operation
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.torch_private import input_metadata
 from gradflow.records import Reason
@@ -168,7 +168,7 @@ class Reasons:
 
     def _source(self, node: Node) -> Node:
         """Return the node behind what only changes the form of a tensor."""
-        while not is_leaf(node) and not is_probe(node) and operation(node) in VIEWS:
+        while not is_leaf(node) and not is_probe(node) and (operation(node) in VIEWS or converts(node)):
             child = next((c for c, _ in feeds(node) if c is not None), None)
             if child is None:
                 break
