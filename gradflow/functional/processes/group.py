@@ -48,12 +48,10 @@ class Processes:
     Args:
         axes: in which directions they are laid out.
         group: all of them.
-        communicates: whether the model itself exchanges something in its passes (`SyncBatchNorm`).
     """
 
     axes: tuple[Axis, ...] = ()
     group: Any = None
-    communicates: bool = False
 
     @property
     def batch_axes(self) -> tuple[Axis, ...]:
@@ -104,8 +102,7 @@ def processes_of(model: nn.Module, asked: Any = "auto") -> Processes:
         raise ModelInputError(
             "processes is a process group that this process is not in. Call gradflow in those alone that are."
         )
-    synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    return Processes((Axis("data", group),), group, communicates=synced)
+    return Processes((Axis("data", group),), group)
 
 
 def _averaged_over(model: nn.Module) -> Any:
