@@ -146,8 +146,7 @@ def gpt(kind: str) -> Case:
     torch.manual_seed(0)
     model = GPT(_feed).double()
     if kind == "sick":
-        nn.init.zeros_(model.layers[1].attention.out.weight)  # type: ignore[union-attr,arg-type]
-        nn.init.zeros_(model.head.weight)
+        nn.init.constant_(model.layers[1].feed[0].bias, -60.0)  # type: ignore[union-attr,index,arg-type]
     return model, words(), next_word
 
 
@@ -180,7 +179,7 @@ def mixture(kind: str) -> Case:
     model = GPT(lambda: Mixture(skips=kind == "skips")).double()
     if kind == "sick":
         with torch.no_grad():
-            model.layers[0].feed.router.bias[2] = -100.0  # type: ignore[union-attr,index]
+            model.layers[0].feed.router.weight.mul_(1e5)  # type: ignore[union-attr,operator]
     return model, words(), next_word
 
 

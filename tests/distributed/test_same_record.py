@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,8 @@ import pytest
 
 from gradflow.records import FlowRecord
 from tests.distributed.models import MODELS
-from tests.distributed.scenarios import COMPARED, diagnosed
-from tests.distributed.worlds import ran
+from tests.distributed.scenarios import COMPARED, diagnosed, one_step
+from tests.distributed.worlds import World
 
 LAYER = (
     "grad_norm", "grad_finite", "called", "reached", "num_elements", "output_rms", "output_zero_share",
@@ -45,7 +44,7 @@ def numbers(record: FlowRecord) -> dict[str, Any]:
         found |= {f"curve {c.step} {f}": getattr(c, f) for c in record.updates.curves for f in ("slope", "bend", "actual")}
     if record.reach is not None:
         found["reached"] = record.reach.num_reached
-        found["reasons"] = record.reach.totals()
+        found["unreached"] = sum(part.num_elements for part in record.reach.unreached)
     return found
 
 
@@ -70,32 +69,39 @@ def _rounding(key: str) -> float:
     return 1e-6 if key.endswith("output_variation") else 1e-9
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
-    return ran(request.param, COMPARED, tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     found = {}
-    for name, (model, kind, moves, options) in COMPARED.items():
+    more = {
+        "clipped": ("mlp", "healthy", True, {"clip": 0.3, "accumulate": 2}),
+        "by_step_fn": ("mlp", "healthy", True, {"step_fn": one_step}),
+    }
+    for name, (model, kind, moves, options) in {**COMPARED, **more}.items():
         made, batches, loss_fn = MODELS[model](kind)
         found[name] = diagnosed(made, batches, loss_fn, moves=moves, **options)
     return found
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", [*COMPARED, "clipped", "by_step_fn"])
 def test_the_record_is_that_of_the_joined_batch(
-    name: str, results: Callable[[str], list[Any]], alone: dict[str, Any]
+    name: str, world: World, alone: dict[str, Any]
 ) -> None:
-    first, *others = results(name)
+    first, *others = world.results(name)
     expected, verdicts = alone[name]
     wrong = differences(first["record"], expected)
     assert not wrong, "\n".join(wrong[:40])
     assert sorted(first["verdicts"]) == sorted(verdicts)
-    if name == 'mixture_sick': print(verdicts)
     assert ("sick" in name) == any(severity in ("CRITICAL", "HIGH", "MEDIUM") for _, _, severity in verdicts)
     for other in others:
         assert other["record"] == first["record"]
         assert other["verdicts"] == first["verdicts"]
     assert all(result["pure"] for result in (first, *others))
+
+
+def test_a_process_without_a_batch_ends_the_run_on_all(world: World) -> None:
+    first, *others = world.results("runs_out")
+    assert first.steps == 3
+    assert any("ended after 3 of 5 steps" in note for note in first.provenance.notes)
+    assert all(other == first for other in others)
