@@ -79,7 +79,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"actions"},
         {"reach", "updates"},
         {"flow", "causes"},
-        {"attention", "recurrent", "policy", "parts", "precision", "time"},
+        {"attention", "recurrent", "policy", "parts", "precision", "time", "processes"},
         {"defaults"},
         {"compose"},
         {"__init__"},

@@ -44,8 +44,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d
 from torch._functorch import pyfunctorch
+from torch.distributed import distributed_c10d
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics

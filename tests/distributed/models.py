@@ -95,12 +95,18 @@ def resnet(kind: str) -> Case:
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.qkv, self.out, self.heads = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width), heads
+        self.qkv, self.out, self.heads = (
+            nn.Linear(width, 3 * width, bias=False),
+            nn.Linear(width, width),
+            heads,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         n, t, d = x.shape
         q, k, v = (a.view(n, t, self.heads, -1).transpose(1, 2) for a in self.qkv(x).chunk(3, -1))
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, d))
+        return self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, t, d)
+        )
 
 
 class Layer(nn.Module):
@@ -117,7 +123,9 @@ class Layer(nn.Module):
 class GPT(nn.Module):
     """A small one, with an embedding of positions that every sample shares."""
 
-    def __init__(self, feed: Callable[[], nn.Module], width: int = 8, length: int = 6, words: int = 11) -> None:
+    def __init__(
+        self, feed: Callable[[], nn.Module], width: int = 8, length: int = 6, words: int = 11
+    ) -> None:
         super().__init__()
         self.word, self.place = nn.Embedding(words, width), nn.Embedding(length, width)
         self.layers = nn.Sequential(*(Layer(width, feed()) for _ in range(2)))

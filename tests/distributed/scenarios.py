@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import gradflow as gf
 from gradflow.errors import ProcessError
 from gradflow.functional.processes import line
+from tests.distributed import findings
 from tests.distributed.models import MODELS, part
 from tests.functional.snapshots import snapshot
 
@@ -22,10 +23,11 @@ from tests.functional.snapshots import snapshot
 def diagnosed(model: nn.Module, batches: list[Any], loss_fn: Any, *, moves: bool, **options: Any) -> Any:
     """Return the record and the verdicts."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2) if moves else None
-    report = gf.diagnose(
-        model, batches, loss_fn, steps=len(batches), optimizer=optimizer, seed=0, **options
-    )
-    return report.record, [(i.layer.replace("module.", "").replace("module:", ""), i.issue_type.value, i.severity.value) for i in report.issues]
+    report = gf.diagnose(model, batches, loss_fn, steps=len(batches), optimizer=optimizer, seed=0, **options)
+    return report.record, [
+        (i.layer.replace("module.", "").replace("module:", ""), i.issue_type.value, i.severity.value)
+        for i in report.issues
+    ]
 
 
 def compared(name: str, kind: str, rank: int, size: int, *, moves: bool, **options: Any) -> dict[str, Any]:
@@ -57,6 +59,8 @@ COMPARED: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "mixture": ("mixture", "healthy", True, {}),
     "mixture_sick": ("mixture", "sick", False, {}),
 }
+
+
 def clipped(rank: int, size: int) -> dict[str, Any]:
     return compared("mlp", "healthy", rank, size, moves=True, clip=0.3, accumulate=2)
 
@@ -122,10 +126,10 @@ globals().update({name: _scenario(*case) for name, case in COMPARED.items()})
 def _killed(rank: int, size: int, name: str) -> Any:
     """The last process is killed in its third step."""
     model, batches, loss_fn = MODELS[name]("healthy")
-    calls, began = [], time.monotonic()
+    calls: list[float] = []
 
     def loss_of(output: Any, target: Any) -> Any:
-        calls.append(0)
+        calls.append(time.monotonic())
         if rank == size - 1 and len(calls) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss_fn(output, target)
@@ -133,7 +137,7 @@ def _killed(rank: int, size: int, name: str) -> Any:
     try:
         gf.diagnose(DistributedDataParallel(model), part(batches, rank, size), loss_of, steps=4)
     except Exception as error:
-        return type(error).__name__, str(error), time.monotonic() - began
+        return type(error).__name__, str(error), time.monotonic() - calls[-1]
     return None
 
 
@@ -144,3 +148,6 @@ def killed(rank: int, size: int) -> Any:
 def killed_in_exchange(rank: int, size: int) -> Any:
     """The others wait for it in an exchange of the model's own, its batch norm."""
     return _killed(rank, size, "resnet")
+
+
+globals().update({name: getattr(findings, name) for name in findings.FINDINGS})

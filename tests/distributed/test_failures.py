@@ -15,7 +15,9 @@ def test_a_process_that_raises_is_named_and_its_message_told(world: World) -> No
     assert pure
     for said, seconds, pure, again in others:
         assert said[0] == "ProcessError"
-        expected = f"process {world.size - 1} raised ValueError: the data of this process is torn; so the analysis"
+        expected = (
+            f"process {world.size - 1} raised ValueError: the data of this process is torn; so the analysis"
+        )
         assert said[1].startswith(expected)
         assert seconds < 30
         assert pure

@@ -17,9 +17,27 @@ LAYER = (
     "output_variation", "input_rms",
 )  # fmt: skip
 PARAMETER = ("grad_norm", "grad_zero_share", "norm", "reached", "grad_finite", "trainable", "optimized")
-ACTIVATION = ("num_units", "fired_share", "saturated_share", "never_fired", "always_saturated", "input_rms", "width")
+ACTIVATION = (
+    "num_units",
+    "fired_share",
+    "saturated_share",
+    "never_fired",
+    "always_saturated",
+    "input_rms",
+    "width",
+)
 NODE = ("kind", "grad_norm", "input_grad_norm", "effective_rank", "reachable", "num_elements")
-UPDATE = ("rate", "weight_rms", "rms", "gradient_rms", "slope", "second_moment", "under_epsilon", "unchanged", "age")
+UPDATE = (
+    "rate",
+    "weight_rms",
+    "rms",
+    "gradient_rms",
+    "slope",
+    "second_moment",
+    "under_epsilon",
+    "unchanged",
+    "age",
+)
 
 
 def own(name: str) -> str:
@@ -41,7 +59,11 @@ def numbers(record: FlowRecord) -> dict[str, Any]:
         found[f"severed {own(edge.source)} {own(edge.target)}"] = edge.severed
     if record.updates is not None:
         found["clipping"] = record.updates.clipping
-        found |= {f"curve {c.step} {f}": getattr(c, f) for c in record.updates.curves for f in ("slope", "bend", "actual")}
+        found |= {
+            f"curve {c.step} {f}": getattr(c, f)
+            for c in record.updates.curves
+            for f in ("slope", "bend", "actual")
+        }
     if record.reach is not None:
         found["reached"] = record.reach.num_reached
         found["unreached"] = sum(part.num_elements for part in record.reach.unreached)
@@ -56,8 +78,12 @@ def differences(found: FlowRecord, expected: FlowRecord) -> list[str]:
         x, y = a[key], b[key]
         if isinstance(x, (np.ndarray, float, tuple)):
             x, y = np.asarray(x, float), np.asarray(y, float)
-            size = float(np.max(np.nan_to_num(np.abs(y)), initial=1.0 if key.endswith("output_variation") else 0.0))
-            if x.shape != y.shape or not np.allclose(x, y, rtol=1e-5, atol=_rounding(key) * size, equal_nan=True):
+            size = float(
+                np.max(np.nan_to_num(np.abs(y)), initial=1.0 if key.endswith("output_variation") else 0.0)
+            )
+            if x.shape != y.shape or not np.allclose(
+                x, y, rtol=1e-5, atol=_rounding(key) * size, equal_nan=True
+            ):
                 wrong.append(f"{key}: {x} instead of {y}")
         elif x != y:
             wrong.append(f"{key}: {x} instead of {y}")
@@ -67,8 +93,6 @@ def differences(found: FlowRecord, expected: FlowRecord) -> list[str]:
 def _rounding(key: str) -> float:
     """Return what may be lost of the largest number: a variation is the root of a difference from one."""
     return 1e-6 if key.endswith("output_variation") else 1e-9
-
-
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +109,7 @@ def alone() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [*COMPARED, "clipped", "by_step_fn"])
-def test_the_record_is_that_of_the_joined_batch(
-    name: str, world: World, alone: dict[str, Any]
-) -> None:
+def test_the_record_is_that_of_the_joined_batch(name: str, world: World, alone: dict[str, Any]) -> None:
     first, *others = world.results(name)
     expected, verdicts = alone[name]
     wrong = differences(first["record"], expected)

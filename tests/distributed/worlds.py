@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "gradflow.diagnosis", "tests.distributed.scenarios"])
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "gradflow.diagnosis", "tests.distributed.scenarios"])
 
 
 def _main(rank: int, size: int, folder: str, module: str, names: tuple[str, ...]) -> None:

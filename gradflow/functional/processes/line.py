@@ -119,7 +119,11 @@ class Line:
 
     def _begin(self, stop: threading.Event) -> None:
         base = default_store()
-        names = "-".join(map(str, self.ranks)) if self.size < 8 else hashlib.sha256(repr(self.ranks).encode()).hexdigest()
+        names = (
+            "-".join(map(str, self.ranks))
+            if self.size < 8
+            else hashlib.sha256(repr(self.ranks).encode()).hexdigest()
+        )
         self._root = dist.PrefixStore(f"gradflow/{names}", base)
         self._epoch = self._root.add("ended", 0)
         self._store = dist.PrefixStore(f"{self._epoch}", self._root)
@@ -325,7 +329,7 @@ class Line:
             return [value]
         found: list[Any] = [None] * self.size
         self._together(lambda: dist.all_gather_object(found, value, group=self.processes.group))
-        self._count(len(pickle.dumps(value)))
+        self._count(max(len(pickle.dumps(other)) for other in found))  # to which all are padded
         return found
 
     def agreed(self, value: Any) -> list[Any] | None:

@@ -406,7 +406,9 @@ def gram_matrix(gradient: Tensor, layer_type: str, most: int = 256) -> Tensor:
     features = matrix.shape[1]
     if features > most:
         generator = torch.Generator().manual_seed(features)
-        matrix = matrix @ torch.randn(features, most, generator=generator, dtype=torch.float64).to(matrix.dtype)
+        matrix = matrix @ torch.randn(features, most, generator=generator, dtype=torch.float64).to(
+            matrix.dtype
+        )
     return matrix.mH @ matrix
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.state import Tensors
-from gradflow.functional.model.trees import summable, wide_dtype
+from gradflow.functional.model.trees import summable
 from gradflow.functional.run.rows import LASTING_SUMS, NORMS, SUMS, Layout, Place, Row, to_host
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation

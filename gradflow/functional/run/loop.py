@@ -63,7 +63,10 @@ def run_plan(
         if batch is None:
             run.line.end_batches()
             break
-        last, request = request, _request(run, step, batch, scale=1.0 if stepper is None else stepper.loss_scale)
+        last, request = (
+            request,
+            _request(run, step, batch, scale=1.0 if stepper is None else stepper.loss_scale),
+        )
         first = request if first is None and stepper is not None else first
         closer = closer_look(run, request)
         request = request if closer is None else closer.request
@@ -95,6 +98,8 @@ def run_plan(
         elif history.in_doubt:
             row = summed_exactly(run, request, row)
         history.keep(row)
+        if request.look and not run.line.alone:
+            run.facts.look(step, program.given.inputs_of(batch))
         output = outcome.output
         if outcome.structure is not None:
             outcome.structure.release()
@@ -108,9 +113,9 @@ def run_plan(
         looked_again(run, request)
         heard_in_eval(run, request)
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
-    combine(run)
+    told = combine(run)
     conclude(run)
-    record = joined(run, assembled(run, known))
+    record = joined(run, assembled(run, known), told)
     if request is None:
         return record
     if plan.deepen is not None and plan.detail == "cheap" and plan.deepen(record):

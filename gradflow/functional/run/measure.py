@@ -22,6 +22,7 @@ from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
 from gradflow.functional.run.program import Given, Program, WorkingState
 from gradflow.functional.run.run import Plan, Run
+from gradflow.functional.run.together.facts import Facts, reducer_of
 from gradflow.functional.run.training.stepper import Stepper
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.tap.taps import tapped
@@ -41,7 +42,8 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     model = given.model
     check_supported(model)
     line = Line(processes_of(model, plan.processes))
-    transform, reason = _choose_transform(plan.transform)
+    facts = Facts(reducer=reducer_of(model))
+    transform = _choose_transform(plan.transform)
     outside = outside_transforms()  # a record holds plain numbers
     grad = torch.enable_grad()
     with (
@@ -64,23 +66,31 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
             )
         try:
             plan = attrs.evolve(plan, num_batches=_fewest(line, plan))
-            return _measured(Program(given, state, taps), plan, draw, transform, reason, line)
+            return _measured(Program(given, state, taps), plan, draw, transform, line, facts)
         finally:
             taps.forget()
             del state  # frees the copies before the originals are given their memory back
 
 
 def _measured(
-    program: Program, plan: Plan, draw: Callable[[int], Any], transform: str, reason: str, line: Line
+    program: Program,
+    plan: Plan,
+    draw: Callable[[int], Any],
+    transform: tuple[str, str],
+    line: Line,
+    facts: Facts,
 ) -> FlowRecord:
     """Run the plan on working copies; nothing that is made here outlives the call but the record."""
     given, state, taps = program.given, program.state, program.taps
     sessions = tuple([m.start(given.model, taps.modules) for m in plan.measurements])
     reach = ReachFindings(state.trainable, state.originals)
     history = History(state.parameters, taps, plan.closely)
-    run = Run(program, plan, transform, reason, sessions, history, reach, line=line)
+    run = Run(program, plan, *transform, sessions, history, reach, line=line, facts=facts)
     if not line.alone:
         taps.keep_means()
+        kinds = {"parameter": state.every_parameter, "buffer": state.buffers}
+        tensors = {n: (kind, t) for kind, of in kinds.items() for n, t in of.items()}
+        run.facts.compare(line, given.model, tensors)
 
     def make_stepper(log: UpdateLog) -> Stepper:
         both = _Both.of(given.model, given.loss_module)

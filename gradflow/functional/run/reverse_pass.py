@@ -95,7 +95,9 @@ def reverse_pass(
         hooked = program.taps.hooked
         found = fused(loss, leaves, retain_graph=True) if hooked else []
         kept = program.taps.whole_nodes
-        flows = walked(loss, structure, exact=True, ranks=ranks, kept=kept)  # fast, an underflow goes unnoticed
+        flows = walked(
+            loss, structure, exact=True, ranks=ranks, kept=kept
+        )  # fast, an underflow goes unnoticed
         _check_flat(recorder, trainable, len(leaves) - len(held))
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
             gradients, outputs = found[:number], _outputs(recorder, found[number:])

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from gradflow.functional.processes.line import Line
 from gradflow.functional.run.run import Run
-from gradflow.functional.run.together.flows import combined_flows
 from gradflow.functional.run.step import Outcome
+from gradflow.functional.run.together.flows import combined_flows
 from gradflow.functional.tap.probes import magnitude
 from gradflow.functional.torch_private import in_reverse_pass
 
@@ -56,6 +56,7 @@ def averaged(run: Run, outcome: Outcome) -> Shared:
         line, run.program.state.trainable, gradients.parameters, outcome.loss, broken=_is_broken(outcome),
         wholes=list(wholes.values()),
     )  # fmt: skip
+    run.facts.note_reach(mean.some)
     sizes = {key: magnitude(whole, exact=True) for key, whole in zip(wholes, mean.wholes, strict=True)}
     outputs = list(gradients.outputs)
     for position, site in enumerate(outcome.recorder.sites):
@@ -76,12 +77,14 @@ class Mean:
         loss: the mean of their losses.
         broken: whether any of them has said that something of it is not as it should be.
         wholes: the means of other gradients.
+        some: parameters to which a path has led on some of them alone, and whether on this one.
     """
 
     parameters: dict[str, Tensor | None]
     loss: Tensor
     broken: bool
     wholes: list[Tensor]
+    some: Mapping[str, bool]
 
 
 def mean_gradients(
@@ -113,12 +116,14 @@ def mean_gradients(
     for axis in line.processes.batch_axes:
         exchanged = line.mean(exchanged, axis)
     numbers, flags, *means = exchanged
-    any_broken, *flagged = (torch.cat([numbers[:1], flags]) != 0).tolist()
+    any_broken, *shares = torch.cat([numbers[:1], flags]).tolist()
+    flagged = [share != 0 for share in shares]
+    some = {name: own for name, own, share in zip(names, there, shares, strict=False) if 0 < share < 0.9999}
     found: dict[str, Tensor | None] = {
         name: None if not led else mean.to_sparse(1) if sparse else mean
         for name, mean, led, sparse in zip(names, means, flagged, flagged[len(names) :], strict=False)
     }
-    return Mean({**parameters, **found}, numbers[1], bool(any_broken), means[len(names) :])
+    return Mean({**parameters, **found}, numbers[1], bool(any_broken), means[len(names) :], some)
 
 
 @contextlib.contextmanager
@@ -163,5 +168,9 @@ def _is_broken(outcome: Outcome) -> Tensor:
     """Return whether the loss or a gradient of a step is not finite, as a scalar on the device of the loss."""
     loss = outcome.loss.detach()
     parts = [torch.isfinite(loss)]
-    parts += [torch.isfinite(size.detach()).to(loss.device) for size in outcome.gradients.outputs if size is not None]
+    parts += [
+        torch.isfinite(size.detach()).to(loss.device)
+        for size in outcome.gradients.outputs
+        if size is not None
+    ]
     return ~torch.stack([part.reshape(()) for part in parts]).all()

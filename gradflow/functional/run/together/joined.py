@@ -11,17 +11,22 @@ import numpy as np
 
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.together.merging import merged
-from gradflow.records import EdgeRecord, FlowRecord, GraphRecord, NodeRecord, Provenance
+from gradflow.records import EdgeRecord, FlowRecord, GraphRecord, NodeRecord, ProcessesRecord, Provenance
 
 _MERGED = (
     "numerics", "transformer", "parts", "recurrences", "policy", "extras", "knowledge", "precision", "updates",
 )  # fmt: skip
 
 
-def joined(run: Run, record: FlowRecord) -> FlowRecord:
+def joined(run: Run, record: FlowRecord, processes: ProcessesRecord | None) -> FlowRecord:
     """Return the record of all processes of a run, of those that each of them has.
 
     What `numbers.combine` has combined is the same in all of them.
+
+    Args:
+        run: the run.
+        record: of this process.
+        processes: what differs between them.
     """
     if run.line.alone:
         return record
@@ -37,7 +42,8 @@ def joined(run: Run, record: FlowRecord) -> FlowRecord:
         passed_by=merged([r.passed_by for r in every]),
         graph_record=joined_graph([r.graph_record for r in every], run.wholes.groups),
         reach=every[0].reach,
-        provenance=_provenance(record.provenance, every),
+        provenance=_provenance(every),
+        processes=processes,
     )
 
 
@@ -60,12 +66,16 @@ def joined_graph(every: Sequence[GraphRecord | None], whole: Collection[str]) ->
             nodes.setdefault(node.name, []).append(node)
         for edge in graph.edges:
             edges.setdefault((edge.source, edge.target), []).append(edge)
-    flows = {key: _flow([e.flow for e in of], number, key[0] in whole, len(steps)) for key, of in edges.items()}
+    flows = {
+        key: _flow([e.flow for e in of], number, key[0] in whole, len(steps)) for key, of in edges.items()
+    }
     into: dict[str, list[Any]] = {}
     for (_, target), flow in flows.items():
         into.setdefault(target, []).append(flow)
     return GraphRecord(
-        nodes=[_node(of, number, name in whole, into.get(name, ()), len(steps)) for name, of in nodes.items()],
+        nodes=[
+            _node(of, number, name in whole, into.get(name, ()), len(steps)) for name, of in nodes.items()
+        ],
         edges=[
             attrs.evolve(of[0], flow=flows[key], severed=all(e.severed for e in of))
             for key, of in edges.items()
@@ -105,7 +115,7 @@ def _node(of: Sequence[NodeRecord], number: int, whole: bool, into: Sequence[Any
     )
 
 
-def _provenance(own: Provenance, every: Sequence[FlowRecord]) -> Provenance:
+def _provenance(every: Sequence[FlowRecord]) -> Provenance:
     first = every[0].provenance
     return attrs.evolve(
         first,

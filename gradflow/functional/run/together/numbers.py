@@ -26,7 +26,7 @@ from gradflow.functional.run.history import History
 from gradflow.functional.run.rows import NORMS, Layout, Row
 from gradflow.functional.run.run import Run
 from gradflow.functional.tap.calls import ActivationKey, Call
-from gradflow.records import Floats
+from gradflow.records import Floats, ProcessesRecord
 
 _MEANT = ("loss", "width")  # alike on all, or to be averaged
 _OF_PARAMETERS = ("norm", "pgrad", "pzeros")
@@ -69,8 +69,12 @@ class _Own:
                 if kind != "least_peak":
                     old = values.get((step, kind, key))  # several outputs of one call
                     values[step, kind, key] = (
-                        (float(value), float(count)) if old is None else
-                        (float(np.hypot(old[0], value) if kind in NORMS else old[0] + value), old[1] + count)
+                        (float(value), float(count))
+                        if old is None
+                        else (
+                            float(np.hypot(old[0], value) if kind in NORMS else old[0] + value),
+                            old[1] + count,
+                        )
                     )
             for name, size in zip(row.layout.calls, row.sizes, strict=True):
                 values[step, "size", name] = (float(size), 1.0)
@@ -97,11 +101,15 @@ class _Own:
         )
 
 
-def combine(run: Run) -> None:
-    """Replace the numbers of a run by those of all its processes together; see NOTE [How numbers combine]."""
+def combine(run: Run) -> ProcessesRecord | None:
+    """Replace the numbers of a run by those of all its processes together; see NOTE [How numbers combine].
+
+    Returns:
+        What differs between them; None where there is but one.
+    """
     line, history = run.line, run.history
     if line.alone:
-        return
+        return None
     own = _Own.of(history)
     mine = own.content(history)
     every = line.agreed(mine) or [mine]
@@ -112,6 +120,7 @@ def combine(run: Run) -> None:
     numbers = _Numbers.of(run, own, entries, means)
     for axis in line.processes.axes:
         numbers.over(line, axis)
+    told = run.facts.record(line, run.program.given.model, history.rows, numbers.partly_run(own))
     most = line.extremes(_flat(peaks, history.peaks, -np.inf))
     free = line.extremes(_flat(stuck, {k: None if s is None else ~s for k, s in history.stuck.items()}, 0.0))
     history.combine(
@@ -120,6 +129,7 @@ def combine(run: Run) -> None:
         _split(peaks, most, lambda units: units),
         _split(stuck, free, lambda units: units == 0),
     )
+    return told
 
 
 @attrs.define(eq=False)
@@ -134,6 +144,7 @@ class _Numbers:
     there: Floats
     sums: Floats  # of the samples behind every mean: the vectors, times how many there are
     numbers: Floats  # of them
+    partly: set[str] = attrs.field(factory=set)  # layer calls that only some processes have run in some step
 
     @classmethod
     def of(cls, run: Run, own: _Own, entries: list[Entry], means: dict[Unit, int]) -> _Numbers:
@@ -153,19 +164,25 @@ class _Numbers:
         norms = np.isin(kinds, NORMS)
         split = np.array([self._is_split(kind, key, axis) for _, kind, key in self.entries], dtype=bool)
         largest = np.where(np.isfinite(self.values), np.abs(self.values), 0.0)
-        largest, most = np.split(line.reduced(np.concatenate([largest, self.counts]), axis, dist.ReduceOp.MAX), 2)
+        largest, most = np.split(
+            line.reduced(np.concatenate([largest, self.counts]), axis, dist.ReduceOp.MAX), 2
+        )
         unit = np.where(largest > 0, largest, 1.0)
         with np.errstate(invalid="ignore"):
             squares = np.where(norms, (self.values / unit) ** 2, self.values)
         parts = [np.where(split, squares, self.values), self.counts, self.there, self.sums, self.numbers]
         cuts = np.cumsum([len(part) for part in parts])[:-1]
-        sums, counts, there, self.sums, self.numbers = np.split(line.reduced(np.concatenate(parts), axis), cuts)
+        sums, counts, there, self.sums, self.numbers = np.split(
+            line.reduced(np.concatenate(parts), axis), cuts
+        )
         with np.errstate(invalid="ignore"):
             whole = np.where(norms, np.sqrt(sums) * unit, sums)
             self.values = np.where(split, whole, sums / np.maximum(there, 1.0))
         self.counts = np.where(split, counts, most)
         if axis.splits == "batch":
             self.values = np.where(split & (np.array(kinds) == "grad"), self.values / axis.size, self.values)
+        everywhere = np.array([kind != "size" for kind in kinds]) | (there >= axis.size)
+        self.partly |= {str(self.entries[i][2]) for i in np.flatnonzero(~everywhere & (there > 0))}
         self.there = (there > 0).astype(float)
 
     def _is_split(self, kind: str, key: Any, axis: Axis) -> bool:
@@ -176,6 +193,17 @@ class _Numbers:
             return any(axis is other for other in processes.parameter_axes(key))
         name = key.name if isinstance(key, ActivationKey) else key
         return name not in self.run.wholes.calls and any(axis is a for a in processes.call_axes(name))
+
+    def partly_run(self, own: _Own) -> dict[str, tuple[int, float]]:
+        """Return, of the layer calls that only some processes ran in a step, in how many steps this one did, and
+        the share of the steps in which any did."""
+        steps = max((step for step, _, _ in self.entries), default=0) + 1
+        found: dict[str, tuple[int, float]] = {}
+        for name in sorted(self.partly):
+            ran = sum(1 for step in range(steps) if own.values.get((step, "size", name), (0.0, 0.0))[0] > 0)
+            anywhere = sum(1 for _, kind, key in self.entries if kind == "size" and key == name)
+            found[name] = ran, anywhere / steps
+        return found
 
     def rows(self, every: Sequence[Content]) -> list[Row]:
         """Return them as the rows of a history."""
@@ -273,5 +301,3 @@ def _calls(history: History, every: Sequence[Content]) -> dict[str, Call]:
         call.sites.extend(() if known is None else known.sites)
         found[name] = call
     return found
-
-

@@ -38,9 +38,7 @@ class Wholes:
         """Hear which outputs do not come from the batch."""
         self.calls, self.groups = frozenset(calls), frozenset(groups)
 
-    def exchanged(
-        self, found: Mapping[Key, Tensor], recorder: Recorder, *, first: bool
-    ) -> dict[Key, Tensor]:
+    def exchanged(self, found: Mapping[Key, Tensor], recorder: Recorder, *, first: bool) -> dict[Key, Tensor]:
         """Return what of some gradients all processes exchange: the same in every step, zeros where none is.
 
         Args:
@@ -51,9 +49,13 @@ class Wholes:
         if first:
             sites = [(recorder.calls[site.call], site.index) for site in recorder.sites]
             self._like = {
-                (call.name, index): (found[call.name, index] if (call.name, index) in found else
-                    torch.empty(call.shape, dtype=next(iter(found.values()), torch.empty(0)).dtype)).to("meta")
-                for call, index in sites if call.name in self.calls
+                (call.name, index): (
+                    found[call.name, index]
+                    if (call.name, index) in found
+                    else torch.empty(call.shape, dtype=next(iter(found.values()), torch.empty(0)).dtype)
+                ).to("meta")
+                for call, index in sites
+                if call.name in self.calls
             }
         return {
             key: found[key] if key in found else torch.zeros(like.shape, dtype=like.dtype)
@@ -61,7 +63,9 @@ class Wholes:
         }
 
 
-def without_batch(structure: Structure | None, dataflow: DataFlow, recorder: Recorder) -> tuple[set[str], set[str]]:
+def without_batch(
+    structure: Structure | None, dataflow: DataFlow, recorder: Recorder
+) -> tuple[set[str], set[str]]:
     """Return the layer calls, and the nodes of the graph, to which no way leads from the batch; and scalars.
 
     Args:
