@@ -33,7 +33,7 @@ ORDER = [
 # that stand beside the rooms have a rank too; those not named come last.
 ROOMS: dict[str, list[set[str]]] = {
     "functional": [
-        {"torch_private"},
+        {"torch_private", "torch_sharded"},
         {"processes"},
         {"model"},
         {"tap"},
@@ -79,7 +79,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"actions"},
         {"reach", "updates"},
         {"flow", "causes"},
-        {"attention", "recurrent", "policy", "parts", "precision", "time"},
+        {"attention", "recurrent", "policy", "parts", "precision", "time", "processes"},
         {"defaults"},
         {"compose"},
         {"__init__"},

@@ -27,9 +27,6 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `_BatchNorm`, `_NormBase`, `_InstanceNorm` | which layers keep running statistics | an error |
 | `Module._compiled_call_impl` | telling a compiled module | taken for none |
 | `DataLoader._iterator` | fresh workers, where a loader keeps its own | those it keeps |
-| `FSDPModule._get_fsdp_state`, its groups and their parameters | which leaf stands for which shard | an error |
-| `Module._distribute_module_applied` | which calls are taken with their hooks | an operation more in the graph |
-| `tensor._utils.compute_local_shape_and_global_offset` | where in the whole a shard lies | an error |
 | `distributed_c10d._get_default_store` | how processes tell one another that one has failed | an error |
 | `distributed_c10d._set_pg_timeout`, `ProcessGroup._get_backend` | a bound on how long one waits | an error |
 | `DistributedDataParallel._comm_hooks` | telling that they are not run | taken for none |
@@ -41,7 +38,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -61,7 +57,6 @@ __all__ = [
     "BatchNorm",
     "InstanceNorm",
     "NormWithStatistics",
-    "ShardedGroup",
     "address",
     "as_class",
     "checkpoint_segment",
@@ -75,7 +70,6 @@ __all__ = [
     "in_reverse_pass",
     "input_metadata",
     "is_compiled",
-    "is_parallel",
     "is_view",
     "is_wrapped",
     "lazy_clone",
@@ -84,19 +78,14 @@ __all__ = [
     "num_writes",
     "outside_transforms",
     "own_memory",
-    "place_of",
     "preserved_writes",
     "pytree",
-    "replicated",
-    "sees_through",
     "sequence_number",
     "set_timeout",
-    "sharded_groups",
     "stores",
     "timeout_of",
     "transform_level",
     "transforms",
-    "unsharded_class",
     "unwatched",
     "unwrapped",
     "without_workers",
@@ -220,120 +209,6 @@ def without_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
     loader = copy.copy(loader)
     vars(loader)["_iterator"] = None
     return loader
-
-
-# ------------------------------------------------------------------------------- sharded over processes
-
-
-class ShardedGroup:
-    """A module whose parameters `fully_shard` has spread over processes, and gathers while it runs.
-
-    Args:
-        module: the module.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-        self._state = module._get_fsdp_state()
-
-    @property
-    def _groups(self) -> list[Any]:
-        several = getattr(self._state, "_fsdp_param_groups", None)  # one alone in older releases
-        one = [] if several is not None else [self._state._fsdp_param_group]
-        return [group for group in (several or one) if group is not None]
-
-    def leaves(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield each sharded parameter and the leaf that stands for it when gathered, None before the first."""
-        for group in self._groups:
-            for held in group.fsdp_params:
-                yield held.sharded_param, getattr(held, "_unsharded_param", None)
-
-    @property
-    def meshes(self) -> list[Any]:
-        """The meshes of processes, of one dimension or, with replicas, two, over which they are spread."""
-        return [group.mesh_info.mesh for group in self._groups]
-
-    @property
-    def is_gathered(self) -> bool:
-        """Whether the parameters are whole at present."""
-        return any(group.is_unsharded for group in self._groups)
-
-    def rest(self) -> None:
-        """Shard the parameters again, and forget a pass that has begun."""
-        if self._state._is_root and hasattr(self.module, "reset_iter_state"):
-            self.module.reset_iter_state()
-        self.module.reshard()
-
-    def set_aside(self) -> Callable[[], None]:
-        """Put aside what an unfinished accumulation of gradients has left; return what puts it back.
-
-        Gradients are reduced from now on, as in the last of the passes of an accumulation.
-        """
-        was = [(g, g.reduce_grads, g.all_reduce_grads, g._partial_reduce_output) for g in self._groups]
-        sums = [(p, p.unsharded_accumulated_grad) for g in self._groups for p in g.fsdp_params]
-        last = self._state._state_ctx.is_last_backward
-        for group, *_ in was:
-            group.reduce_grads = group.all_reduce_grads = True
-            group._partial_reduce_output = None
-        for held, _ in sums:
-            held.unsharded_accumulated_grad = None
-        self._state._state_ctx.is_last_backward = True
-
-        def put_back() -> None:
-            for group, reduced, all_reduced, partial in was:
-                group.reduce_grads, group.all_reduce_grads = reduced, all_reduced
-                group._partial_reduce_output = partial
-            for held, total in sums:
-                held.unsharded_accumulated_grad = total
-            self._state._state_ctx.is_last_backward = last
-
-        return put_back
-
-
-def sharded_groups(model: nn.Module) -> dict[str, ShardedGroup]:
-    """Return the parts of a model that `fully_shard` was called on, by qualified name, the outermost first."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)
-    if kind is None:
-        return {}
-    return {name: ShardedGroup(module) for name, module in model.named_modules() if isinstance(module, kind)}
-
-
-def is_parallel(module: nn.Module) -> bool:
-    """Whether `parallelize_module` has given a module hooks that turn tensors into DTensors and back."""
-    return "_distribute_module_applied" in vars(module)
-
-
-def replicated() -> Any:
-    """Return the placement of what all processes hold alike."""
-    from torch.distributed.tensor import Replicate
-
-    return Replicate()
-
-
-def place_of(tensor: Any) -> tuple[slice, ...]:
-    """Return where in a DTensor the part lies that this process holds."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    if not offset:
-        return (slice(0, 0),) * tensor.dim()
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-
-
-def unsharded_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a module had before `fully_shard` gave it one of its own."""
-    names = [kind.__name__ for kind in type(module).__mro__[:2]]
-    return type(module).__mro__[2] if names[1] == "FSDPModule" else type(module)
-
-
-def sees_through(node: Any) -> bool:
-    """Whether an autograd node is the identity, and only tells `fully_shard` that the gradient passes by."""
-    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
-    return custom and type(node).__name__ in _SEEN_THROUGH
-
-
-_SEEN_THROUGH = ("RegisterPostBackwardFunctionBackward", "RegisterPreBackwardFunctionBackward")
 
 
 # ------------------------------------------------------------------------- transforms and what is watched

@@ -7,15 +7,16 @@ import multiprocessing
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "gradflow.diagnosis", "tests.distributed.scenarios"])
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "gradflow.diagnosis", "tests.distributed.scenarios"])
 
 
 def _main(rank: int, size: int, folder: str, module: str, names: tuple[str, ...]) -> None:
@@ -50,33 +51,47 @@ def _port(folder: str, rank: int) -> int:
     return int(file.read_text())
 
 
-def ran(size: int, names: Iterable[str], folder: Path, module: str = "tests.distributed.scenarios") -> Callable[[str], list[Any]]:
-    """Run scenarios, one after the other, on each of some processes; return what gives their results by rank.
+@attrs.frozen
+class World:
+    """Processes that run scenarios, one after the other.
 
     Args:
-        size: how many processes.
-        names: of functions of (rank, size) in the module.
-        folder: an empty one.
-        module: where they are.
+        size: how many there are.
+        folder: an empty one, for what they give.
+        processes: they themselves.
     """
-    names = tuple(names)
-    processes = [
-        _CONTEXT.Process(target=_main, args=(rank, size, str(folder), module, names)) for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
 
-    def results(name: str) -> list[Any]:
-        found = []
-        for rank in range(size):
-            file = folder / f"{name}.{rank}"
-            assert file.exists(), f"process {rank} did not come to {name}"
-            how, value = pickle.loads(file.read_bytes())
-            assert how == "done", value
-            found.append(value)
-        return found
+    size: int
+    folder: Path
+    processes: list[Any]
 
-    return results
+    @classmethod
+    def started(cls, size: int, names: Iterable[str], folder: Path) -> World:
+        """Start processes on scenarios of the module `scenarios`."""
+        module = "tests.distributed.scenarios"
+        processes = [
+            _CONTEXT.Process(target=_main, args=(rank, size, str(folder), module, tuple(names)))
+            for rank in range(size)
+        ]
+        for process in processes:
+            process.start()
+        return cls(size, folder, processes)
+
+    def joined(self) -> World:
+        """Wait until they have ended."""
+        for process in self.processes:
+            process.join(120)
+            process.kill()
+        return self
+
+    def result(self, name: str, rank: int) -> Any:
+        """Return what a scenario gave on one process."""
+        file = self.folder / f"{name}.{rank}"
+        assert file.exists(), f"process {rank} did not come to {name}"
+        how, value = pickle.loads(file.read_bytes())
+        assert how == "done", value
+        return value
+
+    def results(self, name: str) -> list[Any]:
+        """Return what a scenario gave on all of them, by rank."""
+        return [self.result(name, rank) for rank in range(self.size)]

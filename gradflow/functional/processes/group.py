@@ -56,14 +56,12 @@ class Processes:
     Args:
         axes: in which directions they are laid out.
         group: all of them.
-        communicates: whether the model itself exchanges something in its passes (`SyncBatchNorm`).
         spread: by name of a parameter of which each process holds a part, the axes along which it is split.
         reduced: names of the parameters whose gradients the model itself averages.
     """
 
     axes: tuple[Axis, ...] = ()
     group: Any = None
-    communicates: bool = False
     spread: Mapping[str, Collection[Ranks]] = attrs.field(factory=dict)
     reduced: Collection[str] = ()
 
@@ -76,6 +74,11 @@ class Processes:
     def model_axes(self) -> tuple[Axis, ...]:
         """Those along which layers are split."""
         return tuple(axis for axis in self.axes if axis.splits == "model")
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """Which part of the batch this process has: its place along each axis that splits it."""
+        return tuple(axis.ranks.index(dist.get_rank()) for axis in self.batch_axes)
 
     @property
     def num_parts(self) -> int:
@@ -126,8 +129,7 @@ def processes_of(model: nn.Module, asked: Any = "auto") -> Processes:
         raise ModelInputError(
             "processes is a process group that this process is not in. Call gradflow in those alone that are."
         )
-    synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
-    return Processes((Axis("data", group),), group, communicates=synced)
+    return Processes((Axis("data", group),), group)
 
 
 def _averaged_over(model: nn.Module) -> Any:

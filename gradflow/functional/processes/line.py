@@ -4,7 +4,7 @@ NOTE [No process waits for one that does not come]
 A collective in which one process is missing blocks the others: under gloo until its timeout (half an hour), under
 NCCL likewise, after which it tears the process down. So none is begun before all have arrived at it. They tell
 one another through the store, which is not bound to a backend: each adds one to a counter, the last to come sets
-a key, and who waits for that key looks every quarter of a second whether somebody has failed. A process that
+a key, and who waits for that key looks as well whether somebody has failed. A process that
 raises says so in the store, with its message, and is never missed in a collective.
 
 One that is killed says nothing. A thread of every process writes a sign of life each second, and watches that
@@ -41,7 +41,7 @@ PATIENCE = 60.0  # seconds in which all must have begun
 SILENCE = 12.0  # seconds without a sign of life after which a process is taken for dead
 BEAT = 1.0  # seconds between signs of life
 BOUND = datetime.timedelta(seconds=20)  # of a collective that all have arrived at
-_LOOK = datetime.timedelta(seconds=0.25)
+_SHORTEST, _LONGEST = 0.0002, 0.02  # seconds between two looks for a key
 _BUCKET = 25 * 2**20  # bytes, as DistributedDataParallel's
 
 _T = TypeVar("_T")
@@ -79,6 +79,7 @@ class Line:
         self.processes = processes or Processes()
         self.counts = Counts()
         self.alone = not self.processes.axes
+        self._thread: threading.Thread | None = None
         if not self.alone:
             group = self.processes.group
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -111,6 +112,8 @@ class Line:
             raise
         finally:
             stop.set()
+            if self._thread is not None:  # one that runs on while the interpreter ends would abort it
+                self._thread.join(5 * BEAT)
             for group, timeout in before:
                 set_timeout(group, timeout)
 
@@ -126,7 +129,8 @@ class Line:
         self._store = dist.PrefixStore(f"{self._epoch}", self._root)
         self._number = 0
         self._store.set(f"here/{self.rank}", "")
-        threading.Thread(target=self._live, args=(base.clone(), names, stop), daemon=True).start()
+        self._thread = threading.Thread(target=self._live, args=(base.clone(), names, stop), daemon=True)
+        self._thread.start()
         self.arrive(PATIENCE)
 
     def _end(self) -> None:
@@ -222,10 +226,13 @@ class Line:
                     self._root.add("ended", 1)
                 self._store.set(f"go/{number}", "")
                 return
-            while not self._come(f"go/{number}"):
+            pause = _SHORTEST
+            while not self._store.check([f"go/{number}"]):
                 self._check()
                 if patience is not None and time.monotonic() - began > patience:
                     self._give_up(patience)
+                time.sleep(pause)
+                pause = min(1.5 * pause, _LONGEST)
         except ProcessError:
             raise
         except RuntimeError as error:
@@ -234,15 +241,6 @@ class Line:
                 f"process that holds it, usually 0, is gone ({str(error).splitlines()[0][:200]}).",
                 told=True,
             ) from error
-
-    def _come(self, key: str) -> bool:
-        try:
-            self._store.wait([key], _LOOK)
-        except dist.DistNetworkError:
-            raise
-        except RuntimeError:  # not yet
-            return False
-        return True
 
     def _give_up(self, patience: float) -> None:
         missing = [r for i, r in enumerate(self.ranks) if not self._store.check([f"here/{i}"])]
@@ -261,7 +259,7 @@ class Line:
             BatchesEnded: if it said so.
         """
         self.arrive()
-        if self._store.check([f"end/{self._number}"]):
+        if not self.alone and self._store.check([f"end/{self._number}"]):
             raise BatchesEnded
 
     def end_batches(self) -> None:
@@ -331,7 +329,7 @@ class Line:
             return [value]
         found: list[Any] = [None] * self.size
         self._together(lambda: dist.all_gather_object(found, value, group=self.processes.group))
-        self._count(len(pickle.dumps(value)))
+        self._count(max(len(pickle.dumps(other)) for other in found))  # to which all are padded
         return found
 
     def agreed(self, value: Any) -> list[Any] | None:

@@ -34,13 +34,8 @@ from torch import Tensor, nn
 from gradflow.errors import ModelInputError
 from gradflow.functional.processes.group import Axis, Processes, Ranks
 from gradflow.functional.processes.line import Line
-from gradflow.functional.torch_private import (
-    ShardedGroup,
-    place_of,
-    preserved_writes,
-    replicated,
-    sharded_groups,
-)
+from gradflow.functional.torch_private import preserved_writes
+from gradflow.functional.torch_sharded import ShardedGroup, place_of, replicated, sharded_groups
 from gradflow.records import Floats
 
 Tensors = dict[str, Tensor]
@@ -286,7 +281,7 @@ def processes_over(shards: Shards, asked: Any) -> Processes | None:
         )
     names = {name: frozenset(split_of(p.device_mesh, p.placements)) for name, p in shards.spread.items()}  # type: ignore[attr-defined]
     group = ordered[0].group if len(ordered) == 1 else dist.group.WORLD
-    return Processes(ordered, group, True, names, frozenset(shards.gathered))
+    return Processes(ordered, group, names, frozenset(shards.gathered))
 
 
 def _sizes(axes: Sequence[Axis]) -> str:

@@ -18,7 +18,8 @@ from gradflow.functional.reach.origins import Origins
 from gradflow.functional.reach.reasons import Blame, Reasons
 from gradflow.functional.reach.slices import block, block_names, by_rows, parts
 from gradflow.functional.reverse.autograd_graph import Structure
-from gradflow.functional.torch_private import num_writes, place_of
+from gradflow.functional.torch_private import num_writes
+from gradflow.functional.torch_sharded import place_of
 from gradflow.records import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 
 

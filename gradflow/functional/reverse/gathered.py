@@ -14,7 +14,7 @@ import attrs
 from gradflow.functional.processes.shards import Shards
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.nodes import Node, is_leaf
-from gradflow.functional.torch_private import ShardedGroup
+from gradflow.functional.torch_sharded import ShardedGroup
 
 
 @attrs.define(eq=False)

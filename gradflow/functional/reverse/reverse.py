@@ -327,7 +327,10 @@ def _add(norms: dict[Any, Tensor], key: Any, size: Tensor) -> None:
 
 
 def call_node(node: Node, gradients: dict[int, Tensor]) -> Sequence[Tensor | None]:
-    """Return the cotangents that an autograd node hands to its inputs, given those of its outputs."""
+    """Return the cotangents that an autograd node hands to its inputs, given those of its outputs.
+
+    They are in the order of its `next_functions`, in which what a function is given that is no tensor is not.
+    """
     if not gradients:
         return ()
     if is_probe(node):
@@ -339,9 +342,18 @@ def call_node(node: Node, gradients: dict[int, Tensor]) -> Sequence[Tensor | Non
         # Whether it asked for None instead, by `set_materialize_grads`, cannot be read; zeros mean the same.
         args = [_zeros(m) if a is None else a for a, m in zip(args, metadata, strict=False)]
         result = node.apply(*args)
-    else:
-        result = node(*args)
+        return _of_tensors(node, result if isinstance(result, tuple) else (result,))
+    result = node(*args)
     return result if isinstance(result, tuple) else (result,)
+
+
+def _of_tensors(node: Node, result: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
+    """Return what a custom function gives for those of its arguments that have a node."""
+    wanted = node.needs_input_grad
+    if len(result) == len(node.next_functions) or len(wanted) != len(result):
+        return result
+    found = (cotangent for cotangent, asked in zip(result, wanted, strict=True) if asked)
+    return [None if child is None else next(found, None) for child, _ in node.next_functions]
 
 
 def _zeros(metadata: Any) -> Tensor:

@@ -34,7 +34,7 @@ from gradflow.functional.run.step import Outcome, Request, run_step
 from gradflow.functional.run.together.gradients import averaged
 from gradflow.functional.run.together.joined import joined
 from gradflow.functional.run.together.numbers import combine
-from gradflow.functional.run.together.whole import agreed_without_batch, without_batch
+from gradflow.functional.run.together.whole import agreed, agreed_without_batch, without_batch
 from gradflow.functional.run.training.curves import Ends, bent
 from gradflow.functional.run.training.stepper import Stepper
 from gradflow.functional.updates.log import UpdateLog
@@ -73,8 +73,7 @@ def run_plan(
         if program.learned.reentrant or not run.line.alone:
             program.taps.sum_exactly()  # its steps are not run again where a fast sum fails
         try:
-            if run.line.processes.communicates:
-                run.line.go_on()
+            run.line.go_on()  # a model may exchange something itself
             outcome = _first_step(run, request) if step == 0 else _step(run, request)
             shared = averaged(run, outcome)
         except BatchesEnded:
@@ -99,6 +98,8 @@ def run_plan(
         elif history.in_doubt:
             row = summed_exactly(run, request, row)
         history.keep(row)
+        if request.look and not run.line.alone:
+            run.facts.look(step, program.given.inputs_of(batch))
         output = outcome.output
         if outcome.structure is not None:
             outcome.structure.release()
@@ -112,9 +113,9 @@ def run_plan(
         looked_again(run, request)
         heard_in_eval(run, request)
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
-    combine(run)
+    told = combine(run)
     conclude(run)
-    record = joined(run, assembled(run, known))
+    record = joined(run, assembled(run, known), told)
     if request is None:
         return record
     if plan.deepen is not None and plan.detail == "cheap" and plan.deepen(record):
@@ -202,7 +203,7 @@ def _shown_whole(run: Run, request: Request) -> tuple[Outcome, DataFlow]:
         return shown, dataflow
     calls, groups = without_batch(shown.structure, dataflow, shown.recorder)
     whole = agreed_without_batch(line, calls, shown.recorder)
-    run.wholes.learn(whole, groups)
+    run.wholes.learn(whole, agreed(line, groups))
     program.taps.keep_whole(whole, run.wholes.groups)
     if not whole and not (request.full and run.wholes.groups):
         return shown, dataflow

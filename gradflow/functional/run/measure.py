@@ -23,6 +23,7 @@ from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
 from gradflow.functional.run.program import Given, Program, WorkingState
 from gradflow.functional.run.run import Plan, Run
+from gradflow.functional.run.together.facts import Facts, reducer_of
 from gradflow.functional.run.training.stepper import Stepper
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.tap.taps import tapped
@@ -43,10 +44,11 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     check_supported(model, spread=True)
     shards = Shards.of(*given.modules)
     line = Line(processes_over(shards, plan.processes) or processes_of(model, plan.processes))
-    transform, reason = _choose_transform(plan.transform)
-    if shards and transform == "vjp":
+    facts = Facts(reducer=reducer_of(model))
+    transform = _choose_transform(plan.transform)
+    if shards and transform[0] == "vjp":
         raise ModelInputError(
-            f"the transform is `vjp` ({reason}), which does not take parameters that are spread over processes, such as "
+            f"the transform is `vjp` ({transform[1]}), which does not take parameters that are spread over processes, such as "
             f"{next(iter(shards.spread))!r}. Pass transform='fused', outside of any transform of torch.func."
         )
     outside = outside_transforms()  # a record holds plain numbers
@@ -71,7 +73,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
             )
         try:
             plan = attrs.evolve(plan, num_batches=_fewest(line, plan))
-            return _measured(Program(given, state, taps), plan, draw, transform, reason, line)
+            return _measured(Program(given, state, taps), plan, draw, transform, line, facts)
         finally:
             shards.rest()
             taps.forget()
@@ -79,16 +81,27 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
 
 
 def _measured(
-    program: Program, plan: Plan, draw: Callable[[int], Any], transform: str, reason: str, line: Line
+    program: Program,
+    plan: Plan,
+    draw: Callable[[int], Any],
+    transform: tuple[str, str],
+    line: Line,
+    facts: Facts,
 ) -> FlowRecord:
     """Run the plan on working copies; nothing that is made here outlives the call but the record."""
     given, state, taps = program.given, program.state, program.taps
     sessions = tuple([m.start(given.model, taps.modules) for m in plan.measurements])
     reach = ReachFindings(state.trainable, state.originals, state.shards, line)
     history = History(state.parameters, taps, plan.closely)
-    run = Run(program, plan, transform, reason, sessions, history, reach, line=line)
+    run = Run(program, plan, *transform, sessions, history, reach, line=line, facts=facts)
     if not line.alone:
         taps.keep_means()
+        kinds = {"parameter": state.every_parameter, "buffer": state.buffers}
+        alike = {
+            kind: {n: t for n, t in of.items() if n not in state.shards.spread} for kind, of in kinds.items()
+        }
+        tensors = {n: (kind, t) for kind, of in alike.items() for n, t in of.items()}
+        run.facts.compare(line, given.model, tensors)
 
     def make_stepper(log: UpdateLog) -> Stepper:
         both = _Both.of(given.model, given.loss_module)

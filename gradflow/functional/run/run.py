@@ -17,6 +17,7 @@ from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.graph.findings import GraphFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.program import Program
+from gradflow.functional.run.together.facts import Facts
 from gradflow.functional.run.together.whole import Wholes
 from gradflow.functional.run.training.options import Loop
 from gradflow.functional.updates.log import UpdateLog
@@ -162,6 +163,7 @@ class Run:
         updates: what the optimizer did.
         line: to the other processes that the run is on, if there are any.
         wholes: the outputs that are one and the same on all of them.
+        facts: what differs between them.
     """
 
     program: Program
@@ -176,3 +178,4 @@ class Run:
     updates: UpdateLog = attrs.field(factory=UpdateLog)
     line: Line = attrs.field(factory=Line)
     wholes: Wholes = attrs.field(factory=Wholes)
+    facts: Facts = attrs.field(factory=Facts)

@@ -13,7 +13,8 @@ from gradflow.functional.model.layers import is_scripted
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.processes.shards import Ranks, local
 from gradflow.functional.tap.probes import Site
-from gradflow.functional.torch_private import checkpoint_segment, num_writes, sequence_number, unsharded_class
+from gradflow.functional.torch_private import checkpoint_segment, num_writes, sequence_number
+from gradflow.functional.torch_sharded import unsharded_class
 
 
 @attrs.define(eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradflow.functional.tap.probes import is_probe, site_of
-from gradflow.functional.torch_private import sees_through
+from gradflow.functional.torch_sharded import sees_through
 
 Node = Any  # an autograd node: a C++ one, or a BackwardCFunction
 Position = tuple[Node, int]  # an output of a node

@@ -40,13 +40,7 @@ from gradflow.functional.tap.probes import (
     statistics_dtype,
 )
 from gradflow.functional.tap.tapped import TappedModel
-from gradflow.functional.torch_private import (
-    is_view,
-    node_number,
-    num_writes,
-    transform_level,
-    unwatched,
-)
+from gradflow.functional.torch_private import is_view, node_number, num_writes, transform_level, unwatched
 
 
 class NeedsRetry(Exception):

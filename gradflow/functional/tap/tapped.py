@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gradflow.functional.model.layers import ancestors, callable_modules, is_layer
 from gradflow.functional.model.threads import OneThread
 from gradflow.functional.tap.calls import Call, type_name
-from gradflow.functional.torch_private import has_gradient_hooks, is_parallel, sharded_groups
+from gradflow.functional.torch_private import has_gradient_hooks
+from gradflow.functional.torch_sharded import is_parallel, sharded_groups
 
 if TYPE_CHECKING:
     from gradflow.functional.tap.recorder import Recorder

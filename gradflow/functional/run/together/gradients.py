@@ -57,6 +57,7 @@ def averaged(run: Run, outcome: Outcome) -> Shared:
         line, run.program.state.trainable, gradients.parameters, outcome.loss, broken=_is_broken(outcome),
         wholes=list(wholes.values()),
     )  # fmt: skip
+    run.facts.note_reach(mean.some)
     sizes = {key: magnitude(whole, exact=True) for key, whole in zip(wholes, mean.wholes, strict=True)}
     outputs = list(gradients.outputs)
     for position, site in enumerate(outcome.recorder.sites):
@@ -77,12 +78,14 @@ class Mean:
         loss: the mean of their losses.
         broken: whether any of them has said that something of it is not as it should be.
         wholes: the means of other gradients.
+        some: parameters to which a path has led on some of them alone, and whether on this one.
     """
 
     parameters: dict[str, Tensor | None]
     loss: Tensor
     broken: bool
     wholes: list[Tensor]
+    some: Mapping[str, bool]
 
 
 def mean_gradients(
@@ -117,12 +120,14 @@ def mean_gradients(
     for axis in line.processes.model_axes:
         exchanged[:2] = line.mean(exchanged[:2], axis)
     numbers, flags, *means = exchanged
-    any_broken, *flagged = (torch.cat([numbers[:1], flags]) != 0).tolist()
+    any_broken, *shares = torch.cat([numbers[:1], flags]).tolist()
+    flagged = [share != 0 for share in shares]
+    some = {name: own for name, own, share in zip(names, there, shares, strict=False) if 0 < share < 0.9999}
     found: dict[str, Tensor | None] = {
         name: None if not led else mean.to_sparse(1) if sparse else like_parts(mean, trainable[name])
         for name, mean, led, sparse in zip(names, means, flagged, flagged[len(names) :], strict=False)
     }
-    return Mean({**parameters, **found}, numbers[1], bool(any_broken), means[len(names) :])
+    return Mean({**parameters, **found}, numbers[1], bool(any_broken), means[len(names) :], some)
 
 
 @contextlib.contextmanager

@@ -12,17 +12,22 @@ import numpy as np
 from gradflow.functional.processes.group import Ranks
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.together.merging import merged
-from gradflow.records import EdgeRecord, FlowRecord, GraphRecord, NodeRecord, Provenance
+from gradflow.records import EdgeRecord, FlowRecord, GraphRecord, NodeRecord, ProcessesRecord, Provenance
 
 _MERGED = (
     "numerics", "transformer", "parts", "recurrences", "policy", "extras", "knowledge", "precision", "updates",
 )  # fmt: skip
 
 
-def joined(run: Run, record: FlowRecord) -> FlowRecord:
+def joined(run: Run, record: FlowRecord, processes: ProcessesRecord | None) -> FlowRecord:
     """Return the record of all processes of a run, of those that each of them has.
 
     What `numbers.combine` has combined is the same in all of them.
+
+    Args:
+        run: the run.
+        record: of this process.
+        processes: what differs between them.
     """
     if run.line.alone:
         return record
@@ -38,7 +43,8 @@ def joined(run: Run, record: FlowRecord) -> FlowRecord:
         passed_by=merged([r.passed_by for r in every]),
         graph_record=joined_graph(run, [r.graph_record for r in every]),
         reach=every[0].reach,
-        provenance=_provenance(record.provenance, every),
+        provenance=_provenance(every),
+        processes=processes,
     )
 
 
@@ -150,7 +156,7 @@ def _node(of: Sequence[NodeRecord], shares: _Shares, into: Sequence[Any], steps:
     )
 
 
-def _provenance(own: Provenance, every: Sequence[FlowRecord]) -> Provenance:
+def _provenance(every: Sequence[FlowRecord]) -> Provenance:
     first = every[0].provenance
     return attrs.evolve(
         first,

@@ -20,13 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradflow.functional.processes.group import Axis, Processes, Ranks
+from gradflow.functional.processes.group import Axis, Processes
 from gradflow.functional.processes.line import Line
 from gradflow.functional.run.history import History
 from gradflow.functional.run.rows import NORMS, Layout, Row
 from gradflow.functional.run.run import Run
+from gradflow.functional.run.together.split import beside, numbered, split_of
 from gradflow.functional.tap.calls import ActivationKey, Call
-from gradflow.records import Floats
+from gradflow.records import Floats, ProcessesRecord
 
 _MEANT = ("loss", "width")  # alike on all, or to be averaged
 _OF_PARAMETERS = ("norm", "pgrad", "pzeros")
@@ -97,19 +98,23 @@ class _Own:
             tuple(
                 (
                     *(c.name, c.module, c.type, c.number, c.has_children, c.differentiable, c.shape),
-                    _numbered(processes, c.split),
-                    _numbered(processes, c.entering),
+                    numbered(processes, c.split),
+                    numbered(processes, c.entering),
                 )
                 for c in history.calls.values()
             ),
         )
 
 
-def combine(run: Run) -> None:
-    """Replace the numbers of a run by those of all its processes together; see NOTE [How numbers combine]."""
+def combine(run: Run) -> ProcessesRecord | None:
+    """Replace the numbers of a run by those of all its processes together; see NOTE [How numbers combine].
+
+    Returns:
+        What differs between them; None where there is but one.
+    """
     line, history = run.line, run.history
     if line.alone:
-        return
+        return None
     own = _Own.of(history)
     mine = own.content(history, line.processes)
     every = line.agreed(mine) or [mine]
@@ -121,9 +126,10 @@ def combine(run: Run) -> None:
     numbers = _Numbers.of(run, own, entries, means, calls)
     for axis in line.processes.axes:
         numbers.over(line, axis)
+    told = run.facts.record(line, run.program.given.model, history.rows, numbers.partly_run(own))
     free = {key: None if units is None else ~units for key, units in history.stuck.items()}
-    peaks, highest = _beside(line, calls, peaks, history.peaks, -np.inf)
-    stuck, free = _beside(line, calls, stuck, free, 0.0)
+    peaks, highest = beside(line, calls, peaks, history.peaks, -np.inf)
+    stuck, free = beside(line, calls, stuck, free, 0.0)
     most, free = line.extremes(_flat(peaks, highest, -np.inf)), line.extremes(_flat(stuck, free, 0.0))
     history.combine(
         numbers.rows(every),
@@ -131,6 +137,7 @@ def combine(run: Run) -> None:
         _split(peaks, most, lambda units: units),
         _split(stuck, free, lambda units: units == 0),
     )
+    return told
 
 
 @attrs.define(eq=False)
@@ -146,6 +153,7 @@ class _Numbers:
     there: Floats
     sums: Floats  # of the samples behind every mean: the vectors, times how many there are
     numbers: Floats  # of them
+    partly: set[str] = attrs.field(factory=set)  # layer calls that only some processes have run in some step
 
     @classmethod
     def of(
@@ -186,6 +194,8 @@ class _Numbers:
         self.counts = np.where(split, counts, most)
         if axis.splits == "batch":
             self.values = np.where(split & (np.array(kinds) == "grad"), self.values / axis.size, self.values)
+        everywhere = np.array([kind != "size" for kind in kinds]) | (there >= axis.size)
+        self.partly |= {str(self.entries[i][2]) for i in np.flatnonzero(~everywhere & (there > 0))}
         self.there = (there > 0).astype(float)
 
     def _is_split(self, kind: str, key: Any, axis: Axis) -> bool:
@@ -195,8 +205,19 @@ class _Numbers:
         if kind in _OF_PARAMETERS:
             return any(axis is other for other in processes.parameter_axes(key))
         name = key.name if isinstance(key, ActivationKey) else key
-        axes = processes.call_axes(_split_of(self.calls, key, kind))
+        axes = processes.call_axes(split_of(self.calls, key, kind))
         return (axis.splits != "batch" or name not in self.run.wholes.calls) and any(axis is a for a in axes)
+
+    def partly_run(self, own: _Own) -> dict[str, tuple[int, float]]:
+        """Return, of the layer calls that only some processes ran in a step, in how many steps this one did, and
+        the share of the steps in which any did."""
+        steps = max((step for step, _, _ in self.entries), default=0) + 1
+        found: dict[str, tuple[int, float]] = {}
+        for name in sorted(self.partly):
+            ran = sum(1 for step in range(steps) if own.values.get((step, "size", name), (0.0, 0.0))[0] > 0)
+            anywhere = sum(1 for _, kind, key in self.entries if kind == "size" and key == name)
+            found[name] = ran, anywhere / steps
+        return found
 
     def rows(self, every: Sequence[Content]) -> list[Row]:
         """Return them as the rows of a history."""
@@ -300,45 +321,3 @@ def _calls(run: Run, every: Sequence[Content]) -> dict[str, Call]:
         call.sites.extend(() if known is None else known.sites)
         found[name] = call
     return found
-
-
-def _numbered(processes: Processes, split: Mapping[Ranks, int]) -> tuple[tuple[int, int], ...]:
-    """Return along which axes, by their number, which is the same on all processes, something is split."""
-    return tuple((i, split[axis.ranks]) for i, axis in enumerate(processes.axes) if axis.ranks in split)
-
-
-def _split_of(calls: Mapping[str, Call], key: Any, kind: str = "out") -> Mapping[Ranks, int]:
-    """Return along which axes the model splits what a number is of: a call's output, its input, an activation."""
-    call = calls.get(key.layer if isinstance(key, ActivationKey) else key)
-    if call is None:
-        return {}
-    return call.entering if kind == "input" and not isinstance(key, ActivationKey) else call.split
-
-
-def _beside(
-    line: Line,
-    calls: Mapping[str, Call],
-    sizes: dict[Any, int],
-    found: Mapping[Any, Tensor | None],
-    absent: float,
-) -> tuple[dict[Any, int], dict[Any, Tensor | None]]:
-    """Return vectors over units, of which processes may have others, each in its place among those of all.
-
-    Args:
-        line: to the processes.
-        calls: of all of them.
-        sizes: of the vectors.
-        found: those of this process.
-        absent: what stands for the units of others.
-    """
-    sizes, placed = dict(sizes), dict(found)
-    for axis in line.processes.model_axes:
-        at = axis.ranks.index(dist.get_rank())
-        for key, size in sizes.items():
-            if size >= 0 and axis.ranks in _split_of(calls, key):
-                units = placed.get(key)
-                whole = torch.full((axis.size, size), absent, dtype=torch.float64)
-                if units is not None:
-                    whole[at] = units.reshape(-1)
-                placed[key], sizes[key] = whole.reshape(-1), size * axis.size
-    return sizes, placed

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.processes.line import Line
-from gradflow.functional.reverse.autograd_graph import Structure
+from gradflow.functional.reverse.autograd_graph import Group, Structure
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.tap.recorder import Recorder
 
@@ -88,12 +88,22 @@ def without_batch(
             if target not in known:
                 known.add(target)
                 todo.append(target)
-    scalars = {
-        n for n, g in structure.groups.items() if g.kind != "loss" and not g.shape and g.kind != "input"
-    }
+    scalars = {name for name, group in structure.groups.items() if _is_scalar(group)}
     groups = {name for name in structure.groups if name not in known or name in scalars}
     calls = {call.name for g in groups if (call := structure.groups[g].call) is not None}
     return calls, groups
+
+
+def _is_scalar(group: Group) -> bool:
+    if group.kind == "layer":
+        return group.call is not None and group.call.num_elements == 1 and not group.shape
+    return group.kind == "op" and not group.shape
+
+
+def agreed(line: Line, names: Collection[str]) -> set[str]:
+    """Return the names that all processes have given."""
+    every = line.agreed(sorted(names))
+    return set(names) if every is None else set.intersection(*map(set, every))
 
 
 def agreed_without_batch(line: Line, calls: Collection[str], recorder: Recorder) -> set[str]:
@@ -112,9 +122,9 @@ def agreed_without_batch(line: Line, calls: Collection[str], recorder: Recorder)
                 seen.setdefault(call.name, []).append(float(observation.value))
     scalars = {call.name for call in recorder.calls if call.is_layer and call.num_elements and not call.shape}
     mine: Any = {name: (name in scalars, values) for name, values in sorted(seen.items())}
-    if line.agreed(mine) is None:
+    every = line.agreed(mine)
+    if every is None:
         return set(mine)
-    every = line.gathered(mine)
     return {
         name
         for name, (scalar, values) in mine.items()
