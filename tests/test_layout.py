@@ -43,7 +43,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"reach", "updates"},
         {"run", "jacobian", "attention", "recurrent", "policy", "parts", "precision"},
         {"inside"},
-        {"analyze", "scale", "weights"},
+        {"analyze", "outline", "scale", "weights"},
         {"__init__"},
     ],
     "graph": [

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch._dynamo", "gradflow.diagnosis", "tests.distributed.scenarios"])
+_CONTEXT.set_forkserver_preload(
+    ["torch._dynamo", "gradflow.diagnosis", "tests.distributed.scenarios", "tests.distributed.sharded"]
+)
 
 
 def _main(rank: int, size: int, folder: str, module: str, names: tuple[str, ...]) -> None:
@@ -66,9 +68,10 @@ class World:
     processes: list[Any]
 
     @classmethod
-    def started(cls, size: int, names: Iterable[str], folder: Path) -> World:
-        """Start processes on scenarios of the module `scenarios`."""
-        module = "tests.distributed.scenarios"
+    def started(
+        cls, size: int, names: Iterable[str], folder: Path, module: str = "tests.distributed.scenarios"
+    ) -> World:
+        """Start processes on scenarios of a module."""
         processes = [
             _CONTEXT.Process(target=_main, args=(rank, size, str(folder), module, tuple(names)))
             for rank in range(size)

@@ -116,7 +116,7 @@ def _can_be_shared(tensor: Tensor) -> bool:
 
 
 def copy_parameters(
-    model: nn.Module, copy_of: Copy = torch.clone, kept: Container[int] = frozenset()
+    model: nn.Module, copy_of: Copy = torch.clone, kept: Container[int] = frozenset(), *, valued: bool = True
 ) -> Tensors:
     """Return leaf copies of the parameters by qualified name; a tied parameter appears once.
 
@@ -124,13 +124,15 @@ def copy_parameters(
         model: the model.
         copy_of: makes the copy of a detached tensor.
         kept: ids of those that are taken as they are.
+        valued: whether all must have values.
 
     Raises:
         ModelInputError: if a parameter has no values (lazy modules, the meta device).
     """
     copies: Tensors = {}
     for name, parameter in model.named_parameters():
-        check_has_values(name, parameter)
+        if valued:
+            check_has_values(name, parameter)
         if id(parameter) in kept:
             copies[name] = parameter
             continue
@@ -147,11 +149,12 @@ def copy_parameters(
     return copies
 
 
-def copy_buffers(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
+def copy_buffers(model: nn.Module, copy_of: Copy = torch.clone, *, valued: bool = True) -> Tensors:
     """Return copies of the buffers by qualified name; a shared buffer appears once."""
     buffers: Tensors = {}
     for name, buffer in model.named_buffers():
-        check_has_values(name, buffer)
+        if valued:
+            check_has_values(name, buffer)
         buffers[name] = copy_of(buffer.detach())
     return buffers
 

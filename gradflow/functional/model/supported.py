@@ -131,7 +131,8 @@ def check_has_values(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise ModelInputError(
             f"{name!r} is on the meta device and has no values. Materialise the model first: "
-            "`model.to_empty(device=...)` and then its initialisation."
+            "`model.to_empty(device=...)` and then its initialisation. Its graph can be had without values: "
+            "`gradflow.outline(model, batch, loss_fn)`."
         )
 
 

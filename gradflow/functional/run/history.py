@@ -194,6 +194,11 @@ class History:
                 noted.append(observation)
         return noted
 
+    def meet(self, recorder: Recorder) -> None:
+        """Hear of the calls and activations of a step whose numbers are not read."""
+        self.calls |= {call.name: call for call in recorder.calls if call.is_layer}
+        self.peaks |= {o.key: None for o in recorder.observations if isinstance(o.key, ActivationKey)}
+
     def keep(self, row: Row) -> None:
         """Keep the row of a step, which now counts."""
         self.rows.append(row)

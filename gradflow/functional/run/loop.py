@@ -198,7 +198,7 @@ def _shown_whole(run: Run, request: Request) -> tuple[Outcome, DataFlow]:
     """Return what a structural step shows, on several processes with the gradients of outputs that do not come
     from the batch kept whole."""
     program, line = run.program, run.line
-    shown, dataflow = _shown(program, request)
+    shown, dataflow = structural_step(program, request)
     if line.alone or program.learned.reentrant or not request.look:
         return shown, dataflow
     calls, groups = without_batch(shown.structure, dataflow, shown.recorder)
@@ -208,10 +208,10 @@ def _shown_whole(run: Run, request: Request) -> tuple[Outcome, DataFlow]:
     if not whole and not (request.full and run.wholes.groups):
         return shown, dataflow
     request.before.restore(program)
-    return _shown(program, request)
+    return structural_step(program, request)
 
 
-def _shown(program: Program, request: Request) -> tuple[Outcome, DataFlow]:
+def structural_step(program: Program, request: Request) -> tuple[Outcome, DataFlow]:
     """Run a structural step until it is known which modules are the layers, and where their outputs go.
 
     A parent that uses a child's parameters without calling the child is the layer: then it starts again. So

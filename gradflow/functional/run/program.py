@@ -71,24 +71,29 @@ class WorkingState:
     shards: Shards = attrs.field(factory=Shards)
 
     @classmethod
-    def of(cls, given: Given, copy_of: Copy = torch.clone, shards: Shards = Shards()) -> WorkingState:
+    def of(
+        cls, given: Given, copy_of: Copy = torch.clone, shards: Shards = Shards(), *, valued: bool = True
+    ) -> WorkingState:
         """Return copies of the present state; what model and loss share belongs to the model.
 
         Args:
             given: model and loss.
             copy_of: makes the copy of a tensor.
             shards: parameters of the model that are taken as they are.
+            valued: whether all must have values.
         """
         model, loss = given.model, given.loss_module
         kept = {id(p) for p in shards.gathered.values()}
-        parameters, buffers = copy_parameters(model, copy_of, kept), copy_buffers(model, copy_of)
+        parameters = copy_parameters(model, copy_of, kept, valued=valued)
+        buffers = copy_buffers(model, copy_of, valued=valued)
         originals = {id(p): name for name, p in model.named_parameters()}
         if loss is None:
             return cls(parameters, {}, buffers, originals, Swap(model), shards=shards)
         prefix = loss_prefix(model)
         shared = originals | {id(b): name for name, b in model.named_buffers()}
         own = {n for n, t in (*loss.named_parameters(), *loss.named_buffers()) if id(t) not in shared}
-        loss_parameters, loss_buffers = copy_parameters(loss, copy_of), copy_buffers(loss, copy_of)
+        loss_parameters = copy_parameters(loss, copy_of, valued=valued)
+        loss_buffers = copy_buffers(loss, copy_of, valued=valued)
         return cls(
             parameters,
             {prefix + n: p for n, p in loss_parameters.items() if n in own},
