@@ -116,6 +116,7 @@ class Shards:
     groups: Mapping[str, ShardedGroup] = attrs.field(factory=dict)
     gathered: Tensors = attrs.field(factory=dict)
     spread: Tensors = attrs.field(factory=dict)
+    _start: Tensors = attrs.field(factory=dict)  # copies of the slices, where an optimizer steps them
 
     @classmethod
     def of(cls, *models: nn.Module) -> Shards:
@@ -167,7 +168,7 @@ class Shards:
         whole = [group for group in self.groups.values() if group.is_gathered]
         for group in whole:
             group.module.reshard()
-        saved = [(p, local(p).clone()) for p in self.gathered.values()] if stepped else []
+        self._start.update({name: local(p).clone() for name, p in self.gathered.items()} if stepped else {})
         undo = [group.set_aside() for group in self.groups.values()]
         try:
             yield
@@ -175,11 +176,16 @@ class Shards:
             self.rest()
             for put_back in undo:
                 put_back()
-            for parameter, values in saved:
-                with torch.no_grad(), preserved_writes(here := local(parameter)):
-                    here.copy_(values)
+            self.reset()
+            self._start.clear()
         for group in whole:
             group.module.unshard()
+
+    def reset(self) -> None:
+        """Have the slices that an optimizer steps as they were at the beginning."""
+        for name, values in self._start.items():
+            with torch.no_grad(), preserved_writes(here := local(self.gathered[name])):
+                here.copy_(values)
 
     @contextlib.contextmanager
     def handing_out(self) -> Iterator[None]:

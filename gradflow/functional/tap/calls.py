@@ -66,9 +66,10 @@ class Call:
 
     def note_output(self, y: Tensor) -> None:
         """Note the size of an output, and the shape of the first."""
+        here = local(y)
         if not self.num_elements:  # the record of an earlier step may be used again
-            self.shape = tuple(y.shape)
-        self.num_elements += local(y).numel()
+            self.shape = self._whole(tuple(here.shape))
+        self.num_elements += here.numel()
 
     def note_entering(self, split: Mapping[Ranks, int]) -> None:
         """Note over which processes its first input is split."""
@@ -82,11 +83,15 @@ class Call:
             size: of the part that this process has.
         """
         self.split = {**split, **self.split}
+        self.shape = self._whole(size)
+
+    def _whole(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of an output of which this process has a part of some size."""
         whole = list(size)
-        for ranks, axis in split.items():
+        for ranks, axis in self.split.items():
             if axis < len(whole):
                 whole[axis] *= len(ranks)
-        self.shape = tuple(whole)
+        return tuple(whole)
 
     def finish(self) -> None:
         """Note the end of the call."""
@@ -95,9 +100,10 @@ class Call:
     def take_over(self, first: Call) -> None:
         """Take over from the same call of an earlier step what only the first step shows."""
         self.differentiable, self.has_children = first.differentiable, first.has_children
-        self.shape, self.split, self.entering = self.shape or first.shape, first.split, first.entering
-        if first.split and len(self.shape) == len(first.shape):
-            self.shape = first.shape
+        if not self.split and first.split:
+            self.split = first.split
+            self.shape = self._whole(self.shape)
+        self.shape, self.entering = self.shape or first.shape, self.entering or first.entering
 
 
 @attrs.frozen

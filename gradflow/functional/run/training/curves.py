@@ -21,6 +21,7 @@ from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Request, evaluated
 from gradflow.functional.run.together.gradients import mean_gradients
 from gradflow.functional.run.together.merging import merged
+from gradflow.functional.run.training.spread import spread_curve
 from gradflow.functional.run.training.stepper import Stepper
 from gradflow.functional.updates.curvature import curvature_along
 from gradflow.records import CurvatureRecord, FlowRecord
@@ -82,13 +83,17 @@ def _back_to_start(run: Run, first: Request) -> None:
     first.before.restore(run.program)
     with torch.no_grad():
         for name, parameter in state.every_parameter.items():
-            parameter.copy_(theirs[name])
+            if name not in state.shards.gathered:
+                parameter.copy_(theirs[name])
+    state.shards.reset()
 
 
 def _curve(run: Run, request: Request, stepper: Stepper, loss: float) -> CurvatureRecord | None:
     """Return how the loss of a step bends along the update that follows it; None if it is another loss."""
     program = run.program
     state = program.state
+    if state.shards:
+        return spread_curve(run, request, stepper, loss)
     before = {name: p.detach().clone() for name, p in state.trainable.items()}
 
     def loss_of(parameters: Mapping[str, Tensor]) -> Tensor:
