@@ -77,8 +77,11 @@ class ShardedGroup:
         for group, *_ in was:
             group.reduce_grads = group.all_reduce_grads = True
             group._partial_reduce_output = None
+        leaves = [(leaf, leaf.grad) for _, leaf in self.leaves() if leaf is not None]
         for held, _ in sums:
             held.unsharded_accumulated_grad = None
+        for leaf, _ in leaves:
+            leaf.grad = None
         self._state._state_ctx.is_last_backward = True
 
         def put_back() -> None:
@@ -87,6 +90,8 @@ class ShardedGroup:
                 group._partial_reduce_output = partial
             for held, total in sums:
                 held.unsharded_accumulated_grad = total
+            for leaf, gradient in leaves:
+                leaf.grad = gradient
             self._state._state_ctx.is_last_backward = last
 
         return put_back

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -208,39 +208,39 @@ class Shards:
             sums = line.reduced(sums.reshape(-1), axis).reshape(sums.shape)
         return sums
 
-    def whole(
-        self, line: Line, masks: Mapping[str, Tensor | None], names: Iterable[str]
-    ) -> dict[str, Tensor | None]:
-        """Return masks of whole parameters, made of those that the processes have of their slices.
+    def whole(self, line: Line, parts: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Return small numbers, one for each element of parameters, made of those that processes have of their slices.
 
         Args:
             line: to the other processes.
-            masks: by name; on the host, None for a mask that would be full. Those that are empty are left out.
-            names: of all parameters that any process may have one of, alike on all of them.
+            parts: by name, whole or of the slice of this process, on the host; of what is left out all are 0.
+            names: of the parameters, alike on all processes.
         """
-        names = list(names)
-        mine = torch.tensor([0 if n not in masks else 2 if masks[n] is None else 1 for n in names])
-        kinds = dict(zip(names, line.largest(mine).tolist(), strict=True))
-        pieces = {name: self._piece(name, masks.get(name)) for name, kind in kinds.items() if kind == 1}
-        flat = line.largest(torch.cat([torch.empty(0), *(piece.reshape(-1) for piece in pieces.values())]))
-        parts = dict(zip(pieces, flat.split([piece.numel() for piece in pieces.values()]), strict=True))
-        found = {name: parts[name].reshape(pieces[name].shape).bool() for name in pieces}
-        return {name: found.get(name) for name, kind in kinds.items() if kind}
+        pieces = {name: self._piece(name, parts.get(name)) for name in names}
+        if not pieces:
+            return {}
+        flat = line.largest(torch.cat([piece.reshape(-1) for piece in pieces.values()]))
+        found = flat.split([piece.numel() for piece in pieces.values()])
+        return {name: part.reshape(pieces[name].shape) for name, part in zip(pieces, found, strict=True)}
 
-    def _piece(self, name: str, mask: Tensor | None) -> Tensor:
-        """Return a mask of a whole parameter in which that of a slice stands in its place."""
+    def _piece(self, name: str, part: Tensor | None) -> Tensor:
+        """Return numbers of a whole parameter, with those of a slice in its place."""
         shard = self.spread.get(name)
-        if shard is None:
-            assert mask is not None
-            return mask
+        if shard is None or (part is not None and part.shape == shard.shape):
+            assert part is not None
+            return part.to(torch.uint8)
         whole = torch.zeros(shard.shape, dtype=torch.uint8)
-        if mask is not None:
-            whole[place_of(shard)] = mask.to(torch.uint8)
+        if part is not None:
+            whole[place_of(shard)] = part.to(torch.uint8)
         return whole
+
+    def largest(self, line: Line, numbers: Sequence[int]) -> list[int]:
+        """Return the largest that any process has of every one of some numbers below 256."""
+        return [int(number) for number in line.largest(torch.tensor(numbers, dtype=torch.uint8)).tolist()]
 
     def any(self, line: Line, flags: Sequence[bool]) -> list[bool]:
         """Return which flags are set on any process, where the processes must take the same way."""
-        return [bool(flag) for flag in line.largest(torch.tensor(flags, dtype=torch.uint8)).tolist()]
+        return [bool(flag) for flag in self.largest(line, flags)]
 
 
 def processes_over(shards: Shards, asked: Any) -> Processes | None:

@@ -136,51 +136,37 @@ class ReachFindings:
         asked = {*self.arrived.open, *self.arrived.faint, *(self._asked or ())}
         wanted = {key for key, name in names.items() if name in asked}
         found = Walk(structure, reasons, wanted).run(structure.root)
+        labels = _by_name(found, names)
+        few = sum(p.numel() for name, p in self.trainable.items() if name in labels) <= _CHUNK
         for name, leaf in leaves.items():
-            if is_distributed(leaf) and id(leaf) in found.labels:
-                whole = torch.zeros(leaf.shape, dtype=torch.int16)
-                whole[place_of(leaf)] = found.labels[id(leaf)].cpu()
-                found.labels[id(leaf)] = whole
-        self.closely = Closely(step, _by_name(found, names), found.blames)
+            if name in labels and name in self.shards.spread:
+                labels[name] = self._at_hand(name, leaf, labels[name], whole=few)
+        self.closely = Closely(step, labels, found.blames)
 
-    def _share(self) -> None:
-        """Put the labels of all processes together: where they differ, that which says more."""
-        mine = self.closely
-        every = self.line.gathered(None if mine is None else (sorted(mine.labels), mine.blames))
-        known = [told for told in every if told is not None]
-        if not known or mine is None:
-            return
-        blames = sorted({b for _, told in known for b in told if b is not None}, key=_says)[-_MOST:]
-        number = {blame: i for i, blame in enumerate(blames, 1)}
-        table = torch.tensor([0 if b is None else number.get(b, 0) for b in mine.blames])
-        shapes = {name: self.trainable[name].shape for names, _ in known for name in names}
-        flat = [
-            table[mine.labels[name].long()].reshape(-1) if name in mine.labels else torch.zeros(shape.numel())
-            for name, shape in sorted(shapes.items())
-        ]
-        found = self.line.largest(torch.cat([torch.zeros(0), *flat]).to(torch.uint8))
-        parts = found.split([shape.numel() for _, shape in sorted(shapes.items())])
-        labels = {n: p.reshape(s).short() for (n, s), p in zip(sorted(shapes.items()), parts, strict=True)}
-        self.closely = Closely(mine.step, labels, [None, *blames])
+    def _at_hand(self, name: str, leaf: Tensor, labels: Tensor, *, whole: bool) -> Tensor:
+        """Return labels of a whole parameter, or, where many are kept, those of the slice of this process."""
+        if is_distributed(leaf):  # what was gathered is itself a part
+            full = torch.zeros(leaf.shape, dtype=torch.int16)
+            full[place_of(leaf)] = labels
+            labels = full
+        return labels if whole else labels[place_of(self.shards.spread[name])].clone()
 
     # ----------------------------------------------------------------- the account
 
     def account(self, wires: Wires) -> ReachAccount:
         """Return the account, at the end of a run."""
-        total = sum(p.numel() for p in self.trainable.values())
-        unreached = self.arrived.unreached()
-        if self.shards:
-            unreached = self.shards.whole(self.line, unreached, self.trainable)
-            self._share()
-        self._partly = self.arrived.partly | {name for name, mask in unreached.items() if mask is not None}
         records: list[ReachRecord] = []
-        for name in self.trainable:
-            mask = unreached.get(name)
-            if name in unreached:
-                records += self._of(name, mask, wires)
-            elif (noise := self._noise(name)) is not None:
-                records += self._explained(name, noise, wires)
+        for names, unreached, closely in self._together():
+            self.closely = closely
+            self._partly = self._partly | {name for name, mask in unreached.items() if mask is not None}
+            for name in names:
+                mask = unreached.get(name)
+                if name in unreached:
+                    records += self._of(name, mask, wires)
+                elif (noise := self._noise(name)) is not None:
+                    records += self._explained(name, noise, wires)
         left = sum(record.num_elements for record in records)
+        total = sum(p.numel() for p in self.trainable.values())
         return ReachAccount(
             num_elements=total,
             num_reached=total - left,
@@ -188,6 +174,65 @@ class ReachFindings:
             outside=self.outside,
             terms=self.terms,
             step=self.closely.step if self.closely is not None else -1,
+        )
+
+    def _together(self) -> Iterator[tuple[list[str], dict[str, Tensor | None], Closely | None]]:
+        """Yield the names of parameters, their masks of what is unreached, and what a step showed of these.
+
+        Of sharded ones some at a time, so that little of them is whole at once.
+        """
+        unreached, closely = self.arrived.unreached(), self.closely
+        self._partly = set(self.arrived.partly)
+        if not self.shards:
+            yield list(self.trainable), unreached, closely
+            return
+        names, told = list(self.trainable), self._blames()
+        kinds = self.shards.largest(
+            self.line, [0 if n not in unreached else 2 if unreached[n] is None else 1 for n in names]
+        )
+        labelled = self.shards.any(
+            self.line, [closely is not None and name in closely.labels for name in names]
+        )
+        kind_of = dict(zip(names, kinds, strict=True))
+        seen = {name for name, flag in zip(names, labelled, strict=True) if flag}
+        for chunk in self._chunks([name for name in names if kind_of[name] or name in seen]):
+            masks = {n: mask for n in chunk if (mask := unreached.get(n)) is not None}
+            found = self.shards.whole(self.line, masks, [n for n in chunk if kind_of[n] == 1])
+            every = {n: found[n].bool() if n in found else None for n in chunk if kind_of[n]}
+            yield chunk, every, self._shared(closely, told, [n for n in chunk if n in seen])
+
+    def _chunks(self, names: Sequence[str]) -> Iterator[list[str]]:
+        chunk: list[str] = []
+        for name in names:
+            if chunk and sum(self.trainable[n].numel() for n in (*chunk, name)) > _CHUNK:
+                yield chunk
+                chunk = []
+            chunk.append(name)
+        if chunk:
+            yield chunk
+
+    def _blames(self) -> list[Blame]:
+        """Return what the labels of all processes stand for, what says more later."""
+        every = self.line.gathered([] if self.closely is None else self.closely.blames)
+        return sorted({b for blames in every for b in blames if b is not None}, key=_says)[-_MOST:]
+
+    def _shared(self, mine: Closely | None, blames: Sequence[Blame], names: Sequence[str]) -> Closely | None:
+        """Return the labels of all processes together: where they differ, that which says more."""
+        number = {blame: i for i, blame in enumerate(blames, 1)}
+        parts: dict[str, Tensor] = {}
+        for name in names:
+            labels = mine.labels.get(name) if mine is not None else None
+            if mine is not None and labels is not None:
+                parts[name] = torch.zeros(labels.shape, dtype=torch.uint8)
+                for old in labels.unique().tolist():
+                    blame = mine.blames[old]
+                    parts[name][labels == old] = 0 if blame is None else number.get(blame, 0)
+        found = self.shards.whole(self.line, parts, names)
+        step = self.shards.largest(self.line, [0 if mine is None else 1])[0]
+        if not step:
+            return None
+        return Closely(
+            -1 if mine is None else mine.step, {n: p.short() for n, p in found.items()}, [None, *blames]
         )
 
     def _of(self, name: str, mask: Tensor | None, wires: Wires) -> Iterator[ReachRecord]:
@@ -257,6 +302,7 @@ class ReachFindings:
 
 
 _MOST = 255  # blames that a byte tells apart
+_CHUNK = 2**24  # elements of sharded parameters that are told of at once
 _LITTLE = (Reason.UNEXPLAINED, Reason.UNCHOSEN_BY_DATA, Reason.UNCHOSEN_BY_MODEL, Reason.BY_MATHEMATICS)
 
 

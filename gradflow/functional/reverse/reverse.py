@@ -247,11 +247,11 @@ class _Walk:
     def _visit(self, node: Node, incoming: dict[int, dict[str, Tensor]]) -> None:
         gradients = {number: self._gather(node, number, by_group) for number, by_group in incoming.items()}
         if node in self.structure.leaves:
-            if self.structure.gatherer is None:  # which hands out the gradients itself, in slices
-                self.flows.leaves[id(self.structure.leaves[node])] = gradients[0]
+            self.flows.leaves[id(self.structure.leaves[node])] = gradients[0]
             return
+        sliced = self.structure.gatherer is not None  # then gradients come in slices, and none is kept whole
         for cotangent, (child, number) in zip(call_node(node, gradients), feeds(node), strict=False):
-            if cotangent is not None and child is not None:
+            if cotangent is not None and child is not None and not (sliced and is_leaf(child)):
                 self._send(cotangent, node, child, number)
 
     def _send(self, cotangent: Tensor, node: Node, child: Node, number: int) -> None:
