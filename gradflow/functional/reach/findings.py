@@ -302,7 +302,7 @@ class ReachFindings:
 
 
 _MOST = 255  # blames that a byte tells apart
-_CHUNK = 2**24  # elements of sharded parameters that are told of at once
+_CHUNK = 2**22  # elements of sharded parameters that are told of at once
 _LITTLE = (Reason.UNEXPLAINED, Reason.UNCHOSEN_BY_DATA, Reason.UNCHOSEN_BY_MODEL, Reason.BY_MATHEMATICS)
 
 
