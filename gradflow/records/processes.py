@@ -20,8 +20,8 @@ class DifferenceRecord:
 
     Args:
         name: of a parameter, a buffer or a layer call.
-        kind: `parameter` or `buffer`, which is not equal on all; `layer`, which only some run; `gradient`, of a
-            parameter that only some reach.
+        kind: `parameter` or `buffer`, which is not equal on all; `layer`, which only some run; `gradient`, of
+            a parameter that only some reach.
         ranks: those that differ from the most, or that run or reach it.
         share: the part of the steps in which that was seen; 1 for what was compared at the start.
     """

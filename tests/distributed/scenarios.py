@@ -95,7 +95,7 @@ def raises(rank: int, size: int) -> Any:
             raise ValueError("the data of this process is torn")
         return loss_fn(output, target)
 
-    before = snapshot(model)
+    before, said = snapshot(model), ("", "")
     try:
         gf.diagnose(model, part(batches, rank, size), loss_of, steps=5)
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -75,6 +76,7 @@ OWNERS = {
     "_NormBase": torch.nn.modules.batchnorm,
     "_InstanceNorm": torch.nn.modules.instancenorm,
     "distributed_c10d": torch.distributed.distributed_c10d,
+    "DistributedDataParallel": torch.nn.parallel.DistributedDataParallel,
     "ProcessGroup": torch.distributed.ProcessGroup,
 }
 
@@ -84,5 +86,7 @@ def test_this_release_of_torch_has_the_name(name: str) -> None:
     owner, _, attribute = name.rpartition(".")
     if owner == "Node":  # nodes of C++ have the attribute, the abstract class does not
         assert hasattr(torch.ones(1, requires_grad=True).square().grad_fn, attribute)
+    elif owner == "DistributedDataParallel":  # an attribute of instances, which need a process group
+        assert f"self.{attribute}" in inspect.getsource(OWNERS[owner])
     else:
         assert hasattr(OWNERS[owner or name], attribute)

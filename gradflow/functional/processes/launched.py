@@ -40,7 +40,7 @@ def launched(options: Any, model: Any) -> Iterator[Any]:
             "command without the launcher."
         )
     if rank:
-        options.quiet, options.json, options.html, options.progress = True, None, None, False
+        vars(options).update(quiet=True, json=None, html=None, progress=False)
     own = not dist.is_initialized()
     if own:
         if torch.cuda.is_available():

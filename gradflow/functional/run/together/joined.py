@@ -14,7 +14,8 @@ from gradflow.functional.run.together.merging import merged
 from gradflow.records import EdgeRecord, FlowRecord, GraphRecord, NodeRecord, ProcessesRecord, Provenance
 
 _MERGED = (
-    "numerics", "transformer", "parts", "recurrences", "policy", "extras", "knowledge", "precision", "updates",
+    "numerics", "transformer", "parts", "recurrences", "policy", "extras", "knowledge", "precision",
+    "updates",
 )  # fmt: skip
 
 
