@@ -41,12 +41,14 @@ class ExchangeRecord:
         gradient_bytes: put into those.
         others: all other exchanges of the whole run.
         other_bytes: put into those.
+        gathered_bytes: of these, what every process gets from every other; the rest is reduced.
     """
 
     gradients: int = 0
     gradient_bytes: int = 0
     others: int = 0
     other_bytes: int = 0
+    gathered_bytes: int = 0
 
 
 @attrs.frozen(kw_only=True)

@@ -288,8 +288,7 @@ class Line:
             flat = torch.cat([tensors[i].reshape(-1) for i in bucket])
             self.go_on()
             self._run(lambda flat=flat: dist.all_reduce(flat, group=axis.group))
-            self.counts.gradients += 1
-            self.counts.gradient_bytes += flat.numel() * flat.element_size()
+            self.counts.note(flat.numel() * flat.element_size(), gradients=True)
             flat.div_(axis.size)
             for i, part in zip(bucket, flat.split([tensors[i].numel() for i in bucket]), strict=True):
                 found[i] = part.view(tensors[i].shape)
@@ -307,7 +306,7 @@ class Line:
             return values
         flat = torch.tensor(values, dtype=torch.float64, device=self._device)
         self._together(lambda: dist.all_reduce(flat, op or dist.ReduceOp.SUM, group=axis.group))
-        self._count(flat.numel() * 8)
+        self.counts.note(flat.numel() * 8)
         return flat.cpu().numpy()
 
     def gathered(self, value: Any) -> list[Any]:
@@ -316,7 +315,8 @@ class Line:
             return [value]
         found: list[Any] = [None] * self.size
         self._together(lambda: dist.all_gather_object(found, value, group=self.processes.group))
-        self._count(max(len(pickle.dumps(other)) for other in found))  # to which all are padded
+        longest = max(len(pickle.dumps(other)) for other in found)  # to which all are padded
+        self.counts.note(longest, gathered=True)
         return found
 
     def agreed(self, value: Any) -> list[Any] | None:
@@ -345,12 +345,8 @@ class Line:
             return values
         flat = torch.tensor(values, dtype=torch.float64, device=self._device)
         self._together(lambda: dist.all_reduce(flat, dist.ReduceOp.MAX, group=self.processes.group))
-        self._count(flat.numel() * 8)
+        self.counts.note(flat.numel() * 8)
         return flat.cpu().numpy()
-
-    def _count(self, num_bytes: int) -> None:
-        self.counts.others += 1
-        self.counts.num_bytes += num_bytes
 
 
 def _is_broken_line(error: BaseException) -> bool:

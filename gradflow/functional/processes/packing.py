@@ -22,12 +22,24 @@ class Counts:
         others: all others.
         num_bytes: that this process has put into the others.
         gradient_bytes: that it has put into those of gradients.
+        gathered_bytes: of `num_bytes`, those that every process gets from every other.
     """
 
     gradients: int = 0
     others: int = 0
     num_bytes: int = 0
     gradient_bytes: int = 0
+    gathered_bytes: int = 0
+
+    def note(self, num_bytes: int, *, gradients: bool = False, gathered: bool = False) -> None:
+        """Count an exchange into which this process puts so many bytes."""
+        self.gathered_bytes += num_bytes if gathered else 0
+        if gradients:
+            self.gradients += 1
+            self.gradient_bytes += num_bytes
+        else:
+            self.others += 1
+            self.num_bytes += num_bytes
 
 
 def device_of(group: Any) -> torch.device:

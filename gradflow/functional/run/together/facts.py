@@ -142,6 +142,7 @@ class Facts:
                 gradient_bytes=counts.gradient_bytes,
                 others=counts.others,
                 other_bytes=counts.num_bytes,
+                gathered_bytes=counts.gathered_bytes,
             ),
         )
 
