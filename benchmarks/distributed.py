@@ -139,8 +139,9 @@ def main() -> None:
     joining = processes * joining_seconds(max(layers))
     print(
         f"on paper, {processes} processes and {max(layers)} blocks, {1e6 * LATENCY:.0f} us a hop, "
-        f"{BANDWIDTH / 1e9:.0f} GB/s: beside the gradients, {1e3 * waiting:.0f} ms for {counts.others} exchanges in "
-        f"{hops:.0f} hops each, {1e3 * sending:.0f} ms to send, {joining:.1f} s to join what is gathered, once a run"
+        f"{BANDWIDTH / 1e9:.0f} GB/s: beside the gradients, {1e3 * waiting:.0f} ms for {counts.others} "
+        f"exchanges in {hops:.0f} hops each, {1e3 * sending:.0f} ms to send, {joining:.1f} s to join what is "
+        "gathered, once a run"
     )
 
 

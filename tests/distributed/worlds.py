@@ -14,7 +14,6 @@ from typing import Any
 import attrs
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import TCPStore
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch._dynamo", "gradflow.diagnosis", "tests.distributed.scenarios"])
@@ -23,7 +22,9 @@ _CONTEXT.set_forkserver_preload(["torch._dynamo", "gradflow.diagnosis", "tests.d
 def _main(rank: int, size: int, folder: str, module: str, names: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     scenarios = sys.modules.get(module) or __import__(module, fromlist=["x"])
-    store = TCPStore("127.0.0.1", _port(folder, rank), size, is_master=rank == 0)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", _port(folder, rank), size, is_master=rank == 0
+    )
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
     )
