@@ -208,6 +208,7 @@ def _report(file: Path, name: str, options: argparse.Namespace) -> Report:
     """Build the model and diagnose it; the imports are here so that usage errors need not wait for torch."""
     from gradflow import pipelines
     from gradflow.diagnosis import diagnose
+    from gradflow.functional.processes.launched import launched
     from gradflow.report.progress import progress_bar
 
     with _on_path(file.resolve().parent):
@@ -221,9 +222,11 @@ def _report(file: Path, name: str, options: argparse.Namespace) -> Report:
         how = _options(f"{file}:{name}()", built, options)
         wanted = sys.stderr.isatty() if options.progress is None else options.progress
         bar = progress_bar(sys.stderr) if wanted and not options.quiet else contextlib.nullcontext()
-        with _explained(f"the model of {file}:{name}() cannot be diagnosed"), bar as progress:
+        cannot = _explained(f"the model of {file}:{name}() cannot be diagnosed")
+        with cannot, bar as progress, launched(options, built[0]) as processes:
             report = diagnose(
                 *built[:3],
+                processes=processes,
                 pipeline=getattr(pipelines, options.pipeline)() if options.pipeline else None,
                 progress=progress,
                 **how,

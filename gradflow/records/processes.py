@@ -20,8 +20,8 @@ class DifferenceRecord:
 
     Args:
         name: of a parameter, a buffer or a layer call.
-        kind: `parameter` or `buffer`, which is not equal on all; `layer`, which only some run; `gradient`, of a
-            parameter that only some reach.
+        kind: `parameter` or `buffer`, which is not equal on all; `layer`, which only some run; `gradient`, of
+            a parameter that only some reach.
         ranks: those that differ from the most, or that run or reach it.
         share: the part of the steps in which that was seen; 1 for what was compared at the start.
     """
@@ -41,12 +41,14 @@ class ExchangeRecord:
         gradient_bytes: put into those.
         others: all other exchanges of the whole run.
         other_bytes: put into those.
+        gathered_bytes: of these, what every process gets from every other; the rest is reduced.
     """
 
     gradients: int = 0
     gradient_bytes: int = 0
     others: int = 0
     other_bytes: int = 0
+    gathered_bytes: int = 0
 
 
 @attrs.frozen(kw_only=True)

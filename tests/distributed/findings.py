@@ -1,4 +1,4 @@
-"""Trainings of which one process is unlike the others, or of which something is lost between them, and twins."""
+"""Trainings of which one process is unlike the others, or that lose something between them, and twins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models, batches and losses for several processes, in float64, and the part of a batch that a process has."""
+"""Models, batches and losses for several processes, in float64, and the part that a process has."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ Case = tuple[nn.Module, list[Batch], Callable[..., Tensor]]
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """What PyTorch's does on a GPU, for a CPU: statistics of the joined batch."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         axes = [0, *range(2, x.dim())]
         number = torch.tensor(float(x.numel() // x.shape[1]), dtype=x.dtype)
         sums = torch.cat([x.sum(axes), x.square().sum(axes), number[None]])

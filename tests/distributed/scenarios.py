@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -95,7 +96,7 @@ def raises(rank: int, size: int) -> Any:
             raise ValueError("the data of this process is torn")
         return loss_fn(output, target)
 
-    before = snapshot(model)
+    before, said = snapshot(model), ("", "")
     try:
         gf.diagnose(model, part(batches, rank, size), loss_of, steps=5)
     except Exception as error:
@@ -119,7 +120,7 @@ def absent(rank: int, size: int) -> Any:
         line.PATIENCE = patience
 
 
-OTHERS = ("clipped", "by_step_fn", "runs_out", "raises", "absent")
+OTHERS = ("clipped", "by_step_fn", "runs_out", "raises", "absent", "watched", "watched_inside")
 globals().update({name: _scenario(*case) for name, case in COMPARED.items()})
 
 
@@ -151,3 +152,24 @@ def killed_in_exchange(rank: int, size: int) -> Any:
 
 
 globals().update({name: getattr(findings, name) for name in findings.FINDINGS})
+
+
+def watched(rank: int, size: int, *, inside: bool = False) -> Any:
+    """A training watched from beside or from inside by all processes together."""
+    model, batches, loss_fn = MODELS["mlp"]("sick")
+    model = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = gf.Monitor(model, loss_fn, optimizer, every=4, processes="auto")
+    for x, y in part(batches, rank, size):
+        with monitor.step() if inside else contextlib.nullcontext():
+            optimizer.zero_grad()
+            loss_fn(model(x), y).backward()
+            report = None if inside else monitor((x, y), loss=1e9 * rank)  # a jump makes no look
+            optimizer.step()
+        report = monitor.report
+    assert report is not None
+    return report.record, monitor.history, model.module[0].weight.detach().clone()
+
+
+def watched_inside(rank: int, size: int) -> Any:
+    return watched(rank, size, inside=True)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -29,7 +29,7 @@ class Heads(nn.Module):
         self.out, self.up, self.down = nn.Linear(width, width), nn.Linear(width, 32), nn.Linear(32, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        h, (n, t, d) = self.norm1(x), x.shape
+        h, (n, t, _) = self.norm1(x), x.shape
         q, k, v = (
             f(h).view(n, t, -1, self.heads).transpose(1, 2) for f in (self.query, self.key, self.value)
         )

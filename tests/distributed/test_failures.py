@@ -1,4 +1,4 @@
-"""A process that raises, dies or never comes ends the analysis on all others, in bounded time and in words."""
+"""A process that raises, dies or never comes ends the analysis on all others, in bounded time."""
 
 from __future__ import annotations
 

@@ -8,7 +8,11 @@ from tests.distributed.worlds import World
 
 # scenario: (type, severity, words of the description)
 SICK: dict[str, tuple[str, str, str]] = {
-    "unequal_parameter": ("UNEQUAL", "CRITICAL", "module.2.weight is not equal on all processes: process {last} has"),
+    "unequal_parameter": (
+        "UNEQUAL",
+        "CRITICAL",
+        "module.2.weight is not equal on all processes: process {last} has",
+    ),
     "unequal_buffer": ("UNEQUAL", "MEDIUM", "module.scale is not equal on all processes"),
     "torn_data": ("ODD_PROCESS", "CRITICAL", "The data of process 1 is not finite in step 1"),
     "torn_loss": ("ODD_PROCESS", "CRITICAL", "The loss of process 1 is not finite in step 0"),
@@ -16,7 +20,11 @@ SICK: dict[str, tuple[str, str, str]] = {
     "partly_used": ("PARTLY_USED", "CRITICAL", "Only some processes reach module.branches.0.weight"),
     "never_used": ("PARTLY_USED", "HIGH", "no gradient arrives at module.branches.1.weight"),
     "same_data": ("SAME_DATA", "HIGH", "got the same batch at every look"),
-    "plain_norms": ("UNSYNCHRONISED", "MEDIUM", "5 batch norms take mean and variance of the {samples} samples"),
+    "plain_norms": (
+        "UNSYNCHRONISED",
+        "MEDIUM",
+        "5 batch norms take mean and variance of the {samples} samples",
+    ),
     "unfed_expert": ("UNFED", "MEDIUM", "1 of the 4 experts of module.layers.0.feed.experts (2) get none"),
 }
 HEALTHY = ("broadcast_buffer", "found_unused", "synchronised_norms", "fed_experts", "words")

@@ -24,7 +24,9 @@ _CONTEXT.set_forkserver_preload(
 def _main(rank: int, size: int, folder: str, module: str, names: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     scenarios = sys.modules.get(module) or __import__(module, fromlist=["x"])
-    store = dist.TCPStore("127.0.0.1", _port(folder, rank), size, is_master=rank == 0)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", _port(folder, rank), size, is_master=rank == 0
+    )
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=60)
     )

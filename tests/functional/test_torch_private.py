@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -79,6 +80,7 @@ OWNERS = {
     "distributed_c10d": torch.distributed.distributed_c10d,
     "FSDPModule": importlib.import_module("torch.distributed.fsdp").FSDPModule,
     "tensor._utils": importlib.import_module("torch.distributed.tensor._utils"),
+    "DistributedDataParallel": torch.nn.parallel.DistributedDataParallel,
     "ProcessGroup": torch.distributed.ProcessGroup,
 }
 
@@ -88,5 +90,7 @@ def test_this_release_of_torch_has_the_name(name: str) -> None:
     owner, _, attribute = name.rpartition(".")
     if owner == "Node":  # nodes of C++ have the attribute, the abstract class does not
         assert hasattr(torch.ones(1, requires_grad=True).square().grad_fn, attribute)
+    elif owner == "DistributedDataParallel":  # an attribute of instances, which need a process group
+        assert f"self.{attribute}" in inspect.getsource(OWNERS[owner])
     else:
         assert hasattr(OWNERS[owner or name], attribute)

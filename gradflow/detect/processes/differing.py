@@ -25,8 +25,8 @@ def unequal_processes() -> Callable[[FlowRecord], Iterable[Issue]]:
     forward pass are left out.
 
     Why this is evidence: processes that split the batch apply one averaged gradient to what they take for one
-    and the same parameters. What differs once stays different, so the gradient that is applied belongs to none
-    of the models; and the one that is saved is that of one process.
+    and the same parameters. What differs once stays different, so the gradient that is applied belongs to
+    none of the models; and the one that is saved is that of one process.
 
     Looks alike and is not: running statistics that are broadcast; parameters that a model splits over
     processes on purpose, which are sharded and compared with nothing.
@@ -61,7 +61,8 @@ def _unequal(record: FlowRecord, found: Sequence[DifferenceRecord]) -> Issue:
         magnitude=float(len(found)),
         recommended_actions=(
             "Build the model with the same seed on every process, or take over that of the first: "
-            "`for t in model.state_dict().values(): torch.distributed.broadcast(t, 0)`, before the optimizer is "
+            "`for t in model.state_dict().values(): torch.distributed.broadcast(t, 0)`, before the optimizer "
+            "is "
             "built. DistributedDataParallel does so when it wraps the model, and not afterwards.",
             "Look for code that changes them on one process alone: a checkpoint that one of them loads, "
             "`if rank == 0:`, an initialisation after the wrapping.",
@@ -82,8 +83,8 @@ def partly_used() -> Callable[[FlowRecord], Iterable[Issue]]:
     the others wait for it until their timeout. Parameters that no process reaches are the same to it.
 
     Looks alike and is not: the same where it was told to look for unused parameters, or where nothing of the
-    kind averages; a layer that some steps run and others do not, on all processes alike, is told only where it
-    is waited for.
+    kind averages; a layer that some steps run and others do not, on all processes alike, is told only where
+    it is waited for.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
@@ -121,8 +122,10 @@ def _partly(
         "raises at the next step, and the others hang.",
         magnitude=first.share,
         recommended_actions=(
-            "Pass find_unused_parameters=True to DistributedDataParallel, if which layers run hangs on the batch.",
-            "Or have every process use every layer: add 0 * layer(x).sum() to the loss where it is not needed, "
+            "Pass find_unused_parameters=True to DistributedDataParallel, if which layers run hangs on the "
+            "batch.",
+            "Or have every process use every layer: add 0 * layer(x).sum() to the loss where it is not "
+            "needed, "
             "or draw which branch runs from one seed on all.",
         ),
         metrics={
@@ -141,11 +144,13 @@ def _waited_for(record: FlowRecord, idle: Sequence[str]) -> Issue:
         layer_type=_type(record, layer),
         issue_type=PARTLY_USED,
         severity=IssueSeverity.HIGH,
-        description=f"In some step no gradient arrives at {_some(idle)} on any process. DistributedDataParallel "
+        description=f"In some step no gradient arrives at {_some(idle)} on any process. "
+        "DistributedDataParallel "
         "waits for it, and raises in the step after.",
         magnitude=float(len(idle)),
         recommended_actions=(
-            "Leave out what is not used, or freeze it before the model is wrapped: `p.requires_grad_(False)`.",
+            "Leave out what is not used, or freeze it before the model is wrapped: "
+            "`p.requires_grad_(False)`.",
             "Or pass find_unused_parameters=True to DistributedDataParallel.",
         ),
         metrics={"parameters": tuple(idle)},

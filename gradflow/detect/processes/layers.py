@@ -18,8 +18,8 @@ def unsynchronised_norms(few: int = 4, some: int = 8) -> Callable[[FlowRecord], 
     Measured: how many samples each process has, and which batch norms take statistics of these alone.
 
     Why this is evidence: the statistics of a few samples are noise, and those that evaluation uses are other
-    ones. On ImageNet, ResNet-50 loses nothing down to 16 samples a process, 1 percent at 8, 3.7 at 4 and 11 at
-    2 (Wu and He, "Group Normalization", 2018, table 2: 23.7, 24.8, 27.3, 34.7 percent error).
+    ones. On ImageNet, ResNet-50 loses nothing down to 16 samples a process, 1 percent at 8, 3.7 at 4 and 11
+    at 2 (Wu and He, "Group Normalization", 2018, table 2: 23.7, 24.8, 27.3, 34.7 percent error).
 
     Looks alike and is not: large parts; norms that are synchronised; frozen ones, in eval mode.
 
@@ -39,11 +39,13 @@ def unsynchronised_norms(few: int = 4, some: int = 8) -> Callable[[FlowRecord], 
             layer_type=next((layer.type for layer in record.layers if layer.module == first), ""),
             issue_type=UNSYNCHRONISED,
             severity=IssueSeverity.MEDIUM if min(known) <= few else IssueSeverity.LOW,
-            description=f"{'This batch norm takes' if number == 1 else f'{number} batch norms take'} mean and "
+            description=f"{'This batch norm takes' if number == 1 else f'{number} batch norms take'} mean "
+            "and "
             f"variance of the {min(known)} samples of one process, not of the {sum(known)} of all.",
             magnitude=float(min(known)),
             recommended_actions=(
-                "Synchronise them: `model = nn.SyncBatchNorm.convert_sync_batchnorm(model)`, before it is wrapped.",
+                "Synchronise them: `model = nn.SyncBatchNorm.convert_sync_batchnorm(model)`, before it is "
+                "wrapped.",
                 "Or use norms that need no batch, such as nn.GroupNorm.",
             ),
             metrics={"norms": found.unsynchronised, "num_samples": found.data.num_samples},
@@ -61,9 +63,9 @@ def unfed_experts(chance: float = 1e-6) -> Callable[[FlowRecord], Iterable[Issue
 
     Measured: how many elements each expert gave in every step, on all processes together.
 
-    Why this is evidence: an expert without a token gets no gradient, and a router that never chooses it has no
-    reason to begin. With E experts alike and n tokens, one of them stays without any by a chance of
-    (1 − 1/E)ⁿ.
+    Why this is evidence: an expert without a token gets no gradient, and a router that never chooses it has
+        no reason to begin. With E experts alike and n tokens, one of them stays without any by a chance of (1
+        − 1/E)ⁿ.
 
     Looks alike and is not: so few tokens that chance leaves an expert out; lists of one member.
 
@@ -103,10 +105,12 @@ def _unfed(name: str, idle: list[str], number: int, tokens: float) -> Issue:
         issue_type=UNFED,
         severity=IssueSeverity.HIGH if len(idle) >= number / 2 else IssueSeverity.MEDIUM,
         description=f"{len(idle)} of the {number} experts of {name} ({', '.join(idle[:8])}) get none of the "
-        f"{tokens:,.0f} tokens of the run, on any process. They are not trained, and nothing will choose them.",
+        f"{tokens:,.0f} tokens of the run, on any process. They are not trained, and nothing will choose "
+        "them.",
         magnitude=len(idle) / number,
         recommended_actions=(
-            "Add a loss that balances the load (Shazeer et al., 2017; Fedus et al., 2021), over the tokens of all "
+            "Add a loss that balances the load (Shazeer et al., 2017; Fedus et al., 2021), over the tokens "
+            "of all "
             "processes, or noise on the router's scores.",
             "Start the router with small weights and no bias, so that all experts are alike at first.",
         ),

@@ -23,8 +23,8 @@ ODD_PROCESS, SAME_DATA = OwnIssueType("ODD_PROCESS"), OwnIssueType("SAME_DATA")
 def odd_process(factor: float = 10.0) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of a process whose loss, gradient or data is not finite or far from the others'.
 
-    Measured: the loss of every process in every step, the size of its gradients at layer outputs, and the root
-    mean square of its inputs at looks.
+    Measured: the loss of every process in every step, the size of its gradients at layer outputs, and the
+        root mean square of its inputs at looks.
 
     Why this is evidence: parts of one shuffled batch differ by chance alone. A process that is `factor` times
     above or below the median of all in every step gets other data, or has prepared them otherwise; and one
@@ -63,7 +63,8 @@ def _not_finite(found: ProcessesRecord) -> Iterable[Issue]:
             layer_type="",
             issue_type=ODD_PROCESS,
             severity=IssueSeverity.CRITICAL,
-            description=f"The {what} of process {', '.join(map(str, ranks))} is not finite in step {at}, and that of "
+            description=f"The {what} of process {', '.join(map(str, ranks))} is not finite in step {at}, and "
+            "that of "
             "the others is. The averaged gradient is lost on all of them.",
             magnitude=float(len(ranks)),
             recommended_actions=(
@@ -95,12 +96,15 @@ def _far_off(found: ProcessesRecord, factor: float) -> Iterable[Issue]:
             layer_type="",
             issue_type=ODD_PROCESS,
             severity=IssueSeverity.HIGH if "gradient" in told or "loss" in told else IssueSeverity.MEDIUM,
-            description=f"Process {rank} is unlike the others in every step: {', '.join(words)}. In the mean of "
+            description=f"Process {rank} is unlike the others in every step: {', '.join(words)}. In the mean "
+            "of "
             "the gradients it " + ("drowns them." if max(told.values()) > 1 else "has next to no part."),
             magnitude=max(told.values(), key=lambda ratio: max(ratio, 1 / ratio if ratio else 0.0)),
             recommended_actions=(
-                f"Hold the batches of process {rank} against those of another: another scale (0 to 255 instead "
-                "of 0 to 1), another class alone (data that were not shuffled before they were split), padding.",
+                f"Hold the batches of process {rank} against those of another: another scale (0 to 255 "
+                "instead "
+                "of 0 to 1), another class alone (data that were not shuffled before they were split), "
+                "padding.",
                 "Shuffle over all processes: `DistributedSampler(dataset, shuffle=True)` with `set_epoch`.",
             ),
             metrics={"rank": rank, **{f"{what}_ratio": ratio for what, ratio in told.items()}},
@@ -124,9 +128,9 @@ def _always(ratios: Floats, factor: float) -> Bools:
     """Return which processes are far off in every step; of two, the larger."""
     if not len(ratios):
         return np.zeros(ratios.shape[1], dtype=bool)
-    above = (ratios > factor).all(axis=0)
-    below = (ratios < 1 / factor).all(axis=0)
-    return above if ratios.shape[1] == 2 else above | below
+    above = np.all(ratios > factor, axis=0)
+    below = np.all(ratios < 1 / factor, axis=0)
+    return np.asarray(above if ratios.shape[1] == 2 else above | below)
 
 
 def same_data() -> Callable[[FlowRecord], Iterable[Issue]]:
@@ -134,8 +138,8 @@ def same_data() -> Callable[[FlowRecord], Iterable[Issue]]:
 
     Measured: fingerprints of the tensors of the batch at every look; those of a group are the same at all.
 
-    Why this is evidence: a gradient that is averaged over equal parts is that of one part: the work of all but
-    one process is lost, and the batch is smaller than it is taken for.
+    Why this is evidence: a gradient that is averaged over equal parts is that of one part: the work of all
+        but one process is lost, and the batch is smaller than it is taken for.
 
     Looks alike and is not: processes that split the model and not the batch, which are not compared; a batch
     that happens to be alike in one step.
@@ -152,11 +156,13 @@ def same_data() -> Callable[[FlowRecord], Iterable[Issue]]:
             layer_type="",
             issue_type=SAME_DATA,
             severity=IssueSeverity.HIGH if lost >= 0.5 else IssueSeverity.MEDIUM,
-            description=f"Processes {', '.join(map(str, group))} got the same batch at every look: {lost:.0%} of "
+            description=f"Processes {', '.join(map(str, group))} got the same batch at every look: "
+            f"{lost:.0%} of "
             "the work is done twice, and the batch is smaller than it is taken for.",
             magnitude=lost,
             recommended_actions=(
-                "Give each process its own part: `DataLoader(..., sampler=DistributedSampler(dataset))`, and call "
+                "Give each process its own part: `DataLoader(..., sampler=DistributedSampler(dataset))`, and "
+                "call "
                 "`sampler.set_epoch(epoch)`.",
                 "If batches are drawn by a generator, seed it with the rank as well: `seed + rank`.",
             ),

@@ -1,12 +1,13 @@
-"""Which processes an analysis runs on, and what each of them has of the whole: a part of the batch, of the model.
+"""Which processes an analysis runs on, and what each of them has of the whole: a part of the batch, of the
+model.
 
 NOTE [What several processes measure]
-A trainer's global loss is the mean of the losses of the processes that split the batch, L = 1/R Σ_r L_r. So the
-gradient at what process r computes from its part is 1/R of that of L_r, and the norm of the whole is
-1/R √Σ_r ‖g_r‖²; the gradient of a parameter that all hold is the mean of theirs, as a trainer's all-reduce makes
-it. What is of the forward pass, a sum of squares or a count, is added up. An output that does not come from the
-batch (an embedding of positions, a scalar loss) is one and the same thing on all of them: its gradient is the
-mean of theirs, like that of a parameter.
+A trainer's global loss is the mean of the losses of the processes that split the batch, L = 1/R Σ_r L_r. So
+the gradient at what process r computes from its part is 1/R of that of L_r, and the norm of the whole is 1/R
+√Σ_r ‖g_r‖²; the gradient of a parameter that all hold is the mean of theirs, as a trainer's all-reduce makes
+it. What is of the forward pass, a sum of squares or a count, is added up. An output that does not come from
+the batch (an embedding of positions, a scalar loss) is one and the same thing on all of them: its gradient is
+the mean of theirs, like that of a parameter.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Processes:
         return number
 
     def parameter_axes(self, name: str) -> tuple[Axis, ...]:
-        """Return the axes over which the numbers of a parameter are added up: none, where each holds all of it
+        """Return the axes over which the numbers of a parameter are added up: none, where each holds all of
+        it
         and its gradient is averaged."""
         held = self.spread.get(name, ())
         return tuple(axis for axis in self.axes if axis.ranks in held)
@@ -120,7 +122,8 @@ def processes_of(model: nn.Module, asked: Any = "auto") -> Processes:
         group = asked
     else:
         raise ModelInputError(
-            f"processes is {asked!r:.100}: expected 'auto', 'alone', or a process group whose processes split "
+            f"processes is {asked!r:.100}: expected 'auto', 'alone', or a process group whose processes "
+            "split "
             "the batch, such as `torch.distributed.group.WORLD`."
         )
     if group is None or dist.get_world_size(group) == 1:

@@ -1,16 +1,17 @@
 """The line between processes: exchanges that all arrive at before any begins, and an end that all hear of.
 
 NOTE [No process waits for one that does not come]
-A collective in which one process is missing blocks the others: under gloo until its timeout (half an hour), under
-NCCL likewise, after which it tears the process down. So none is begun before all have arrived at it. They tell
-one another through the store, which is not bound to a backend: each adds one to a counter, the last to come sets
-a key, and who waits for that key looks as well whether somebody has failed. A process that
-raises says so in the store, with its message, and is never missed in a collective.
+A collective in which one process is missing blocks the others: under gloo until its timeout (half an hour),
+    under NCCL likewise, after which it tears the process down. So none is begun before all have arrived at
+    it. They tell
+one another through the store, which is not bound to a backend: each adds one to a counter, the last to come
+    sets a key, and who waits for that key looks as well whether somebody has failed. A process that raises
+    says so in the store, with its message, and is never missed in a collective.
 
 One that is killed says nothing. A thread of every process writes a sign of life each second, and watches that
 of the next process in the ring: where it stays away, that one is reported as failed. It also runs while the
-process itself is inside a collective of the model's own (`SyncBatchNorm`), for which the timeout of its groups is
-short for the length of the analysis.
+process itself is inside a collective of the model's own (`SyncBatchNorm`), for which the timeout of its
+groups is short for the length of the analysis.
 
 Each analysis has a number, the same on all: how many have ended before it, which the store keeps.
 """
@@ -26,14 +27,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import attrs
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 
 from gradflow.errors import ProcessError
 from gradflow.functional.processes.group import Axis, Processes
+from gradflow.functional.processes.packing import Counts, buckets, device_of
 from gradflow.functional.torch_private import default_store, set_timeout, timeout_of
 from gradflow.records import Floats
 
@@ -42,26 +44,8 @@ SILENCE = 12.0  # seconds without a sign of life after which a process is taken 
 BEAT = 1.0  # seconds between signs of life
 BOUND = datetime.timedelta(seconds=20)  # of a collective that all have arrived at
 _SHORTEST, _LONGEST = 0.0002, 0.02  # seconds between two looks for a key
-_BUCKET = 25 * 2**20  # bytes, as DistributedDataParallel's
 
 _T = TypeVar("_T")
-
-
-@attrs.define(eq=False)
-class Counts:
-    """What was exchanged in an analysis.
-
-    Args:
-        gradients: all-reduces of gradients, as the trainer makes them too.
-        others: all others.
-        num_bytes: that this process has put into the others.
-        gradient_bytes: that it has put into those of gradients.
-    """
-
-    gradients: int = 0
-    others: int = 0
-    num_bytes: int = 0
-    gradient_bytes: int = 0
 
 
 class BatchesEnded(Exception):
@@ -69,7 +53,8 @@ class BatchesEnded(Exception):
 
 
 class Line:
-    """The line to the other processes of one analysis; see NOTE [No process waits for one that does not come].
+    """The line to the other processes of one analysis; see NOTE [No process waits for one that does not
+    come].
 
     Args:
         processes: those that it runs on.
@@ -84,7 +69,7 @@ class Line:
             group = self.processes.group
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
             self.ranks = dist.get_process_group_ranks(group)
-            self._device = _device(group)
+            self._device = device_of(group)
 
     # ------------------------------------------------------------------------- beginning and end
 
@@ -124,9 +109,9 @@ class Line:
             if self.size < 8
             else hashlib.sha256(repr(self.ranks).encode()).hexdigest()
         )
-        self._root = dist.PrefixStore(f"gradflow/{names}", base)
+        self._root = PrefixStore(f"gradflow/{names}", base)
         self._epoch = self._root.add("ended", 0)
-        self._store = dist.PrefixStore(f"{self._epoch}", self._root)
+        self._store = PrefixStore(f"{self._epoch}", self._root)
         self._number = 0
         self._store.set(f"here/{self.rank}", "")
         self._thread = threading.Thread(target=self._live, args=(base.clone(), names, stop), daemon=True)
@@ -134,7 +119,7 @@ class Line:
         self.arrive(PATIENCE)
 
     def _end(self) -> None:
-        """Wait until all are done: all numbers are there, so one whose store is gone by now has missed nothing."""
+        """Wait until all are done; who finds the store gone by now has missed nothing."""
         try:
             self.arrive(last=True)
         except ProcessError as error:
@@ -186,8 +171,8 @@ class Line:
 
     def _live(self, base: Any, names: str, stop: threading.Event) -> None:
         """Give signs of life, and watch those of the next process."""
-        root = dist.PrefixStore(f"gradflow/{names}", base)
-        store = dist.PrefixStore(f"{self._epoch}", root)
+        root = PrefixStore(f"gradflow/{names}", base)
+        store = PrefixStore(f"{self._epoch}", root)
         other = (self.rank + 1) % self.size
         last, since = 0, time.monotonic()
         with contextlib.suppress(RuntimeError):  # the store itself is gone: whoever waits will see that
@@ -245,7 +230,8 @@ class Line:
     def _give_up(self, patience: float) -> None:
         missing = [r for i, r in enumerate(self.ranks) if not self._store.check([f"here/{i}"])]
         text = (
-            f"of {self.size} processes, {_some(missing)} did not begin the analysis within {patience:.0f} seconds. Call "
+            f"of {self.size} processes, {_some(missing)} did not begin the analysis within {patience:.0f} "
+            "seconds. Call "
             "it on every process, each with its own part of the batch, as training is; or, to measure this "
             "process alone, pass processes='alone'."
         )
@@ -281,7 +267,8 @@ class Line:
         except RuntimeError as error:
             self._wait_for_reason(error)
             raise ProcessError(
-                f"an exchange between the processes of the analysis failed: {str(error).splitlines()[0][:300]}."
+                "an exchange between the processes of the analysis failed: "
+                f"{str(error).splitlines()[0][:300]}."
             ) from error
 
     def mean(self, tensors: Sequence[Tensor], axis: Axis) -> list[Tensor]:
@@ -297,12 +284,11 @@ class Line:
             BatchesEnded: if a process has said instead that it has no batch.
         """
         found: dict[int, Tensor] = {}
-        for bucket in _buckets(tensors):
+        for bucket in buckets(tensors):
             flat = torch.cat([tensors[i].reshape(-1) for i in bucket])
             self.go_on()
             self._run(lambda flat=flat: dist.all_reduce(flat, group=axis.group))
-            self.counts.gradients += 1
-            self.counts.gradient_bytes += flat.numel() * flat.element_size()
+            self.counts.note(flat.numel() * flat.element_size(), gradients=True)
             flat.div_(axis.size)
             for i, part in zip(bucket, flat.split([tensors[i].numel() for i in bucket]), strict=True):
                 found[i] = part.view(tensors[i].shape)
@@ -320,7 +306,7 @@ class Line:
             return values
         flat = torch.tensor(values, dtype=torch.float64, device=self._device)
         self._together(lambda: dist.all_reduce(flat, op or dist.ReduceOp.SUM, group=axis.group))
-        self._count(flat.numel() * 8)
+        self.counts.note(flat.numel() * 8)
         return flat.cpu().numpy()
 
     def gathered(self, value: Any) -> list[Any]:
@@ -329,7 +315,8 @@ class Line:
             return [value]
         found: list[Any] = [None] * self.size
         self._together(lambda: dist.all_gather_object(found, value, group=self.processes.group))
-        self._count(max(len(pickle.dumps(other)) for other in found))  # to which all are padded
+        longest = max(len(pickle.dumps(other)) for other in found)  # to which all are padded
+        self.counts.note(longest, gathered=True)
         return found
 
     def agreed(self, value: Any) -> list[Any] | None:
@@ -358,7 +345,7 @@ class Line:
             return values
         flat = torch.tensor(values, dtype=torch.float64, device=self._device)
         self._together(lambda: dist.all_reduce(flat, dist.ReduceOp.MAX, group=self.processes.group))
-        self._count(flat.numel() * 8)
+        self.counts.note(flat.numel() * 8)
         return flat.cpu().numpy()
 
     def largest(self, values: Tensor) -> Tensor:
@@ -367,39 +354,8 @@ class Line:
             return values
         flat = values.to(self._device, torch.uint8)
         self._together(lambda: dist.all_reduce(flat, dist.ReduceOp.MAX, group=self.processes.group))
-        self._count(flat.numel())
+        self.counts.note(flat.numel())
         return flat.cpu()
-
-    def _count(self, num_bytes: int) -> None:
-        self.counts.others += 1
-        self.counts.num_bytes += num_bytes
-
-
-def _device(group: Any) -> torch.device:
-    """Return the device on which a group exchanges numbers."""
-    known = str(dist.get_backend(group))
-    cpu = "gloo" in known or "mpi" in known
-    return torch.device("cpu") if cpu else torch.device("cuda", torch.cuda.current_device())
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Yield the places of tensors of one dtype and device, some of them at a time."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(i)
-    for places in kinds.values():
-        bucket: list[int] = []
-        size = 0
-        for i in places:
-            number = tensors[i].numel() * tensors[i].element_size()
-            if bucket and size + number > _BUCKET:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(i)
-            size += number
-        if bucket:
-            yield bucket
-
 
 def _is_broken_line(error: BaseException) -> bool:
     """Whether an error may be that of a collective whose other end is gone."""
@@ -411,7 +367,8 @@ def _is_broken_line(error: BaseException) -> bool:
 
 def _gone(rank: int) -> str:
     return (
-        f"process {rank} of the analysis is gone: it gave no sign of life for {SILENCE:.0f} seconds, as one that was "
+        f"process {rank} of the analysis is gone: it gave no sign of life for {SILENCE:.0f} seconds, as one "
+        "that was "
         "killed does (by hand, or by the system for lack of memory). The analysis ends on all processes."
     )
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.reverse.autograd_graph import Structure, stands
-from gradflow.functional.tap.calls import unit_axis
+from gradflow.functional.reverse.ranks import effective_rank, gram_matrix
 from gradflow.functional.tap.nodes import Node, Position, feeds, is_leaf, of_parameters, topological
 from gradflow.functional.tap.probes import as_norm, is_probe, magnitude
 from gradflow.functional.torch_private import in_reverse_pass, input_metadata
@@ -196,8 +196,8 @@ def walked(
         structure: the contracted graph of the same step.
         exact: take sums in double precision.
         ranks: take the effective rank of every layer's output gradient as well (one SVD each).
-        kept: names of nodes whose gradients are kept whole, and Gram matrices instead of ranks, to be combined
-            with those of other processes; None where there are none.
+        kept: names of nodes whose gradients are kept whole, and Gram matrices instead of ranks, to be
+            combined with those of other processes; None where there are none.
 
     Raises:
         ReentrantCheckpoint: if the graph holds one, whose inside cannot be walked.
@@ -371,61 +371,3 @@ def validated(cotangent: Tensor, child: Node, number: int, structure: Structure)
     if cotangent.layout is torch.strided and tuple(cotangent.shape) != tuple(like.shape):
         cotangent = cotangent.sum_to_size(tuple(like.shape))
     return cotangent if cotangent.dtype == like.dtype else cotangent.to(like.dtype)
-
-
-def effective_rank(gradient: Tensor, layer_type: str = "Linear") -> float:
-    """Return the effective rank of a gradient as a matrix (samples × features).
-
-    exp of the entropy of the normalised squared singular values (Roy and Vetterli, 2007, with squared
-    values). 1 for a rank-one matrix, the width for an orthogonal one, NaN where it is zero or not finite.
-
-    Args:
-        gradient: output gradient of a layer, samples first.
-        layer_type: class name of the layer; tells where its features are.
-    """
-    if gradient.dim() < 2:
-        return 1.0 if bool(gradient.any()) else float("nan")
-    matrix = _matrix(gradient, layer_type)
-    top = matrix.abs().max()
-    if not torch.isfinite(top) or top == 0:
-        return float("nan")
-    matrix = matrix / top
-    gram = matrix.mH @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mH
-    return rank_of(gram)
-
-
-def _matrix(gradient: Tensor, layer_type: str) -> Tensor:
-    matrix = gradient.detach().movedim(unit_axis(gradient, layer_type), -1).flatten(0, -2)
-    return matrix.to(device="cpu", dtype=torch.complex128 if matrix.is_complex() else torch.float64)
-
-
-def gram_matrix(gradient: Tensor, layer_type: str, most: int = 256) -> Tensor:
-    """Return GᵀG of a gradient G as a matrix (samples × features), which adds up over parts of a batch.
-
-    Of more features than `most`, random combinations are taken, the same wherever there are as many (Halko,
-    Martinsson and Tropp, 2011, "Finding structure with randomness").
-
-    Args:
-        gradient: output gradient of a layer, of two axes at least.
-        layer_type: class name of the layer; tells where its features are.
-        most: rows of what is returned.
-    """
-    matrix = _matrix(gradient, layer_type)
-    features = matrix.shape[1]
-    if features > most:
-        generator = torch.Generator().manual_seed(features)
-        matrix = matrix @ torch.randn(features, most, generator=generator, dtype=torch.float64).to(
-            matrix.dtype
-        )
-    return matrix.mH @ matrix
-
-
-def rank_of(gram: Tensor) -> float:
-    """Return the effective rank of a matrix by its Gram matrix; see `effective_rank`."""
-    top = gram.abs().max()
-    if not torch.isfinite(top) or top == 0:
-        return float("nan")
-    values = torch.linalg.eigvalsh(gram / top).clamp(min=0)
-    shares = values / values.sum()
-    shares = shares[shares > 0]
-    return float(torch.exp(-(shares * shares.log()).sum()))

@@ -2,9 +2,10 @@
 
 NOTE [Equal to the bit]
 Whether a parameter is the same everywhere is told by two sums over it in double precision, one plain and one
-weighted by a pattern, which processes of one kind take in the same order: equal bits give equal sums. The sums of
-all parameters and buffers are one vector, of which the largest and the smallest over the processes are compared,
-in one exchange; only where they differ is told whose. So it is with the tensors of a batch.
+weighted by a pattern, which processes of one kind take in the same order: equal bits give equal sums. The
+    sums of all parameters and buffers are one vector, of which the largest and the smallest over the
+    processes are compared, in one exchange; only where they differ is told whose. So it is with the tensors
+    of a batch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Facts:
         factory=dict
     )  # parameters that only some reached, and in how many steps
     reached: dict[str, int] = attrs.field(factory=dict)  # of those, the steps in which this process did
-    data: list[tuple[float, bool, tuple[float, ...]]] = attrs.field(factory=list)
+    batches: list[tuple[float, bool, tuple[float, ...]]] = attrs.field(factory=list)
     reducer: str = ""  # see `ProcessesRecord`
     num_samples: int = 0
     steps: list[int] = attrs.field(factory=list)  # that were looked at
@@ -71,7 +72,7 @@ class Facts:
             self.differences.append(DifferenceRecord(name=names[i], kind=kind, ranks=ranks))
 
     def note_reach(self, some: Mapping[str, bool]) -> None:
-        """Hear which parameters only some processes have reached in a step, and whether this one is among them."""
+        """Hear which parameters only some processes have reached in a step, and whether this one has."""
         for name, own in some.items():
             self.partial[name] = self.partial.get(name, 0) + 1
             self.reached[name] = self.reached.get(name, 0) + own
@@ -82,10 +83,10 @@ class Facts:
         floats = [t.detach() for t in inputs.values() if t.is_floating_point() and t.numel()]
         squares = [float(t.double().square().mean()) for t in floats]
         rms = math.sqrt(sum(squares) / len(squares)) if squares else math.nan
-        if not self.data:
+        if not self.batches:
             self.num_samples = next((int(t.shape[0]) for t in inputs.values() if t.dim()), 0)
         prints = tuple(value for t in inputs.values() for value in fingerprint(t))
-        self.data.append((rms, not squares or math.isfinite(rms), prints))
+        self.batches.append((rms, not squares or math.isfinite(rms), prints))
 
     def record(
         self, line: Line, model: nn.Module, rows: Sequence[Row], ran: Mapping[str, tuple[int, float]]
@@ -96,15 +97,15 @@ class Facts:
             line: to the others.
             model: that was run.
             rows: of this process, before they were combined.
-            ran: by name of the layer calls that only some processes have run, in how many steps this one has, and
-                the share of the steps in which not all did.
+            ran: by name of the layer calls that only some processes have run, in how many steps this one has,
+                and the share of the steps in which not all did.
         """
         losses = [row.loss for row in rows]
         gradients = [_gradient(row) for row in rows]
         mine = (
             losses,
             gradients,
-            self.data,
+            self.batches,
             self.num_samples,
             self.reached,
             {n: k for n, (k, _) in ran.items()},
@@ -143,6 +144,7 @@ class Facts:
                 gradient_bytes=counts.gradient_bytes,
                 others=counts.others,
                 other_bytes=counts.num_bytes,
+                gathered_bytes=counts.gathered_bytes,
             ),
         )
 

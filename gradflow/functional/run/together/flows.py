@@ -1,8 +1,8 @@
 """The flow on every edge of a step on several processes: what must be combined before it is a number.
 
-Norms of gradients at parts of the batch are combined with all others at the end of the run. Those of outputs that
-do not come from the batch are kept whole, and averaged here; so are Gram matrices, of which the effective ranks
-of the joined batch's gradients are taken.
+Norms of gradients at parts of the batch are combined with all others at the end of the run. Those of outputs
+that do not come from the batch are kept whole, and averaged here; so are Gram matrices, of which the
+effective ranks of the joined batch's gradients are taken.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gradflow.functional.processes.line import Line
 from gradflow.functional.reverse.autograd_graph import Structure
-from gradflow.functional.reverse.reverse import Flows, effective_rank, rank_of
+from gradflow.functional.reverse.ranks import effective_rank, rank_of
+from gradflow.functional.reverse.reverse import Flows
 from gradflow.functional.tap.probes import as_norm, magnitude
 
 

@@ -1,10 +1,11 @@
 """The gradients of a step, averaged over the processes that split the batch, as the trainer averages them.
 
 NOTE [One exchange a step]
-A step exchanges what training exchanges, in as many all-reduces: the gradients, packed in buckets. With them go a
+A step exchanges what training exchanges, in as many all-reduces: the gradients, packed in buckets. With them
+go a
 few numbers: whether a number of this step is not finite on any process, so that all or none look at it again;
-the loss, for schedulers that ask for it; and at which parameters a path has led anywhere. All else that a step
-measures stays where it is until the run is over.
+the loss, for schedulers that ask for it; and at which parameters a path has led anywhere. All else that a
+step measures stays where it is until the run is over.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
 
 
 def _is_broken(outcome: Outcome) -> Tensor:
-    """Return whether the loss or a gradient of a step is not finite, as a scalar on the device of the loss."""
+    """Return whether the loss or a gradient of a step is not finite, on the device of the loss."""
     loss = outcome.loss.detach()
     parts = [torch.isfinite(loss)]
     parts += [

@@ -15,7 +15,7 @@ from gradflow.functional.run.together.merging import merged
 from gradflow.records import EdgeRecord, FlowRecord, GraphRecord, NodeRecord, ProcessesRecord, Provenance
 
 _MERGED = (
-    "numerics", "transformer", "parts", "recurrences", "policy", "extras", "knowledge", "precision", "updates",
+    "numerics", "transformer", "parts", "recurrences", "policy", "extras", "knowledge", "precision",
 )  # fmt: skip
 
 
@@ -31,8 +31,14 @@ def joined(run: Run, record: FlowRecord, processes: ProcessesRecord | None) -> F
     """
     if run.line.alone:
         return record
-    told = attrs.evolve(record, layers=(), parameters=(), activations=(), losses=np.empty(0))
+    told = attrs.evolve(record, layers=(), parameters=(), activations=(), losses=np.empty(0), updates=None)
+    graphs = [record.graph_record] * run.line.size
+    alike = record.graph_record is None or not record.graph_record.measured
+    if not run.line.any(not alike) and run.line.agreed(record.graph_record) is None:
+        told = attrs.evolve(told, graph_record=None)  # all have the same, and no flows
     every: list[FlowRecord] = run.line.gathered(told)
+    if any(r.graph_record is not None for r in every):
+        graphs = [r.graph_record for r in every]
     fields: dict[str, Any] = {name: merged([getattr(r, name) for r in every]) for name in _MERGED}
     numerics = [entry for r in every for entry in r.numerics]
     ran = set.intersection(*(set(r.never_called) for r in every))
@@ -41,7 +47,7 @@ def joined(run: Run, record: FlowRecord, processes: ProcessesRecord | None) -> F
         **{**fields, "numerics": tuple(sorted(dict.fromkeys(numerics), key=lambda entry: entry.step))},
         never_called=[name for name in record.never_called if name in ran],
         passed_by=merged([r.passed_by for r in every]),
-        graph_record=joined_graph(run, [r.graph_record for r in every]),
+        graph_record=joined_graph(run, graphs),
         reach=every[0].reach,
         provenance=_provenance(every),
         processes=processes,

@@ -1,11 +1,11 @@
 """Records of several processes, field by field, as one: what is not said of a field is a mean.
 
 NOTE [Rules by field]
-Records that measurements of gradflow return hold, most of all, means over samples or positions: their mean over
-processes is that of the joined batch where all have as many. Other fields have a rule: norms of gradients of a
-process's own loss are roots of sums of squares over the number of processes, norms of tensors without that,
-extremes stay extremes, counts are added up. Records of one name belong together; what only some processes have is
-kept.
+Records that measurements of gradflow return hold, most of all, means over samples or positions: their mean
+    over processes is that of the joined batch where all have as many. Other fields have a rule: norms of
+    gradients of a process's own loss are roots of sums of squares over the number of processes, norms of
+    tensors without that, extremes stay extremes, counts are added up. Records of one name belong together;
+    what only some processes have is kept.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def merged(values: Sequence[Any], rule: int | None = None) -> Any:
         return all(known) if rule == ALL else any(known)
     if isinstance(first, (int, float)):
         number = float(_array([np.array(float(value)) for value in known], rule))
-        return type(first)(number if isinstance(first, float) or number == number else 0)
+        return number if isinstance(first, float) else int(number)
     if isinstance(first, (tuple, list)):
         return _sequence(known, rule)
     if isinstance(first, Mapping):
@@ -126,12 +126,10 @@ def _sequence(known: Sequence[Any], rule: int | None) -> tuple[Any, ...]:
                 met[key] = met.get(key, 0) + 1
                 by_key.setdefault((key, met[key]), []).append(entry)
         return tuple(merged(group) for group in by_key.values())
-    if entries and all(isinstance(entry, (float, int)) for entry in entries) and rule is not None:
-        if all(len(value) == len(first) for value in known):
-            return tuple(merged(column, rule) for column in zip(*known, strict=True))
-    if entries and all(isinstance(entry, float) for entry in entries):
-        if all(len(value) == len(first) for value in known):
-            return tuple(merged(column) for column in zip(*known, strict=True))
+    as_long = bool(entries) and all(len(value) == len(first) for value in known)
+    kinds = float if rule is None else (float, int)
+    if as_long and all(isinstance(entry, kinds) for entry in entries):
+        return tuple(merged(column, rule) for column in zip(*known, strict=True))
     if entries and all(isinstance(entry, str) for entry in entries):
         return tuple(dict.fromkeys(entries))
     return first

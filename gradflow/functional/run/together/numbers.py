@@ -1,12 +1,12 @@
 """The numbers of a run on several processes, combined: in a few exchanges, however many layers and steps.
 
 NOTE [How numbers combine]
-Every process brings a vector of all its numbers, in the same order; where one has no such number (a layer that
-only others run), it counts as absent. Along an axis that splits what a number is of, norms are combined as roots
-of sums of squares, over the largest so that no square leaves the range of a number, and counts by addition; along
-one that does not, all have the same, and it is the mean of those that have it. Means over samples are kept as
-vectors until here, as the norm of a mean is not to be had from norms; so are the peaks of units, of which the
-largest counts, and which of them are always saturated, which all must say.
+Every process brings a vector of all its numbers, in the same order; where one has no such number (a layer
+that only others run), it counts as absent. Along an axis that splits what a number is of, norms are combined
+as roots of sums of squares, over the largest so that no square leaves the range of a number, and counts by
+addition; along one that does not, all have the same, and it is the mean of those that have it. Means over
+samples are kept as vectors until here, as the norm of a mean is not to be had from norms; so are the peaks of
+units, of which the largest counts, and which of them are always saturated, which all must say.
 """
 
 from __future__ import annotations
@@ -209,7 +209,8 @@ class _Numbers:
         return (axis.splits != "batch" or name not in self.run.wholes.calls) and any(axis is a for a in axes)
 
     def partly_run(self, own: _Own) -> dict[str, tuple[int, float]]:
-        """Return, of the layer calls that only some processes ran in a step, in how many steps this one did, and
+        """Return, of the layer calls that only some processes ran in a step, in how many steps this one did,
+        and
         the share of the steps in which any did."""
         steps = max((step for step, _, _ in self.entries), default=0) + 1
         found: dict[str, tuple[int, float]] = {}
@@ -256,7 +257,7 @@ class _Numbers:
 
 
 def _in_order(lists: Sequence[Sequence[Any]]) -> list[Any]:
-    """Return what any of some lists holds: in the order of the first, what others add after what precedes it."""
+    """Return what any of some lists holds, in the order of the first; what others add after what precedes."""
     found = list(lists[0])
     known = set(found)
     for other in lists[1:]:

@@ -106,7 +106,8 @@ def _curve(run: Run, request: Request, stepper: Stepper, loss: float) -> Curvatu
     try:
         again = loss_of(state.trainable)
         gradients = torch.autograd.grad(again, list(state.trainable.values()), allow_unused=True)
-        found, again = dict(zip(before, gradients, strict=True)), again.detach()
+        found.update(zip(before, gradients, strict=True))
+        again = again.detach()
     except Exception as error:
         failed = error
     if not run.line.alone:
