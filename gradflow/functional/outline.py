@@ -1,4 +1,4 @@
-"""The outline of a model: its graph and what would be measured of it, from shapes alone, on the meta device."""
+"""The outline of a model on the meta device: its graph and what would be measured, from shapes alone."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ from gradflow.functional.torch_private import outside_transforms
 from gradflow.records import FlowRecord
 
 _NOTE = (
-    "The model is on the meta device, without values: this is its graph, and what would be measured of it. No step "
-    "was measured, so nothing is said of its health."
+    "The model is on the meta device, without values: this is its graph, and what would be measured of it. "
+    "No step was measured, so nothing is said of its health."
 )
 
 
 def outline(model: nn.Module, batch: Any, loss_fn: Callable[..., Any] | None = None) -> FlowRecord:
-    """Return the graph of a model on the meta device, and what would be measured of it; no number needs a value.
+    """Return the graph of a model on the meta device, and what would be measured of it; no value is needed.
 
-    So a model too large for one process can be looked at before it has any weights: which layers there are, in
-    which order they run, of which shapes, and which operations join them. One forward and one reverse pass run, on
-    shapes alone. Pure, like `analyze`.
+    So a model too large for one process can be looked at before it has any weights: which layers there are,
+    in which order they run, of which shapes, and which operations join them. One forward and one reverse
+    pass run, on shapes alone. Pure, like `analyze`.
 
     Args:
-        model: with all parameters and buffers on the meta device, as one built under `torch.device("meta")` is.
+        model: with all parameters and buffers on the meta device, as one that is built under
+            `torch.device("meta")` has them.
         batch: one batch, as `analyze` takes them, on any device: its shapes count.
         loss_fn: as for `analyze`.
 
@@ -95,9 +96,9 @@ def _told(run: Run, request: Request) -> FlowRecord:
         if "meta" not in str(error).lower() and "item" not in str(error):
             raise
         raise ModelInputError(
-            f"the model or the loss asks for a value where there are only shapes: {str(error).splitlines()[0][:200]} An "
-            "outline follows what does not depend on values. Leave that part out, or pass a small model of the same "
-            "kind with values to `analyze`."
+            "the model or the loss asks for a value where there are only shapes: "
+            f"{str(error).splitlines()[0][:200]} An outline follows what does not depend on values. Leave "
+            "that part out, or pass a small model of the same kind with values to `analyze`."
         ) from error
     run.graph.learn(outcome, dataflow, run.program.state.leaves)
     run.history.meet(outcome.recorder)
@@ -114,7 +115,7 @@ def _check_meta(model: nn.Module) -> None:
     for name, tensor in tensors:
         if not tensor.is_meta:
             raise ModelInputError(
-                f"{name!r} has values, on {tensor.device}. An outline is of a model without any: build it under "
-                "`with torch.device('meta'):`, or pass `copy.deepcopy(model).to('meta')`. For a model with values, "
-                "`analyze` measures too."
+                f"{name!r} has values, on {tensor.device}. An outline is of a model without any: build it "
+                "under `with torch.device('meta'):`, or pass `copy.deepcopy(model).to('meta')`. For a model "
+                "with values, `analyze` measures too."
             )

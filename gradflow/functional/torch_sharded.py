@@ -2,8 +2,8 @@
 
 | name | for | without it |
 | --- | --- | --- |
-| `FSDPModule._get_fsdp_state`, its groups and their parameters | which leaf stands for which shard | an error |
-| `Module._distribute_module_applied` | which calls are taken with their hooks | an operation more in the graph |
+| `FSDPModule._get_fsdp_state`, its groups, their parameters | which leaf stands for a shard | an error |
+| `Module._distribute_module_applied` | which calls are taken with their hooks | more operations in graphs |
 | `tensor._utils.compute_local_shape_and_global_offset` | where in the whole a shard lies | an error |
 """
 
@@ -45,7 +45,7 @@ class ShardedGroup:
         return [group for group in (several or one) if group is not None]
 
     def leaves(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Yield each sharded parameter and the leaf that stands for it when gathered, None before the first."""
+        """Yield each sharded parameter and the leaf that stands for it when gathered; None before that."""
         for group in self._groups:
             for held in group.fsdp_params:
                 yield held.sharded_param, getattr(held, "_unsharded_param", None)
@@ -98,7 +98,7 @@ class ShardedGroup:
 
 
 def sharded_groups(model: nn.Module) -> dict[str, ShardedGroup]:
-    """Return the parts of a model that `fully_shard` was called on, by qualified name, the outermost first."""
+    """Return the parts of a model that `fully_shard` was called on by name, the outermost first."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", None)
     if kind is None:

@@ -1,4 +1,4 @@
-"""Models spread over processes: how each is spread, what their analysis shows, and whether all is as it was."""
+"""Models spread over processes: how each is spread, what an analysis shows, whether all is as it was."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def split(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def spread(model: nn.Module, how: str, rank: int, size: int) -> tuple[nn.Module, int, int]:
-    """Spread a model; return it, the part of the batch that this process has, and how many parts there are."""
+    """Spread a model; return it, the part of the batch that this process has, and how many there are."""
     if how == "tensor":
         return split(model, init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))), 0, 1
     if how == "both":
@@ -138,8 +138,8 @@ def _groups(module: Any) -> Iterator[tuple[Any, ...]]:
     for group in module._get_fsdp_state()._fsdp_param_groups:
         yield (
             group._sharded_state, group._training_state, group.reduce_grads, group.all_reduce_grads,
-            group.reshard_after_backward, group._reshard_after_forward, group.mp_policy, group._all_reduce_hook,
-            [type(p.unsharded_accumulated_grad) for p in group.fsdp_params],
+            group.reshard_after_backward, group._reshard_after_forward, group.mp_policy,
+            group._all_reduce_hook, [type(p.unsharded_accumulated_grad) for p in group.fsdp_params],
         )  # fmt: skip
 
 

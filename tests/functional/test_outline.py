@@ -1,4 +1,4 @@
-"""The outline of a model without values: the graph and the layers that a run of the same model with values has."""
+"""The outline of a model without values: the graph and the layers that a run of it with values has."""
 
 from __future__ import annotations
 

@@ -61,7 +61,10 @@ def test_uses_are_found() -> None:
     }
 
 
-SET = ("torch.utils.checkpoint", "Module._distribute_module_applied")  # which functions set; see tests/distributed
+SET = (
+    "torch.utils.checkpoint",
+    "Module._distribute_module_applied",
+)  # which functions set; see tests/distributed
 OWNERS = {
     "Node": torch.autograd.graph.Node,
     "Tensor": torch.ones(1, requires_grad=True).square(),

@@ -152,13 +152,13 @@ def check_stage_loss(model: nn.Module) -> None:
 
 
 _SHARDED = (
-    "its values are sharded over processes in a form that PyTorch gives up, in which parameters are slices of one "
-    "long vector. Shard it with `torch.distributed.fsdp.fully_shard`, or pass the model as it was before it was "
-    "sharded, with a batch that one process can hold."
+    "its values are sharded over processes in a form that PyTorch gives up, in which parameters are slices "
+    "of one long vector. Shard it with `torch.distributed.fsdp.fully_shard`, or pass the model as it was "
+    "before it was sharded, with a batch that one process can hold."
 )
 _SPREAD = (
-    "its values are sharded over processes. `analyze` and `diagnose` take such models, when they are called on "
-    "every process; what was called here does not. Pass the model as it was before it was sharded "
+    "its values are sharded over processes. `analyze` and `diagnose` take such models, when they are called "
+    "on every process; what was called here does not. Pass the model as it was before it was sharded "
     "(`fully_shard`, tensor parallelism), with a batch that one process can hold."
 )
 _UNSPLIT = (

@@ -357,6 +357,7 @@ class Line:
         self.counts.note(flat.numel())
         return flat.cpu()
 
+
 def _is_broken_line(error: BaseException) -> bool:
     """Whether an error may be that of a collective whose other end is gone."""
     if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):

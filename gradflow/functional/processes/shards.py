@@ -189,7 +189,7 @@ class Shards:
 
     @contextlib.contextmanager
     def handing_out(self) -> Iterator[None]:
-        """Take the gradients of the slices from their `.grad` within the context, and put back what was there."""
+        """Have the gradients of the slices in their `.grad` for the context, and put back what was there."""
         saved = [(p, p.grad) for p in self.gathered.values()]
         try:
             for parameter, _ in saved:
@@ -209,7 +209,7 @@ class Shards:
         return sums
 
     def whole(self, line: Line, parts: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-        """Return small numbers, one for each element of parameters, made of those that processes have of their slices.
+        """Return small numbers, one for each element of parameters, of those that processes have of slices.
 
         Args:
             line: to the other processes.
@@ -250,18 +250,18 @@ def processes_over(shards: Shards, asked: Any) -> Processes | None:
 
     Args:
         shards: the model's.
-        asked: `auto`, or a process group that splits the batch beside; see `processes_of`.
+        asked: `auto`, or a process group that splits the batch, if the meshes do not; see `processes_of`.
 
     Raises:
         ModelInputError: if this process is asked for alone, or the meshes do not span all processes.
     """
     if not shards:
         return None
-    if asked == "alone":
+    if asked == "alone" and any(p.device_mesh.size() > 1 for p in shards.spread.values()):  # type: ignore[attr-defined]
         raise ModelInputError(
-            f"processes='alone', but {next(iter(shards.spread))!r} is spread over processes, and no process has "
-            "a model of its own. Leave `processes` out, and call gradflow on every process, each with its own "
-            "part of the batch, as training is."
+            f"processes='alone', but {next(iter(shards.spread))!r} is spread over processes, and no process "
+            "has a model of its own. Leave `processes` out, and call gradflow on every process, each with "
+            "its own part of the batch, as training is."
         )
     axes: dict[Ranks, Axis] = {}
     found = [(mesh, "batch") for group in shards.groups.values() for mesh in group.meshes]
@@ -272,9 +272,9 @@ def processes_over(shards: Shards, asked: Any) -> Processes | None:
             axis = Axis(name[0], mesh.get_group(dim), splits)
             if axis.size > 1:
                 axes.setdefault(axis.ranks, axis)
-    if isinstance(asked, dist.ProcessGroup):
-        axis = Axis("data", asked)
-        axes = {axis.ranks: axis, **axes} if axis.ranks not in axes else axes
+    number = math.prod(axis.size for axis in axes.values())
+    if isinstance(asked, dist.ProcessGroup) and number * dist.get_world_size(asked) <= dist.get_world_size():
+        axes = {(beside := Axis("data", asked)).ranks: beside, **axes}
     ordered = tuple(sorted(axes.values(), key=lambda axis: axis.splits != "batch"))
     if not ordered:  # of one process each
         return Processes()
@@ -282,8 +282,8 @@ def processes_over(shards: Shards, asked: Any) -> Processes | None:
     if len(ordered) > 1 and number != dist.get_world_size():
         raise ModelInputError(
             f"the parameters are spread over {number} processes ({_sizes(ordered)}), of "
-            f"{dist.get_world_size()} in all. Pass processes=GROUP, the process group over which the batch is split "
-            "beside, so that the axes span all processes."
+            f"{dist.get_world_size()} in all. Pass processes=GROUP, the process group over which the batch "
+            "is split beside, so that the axes span all processes."
         )
     names = {name: frozenset(split_of(p.device_mesh, p.placements)) for name, p in shards.spread.items()}  # type: ignore[attr-defined]
     group = ordered[0].group if len(ordered) == 1 else dist.group.WORLD

@@ -18,9 +18,9 @@ comes first in `_RANK`; a sum of parts that are not zero, but which is, or is me
 cancels. So at every leaf, each element that is zero has exactly one label. Few labels live at one place, for
 a product with a full matrix mixes the zeros of a unit away, so the walk costs a few reverse passes.
 
-Where layers are split over processes, a node may exchange what it is called with. All processes must call it as
-often: twice, whatever they find, so zeros that it does not make by itself get the most frequent label of those
-that come in. Labels are of the part that a process holds.
+Where layers are split over processes, a node may exchange what it is called with. All processes must call it
+as often: twice, whatever they find, so zeros that it does not make by itself get the most frequent label of
+those that come in. Labels are of the part that a process holds.
 """
 
 from __future__ import annotations

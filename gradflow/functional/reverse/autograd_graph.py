@@ -99,7 +99,7 @@ class Structure:
         self.gatherer = gatherer(shards, self.nodes, windows.innermost) if shards.groups else None
 
     def walk(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
-        """Begin a walk over the nodes: what is called before each, in their order, whether it is used or not."""
+        """Begin a walk over the nodes: what is called before each, in their order, used or not."""
         return contextlib.nullcontext(lambda: None) if self.gatherer is None else self.gatherer.walk()
 
     def remember(self) -> None:

@@ -199,9 +199,6 @@ def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> 
     run.reach.arrived.add(outcome.gradients.parts, look=look)
 
 
-_SPLIT = "layers are split over processes (tensor parallel), where the graph cannot be walked by each of them at its own pace."
-
-
 @attrs.frozen(eq=False)
 class Closer:
     """What a step is asked and listened to for, so that its zeros can be explained when it is over."""

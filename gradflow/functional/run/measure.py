@@ -48,13 +48,15 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     transform = _choose_transform(plan.transform)
     if shards and transform[0] == "vjp":
         raise ModelInputError(
-            f"the transform is `vjp` ({transform[1]}), which does not take parameters that are spread over processes, such as "
-            f"{next(iter(shards.spread))!r}. Pass transform='fused', outside of any transform of torch.func."
+            f"the transform is `vjp` ({transform[1]}), which does not take parameters that are spread over "
+            f"processes, such as {next(iter(shards.spread))!r}. Pass transform='fused', outside of any "
+            "transform of torch.func."
         )
     outside = outside_transforms()  # a record holds plain numbers
     grad = torch.enable_grad()
     with (
-        line.opened(), exclusive(), shards.kept(stepped=bool(plan.loop.optimizers)), LazyCopies(*given.modules) as copies,
+        line.opened(), exclusive(), shards.kept(stepped=bool(plan.loop.optimizers)),
+        LazyCopies(*given.modules) as copies,
         preserved(*given.modules, also=given.functions), outside, uncompiled(),
         torch.inference_mode(False), grad,
     ):  # fmt: skip

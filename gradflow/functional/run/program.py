@@ -72,7 +72,7 @@ class WorkingState:
 
     @classmethod
     def of(
-        cls, given: Given, copy_of: Copy = torch.clone, shards: Shards = Shards(), *, valued: bool = True
+        cls, given: Given, copy_of: Copy = torch.clone, shards: Shards | None = None, *, valued: bool = True
     ) -> WorkingState:
         """Return copies of the present state; what model and loss share belongs to the model.
 
@@ -83,6 +83,7 @@ class WorkingState:
             valued: whether all must have values.
         """
         model, loss = given.model, given.loss_module
+        shards = shards or Shards()
         kept = {id(p) for p in shards.gathered.values()}
         parameters = copy_parameters(model, copy_of, kept, valued=valued)
         buffers = copy_buffers(model, copy_of, valued=valued)
@@ -116,7 +117,7 @@ class WorkingState:
 
     @property
     def leaves(self) -> Tensors:
-        """What stands for each parameter in autograd's graph; the leaf that was gathered for a sharded one."""
+        """What stands for a parameter in autograd's graph: of a sharded one, the leaf that is gathered."""
         return {**self.every_parameter, **self.shards.leaves()}
 
     @property

@@ -25,7 +25,7 @@ def feeds(node: Node) -> list[tuple[Node | None, int]]:
     return [_seen_through(edge) if sees_through(edge[0]) else edge for edge in node.next_functions]
 
 
-def _seen_through(edge: tuple[Node | None, int]) -> tuple[Node | None, int]:
+def _seen_through(edge: tuple[Any, int]) -> tuple[Node | None, int]:
     while sees_through(edge[0]):
         edge = edge[0].next_functions[edge[1]]
     return edge

@@ -138,7 +138,7 @@ class _Shares:
         return np.where(missing, math.nan, total)
 
     def number(self, node: NodeRecord, of: Sequence[NodeRecord]) -> int:
-        """Return how many elements a node has on all processes; its shape, for a layer, is whole over a model's."""
+        """Return how many elements a node has on all processes; a layer's shape is whole over a model's."""
         alike = self.num_alike if node.kind == "layer" else self.alike.get(node.name, 1)
         return sum(one.num_elements for one in of) // alike
 

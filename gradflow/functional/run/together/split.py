@@ -1,4 +1,4 @@
-"""What layers that are split over processes have of units: each process others, in its place among those of all."""
+"""Units of layers that are split over processes: each has others, in their place among those of all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def numbered(processes: Processes, split: Mapping[Ranks, int]) -> tuple[tuple[in
 
 
 def split_of(calls: Mapping[str, Call], key: Any, kind: str = "out") -> Mapping[Ranks, int]:
-    """Return along which axes the model splits what a number is of: a call's output, its input, an activation."""
+    """Return along which axes the model splits what a number is of: an output, an input, an activation."""
     call = calls.get(key.layer if isinstance(key, ActivationKey) else key)
     if call is None:
         return {}

@@ -1,10 +1,10 @@
 """How the loss bends along an update of parameters that are spread over processes; see `curvature_along`.
 
 NOTE [Along an update of slices]
-The model gathers its parameters by itself, from where they are, so a point along the update is taken by writing it
-there; at the end all are as they were. A derivative of a derivative would need the gathered ones to outlive their
-pass: so the bend is the central difference of the slope, for which the model runs forward and backward as in any
-step. Losses are the means over the batch's parts, slopes the sums over the slices.
+The model gathers its parameters by itself, from where they are, so a point along the update is taken by
+writing it there; at the end all are as they were. A derivative of a derivative would need the gathered ones
+to outlive their pass: so the bend is the central difference of the slope, for which the model runs forward and
+backward as in any step. Losses are the means over the batch's parts, slopes the sums over the slices.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def gradients_of(run: Run, request: Request) -> tuple[Gradients, Any]:
     with request.before.again(program):
         run.line.go_on()
         plainly = attrs.evolve(
-            request, first=False, structural=False, look=False, full=False, ranks=False, keep=False, listeners=(),
-            keep_output=False, scale=1.0,
+            request, first=False, structural=False, look=False, full=False, ranks=False, keep=False,
+            listeners=(), keep_output=False, scale=1.0,
         )  # fmt: skip
         shared = averaged(run, run_step(program, plainly))
     return dict(shared.outcome.gradients.parameters), shared.loss
@@ -118,8 +118,9 @@ def spread_curve(run: Run, request: Request, stepper: Stepper, loss: float) -> C
     try:
         slopes = [line.slope_at(side) for side in (reach, -reach)]
         return CurvatureRecord(
-            step=request.step, how="central difference", why=_WHY, loss=float(again), slope=line.slope(gradients),
-            bend=(slopes[0] - slopes[1]) / (2 * reach), actual=line.loss_at(1.0) - float(again), factors=FACTORS,
+            step=request.step, how="central difference", why=_WHY, loss=float(again),
+            slope=line.slope(gradients), bend=(slopes[0] - slopes[1]) / (2 * reach),
+            actual=line.loss_at(1.0) - float(again), factors=FACTORS,
             changes=[line.loss_at(factor) - float(again) for factor in FACTORS],
         )  # fmt: skip
     finally:
