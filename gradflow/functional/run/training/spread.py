@@ -3,8 +3,8 @@
 NOTE [Along an update of slices]
 The model gathers its parameters by itself, from where they are, so a point along the update is taken by
 writing it there; at the end all are as they were. A derivative of a derivative would need the gathered ones
-to outlive their pass: so the bend is the central difference of the slope, for which the model runs forward and
-backward as in any step. Losses are the means over the batch's parts, slopes the sums over the slices.
+to outlive their pass: so the bend is the central difference of the slope, for which the model runs forward
+and backward as in any step. Losses are the means over the batch's parts, slopes the sums over the slices.
 """
 
 from __future__ import annotations
