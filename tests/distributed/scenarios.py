@@ -164,14 +164,14 @@ def trains_on(rank: int, size: int) -> Any:
     """The reducer and its communication hook after an analysis, against one that was never analysed."""
     found, calls = [], []
 
-    def hook(state: Any, bucket: dist.GradBucket) -> Any:
+    def hooked(state: Any, bucket: Any) -> Any:
         calls.append(0)
         return default_hooks.allreduce_hook(state, bucket)
 
     for analysed in (False, True):
         model, batches, loss_fn = MODELS["mlp"]("healthy")
         model = DistributedDataParallel(model, find_unused_parameters=True)
-        model.register_comm_hook(None, hook)
+        model.register_comm_hook(None, lambda state, bucket: hooked(state, bucket))
         mine, notes = part(batches, rank, size), ()
         for x, y in mine[:3]:
             if analysed:
@@ -190,6 +190,7 @@ def watched(rank: int, size: int, *, inside: bool = False) -> Any:
     model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     monitor = gf.Monitor(model, loss_fn, optimizer, every=4, processes="auto")
+    report = None
     for x, y in part(batches, rank, size):
         with monitor.step() if inside else contextlib.nullcontext():
             optimizer.zero_grad()
