@@ -28,7 +28,8 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `Module._compiled_call_impl` | telling a compiled module | taken for none |
 | `DataLoader._iterator` | fresh workers, where a loader keeps its own | those it keeps |
 | `distributed_c10d._get_default_store` | how processes tell one another that one has failed | an error |
-| `distributed_c10d._set_pg_timeout`, `ProcessGroup._get_backend`, `ProcessGroup._device_types` | a bound on how long one waits | an error |
+| `distributed_c10d._set_pg_timeout`, `ProcessGroup._get_backend` | a bound on how long one waits | an error |
+| `ProcessGroup._device_types` | of which backends that is asked | an error |
 | `DistributedDataParallel._comm_hooks` | telling that they are not run | taken for none |
 | the frames of `torch.utils.checkpoint` | telling one running checkpoint from another | taken for one |
 """
