@@ -74,6 +74,8 @@ def diagnose(
         detail: `cheap`, or `full` to measure the flow along every edge of the layer graph; `full` also where
             the pipeline needs it.
         transform: the reverse pass: `auto`, `fused` or `vjp`.
+        processes: those that split the batch, of which each must call it: `auto`, a process group, or
+            `alone`; see `analyze`.
         progress: called with (steps done, steps) after every step.
 
     Returns:
@@ -133,7 +135,7 @@ def diagnose_custom(
         forward_fn: (model, step) → output; draws its own data.
         loss_fn: output → scalar; None where the output is the loss or holds it.
         steps, optimizer, clip, accumulate, scheduler, scaler, step_fn, seed, mode, pipeline, detail,
-            transform, progress: as for `diagnose`.
+            transform, processes, progress: as for `diagnose`.
 
     Raises:
         GradflowError: those that `analyze_custom` raises.

@@ -29,6 +29,7 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `DataLoader._iterator` | fresh workers, where a loader keeps its own | those it keeps |
 | `distributed_c10d._get_default_store` | how processes tell one another that one has failed | an error |
 | `distributed_c10d._set_pg_timeout`, `ProcessGroup._get_backend` | a bound on how long one waits | an error |
+| `ProcessGroup._device_types` | of which backends that is asked | an error |
 | `DistributedDataParallel._comm_hooks` | telling that they are not run | taken for none |
 | the frames of `torch.utils.checkpoint` | telling one running checkpoint from another | taken for one |
 """
@@ -278,7 +279,8 @@ def default_store() -> Any:
 
 def timeout_of(group: Any) -> datetime.timedelta:
     """Return how long a collective of a process group may take."""
-    return next(iter(_backends(group))).options._timeout
+    options = getattr(next(iter(_backends(group))), "options", None)
+    return getattr(options, "_timeout", distributed_c10d.default_pg_timeout)
 
 
 def set_timeout(group: Any, timeout: datetime.timedelta) -> None:

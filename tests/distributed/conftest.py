@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.findings import FINDINGS
+from tests.distributed.findings import FEW, FINDINGS
 from tests.distributed.scenarios import COMPARED, OTHERS
 from tests.distributed.worlds import World
 
 
-@pytest.fixture(scope="package", params=[2, 4], ids=["two", "four"])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """All scenarios on two and on four processes."""
-    return World.started(
-        request.param, [*COMPARED, *OTHERS, *FINDINGS], tmp_path_factory.mktemp("world")
-    ).joined()
+@pytest.fixture(scope="package")
+def two(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """All scenarios on two processes."""
+    names = [*COMPARED, *OTHERS, *FINDINGS]
+    return World.started(2, names, tmp_path_factory.mktemp("two")).joined()
+
+
+@pytest.fixture(scope="package")
+def four(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Those on four that may come out otherwise there."""
+    names = [*COMPARED, *OTHERS, *FEW]
+    return World.started(4, names, tmp_path_factory.mktemp("four")).joined()
+
+
+@pytest.fixture(params=["two", "four"])
+def world(request: pytest.FixtureRequest) -> World:
+    """Each of them."""
+    found: World = request.getfixturevalue(request.param)
+    return found

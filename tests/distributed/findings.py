@@ -144,3 +144,4 @@ FINDINGS = (
     "partly_used", "found_unused", "never_used", "same_data", "plain_norms", "synchronised_norms",
     "unfed_expert", "fed_experts", "words",
 )  # fmt: skip
+FEW = ("unequal_parameter", "other_scale", "partly_used", "same_data")  # of which more than two matter

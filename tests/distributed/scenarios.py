@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import gradflow as gf
@@ -120,18 +121,18 @@ def absent(rank: int, size: int) -> Any:
         line.PATIENCE = patience
 
 
-OTHERS = ("clipped", "by_step_fn", "runs_out", "raises", "absent", "watched", "watched_inside")
+OTHERS = ("clipped", "by_step_fn", "runs_out", "raises", "absent", "watched", "watched_inside", "trains_on")
 globals().update({name: _scenario(*case) for name, case in COMPARED.items()})
 
 
-def _killed(rank: int, size: int, name: str) -> Any:
-    """The last process is killed in its third step."""
+def _killed(rank: int, size: int, name: str, *, first: bool = False) -> Any:
+    """The last process, or the first, is killed in its third step."""
     model, batches, loss_fn = MODELS[name]("healthy")
     calls: list[float] = []
 
     def loss_of(output: Any, target: Any) -> Any:
         calls.append(time.monotonic())
-        if rank == size - 1 and len(calls) == 3:
+        if rank == (0 if first else size - 1) and len(calls) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss_fn(output, target)
 
@@ -146,6 +147,11 @@ def killed(rank: int, size: int) -> Any:
     return _killed(rank, size, "mlp")
 
 
+def killed_with_store(rank: int, size: int) -> Any:
+    """The first holds the store through which they find one another."""
+    return _killed(rank, size, "mlp", first=True)
+
+
 def killed_in_exchange(rank: int, size: int) -> Any:
     """The others wait for it in an exchange of the model's own, its batch norm."""
     return _killed(rank, size, "resnet")
@@ -154,12 +160,37 @@ def killed_in_exchange(rank: int, size: int) -> Any:
 globals().update({name: getattr(findings, name) for name in findings.FINDINGS})
 
 
+def trains_on(rank: int, size: int) -> Any:
+    """The reducer and its communication hook after an analysis, against one that was never analysed."""
+    found, calls = [], []
+
+    def hooked(state: Any, bucket: Any) -> Any:
+        calls.append(0)
+        return default_hooks.allreduce_hook(state, bucket)
+
+    for analysed in (False, True):
+        model, batches, loss_fn = MODELS["mlp"]("healthy")
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+        model.register_comm_hook(None, lambda state, bucket: hooked(state, bucket))
+        mine, notes = part(batches, rank, size), ()
+        for x, y in mine[:3]:
+            if analysed:
+                before = len(calls)
+                notes = gf.analyze(model, mine[:2], loss_fn).provenance.notes
+                assert len(calls) == before
+            model.zero_grad()
+            loss_fn(model(x), y).backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    return all(map(torch.equal, *found)), len(calls), notes
+
+
 def watched(rank: int, size: int, *, inside: bool = False) -> Any:
     """A training watched from beside or from inside by all processes together."""
     model, batches, loss_fn = MODELS["mlp"]("sick")
     model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     monitor = gf.Monitor(model, loss_fn, optimizer, every=4, processes="auto")
+    report = None
     for x, y in part(batches, rank, size):
         with monitor.step() if inside else contextlib.nullcontext():
             optimizer.zero_grad()

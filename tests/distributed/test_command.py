@@ -23,9 +23,10 @@ def build():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     random = torch.Generator().manual_seed(1)
-    batches = [(torch.randn(8, 4, generator=random), torch.randint(0, 2, (8,), generator=random)) for _ in
-    range(3)] rank = int(os.environ["RANK"]) return model, [tuple(t.chunk(2)[rank] for t in batch) for batch
-    in batches], nn.CrossEntropyLoss()
+    inputs = [torch.randn(8, 4, generator=random) for _ in range(3)]
+    batches = [(x, (x.sum(1) > 0).long()) for x in inputs]
+    rank = int(os.environ["RANK"])
+    return model, [tuple(t.chunk(2)[rank] for t in batch) for batch in batches], nn.CrossEntropyLoss()
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.distributed.findings import FEW
 from tests.distributed.worlds import World
 
 # scenario: (type, severity, words of the description)
@@ -31,7 +32,16 @@ HEALTHY = ("broadcast_buffer", "found_unused", "synchronised_norms", "fed_expert
 
 
 @pytest.mark.parametrize("name", SICK)
-def test_what_differs_is_found_and_named_on_every_process(name: str, world: World) -> None:
+def test_what_differs_is_found_and_named_on_every_process(name: str, two: World) -> None:
+    check(name, two)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_so_it_is_on_four(name: str, four: World) -> None:
+    check(name, four)
+
+
+def check(name: str, world: World) -> None:
     kind, severity, words = SICK[name]
     first, *others = world.results(name)
     assert [issue[:2] for issue in first] == [(kind, severity)] * len(first)
@@ -42,5 +52,5 @@ def test_what_differs_is_found_and_named_on_every_process(name: str, world: Worl
 
 
 @pytest.mark.parametrize("name", HEALTHY)
-def test_healthy_twins_have_none(name: str, world: World) -> None:
-    assert world.results(name) == [[]] * world.size
+def test_healthy_twins_have_none(name: str, two: World) -> None:
+    assert two.results(name) == [[], []]

@@ -127,3 +127,11 @@ def test_a_process_without_a_batch_ends_the_run_on_all(world: World) -> None:
     assert first.steps == 3
     assert any("ended after 3 of 5 steps" in note for note in first.provenance.notes)
     assert all(other == first for other in others)
+
+
+def test_the_reducer_and_its_hook_go_on_as_before(world: World) -> None:
+    for same, num_calls, notes in world.results("trains_on"):
+        assert same
+        assert num_calls >= 6
+        assert any("communication hook of DistributedDataParallel is not run" in note for note in notes)
+        assert not any("of this process alone" in note for note in notes)

@@ -24,7 +24,7 @@ from gradflow.functional.model.supported import distributed
 from gradflow.functional.processes.line import Line
 from gradflow.functional.run.rows import Row
 from gradflow.functional.torch_private import BatchNorm
-from gradflow.records import DifferenceRecord, ExchangeRecord, ProcessesRecord, SharesRecord
+from gradflow.records import DifferenceRecord, ProcessesRecord, SharesRecord
 
 _PATTERN = 1009
 _MOST = 50  # differences that are told of
@@ -124,7 +124,6 @@ class Facts:
         looks = min(len(found[2]) for found in every)
         parts = [found[2][:looks] for found in every]
         places = [found[6] for found in every]
-        counts = line.counts
         return ProcessesRecord(
             ranks=line.ranks,
             losses=np.array([found[0] for found in every]).T,
@@ -139,13 +138,6 @@ class Facts:
             differences=told,
             unsynchronised=list(_unsynchronised(model)),
             reducer=self.reducer,
-            exchanged=ExchangeRecord(
-                gradients=counts.gradients,
-                gradient_bytes=counts.gradient_bytes,
-                others=counts.others,
-                other_bytes=counts.num_bytes,
-                gathered_bytes=counts.gathered_bytes,
-            ),
         )
 
 

@@ -73,7 +73,7 @@ def merged(values: Sequence[Any], rule: int | None = None) -> Any:
         return _sequence(known, rule)
     if isinstance(first, Mapping):
         keys = dict.fromkeys(key for value in known for key in value)
-        return type(first)({key: merged([value[key] for value in known if key in value]) for key in keys})
+        return {key: merged([value[key] for value in known if key in value]) for key in keys}
     return first
 
 
