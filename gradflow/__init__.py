@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from gradflow.functional.jacobian.per_sample import gradient_noise, per_sample_gradients
     from gradflow.functional.jacobian.sample_losses import sample_losses
     from gradflow.functional.measurement import Measurement, Session
+    from gradflow.functional.outline import outline
     from gradflow.functional.policy.gradients import head_gradients
     from gradflow.functional.policy.statistics import action_entropy
     from gradflow.functional.recurrent.unroll import hidden_gradients
@@ -145,6 +146,7 @@ _PLACES = {
     "gradflow.functional.jacobian.per_sample": ("gradient_noise", "per_sample_gradients"),
     "gradflow.functional.jacobian.sample_losses": ("sample_losses",),
     "gradflow.functional.measurement": ("Measurement", "Session"),
+    "gradflow.functional.outline": ("outline",),
     "gradflow.functional.policy.gradients": ("head_gradients",),
     "gradflow.functional.policy.statistics": ("action_entropy",),
     "gradflow.functional.scale": ("GradientScale", "gradient_scale"),
@@ -286,6 +288,7 @@ __all__ = [
     "numerical",
     "observer",
     "only",
+    "outline",
     "per_sample_gradients",
     "read_history",
     "register_record",

@@ -42,6 +42,7 @@ def diagnose(
     pipeline: Any = None,
     detail: Detail = "cheap",
     transform: Transform = "auto",
+    processes: Any = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Return what is wrong with a model's training, where it starts, and what to change.
@@ -73,6 +74,8 @@ def diagnose(
         detail: `cheap`, or `full` to measure the flow along every edge of the layer graph; `full` also where
             the pipeline needs it.
         transform: the reverse pass: `auto`, `fused` or `vjp`.
+        processes: those that split the batch, of which each must call it: `auto`, a process group, or
+            `alone`; see `analyze`.
         progress: called with (steps done, steps) after every step.
 
     Returns:
@@ -98,8 +101,8 @@ def diagnose(
         step_fn=step_fn,
     )  # fmt: skip
     plan = Plan(
-        steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, progress=progress,
-        **wanted(detectors, detail),
+        steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, processes=processes,
+        progress=progress,         **wanted(detectors, detail),
     )  # fmt: skip
     record = analyzed(model, batches, loss_fn, plan)
     return judged(record, detectors)
@@ -122,6 +125,7 @@ def diagnose_custom(
     pipeline: Any = None,
     detail: Detail = "cheap",
     transform: Transform = "auto",
+    processes: Any = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Like `diagnose`, for forwards that need more than `model(x)`.
@@ -131,7 +135,7 @@ def diagnose_custom(
         forward_fn: (model, step) → output; draws its own data.
         loss_fn: output → scalar; None where the output is the loss or holds it.
         steps, optimizer, clip, accumulate, scheduler, scaler, step_fn, seed, mode, pipeline, detail,
-            transform, progress: as for `diagnose`.
+            transform, processes, progress: as for `diagnose`.
 
     Raises:
         GradflowError: those that `analyze_custom` raises.
@@ -150,8 +154,8 @@ def diagnose_custom(
         step_fn=step_fn,
     )  # fmt: skip
     plan = Plan(
-        steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, progress=progress,
-        **wanted(detectors, detail),
+        steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, processes=processes,
+        progress=progress,         **wanted(detectors, detail),
     )  # fmt: skip
     record = analyzed_custom(model, forward_fn, loss_fn, plan)
     return judged(record, detectors)

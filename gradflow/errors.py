@@ -109,6 +109,19 @@ class ModelCallError(GradflowError, RuntimeError):
     """The model cannot be differentiated in the way asked for; the exception it raised is the `__cause__`."""
 
 
+class ProcessError(GradflowError, RuntimeError):
+    """Another process of an analysis has raised, is gone, or never came.
+
+    Args:
+        text: what happened.
+        told: whether all processes know of it.
+    """
+
+    def __init__(self, text: str = "", *, told: bool = False) -> None:
+        super().__init__(text)
+        self.told = told
+
+
 class PipelineError(GradflowError, TypeError):
     """What was passed as a pipeline, a detector, a rule or a type of issue cannot be used as one."""
 

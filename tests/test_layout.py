@@ -33,7 +33,8 @@ ORDER = [
 # that stand beside the rooms have a rank too; those not named come last.
 ROOMS: dict[str, list[set[str]]] = {
     "functional": [
-        {"torch_private"},
+        {"torch_private", "torch_sharded"},
+        {"processes"},
         {"model"},
         {"tap"},
         {"reverse"},
@@ -42,7 +43,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"reach", "updates"},
         {"run", "jacobian", "attention", "recurrent", "policy", "parts", "precision"},
         {"inside"},
-        {"analyze", "scale", "weights"},
+        {"analyze", "outline", "scale", "weights"},
         {"__init__"},
     ],
     "graph": [
@@ -88,7 +89,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"actions"},
         {"reach", "updates"},
         {"flow", "causes"},
-        {"attention", "recurrent", "policy", "parts", "precision", "time"},
+        {"attention", "recurrent", "policy", "parts", "precision", "time", "processes"},
         {"defaults"},
         {"compose"},
         {"__init__"},

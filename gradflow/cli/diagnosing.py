@@ -36,6 +36,7 @@ def _report(target: Target, options: Any) -> tuple[Report, tuple[Path, int] | No
     """Return the report, and where the function is that builds the model."""
     from gradflow import pipelines
     from gradflow.diagnosis import diagnose
+    from gradflow.functional.processes.launched import launched
     from gradflow.report.progress import progress_bar
 
     pipeline = getattr(pipelines, options.pipeline)() if options.pipeline else None
@@ -43,9 +44,10 @@ def _report(target: Target, options: Any) -> tuple[Report, tuple[Path, int] | No
     with program(target, options.arguments) as module:
         given = built(module, target, options)
         bar = progress_bar(sys.stderr) if wanted and not options.quiet else contextlib.nullcontext()
-        with explained(f"the model of {target}() cannot be diagnosed"), bar as progress:
+        cannot = explained(f"the model of {target}() cannot be diagnosed")
+        with cannot, bar as progress, launched(options, given.model) as processes:
             report = diagnose(
-                given.model, given.batches, given.loss_fn, optimizer=given.optimizer,
+                given.model, given.batches, given.loss_fn, optimizer=given.optimizer, processes=processes,
                 steps=options.steps, seed=options.seed, mode=options.mode, detail=options.detail,
                 pipeline=pipeline, progress=progress, **_loop(given, options),
             )  # fmt: skip

@@ -48,6 +48,8 @@ def detect(record: FlowRecord, pipeline: Any = None) -> tuple[Issue, ...]:
     """
     check_record("detect", record)
     detectors = check_detectors(pipeline)
+    if not record.steps:  # nothing was measured: the outline of a model without values
+        return ()
     with shared_flow():
         found = [issue for detector in detectors for issue in _issues(detector, record)]
     return sorted_issues(record, found)

@@ -19,6 +19,9 @@ from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.twins import copied_units
+from gradflow.detect.processes.differing import partly_used, unequal_processes
+from gradflow.detect.processes.layers import unfed_experts, unsynchronised_norms
+from gradflow.detect.processes.odd import odd_process, same_data
 from gradflow.detect.updates.slow import slow_updates
 from gradflow.detect.updates.unheld import unheld_parameters
 from gradflow.records import FlowRecord, Issue
@@ -31,7 +34,7 @@ def default_detectors(
     dead_threshold: float = 0.9,
     unstable_cv_threshold: float = 3.0,
 ) -> tuple[Callable[[FlowRecord], Iterable[Issue]], ...]:
-    """Return one detector of each of the seven types, and those of parts and of updates.
+    """Return one detector of each of the seven types, and those of parts, of updates and of processes.
 
     Args:
         vanishing_threshold: see `vanishing`.
@@ -61,4 +64,10 @@ def default_detectors(
         idle_codes(),
         slow_updates(),
         unheld_parameters(),
+        unequal_processes(),
+        partly_used(),
+        odd_process(),
+        same_data(),
+        unsynchronised_norms(),
+        unfed_experts(),
     )

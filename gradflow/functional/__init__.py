@@ -38,7 +38,7 @@ from gradflow.functional.recurrent.cells import Cell, Level, level_of_cell, leve
 from gradflow.functional.recurrent.measurement import recurrence
 from gradflow.functional.recurrent.transition import lyapunov_exponents, spectral_radii, state_jacobians
 from gradflow.functional.recurrent.unroll import hidden_gradients, unroll
-from gradflow.functional.reverse.reverse import effective_rank
+from gradflow.functional.reverse.ranks import effective_rank
 from gradflow.functional.scale import GradientScale, gradient_scale
 from gradflow.functional.tap.probes import probe
 from gradflow.functional.updates.curvature import curvature, curvature_along

@@ -47,6 +47,7 @@ def analyze(
     mode: Mode = "train",
     detail: Detail = "cheap",
     transform: Transform = "auto",
+    processes: Any = "auto",
     progress: Progress | None = None,
     deepen: Callable[[FlowRecord], bool] | None = None,
     measurements: Iterable[Measurement] = (),
@@ -90,6 +91,9 @@ def analyze(
         detail: `cheap` probes layer outputs; `full` measures the gradient on every edge of the graph too.
         transform: `fused` (`torch.autograd.grad`), `vjp` (`torch.func.vjp`), or `auto`. `vjp` takes fewer
             models, and other kernels for some layers, so that dropout inside attention drops other elements.
+        processes: which split the batch: `auto` for those that a `DistributedDataParallel` in the model
+            averages gradients over, a process group, or `alone` for this process. Where there are several,
+            each must call it, with its own part of every batch; all get the record of the joined batch.
         progress: called as `progress(done, steps)` after every step.
         deepen: if it returns True for the cheap record, the last step is run again in full detail.
         measurements: what else to measure, such as `attention()`; see `gradflow.functional.measurement`.
@@ -106,6 +110,7 @@ def analyze(
         OptimizerMismatchError: if the optimizer is none, or holds none of the model's parameters.
         MeasurementError: if two measurements declare the same name, or one a field of the record.
         NotRestoredError: if something of the user's could not be put back.
+        ProcessError: if another process raised, died, or never called it.
         ValueError: if `steps`, `clip`, `accumulate`, `seed`, `mode`, `detail` or `transform` is none of those
             above, or what tells of updates is given without an optimizer.
 
@@ -123,7 +128,7 @@ def analyze(
     )  # fmt: skip
     plan = Plan(
         steps=steps, loop=loop, seed=seed, mode=mode, detail=detail, transform=transform,
-        progress=progress, deepen=deepen, measurements=measurements,
+        processes=processes, progress=progress, deepen=deepen, measurements=measurements,
     )  # fmt: skip
     return analyzed(model, batches, loss_fn, plan)
 
@@ -144,6 +149,7 @@ def analyze_custom(
     mode: Mode = "train",
     detail: Detail = "cheap",
     transform: Transform = "auto",
+    processes: Any = "auto",
     progress: Progress | None = None,
     deepen: Callable[[FlowRecord], bool] | None = None,
     measurements: Iterable[Measurement] = (),
@@ -155,7 +161,7 @@ def analyze_custom(
         forward_fn: (model, step) → output; draws its own data.
         loss_fn: output → scalar; None where the output is the loss or holds it.
         steps, optimizer, clip, accumulate, scheduler, scaler, step_fn, seed, mode, detail, transform,
-            progress, deepen, measurements: as for `analyze`.
+            processes, progress, deepen, measurements: as for `analyze`.
 
     Raises:
         GradflowError: those that `analyze` raises.
@@ -173,7 +179,7 @@ def analyze_custom(
     )  # fmt: skip
     plan = Plan(
         steps=steps, loop=loop, seed=seed, mode=mode, detail=detail, transform=transform,
-        progress=progress, deepen=deepen, measurements=measurements,
+        processes=processes, progress=progress, deepen=deepen, measurements=measurements,
     )  # fmt: skip
     return analyzed_custom(model, forward_fn, loss_fn, plan)
 

@@ -27,6 +27,10 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `_BatchNorm`, `_NormBase`, `_InstanceNorm` | which layers keep running statistics | an error |
 | `Module._compiled_call_impl` | telling a compiled module | taken for none |
 | `DataLoader._iterator` | fresh workers, where a loader keeps its own | those it keeps |
+| `distributed_c10d._get_default_store` | how processes tell one another that one has failed | an error |
+| `distributed_c10d._set_pg_timeout`, `ProcessGroup._get_backend` | a bound on how long one waits | an error |
+| `ProcessGroup._device_types` | of which backends that is asked | an error |
+| `DistributedDataParallel._comm_hooks` | telling that they are not run | taken for none |
 | the frames of `torch.utils.checkpoint` | telling one running checkpoint from another | taken for one |
 """
 
@@ -34,6 +38,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -41,6 +46,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch import pyfunctorch
+from torch.distributed import distributed_c10d
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.batchnorm import _NormBase as NormWithStatistics
@@ -55,6 +61,8 @@ __all__ = [
     "address",
     "as_class",
     "checkpoint_segment",
+    "communication_hooks",
+    "default_store",
     "gradient_hooks",
     "has_gradient_hooks",
     "has_post_accumulate_hooks",
@@ -74,7 +82,9 @@ __all__ = [
     "preserved_writes",
     "pytree",
     "sequence_number",
+    "set_timeout",
     "stores",
+    "timeout_of",
     "transform_level",
     "transforms",
     "unwatched",
@@ -257,3 +267,31 @@ def checkpoint_segment() -> int:
 def in_checkpoint() -> bool:
     """Whether activation checkpointing is running the present code."""
     return next(_checkpoint_frames(), None) is not None
+
+
+# ------------------------------------------------------------------------------------------- processes
+
+
+def default_store() -> Any:
+    """Return the store through which the processes of the default group have found one another."""
+    return distributed_c10d._get_default_store()
+
+
+def timeout_of(group: Any) -> datetime.timedelta:
+    """Return how long a collective of a process group may take."""
+    options = getattr(next(iter(_backends(group))), "options", None)
+    return getattr(options, "_timeout", distributed_c10d.default_pg_timeout)
+
+
+def set_timeout(group: Any, timeout: datetime.timedelta) -> None:
+    """Set how long a collective of a process group may take from now on."""
+    distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def _backends(group: Any) -> list[Any]:
+    return [group._get_backend(device) for device in group._device_types]
+
+
+def communication_hooks(model: nn.Module) -> list[Any]:
+    """Return the communication hooks of a `DistributedDataParallel`."""
+    return list(getattr(model, "_comm_hooks", ()))

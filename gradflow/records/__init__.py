@@ -64,6 +64,12 @@ from gradflow.records.precision import (
     ScalerRecord,
     SubnormalRecord,
 )
+from gradflow.records.processes import (
+    DifferenceRecord,
+    ExchangeRecord,
+    ProcessesRecord,
+    SharesRecord,
+)
 from gradflow.records.reach import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 from gradflow.records.recurrent import (
     GateRecord,
@@ -102,10 +108,12 @@ __all__ = [
     "Cause",
     "ChoiceRecord",
     "CurvatureRecord",
+    "DifferenceRecord",
     "DropoutRecord",
     "EdgeRecord",
     "EventRecord",
     "Evidence",
+    "ExchangeRecord",
     "ExponentHistogram",
     "Floats",
     "FlowRecord",
@@ -131,6 +139,7 @@ __all__ = [
     "PolicyDistributionStats",
     "PolicyRecord",
     "PrecisionRecord",
+    "ProcessesRecord",
     "Provenance",
     "QuotientRecord",
     "ReachAccount",
@@ -143,6 +152,7 @@ __all__ = [
     "Role",
     "ScalerRecord",
     "ScanRecord",
+    "SharesRecord",
     "SightRecord",
     "SubnormalRecord",
     "TermRecord",

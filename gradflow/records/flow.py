@@ -26,6 +26,7 @@ from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRe
 from gradflow.records.parts import PartsRecord
 from gradflow.records.policy import PolicyRecord
 from gradflow.records.precision import PrecisionRecord
+from gradflow.records.processes import ProcessesRecord
 from gradflow.records.reach import ReachAccount
 from gradflow.records.recurrent import RecurrenceRecord
 from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, parsed, to_plain, write
@@ -108,6 +109,7 @@ class FlowRecord(Shown):
         knowledge: what the outputs of the last step are worth against guesses; None where it is not known.
         updates: what the optimizer really did; None without one.
         precision: what `precision()` measured of number formats; None without it.
+        processes: what differs between the processes that the run was on; None where it was on one.
     """
 
     format_version: ClassVar[int] = FORMAT_VERSION
@@ -131,6 +133,7 @@ class FlowRecord(Shown):
     knowledge: KnowledgeRecord | None = None
     updates: UpdatesRecord | None = None
     precision: PrecisionRecord | None = None
+    processes: ProcessesRecord | None = None
 
     def __iter__(self) -> Iterator[LayerRecord]:
         return iter(self.layers)

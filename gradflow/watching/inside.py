@@ -136,7 +136,7 @@ class LookedStep:
             return suspicion.inside
         closely = suspicion is not None or looks_closely(self._state)
         measurements = wanted(self._watch.detectors, "cheap")["measurements"]
-        return InsideLook.of(self._seen.model, measurements, closely=closely)
+        return InsideLook.of(self._seen.model, measurements, closely=closely, processes=self._seen.processes)
 
     def loss(self, loss: Any) -> Any:
         """Tell of a loss before it is scaled and differentiated; returns it as it is."""
@@ -169,8 +169,11 @@ class LookedStep:
 
     def _after(self, passes: Passes | None) -> tuple[ObserverState, Report | None]:
         """Return the state and the report after the step."""
-        if passes is None or passes.failed:
-            return self._failed(self._why if passes is None else passes.failed)
+        why = self._why if passes is None else passes.failed
+        if passes is not None:
+            why = self._look.failed_anywhere(why)
+        if passes is None or why:
+            return self._failed(why)
         state, step, watch = self._state, self._seen.step, self._watch
         if passes.overflowed:  # as a scale that is still sought does
             note = f"Step {step} could not be looked at: the scaled gradient overflowed, and is skipped."

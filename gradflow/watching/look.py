@@ -34,12 +34,14 @@ class Seen:
         loss_fn: as for `gradflow.diagnose`.
         step: of the training.
         forward_fn: as for `gradflow.observer`.
+        processes: the same.
     """
 
     model: nn.Module
     loss_fn: Callable[..., Any] | None
     step: int
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
+    processes: Any = "alone"
 
 
 @attrs.frozen(eq=False)
@@ -70,13 +72,13 @@ def quick_look(seen: Seen, batch: Any, detectors: Sequence[Detector], *, closely
     options = {**wanted(detectors, "cheap"), "deepen": None, "detail": "cheap"}
     if not closely:
         options["measurements"] = [m for m in options["measurements"] if not isinstance(m, _LONG)]
-    plan = Plan(steps=1, mode="keep", closely=closely, **options)
+    plan = Plan(steps=1, mode="keep", closely=closely, processes=seen.processes, **options)
     return _judged(seen, [batch], plan, detectors)
 
 
 def closer_look(seen: Seen, batches: Sequence[Any], detectors: Sequence[Detector]) -> Look:
     """Return what `diagnose` says of several batches at the present weights."""
-    plan = Plan(steps=len(batches), mode="keep", **wanted(detectors, "cheap"))
+    plan = Plan(steps=len(batches), mode="keep", processes=seen.processes, **wanted(detectors, "cheap"))
     return _judged(seen, list(batches), plan, detectors)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -77,6 +78,8 @@ class Monitor:
             where it ends.
         batches: how many batches a closer look is taken on.
         most: how many looks are kept in memory; the file keeps all.
+        processes: whether to look at this process `alone`, or at all that split the batch; as for
+            `gradflow.observer`.
 
     Raises:
         ModelInputError: if the model is none, `forward_fn` cannot be called, or the history at `path` is of
@@ -117,14 +120,16 @@ class Monitor:
         path: str | os.PathLike[str] | None = None,
         batches: int = 4,
         most: int = 512,
+        processes: Any = "alone",
     ) -> None:
         check_module(model)
         if optimizer is not None:
             check_optimizers(Loop(optimizer=optimizer).optimizers, model)
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self._watch = watching(
-            every=every, pipeline=pipeline, in_time=in_time, forward_fn=forward_fn, batches=batches, most=most
-        )
+            every=every, pipeline=pipeline, in_time=in_time, forward_fn=forward_fn, batches=batches,
+            most=most, processes=processes,
+        )  # fmt: skip
         self._state = ObserverState()
         self._path = None if path is None else Path(path)
         self._step = 0
@@ -160,7 +165,7 @@ class Monitor:
             if loss is None:
                 return None
             value = readable(loss)
-            if value is None or not is_jump(value, state.ceiling):
+            if value is None or not self._watch.sees_jumps or not is_jump(value, state.ceiling):
                 return None
         return self._look(batch, loss, now)
 
@@ -256,15 +261,18 @@ class Monitor:
         now = self._step if step is None else step
         self._step = now + 1
         if now < self._state.due:
-            return PlainStep(self._state.ceiling, self._jumped)
+            return PlainStep(self._ceiling(self._state), self._jumped)
         scale = scale_of(scaler)
-        seen = Seen(self.model, self.loss_fn, now, self._watch.forward_fn)
+        seen = Seen(self.model, self.loss_fn, now, self._watch.forward_fn, self._watch.processes)
         state = self._watch.with_changes(self._state, seen)
         if now < state.due and state.suspicion is None:
             self._keep(state, None, now)
-            return PlainStep(state.ceiling, self._jumped)
+            return PlainStep(self._ceiling(state), self._jumped)
         self._looked = LookedStep(self._watch, state, seen, batch=batch, scale=scale, keep=self._keep)
         return self._looked
+
+    def _ceiling(self, state: ObserverState) -> float:
+        return state.ceiling if self._watch.sees_jumps else math.inf
 
     def _jumped(self) -> None:
         """Hear that the loss of a step that is no look has jumped: the next one is looked at."""

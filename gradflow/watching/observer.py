@@ -57,6 +57,7 @@ def observer(
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     batches: int = 4,
     most: int = 512,
+    processes: Any = "alone",
 ) -> Observer:
     """Return the pair of pure functions that see trouble in a training when it begins.
 
@@ -81,6 +82,9 @@ def observer(
             takes, or the loss itself where there is no `loss_fn`.
         batches: how many batches a closer look is taken on.
         most: how many looks the history keeps; older ones lie further apart. See `HistoryRecord.thinned`.
+        processes: `alone` to look at this process; `auto` or a process group, as for `gradflow.analyze`, to
+            look at all of them together. Then every process must watch, and a look is due at the same steps
+            on all: a jump of one process's loss makes none.
 
     Returns:
         `init`, which returns the state of a training that was not looked at yet, and `update`.
@@ -109,8 +113,9 @@ def observer(
     [0, 1, 4, 16, 50, 100]
     """
     watch = watching(
-        every=every, pipeline=pipeline, in_time=in_time, forward_fn=forward_fn, batches=batches, most=most
-    )
+        every=every, pipeline=pipeline, in_time=in_time, forward_fn=forward_fn, batches=batches, most=most,
+        processes=processes,
+    )  # fmt: skip
     return Observer(ObserverState, watch.update)
 
 
@@ -122,6 +127,7 @@ def watching(
     forward_fn: Callable[[nn.Module, Any], Any] | None,
     batches: int,
     most: int,
+    processes: Any = "alone",
 ) -> Watch:
     """Return how a training is watched; see `observer` for the arguments, and for what it raises."""
     for name, value, least in (("every", every, 1), ("batches", batches, 1), ("most", most, 4)):
@@ -133,7 +139,7 @@ def watching(
             f"forward_fn is a {type(forward_fn).__name__}; pass a function of (model, batch): "
             "`lambda model, batch: model.loss(batch)`."
         )
-    return Watch(every, detectors_of(pipeline, "observer"), judging, forward_fn, batches, most)
+    return Watch(every, detectors_of(pipeline, "observer"), judging, forward_fn, batches, most, processes)
 
 
 @attrs.frozen(eq=False)
@@ -146,6 +152,12 @@ class Watch:
     forward_fn: Callable[[nn.Module, Any], Any] | None
     batches: int
     most: int
+    processes: Any = "alone"
+
+    @property
+    def sees_jumps(self) -> bool:
+        """Whether a jump of the loss makes a look; of several processes each has a loss of its own."""
+        return isinstance(self.processes, str) and self.processes == "alone"
 
     def update(
         self,
@@ -160,10 +172,10 @@ class Watch:
     ) -> tuple[ObserverState, Report | None]:
         """Return the state after a step of the training, and a report if it was looked at."""
         value = None if loss is None else readable(loss)
-        jumped = value is not None and is_jump(value, state.ceiling)
+        jumped = value is not None and self.sees_jumps and is_jump(value, state.ceiling)
         if step < state.due and not jumped:
             return state, None
-        seen = Seen(model, loss_fn, step, self.forward_fn)
+        seen = Seen(model, loss_fn, step, self.forward_fn, self.processes)
         try:
             return self._seen(state, seen, batch, jumped)
         except NotRestoredError:

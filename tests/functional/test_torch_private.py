@@ -1,20 +1,22 @@
-"""Private names of PyTorch: used in one file alone, and there in the release that the tests run on."""
+"""Private names of PyTorch: used in two files alone, and there in the release that the tests run on."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from gradflow.functional import torch_private
+from gradflow.functional import torch_private, torch_sharded
 
 PACKAGE = Path(__file__).parents[2] / "gradflow"
-FILE = PACKAGE / "functional" / "torch_private.py"
-TABLE = [line.split("|")[1] for line in (torch_private.__doc__ or "").splitlines() if line.startswith("| `")]
+FILES = [PACKAGE / "functional" / f"{name}.py" for name in ("torch_private", "torch_sharded")]
+DOCS = f"{torch_private.__doc__}\n{torch_sharded.__doc__}"
+TABLE = [line.split("|")[1] for line in DOCS.splitlines() if line.startswith("| `")]
 NAMES = [name for cell in TABLE for name in re.findall(r"`([\w.]+)`", cell) if not name.startswith(".")]
 
 # Private names that are looked for in other files: the last part of each in the table, and any of torch's.
@@ -41,7 +43,7 @@ def private_uses(tree: ast.AST) -> list[str]:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_no_other_file_uses_a_private_name(path: Path) -> None:
-    if path != FILE:
+    if path not in FILES:
         assert private_uses(ast.parse(path.read_text(encoding="utf-8"))) == []
 
 
@@ -59,6 +61,10 @@ def test_uses_are_found() -> None:
     }
 
 
+SET = (
+    "torch.utils.checkpoint",
+    "Module._distribute_module_applied",
+)  # which functions set; see tests/distributed
 OWNERS = {
     "Node": torch.autograd.graph.Node,
     "Tensor": torch.ones(1, requires_grad=True).square(),
@@ -74,13 +80,20 @@ OWNERS = {
     "_BatchNorm": torch.nn.modules.batchnorm,
     "_NormBase": torch.nn.modules.batchnorm,
     "_InstanceNorm": torch.nn.modules.instancenorm,
+    "distributed_c10d": torch.distributed.distributed_c10d,
+    "FSDPModule": importlib.import_module("torch.distributed.fsdp").FSDPModule,
+    "tensor._utils": importlib.import_module("torch.distributed.tensor._utils"),
+    "DistributedDataParallel": torch.nn.parallel.DistributedDataParallel,
+    "ProcessGroup": torch.distributed.ProcessGroup,
 }
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "torch.utils.checkpoint"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SET])
 def test_this_release_of_torch_has_the_name(name: str) -> None:
     owner, _, attribute = name.rpartition(".")
     if owner == "Node":  # nodes of C++ have the attribute, the abstract class does not
         assert hasattr(torch.ones(1, requires_grad=True).square().grad_fn, attribute)
+    elif owner == "DistributedDataParallel":  # an attribute of instances, which need a process group
+        assert f"self.{attribute}" in inspect.getsource(OWNERS[owner])
     else:
         assert hasattr(OWNERS[owner or name], attribute)

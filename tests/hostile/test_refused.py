@@ -94,7 +94,11 @@ def test_fully_sharded() -> None:
     mesh = init_device_mesh("cpu", (1,))
     fully_shard(model[0], mesh=mesh)
     fully_shard(model, mesh=mesh)
-    refused(model, "is a DTensor: its values are sharded over processes.*before it was sharded")
+    with pytest.raises(
+        ModelInputError, match="is a DTensor: its values are sharded.*`diagnose` take such models"
+    ):
+        layer_gain(model, "0", batch())
+    assert gf.analyze(model, [batch()], lambda y: y.square().mean()).steps == 1  # one process holds it all
 
 
 @pytest.mark.usefixtures("group")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradflow.functional.model.trees import iter_tensors, wide_dtype
 from gradflow.functional.tap.calls import Call
-from gradflow.functional.tap.nodes import nodes_under
+from gradflow.functional.tap.nodes import feeds, nodes_under
 from gradflow.functional.tap.probes import site_of
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import node_number
@@ -86,7 +86,7 @@ class Branches:
             if known is None:
                 node = max(_outputs_behind([node]), key=_call_of)
                 known = self._outputs.get(id(node), (node, _call_of(node)))
-            call, behind = calls[known[1]], node.next_functions[0][0]
+            call, behind = calls[known[1]], feeds(node)[0][0]
             if not call.type.startswith(_ROUND) or site_of(node) is None or not _outputs_behind([behind]):
                 return call
             node = behind

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from gradflow.functional.attention.followed import Followed, Origin, Weighted, fitting, hidden, unmerged
 from gradflow.functional.attention.products import PRODUCTS, Labels, operands_of
+from gradflow.functional.tap.nodes import feeds
 from gradflow.functional.tap.probes import is_probe, site_of
 from gradflow.functional.torch_private import num_writes
 
@@ -86,7 +87,7 @@ class Follower:
         kept: set[int] = set()
         for tensor in outputs:
             node = tensor.grad_fn
-            source = node.next_functions[0] if node is not None and is_probe(node) else None
+            source = feeds(node)[0] if node is not None and is_probe(node) else None
             for table in (self._weights, self._features):
                 found = table.get(_key(tensor))
                 if found is None and source is not None and source[0] is not None:
@@ -269,7 +270,7 @@ class Follower:
                 keys_first = -made.output.dim() <= axis and made.labels.out[axis] in made.labels.a
                 return (made.b, made.a) if keys_first else (made.a, made.b)
             if site_of(node) is None or node is scores.grad_fn:
-                todo.extend(child for child, _ in node.next_functions if child is not None)
+                todo.extend(child for child, _ in feeds(node) if child is not None)
         return None, None
 
 

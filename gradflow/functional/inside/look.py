@@ -19,11 +19,16 @@ from gradflow.functional.model.supported import check_model, distributed, standi
 from gradflow.functional.model.threads import uncompiled, unless_busy
 from gradflow.functional.parts.chance import chance
 from gradflow.functional.parts.measurement import parts
+from gradflow.functional.processes.group import processes_of
+from gradflow.functional.processes.line import Line
 from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.history import History, series
 from gradflow.functional.run.program import Given, Program, WorkingState
 from gradflow.functional.run.record import assembled
 from gradflow.functional.run.run import Plan, Run
+from gradflow.functional.run.together.facts import Facts, reducer_of
+from gradflow.functional.run.together.joined import joined
+from gradflow.functional.run.together.numbers import combine
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.torch_private import is_compiled, transforms
 from gradflow.records import FlowRecord
@@ -54,7 +59,12 @@ class InsideLook:
 
     @classmethod
     def of(
-        cls, model: nn.Module, measurements: Iterable[Measurement] = (), *, closely: bool = True
+        cls,
+        model: nn.Module,
+        measurements: Iterable[Measurement] = (),
+        *,
+        closely: bool = True,
+        processes: Any = "alone",
     ) -> InsideLook:
         """Return a look that has seen nothing yet.
 
@@ -62,6 +72,7 @@ class InsideLook:
             model: the model, as it is trained.
             measurements: what else to measure; those are left out that need gradients of their own.
             closely: whether to ask as well at which numbers gradient arrived, and of the model's parts.
+            processes: which look together, as for `gradflow.observer`.
 
         Raises:
             ModelInputError: if the model is of a kind that cannot be looked into while it is trained.
@@ -82,7 +93,10 @@ class InsideLook:
         reach = ReachFindings(state.trainable, state.originals)
         history = History(state.parameters, taps, closely)
         program, why = Program(given, state, taps), "the reverse pass of the training itself"
-        return cls(Run(program, plan, "fused", why, sessions, history, reach))
+        line, facts = Line(processes_of(model, processes)), Facts(reducer=reducer_of(model))
+        if not line.alone:
+            taps.keep_means()
+        return cls(Run(program, plan, "fused", why, sessions, history, reach, line=line, facts=facts))
 
     @contextlib.contextmanager
     def listening(self, scale: Callable[[], float] = lambda: 1.0) -> Iterator[Passes]:
@@ -125,13 +139,29 @@ class InsideLook:
         self._untold |= passes.untold
         self._notes |= dict.fromkeys(_notes(passes))
 
+    def failed_anywhere(self, why: str) -> str:
+        """Return why a look has failed, on this process or another; "" if it has not.
+
+        Args:
+            why: it has on this one.
+        """
+        with self.run.line.opened():
+            every = self.run.line.gathered(why)
+        ranks = [rank for rank, said in enumerate(every) if said]
+        return why or (f"on process {ranks[0]}, {every[ranks[0]]}" if ranks else "")
+
     def record(self) -> FlowRecord:
-        """Return the record of all passes so far; at the end, once."""
+        """Return the record of all passes so far, of all processes that look together; at the end, once."""
+        with self.run.line.opened():
+            return self._record()
+
+    def _record(self) -> FlowRecord:
         run, history = self.run, self.run.history
         history.merge_peaks()
+        told = combine(run)
         reached = {str(name) for name, (_, n) in series(history, "grad").items() if (n > 0).any()}
         run.graph.conclude(reached, self._untold)
-        record = assembled(run, None)
+        record = joined(run, assembled(run, None), told)
         model = run.program.given.model
         standing = {note for note in standing_notes(model, ()) if not note.startswith("TorchScript")}
         own = [note for note in record.provenance.notes if note not in standing]
@@ -193,7 +223,8 @@ def _notes(passes: Passes) -> Iterator[str]:
     if distributed(model):
         yield (
             "Gradients of parameters are the mean over the processes, where they were exchanged, with all "
-            "that had accumulated before; those at outputs are this process's own."
+            "that had accumulated before; those at outputs are "
+            + ("this process's own." if passes.run.line.alone else "of all of them together.")
         )
     left = _left(passes)
     if 0 < left < 1 - 1e-3:

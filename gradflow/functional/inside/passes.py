@@ -32,8 +32,8 @@ from gradflow.functional.model.trees import named_tensors
 from gradflow.functional.reverse.autograd_graph import Structure, build
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.run.again import follow_reach, learn_reach
-from gradflow.functional.run.history import Row
 from gradflow.functional.run.reverse_pass import Gradients
+from gradflow.functional.run.rows import Row
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.asked import Asked

@@ -169,7 +169,10 @@ Choice = Callable[[str], Callable[[str, Forward, tuple[Any, ...], dict[str, Any]
 
 @contextlib.contextmanager
 def led(
-    modules: Mapping[str, nn.Module], lead: Choice, strange: Callable[[nn.Module], None] = lambda module: None
+    modules: Mapping[str, nn.Module],
+    lead: Choice,
+    strange: Callable[[nn.Module], None] = lambda module: None,
+    whole: Collection[str] = (),
 ) -> Iterator[None]:
     """Have a function run the forwards of some modules, for the length of the context.
 
@@ -180,26 +183,35 @@ def led(
         lead: from a module's name to the function that runs this call, as `run(name, forward, args, kwargs)`
             in the place of `forward(*args, **kwargs)`; None for `forward` itself.
         strange: told of every call of another module of one of their classes.
+        whole: names of those whose hooks are run as a part of the call.
 
     >>> net, calls = nn.Sequential(nn.Identity(), nn.Identity()), []
     >>> with led({"first": net[0]}, calls.append):
     ...     net(1.0), calls
     (1.0, ['first'])
     """
-    names: dict[type, dict[int, str]] = {}
+    names: dict[tuple[type, str], dict[int, str]] = {}
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
             forward = getattr(module, "forward", None)
+            if name in whole:
+                key = type(module), "__call__"
+                if key not in names:
+                    names[key] = {}
+                    stack.enter_context(_on_class(lead, lambda module: None, *key, names[key]))
+                names[key][id(module)] = name
+                continue
             if forward is None or forward == types.MethodType(nn.Module.forward, module):
                 continue  # it only holds parameters, or exports other methods
             owner = _definer(module)
             if owner is None:
                 stack.enter_context(_on_module(lead, name, module))
                 continue
-            if owner not in names:
-                names[owner] = {}
-                stack.enter_context(_on_class(lead, strange, owner, names[owner]))
-            names[owner][id(module)] = name
+            key = owner, "forward"
+            if key not in names:
+                names[key] = {}
+                stack.enter_context(_on_class(lead, strange, *key, names[key]))
+            names[key][id(module)] = name
         yield
 
 
@@ -216,10 +228,11 @@ def _definer(module: nn.Module) -> type | None:
 
 @contextlib.contextmanager
 def _on_class(
-    lead: Choice, strange: Callable[[nn.Module], None], kind: type, names: dict[int, str]
+    lead: Choice, strange: Callable[[nn.Module], None], kind: type, method: str, names: dict[int, str]
 ) -> Iterator[None]:
-    """Put a tap on a class; `names` tells the modules that it is meant for, by their ids."""
-    forward: Forward = vars(kind)["forward"]
+    """Put a tap on a method of a class; `names` tells the modules that it is meant for, by their ids."""
+    forward: Forward = getattr(kind, method)
+    own = method in vars(kind)
 
     @functools.wraps(forward)
     def tapped_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -230,11 +243,14 @@ def _on_class(
             return run(name, types.MethodType(forward, self), args, kwargs)
         return forward(self, *args, **kwargs)
 
-    setattr(kind, "forward", tapped_forward)  # noqa: B010 (a class of the user's declares no such attribute)
+    setattr(kind, method, tapped_forward)
     try:
         yield
     finally:
-        setattr(kind, "forward", forward)  # noqa: B010
+        if own:
+            setattr(kind, method, forward)
+        else:
+            delattr(kind, method)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from gradflow.functional.model.memory import keyed_by, rekey
 from gradflow.functional.model.purity import preserved
 from gradflow.functional.model.supported import check_has_values
 from gradflow.functional.model.threads import exclusive
+from gradflow.functional.processes.shards import is_distributed, local, of_parts
 from gradflow.functional.torch_private import (
     address,
     as_class,
@@ -54,6 +55,8 @@ class LazyCopies:
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Return a copy of a tensor; a real one, where its memory cannot be shared in this way."""
+        if is_distributed(tensor):
+            return of_parts(self(local(tensor)), tensor)
         if (key := _memory(tensor)) in self._common:
             held = self._common[key]
             if held is None:
@@ -112,19 +115,27 @@ def _can_be_shared(tensor: Tensor) -> bool:
     )
 
 
-def copy_parameters(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
+def copy_parameters(
+    model: nn.Module, copy_of: Copy = torch.clone, kept: Container[int] = frozenset(), *, valued: bool = True
+) -> Tensors:
     """Return leaf copies of the parameters by qualified name; a tied parameter appears once.
 
     Args:
         model: the model.
         copy_of: makes the copy of a detached tensor.
+        kept: ids of those that are taken as they are.
+        valued: whether all must have values.
 
     Raises:
         ModelInputError: if a parameter has no values (lazy modules, the meta device).
     """
     copies: Tensors = {}
     for name, parameter in model.named_parameters():
-        check_has_values(name, parameter)
+        if valued:
+            check_has_values(name, parameter)
+        if id(parameter) in kept:
+            copies[name] = parameter
+            continue
         values, kind = copy_of(parameter.detach()), type(parameter)
         if kind is nn.Parameter or not issubclass(kind, nn.Parameter):
             copy = nn.Parameter(values, requires_grad=parameter.requires_grad)
@@ -138,11 +149,12 @@ def copy_parameters(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
     return copies
 
 
-def copy_buffers(model: nn.Module, copy_of: Copy = torch.clone) -> Tensors:
+def copy_buffers(model: nn.Module, copy_of: Copy = torch.clone, *, valued: bool = True) -> Tensors:
     """Return copies of the buffers by qualified name; a shared buffer appears once."""
     buffers: Tensors = {}
     for name, buffer in model.named_buffers():
-        check_has_values(name, buffer)
+        if valued:
+            check_has_values(name, buffer)
         buffers[name] = copy_of(buffer.detach())
     return buffers
 

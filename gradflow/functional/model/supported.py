@@ -14,11 +14,21 @@ from torch.nn.parallel import DistributedDataParallel
 from gradflow.errors import LossError, ModelInputError
 from gradflow.functional.model.layers import is_scripted
 from gradflow.functional.model.undo import python_module
-from gradflow.functional.torch_private import has_post_accumulate_hooks, has_step_hooks, is_wrapped
+from gradflow.functional.processes.shards import is_distributed
+from gradflow.functional.torch_private import (
+    communication_hooks,
+    has_post_accumulate_hooks,
+    has_step_hooks,
+    is_wrapped,
+)
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: nn.Module, *, spread: bool = False) -> None:
     """Raise if a model is of a kind whose gradients cannot be measured.
+
+    Args:
+        model: the model.
+        spread: whether its parameters may be spread over processes.
 
     Raises:
         ModelInputError: if parts of it are sharded over processes, quantised, spread over devices by
@@ -42,8 +52,8 @@ def check_supported(model: nn.Module) -> None:
             raise ModelInputError(f"{place}: {_QUANTISED}")
     for name, tensor in _tensors(model):
         check_not_wrapped(repr(name), tensor)
-        if type(tensor).__name__ == "DTensor":
-            raise ModelInputError(f"{name!r} is a DTensor: {_SHARDED}")
+        if is_distributed(tensor) and not spread:
+            raise ModelInputError(f"{name!r} is a DTensor: {_SPREAD}")
         if tensor.is_quantized:
             raise ModelInputError(f"{name!r} has dtype {tensor.dtype}: {_QUANTISED}")
 
@@ -121,7 +131,8 @@ def check_has_values(name: str, tensor: Tensor) -> None:
     if tensor.is_meta:
         raise ModelInputError(
             f"{name!r} is on the meta device and has no values. Materialise the model first: "
-            "`model.to_empty(device=...)` and then its initialisation."
+            "`model.to_empty(device=...)` and then its initialisation. Its graph can be had without values: "
+            "`gradflow.outline(model, batch, loss_fn)`."
         )
 
 
@@ -141,8 +152,14 @@ def check_stage_loss(model: nn.Module) -> None:
 
 
 _SHARDED = (
-    "its values are sharded over processes, which gradflow does not take yet. Pass the model as it was "
-    "before it was sharded (`fully_shard`, FSDP, tensor parallelism), with a batch that one process can hold."
+    "its values are sharded over processes in a form that PyTorch gives up, in which parameters are slices "
+    "of one long vector. Shard it with `torch.distributed.fsdp.fully_shard`, or pass the model as it was "
+    "before it was sharded, with a batch that one process can hold."
+)
+_SPREAD = (
+    "its values are sharded over processes. `analyze` and `diagnose` take such models, when they are called "
+    "on every process; what was called here does not. Pass the model as it was before it was sharded "
+    "(`fully_shard`, tensor parallelism), with a batch that one process can hold."
 )
 _UNSPLIT = (
     "Pass the whole model, as it was before it was split into stages, with the loss of its training and a "
@@ -165,8 +182,14 @@ def distributed(model: nn.Module) -> list[DistributedDataParallel]:
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
-def standing_notes(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[str]:
-    """Yield what a reader must know of what is not run, not seen or not put back."""
+def standing_notes(model: nn.Module, optimizers: Iterable[Any], *, alone: bool = True) -> Iterator[str]:
+    """Yield what a reader must know of what is not run, not seen or not put back.
+
+    Args:
+        model: the model.
+        optimizers: those that were given.
+        alone: whether the analysis is of this process alone.
+    """
     scripted = [name for name, module in model.named_modules() if is_scripted(module)]
     inside = {n for n in scripted for m in scripted if n != m and n.startswith(f"{m}." if m else "")}
     if outermost := [name for name in scripted if name not in inside]:
@@ -181,8 +204,13 @@ def standing_notes(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[str]
             "the next stage sends back, as `lambda output: (output * gradient).sum()` does. With any other, "
             "no verdict here is on training."
         )
-    if distributed(model):
+    if distributed(model) and alone:
         yield "Gradients are those of this process alone: an analysis exchanges nothing with the others."
+    if any(communication_hooks(part) for part in distributed(model)):
+        yield (
+            "A communication hook of DistributedDataParallel is not run: gradients are averaged as they are, "
+            "without what it does to them (compression, a power iteration)."
+        )
     if hooked := [name for name, p in model.named_parameters() if has_post_accumulate_hooks(p)]:
         yield (
             f"The hooks on {_names(hooked)} that run after a gradient was accumulated are not run: gradients "

@@ -16,6 +16,7 @@ import attrs
 from torch import nn
 
 from gradflow.functional.measurement import Session
+from gradflow.functional.tap.calls import type_name
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.records import DropoutRecord, PartsRecord
 
@@ -53,7 +54,7 @@ class ChanceSession(Session):
     """Listens for functions that drop; see `chance`."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._types = {name: type(module).__name__ for name, module in modules.items()}
+        self._types = {name: type_name(module) for name, module in modules.items()}
         self._layers = {
             name: float(module.p)
             for name, module in modules.items()

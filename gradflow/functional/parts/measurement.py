@@ -20,7 +20,8 @@ from gradflow.functional.parts.norms import epsilon_of, variance
 from gradflow.functional.parts.quotients import Quotients
 from gradflow.functional.parts.skips import passes
 from gradflow.functional.parts.twins import Twins, apart, twins
-from gradflow.functional.tap.calls import Call, version
+from gradflow.functional.processes.shards import is_distributed
+from gradflow.functional.tap.calls import Call, type_name, version
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.scans import Scan, Scans, faded_share
 from gradflow.records import (
@@ -66,7 +67,7 @@ class PartsSession(Session):
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         self._model, self._groups = model, siblings(modules)
-        self._types = {name: type(module).__name__ for name, module in modules.items()}
+        self._types = {name: type_name(module) for name, module in modules.items()}
         self._norms = {
             name: (module, epsilon)
             for name, module in modules.items()
@@ -98,28 +99,39 @@ class PartsSession(Session):
         self._suspects: list[tuple[str, Tensor, Twins]] = []
         self._apart: list[Tensor] = []
         self._faded: list[tuple[Scan, Tensor]] = []
+        self._sharded: list[tuple[str, nn.Module, str]] = []  # parameters not gathered so far
 
     def begin(self, step: int, recorder: Recorder) -> None:
         """Look at the parameters."""
         self._forget()
         self._step, self._divided, self._scanned = step, Quotients(recorder), Scans(recorder)
         self._choices.begin(recorder)
-        for name, (module, _) in self._norms.items() if not self._steps else ():
-            if isinstance(gain := getattr(module, "weight", None), Tensor) and gain.numel():
-                self._numbers["gain", name] = torch.stack([gain.detach().min(), gain.detach().max()])
-        prefixes = tuple(f"{name}." for name in self._groups)
         for name, parameter in self._model.named_parameters():
-            if is_fused(parameter) and name.startswith(prefixes):
-                self._numbers["rms", name] = thirds(parameter)
-            if self._steps:
-                continue
-            if parameter.requires_grad:
-                self._suspects += [(name, parameter, found) for found in twins(parameter)]
-            elif prefixes and name.startswith(prefixes):
-                self._numbers["drawn", name] = as_drawn(parameter)
+            self._look_at(name, parameter)
+
+    def _look_at(self, name: str, parameter: Tensor) -> None:
+        """Look at a parameter; at a sharded one, when the module that it belongs to has gathered it."""
+        module, _, key = name.rpartition(".")
+        if is_distributed(parameter):
+            self._sharded.append((name, self._model.get_submodule(module), key))
+            return
+        if module in self._norms and key == "weight" and parameter.numel() and not self._steps:
+            self._numbers["gain", module] = torch.stack([parameter.detach().min(), parameter.detach().max()])
+        prefixes = tuple(f"{name}." for name in self._groups)
+        if is_fused(parameter) and name.startswith(prefixes):
+            self._numbers["rms", name] = thirds(parameter)
+        if self._steps:
+            return
+        if parameter.requires_grad:
+            self._suspects += [(name, parameter, found) for found in twins(parameter)]
+        elif prefixes and name.startswith(prefixes):
+            self._numbers["drawn", name] = as_drawn(parameter)
 
     def entered(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep what enters a block while it runs; take the variance of what enters a norm layer."""
+        waiting, self._sharded = self._sharded, []
+        for name, module, key in waiting:
+            self._look_at(name, getattr(module, key))
         if call.module in self._norms and (x := _first((args, dict(kwargs)))) is not None:
             self._numbers["variance", call.module] = variance(self._norms[call.module][0], x.detach())
         if call.module in self._groups and (x := _first((args, dict(kwargs)))) is not None:

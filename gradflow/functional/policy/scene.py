@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gradflow.errors import ModelInputError, UnknownLayerError
 from gradflow.functional.model.trees import named_tensors
 from gradflow.functional.policy.seen import Seer, tensors_in
+from gradflow.functional.processes.shards import local
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.nodes import below, nodes_under
 from gradflow.functional.tap.probes import is_probe
@@ -117,7 +118,7 @@ class Scene:
         self.outputs[call.index] = tensors
         if self.is_source(call):
             for tensor in (t for t in tensors if t.layout is torch.strided):
-                self._storages.setdefault(tensor.untyped_storage().data_ptr(), call.index)
+                self._storages.setdefault(local(tensor).untyped_storage().data_ptr(), call.index)
         if call.parent < 0:
             found = list(named_tensors(output))
             self.named += found or [("", t) for t in tensors]
@@ -141,7 +142,7 @@ class Scene:
             elif tensor.requires_grad:
                 leaves.append(tensor)
             elif tensor.layout is torch.strided:
-                calls |= {self._storages.get(tensor.untyped_storage().data_ptr(), -1)} - {-1}
+                calls |= {self._storages.get(local(tensor).untyped_storage().data_ptr(), -1)} - {-1}
         for node in nodes_under(todo, self._is_of_source):
             if self._is_of_source(node):
                 calls.add(node.site.call)

@@ -17,20 +17,25 @@ Where several consumers meet, an element of their sum is zero if it is zero in e
 comes first in `_RANK`; a sum of parts that are not zero, but which is, or is mere rounding beside them,
 cancels. So at every leaf, each element that is zero has exactly one label. Few labels live at one place, for
 a product with a full matrix mixes the zeros of a unit away, so the walk costs a few reverse passes.
+
+Where layers are split over processes, a node may exchange what it is called with. All processes must call it
+as often: twice, whatever they find, so zeros that it does not make by itself get the most frequent label of
+those that come in. Labels are of the part that a process holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
+from gradflow.functional.processes.shards import is_distributed, like_parts, local, of_parts, summed
 from gradflow.functional.reach.reasons import Blame, Reasons
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.reverse import call_node, validated
-from gradflow.functional.tap.nodes import Node, is_leaf
+from gradflow.functional.tap.nodes import Node, converts, feeds, is_leaf
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.torch_private import input_metadata
 from gradflow.records import Reason
@@ -83,11 +88,12 @@ class Walk:
         for node in reversed(self.structure.nodes):
             leaf = self.structure.leaves.get(node)
             wanted = id(leaf) in self.wanted if leaf is not None else False
-            if wanted or any(child in self._needed for child, _ in node.next_functions):
+            if wanted or any(child in self._needed for child, _ in feeds(node)):
                 self._needed.add(node)
         self._arriving[loss.grad_fn] = {0: [(torch.ones_like(loss), None)]}
-        with torch.no_grad():
+        with torch.no_grad(), self.structure.walk() as ready:
             for node in self.structure.nodes:
+                ready()
                 arrived = self._arriving.pop(node, None)
                 if arrived is not None and node in self._needed:
                     self._visit(node, arrived)
@@ -97,17 +103,22 @@ class Walk:
         gathered = {number: self._gather(node, parts) for number, parts in arrived.items()}
         if is_leaf(node):
             gradient, labels = gathered[0]
-            none = torch.zeros(gradient.shape, dtype=torch.int16, device=gradient.device)
+            none = torch.zeros(local(gradient).shape, dtype=torch.int16, device=gradient.device)
             self._found[id(self.structure.leaves[node])] = none if labels is None else labels
             return
         if is_probe(node):
-            child, number = node.next_functions[0]
+            child, number = feeds(node)[0]
             self._send(child, number, gathered[0])
             return
         gradients = {number: gradient for number, (gradient, _) in gathered.items()}
         results = call_node(node, gradients)
+        if converts(node) or any(
+            map(is_distributed, [*gradients.values(), *(r for r in results if r is not None)])
+        ):
+            self._visit_split(node, gathered, results)
+            return
         pending: dict[int, Tensor] = {}
-        for j, (child, number) in enumerate(node.next_functions):
+        for j, (child, number) in enumerate(feeds(node)):
             if child is None or child not in self._needed:
                 continue
             given = results[j] if j < len(results) else None
@@ -124,6 +135,40 @@ class Walk:
                 self._send(child, number, (cotangent, None))
         if pending:
             self._label(node, gathered, pending)
+
+    def _visit_split(
+        self, node: Node, gathered: Mapping[int, Part], results: Sequence[Tensor | None]
+    ) -> None:
+        """Visit a node that may exchange tensors with other processes, which visit it alike."""
+        alone = call_node(node, {n: self._like(g) for n, (g, _) in gathered.items()})
+        top = next(iter(self._labels_in(gathered)), 0)
+        nothing = bool(top) and not any(bool(local(g).any()) for g, _ in gathered.values())
+        for j, (child, number) in enumerate(feeds(node)):
+            given = results[j] if j < len(results) else None
+            if child is None or child not in self._needed or given is None:
+                continue
+            cotangent = validated(given, child, number, self.structure)
+            here, by_itself = local(cotangent), alone[j]
+            zero, noise = here == 0, None
+            if tuple(given.shape) != tuple(cotangent.shape):
+                mass = local(summed(given.abs().sum_to_size(cotangent.shape), cotangent))
+                noise = (mass > 0) & (here.abs() <= _rounding(here) * mass)
+            labels = torch.zeros(here.shape, dtype=torch.int16, device=here.device)
+            if converts(node):
+                _, known = gathered[0]
+                if known is not None and known.shape == here.shape:
+                    labels = torch.where(zero, known, labels)
+            elif bool(zero.any()):
+                own = torch.zeros_like(zero)
+                if by_itself is not None and not nothing:
+                    own = zero & (local(validated(by_itself, child, number, self.structure)) == 0)
+                if bool(own.any()):
+                    labels[own] = self._number(node, j, "own", whole=bool(own.all()))
+                if bool((left := zero & ~own).any()):
+                    labels[left] = top or self._number(node, j, "cancels")
+            if noise is not None and bool(noise.any()):
+                labels[noise] = self._number(node, j, "cancels")
+            self._send(child, number, (cotangent, labels if bool(labels.any()) else None))
 
     # ------------------------------------------------------------------ labels
 
@@ -162,7 +207,7 @@ class Walk:
         elif any(bool(rest.any()) for rest in left.values()):
             self._small_or_cancelled(node, gathered, found, left)
         for j, cotangent in pending.items():
-            child, number = node.next_functions[j]
+            child, number = feeds(node)[j]
             self._send(child, number, (cotangent, found[j]))
 
     def _small_or_cancelled(
@@ -209,13 +254,15 @@ class Walk:
         results = call_node(node, gradients)
         found: dict[int, Tensor | None] = {}
         for j in asked:
-            child, number = node.next_functions[j]
+            child, number = feeds(node)[j]
             given = results[j] if j < len(results) else None
             found[j] = None if given is None else validated(given, child, number, self.structure)
         return found
 
     def _like(self, gradient: Tensor) -> Tensor:
         """Return random numbers in the form of a gradient, without a draw from the user's generators."""
+        if is_distributed(gradient):
+            return of_parts(self._like(local(gradient)), gradient)
         device = gradient.device
         if device not in self._random:
             self._random[device] = torch.Generator(device).manual_seed(0)
@@ -257,25 +304,28 @@ class Walk:
         """Return the sum of what several consumers hand back, with the labels of its zeros."""
         if len(parts) == 1:
             return parts[0]
-        total = parts[0][0]
+        whole = parts[0][0]
         for cotangent, _ in parts[1:]:
-            total = total + cotangent
+            whole = whole + cotangent
+        if is_distributed(whole):  # parts of another placement cannot be held against it element by element
+            parts = [(summed(cotangent, whole), labels) for cotangent, labels in parts]
+        total, parts = local(whole), [(local(cotangent), labels) for cotangent, labels in parts]
         mass = sum((cotangent.abs() for cotangent, _ in parts), torch.zeros_like(total.abs()))
         noise = (mass > 0) & (total.abs() <= _rounding(total) * mass)
         zero = noise | (total == 0)
         if not bool(zero.any()):
-            return total, None
+            return whole, None
         labels = torch.zeros(total.shape, dtype=torch.int16, device=total.device)
         ranks = torch.tensor([self._rank(b) for b in self.blames], device=total.device)
         best = torch.full(total.shape, len(_RANK) + 1, device=total.device)
         for _, given in parts:
-            if given is not None:
+            if given is not None and given.shape == total.shape:
                 rank = ranks[given.long()]
                 better = zero & (given > 0) & (rank < best)
                 labels[better], best[better] = given[better], rank[better]
         if bool(noise.any()):
             labels[noise] = self._number(node, -1, "cancels")
-        return torch.where(noise, torch.zeros_like(total), total), labels
+        return like_parts(torch.where(noise, torch.zeros_like(total), total), whole), labels
 
     def _rank(self, blame: Blame | None) -> int:
         return len(_RANK) if blame is None or blame.reason not in _RANK else _RANK.index(blame.reason)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.layers import owner
+from gradflow.functional.processes.line import Line
+from gradflow.functional.processes.shards import Shards, is_distributed, local
 from gradflow.functional.reach.arrived import Arrived
 from gradflow.functional.reach.blame import Blamed, Walk
 from gradflow.functional.reach.origins import Origins
@@ -16,6 +19,7 @@ from gradflow.functional.reach.reasons import Blame, Reasons
 from gradflow.functional.reach.slices import block, block_names, by_rows, parts
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.torch_private import num_writes
+from gradflow.functional.torch_sharded import place_of
 from gradflow.records import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 
 
@@ -61,20 +65,26 @@ class ReachFindings:
     Args:
         trainable: the trainable working parameters by name.
         originals: names of the user's own parameters by their id.
+        shards: those of the parameters that are spread over processes.
+        line: to these.
     """
 
     trainable: Mapping[str, Tensor]
     originals: Mapping[int, str]
+    shards: Shards = attrs.field(factory=Shards)
+    line: Line = attrs.field(factory=Line)
     arrived: Arrived = attrs.field(init=False)
     closely: Closely | None = None
     outside: tuple[OutsideRecord, ...] = ()
     terms: tuple[TermRecord, ...] = ()
     failed: str = ""  # why no step could be looked at closely
     _writes: dict[str, int] = attrs.field(init=False)
+    _partly: set[str] = attrs.field(factory=set)  # to which a path has led
+    _asked: set[str] | None = None  # what is open on any process, where that had to be agreed on
 
     def __attrs_post_init__(self) -> None:
-        self.arrived = Arrived(self.trainable)
-        self._writes = {name: num_writes(p) for name, p in self.trainable.items()}
+        self.arrived = Arrived({name: local(p) for name, p in self.trainable.items()})
+        self._writes = {name: num_writes(local(p)) for name, p in self.trainable.items()}
 
     def fail(self, why: str) -> None:
         """Hear why no step could be looked at closely."""
@@ -87,7 +97,16 @@ class ReachFindings:
     @property
     def is_open(self) -> bool:
         """Whether a path has led to some parameter, and gradient has not arrived everywhere in it."""
+        if self.shards and self._asked is not None:
+            return bool(self._asked)
         return bool(self.arrived.faint or self.arrived.partly)
+
+    def agree(self) -> None:
+        """Agree with the other processes on what is open, where each knows of its slices alone."""
+        if self.shards:
+            known = {*self.arrived.faint, *self.arrived.partly}
+            found = self.shards.any(self.line, [name in known for name in self.trainable])
+            self._asked = {name for name, flag in zip(self.trainable, found, strict=True) if flag}
 
     def look(
         self,
@@ -111,27 +130,43 @@ class ReachFindings:
 
     def _look(self, step: int, structure: Structure, origins: Origins, inputs: Mapping[str, Tensor]) -> None:
         assert structure.root is not None
-        names = {**self.originals, **{id(p): name for name, p in self.trainable.items()}}
+        leaves = {**self.trainable, **self.shards.leaves()}
+        names = {**self.originals, **{id(p): name for name, p in leaves.items()}}
         reasons = Reasons(structure, origins, names, {id(t): name for name, t in inputs.items()})
-        asked = {*self.arrived.open, *self.arrived.faint}
+        asked = {*self.arrived.open, *self.arrived.faint, *(self._asked or ())}
         wanted = {key for key, name in names.items() if name in asked}
         found = Walk(structure, reasons, wanted).run(structure.root)
-        self.closely = Closely(step, _by_name(found, names), found.blames)
+        labels = _by_name(found, names)
+        few = sum(p.numel() for name, p in self.trainable.items() if name in labels) <= _CHUNK
+        for name, leaf in leaves.items():
+            if name in labels and name in self.shards.spread:
+                labels[name] = self._at_hand(name, leaf, labels[name], whole=few)
+        self.closely = Closely(step, labels, found.blames)
+
+    def _at_hand(self, name: str, leaf: Tensor, labels: Tensor, *, whole: bool) -> Tensor:
+        """Return labels of a whole parameter, or, where many are kept, those of the slice of this process."""
+        if is_distributed(leaf):  # what was gathered is itself a part
+            full = torch.zeros(leaf.shape, dtype=torch.int16)
+            full[place_of(leaf)] = labels
+            labels = full
+        return labels if whole else labels[place_of(self.shards.spread[name])].clone()
 
     # ----------------------------------------------------------------- the account
 
     def account(self, wires: Wires) -> ReachAccount:
         """Return the account, at the end of a run."""
-        total = sum(p.numel() for p in self.trainable.values())
-        unreached = self.arrived.unreached()
         records: list[ReachRecord] = []
-        for name in self.trainable:
-            mask = unreached.get(name)
-            if name in unreached:
-                records += self._of(name, mask, wires)
-            elif (noise := self._noise(name)) is not None:
-                records += self._explained(name, noise, wires)
+        for names, unreached, closely in self._together():
+            self.closely = closely
+            self._partly = self._partly | {name for name, mask in unreached.items() if mask is not None}
+            for name in names:
+                mask = unreached.get(name)
+                if name in unreached:
+                    records += self._of(name, mask, wires)
+                elif (noise := self._noise(name)) is not None:
+                    records += self._explained(name, noise, wires)
         left = sum(record.num_elements for record in records)
+        total = sum(p.numel() for p in self.trainable.values())
         return ReachAccount(
             num_elements=total,
             num_reached=total - left,
@@ -139,6 +174,65 @@ class ReachFindings:
             outside=self.outside,
             terms=self.terms,
             step=self.closely.step if self.closely is not None else -1,
+        )
+
+    def _together(self) -> Iterator[tuple[list[str], dict[str, Tensor | None], Closely | None]]:
+        """Yield the names of parameters, their masks of what is unreached, and what a step showed of these.
+
+        Of sharded ones some at a time, so that little of them is whole at once.
+        """
+        unreached, closely = self.arrived.unreached(), self.closely
+        self._partly = set(self.arrived.partly)
+        if not self.shards:
+            yield list(self.trainable), unreached, closely
+            return
+        names, told = list(self.trainable), self._blames()
+        kinds = self.shards.largest(
+            self.line, [0 if n not in unreached else 2 if unreached[n] is None else 1 for n in names]
+        )
+        labelled = self.shards.any(
+            self.line, [closely is not None and name in closely.labels for name in names]
+        )
+        kind_of = dict(zip(names, kinds, strict=True))
+        seen = {name for name, flag in zip(names, labelled, strict=True) if flag}
+        for chunk in self._chunks([name for name in names if kind_of[name] or name in seen]):
+            masks = {n: mask for n in chunk if (mask := unreached.get(n)) is not None}
+            found = self.shards.whole(self.line, masks, [n for n in chunk if kind_of[n] == 1])
+            every = {n: found[n].bool() if n in found else None for n in chunk if kind_of[n]}
+            yield chunk, every, self._shared(closely, told, [n for n in chunk if n in seen])
+
+    def _chunks(self, names: Sequence[str]) -> Iterator[list[str]]:
+        chunk: list[str] = []
+        for name in names:
+            if chunk and sum(self.trainable[n].numel() for n in (*chunk, name)) > _CHUNK:
+                yield chunk
+                chunk = []
+            chunk.append(name)
+        if chunk:
+            yield chunk
+
+    def _blames(self) -> list[Blame]:
+        """Return what the labels of all processes stand for, what says more later."""
+        every = self.line.gathered([] if self.closely is None else self.closely.blames)
+        return sorted({b for blames in every for b in blames if b is not None}, key=_says)[-_MOST:]
+
+    def _shared(self, mine: Closely | None, blames: Sequence[Blame], names: Sequence[str]) -> Closely | None:
+        """Return the labels of all processes together: where they differ, that which says more."""
+        number = {blame: i for i, blame in enumerate(blames, 1)}
+        parts: dict[str, Tensor] = {}
+        for name in names:
+            labels = mine.labels.get(name) if mine is not None else None
+            if mine is not None and labels is not None:
+                parts[name] = torch.zeros(labels.shape, dtype=torch.uint8)
+                for old in labels.unique().tolist():
+                    blame = mine.blames[old]
+                    parts[name][labels == old] = 0 if blame is None else number.get(blame, 0)
+        found = self.shards.whole(self.line, parts, names)
+        step = self.shards.largest(self.line, [0 if mine is None else 1])[0]
+        if not step:
+            return None
+        return Closely(
+            -1 if mine is None else mine.step, {n: p.short() for n, p in found.items()}, [None, *blames]
         )
 
     def _of(self, name: str, mask: Tensor | None, wires: Wires) -> Iterator[ReachRecord]:
@@ -180,7 +274,7 @@ class ReachFindings:
         self, name: str, mask: Tensor, unreached: Tensor, blame: Blame, wires: Wires
     ) -> Iterator[ReachRecord]:
         parameter, layer = self.trainable[name], owner(name, wires.modules)
-        unwired = name not in self.arrived.partly  # an optimizer does not step it
+        unwired = name not in self._partly  # an optimizer does not step it
         names = block_names(wires.modules.get(layer), name)
         shape = tuple(parameter.shape)
         for part in parts(mask, unreached):
@@ -193,7 +287,7 @@ class ReachFindings:
                 num_slices=part.num_slices,
                 num_elements=part.num_elements,
                 block=block(part, shape, names),
-                moved=unwired and num_writes(parameter) != self._writes[name],
+                moved=unwired and num_writes(local(parameter)) != self._writes[name],
                 step=self.closely.step if self.closely is not None else -1,
                 **attrs.asdict(blame),
             )
@@ -205,6 +299,18 @@ class ReachFindings:
             return Blame(Reason.NOT_CALLED, op="copy" if layer in wires.copied else "")
         op, at = wires.cuts.get(layer, ("", ""))
         return Blame(Reason.CUT, at=at, layer_at=layer, op=op)
+
+
+_MOST = 255  # blames that a byte tells apart
+_CHUNK = 2**22  # elements of sharded parameters that are told of at once
+_LITTLE = (Reason.UNEXPLAINED, Reason.UNCHOSEN_BY_DATA, Reason.UNCHOSEN_BY_MODEL, Reason.BY_MATHEMATICS)
+
+
+def _says(blame: Blame) -> tuple[Any, ...]:
+    """Return an order in which a reason comes the later, the more it says: on some processes nothing has come
+    to where others know why it ends."""
+    little = _LITTLE.index(blame.reason) if blame.reason in _LITTLE else len(_LITTLE)
+    return (little, *(str(value) for value in attrs.astuple(blame)))
 
 
 def _by_name(found: Blamed, names: Mapping[int, str]) -> dict[str, Tensor]:

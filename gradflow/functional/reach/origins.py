@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import iter_tensors
+from gradflow.functional.processes.shards import local
 from gradflow.functional.tap.asked import Listener
 from gradflow.functional.tap.nodes import Node
 from gradflow.functional.tap.recorder import Recorder
@@ -191,4 +192,5 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _live(tensor: Tensor) -> Tensor | None:
     """Whether any element is not zero, as a tensor; None where that cannot be asked."""
+    tensor = local(tensor)
     return tensor.any() if _is_plain(tensor) and tensor.numel() else None

@@ -8,10 +8,11 @@ import attrs
 import torch
 from torch import Tensor
 
+from gradflow.functional.processes.shards import local
 from gradflow.functional.reach.kinds import ADDED, VIEWS, Kind, is_over_one, kind_of
 from gradflow.functional.reach.origins import Function, Origin, Origins
 from gradflow.functional.reverse.autograd_graph import Structure, Windows
-from gradflow.functional.tap.nodes import Node, is_leaf, nodes_under, operation
+from gradflow.functional.tap.nodes import Node, converts, feeds, is_leaf, nodes_under, operation
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.torch_private import input_metadata
 from gradflow.records import Reason
@@ -89,7 +90,7 @@ class Reasons:
         if kind is Kind.STEP:
             return attrs.evolve(place, reason=Reason.CUT)
         if kind is Kind.PART:
-            child, _ = node.next_functions[j]
+            child, _ = feeds(node)[j]
             bounds = operation(node) in ("slice", "narrow") and self._is_parameter(child)
             return attrs.evolve(place, reason=Reason.UNCHOSEN_BY_DATA if bounds else Reason.CUT)
         if kind is Kind.CHOICE:
@@ -137,11 +138,11 @@ class Reasons:
 
     def _factor(self, node: Node, j: int, function: Function | None, place: Blame) -> Blame:
         place = attrs.evolve(place, reason=Reason.ZERO_FACTOR)
-        for k, (child, _) in enumerate(node.next_functions):
+        for k, (child, _) in enumerate(feeds(node)):
             if k not in (j, *ADDED.get(operation(node), ())) and child is not None:
                 return attrs.evolve(place, whose=self._name_of(child), source=self._source_of(child))
         still = function.still if function is not None else ()
-        zeros = [t for t in still if t.numel() and not bool(t.all())]
+        zeros = [here for t in still if (here := local(t)).numel() and not bool(here.all())]
         if not zeros:
             return place
         factor = min(zeros, key=lambda t: float(t.count_nonzero()) / t.numel())
@@ -167,8 +168,8 @@ class Reasons:
 
     def _source(self, node: Node) -> Node:
         """Return the node behind what only changes the form of a tensor."""
-        while not is_leaf(node) and not is_probe(node) and operation(node) in VIEWS:
-            child = next((c for c, _ in node.next_functions if c is not None), None)
+        while not is_leaf(node) and not is_probe(node) and (operation(node) in VIEWS or converts(node)):
+            child = next((c for c, _ in feeds(node) if c is not None), None)
             if child is None:
                 break
             node = child

@@ -21,16 +21,22 @@ them itself. Anywhere else: there it is no gradient of an output; a note says so
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import attrs
 from torch import Tensor
 
+from gradflow.functional.processes.shards import Shards
+from gradflow.functional.reverse.gathered import Gatherer, gatherer
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.nodes import (
     Node,
     Position,
+    below,
+    converts,
+    feeds,
     is_leaf,
     of_parameters,
     operation,
@@ -80,10 +86,21 @@ class Structure:
     signature: list[Any] = attrs.field(factory=list)  # of the autograd graph: see `signature`
     placed: list[str | None] = attrs.field(factory=list)  # the group of every node, in their order
     root: Tensor | None = None  # the loss: in older releases a custom function's node does not keep itself
+    gatherer: Gatherer | None = None  # where parameters are sharded
 
     def release(self) -> None:
         """Let go of the autograd graph, and keep the contracted one."""
         self.nodes, self.group_of, self.leaves, self.foreign, self.root = [], {}, {}, [], None
+        self.gatherer = None
+
+    def gather_by(self, shards: Shards) -> None:
+        """Have the parameters gathered for every walk, where they are sharded."""
+        windows = Windows(self.calls)
+        self.gatherer = gatherer(shards, self.nodes, windows.innermost) if shards.groups else None
+
+    def walk(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Begin a walk over the nodes: what is called before each, in their order, used or not."""
+        return contextlib.nullcontext(lambda: None) if self.gatherer is None else self.gatherer.walk()
 
     def remember(self) -> None:
         """Remember the autograd graph, so that a later step that has the same is known again."""
@@ -106,7 +123,7 @@ class Structure:
             return None
         group_of = {node: name for node, name in zip(nodes, self.placed, strict=True) if name is not None}
         leaves = {node: node.variable for node in nodes if is_leaf(node)}
-        return attrs.evolve(self, nodes=nodes, group_of=group_of, leaves=leaves, root=root)
+        return attrs.evolve(self, nodes=nodes, group_of=group_of, leaves=leaves, root=root, calls=calls)
 
 
 def own_name(name: str, layers: Container[str]) -> str:
@@ -215,6 +232,9 @@ def _group(
             order = call.start if not call.has_children else call.end
             structure.groups[name] = layer_group(name, call, order)
         return structure.groups[name]
+    made = [structure.group_of[child] for child in below(node) if child in structure.group_of]
+    if made and converts(node):  # the same tensor, in another form
+        return structure.groups[made[0]]
     op = operation(node)
     inside = windows.innermost(node)
     prefix = f"{inside.name}:" if inside is not None and inside.name else ""
@@ -283,7 +303,7 @@ def boundaries(structure: Structure) -> Iterator[tuple[str, str, Node, tuple[Nod
         target = structure.group_of.get(node)
         if target is None:
             continue
-        for child, number in node.next_functions:
+        for child, number in feeds(node):
             source = structure.group_of.get(child) if child is not None else None
             if source is None or source == target:
                 continue
@@ -298,9 +318,9 @@ def stands(structure: Structure) -> dict[Position, Node]:
     """
     group_of = structure.group_of
     return {
-        node.next_functions[0]: node
+        feeds(node)[0]: node
         for node in structure.nodes
-        if is_probe(node) and group_of.get(node.next_functions[0][0]) == group_of[node]
+        if is_probe(node) and group_of.get(feeds(node)[0][0]) == group_of[node]
     }
 
 
@@ -311,7 +331,7 @@ def entered(structure: Structure) -> set[str]:
     """
     probed, found, inner = stands(structure), set(), set()
     for node in structure.nodes:
-        for position in node.next_functions:
+        for position in feeds(node):
             if position in probed and not is_probe(node):
                 source = structure.group_of[probed[position]]
                 (inner if structure.group_of.get(node) == source else found).add(source)
@@ -345,11 +365,11 @@ def capturable(structure: Structure) -> set[str]:
     consumers: dict[tuple[Node, int], int] = {}
     behind: dict[str, list[tuple[Node, int]]] = {}  # group -> what its probes stand on
     for node in structure.nodes:
-        for child, number in node.next_functions:
+        for child, number in feeds(node):
             if child is not None:
                 consumers[child, number] = consumers.get((child, number), 0) + 1
         if is_probe(node):
-            behind.setdefault(structure.group_of[node], []).append(node.next_functions[0])
+            behind.setdefault(structure.group_of[node], []).append(feeds(node)[0])
     found = set()
     for name, edges in behind.items():
         call = structure.groups[name].call
@@ -364,11 +384,11 @@ def _attach_parameters(structure: Structure, names: Mapping[int, str]) -> None:
         group = structure.group_of.get(node)
         if group is None:
             continue
-        todo = [child for child, _ in node.next_functions if child is not None]
+        todo = [child for child, _ in feeds(node) if child is not None]
         while todo:
             child = todo.pop()
             leaf, inside = structure.leaves.get(child), structure.group_of.get(child)
             if leaf is not None and id(leaf) in names:
                 structure.groups[group].use([names[id(leaf)]])
             elif child in weights and inside != group and structure.groups[inside or group].kind == "layer":
-                todo += [below for below, _ in child.next_functions if below is not None]
+                todo += below(child)

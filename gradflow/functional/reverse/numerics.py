@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import iter_tensors
+from gradflow.functional.processes.shards import local
 from gradflow.functional.reverse.autograd_graph import Structure, Windows
 from gradflow.functional.reverse.reverse import call_node, validated
 from gradflow.functional.tap.asked import Listener
-from gradflow.functional.tap.nodes import Node, is_leaf, nodes_under, operation
+from gradflow.functional.tap.nodes import Node, feeds, is_leaf, nodes_under, operation
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.watch import source_layer
@@ -77,7 +78,7 @@ class Tracer(Listener):
         if not inputs or name == "__get__":
             return None
         low, high = _range(inputs)
-        worst = max((_badness(t) for t in inputs), default=0)
+        worst = max((badness(t) for t in inputs), default=0)
         known = next((b for t in inputs if (b := self.birth(t)) is not None), None)
         leaf = self.recorder.innermost_leaf()
         layer = leaf.name if leaf is not None else source_layer(self.recorder, inputs[0])
@@ -102,7 +103,7 @@ class Tracer(Listener):
         known: tuple[Operation, str] | None,
         asked_for: bool,
     ) -> None:
-        bad = _badness(tensor)
+        bad = badness(tensor)
         if not bad:
             return
         born = known  # a NaN made of an infinity has its origin where that was made
@@ -121,9 +122,9 @@ class Tracer(Listener):
         return None
 
 
-def _badness(tensor: Tensor) -> int:
+def badness(tensor: Tensor) -> int:
     """Return 0 for a finite tensor, 1 for one with an infinity, 2 for one with a NaN."""
-    tensor = tensor.detach()
+    tensor = local(tensor.detach())
     if tensor.layout is not torch.strided or bool(torch.isfinite(tensor).all()):
         return 0
     return 2 if bool(torch.isnan(tensor).any()) else 1
@@ -139,7 +140,7 @@ def _range(inputs: list[Tensor]) -> tuple[float, float]:
     """Return the smallest and largest number in the tensors, NaN left out."""
     low, high = float("inf"), float("-inf")
     for tensor in inputs:
-        tensor = tensor.detach()
+        tensor = local(tensor.detach())
         known = tensor[~torch.isnan(tensor)] if tensor.layout is torch.strided else tensor.new_empty(0)
         if known.numel():
             low, high = min(low, float(known.min())), max(high, float(known.max()))
@@ -167,10 +168,20 @@ def certificates(
     *,
     step: int,
     inputs: Mapping[str, Tensor],
-    parameters: Mapping[str, Tensor],
+    bad: Mapping[str, int],
     owners: Mapping[str, str],
 ) -> list[NumericalRecord]:
-    """Return the births that the loss and the gradients of a traced step show, forward ones first."""
+    """Return the births that the loss and the gradients of a traced step show, forward ones first.
+
+    Args:
+        tracer: that heard of the step.
+        loss: of the step, with its graph.
+        structure: the graph; None if it is not to be walked.
+        step: its number.
+        inputs: the tensors of the batch by name.
+        bad: by name of a parameter that is not finite, its `badness`.
+        owners: the modules of the parameters.
+    """
     recorder = tracer.recorder
     finite = bool(torch.isfinite(loss.detach()))
 
@@ -184,17 +195,24 @@ def certificates(
             input_min=low, input_max=high, line=line, loss_finite=finite,
         )  # fmt: skip
 
-    for name, tensor in inputs.items():
-        if tensor.is_floating_point() and (bad := _badness(tensor)) and not finite:
-            first = next((c.name for c in recorder.calls if c.is_layer and not c.has_children), "")
-            return [record(first, name, "input", "nan" if bad == 2 else "inf", None)]
-    for name, tensor in parameters.items():
-        if bad := _badness(tensor):
-            return [record(owners.get(name, ""), name, "parameter", "nan" if bad == 2 else "inf", None)]
-    if not finite:
-        born = tracer.birth(loss) or next(iter(tracer.births), None)
-        if born is not None:
-            return [record(born[0].layer, born[0].name, "forward", born[1], born[0])]
+    def forward() -> list[NumericalRecord]:
+        for name, tensor in inputs.items():
+            if tensor.is_floating_point() and (how := badness(tensor)) and not finite:
+                first = next((c.name for c in recorder.calls if c.is_layer and not c.has_children), "")
+                return [record(first, name, "input", "nan" if how == 2 else "inf", None)]
+        for name, how in bad.items():
+            return [record(owners.get(name, ""), name, "parameter", "nan" if how == 2 else "inf", None)]
+        if not finite:
+            born = tracer.birth(loss) or next(iter(tracer.births), None)
+            if born is not None:
+                return [record(born[0].layer, born[0].name, "forward", born[1], born[0])]
+        return []
+
+    if early := forward():
+        if structure is not None:
+            with structure.walk():  # other processes may have to walk, for which all gather
+                pass
+        return early
     if structure is None:
         return []
     found = backward_birth(loss, structure)
@@ -216,18 +234,19 @@ def _upstream(node: Node, recorder: Recorder) -> str:
 def backward_birth(loss: Tensor, structure: Structure) -> tuple[Node, str] | None:
     """Return the first autograd node that makes a non-finite gradient of finite ones, and what it makes."""
     arriving: dict[Node, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss)}}
-    with torch.no_grad():
+    with torch.no_grad(), structure.walk() as ready:
         for node in structure.nodes:
+            ready()
             gradients = arriving.pop(node, None)
             if gradients is None or is_leaf(node):
                 continue
-            before = max(_badness(g) for g in gradients.values())
+            before = max(badness(g) for g in gradients.values())
             handed = call_node(node, gradients)
-            for cotangent, (child, number) in zip(handed, node.next_functions, strict=False):
+            for cotangent, (child, number) in zip(handed, feeds(node), strict=False):
                 if cotangent is None or child is None:
                     continue
                 cotangent = validated(cotangent, child, number, structure)
-                after = _badness(cotangent)
+                after = badness(cotangent)
                 if after > before:
                     return node, "nan" if after == 2 else "inf"
                 slots = arriving.setdefault(child, {})

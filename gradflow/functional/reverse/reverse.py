@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.reverse.autograd_graph import Structure, stands
-from gradflow.functional.tap.calls import unit_axis
-from gradflow.functional.tap.nodes import Node, Position, is_leaf, of_parameters, topological
+from gradflow.functional.reverse.ranks import effective_rank, gram_matrix
+from gradflow.functional.tap.nodes import Node, Position, feeds, is_leaf, of_parameters, topological
 from gradflow.functional.tap.probes import as_norm, is_probe, magnitude
 from gradflow.functional.torch_private import in_reverse_pass, input_metadata
 
@@ -84,7 +84,12 @@ def check_walkable(structure: Structure) -> None:
 
 
 def accumulated(
-    loss: Tensor, leaves: Sequence[Any], wanted: Collection[int] = ()
+    loss: Tensor,
+    leaves: Sequence[Any],
+    wanted: Collection[int] = (),
+    *,
+    cotangent: Tensor | None = None,
+    retain_graph: bool = False,
 ) -> dict[int, Tensor | None]:
     """Run `loss.backward()`, leaving the `.grad` of leaves that are not ours as it was.
 
@@ -94,6 +99,8 @@ def accumulated(
         loss: scalar loss with its graph.
         leaves: those that are ours: working parameters and slots.
         wanted: ids of leaves of the user's whose gradients are asked for.
+        cotangent: what the gradient of `loss` itself is; None for 1.
+        retain_graph: whether the graph is kept.
 
     Returns:
         The gradients of those of `wanted` that were met, by id.
@@ -105,7 +112,7 @@ def accumulated(
 
     def note(root: Node) -> None:
         nodes = topological(root)
-        slots = {node.next_functions[1][0] for node in nodes if is_probe(node)}  # made in a checkpoint
+        slots = {feeds(node)[1][0] for node in nodes if is_probe(node)}  # made in a checkpoint
         for leaf in (n.variable for n in nodes if is_leaf(n) and n not in slots):
             known = saved.get(id(leaf))
             if id(leaf) not in ours and (known is None or known[0]() is not leaf):
@@ -115,7 +122,7 @@ def accumulated(
     note(loss.grad_fn)
     try:
         with _told_of_inner_passes(note):
-            loss.backward()
+            loss.backward(cotangent, retain_graph=retain_graph)
         met = {key: reference() for key, (reference, _) in saved.items() if key in wanted}
         return {key: leaf.grad for key, leaf in met.items() if leaf is not None}
     finally:
@@ -157,6 +164,8 @@ class Flows:
         probes: magnitude of the gradient at each probe, by the id of its site.
         leaves: gradient of each leaf, by id.
         ranks: effective rank of the output gradient of layers, where asked for.
+        grams: in their place, what they are taken of, where that is to be added up over processes.
+        kept: gradients that are kept whole, by what they are of: an edge, a node, or a probe's site.
     """
 
     edges: dict[tuple[str, str], Tensor] = attrs.field(factory=dict)
@@ -164,9 +173,22 @@ class Flows:
     probes: dict[int, Tensor] = attrs.field(factory=dict)
     leaves: dict[int, Tensor] = attrs.field(factory=dict)
     ranks: dict[str, float] = attrs.field(factory=dict)
+    grams: dict[str, Tensor] = attrs.field(factory=dict)
+    kept: dict[tuple[Any, ...], list[Tensor]] = attrs.field(factory=dict)
+
+    def keep(self, *of: Any, gradient: Tensor) -> None:
+        """Keep a gradient whole."""
+        self.kept.setdefault(of, []).append(gradient)
 
 
-def walked(loss: Tensor, structure: Structure, *, exact: bool, ranks: bool = False) -> Flows:
+def walked(
+    loss: Tensor,
+    structure: Structure,
+    *,
+    exact: bool,
+    ranks: bool = False,
+    kept: Collection[str] | None = None,
+) -> Flows:
     """Return the flow on every edge; see NOTE [The flow on every edge].
 
     Args:
@@ -174,12 +196,14 @@ def walked(loss: Tensor, structure: Structure, *, exact: bool, ranks: bool = Fal
         structure: the contracted graph of the same step.
         exact: take sums in double precision.
         ranks: take the effective rank of every layer's output gradient as well (one SVD each).
+        kept: names of nodes whose gradients are kept whole, and Gram matrices instead of ranks, to be
+            combined with those of other processes; None where there are none.
 
     Raises:
         ReentrantCheckpoint: if the graph holds one, whose inside cannot be walked.
     """
     check_walkable(structure)
-    walk = _Walk(structure, exact, ranks)
+    walk = _Walk(structure, exact, ranks, kept)
     with torch.no_grad():
         walk.run(loss)
     return walk.flows
@@ -192,6 +216,7 @@ class _Walk:
     structure: Structure
     exact: bool
     ranks: bool
+    kept: Collection[str] | None = None
     flows: Flows = attrs.field(factory=Flows)
     _arriving: dict[Node, dict[int, dict[str, Tensor]]] = attrs.field(factory=dict)
     _weights: set[Node] = attrs.field(init=False)
@@ -205,28 +230,29 @@ class _Walk:
         self._entered = {
             position
             for node in nodes
-            for position in node.next_functions
+            for position in feeds(node)
             if position in self._stands and group_of.get(node) != group_of[self._stands[position]]
         }
 
     def run(self, loss: Tensor) -> None:
         """Call every node with the gradient that has arrived at it, from the loss back."""
         self._arriving[loss.grad_fn] = {0: {self.structure.loss: torch.ones_like(loss)}}
-        for node in self.structure.nodes:
-            incoming = self._arriving.pop(node, None)
-            if incoming is None:
-                continue
-            gradients = {
-                number: self._gather(node, number, by_group) for number, by_group in incoming.items()
-            }
-            if node in self.structure.leaves:
-                self.flows.leaves[id(self.structure.leaves[node])] = gradients[0]
-                continue
-            for cotangent, (child, number) in zip(
-                call_node(node, gradients), node.next_functions, strict=False
-            ):
-                if cotangent is not None and child is not None:
-                    self._send(cotangent, node, child, number)
+        with self.structure.walk() as ready:
+            for node in self.structure.nodes:
+                ready()
+                incoming = self._arriving.pop(node, None)
+                if incoming is not None:
+                    self._visit(node, incoming)
+
+    def _visit(self, node: Node, incoming: dict[int, dict[str, Tensor]]) -> None:
+        gradients = {number: self._gather(node, number, by_group) for number, by_group in incoming.items()}
+        if node in self.structure.leaves:
+            self.flows.leaves[id(self.structure.leaves[node])] = gradients[0]
+            return
+        sliced = self.structure.gatherer is not None  # then gradients come in slices, and none is kept whole
+        for cotangent, (child, number) in zip(call_node(node, gradients), feeds(node), strict=False):
+            if cotangent is not None and child is not None and not (sliced and is_leaf(child)):
+                self._send(cotangent, node, child, number)
 
     def _send(self, cotangent: Tensor, node: Node, child: Node, number: int) -> None:
         cotangent = validated(cotangent, child, number, self.structure)
@@ -249,9 +275,11 @@ class _Walk:
         sizes = [magnitude(cotangent, exact=self.exact) for cotangent in outside.values()]
         for source, size in zip(outside, sizes, strict=True):
             _add(self.flows.edges, (group, source), size)
+            if self.kept and group in self.kept:
+                self.flows.keep("edge", group, source, gradient=outside[source])
         if is_probe(node):
-            if node.next_functions[0] in self._entered:
-                self._seen[node.next_functions[0]] = total
+            if feeds(node)[0] in self._entered:
+                self._seen[feeds(node)[0]] = total
             else:
                 whole = sizes[0] if len(sizes) == len(by_group) == 1 else None
                 self._note_output(node, group, total, whole)
@@ -261,6 +289,8 @@ class _Walk:
         elif outside and not self._is_probed(group):
             whole = sizes[0] if len(by_group) == 1 else magnitude(total, exact=self.exact)
             _add(self.flows.groups, group, whole)
+            if self.kept and group in self.kept:
+                self.flows.keep("node", group, gradient=total)
         return total
 
     def _note_output(self, probe: Node, group: str, gradient: Tensor, size: Tensor | None = None) -> None:
@@ -268,8 +298,15 @@ class _Walk:
         size = magnitude(gradient, exact=self.exact) if size is None else size
         _add(self.flows.groups, group, size)
         self.flows.probes[id(probe.site)] = size
-        if self.ranks and group not in self.flows.ranks:
-            self.flows.ranks[group] = effective_rank(gradient, self.structure.groups[group].type)
+        kind = self.structure.groups[group].type
+        if self.kept and group in self.kept:
+            self.flows.keep("node", group, gradient=gradient)
+            self.flows.keep("probe", id(probe.site), gradient=gradient)
+        if self.ranks and group not in self.flows.ranks and group not in self.flows.grams:
+            if self.kept is None or gradient.dim() < 2:
+                self.flows.ranks[group] = effective_rank(gradient, kind)
+            else:
+                self.flows.grams[group] = gram_matrix(gradient, kind)
 
     def _is_probed(self, group: str) -> bool:
         call = self.structure.groups[group].call
@@ -290,7 +327,10 @@ def _add(norms: dict[Any, Tensor], key: Any, size: Tensor) -> None:
 
 
 def call_node(node: Node, gradients: dict[int, Tensor]) -> Sequence[Tensor | None]:
-    """Return the cotangents that an autograd node hands to its inputs, given those of its outputs."""
+    """Return the cotangents that an autograd node hands to its inputs, given those of its outputs.
+
+    They are in the order of its `next_functions`, in which what a function is given that is no tensor is not.
+    """
     if not gradients:
         return ()
     if is_probe(node):
@@ -302,9 +342,18 @@ def call_node(node: Node, gradients: dict[int, Tensor]) -> Sequence[Tensor | Non
         # Whether it asked for None instead, by `set_materialize_grads`, cannot be read; zeros mean the same.
         args = [_zeros(m) if a is None else a for a, m in zip(args, metadata, strict=False)]
         result = node.apply(*args)
-    else:
-        result = node(*args)
+        return _of_tensors(node, result if isinstance(result, tuple) else (result,))
+    result = node(*args)
     return result if isinstance(result, tuple) else (result,)
+
+
+def _of_tensors(node: Node, result: tuple[Tensor | None, ...]) -> Sequence[Tensor | None]:
+    """Return what a custom function gives for those of its arguments that have a node."""
+    wanted = node.needs_input_grad
+    if len(result) == len(node.next_functions) or len(wanted) != len(result):
+        return result
+    found = (cotangent for cotangent, asked in zip(result, wanted, strict=True) if asked)
+    return [None if child is None else next(found, None) for child, _ in node.next_functions]
 
 
 def _zeros(metadata: Any) -> Tensor:
@@ -322,28 +371,3 @@ def validated(cotangent: Tensor, child: Node, number: int, structure: Structure)
     if cotangent.layout is torch.strided and tuple(cotangent.shape) != tuple(like.shape):
         cotangent = cotangent.sum_to_size(tuple(like.shape))
     return cotangent if cotangent.dtype == like.dtype else cotangent.to(like.dtype)
-
-
-def effective_rank(gradient: Tensor, layer_type: str = "Linear") -> float:
-    """Return the effective rank of a gradient as a matrix (samples × features).
-
-    exp of the entropy of the normalised squared singular values (Roy and Vetterli, 2007, with squared
-    values). 1 for a rank-one matrix, the width for an orthogonal one, NaN where it is zero or not finite.
-
-    Args:
-        gradient: output gradient of a layer, samples first.
-        layer_type: class name of the layer; tells where its features are.
-    """
-    if gradient.dim() < 2:
-        return 1.0 if bool(gradient.any()) else float("nan")
-    matrix = gradient.detach().movedim(unit_axis(gradient, layer_type), -1).flatten(0, -2)
-    matrix = matrix.to(device="cpu", dtype=torch.complex128 if matrix.is_complex() else torch.float64)
-    top = matrix.abs().max()
-    if not torch.isfinite(top) or top == 0:
-        return float("nan")
-    matrix = matrix / top
-    gram = matrix.mH @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mH
-    values = torch.linalg.eigvalsh(gram).clamp(min=0)
-    shares = values / values.sum()
-    shares = shares[shares > 0]
-    return float(torch.exp(-(shares * shares.log()).sum()))

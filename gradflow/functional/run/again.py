@@ -16,9 +16,11 @@ from gradflow.functional.reach.terms import constant_terms, outside_records
 from gradflow.functional.reverse import numerics
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.dataflow import DataFlow
-from gradflow.functional.run.history import Row
+from gradflow.functional.run.rows import Row
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome, Request, evaluated, run_step
+from gradflow.functional.run.together.gradients import averaged
+from gradflow.functional.run.together.joined import joined_graph
 from gradflow.functional.tap.asked import Asked
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.records import FlowRecord
@@ -39,12 +41,13 @@ def traced(run: Run, request: Request, row: Row) -> Row:
         taps.sum_exactly()
         tracer = numerics.Tracer()
         inputs = program.given.inputs_of(request.batch)
-        parameters = program.state.parameters
-        owners = {name: owner(name, taps.modules) for name in parameters}
+        owners = {name: owner(name, taps.modules) for name in program.state.parameters}
+        bad = _not_finite(run)
+        split = bool(run.line.processes.model_axes)  # then nodes exchange, and not all processes may walk
 
         def certify(loss: Tensor, structure: Structure | None) -> None:
             found = numerics.certificates(
-                tracer, loss, structure, step=request.step, inputs=inputs, parameters=parameters,
+                tracer, loss, None if split else structure, step=request.step, inputs=inputs, bad=bad,
                 owners=owners,
             )  # fmt: skip
             run.findings.certify(found)
@@ -53,9 +56,18 @@ def traced(run: Run, request: Request, row: Row) -> Row:
             batch=request.batch, step=request.step, before=request.before, structural=True, look=True,
             listeners=(tracer,), inspect=certify,
         )  # fmt: skip
-        outcome = run_step(program, closely)
+        outcome = averaged(run, run_step(program, closely)).outcome
         again = run.history.read(outcome, look=True, parameters_moved=bool(run.plan.loop.optimizers))
     return again if _is_same(run, request.step, row.loss, again.loss) else row
+
+
+def _not_finite(run: Run) -> dict[str, int]:
+    """Return, by name of a parameter that is not finite on any process, how bad it is."""
+    parts = run.program.state.parts
+    found = torch.tensor([numerics.badness(part) for part in parts.values()], dtype=torch.uint8)
+    if run.program.state.shards:
+        found = run.line.largest(found)
+    return {name: bad for name, bad in zip(parts, found.tolist(), strict=True) if bad}
 
 
 def summed_exactly(run: Run, request: Request, row: Row) -> Row:
@@ -82,7 +94,7 @@ def unscaled(run: Run, request: Request, row: Row) -> Row:
         plainly = attrs.evolve(
             request, first=False, structural=False, full=False, ranks=False, listeners=(), scale=1.0
         )
-        outcome = run_step(program, plainly)
+        outcome = averaged(run, run_step(program, plainly)).outcome
         plain = run.history.read(outcome, look=request.look, parameters_moved=True)
     return plain if _is_same(run, request.step, row.loss, plain.loss) else row
 
@@ -120,8 +132,10 @@ def deepened(run: Run, request: Request, record: FlowRecord) -> FlowRecord:
             batch=request.batch, step=step, before=request.before, structural=True, look=True, full=True,
             ranks=True,
         )  # fmt: skip
-        outcome = run_step(program, deeply)
-    graph = run.graph.record_of(step, outcome)
+        shared = averaged(run, run_step(program, deeply))
+    graph = run.graph.record_of(step, shared.outcome)
+    if not run.line.alone:
+        graph = joined_graph(run, run.line.gathered(graph))
     if graph is None:
         return record
     notes = [
@@ -129,7 +143,7 @@ def deepened(run: Run, request: Request, record: FlowRecord) -> FlowRecord:
         f"The flow on every edge was measured at step {step}, run again with the same batch and random "
         "state.",
     ]
-    if (other := _other_loss(step, float(record.losses[-1]), float(outcome.loss))) is not None:
+    if (other := _other_loss(step, float(record.losses[-1]), float(shared.loss))) is not None:
         notes.append(other)
     return attrs.evolve(record, graph_record=graph, provenance=attrs.evolve(record.provenance, notes=notes))
 
@@ -182,7 +196,7 @@ def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> 
         numbers = list(zip(row.layout.places, row.values.tolist(), strict=True))
         run.reach.arrived.settle({str(name) for (kind, name), n in numbers if kind == "pzeros" and n == 0})
         run.reach.arrived.doubt({str(name): n for (kind, name), n in numbers if kind == "pgrad"})
-    run.reach.arrived.add(outcome.gradients.parameters, look=look)
+    run.reach.arrived.add(outcome.gradients.parts, look=look)
 
 
 @attrs.frozen(eq=False)
@@ -202,6 +216,7 @@ class Closer:
     def look(self, run: Run, outcome: Outcome) -> None:
         """Find out why gradient did not arrive, where it did not; the step's graph is kept for that."""
         structure, program = outcome.structure, run.program
+        run.reach.agree()
         if structure is not None and structure.nodes and run.reach.is_open:
             inputs = program.given.inputs_of(self.request.batch)
             with program.state.swapped():  # a checkpoint calls the model again
@@ -216,6 +231,7 @@ def closer_look(run: Run, request: Request) -> Closer | None:
         return None
     if not plan.closely:
         return None
+    run.reach.agree()
     return Closer.of(run, request) if request.first or run.reach.is_open else None
 
 
@@ -225,8 +241,10 @@ def looked_again(run: Run, request: Request) -> None:
     So it is where nobody knew that it would be the last.
     """
     program, reach = run.program, run.reach
-    done = reach.closely is not None or reach.failed or not reach.is_open or not run.plan.closely
-    if done or program.learned.reentrant or request.transform != "fused":
+    if not run.plan.closely or program.learned.reentrant or request.transform != "fused":
+        return
+    reach.agree()
+    if reach.closely is not None or reach.failed or not reach.is_open:
         return
     closer = Closer.of(run, Request(batch=request.batch, step=request.step, before=request.before))
     with request.before.again(program):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import attrs
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.state import Tensors
-from gradflow.functional.model.trees import summable, wide_dtype
+from gradflow.functional.model.trees import summable
+from gradflow.functional.processes.shards import local
+from gradflow.functional.run.rows import LASTING_SUMS, NORMS, SUMS, Layout, Place, Row, to_host
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation
 from gradflow.functional.tap.probes import is_safe, magnitude, num_nonzero, safe_range
@@ -20,88 +22,9 @@ from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.records import Bools, Floats
 
-Place = tuple[str, Hashable]  # what a number is (`grad`, `out`, ...), and of what
+Mean = tuple[int, str]  # a step, and a layer call
 
-# Norms of tensors that are gone after the step are taken fast or exactly, by what earlier steps gave; see
-# NOTE [Exact and fast] in tap/probes.py. Those of parameters and their gradients can be taken again.
-_SUMS = ("grad", "out", "input")
-_LASTING_SUMS = ("norm", "pgrad")
-_NORMS = (*_SUMS, *_LASTING_SUMS, "mean_row")
 _MERGED = 8  # steps after which the peaks of rectifiers' units are merged, if no look comes first
-
-
-@attrs.frozen(eq=False)
-class Layout:
-    """What the numbers of a row are. Steps that run alike share one.
-
-    Args:
-        places: (kind, key) of every number.
-        calls: names of the layer calls, in the order of execution.
-    """
-
-    places: tuple[Place, ...]
-    calls: tuple[str, ...]
-    must_be_finite: Bools = attrs.field(init=False)
-    norms: Bools = attrs.field(init=False)
-    sums: Bools = attrs.field(init=False)
-    least_peaks: tuple[int, ...] = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        kinds = [kind for kind, _ in self.places]
-        object.__setattr__(self, "must_be_finite", np.isin(kinds, ("loss", "grad", "pgrad")))
-        object.__setattr__(self, "norms", np.isin(kinds, _NORMS))
-        object.__setattr__(self, "sums", np.isin(kinds, _SUMS))
-        object.__setattr__(self, "least_peaks", tuple(i for i, k in enumerate(kinds) if k == "least_peak"))
-
-
-@attrs.frozen(eq=False)
-class Row:
-    """The numbers of one step.
-
-    Args:
-        layout: what they are.
-        values: the numbers.
-        counts: how many elements are behind each.
-        sizes: number of output elements of each layer call.
-        safe: whether all numbers are known to be finite.
-    """
-
-    layout: Layout
-    values: Floats
-    counts: Floats
-    sizes: tuple[int, ...]
-    safe: bool = False
-
-    @property
-    def loss(self) -> float:
-        """The step's loss."""
-        return float(self.values[0])
-
-    @property
-    def finite(self) -> bool:
-        """Whether the loss and every gradient is finite."""
-        return self.safe or bool(np.isfinite(self.values[self.layout.must_be_finite]).all())
-
-
-# (whether on a CPU, dtype) of the scalars that can be had as floats at once
-_EXACT_ON_CPU = {(True, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-
-
-def to_host(values: Sequence[Tensor]) -> list[float]:
-    """Return scalars (of shape ()) that may lie on several devices as floats: one transfer a device."""
-    if values and {(v.is_cpu, v.dtype) for v in values} <= _EXACT_ON_CPU:
-        return torch.stack(list(values)).tolist()  # in the widest of their dtypes
-    found: list[float] = [0.0] * len(values)
-    by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}
-    for i, value in enumerate(values):
-        by_device.setdefault(value.device, {}).setdefault(value.dtype, []).append(i)
-    for device, kinds in by_device.items():
-        wide = wide_dtype(device)
-        parts = [torch.stack([values[i] for i in positions]).to(wide) for positions in kinds.values()]
-        numbers = (torch.cat(parts) if len(parts) > 1 else parts[0]).tolist()
-        for i, number in zip((i for positions in kinds.values() for i in positions), numbers, strict=True):
-            found[i] = number
-    return found
 
 
 class Content(NamedTuple):
@@ -163,6 +86,7 @@ class History:
     settled: set[ActivationKey] = attrs.field(factory=set)  # rectifiers of which every unit has fired
     settling: bool = False  # whether the last step has settled any
     stuck: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
+    means: dict[Mean, list[tuple[Tensor, int]]] = attrs.field(factory=dict)  # vectors, and rows behind them
     _form: Form | None = None  # of the last ordinary step
     _formed: list[Call] = attrs.field(factory=list)  # the calls of that step
     _layouts: dict[tuple[tuple[Place, ...], tuple[str, ...]], Layout] = attrs.field(factory=dict)
@@ -234,7 +158,7 @@ class History:
         self._choose_precision(row)
         self._settle(row)
         if recorder.asked.ordinary and not (noted or risen):
-            sums = layout.sums | np.isin([kind for kind, _ in places], _LASTING_SUMS)
+            sums = layout.sums | np.isin([kind for kind, _ in places], LASTING_SUMS)
             least, most = safe_range(counts)
             least, most = np.where(sums, least, -np.inf), np.where(sums, most, np.inf)
             self._form, self._formed = Form(content, layout, counts, least, most), recorder.calls
@@ -254,9 +178,14 @@ class History:
 
     def _noted(self, recorder: Recorder) -> list[Observation]:
         """Return what was noted and goes into the row; vectors over units are kept apart from it."""
-        noted = []
+        noted, step = [], len(self.rows)
+        for key in [key for key in self.means if key[0] == step]:  # of a step that is run again
+            del self.means[key]
         for observation in recorder.observations:
-            if observation.kind == "peak":
+            if observation.kind == "mean":
+                found = self.means.setdefault((step, recorder.calls[observation.key].name), [])
+                found.append((observation.value, observation.number))
+            elif observation.kind == "peak":
                 if observation.key not in self.settled:
                     self.rising.setdefault(observation.key, []).append(observation.value)
             elif observation.kind == "stuck":
@@ -265,9 +194,25 @@ class History:
                 noted.append(observation)
         return noted
 
+    def meet(self, recorder: Recorder) -> None:
+        """Hear of the calls and activations of a step whose numbers are not read."""
+        self.calls |= {call.name: call for call in recorder.calls if call.is_layer}
+        self.peaks |= {o.key: None for o in recorder.observations if isinstance(o.key, ActivationKey)}
+
     def keep(self, row: Row) -> None:
         """Keep the row of a step, which now counts."""
         self.rows.append(row)
+
+    def combine(
+        self,
+        rows: Sequence[Row],
+        calls: Mapping[str, Call],
+        peaks: Mapping[ActivationKey, Tensor | None],
+        stuck: Mapping[ActivationKey, Tensor | None],
+    ) -> None:
+        """Go on with numbers that are those of several processes together."""
+        self.rows, self.calls = list(rows), dict(calls)
+        self.peaks, self.stuck, self.means = dict(peaks), dict(stuck), {}
 
     def unsettled_rectifiers(self) -> list[ActivationKey]:
         """Return the rectifiers with units that have not fired yet.
@@ -311,11 +256,11 @@ class History:
 
     def _lasting(self, outcome: Outcome, look: bool, moved: bool) -> list[tuple[str, str, Tensor]]:
         """Return (kind of number, name, tensor it is taken of) for the parameters and their gradients."""
-        found = []
+        found, gradients = [], outcome.gradients.parts
         for name, parameter in self.parameters.items():
             if moved:
-                found.append(("norm", name, summable(parameter.detach())))
-            gradient = outcome.gradients.parameters.get(name)
+                found.append(("norm", name, summable(local(parameter.detach()))))
+            gradient = gradients.get(name)
             if gradient is not None:
                 found.append(("pgrad", name, gradient))
                 if look and gradient.layout is torch.strided:
@@ -332,7 +277,7 @@ class History:
         settled = bool(self.rows) and self.rows[-1].layout is layout and not unsafe.any()
         if settled and not any_exact:
             return
-        for kind in _SUMS:
+        for kind in SUMS:
             for position, (found, key) in enumerate(layout.places):
                 if found != kind or not isinstance(key, str):  # those of activations are always exact
                     continue
@@ -364,7 +309,7 @@ def _repair(values: Floats, lasting: list[tuple[str, str, Tensor]]) -> None:
     """
     unsafe = []
     for position, (kind, _, tensor) in enumerate(lasting, len(values) - len(lasting)):
-        if kind in _LASTING_SUMS:
+        if kind in LASTING_SUMS:
             least, most = safe_range(tensor.numel())
             if not least < values[position] < most:
                 unsafe.append((position, magnitude(tensor, exact=True)))
@@ -379,7 +324,7 @@ def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]
     Shapes (steps,). Where a step has none, the number is NaN and its count 0; several (the outputs of one
     call) are added, norms by their squares.
     """
-    joined = np.hypot if kind in _NORMS else np.add
+    joined = np.hypot if kind in NORMS else np.add
     rows, found = history.rows, {}
     steps_of: dict[Layout, list[int]] = {}
     for step, row in enumerate(rows):

@@ -11,6 +11,7 @@ from gradflow.errors import ModelInputError, ModelNotCalledError
 from gradflow.functional.measurement import Session
 from gradflow.functional.model.layers import ancestors, owner
 from gradflow.functional.model.supported import check_stage_loss
+from gradflow.functional.processes.line import BatchesEnded
 from gradflow.functional.reverse.autograd_graph import entered
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.run.again import (
@@ -30,6 +31,10 @@ from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.record import assembled, conclude
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome, Request, run_step
+from gradflow.functional.run.together.gradients import averaged
+from gradflow.functional.run.together.joined import joined
+from gradflow.functional.run.together.numbers import combine
+from gradflow.functional.run.together.whole import agreed, agreed_without_batch, without_batch
 from gradflow.functional.run.training.curves import Ends, bent
 from gradflow.functional.run.training.stepper import Stepper
 from gradflow.functional.updates.log import UpdateLog
@@ -56,15 +61,27 @@ def run_plan(
             batch = draw(step)
             program.state.keep_buffers()
         if batch is None:
+            run.line.end_batches()
             break
-        request = _request(run, step, batch, scale=1.0 if stepper is None else stepper.loss_scale)
+        last, request = (
+            request,
+            _request(run, step, batch, scale=1.0 if stepper is None else stepper.loss_scale),
+        )
         first = request if first is None and stepper is not None else first
         closer = closer_look(run, request)
         request = request if closer is None else closer.request
-        if program.learned.reentrant:
+        if program.learned.reentrant or not run.line.alone:
             program.taps.sum_exactly()  # its steps are not run again where a fast sum fails
-        outcome = _first_step(run, request) if step == 0 else _step(run, request)
+        try:
+            run.line.go_on()  # a model may exchange something itself
+            outcome = _first_step(run, request) if step == 0 else _step(run, request)
+            shared = averaged(run, outcome)
+        except BatchesEnded:
+            request = last
+            break
+        outcome = shared.outcome
         row = history.read(outcome, look=request.look, parameters_moved=stepper is not None)
+        row = attrs.evolve(row, broken=shared.broken)
         overflown = request.scale != 1.0 and not row.finite and not outcome.gradients.finite
         follow_reach(run, outcome, row, look=request.look)
         if closer is not None:
@@ -81,10 +98,13 @@ def run_plan(
         elif history.in_doubt:
             row = summed_exactly(run, request, row)
         history.keep(row)
+        if request.look and not run.line.alone:
+            run.facts.look(step, program.given.inputs_of(batch))
         output = outcome.output
         if outcome.structure is not None:
             outcome.structure.release()
         if stepper is not None and not plan.is_last(step):
+            outcome = attrs.evolve(outcome, loss=shared.loss)
             stepper.after(program, request, outcome, finite=row.finite and not overflown, end=plan.end)
         del outcome  # frees its gradients before the next step
         if plan.progress is not None:
@@ -92,9 +112,10 @@ def run_plan(
     if request is not None:
         looked_again(run, request)
         heard_in_eval(run, request)
-    conclude(run)
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
-    record = assembled(run, known)
+    told = combine(run)
+    conclude(run)
+    record = joined(run, assembled(run, known), told)
     if request is None:
         return record
     if plan.deepen is not None and plan.detail == "cheap" and plan.deepen(record):
@@ -152,7 +173,7 @@ def _first_step(run: Run, request: Request) -> Outcome:
     if vjp:
         plain = attrs.evolve(request, transform="fused", first=True, look=False, listeners=run.sessions)
         closer = Closer.of(run, plain)
-    shown, dataflow = _shown(program, request if closer is None else closer.request)
+    shown, dataflow = _shown_whole(run, request if closer is None else closer.request)
     learn_reach(run, shown, dataflow)
     if closer is not None:
         follow_reach(run, shown, None, look=True)
@@ -160,7 +181,7 @@ def _first_step(run: Run, request: Request) -> Outcome:
         request.before.restore(program)
     _check_first(run, shown)
     _end(run.sessions)
-    run.graph.learn(shown, dataflow, program.state.parameters)
+    run.graph.learn(shown, dataflow, program.state.leaves)
     if run.graph.summed:
         check_stage_loss(program.given.model)
     if vjp:
@@ -173,7 +194,25 @@ def _first_step(run: Run, request: Request) -> Outcome:
     return shown
 
 
-def _shown(program: Program, request: Request) -> tuple[Outcome, DataFlow]:
+def _shown_whole(run: Run, request: Request) -> tuple[Outcome, DataFlow]:
+    """Return what a structural step shows, on several processes with the gradients of outputs that do not
+    come
+    from the batch kept whole."""
+    program, line = run.program, run.line
+    shown, dataflow = structural_step(program, request)
+    if line.alone or program.learned.reentrant or not request.look:
+        return shown, dataflow
+    calls, groups = without_batch(shown.structure, dataflow, shown.recorder)
+    whole = agreed_without_batch(line, calls, shown.recorder)
+    run.wholes.learn(whole, agreed(line, groups))
+    program.taps.keep_whole(whole, run.wholes.groups)
+    if not whole and not (request.full and run.wholes.groups):
+        return shown, dataflow
+    request.before.restore(program)
+    return structural_step(program, request)
+
+
+def structural_step(program: Program, request: Request) -> tuple[Outcome, DataFlow]:
     """Run a structural step until it is known which modules are the layers, and where their outputs go.
 
     A parent that uses a child's parameters without calling the child is the layer: then it starts again. So
@@ -252,6 +291,8 @@ def _captured(run: Run) -> set[str]:
 
     Together they hold at most a million elements (some megabytes), or 1 percent of the parameters' number.
     """
+    if run.program.state.shards.groups:
+        return set()  # `backward()` hands out no gradient at an edge
     left = max(2**20, sum(p.numel() for p in run.program.state.parameters.values()) // 100)
     chosen, wanted = set(), run.graph.capturable - run.graph.bypassed
     suited = [call for name, call in run.history.calls.items() if name in wanted]

@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import attrs
+import numpy as np
 import torch
 from torch import nn
 
-from gradflow.errors import NoTrainableParametersError
+from gradflow.errors import ModelInputError, NoTrainableParametersError
 from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
 from gradflow.functional.model.threads import exclusive, uncompiled
+from gradflow.functional.processes.group import processes_of
+from gradflow.functional.processes.line import Line
+from gradflow.functional.processes.shards import Shards, processes_over
 from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
 from gradflow.functional.run.program import Given, Program, WorkingState
 from gradflow.functional.run.run import Plan, Run
+from gradflow.functional.run.together.facts import Facts, reducer_of
 from gradflow.functional.run.training.stepper import Stepper
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.tap.taps import tapped
@@ -35,12 +41,22 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
         plan: how many steps, which optimizer, ...
     """
     model = given.model
-    check_supported(model)
-    transform, reason = _choose_transform(plan.transform)
+    check_supported(model, spread=True)
+    shards = Shards.of(*given.modules)
+    line = Line(processes_over(shards, plan.processes) or processes_of(model, plan.processes))
+    facts = Facts(reducer=reducer_of(model))
+    transform = _choose_transform(plan.transform)
+    if shards and transform[0] == "vjp":
+        raise ModelInputError(
+            f"the transform is `vjp` ({transform[1]}), which does not take parameters that are spread over "
+            f"processes, such as {next(iter(shards.spread))!r}. Pass transform='fused', outside of any "
+            "transform of torch.func."
+        )
     outside = outside_transforms()  # a record holds plain numbers
     grad = torch.enable_grad()
     with (
-        exclusive(), LazyCopies(*given.modules) as copies,
+        line.opened(), exclusive(), shards.kept(stepped=bool(plan.loop.optimizers)),
+        LazyCopies(*given.modules) as copies,
         preserved(*given.modules, also=given.functions), outside, uncompiled(),
         torch.inference_mode(False), grad,
     ):  # fmt: skip
@@ -50,7 +66,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
             part.find_unused_parameters = part.static_graph = False
         if plan.seed is not None:
             seed_all(plan.seed)
-        taps, state = TappedModel.of(model), WorkingState.of(given, copies)
+        taps, state = TappedModel.of(model), WorkingState.of(given, copies, shards)
         if not state.trainable:
             raise NoTrainableParametersError(
                 f"none of the {len(state.parameters)} parameters of {type(model).__name__} requires a "
@@ -58,28 +74,52 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
                 "`model.requires_grad_(True)`."
             )
         try:
-            return _measured(Program(given, state, taps), plan, draw, transform, reason)
+            plan = attrs.evolve(plan, num_batches=_fewest(line, plan))
+            return _measured(Program(given, state, taps), plan, draw, transform, line, facts)
         finally:
+            shards.rest()
             taps.forget()
             del state  # frees the copies before the originals are given their memory back
 
 
 def _measured(
-    program: Program, plan: Plan, draw: Callable[[int], Any], transform: str, reason: str
+    program: Program,
+    plan: Plan,
+    draw: Callable[[int], Any],
+    transform: tuple[str, str],
+    line: Line,
+    facts: Facts,
 ) -> FlowRecord:
     """Run the plan on working copies; nothing that is made here outlives the call but the record."""
     given, state, taps = program.given, program.state, program.taps
     sessions = tuple([m.start(given.model, taps.modules) for m in plan.measurements])
-    reach = ReachFindings(state.trainable, state.originals)
+    reach = ReachFindings(state.trainable, state.originals, state.shards, line)
     history = History(state.parameters, taps, plan.closely)
-    run = Run(program, plan, transform, reason, sessions, history, reach)
+    run = Run(program, plan, *transform, sessions, history, reach, line=line, facts=facts)
+    if not line.alone:
+        taps.keep_means()
+        kinds = {"parameter": state.every_parameter, "buffer": state.buffers}
+        alike = {
+            kind: {n: t for n, t in of.items() if n not in state.shards.spread} for kind, of in kinds.items()
+        }
+        tensors = {n: (kind, t) for kind, of in alike.items() for n, t in of.items()}
+        run.facts.compare(line, given.model, tensors)
 
     def make_stepper(log: UpdateLog) -> Stepper:
         both = _Both.of(given.model, given.loss_module)
-        return Stepper.of(plan.loop, both, state.every_parameter, log)
+        return Stepper.of(plan.loop, both, state.every_parameter, log, line)
 
     with tapped(taps):
         return run_plan(run, draw, make_stepper if plan.loop.optimizers else None)
+
+
+def _fewest(line: Line, plan: Plan) -> int | None:
+    """Return how many batches every process has, as far as that is known."""
+    if line.alone:
+        return plan.num_batches
+    own = np.inf if plan.num_batches is None else plan.num_batches
+    fewest = -float(line.extremes(np.array([-own]))[0])
+    return None if np.isinf(fewest) else int(fewest)
 
 
 class _Both(nn.Module):

@@ -22,6 +22,7 @@ from gradflow.functional.model.state import (
     copy_parameters,
     loss_prefix,
 )
+from gradflow.functional.processes.shards import Shards, local
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.tap.calls import ActivationKey
 from gradflow.functional.tap.tapped import TappedModel
@@ -67,24 +68,33 @@ class WorkingState:
     originals: dict[int, str]  # names of the user's parameters, by id
     _swap: Swap
     _loss_swap: Swap | None = None
+    shards: Shards = attrs.field(factory=Shards)
 
     @classmethod
-    def of(cls, given: Given, copy_of: Copy = torch.clone) -> WorkingState:
+    def of(
+        cls, given: Given, copy_of: Copy = torch.clone, shards: Shards | None = None, *, valued: bool = True
+    ) -> WorkingState:
         """Return copies of the present state; what model and loss share belongs to the model.
 
         Args:
             given: model and loss.
             copy_of: makes the copy of a tensor.
+            shards: parameters of the model that are taken as they are.
+            valued: whether all must have values.
         """
         model, loss = given.model, given.loss_module
-        parameters, buffers = copy_parameters(model, copy_of), copy_buffers(model, copy_of)
+        shards = shards or Shards()
+        kept = {id(p) for p in shards.gathered.values()}
+        parameters = copy_parameters(model, copy_of, kept, valued=valued)
+        buffers = copy_buffers(model, copy_of, valued=valued)
         originals = {id(p): name for name, p in model.named_parameters()}
         if loss is None:
-            return cls(parameters, {}, buffers, originals, Swap(model))
+            return cls(parameters, {}, buffers, originals, Swap(model), shards=shards)
         prefix = loss_prefix(model)
         shared = originals | {id(b): name for name, b in model.named_buffers()}
         own = {n for n, t in (*loss.named_parameters(), *loss.named_buffers()) if id(t) not in shared}
-        loss_parameters, loss_buffers = copy_parameters(loss, copy_of), copy_buffers(loss, copy_of)
+        loss_parameters = copy_parameters(loss, copy_of, valued=valued)
+        loss_buffers = copy_buffers(loss, copy_of, valued=valued)
         return cls(
             parameters,
             {prefix + n: p for n, p in loss_parameters.items() if n in own},
@@ -92,6 +102,7 @@ class WorkingState:
             originals | {id(p): prefix + n for n, p in loss.named_parameters() if n in own},
             Swap(model),
             Swap(loss, prefix, shared),
+            shards,
         )
 
     @property
@@ -104,10 +115,22 @@ class WorkingState:
         """All working parameters that require a gradient."""
         return {name: p for name, p in self.every_parameter.items() if p.requires_grad}
 
+    @property
+    def leaves(self) -> Tensors:
+        """What stands for a parameter in autograd's graph: of a sharded one, the leaf that is gathered."""
+        return {**self.every_parameter, **self.shards.leaves()}
+
+    @property
+    def parts(self) -> Tensors:
+        """The parameters of the model, and of a sharded one what this process holds of it."""
+        return {name: local(p) for name, p in self.parameters.items()}
+
     @contextlib.contextmanager
     def swapped(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
         """Put the working copies (or `tensors`) in the modules for the length of the context."""
         state = {**self.parameters, **self.loss_parameters, **self.buffers, **(tensors or {})}
+        for name in self.shards.gathered:  # which the model puts in place by itself
+            del state[name]
         loss = contextlib.nullcontext() if self._loss_swap is None else self._loss_swap(state)
         with self._swap(state), loss:
             yield
@@ -206,6 +229,7 @@ class Before:
 
     def restore(self, program: Program) -> None:
         """Put it back."""
+        program.state.shards.rest()
         if self.modules is not None:
             self.modules.restore()
         self.random.restore()

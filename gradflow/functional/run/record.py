@@ -17,6 +17,7 @@ from gradflow.functional.reach.findings import Wires
 from gradflow.functional.run.assembly import activation_records, layer_records, parameter_records
 from gradflow.functional.run.history import series
 from gradflow.functional.run.run import Run
+from gradflow.functional.tap.calls import type_name
 from gradflow.records import FlowRecord, KnowledgeRecord, Provenance, UpdatesRecord
 
 
@@ -130,7 +131,7 @@ def _version() -> str:
 def _provenance(run: Run, said: tuple[str, ...], chosen: tuple[str, ...]) -> Provenance:
     model, plan, steps = run.program.given.model, run.plan, len(run.history.rows)
     parameters = list(run.program.state.parameters.values())
-    notes = [*run.findings.notes, *standing_notes(model, plan.loop.optimizers)]
+    notes = [*run.findings.notes, *standing_notes(model, plan.loop.optimizers, alone=run.line.alone)]
     if run.graph.summed:
         notes.append(
             f"The loss is the plain sum or mean of an output of shape {run.graph.summed}: its elements all "
@@ -162,7 +163,7 @@ def _provenance(run: Run, said: tuple[str, ...], chosen: tuple[str, ...]) -> Pro
         },
         device=str(parameters[0].device),
         dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
-        model=type(model).__name__,
+        model=type_name(model),
         num_parameters=sum(p.numel() for p in parameters),
         seed=plan.seed,
         requested_steps=plan.steps,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
+from gradflow.functional.processes.shards import local, summed
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.reverse import (
     Flows,
@@ -20,7 +23,7 @@ from gradflow.functional.reverse.reverse import (
     walked,
 )
 from gradflow.functional.run.program import Program
-from gradflow.functional.tap.probes import magnitude
+from gradflow.functional.tap.probes import Site, magnitude
 from gradflow.functional.tap.recorder import Recorder
 
 
@@ -32,11 +35,18 @@ class Gradients:
         parameters: the gradient of every trainable parameter by name; None where no path leads there.
         outputs: Σg² of each probe, in the order of the recorder's sites; None where no gradient arrived.
         flows: on every edge, where they were asked for.
+        wholes: by call and number of the probe, the gradients that are kept whole.
     """
 
     parameters: dict[str, Tensor | None]
     outputs: list[Tensor | None]
     flows: Flows | None = None
+    wholes: Mapping[tuple[str, int], Tensor] = attrs.field(factory=dict)
+
+    @property
+    def parts(self) -> dict[str, Tensor | None]:
+        """The gradients by name, and of a sharded one what this process holds of it."""
+        return {name: None if g is None else local(g) for name, g in self.parameters.items()}
 
     @property
     def are_none(self) -> bool:
@@ -46,7 +56,7 @@ class Gradients:
     @property
     def finite(self) -> bool:
         """Whether every gradient of a parameter is finite."""
-        return all(bool(torch.isfinite(summable(g)).all()) for g in self.parameters.values() if g is not None)
+        return all(bool(torch.isfinite(summable(g)).all()) for g in self.parts.values() if g is not None)
 
 
 def reverse_pass(
@@ -79,6 +89,13 @@ def reverse_pass(
         return _accumulated(program, recorder, loss)
     if structure is not None:
         check_walkable(structure)
+    if program.state.shards.groups:
+        found = _exchanged(program, recorder, loss, scale, keep=keep or full)
+        if full and structure is not None:
+            return attrs.evolve(
+                found, flows=walked(loss, structure, exact=True, ranks=ranks, kept=program.taps.whole_nodes)
+            )
+        return found
     trainable = program.state.trainable
     # The original of a parameter enters the graph too, where a list or the loss's closure holds it.
     held = program.learned.held
@@ -92,7 +109,10 @@ def reverse_pass(
     if full and structure is not None:
         hooked = program.taps.hooked
         found = fused(loss, leaves, retain_graph=True) if hooked else []
-        flows = walked(loss, structure, exact=True, ranks=ranks)  # an underflow would go unnoticed
+        kept = program.taps.whole_nodes
+        flows = walked(
+            loss, structure, exact=True, ranks=ranks, kept=kept
+        )  # fast, an underflow goes unnoticed
         _check_flat(recorder, trainable, len(leaves) - len(held))
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
             gradients, outputs = found[:number], _outputs(recorder, found[number:])
@@ -100,15 +120,32 @@ def reverse_pass(
             gradients = [flows.leaves.get(id(p)) for p in (*trainable.values(), *held.values())]
             outputs = [flows.probes.get(id(site)) for site in recorder.sites]
     else:
-        # In a short dtype the scale itself may overflow, as it does where a scaler multiplies the loss.
-        cotangent = None if scale == 1.0 else torch.full_like(loss, scale, dtype=torch.float64).to(loss.dtype)
-        found = fused(loss, leaves, cotangent=cotangent, retain_graph=keep)
+        found = fused(loss, leaves, cotangent=_cotangent(loss, scale), retain_graph=keep)
         _check_flat(recorder, trainable, len(leaves) - len(held))
         gradients, outputs = found[:number], _outputs(recorder, found[number:])
         if scale != 1.0:
             gradients = [None if g is None else g / scale for g in gradients]
             outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
-    return Gradients(_by_name(trainable, held, gradients), outputs, flows)
+    asked = found[number:] if flows is None else [_kept(flows, site) for site in recorder.sites]
+    wholes = _wholes(program, recorder, asked)
+    return Gradients(_placed(_by_name(trainable, held, gradients), trainable), outputs, flows, wholes)
+
+
+def _kept(flows: Flows, site: Site) -> Tensor | None:
+    return next(iter(flows.kept.get(("probe", id(site)), ())), None)
+
+
+def _wholes(
+    program: Program, recorder: Recorder, found: Sequence[Tensor | None]
+) -> dict[tuple[str, int], Tensor]:
+    """Return the gradients that were asked for by an edge, of the calls of which they are kept."""
+    return {
+        (name, site.index): g
+        for site, g in zip(recorder.sites, found, strict=True)
+        if site.edge is not None
+        and g is not None
+        and (name := recorder.calls[site.call].name) in program.taps.whole
+    }
 
 
 def _unscaled(found: Tensor, scale: float) -> Tensor:
@@ -140,6 +177,67 @@ def _accumulated(program: Program, recorder: Recorder, loss: Tensor) -> Gradient
     outputs = [slot.grad if slot is not None else None for slot in own]
     _clear(trainable, recorder)
     return Gradients(found, outputs)
+
+
+def _exchanged(program: Program, recorder: Recorder, loss: Tensor, scale: float, *, keep: bool) -> Gradients:
+    """Differentiate as training does, by `backward()`, in which the processes exchange what they have.
+
+    Gradients of sharded parameters are found in the `.grad` of their slices; see NOTE [Sharded parameters].
+    """
+    state, cotangent = program.state, _cotangent(loss, scale)
+    trainable, shards = state.trainable, state.shards
+    whole = shards.leaves().values()
+    slots = [site.slot for site in recorder.sites if site.slot is not None]
+    plain = [p for name, p in trainable.items() if name not in shards.gathered]
+    whole_at: dict[int, Tensor] = {}
+    with shards.handing_out(), _told_at([site for site in recorder.sites if site.edge is not None], whole_at):
+        accumulated(loss, [*plain, *slots, *whole], cotangent=cotangent, retain_graph=keep)
+        found = {name: p.grad for name, p in trainable.items()}
+    asked = [whole_at.get(id(site)) for site in recorder.sites]
+    outputs = [
+        (None if site.slot is None else site.slot.grad) if g is None else magnitude(g, exact=site.exact)
+        for site, g in zip(recorder.sites, asked, strict=True)
+    ]
+    wholes = _wholes(program, recorder, asked)
+    _clear({name: p for name, p in trainable.items() if name not in shards.gathered}, recorder)
+    if scale != 1.0:
+        found = {name: None if g is None else g / scale for name, g in found.items()}
+        outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
+    return Gradients(_placed(found, trainable), outputs, wholes=wholes)
+
+
+def _placed(found: dict[str, Tensor | None], trainable: Tensors) -> dict[str, Tensor | None]:
+    """Return gradients in the placements of their parameters, where those are spread over processes."""
+    return {name: None if g is None else summed(g, trainable[name]) for name, g in found.items()}
+
+
+@contextlib.contextmanager
+def _told_at(sites: Sequence[Site], found: dict[int, Tensor]) -> Iterator[None]:
+    """Keep, by id of the site, what a backward pass hands to the node that each edge names.
+
+    `autograd.grad` hands out the gradient of an edge; `backward()` does not.
+    """
+
+    def note(site: Site, gradients: Sequence[Tensor | None]) -> None:
+        assert site.edge is not None
+        gradient = gradients[site.edge.output_nr]
+        if gradient is not None:
+            found[id(site)] = gradient.detach()
+
+    with contextlib.ExitStack() as stack:
+        for site in sites:
+            assert site.edge is not None
+            handle = site.edge.node.register_prehook(functools.partial(note, site))
+            stack.callback(handle.remove)
+        yield
+
+
+def _cotangent(loss: Tensor, scale: float) -> Tensor | None:
+    """Return the loss's own gradient, None for 1.
+
+    In a short dtype the scale itself may overflow, as it does where a scaler multiplies the loss.
+    """
+    return None if scale == 1.0 else torch.full_like(loss, scale, dtype=torch.float64).to(loss.dtype)
 
 
 def _check_flat(recorder: Recorder, trainable: Tensors, num_leaves: int) -> None:

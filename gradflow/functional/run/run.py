@@ -12,10 +12,13 @@ from gradflow.errors import ModelInputError
 from gradflow.functional.extras import check_names
 from gradflow.functional.measurement import Measurement, Session
 from gradflow.functional.model.purity import checked_seed
+from gradflow.functional.processes.line import Line
 from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.graph.findings import GraphFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.program import Program
+from gradflow.functional.run.together.facts import Facts
+from gradflow.functional.run.together.whole import Wholes
 from gradflow.functional.run.training.options import Loop
 from gradflow.functional.updates.log import UpdateLog
 from gradflow.records import FlowRecord, NumericalRecord
@@ -75,6 +78,7 @@ class Plan:
         loop: what the training loop does between two batches.
         bend: if it returns True for the record, how the loss bends along an update is measured.
         num_batches: how many there are, if that is known.
+        processes: which split the batch; see `analyze`.
         closely: whether to ask what needs more than the pass itself: at which numbers gradient arrived and
             why not at others, and what every run measures of the model's parts.
 
@@ -97,6 +101,7 @@ class Plan:
     measurements: tuple[Measurement, ...] = attrs.field(default=(), converter=_measurements)
     num_batches: int | None = None
     closely: bool = True
+    processes: Any = "alone"
 
     def is_look(self, step: int) -> bool:
         """Whether the costlier statistics are taken at a step: the first, each power of four, the last."""
@@ -156,6 +161,9 @@ class Run:
         graph: what they have shown of the graph.
         findings: what else was found.
         updates: what the optimizer did.
+        line: to the other processes that the run is on, if there are any.
+        wholes: the outputs that are one and the same on all of them.
+        facts: what differs between them.
     """
 
     program: Program
@@ -168,3 +176,6 @@ class Run:
     graph: GraphFindings = attrs.field(factory=GraphFindings)
     findings: Findings = attrs.field(factory=Findings)
     updates: UpdateLog = attrs.field(factory=UpdateLog)
+    line: Line = attrs.field(factory=Line)
+    wholes: Wholes = attrs.field(factory=Wholes)
+    facts: Facts = attrs.field(factory=Facts)

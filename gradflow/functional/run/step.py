@@ -163,10 +163,11 @@ def _fused_step(program: Program, request: Request) -> Outcome:
             structure = build(
                 loss,
                 recorder,
-                state.every_parameter,
+                state.leaves,
                 lambda: given.inputs_of(request.batch),
                 before=learned.structure,
             )
+            structure.gather_by(state.shards)
             learned.saw_structure(structure, state.originals)
         if request.inspect is not None:
             request.inspect(loss, structure)

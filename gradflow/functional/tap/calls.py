@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 from gradflow.functional.model.layers import is_scripted
 from gradflow.functional.model.trees import iter_tensors
+from gradflow.functional.processes.shards import Ranks, local
 from gradflow.functional.tap.probes import Site
 from gradflow.functional.torch_private import checkpoint_segment, num_writes, sequence_number
+from gradflow.functional.torch_sharded import unsharded_class
 
 
 @attrs.define(eq=False)
@@ -35,6 +38,8 @@ class Call:
     num_elements: int = 0
     versions: list[int] = attrs.field(factory=list)  # of the positional arguments, before it ran
     sites: list[Site] = attrs.field(factory=list)
+    split: Mapping[Ranks, int] = attrs.field(factory=dict)  # see `note_split`
+    entering: Mapping[Ranks, int] = attrs.field(factory=dict)  # the same of its first input
 
     def begin(self, args: Any) -> None:
         """Note what is so at the start of the call."""
@@ -61,9 +66,32 @@ class Call:
 
     def note_output(self, y: Tensor) -> None:
         """Note the size of an output, and the shape of the first."""
+        here = local(y)
         if not self.num_elements:  # the record of an earlier step may be used again
-            self.shape = tuple(y.shape)
-        self.num_elements += y.numel()
+            self.shape = self._whole(tuple(here.shape))
+        self.num_elements += here.numel()
+
+    def note_entering(self, split: Mapping[Ranks, int]) -> None:
+        """Note over which processes its first input is split."""
+        self.entering = split
+
+    def note_split(self, split: Mapping[Ranks, int], size: tuple[int, ...]) -> None:
+        """Note over which processes an output is split, each of them having a part; see `split_of`.
+
+        Args:
+            split: by the processes, the axis of the output.
+            size: of the part that this process has.
+        """
+        self.split = {**split, **self.split}
+        self.shape = self._whole(size)
+
+    def _whole(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of an output of which this process has a part of some size."""
+        whole = list(size)
+        for ranks, axis in self.split.items():
+            if axis < len(whole):
+                whole[axis] *= len(ranks)
+        return tuple(whole)
 
     def finish(self) -> None:
         """Note the end of the call."""
@@ -72,7 +100,10 @@ class Call:
     def take_over(self, first: Call) -> None:
         """Take over from the same call of an earlier step what only the first step shows."""
         self.differentiable, self.has_children = first.differentiable, first.has_children
-        self.shape = self.shape or first.shape
+        if not self.split and first.split:
+            self.split = first.split
+            self.shape = self._whole(self.shape)
+        self.shape, self.entering = self.shape or first.shape, self.entering or first.entering
 
 
 @attrs.frozen
@@ -145,7 +176,7 @@ def unit_axis(y: Tensor, feeding: str) -> int:
 
 def type_name(module: nn.Module) -> str:
     """Return the name of a module's class; of the class that it was made from, where it is TorchScript."""
-    return str(module.original_name) if is_scripted(module) else type(module).__name__
+    return str(module.original_name) if is_scripted(module) else unsharded_class(module).__name__
 
 
 def version(value: Any) -> int:

@@ -7,17 +7,42 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from gradflow.functional.tap.probes import is_probe, site_of
+from gradflow.functional.torch_sharded import sees_through
 
 Node = Any  # an autograd node: a C++ one, or a BackwardCFunction
 Position = tuple[Node, int]  # an output of a node
 
 
+def feeds(node: Node) -> list[tuple[Node | None, int]]:
+    """Return what a node was computed from: per input, the node that made it and which of its outputs it is.
+
+    Identities by which `fully_shard` learns that a gradient passes are left out.
+    """
+    return [_seen_through(edge) if sees_through(edge[0]) else edge for edge in node.next_functions]
+
+
+def _seen_through(edge: tuple[Any, int]) -> tuple[Node | None, int]:
+    while sees_through(edge[0]):
+        edge = edge[0].next_functions[edge[1]]
+    return edge
+
+
+def converts(node: Node) -> bool:
+    """Whether an autograd node makes a DTensor of a tensor, or the other way round, or moves its parts."""
+    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+    return custom and type(node).__name__ in _CONVERT
+
+
+_CONVERT = ("_FromTorchTensorBackward", "_ToTorchTensorBackward", "RedistributeBackward")
+
+
 def below(node: Node) -> list[Node]:
     """Return the nodes that made what a node was computed from."""
-    return [child for child, _ in node.next_functions if child is not None]
+    return [child for child, _ in feeds(node) if child is not None]
 
 
 def nodes_under(
@@ -51,7 +76,7 @@ def topological(root: Node) -> list[Node]:
     waiting: dict[Node, int] = {root: 0}
     todo = [root]
     while todo:
-        for child, _ in todo.pop().next_functions:
+        for child, _ in feeds(todo.pop()):
             if child is not None:
                 if child not in waiting:
                     waiting[child] = 0
@@ -61,7 +86,7 @@ def topological(root: Node) -> list[Node]:
     while ready:
         node = ready.pop()
         order.append(node)
-        for child, _ in node.next_functions:
+        for child, _ in feeds(node):
             if child is not None:
                 waiting[child] -= 1
                 if not waiting[child]:
@@ -82,7 +107,7 @@ def signature(nodes: list[Node]) -> list[Any]:
             found.append(id(node.variable))
         else:
             found.append(node.site.call if is_probe(node) else node.name())
-            found.append([(position[c], k) for c, k in node.next_functions if c is not None])
+            found.append([(position[c], k) for c, k in feeds(node) if c is not None])
     return found
 
 
@@ -106,7 +131,7 @@ def of_parameters(nodes: list[Node]) -> set[Node]:
     """
     found: set[Node] = set()
     for node in reversed(nodes):
-        below = [child for child, _ in node.next_functions if child is not None]
+        below = [child for child, _ in feeds(node) if child is not None]
         if is_leaf(node):
             if isinstance(node.variable, nn.Parameter):
                 found.add(node)

@@ -56,6 +56,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from gradflow.functional.processes.shards import arrived, settled
 from gradflow.functional.torch_private import node_class, preserved_writes
 from gradflow.records import Bools, Floats
 
@@ -79,7 +80,7 @@ class Probe(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, slot: Tensor, site: Site) -> Tensor:
-        return x.detach()
+        return arrived(x.detach())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -106,7 +107,7 @@ class EagerProbe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slot: Tensor, site: Site) -> Tensor:  # type: ignore[override]
         ctx.site = site
-        return x.detach()
+        return arrived(x.detach())
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
@@ -268,6 +269,7 @@ def magnitude(x: Tensor, *, exact: bool) -> Tensor:
         x: tensor of any shape, floating or complex dtype; a sparse one counts its stored values.
         exact: neither overflow nor underflow.
     """
+    x = settled(x)
     if x.layout is not torch.strided:
         x = x.coalesce().values() if x.layout is torch.sparse_coo else x.to_dense()
     if not exact and (flat := _flat_plain(x)) is not None:
@@ -293,6 +295,7 @@ def careful_magnitude(x: Tensor) -> Tensor:
     >>> [f"{float(careful_magnitude(torch.tensor(x))):.4g}" for x in ([3.0, 4.0], [3e-30, 4e-30])]
     ['5', '5e-30']
     """
+    x = settled(x)
     flat = _flat_plain(x)
     if flat is not None and flat.dtype == torch.float32:
         square = torch.dot(flat, flat)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.model.trees import is_differentiable, iter_tensors, map_tensors
+from gradflow.functional.processes.shards import Ranks, is_distributed, local, settled, split_of
 from gradflow.functional.tap.asked import Asked
 from gradflow.functional.tap.calls import (
     PASSING,
@@ -26,6 +27,7 @@ from gradflow.functional.tap.calls import (
     unit_axis,
     version,
 )
+from gradflow.functional.tap.nodes import nodes_under
 from gradflow.functional.tap.probes import (
     Site,
     eager_probe,
@@ -34,16 +36,11 @@ from gradflow.functional.tap.probes import (
     magnitude,
     num_nonzero,
     probe,
+    site_of,
     statistics_dtype,
 )
 from gradflow.functional.tap.tapped import TappedModel
-from gradflow.functional.torch_private import (
-    is_view,
-    node_number,
-    num_writes,
-    transform_level,
-    unwatched,
-)
+from gradflow.functional.torch_private import is_view, node_number, num_writes, transform_level, unwatched
 
 
 class NeedsRetry(Exception):
@@ -213,7 +210,10 @@ class Recorder:
         if self.asked.look and call.is_layer:
             for tensor in iter_tensors((args, kwargs)):
                 if is_differentiable(tensor) and tensor.numel() and tensor.layout is torch.strided:
-                    return self._size(call, "input", tensor.detach()), tensor.numel()
+                    here = settled(tensor.detach())
+                    if self.asked.structural and self.model.parallel:
+                        call.note_entering(self._split(tensor))
+                    return self._size(call, "input", here), here.numel()
         return None, 0
 
     def _recompute(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -251,8 +251,10 @@ class Recorder:
             return y
         call.note_output(y)
         asked = self.asked
+        if asked.structural and self.model.parallel:
+            call.note_split(self._split(y), tuple(local(y).shape))
         if asked.look:
-            self._forward_statistics(call, y.detach())
+            self._forward_statistics(call, settled(y.detach()))
         if call.name in asked.captured and self._capture(call, y):
             memo[id(y)] = y
             return y
@@ -265,6 +267,21 @@ class Recorder:
             self._aliases.append((call.module, self._counter(probed), num_writes(probed)))
         memo[id(y)] = probed
         return probed
+
+    def _split(self, y: Tensor) -> dict[Ranks, int]:
+        """Return over which processes a layer's output is split; see NOTE [Tensor parallel].
+
+        A plain tensor is split as the DTensors were that it was made of.
+        """
+        if is_distributed(y):
+            return split_of(y.device_mesh, y.placements)  # type: ignore[attr-defined]
+        found: dict[Ranks, int] = {}
+        for node in nodes_under([] if y.grad_fn is None else [y.grad_fn], stops=_tells_split):
+            if (site := site_of(node)) is not None:
+                found |= self.calls[site.call].split
+            elif hasattr(node, "dtensor_spec"):
+                found |= split_of(node.dtensor_spec.mesh, node.dtensor_spec.placements)
+        return found
 
     def _counter(self, y: Tensor) -> Tensor:
         """Return an empty tensor that shares the count of writes with `y`, and does not keep its memory."""
@@ -317,6 +334,8 @@ class Recorder:
         axis = unit_axis(y, call.type)
         mean = y.mean([d for d in range(y.dim()) if d != axis % y.dim()]) if y.dim() > 1 else y
         self.note("mean_row", call.index, magnitude(mean, exact=True), mean.numel())
+        if self.model.keeps_means and y.dim() > 1:
+            self.note("mean", call.index, mean, y.numel() // max(mean.numel(), 1))
 
     def _size(self, call: Call, kind: str, x: Tensor) -> Tensor:
         """Return the magnitude of a tensor of a call, as precisely as was chosen for its kind."""
@@ -325,7 +344,7 @@ class Recorder:
     def _follow(self, key: ActivationKey, output: Any) -> None:
         """Note what a rectifier module gave, in a step without a watch."""
         if isinstance(output, Tensor) and output.requires_grad and output.numel():
-            self.note_rectifier(key, output.detach())
+            self.note_rectifier(key, settled(output.detach()))
 
     def note_rectifier(self, key: ActivationKey, y: Tensor) -> None:
         """Note the largest output of every unit of a rectifier, and at looks how many elements fire."""
@@ -366,3 +385,8 @@ class Recorder:
         if changed:
             self.model.leave_unprobed(changed)
             raise NeedsRetry("an output that shares its storage with an input was changed in place")
+
+
+def _tells_split(node: Any) -> bool:
+    """Whether an autograd node tells how what it made was split: a probe, or the way out of a DTensor."""
+    return site_of(node) is not None or hasattr(node, "dtensor_spec") or hasattr(node, "grad_placements")

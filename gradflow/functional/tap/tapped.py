@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import attrs
@@ -14,6 +14,7 @@ from gradflow.functional.model.layers import ancestors, callable_modules, is_lay
 from gradflow.functional.model.threads import OneThread
 from gradflow.functional.tap.calls import Call, type_name
 from gradflow.functional.torch_private import has_gradient_hooks
+from gradflow.functional.torch_sharded import is_parallel, sharded_groups
 
 if TYPE_CHECKING:
     from gradflow.functional.tap.recorder import Recorder
@@ -40,10 +41,15 @@ class TappedModel:
     layer_names: set[str]
     thread: OneThread = attrs.field(factory=OneThread)  # the one that runs the steps
     types: dict[str, str] = attrs.field(init=False)
+    parallel: set[str] = attrs.field(init=False)  # modules whose hooks make DTensors of what they take
+    exchanges: bool = attrs.field(init=False)  # whether modules exchange tensors with other processes
     leaves: set[str] = attrs.field(init=False)  # modules without callable modules in them
     exact: dict[tuple[str, str], bool] = attrs.field(factory=dict)  # by call, and kind of sum
     unprobed: set[str] = attrs.field(factory=set)  # modules; see `Recorder.check_aliases`
     entered: set[str] = attrs.field(factory=set)  # calls whose outputs are used past their probes
+    whole: set[str] = attrs.field(factory=set)  # calls of which the gradients are kept whole
+    whole_nodes: Collection[str] | None = None  # of the graph, the same; None on one process
+    keeps_means: bool = False  # whether means over samples and positions are kept as vectors
     hooked: bool = False  # whether there are hooks on tensors, as far as was seen
     known: list[Call] = attrs.field(factory=list)  # the calls of the last ordinary step
     recorder: Recorder | None = None  # of the step that is running
@@ -55,6 +61,9 @@ class TappedModel:
         for name in list(parents):
             parents.update(ancestors(name))
         self.leaves = set(self.modules) - parents
+        self.parallel = {name for name, module in self.modules.items() if is_parallel(module)}
+        gathered = any(sharded_groups(module) for module in self.modules.values())
+        self.exchanges = bool(self.parallel) or gathered
         self.types = {name: type_name(module) for name, module in self.modules.items()}
 
     @classmethod
@@ -89,6 +98,16 @@ class TappedModel:
     def gather_whole(self, calls: Iterable[str]) -> None:
         """Take the whole gradient of some calls' outputs from now on, as they are used past their probes."""
         self.entered.update(calls)
+
+    def keep_whole(self, calls: Iterable[str], nodes: Collection[str]) -> None:
+        """Keep the whole gradients of some calls' outputs, and of some nodes of the graph, from now on."""
+        self.whole.update(calls)
+        self.whole_nodes = nodes
+        self.entered.update(calls)
+
+    def keep_means(self) -> None:
+        """Keep means over samples and positions as vectors from now on."""
+        self.keeps_means, self.whole_nodes = True, ()
 
     def look_for_hooks(self) -> None:
         """See whether modules or parameters have hooks that act on gradients."""

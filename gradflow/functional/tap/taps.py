@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from gradflow.functional.model.layers import led
+from gradflow.functional.model.undo import python_module
 from gradflow.functional.tap.tapped import TappedModel
 
 
@@ -33,7 +34,11 @@ def tapped(model: TappedModel) -> Iterator[None]:
         model.thread.check(name, model.types[name])
         return recorder.run
 
-    with _told_of_hooks(model), led(model.modules, lead, model.saw_stranger), model.thread.insisted():
+    with (
+        _told_of_hooks(model),
+        led(model.modules, lead, model.saw_stranger, whole=model.parallel),
+        model.thread.insisted(),
+    ):
         yield
 
 
@@ -43,7 +48,8 @@ def _told_of_hooks(model: TappedModel) -> Iterator[None]:
 
     @functools.wraps(register_hook)
     def told_register_hook(self: Tensor, hook: Callable[[Tensor], Any]) -> Any:
-        model.saw_hook()
+        if not python_module(hook).startswith("torch.distributed"):  # which gather, and change nothing
+            model.saw_hook()
         return register_hook(self, hook)
 
     Tensor.register_hook = told_register_hook

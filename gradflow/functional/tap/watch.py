@@ -7,6 +7,8 @@ modules' own calls included, without touching the model.
 from __future__ import annotations
 
 import functools
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gradflow.functional.processes.shards import settled
 from gradflow.functional.tap.calls import ActivationKey, unit_axis
 from gradflow.functional.tap.nodes import nodes_under
 from gradflow.functional.tap.probes import magnitude, site_of
@@ -46,6 +49,8 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._recorder.model.exchanges and _is_exchange():
+            return func(*args, **kwargs)
         ends = self.heard(func, args, kwargs)
         out = func(*args, **kwargs)
         for end in ends:
@@ -91,6 +96,20 @@ class Watch(TorchFunctionMode):
         return after
 
 
+def _is_exchange() -> bool:
+    """Whether what exchanges tensors between processes calls a function, and not the model.
+
+    Tensors may have no memory there yet.
+    """
+    for frame, _ in traceback.walk_stack(sys._getframe(2)):
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("torch.distributed"):
+            return True
+        if not module.startswith("torch.") or module.startswith("torch.nn.modules"):
+            return False
+    return False
+
+
 def _is_watched(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad and x.numel() > 0
 
@@ -106,8 +125,9 @@ class _Before:
     def __init__(self, recorder: Recorder, op: str, x: Tensor, bounds: Bounds) -> None:
         self.recorder, self.op, self.bounds = recorder, op, bounds
         self.key = self._key(x)
-        self.entering = magnitude(x.detach(), exact=True) if recorder.asked.look else None
-        self.masked = x.detach() <= MASKED if recorder.asked.look and op == "softmax" else None
+        here = settled(x.detach())
+        self.entering = magnitude(here, exact=True) if recorder.asked.look else None
+        self.masked = here <= MASKED if recorder.asked.look and op == "softmax" else None
 
     def _key(self, x: Tensor) -> ActivationKey:
         recorder = self.recorder
@@ -123,7 +143,7 @@ class _Before:
         return ActivationKey(name, self.op, self.bounds.kind, True, layer)
 
     def note(self, out: Tensor, dim: Any) -> None:
-        recorder, y = self.recorder, out.detach()
+        recorder, y = self.recorder, settled(out.detach())
         if self.bounds.kind == "softmax":
             self._note_softmax(y, dim)
             return

@@ -14,7 +14,7 @@ from gradflow.records import CurvatureRecord
 
 FACTORS = tuple(8.0**k for k in range(-4, 9))  # of the update, at which the loss along it is taken
 
-_SHARE = 2.0**-6  # of the update, by which a central difference goes to either side
+SHARE = 2.0**-6  # of the update, by which a central difference goes to either side
 _COARSE = 2.0**-11  # a dtype that rounds by more than this takes whole updates
 
 LossOf = Callable[[Mapping[str, Tensor]], Tensor]
@@ -167,9 +167,13 @@ def _along(
     return torch.stack([part.to(device) for part in parts]).sum() if parts else torch.zeros((), device=device)
 
 
+def is_coarse(parameters: Mapping[str, Tensor]) -> bool:
+    """Whether a small share of an update would be rounded away in the dtypes of parameters."""
+    return any(p.dtype.is_floating_point and torch.finfo(p.dtype).eps > _COARSE for p in parameters.values())
+
+
 def _central(loss_of: LossOf, before: Mapping[str, Tensor], update: Mapping[str, Tensor]) -> float:
-    coarse = any(p.dtype.is_floating_point and torch.finfo(p.dtype).eps > _COARSE for p in before.values())
-    reach = 1.0 if coarse else _SHARE
+    reach = 1.0 if is_coarse(before) else SHARE
     slopes = []
     for side in (reach, -reach):
         leaves = {n: (p.detach() + side * update[n]).requires_grad_() for n, p in before.items()}

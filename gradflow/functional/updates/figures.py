@@ -9,7 +9,7 @@ its last axis: one that did would always pick the same columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.functional.processes.shards import local
 from gradflow.functional.updates.moments import Moments, age_of, moments
 from gradflow.records import Floats
 
@@ -45,12 +46,13 @@ def sampled(tensor: Tensor, most: int | None = MOST) -> Tensor:
     """Return some of a tensor's entries as a vector, always the same ones; see NOTE [Some of the entries].
 
     Args:
-        tensor: of any shape.
+        tensor: of any shape; of a sharded one, what this process holds.
         most: how many entries, about; None takes all.
 
     >>> sampled(torch.arange(6.0).view(2, 3), most=3)
     tensor([0., 2., 4.])
     """
+    tensor = local(tensor)
     flat = (tensor if tensor.layout is torch.strided else tensor.to_dense()).detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
@@ -94,6 +96,7 @@ def update_figures(
     *,
     aged: Mapping[str, float] | None = None,
     most: int | None = MOST,
+    total: Callable[[Floats], Floats] = lambda sums: sums,
 ) -> dict[str, UpdateFigures]:
     """Return what a step did to each parameter; a pure function of what was and what is.
 
@@ -107,6 +110,7 @@ def update_figures(
         gradients: what the optimizers were handed: averaged, unscaled and clipped; None where there was none.
         aged: what `ages` returned before the step; None reckons that every state has grown by one step.
         most: how many entries of each are looked at, about; None looks at all.
+        total: sums over this process's entries → sums over those of all processes.
 
     Returns:
         The figures by name, of all that are in `before`.
@@ -125,13 +129,14 @@ def update_figures(
     for name, (optimizer, group) in holders.items():
         if name in before:
             knowing[name] = moments(_state(optimizer, parameters[name]), group, parameters[name].dtype)
-    numbers = {key: v.tolist() for key, v in _numbers(before, parameters, gradients, knowing, most).items()}
-    found = {}
-    for place, (name, entries) in enumerate(before.items()):
+    found = _numbers(before, parameters, gradients, knowing, most, total)
+    numbers = {key: v.tolist() for key, v in found.items()}
+    lengths, found = numbers.pop("length"), {}
+    for place, name in enumerate(before):
         known = knowing.get(name, Moments(None, 1.0, math.nan, math.nan))
         age = known.age - 1 if aged is None else aged.get(name, math.nan)
         of_one = {key: values[place] for key, values in numbers.items()}
-        of_one["slope"] *= parameters[name].numel() * (1 + parameters[name].is_complex()) / len(entries)
+        of_one["slope"] *= parameters[name].numel() * (1 + parameters[name].is_complex()) / lengths[place]
         found[name] = UpdateFigures(
             held=name in holders,
             rate=float(holders[name][1].get("lr", math.nan)) if name in holders else math.nan,
@@ -148,6 +153,7 @@ def _numbers(
     gradients: Mapping[str, Tensor | None],
     knowing: Mapping[str, Moments],
     most: int | None,
+    total: Callable[[Floats], Floats],
 ) -> dict[str, Any]:
     """Return the numbers of all parameters, shape (parameters,), from one long vector of their entries."""
     missing = {name: torch.full_like(entries, math.nan) for name, entries in before.items()}
@@ -157,35 +163,49 @@ def _numbers(
         return sampled(tensor, most) if tensor is not None and fits else missing[name]
 
     lengths = np.array([len(entries) for entries in before.values()])
-    starts = np.cumsum(lengths) - lengths
+    there = lengths > 0  # a slice of a sharded parameter may be empty
+    starts = (np.cumsum(lengths) - lengths)[there]
     was, now = _joined(before.values()), _joined(sampled(parameters[name], most) for name in before)
     g = _joined(some(gradients.get(name), name) for name in before)
     v = _joined(some(known.kept if (known := knowing.get(name)) else None, name) for name in before)
+    corrections = np.array([known.correction if (known := knowing.get(name)) else 1.0 for name in before])
+    epsilons = np.array([known.epsilon if (known := knowing.get(name)) else math.nan for name in before])
 
-    def spread(values: list[float]) -> Floats:
-        return np.repeat(np.array(values), lengths)
-
-    def mean(values: Floats) -> Floats:
-        return np.add.reduceat(values, starts) / lengths
+    def summed(values: Floats) -> Floats:
+        sums = np.zeros(len(lengths))
+        if there.any():
+            sums[there] = np.add.reduceat(values, starts)
+        return sums
 
     with np.errstate(all="ignore"):
-        v = v / spread([known.correction if (known := knowing.get(name)) else 1.0 for name in before])
-        epsilon = spread([known.epsilon if (known := knowing.get(name)) else math.nan for name in before])
-        u, squares, moving = now - was, g * g, (g != 0) & ~np.isnan(g)
-        share, power = mean(moving * 1.0), mean(squares)
+        v = v / np.repeat(corrections, lengths)
+        u, moving = now - was, (g != 0) & ~np.isnan(g)
+        under = moving & (np.sqrt(np.maximum(v, 0.0)) < np.repeat(epsilons, lengths))
+        values = (
+            was * was,
+            u * u,
+            now,
+            g * g,
+            g * u,
+            v,
+            moving * 1.0,
+            (moving & (u == 0)) * 1.0,
+            under * 1.0,
+        )
+        sums = total(np.stack([lengths * 1.0, *map(summed, values)]))
+        length = sums[0]
+        weight, square, ends, power, slope, second, share, still, low = sums[1:] / length
         return {
-            "weight_rms": np.sqrt(mean(was * was)),
-            "rms": np.sqrt(mean(u * u)),
-            "finite": np.isfinite(mean(now)),
+            "length": length,
+            "weight_rms": np.sqrt(weight),
+            "rms": np.sqrt(square),
+            "finite": np.isfinite(ends),
             "gradient_rms": np.sqrt(power),
-            "slope": mean(g * u) * lengths,
-            "unchanged": mean((moving & (u == 0)) * 1.0) / share,
-            "second_moment": mean(v) / power,
-            "under_epsilon": np.where(
-                np.isnan(mean(v)) | np.isnan(epsilon[starts]), np.nan,
-                mean((moving & (np.sqrt(np.maximum(v, 0.0)) < epsilon)) * 1.0) / share,
-            ),
-        }  # fmt: skip
+            "slope": slope * length,
+            "unchanged": still / share,
+            "second_moment": second / power,
+            "under_epsilon": np.where(np.isnan(second) | np.isnan(epsilons), np.nan, low / share),
+        }
 
 
 def _joined(entries: Iterable[Tensor]) -> Floats:

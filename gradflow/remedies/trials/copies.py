@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from gradflow.functional.model.closures import cells_of, globals_of, modules_in, reachable, tensors_in
 from gradflow.functional.model.optimizers import copy_optimizer
+from gradflow.functional.model.supported import check_supported
 
 Memo = dict[int, Any]
 
@@ -49,8 +50,10 @@ def copies_of(model: nn.Module, loss_fn: Any, optimizer: Optimizer) -> Copies:
         optimizer: on its parameters.
 
     Raises:
+        ModelInputError: if the model is of a kind of which a copy cannot be run, such as a sharded one.
         Whatever a part of the model raises that cannot be copied.
     """
+    check_supported(model)
     memo: Memo = {}
     reaches = _reaching(model)
     attributes = [value for module in model.modules() for value in vars(module).values()]

@@ -262,3 +262,37 @@ def test_circulation_of_a_residual_block_is_the_log_ratio_of_its_ways() -> None:
     skip = flows["inp", "add"] / flows["down", "add"]  # an addition gives both sides the same
     (loop,) = graph.circulation()
     np.testing.assert_allclose(abs(loop.circulation), abs(np.log(branch / skip)), rtol=1e-9)
+
+
+class Scaled(torch.autograd.Function):
+    """A function that is given a number before its tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: float, x: Tensor) -> Tensor:
+        ctx.factor = factor
+        return factor * x
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return None, ctx.factor * grad_outputs[0]
+
+
+def test_a_custom_function_that_is_given_more_than_tensors_hands_its_gradient_on() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(Scaled.apply(2.0, self.first(x)))  # type: ignore[arg-type]
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(5, 3)
+    full, cheap = (
+        gf.analyze(model, [x], lambda y: y.square().mean(), steps=1, detail=detail)
+        for detail in ("full", "cheap")
+    )
+    for name in ("first.weight", "first.bias"):
+        expected = cheap.parameter(name).grad_norm
+        assert expected[0] > 0
+        np.testing.assert_allclose(full.parameter(name).grad_norm, expected, rtol=1e-5)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional import analyze, analyze_custom, graph_of
-from gradflow.functional.run.history import to_host
+from gradflow.functional.run.rows import to_host
 from gradflow.functional.run.run import Plan
 from gradflow.records import FlowRecord
 from tests.functional.naive import naive_step

@@ -20,7 +20,7 @@ from gradflow.functional.reverse.autograd_graph import (
 from gradflow.functional.reverse.dataflow import DataFlow, Source
 from gradflow.functional.reverse.reverse import Flows
 from gradflow.functional.reverse.union import Union
-from gradflow.functional.run.history import to_host
+from gradflow.functional.run.rows import to_host
 from gradflow.functional.tap.calls import Call
 from gradflow.records import EdgeRecord, GraphRecord, NodeRecord
 

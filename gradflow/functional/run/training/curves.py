@@ -9,14 +9,19 @@ the user gave, which is as it was. Where updates are made of several batches, th
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 import attrs
 import torch
 from torch import Tensor
 
+from gradflow.errors import ProcessError
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Request, evaluated
+from gradflow.functional.run.together.gradients import mean_gradients
+from gradflow.functional.run.together.merging import merged
+from gradflow.functional.run.training.spread import spread_curve
 from gradflow.functional.run.training.stepper import Stepper
 from gradflow.functional.updates.curvature import curvature_along
 from gradflow.records import CurvatureRecord, FlowRecord
@@ -54,9 +59,16 @@ def bent(run: Run, ends: Ends, record: FlowRecord) -> FlowRecord:
         curves = [curve for curve in (start, end) if curve is not None]
         if len(curves) < 2:
             why = "model or loss give another loss when they are run again, or one that is not finite"
+    except ProcessError:
+        raise
     except Exception as error:  # the user's code cannot run the step a second time
         why = f"{type(error).__name__}: {error}"[:200]
         logger.debug("the curvature along the update could not be taken: %s", error)
+    if not run.line.alone:
+        every = run.line.gathered((curves, why))
+        whole = all(len(found) == len(curves) for found, _ in every)
+        curves = list(merged([tuple(found) for found, _ in every])) if whole else []
+        why = next((said for _, said in every if said), "")
     assert record.updates is not None
     provenance = record.provenance
     if why:
@@ -71,26 +83,46 @@ def _back_to_start(run: Run, first: Request) -> None:
     first.before.restore(run.program)
     with torch.no_grad():
         for name, parameter in state.every_parameter.items():
-            parameter.copy_(theirs[name])
+            if name not in state.shards.gathered:
+                parameter.copy_(theirs[name])
+    state.shards.reset()
 
 
 def _curve(run: Run, request: Request, stepper: Stepper, loss: float) -> CurvatureRecord | None:
     """Return how the loss of a step bends along the update that follows it; None if it is another loss."""
     program = run.program
     state = program.state
+    if state.shards:
+        return spread_curve(run, request, stepper, loss)
     before = {name: p.detach().clone() for name, p in state.trainable.items()}
 
     def loss_of(parameters: Mapping[str, Tensor]) -> Tensor:
         with request.before.again(program), torch.enable_grad(), state.swapped(dict(parameters)):
             return evaluated(program.given, request)[0]
 
-    again = loss_of(state.trainable)
-    found = torch.autograd.grad(again, list(state.trainable.values()), allow_unused=True)
-    again = again.detach()
+    failed: Exception | None = None
+    found: dict[str, Tensor | None] = dict.fromkeys(before)
+    again = torch.tensor(math.nan)
+    try:
+        again = loss_of(state.trainable)
+        gradients = torch.autograd.grad(again, list(state.trainable.values()), allow_unused=True)
+        found.update(zip(before, gradients, strict=True))
+        again = again.detach()
+    except Exception as error:
+        failed = error
+    if not run.line.alone:
+        mean = mean_gradients(
+            run.line, state.trainable, found, again, broken=torch.tensor(failed is not None)
+        )
+        found, again = mean.parameters, mean.loss
+        if mean.broken and failed is None:
+            return None
+    if failed is not None:
+        raise failed
     if not torch.isfinite(again) or abs(float(again) - loss) > 1e-3 * abs(loss):
         return None
     with request.before.again(program):
-        stepper.make(program, request, dict(zip(before, found, strict=True)), again)
+        stepper.make(program, request, found, again)
     after = {name: p.detach().clone() for name, p in state.trainable.items()}
     with torch.no_grad():
         for name, parameter in state.trainable.items():

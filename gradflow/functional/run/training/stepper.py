@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import warnings
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.optimizers import clip_gradients, copy_training, update
+from gradflow.functional.processes.line import Line
 from gradflow.functional.reverse.reverse import fused
 from gradflow.functional.run.program import Program
 from gradflow.functional.run.step import Outcome, Request, evaluated
+from gradflow.functional.run.together.gradients import averaged_backward
 from gradflow.functional.run.training.options import Loop
 from gradflow.functional.updates.figures import ages, remembered, update_figures
 from gradflow.functional.updates.log import UpdateLog
@@ -33,6 +36,7 @@ class Stepper:
         schedulers: copies, which hold those.
         scaler: a copy; None without one, or where it is not enabled.
         log: hears of every update.
+        line: to the other processes, over which gradients are averaged.
     """
 
     loop: Loop
@@ -40,13 +44,16 @@ class Stepper:
     schedulers: list[Any]
     scaler: Any
     log: UpdateLog
+    line: Line = attrs.field(factory=Line)
     _sum: Gradients = attrs.field(factory=dict)  # of the batches since the last update
     _number: int = 0  # of them
     _broken: bool = False  # whether a loss or gradient among them was not finite
     _left: dict[str, Tensor] = attrs.field(factory=dict)  # gradients that a `step_fn` has left behind
 
     @classmethod
-    def of(cls, loop: Loop, model: nn.Module, parameters: Mapping[str, Tensor], log: UpdateLog) -> Stepper:
+    def of(
+        cls, loop: Loop, model: nn.Module, parameters: Mapping[str, Tensor], log: UpdateLog, line: Line
+    ) -> Stepper:
         """Return the stepper of a run.
 
         Args:
@@ -54,12 +61,13 @@ class Stepper:
             model: whose parameters the optimizers hold.
             parameters: working copies by qualified name.
             log: hears of every update.
+            line: to the other processes.
         """
         scaler = loop.scaler if _is_enabled(loop.scaler) else None
         optimizers, (schedulers, scaler) = copy_training(
             loop.optimizers, (list(loop.schedulers), scaler), model, parameters
         )
-        return cls(loop, optimizers, schedulers, scaler, log)
+        return cls(loop, optimizers, schedulers, scaler, log, line)
 
     @property
     def loss_scale(self) -> float:
@@ -93,7 +101,14 @@ class Stepper:
                 self.log.scaled(request.step, self.loss_scale)
             gradients = self._step(program, request, outcome, made=not overflown)
             if watched:
-                figures = update_figures(self.optimizers, was, watched, gradients, aged=aged)
+                figures = update_figures(
+                    self.optimizers,
+                    was,
+                    watched,
+                    gradients,
+                    aged=aged,
+                    total=functools.partial(program.state.shards.total, self.line),
+                )
                 self.log.look(request.step, figures)
         self._schedule(outcome.loss)
 
@@ -193,7 +208,7 @@ class Stepper:
         optimizers = self.loop.like(self.optimizers)
         batch = request.step if given.draws_itself else request.batch
         try:
-            with state.swapped(), torch.enable_grad():
+            with state.swapped(), torch.enable_grad(), averaged_backward(self.line, trainable):
                 assert self.loop.step_fn is not None
                 self.loop.step_fn(given.model, batch, optimizers)
                 state.keep_buffers()
