@@ -245,7 +245,7 @@ def _issues(flow: Flow, plain: Shares, starved: Sequence[_Starved], fed: Mapping
             worst.setdefault(s.absorber, s)
     if not told:
         return []
-    absorbers = {name: _absorber_issue(flow, s) for name, s in worst.items()}
+    absorbers = {name: _absorber_issue(flow, plain, s) for name, s in worst.items()}
     at = {name: issue.layer for name, issue in absorbers.items()}
     issues = [_starved_issue(flow, plain, s, fed[s.node], at.get(s.absorber)) for s in told.values()]
     return [*issues, *absorbers.values()]
@@ -263,7 +263,7 @@ def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float, origin: s
     share = f"{s.share:.1e} of what should" if s.arriving else "for it has become too small for its format"
     first = early(plain.share[s.node]) if s.node in plain.share else math.nan
     trend = ""
-    if math.isfinite(first) and first > 100 * s.least:
+    if _developed(plain, s):
         trend = f" It was {first:.1e} in the first steps: training has brought this about."
     return Issue(
         layer=layer.name,
@@ -285,13 +285,20 @@ def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float, origin: s
         evidence=Evidence(
             roles=Role.STARVED,
             origin=origin,
+            developed=bool(trend),
             elsewhere=bool(s.part) and not layer.module.startswith(f"{s.part}."),
             side_branch=fed > 3 * s.share,
         ),
     )
 
 
-def _absorber_issue(flow: Flow, s: _Starved) -> Issue:
+def _developed(plain: Shares, s: _Starved) -> bool:
+    """Whether what arrives at a layer has fallen by two orders since the first steps."""
+    first = early(plain.share[s.node]) if s.node in plain.share else math.nan
+    return math.isfinite(first) and first > 100 * s.least
+
+
+def _absorber_issue(flow: Flow, plain: Shares, s: _Starved) -> Issue:
     """The verdict on the layer that loses the gradient, or on what stands between it and the next one."""
     node, gain = s.absorber, row_gain(flow, s.absorber)
     op, at = _operation(flow, s) if gain >= 0.1 else ("", node)
@@ -308,7 +315,7 @@ def _absorber_issue(flow: Flow, s: _Starved) -> Issue:
         magnitude=s.local,
         recommended_actions=vanishing_actions(flow, at, absorber=node, per_layer=s.local),
         metrics={"local_share": s.local, "row_gain": gain, "op": op},
-        evidence=Evidence(roles=Role.ABSORBING, op=op),
+        evidence=Evidence(roles=Role.ABSORBING, op=op, developed=_developed(plain, s)),
     )
 
 

@@ -54,7 +54,8 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
     for node in heads(flow):
         layer, ops = flow.layers[node], flow.wiring.ops_after(node)
         size = float(layer.output_rms[0])
-        if "nll_loss" not in ops or not flow.trainable(node) or not size >= 3.0:
+        trained = flow.trainable(node) or flow.is_tied(node)
+        if "nll_loss" not in ops or not trained or not size >= 3.0:
             continue
         gain = row_gain(flow, node, at=lambda norms: float(norms[0]))
         found.append(
