@@ -111,6 +111,11 @@ def _there_before(flow: Flow, cause: Issue, victim: Issue) -> bool:
     return not (victim.evidence.plays(Role.JUMPING) and _grown_in_training(cause))
 
 
+def _as_early(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """What was there at the first step is not brought about by what came in training."""
+    return victim.evidence.developed or not cause.evidence.developed
+
+
 def _grown_in_training(issue: Issue) -> bool:
     return issue.evidence.developed and not issue.evidence.plays(Role.UNDEFINED)
 
@@ -318,7 +323,7 @@ RULES: tuple[Rule, ...] = (
     ),
     # EXPLODING: what grows overflows, saturates and jumps.
     Rule(
-        cause=_T.EXPLODING, victim=_T.EXPLODING, where=_BOTH,
+        cause=_T.EXPLODING, victim=_T.EXPLODING, where=_BOTH, when=_as_early,
         because="growth along one path multiplies",
     ),
     Rule(
@@ -343,12 +348,8 @@ RULES: tuple[Rule, ...] = (
         because="a value that is not finite spreads",
     ),
     Rule(
-        cause=_T.NUMERICAL, victim=_T.EXPLODING, where=(*_BOTH, "same"), roles=(Role.UNDEFINED, Role.GIVEN),
-        because="it spreads, and next to where an operation is not defined slopes have no bound",
-    ),
-    Rule(
-        cause=_T.NUMERICAL, victim=_T.UNSTABLE, where=(*_BOTH, "same"), roles=(Role.UNDEFINED, Role.GIVEN),
-        when=_there_before,
+        cause=_T.NUMERICAL, victim=(_T.EXPLODING, _T.UNSTABLE), where=(*_BOTH, "same"),
+        roles=(Role.UNDEFINED, Role.GIVEN), when=_there_before,
         because="it spreads, and next to where an operation is not defined slopes have no bound",
     ),
     # BOTTLENECK: what does not pass is missing before it.

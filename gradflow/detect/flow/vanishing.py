@@ -15,9 +15,11 @@ from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import AT_LEVEL, at_level, guesses, lowered
 from gradflow.detect.view import Flow, flow_of
+from gradflow.detect.wiring import node_name
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role, ScanRecord
 
 _SHAPES = ("view", "reshape", "expand", "transpose", "permute", "squeeze", "clone", "split", "select")
+_STACK = 3  # starved layers one behind the other, from which a first step counts: a tiny last layer is one
 _FEW_CALLS = 4  # of one module: more are steps of a loop
 _LATER = " Its later calls get what they should, so it learns, if nothing early is asked for."
 
@@ -88,6 +90,7 @@ def vanishing(
         starved = [s for s in starved if s.node not in zeros.muted]  # what comes there is rounding
         starved = [_heard_later(s, against, threshold, share) for s in starved]
         found = [*_issues(flow, plain, starved, fed), *_forgetful(flow, threshold), *_fading(flow, faded)]
+        found = found or _uncured(flow, against, plain, threshold, share, local_share, bypass)
         if at_level(record):
             found = [lowered(issue, AT_LEVEL) for issue in found]
         return [*found, *unheard(flow, leverage, share)]
@@ -317,6 +320,47 @@ def _absorber_issue(flow: Flow, plain: Shares, s: _Starved) -> Issue:
         metrics={"local_share": s.local, "row_gain": gain, "op": op},
         evidence=Evidence(roles=Role.ABSORBING, op=op, developed=_developed(plain, s)),
     )
+
+
+def _uncured(
+    flow: Flow,
+    against: Shares,
+    plain: Shares,
+    threshold: float,
+    share: float,
+    local_share: float,
+    bypass: float,
+) -> list[Issue]:
+    """Layers that lost the gradient at the first step, one after the other, and have learned nothing since.
+
+    An optimizer whose steps have a size of their own enlarges tiny weights within the run, and the gradient
+    with them; where next to nothing arrives even then, and the model guesses, that is no cure.
+    """
+    if not flow.record.provenance.optimizer or not guesses(flow.record):
+        return []
+    first, first_plain = (_at_first(shares) for shares in (against, plain))
+    fed = _best_upstream(flow, first)
+    starved = [
+        attrs.evolve(s, severity=IssueSeverity.MEDIUM)
+        for s in _starved(first, first_plain, {}, threshold, share, local_share)
+        if s.severity >= IssueSeverity.HIGH and s.num_starved >= _STACK and not _by_the_way(s, fed[s.node], bypass)
+    ]
+    now = {s.node: late(plain.share[s.node]) for s in starved if s.node in plain.share}
+    starved = [s for s in starved if now.get(s.node, 1.0) < share]
+    return [
+        attrs.evolve(
+            issue,
+            description=f"In the first step: {issue.description} By the end {now[node_name(issue.layer)]:.1e} "
+            "arrives, as steps have enlarged tiny weights, and the model still guesses.",
+        )
+        for issue in _issues(flow, first_plain, starved, fed)
+        if node_name(issue.layer) in now
+    ]
+
+
+def _at_first(shares: Shares) -> Shares:
+    """Return the shares of the first step alone."""
+    return attrs.evolve(shares, share={node: values[:1] for node, values in shares.share.items()})
 
 
 def _forgetful(flow: Flow, threshold: float) -> list[Issue]:
