@@ -163,13 +163,13 @@ ROUNDS = (
         alarms_healthy=1,
         alarms_repaired=2,
         missed={
-            "contact6a-operator-init": "Steps of their own size had made the gradient larger by the end of the "
-            "run, although nothing was learned by then.",
-            "contact6a-letters-own_adam": "A loss that leaves in the last few steps was looked at as a median "
-            "of the last third.",
-            "contact6b-words-raw-embedding": "A head whose weight is another layer's was not taken for a head.",
+            "contact6a-operator-init": "Steps of their own size had made the gradient larger by the end of "
+            "the run, although nothing was learned by then.",
+            "contact6a-letters-own_adam": "A loss that leaves in the last few steps was looked at as a "
+            "median of the last third.",
+            "contact6b-words-raw-embedding": "A head with another layer's weight was not taken for a head.",
             "contact6b-masks-of-255": "The targets that a loss is given were not looked at.",
-            "contact6b-views-without-stop": "A collapse to one direction, while lengths differ, was not seen.",
+            "contact6b-views-without-stop": "A collapse to one direction, where lengths differ, was unseen.",
         },
         alarmed={
             "contact6a-render-crisp": "A sigmoid at its ends that lets enough through to learn by.",

@@ -112,7 +112,6 @@ def _there_before(flow: Flow, cause: Issue, victim: Issue) -> bool:
 
 
 def _as_early(flow: Flow, cause: Issue, victim: Issue) -> bool:
-    """What was there at the first step is not brought about by what came in training."""
     return victim.evidence.developed or not cause.evidence.developed
 
 
@@ -324,7 +323,7 @@ RULES: tuple[Rule, ...] = (
     # EXPLODING: what grows overflows, saturates and jumps.
     Rule(
         cause=_T.EXPLODING, victim=_T.EXPLODING, where=_BOTH, when=_as_early,
-        because="growth along one path multiplies",
+        because="growth along one path multiplies, from when it began",
     ),
     Rule(
         cause=_T.EXPLODING, victim=_T.NUMERICAL, where=(*_BOTH, "same"), when=_overflows,

@@ -201,8 +201,8 @@ def _silent_modules(flow: Flow, zero: Sequence[Issue]) -> list[Issue]:
             f"{late(flow.layers[at].input_rms):.3g}: the weights behind it are given nothing to learn from.",
             magnitude=1.0,
             recommended_actions=(
-                "If it fires above a threshold, bring what enters it up to that: a batch norm in front of it, "
-                "larger weights in the layer before, or a lower threshold.",
+                "If it fires above a threshold, bring what enters it up to that: a batch norm in front of "
+                "it, larger weights in the layer before, or a lower threshold.",
                 "If it is a gate or a mask, look at what closes it for every sample.",
             ),
             metrics={"why": "silent module", "input_rms": late(flow.layers[at].input_rms)},

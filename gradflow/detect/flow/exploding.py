@@ -86,8 +86,8 @@ def exploding(
         found += impossible_targets(flow)
         if found and not all(issue.evidence.developed for issue in found):
             return found
-        others = [] if found else _others(flow, threshold, loud)  # what steps have made of it was not there first
-        return [*found, *(growing_signal(flow, threshold**2) or others)]
+        first = growing_signal(flow, threshold**2)  # what the steps have made of it was not there first
+        return [*found, *first] if found or first else _others(flow, threshold, loud)
 
     return detector
 

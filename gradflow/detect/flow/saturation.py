@@ -36,9 +36,9 @@ def saturation(
     of its input weights tells what enters them (`gradflow.detect.flow.readings.recurrent_weights`).
 
     Looks alike and is not: the few percent of any healthy tanh; a clamp that some samples pass, which hands
-    their gradient back whole (`severe_share` counts there); a soft edge that is flat nearly everywhere, through
-    which no less comes back than goes in (LOW); a few of many calls; gates that are closed for
-    part of their units; a softmax over many alternatives that gives each of them little; an output that is
+    their gradient back whole (`severe_share` counts there); a soft edge, flat nearly everywhere, through
+    which no less comes back than goes in (LOW); a few of many calls; gates that are closed for part of their
+    units; a softmax over many alternatives that gives each of them little; an output that is
     confident
     because it has learned to be (its loss has fallen by more than half within the run: LOW); a softmax over
     one alternative, which is `dead`'s; a sigmoid of scores of which those not chosen were set to minus
@@ -69,7 +69,9 @@ def saturation(
 
 _STRAIGHT = ("clamp", "hardtanh", "hardsigmoid", "relu6")
 _LEARNED = " The loss has fallen by more than half meanwhile: it may simply be sure."
-_PASSES = " No unit of it is so for all samples, what passes is no less than what comes in, and the loss falls."
+_PASSES = (
+    " No unit of it is so for all samples, what passes is no less than what comes in, and the loss falls."
+)
 _KNOWS = " The loss is far below that of guesses: the model is sure, and right."
 
 

@@ -46,9 +46,9 @@ def unstable(
     of outputs four times as large: a critic's is four times as low, one that pays for errors sixteen times.
     Apart from this, how many values each channel of a batch norm averages over in training.
 
-    Where it jumps, or ends above its start, or the outputs end alike for all samples and did not begin so, the
-    account of updates tells whether the rate is too high, and by
-    about how much: see `gradflow.detect.updates.rate`.
+    Where it jumps, or ends above its start, or the outputs end alike for all samples and did not begin so,
+    the account of updates tells whether the rate is too high, and by about how much: see
+    `gradflow.detect.updates.rate`.
 
     Why this is evidence: a step of plain or of momentum descent is proportional to the gradient, so a jump
     by an order of magnitude undoes many steps at once. The reference is the run's own, so the scale of the
@@ -57,8 +57,10 @@ def unstable(
     Looks alike and is not: a fast fall of the loss (only what rises counts); the noise of small batches, a
     factor of a few; a batch that is harder than a nearly solved run is used to (it stays below the start);
     a solved run, next to whose loss every hard sample is a jump (no loss of it comes near what ignorance
-    costs, or none from the jump on is above the first, and the run has taught the model what it knows: LOW); an outlier that a robust loss tames (the loss jumps, its gradient does not); steps in which
-    the loss is exactly zero (a margin that is met), which are left out.
+    costs, or none from the jump on is above the first and the run has taught the model what it knows: LOW);
+    a jump of next to nothing, behind an activation that is flat (even then the gradient moves nothing: LOW);
+    an outlier that a robust loss tames (the loss jumps, its gradient does not); steps in which the loss is
+    exactly zero (a margin that is met), which are left out.
 
     Args:
         cv_threshold: coefficient of variation from which the verdict is MEDIUM. Gradient norms of batches of
@@ -147,7 +149,8 @@ def _jumps(
         return []
     severity = IssueSeverity.HIGH if found.ratio >= 10 * jump else IssueSeverity.MEDIUM
     settled = calm(record)
-    if settled or (has_learned(record) and _below_the_start(record, name, found.step)):
+    below = has_learned(record) and _below_the_start(record, name, found.step)
+    if settled or below or _slope(flow, found.step) <= _LEVEL:
         severity = IssueSeverity.LOW
     node = _layer_of_jump(flow, found.step)
     layer = flow.layers[node] if node else None
@@ -177,6 +180,19 @@ def _jumps(
             evidence=Evidence(roles=Role.JUMPING if stepped else ()),
         )
     ]  # fmt: skip
+
+
+def _slope(flow: Flow, step: int) -> float:
+    """By how much of the loss its gradient at a step says that it changes over one size of the weights."""
+    record = flow.record
+    size = math.sqrt(
+        sum(p.norm[step] ** 2 for node in flow.layers for p in flow.trainable(node) if len(p.norm))
+    )
+    with np.errstate(all="ignore"):
+        return float(total_gradient(record)[step] * size / np.abs(record.losses[step]))
+
+
+_LEVEL = 1e-6  # of the loss: what is no larger even where it jumps moves nothing
 
 
 def _below_the_start(record: FlowRecord, series: str, step: int) -> bool:
@@ -213,8 +229,8 @@ def _leaving(flow: Flow) -> list[Issue]:
     assert known is not None
     ratio, step = float(losses[-1] / losses[0]), len(losses) - 1
     told = (
-        f"In the last steps the loss leaves, from {losses[-4]:.3g} over {losses[-3]:.3g} and {losses[-2]:.3g} "
-        f"to {losses[-1]:.3g}, {ratio:.3g} times where it started; to know nothing costs "
+        f"In the last steps the loss leaves, from {losses[-4]:.3g} over {losses[-3]:.3g} and "
+        f"{losses[-2]:.3g} to {losses[-1]:.3g}, {ratio:.3g} times where it started; to know nothing costs "
         f"{known.ignorance:.3g}. The steps of the optimizer are too large, or grow."
     )
     issue = _of_the_run(flow, step, IssueSeverity.HIGH, told, ratio)

@@ -83,7 +83,12 @@ def runs_off(record: FlowRecord, times: float = 3.0) -> bool:
     largest, in order, comes by chance once in n (n - 1) (n - 2) runs, and batches do not differ so much.
     """
     losses, known = record.losses, record.knowledge
-    if known is None or not math.isfinite(known.ignorance) or len(losses) < 6 or not np.isfinite(losses).all():
+    if (
+        known is None
+        or not math.isfinite(known.ignorance)
+        or len(losses) < 6
+        or not np.isfinite(losses).all()
+    ):
         return False
     before, last = float(losses[:-3].max()), losses[-3:]
     rises = bool(before < last[0] < last[1] < last[2]) and losses.min() > 0
@@ -91,8 +96,8 @@ def runs_off(record: FlowRecord, times: float = 3.0) -> bool:
 
 
 def has_undone(record: FlowRecord, kept: float = 0.02, apart: float = 0.1) -> bool:
-    """Whether the steps have undone a model: its outputs told samples apart, and do so no more, while the loss
-    has risen above its start and not come below it.
+    """Whether the steps have undone a model: its outputs told samples apart, and do so no more, while the
+    loss has risen above its start and not come below it.
 
     Cross entropy has little room above its start, so that it need not end far above it.
 

@@ -89,7 +89,7 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
 
 
 def growing_signal(flow: Flow, above: float, times: float = 3.0) -> list[Issue]:
-    """Layers that make the signal larger one after the other, so that the first loss is far above that of zeros.
+    """Layers that make the signal larger one after the other, until the loss is far above that of zeros.
 
     With weights of a usual size a layer gives as much as it gets in the first step; a norm layer is there to
     change that. One such layer alone is told by others, by its weights or as a head.
@@ -205,13 +205,13 @@ def impossible_targets(flow: Flow, slack: float = 0.01) -> list[Issue]:
             layer_type=flow.layers[node].type,
             issue_type=IssueType.EXPLODING,
             severity=IssueSeverity.HIGH,
-            description=f"The binary cross entropy is given targets from {low:.3g} to {high:.3g}, which are no "
-            "probabilities: it has no lower bound then, and the outputs run away with it. The loss goes from "
-            f"{losses[0]:.3g} to {losses[-1]:.3g}; with targets from 0 to 1 it is never below zero.",
+            description=f"The binary cross entropy is given targets from {low:.3g} to {high:.3g}, which are "
+            "no probabilities: it has no lower bound then, and the outputs run away with it. The loss goes "
+            f"from {losses[0]:.3g} to {losses[-1]:.3g}; with targets from 0 to 1 it is never below zero.",
             magnitude=max(high, 1 - low),
             recommended_actions=(
-                f"Bring the targets between 0 and 1 (masks read from files: divide by {high:.3g}; marks of -1 "
-                "and 1: (y + 1) / 2).",
+                f"Bring the targets between 0 and 1 (masks read from files: divide by {high:.3g}; marks of "
+                "-1 and 1: (y + 1) / 2).",
                 "If some mark what is not to count, leave those elements out of the loss.",
             ),
             metrics={"lowest_target": low, "highest_target": high},
