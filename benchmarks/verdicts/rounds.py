@@ -153,4 +153,28 @@ ROUNDS = (
             "contact5a-moe-routerlogits": "An expert that a repaired router still does not choose.",
         },
     ),
+    Round(
+        name="contact6",
+        date="2026-11-30",
+        sick=22,
+        healthy=13,
+        found=17,
+        cause=13,
+        alarms_healthy=1,
+        alarms_repaired=2,
+        missed={
+            "contact6a-operator-init": "Steps of their own size had made the gradient larger by the end of "
+            "the run, although nothing was learned by then.",
+            "contact6a-letters-own_adam": "A loss that leaves in the last few steps was looked at as a "
+            "median of the last third.",
+            "contact6b-words-raw-embedding": "A head with another layer's weight was not taken for a head.",
+            "contact6b-masks-of-255": "The targets that a loss is given were not looked at.",
+            "contact6b-views-without-stop": "A collapse to one direction, where lengths differ, was unseen.",
+        },
+        alarmed={
+            "contact6a-render-crisp": "A sigmoid at its ends that lets enough through to learn by.",
+            "contact6a-render-sigma": "As the other renderer.",
+            "contact6a-molecule-size": "One lucky batch early in the run made the next ones look like jumps.",
+        },
+    ),
 )

@@ -283,7 +283,8 @@ def largest_gradient(flow: Flow) -> Floats:
 
 
 def last_layers(flow: Flow) -> list[str]:
-    """Return the last layer call with parameters on each way to the loss, in order of execution."""
+    """Return the last layer call with parameters, its own or tied, on each way to the loss, in the order of
+    execution."""
     found: dict[str, None] = {}
     todo, seen = list(flow.wiring.preds.get(flow.wiring.loss, ())), set[str]()
     while todo:
@@ -291,11 +292,18 @@ def last_layers(flow: Flow) -> list[str]:
         if node in seen:
             continue
         seen.add(node)
-        if node in flow.layers and not flow.layers[node].composite and flow.parameters_of(node):
+        if _has_weights(flow, node):
             found[node] = None
         else:
             todo.extend(flow.wiring.preds.get(node, ()))
     return sorted(found, key=lambda node: flow.layers[node].order)
+
+
+def _has_weights(flow: Flow, node: str) -> bool:
+    """Whether a node is a layer call that computes with parameters, its own or another layer's."""
+    if node not in flow.layers or flow.layers[node].composite:
+        return False
+    return bool(flow.parameters_of(node)) or flow.is_tied(node)
 
 
 def heads(flow: Flow) -> list[str]:

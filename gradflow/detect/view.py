@@ -63,6 +63,11 @@ class Flow:
             return False
         return any(len(p.shape) >= 2 for p in self.parameters_of(node)) and not self.is_norm(node)
 
+    def is_tied(self, node: str) -> bool:
+        """Whether a layer call of a kind that has a matrix owns none: its weight is that of another layer."""
+        layer = self.layers[node]
+        return not layer.parameters and layer.type in ("Linear", "Conv1d", "Conv2d", "Conv3d")
+
     def is_table(self, node: str) -> bool:
         """Whether a layer call looks rows up in a table: nothing flows through it."""
         return node in self.layers and "embedding" in self.layers[node].type.lower()

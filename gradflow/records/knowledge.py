@@ -31,6 +31,8 @@ class KnowledgeRecord:
             the same for all of them.
         shapes: theirs, in the same order.
         scales: their root mean squares.
+        odds: smallest and largest of the targets that binary cross entropies of PyTorch were given, which are
+            probabilities by their meaning; empty where none was called.
     """
 
     step: int
@@ -43,6 +45,7 @@ class KnowledgeRecord:
     variations: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     shapes: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
     scales: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
+    odds: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
 
     @property
     def ignorance(self) -> float:

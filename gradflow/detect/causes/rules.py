@@ -111,6 +111,10 @@ def _there_before(flow: Flow, cause: Issue, victim: Issue) -> bool:
     return not (victim.evidence.plays(Role.JUMPING) and _grown_in_training(cause))
 
 
+def _as_early(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    return victim.evidence.developed or not cause.evidence.developed
+
+
 def _grown_in_training(issue: Issue) -> bool:
     return issue.evidence.developed and not issue.evidence.plays(Role.UNDEFINED)
 
@@ -318,8 +322,8 @@ RULES: tuple[Rule, ...] = (
     ),
     # EXPLODING: what grows overflows, saturates and jumps.
     Rule(
-        cause=_T.EXPLODING, victim=_T.EXPLODING, where=_BOTH,
-        because="growth along one path multiplies",
+        cause=_T.EXPLODING, victim=_T.EXPLODING, where=_BOTH, when=_as_early,
+        because="growth along one path multiplies, from when it began",
     ),
     Rule(
         cause=_T.EXPLODING, victim=_T.NUMERICAL, where=(*_BOTH, "same"), when=_overflows,
@@ -343,12 +347,8 @@ RULES: tuple[Rule, ...] = (
         because="a value that is not finite spreads",
     ),
     Rule(
-        cause=_T.NUMERICAL, victim=_T.EXPLODING, where=(*_BOTH, "same"), roles=(Role.UNDEFINED, Role.GIVEN),
-        because="it spreads, and next to where an operation is not defined slopes have no bound",
-    ),
-    Rule(
-        cause=_T.NUMERICAL, victim=_T.UNSTABLE, where=(*_BOTH, "same"), roles=(Role.UNDEFINED, Role.GIVEN),
-        when=_there_before,
+        cause=_T.NUMERICAL, victim=(_T.EXPLODING, _T.UNSTABLE), where=(*_BOTH, "same"),
+        roles=(Role.UNDEFINED, Role.GIVEN), when=_there_before,
         because="it spreads, and next to where an operation is not defined slopes have no bound",
     ),
     # BOTTLENECK: what does not pass is missing before it.

@@ -80,7 +80,7 @@ def dead(
         # A layer whose gradient is zero because none of its units fires is reported once.
         told = {issue.layer for issue in zero if issue.evidence.plays(Role.BLOCKING)}
         silent = [i for i in _silent_units(flow, threshold, some, few) if i.layer not in told]
-        found = [*never_called(flow), *cut_off(flow), *zero, *silent]
+        found = [*never_called(flow), *cut_off(flow), *zero, *silent, *_silent_modules(flow, zero)]
         found += [] if any(i.severity > IssueSeverity.MEDIUM for i in found) else silenced(flow)
         return [*found, *unreached_parts(flow, {issue.layer for issue in found}, min_updates)]
 
@@ -180,6 +180,37 @@ def _zero_issue(
             no_input=why == "zero input" or late(layer.input_rms) == 0,
         ),
     )
+
+
+def _silent_modules(flow: Flow, zero: Sequence[Issue]) -> list[Issue]:
+    """The modules without parameters that give exactly zero for something, and starve layers behind them: of
+    spikes below a threshold, gates, masks. Rectifiers are known for it, and told below."""
+    known = {node_name(a.layer) for a in flow.record.activations}
+    found: dict[str, list[Issue]] = {}
+    for issue in zero:
+        at = node_name(issue.evidence.origin or "")
+        if issue.metrics["why"] == "zero input" and at in flow.layers and at not in known:
+            found.setdefault(at, []).append(issue)
+    return [
+        Issue(
+            layer=flow.layers[at].name,
+            layer_type=flow.layers[at].type,
+            issue_type=IssueType.DEAD,
+            severity=max(issue.severity for issue in starved),
+            description="All that it gives is exactly zero, though what enters it has rms "
+            f"{late(flow.layers[at].input_rms):.3g}: the weights behind it are given nothing to learn from.",
+            magnitude=1.0,
+            recommended_actions=(
+                "If it fires above a threshold, bring what enters it up to that: a batch norm in front of "
+                "it, larger weights in the layer before, or a lower threshold.",
+                "If it is a gate or a mask, look at what closes it for every sample.",
+            ),
+            metrics={"why": "silent module", "input_rms": late(flow.layers[at].input_rms)},
+            evidence=Evidence(roles=Role.SILENT),
+        )
+        for at, starved in found.items()
+        if not flow.parameters_of(at) and late(flow.layers[at].input_rms) > 0
+    ]
 
 
 # ------------------------------------------------------------------------------ 3. rectifiers

@@ -22,7 +22,13 @@ from gradflow.detect.evidence import (
     shares,
     total_gradient,
 )
-from gradflow.detect.flow.ends.loud import loud_heads, loud_outputs, off_scale_of
+from gradflow.detect.flow.ends.loud import (
+    growing_signal,
+    impossible_targets,
+    loud_heads,
+    loud_outputs,
+    off_scale_of,
+)
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import growing_repeats
 from gradflow.detect.knowledge import CAME, calm, came_knowing, lowered
@@ -77,7 +83,11 @@ def exploding(
         far = _far_targets(flow, off_scale)
         grown = [issue for issue in issues if not any(issue.layer == other.layer for other in far)]
         found = [*grown, *far, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
-        return found or _others(flow, threshold, loud)
+        found += impossible_targets(flow)
+        if found and not all(issue.evidence.developed for issue in found):
+            return found
+        first = growing_signal(flow, threshold**2)  # what the steps have made of it was not there first
+        return [*found, *first] if found or first else _others(flow, threshold, loud)
 
     return detector
 

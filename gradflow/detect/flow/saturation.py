@@ -12,7 +12,7 @@ import numpy as np
 from gradflow.detect.actions import gate_actions, saturation_actions
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
-from gradflow.detect.knowledge import at_level, came_knowing, has_learned
+from gradflow.detect.knowledge import at_level, came_knowing, guesses, has_learned
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import ActivationRecord, Evidence, FlowRecord, Issue, IssueSeverity, IssueType
@@ -36,8 +36,9 @@ def saturation(
     of its input weights tells what enters them (`gradflow.detect.flow.readings.recurrent_weights`).
 
     Looks alike and is not: the few percent of any healthy tanh; a clamp that some samples pass, which hands
-    their gradient back whole (`severe_share` counts there); a few of many calls; gates that are closed for
-    part of their units; a softmax over many alternatives that gives each of them little; an output that is
+    their gradient back whole (`severe_share` counts there); a soft edge, flat nearly everywhere, through
+    which no less comes back than goes in (LOW); a few of many calls; gates that are closed for part of their
+    units; a softmax over many alternatives that gives each of them little; an output that is
     confident
     because it has learned to be (its loss has fallen by more than half within the run: LOW); a softmax over
     one alternative, which is `dead`'s; a sigmoid of scores of which those not chosen were set to minus
@@ -68,6 +69,9 @@ def saturation(
 
 _STRAIGHT = ("clamp", "hardtanh", "hardsigmoid", "relu6")
 _LEARNED = " The loss has fallen by more than half meanwhile: it may simply be sure."
+_PASSES = (
+    " No unit of it is so for all samples, what passes is no less than what comes in, and the loss falls."
+)
 _KNOWS = " The loss is far below that of guesses: the model is sure, and right."
 
 
@@ -102,6 +106,8 @@ def _issue(
         severity, calm = IssueSeverity.LOW, _KNOWS
     feeder = _feeder(flow, activation)
     fed_by = node_name(feeder)
+    if severity.is_serious and _passes_enough(flow, activation, fed_by):
+        severity, calm = IssueSeverity.LOW, _PASSES
     return Issue(
         layer=activation.layer,
         layer_type=layer.type if layer else activation.op,
@@ -123,6 +129,22 @@ def _issue(
         },
         evidence=Evidence(developed=seen > first + 0.2),
     )
+
+
+def _passes_enough(flow: Flow, activation: ActivationRecord, feeder: str) -> bool:
+    """Whether an activation that is a module lets enough through its edges for all before it to learn.
+
+    An indicator made soft, such as the cover of a pixel by a shape, is flat nearly everywhere by its meaning;
+    what passes at its edges is multiplied by how steep they are. So the gradient before it is no small part
+    of that behind it, no unit is at its end for all samples, and the loss of the run falls by a tenth while
+    the outputs come to tell samples apart. A tanh that is at its ends by bad scale hands back an eighth.
+    """
+    node, record = node_name(activation.layer), flow.record
+    if activation.kind != "bounded" or activation.functional or feeder not in flow.grad:
+        return False
+    passed = late(flow.grad[feeder]) / (late(flow.grad[node]) or math.nan)
+    falls = 0 <= late(record.losses) <= 0.9 * early(record.losses) and record.knowledge is not None
+    return passed >= 0.5 and activation.always_saturated <= 0.05 and falls and not guesses(record)
 
 
 def _worst(calls: Sequence[Issue], uses: int) -> Issue:

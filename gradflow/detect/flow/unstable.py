@@ -11,9 +11,10 @@ import numpy as np
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
 from gradflow.detect.evidence import late, middle, total_gradient
 from gradflow.detect.flow.steps import flung, thrown
-from gradflow.detect.knowledge import calm, guesses
+from gradflow.detect.knowledge import calm, guesses, has_learned
 from gradflow.detect.updates.fast import overshooting, with_rate
 from gradflow.detect.updates.rate import too_high
+from gradflow.detect.updates.readings import runs_off
 from gradflow.detect.view import Flow, flow_of
 from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
@@ -39,13 +40,15 @@ def unstable(
     one bad batch does not. With an optimizer, where loss and gradient end, over where they started; and a
     parameter that one step threw to `restless_jump` times its size while its own gradient was `jump` times
     what it is used to, in a run that has come to nothing; or, of one number, a step to several times its
-    size by which its gradient would have the loss fall by more than it is. Where the loss stays, the
+    size by which its gradient would have the loss fall by more than it is; and whether the loss leaves in the
+    last steps of all, beyond what ignorance costs. Where the loss stays, the
     gradient's end over its start and ‖gradient‖ ‖parameters‖ / |loss|; where it falls below zero, what it is
     of outputs four times as large: a critic's is four times as low, one that pays for errors sixteen times.
     Apart from this, how many values each channel of a batch norm averages over in training.
 
-    Where it jumps, or ends above its start, the account of updates tells whether the rate is too high, and by
-    about how much: see `gradflow.detect.updates.rate`.
+    Where it jumps, or ends above its start, or the outputs end alike for all samples and did not begin so,
+    the account of updates tells whether the rate is too high, and by about how much: see
+    `gradflow.detect.updates.rate`.
 
     Why this is evidence: a step of plain or of momentum descent is proportional to the gradient, so a jump
     by an order of magnitude undoes many steps at once. The reference is the run's own, so the scale of the
@@ -54,8 +57,10 @@ def unstable(
     Looks alike and is not: a fast fall of the loss (only what rises counts); the noise of small batches, a
     factor of a few; a batch that is harder than a nearly solved run is used to (it stays below the start);
     a solved run, next to whose loss every hard sample is a jump (no loss of it comes near what ignorance
-    costs: LOW); an outlier that a robust loss tames (the loss jumps, its gradient does not); steps in which
-    the loss is exactly zero (a margin that is met), which are left out.
+    costs, or none from the jump on is above the first and the run has taught the model what it knows: LOW);
+    a jump of next to nothing, behind an activation that is flat (even then the gradient moves nothing: LOW);
+    an outlier that a robust loss tames (the loss jumps, its gradient does not); steps in which the loss is
+    exactly zero (a margin that is met), which are left out.
 
     Args:
         cv_threshold: coefficient of variation from which the verdict is MEDIUM. Gradient norms of batches of
@@ -80,7 +85,7 @@ def unstable(
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
         found = _jumps(flow, cv_threshold, jump, restless, restless_jump) or _risen(flow, risen)
-        found = found or thrown(flow, jump, restless_jump) or flung(flow, risen)
+        found = found or _leaving(flow) or thrown(flow, jump, restless_jump) or flung(flow, risen)
         found = found or _climbing(flow, climb, steep) or _paid_for_errors(flow, climb)
         misfit = too_high(record, jumps=bool(found))
         if misfit is not None:
@@ -144,7 +149,8 @@ def _jumps(
         return []
     severity = IssueSeverity.HIGH if found.ratio >= 10 * jump else IssueSeverity.MEDIUM
     settled = calm(record)
-    if settled:
+    below = has_learned(record) and _below_the_start(record, name, found.step)
+    if settled or below or _slope(flow, found.step) <= _LEVEL:
         severity = IssueSeverity.LOW
     node = _layer_of_jump(flow, found.step)
     layer = flow.layers[node] if node else None
@@ -176,6 +182,26 @@ def _jumps(
     ]  # fmt: skip
 
 
+def _slope(flow: Flow, step: int) -> float:
+    """By how much of the loss its gradient at a step says that it changes over one size of the weights."""
+    record = flow.record
+    size = math.sqrt(
+        sum(p.norm[step] ** 2 for node in flow.layers for p in flow.trainable(node) if len(p.norm))
+    )
+    with np.errstate(all="ignore"):
+        return float(total_gradient(record)[step] * size / np.abs(record.losses[step]))
+
+
+_LEVEL = 1e-6  # of the loss: what is no larger even where it jumps moves nothing
+
+
+def _below_the_start(record: FlowRecord, series: str, step: int) -> bool:
+    """Whether a jump brings loss or gradient to no more than what the run began with: it is one after a lucky
+    batch, or next to a loss that is nearly met."""
+    values = record.losses if series == "loss" else total_gradient(record)
+    return bool(np.nanmax(values[step:]) <= values[0])
+
+
 def _risen(flow: Flow, risen: float) -> list[Issue]:
     """A run whose steps have made things worse: loss and gradient end far above where they started."""
     record, gradient = flow.record, total_gradient(flow.record)
@@ -192,6 +218,23 @@ def _risen(flow: Flow, risen: float) -> list[Issue]:
     )
     issue = _of_the_run(flow, int(np.flatnonzero(known)[-1]), IssueSeverity.MEDIUM, told, ratio)
     return [attrs.evolve(issue, metrics={**issue.metrics, "series": "loss", "step": 1})]
+
+
+def _leaving(flow: Flow) -> list[Issue]:
+    """A run whose loss leaves in its last steps, beyond what it costs to know nothing."""
+    record = flow.record
+    if not record.provenance.optimizer or not runs_off(record):
+        return []
+    losses, known = record.losses, record.knowledge
+    assert known is not None
+    ratio, step = float(losses[-1] / losses[0]), len(losses) - 1
+    told = (
+        f"In the last steps the loss leaves, from {losses[-4]:.3g} over {losses[-3]:.3g} and "
+        f"{losses[-2]:.3g} to {losses[-1]:.3g}, {ratio:.3g} times where it started; to know nothing costs "
+        f"{known.ignorance:.3g}. The steps of the optimizer are too large, or grow."
+    )
+    issue = _of_the_run(flow, step, IssueSeverity.HIGH, told, ratio)
+    return [attrs.evolve(issue, metrics={**issue.metrics, "series": "loss"})]
 
 
 def _climbing(flow: Flow, climb: float, steep: float) -> list[Issue]:

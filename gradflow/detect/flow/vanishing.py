@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import attrs
 
-from gradflow.detect.actions import forgetful_actions, vanishing_actions
+from gradflow.detect.actions import vanishing_actions
 from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
 from gradflow.detect.flow.ends.unheard import unheard
+from gradflow.detect.flow.forgetting import fading, forgetful
 from gradflow.detect.flow.readings.falls import falls_of, known
-from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import AT_LEVEL, at_level, guesses, lowered
 from gradflow.detect.view import Flow, flow_of
-from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role, ScanRecord
+from gradflow.detect.wiring import node_name
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 _SHAPES = ("view", "reshape", "expand", "transpose", "permute", "squeeze", "clone", "split", "select")
+_STACK = 3  # starved layers one behind the other, from which a first step counts: a tiny last layer is one
 _FEW_CALLS = 4  # of one module: more are steps of a loop
 _LATER = " Its later calls get what they should, so it learns, if nothing early is asked for."
 
@@ -87,7 +89,8 @@ def vanishing(
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
         starved = [s for s in starved if s.node not in zeros.muted]  # what comes there is rounding
         starved = [_heard_later(s, against, threshold, share) for s in starved]
-        found = [*_issues(flow, plain, starved, fed), *_forgetful(flow, threshold), *_fading(flow, faded)]
+        found = [*_issues(flow, plain, starved, fed), *forgetful(flow, threshold), *fading(flow, faded)]
+        found = found or _uncured(flow, against, plain, threshold, share, local_share, bypass)
         if at_level(record):
             found = [lowered(issue, AT_LEVEL) for issue in found]
         return [*found, *unheard(flow, leverage, share)]
@@ -245,7 +248,7 @@ def _issues(flow: Flow, plain: Shares, starved: Sequence[_Starved], fed: Mapping
             worst.setdefault(s.absorber, s)
     if not told:
         return []
-    absorbers = {name: _absorber_issue(flow, s) for name, s in worst.items()}
+    absorbers = {name: _absorber_issue(flow, plain, s) for name, s in worst.items()}
     at = {name: issue.layer for name, issue in absorbers.items()}
     issues = [_starved_issue(flow, plain, s, fed[s.node], at.get(s.absorber)) for s in told.values()]
     return [*issues, *absorbers.values()]
@@ -263,7 +266,7 @@ def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float, origin: s
     share = f"{s.share:.1e} of what should" if s.arriving else "for it has become too small for its format"
     first = early(plain.share[s.node]) if s.node in plain.share else math.nan
     trend = ""
-    if math.isfinite(first) and first > 100 * s.least:
+    if _developed(plain, s):
         trend = f" It was {first:.1e} in the first steps: training has brought this about."
     return Issue(
         layer=layer.name,
@@ -285,13 +288,20 @@ def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float, origin: s
         evidence=Evidence(
             roles=Role.STARVED,
             origin=origin,
+            developed=bool(trend),
             elsewhere=bool(s.part) and not layer.module.startswith(f"{s.part}."),
             side_branch=fed > 3 * s.share,
         ),
     )
 
 
-def _absorber_issue(flow: Flow, s: _Starved) -> Issue:
+def _developed(plain: Shares, s: _Starved) -> bool:
+    """Whether what arrives at a layer has fallen by two orders since the first steps."""
+    first = early(plain.share[s.node]) if s.node in plain.share else math.nan
+    return math.isfinite(first) and first > 100 * s.least
+
+
+def _absorber_issue(flow: Flow, plain: Shares, s: _Starved) -> Issue:
     """The verdict on the layer that loses the gradient, or on what stands between it and the next one."""
     node, gain = s.absorber, row_gain(flow, s.absorber)
     op, at = _operation(flow, s) if gain >= 0.1 else ("", node)
@@ -308,65 +318,52 @@ def _absorber_issue(flow: Flow, s: _Starved) -> Issue:
         magnitude=s.local,
         recommended_actions=vanishing_actions(flow, at, absorber=node, per_layer=s.local),
         metrics={"local_share": s.local, "row_gain": gain, "op": op},
-        evidence=Evidence(roles=Role.ABSORBING, op=op),
+        evidence=Evidence(roles=Role.ABSORBING, op=op, developed=_developed(plain, s)),
     )
 
 
-def _forgetful(flow: Flow, threshold: float) -> list[Issue]:
-    """Plain recurrent layers whose weights keep next to nothing from the last step to the first."""
-    issues = []
-    for node, layer in flow.layers.items():
-        kept = memory(flow, node)
-        if kept is None or kept.kept >= threshold or not flow.trainable(node):
-            continue
-        issues.append(
-            Issue(
-                layer=layer.name,
-                layer_type=layer.type,
-                issue_type=IssueType.VANISHING,
-                severity=IssueSeverity.MEDIUM if kept.kept >= threshold**2 else IssueSeverity.HIGH,
-                description=f"Over {kept.steps} steps back in time it keeps at most {kept.kept:.1e} of the "
-                f"gradient: only its last step is read, and its recurrent weights keep {kept.rate:.2g} a "
-                f"step.",
-                magnitude=kept.kept,
-                recommended_actions=forgetful_actions(layer.name, kept.rate),
-                metrics={"kept_per_step": kept.rate, "num_steps": kept.steps},
-                evidence=Evidence(roles=Role.ABSORBING),
-            )
-        )
-    return issues
+def _uncured(
+    flow: Flow,
+    against: Shares,
+    plain: Shares,
+    threshold: float,
+    share: float,
+    local_share: float,
+    bypass: float,
+) -> list[Issue]:
+    """Layers that lost the gradient at the first step, one after the other, and have learned nothing since.
 
-
-def _fading(flow: Flow, most: float) -> list[Issue]:
-    """Loops of operations, from whose later steps next to no gradient comes back to the earlier ones, in a
-    model that knows nothing yet: where it does, a memory that fades may be what the task asks for."""
-    if not guesses(flow.record):
+    An optimizer whose steps have a size of their own enlarges tiny weights within the run, and the gradient
+    with them; where next to nothing arrives even then, and the model guesses, that is no cure.
+    """
+    if not flow.record.provenance.optimizer or not guesses(flow.record):
         return []
-    worst: dict[str, ScanRecord] = {}
-    for scan in flow.record.parts.scans:
-        if scan.faded_share >= most and scan.faded_share > getattr(worst.get(scan.name), "faded_share", 0.0):
-            worst[scan.name] = scan
-    return [
-        Issue(
-            layer=scan.name,
-            layer_type="Module" if scan.name else flow.record.provenance.model,
-            issue_type=IssueType.VANISHING,
-            severity=IssueSeverity.MEDIUM,
-            description=f"Its loop over {scan.num_steps} steps forgets: at {scan.faded_share:.0%} of them "
-            "the gradient is less than a millionth of what it is at the others, so they might as well not be "
-            "there. What each step keeps of its state is too little for so many.",
-            magnitude=1.0 - scan.faded_share,
-            recommended_actions=(
-                f"Start what {scan.name or 'the model'} multiplies its state by nearer to one: small step "
-                "sizes (in a state space layer between 0.001 and 0.1, by the inverse of their softplus), a "
-                "bias of 1 or more at a forget gate. See that no later initialisation overwrites it.",
-                "Or read more of the steps than the last: their mean, or a target for each.",
-            ),
-            metrics={"faded_share": scan.faded_share, "num_steps": scan.num_steps},
-            evidence=Evidence(roles=Role.ABSORBING),
-        )
-        for scan in worst.values()
+    first, first_plain = (_at_first(shares) for shares in (against, plain))
+    fed = _best_upstream(flow, first)
+    starved = [
+        attrs.evolve(s, severity=IssueSeverity.MEDIUM)
+        for s in _starved(first, first_plain, {}, threshold, share, local_share)
+        if s.severity >= IssueSeverity.HIGH
+        and s.num_starved >= _STACK
+        and not _by_the_way(s, fed[s.node], bypass)
     ]
+    now = {s.node: late(plain.share[s.node]) for s in starved if s.node in plain.share}
+    starved = [s for s in starved if now.get(s.node, 1.0) < share]
+    return [
+        attrs.evolve(
+            issue,
+            description=f"In the first step: {issue.description} By the end "
+            f"{now[node_name(issue.layer)]:.1e} arrives, as steps have enlarged tiny weights, and the model "
+            "still guesses.",
+        )
+        for issue in _issues(flow, first_plain, starved, fed)
+        if node_name(issue.layer) in now
+    ]
+
+
+def _at_first(shares: Shares) -> Shares:
+    """Return the shares of the first step alone."""
+    return attrs.evolve(shares, share={node: values[:1] for node, values in shares.share.items()})
 
 
 def _operation(flow: Flow, s: _Starved) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 
 from gradflow.detect.updates.rate import Misfit
-from gradflow.detect.updates.readings import largest, layer_of
+from gradflow.detect.updates.readings import has_undone, largest, layer_of
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 
@@ -17,14 +17,16 @@ def overshooting(record: FlowRecord, misfit: Misfit) -> Issue:
     name, _ = largest(record)
     layer, kind = layer_of(record, name)
     first, last = float(record.losses[0]), float(record.losses[-1])
-    far = not np.isfinite(record.losses).all() or last >= 10 * first
+    undone = has_undone(record)
+    far = not np.isfinite(record.losses).all() or last >= 10 * first or undone
     return with_rate(
         Issue(
             layer=layer,
             layer_type=kind,
             issue_type=IssueType.UNSTABLE,
             severity=IssueSeverity.HIGH if far else IssueSeverity.MEDIUM,
-            description=f"The updates make things worse: the loss goes from {first:.3g} to {last:.3g}.",
+            description=f"The updates make things worse: the loss goes from {first:.3g} to {last:.3g}"
+            + (f", over {record.losses.max():.3g}, and all samples get the same answer." if undone else "."),
             magnitude=misfit.ratio if math.isfinite(misfit.ratio) else 0.0,
             evidence=Evidence(roles=Role.JUMPING),
         ),

@@ -17,6 +17,7 @@ import numpy as np
 from gradflow.detect.evidence import total_gradient
 from gradflow.detect.knowledge import calm, guesses, informed
 from gradflow.detect.updates.readings import (
+    has_undone,
     has_worsened,
     is_adaptive,
     is_rising,
@@ -72,7 +73,8 @@ def too_high(record: FlowRecord, *, jumps: bool) -> Misfit | None:
         jumps: whether loss or gradient were seen to jump.
     """
     updates = record.updates
-    if updates is None or not updates.steps or calm(record) or not (jumps or has_worsened(record)):
+    worse = jumps or has_worsened(record) or has_undone(record)
+    if updates is None or not updates.steps or calm(record) or not worse:
         return None
     ratios = whole_ratio(record)
     ratio = next(

@@ -75,6 +75,47 @@ def has_worsened(record: FlowRecord, times: float = 1.5) -> bool:
     return losses.min() > 0 and late(losses) >= times * losses[0]
 
 
+def runs_off(record: FlowRecord, times: float = 3.0) -> bool:
+    """Whether the loss leaves for good in the last steps: three in a row higher than any before, each above
+    the one before it, to `times` what it began with and what ignorance costs.
+
+    A median over the last third of a run does not see that yet. That the last three of n steps are the three
+    largest, in order, comes by chance once in n (n - 1) (n - 2) runs, and batches do not differ so much.
+    """
+    losses, known = record.losses, record.knowledge
+    if (
+        known is None
+        or not math.isfinite(known.ignorance)
+        or len(losses) < 6
+        or not np.isfinite(losses).all()
+    ):
+        return False
+    before, last = float(losses[:-3].max()), losses[-3:]
+    rises = bool(before < last[0] < last[1] < last[2]) and losses.min() > 0
+    return rises and float(last[2]) >= times * max(float(losses[0]), known.ignorance)
+
+
+def has_undone(record: FlowRecord, kept: float = 0.02, apart: float = 0.1) -> bool:
+    """Whether the steps have undone a model: its outputs told samples apart, and do so no more, while the
+    loss has risen above its start and not come below it.
+
+    Cross entropy has little room above its start, so that it need not end far above it.
+
+    Args:
+        record: the record.
+        kept: part of the variation between samples at the first step that may be left.
+        apart: what that was, at least.
+    """
+    losses, known = record.losses, record.knowledge
+    if known is None or len(losses) < 6 or not np.isfinite(losses).all() or not known.share_left >= 0.98:
+        return False
+    if not (losses.max() >= 1.1 * losses[0] > 0 and late(losses) >= losses[0]):
+        return False
+    ends = [x for x in record.layers if x.shape in known.shapes and x.parameters and not x.composite]
+    seen = [x.output_variation for x in ends[-1:] if len(x.output_variation)]
+    return any(float(v[0]) >= apart and float(v[-1]) <= kept * float(v[0]) for v in seen)
+
+
 def stands_still(record: FlowRecord, share: float = 0.02) -> bool:
     """Whether the loss has not fallen, by `share` of it or by the usual change from batch to batch."""
     known = record.losses[np.isfinite(record.losses)]

@@ -9,7 +9,8 @@ refuse those. Several outputs (two views, an image and its text) are shuffled ea
 are samples where there are enough of them, else samples and positions together. The order is drawn from a
 generator of its own, so that no random state of the user's moves. A loss that needs the graph of its
 outputs (a gradient penalty, a residual of a differential equation) cannot be asked, nor one that the model
-computes.
+computes. While it is asked, the targets of binary cross entropies are looked at: those are probabilities by
+their meaning, and nothing in PyTorch checks that.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gradflow.functional.model.purity import ModuleState
 from gradflow.functional.model.trees import iter_tensors, map_floats, private_copy
@@ -32,6 +34,7 @@ from gradflow.records import KnowledgeRecord
 
 _LOUDER = 4.0
 _FEW = 8  # samples below which positions are shuffled as well
+_OF_ODDS = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
 _LOG = logging.getLogger(__name__)
 
 
@@ -63,9 +66,9 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
             return float(given.loss_of(guess, request.batch))
 
     given, before = program.given, Before.of(program)
-    held = ModuleState(given.modules, given.functions)
+    held, odds = ModuleState(given.modules, given.functions), _Odds()
     try:
-        with torch.no_grad(), program.state.swapped(), warnings.catch_warnings():
+        with torch.no_grad(), program.state.swapped(), warnings.catch_warnings(), odds:
             warnings.simplefilter("ignore")
             guesses = [loss_of(change) for change in (shuffled, averaged, torch.zeros_like)]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
@@ -86,7 +89,26 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         shapes=[tuple(part.shape) for part in parts],
         variations=[_variation(part.reshape(rows.number, -1)) for part in parts],
         scales=[float(part.double().square().mean().sqrt()) for part in parts],
+        odds=odds.seen,
     )
+
+
+class _Odds(TorchFunctionMode):
+    """Hears of the targets of binary cross entropies: the smallest and the largest, once there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: tuple[float, ...] = ()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = {**dict(zip(("input", "target"), args, strict=False)), **(kwargs or {})}
+        target = given.get("target")
+        if getattr(func, "__name__", "") in _OF_ODDS and isinstance(target, Tensor) and target.numel():
+            low, high = target.detach().aminmax()
+            self.seen = (min([*self.seen[:1], float(low)]), max([*self.seen[1:], float(high)]))
+        return func(*args, **(kwargs or {}))
 
 
 @attrs.frozen

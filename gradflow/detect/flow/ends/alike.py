@@ -90,6 +90,8 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
     same = [v for s, v in rows if sum(s == other for other, _ in rows) >= 2]
     if len(known.shapes) == 1 and _compares_samples(known):
         same = [*known.variations] * 2
+    elif _in_one_direction(known):
+        alike = 1.2 * max(same, default=0.0)
     elif guesses(flow.record) and _agree(known):
         alike *= 2  # what differs between samples is of no use to the loss
     if len(same) < 2 or not max(same) < alike:
@@ -164,9 +166,10 @@ def _is_another_illness(flow: Flow, node: str) -> bool:
     weights = [p for n in upstream if n in flow.layers for p in flow.trainable(n) if len(p.shape) > 1]
     if any(late(p.norm) == 0 or not np.any(p.grad_norm > 0) for p in weights):
         return True
-    kept = shares(flow, kept_at_least(flow)).share
-    if any(late(kept[n]) < 1e-3 for n in upstream if n in kept):
-        return True
+    for by_matrix, least in ((None, 1e-3), (1.0, 1e-6)):  # as `vanishing` weighs it: by kind, and absolutely
+        kept = shares(flow, kept_at_least(flow, by_matrix=by_matrix)).share
+        if any(late(kept[n]) < least for n in upstream if n in kept):
+            return True
     shut = (late(a.saturated_share) >= 0.5 or a.never_fired >= 0.9 for a in flow.record.activations)
     return any(shut)
 
@@ -176,6 +179,17 @@ def _compares_samples(known: KnowledgeRecord) -> bool:
     return math.isclose(known.averaged, known.silent, rel_tol=1e-5) and math.isclose(
         known.loss, known.averaged, rel_tol=1e-2
     )
+
+
+def _in_one_direction(known: KnowledgeRecord) -> bool:
+    """Whether a loss that looks at directions alone is met, by outputs that all have one.
+
+    Those of other samples meet it nearly as well as their own, at next to nothing of what zeros cost, and one
+    output for all of them would meet it ten times better still. Two things that have nothing to do with each
+    other are at right angles, and cost what zeros do.
+    """
+    met = 0 <= known.loss <= known.shuffled <= 0.02 * known.silent
+    return met and known.share_left >= 0.5 and known.averaged <= 0.1 * known.loss
 
 
 def _agree(known: KnowledgeRecord) -> bool:

@@ -19,6 +19,7 @@ from gradflow.records import (
     Issue,
     IssueSeverity,
     IssueType,
+    Role,
 )
 
 
@@ -34,6 +35,14 @@ def off_scale_of(flow: Flow, node: str) -> Floats:
         return np.abs(flow.record.losses) / (flow.grad[node] * size)
 
 
+def over_silence(flow: Flow) -> float:
+    """Return how many times what zeros cost the first loss is; NaN where that is not known."""
+    known, losses = flow.record.knowledge, flow.record.losses
+    if known is None or not len(losses) or not 0 < known.silent < math.inf:
+        return math.nan
+    return float(losses[0]) / known.silent
+
+
 def loud_heads(flow: Flow, above: float) -> list[Issue]:
     """Heads whose scores are so large at the start that their cross entropy is far above that of silence.
 
@@ -44,17 +53,15 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
         flow: the record along its wiring.
         above: how many times the cost of zeros the first loss must be.
     """
-    known, losses = flow.record.knowledge, flow.record.losses
-    if known is None or not len(losses) or not 0 < known.silent < math.inf:
+    known, over = flow.record.knowledge, over_silence(flow)
+    if known is None or not above <= over < math.inf:
         return []
-    over = float(losses[0]) / known.silent
-    if not above <= over < math.inf:
-        return []
-    found = []
+    losses, found = flow.record.losses, []
     for node in heads(flow):
         layer, ops = flow.layers[node], flow.wiring.ops_after(node)
         size = float(layer.output_rms[0])
-        if "nll_loss" not in ops or not flow.trainable(node) or not size >= 3.0:
+        trained = flow.trainable(node) or flow.is_tied(node)
+        if "nll_loss" not in ops or not trained or not size >= 3.0:
             continue
         gain = row_gain(flow, node, at=lambda norms: float(norms[0]))
         found.append(
@@ -79,6 +86,57 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
             )
         )
     return found
+
+
+def growing_signal(flow: Flow, above: float, times: float = 3.0) -> list[Issue]:
+    """Layers that make the signal larger one after the other, until the loss is far above that of zeros.
+
+    With weights of a usual size a layer gives as much as it gets in the first step; a norm layer is there to
+    change that. One such layer alone is told by others, by its weights or as a head.
+
+    Args:
+        flow: the record along its wiring.
+        above: how many times the cost of zeros the first loss must be.
+        times: how many times what enters a layer what it gives is, from which it counts.
+    """
+    over, found = over_silence(flow), dict[str, list[str]]()
+    for head in heads(flow) if above <= over < math.inf else ():
+        before = flow.wiring.upstream(head)
+        found[head] = [n for n in flow.layers if n in before and _gain(flow, n) >= times]
+        if _gain(flow, head) >= times or len(found[head]) < 2:
+            found[head] = []
+    longest = max(found.values(), key=len, default=[])
+    return [_grown(flow, node, longest, over) for node in longest]
+
+
+def _gain(flow: Flow, node: str) -> float:
+    """By how much a layer with a matrix makes the signal larger in the first step; NaN for others."""
+    layer = flow.layers[node]
+    if not flow.has_matrix(node) or not len(layer.input_rms) or not layer.input_rms[0] > 0:
+        return math.nan
+    return float(layer.output_rms[0] / layer.input_rms[0])
+
+
+def _grown(flow: Flow, node: str, grown: list[str], over: float) -> Issue:
+    layer = flow.layers[node]
+    start, end = float(flow.layers[grown[0]].input_rms[0]), float(flow.layers[grown[-1]].output_rms[0])
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.EXPLODING,
+        severity=IssueSeverity.HIGH,
+        description=f"In the first step the signal grows from rms {layer.input_rms[0]:.3g} to "
+        f"{layer.output_rms[0]:.3g} here, and from {start:.3g} to {end:.3g} over {len(grown)} layers that do "
+        f"so: the first loss is {over:.3g} times what it costs to know nothing.",
+        magnitude=end / start,
+        recommended_actions=(
+            f"Draw (or scale) the weights of {layer.name} by the root of their fan-in, sqrt(2 / fan_in) in "
+            "front of a ReLU: each layer then gives as much as it gets.",
+            "Or put a norm layer behind each.",
+        ),
+        metrics={"over_silence": over, "signal_growth": end / start},
+        evidence=Evidence(growth=end / start),
+    )
 
 
 def loud_outputs(flow: Flow, above: float) -> list[Issue]:
@@ -121,6 +179,45 @@ def loud_outputs(flow: Flow, above: float) -> list[Issue]:
         )
         for node in heads(flow)
         if flow.trainable(node)
+    ]
+
+
+def impossible_targets(flow: Flow, slack: float = 0.01) -> list[Issue]:
+    """Heads of a model whose binary cross entropy is given targets that are no probabilities.
+
+    With targets between 0 and 1 it is never below zero. Beyond, it falls without end as the output grows, and
+    so do the outputs. Where such targets are left out of the loss (marks of what is not known), it stays
+    above zero.
+
+    Args:
+        flow: the record along its wiring.
+        slack: how far beyond 0 and 1 is taken for rounding.
+    """
+    known, losses = flow.record.knowledge, flow.record.losses
+    if known is None or not known.odds or not np.nanmin(losses, initial=0.0) < 0:
+        return []
+    low, high = known.odds
+    if -slack <= low and high <= 1 + slack:
+        return []
+    return [
+        Issue(
+            layer=flow.layers[node].name,
+            layer_type=flow.layers[node].type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.HIGH,
+            description=f"The binary cross entropy is given targets from {low:.3g} to {high:.3g}, which are "
+            "no probabilities: it has no lower bound then, and the outputs run away with it. The loss goes "
+            f"from {losses[0]:.3g} to {losses[-1]:.3g}; with targets from 0 to 1 it is never below zero.",
+            magnitude=max(high, 1 - low),
+            recommended_actions=(
+                f"Bring the targets between 0 and 1 (masks read from files: divide by {high:.3g}; marks of "
+                "-1 and 1: (y + 1) / 2).",
+                "If some mark what is not to count, leave those elements out of the loss.",
+            ),
+            metrics={"lowest_target": low, "highest_target": high},
+            evidence=Evidence(roles=Role.OFF_SCALE, growth=max(high, 1 - low)),
+        )
+        for node in heads(flow)
     ]
 
 
