@@ -13,9 +13,10 @@ from torch import Tensor
 
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable, wide_dtype
+from gradflow.functional.reverse.passing import Gradient, size_of, zeros_in
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation
-from gradflow.functional.tap.probes import is_safe, magnitude, num_nonzero, safe_range
+from gradflow.functional.tap.probes import is_safe, safe_range
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.records import Bools, Floats
@@ -208,7 +209,7 @@ class History:
         scalars: list[Tensor],
         noted: list[Observation],
         risen: dict[ActivationKey, Tensor],
-        lasting: list[tuple[str, str, Tensor]],
+        lasting: list[tuple[str, str, Gradient]],
     ) -> Row:
         """Return the row of a step that gives other numbers than the one before."""
         behind = [recorder.calls[i] for i in content.probed]
@@ -309,9 +310,9 @@ class History:
             self._layouts[key] = Layout(*key)
         return self._layouts[key]
 
-    def _lasting(self, outcome: Outcome, look: bool, moved: bool) -> list[tuple[str, str, Tensor]]:
+    def _lasting(self, outcome: Outcome, look: bool, moved: bool) -> list[tuple[str, str, Gradient]]:
         """Return (kind of number, name, tensor it is taken of) for the parameters and their gradients."""
-        found = []
+        found: list[tuple[str, str, Gradient]] = []
         for name, parameter in self.parameters.items():
             if moved:
                 found.append(("norm", name, summable(parameter.detach())))
@@ -343,8 +344,8 @@ class History:
                 self.taps.set_exact(key, kind, (kind, key) in self.out_of_range)
 
 
-def _number(kind: str, tensor: Tensor, exact: bool) -> Tensor:
-    return tensor.numel() - num_nonzero(tensor) if kind == "pzeros" else magnitude(tensor, exact=exact)
+def _number(kind: str, tensor: Gradient, exact: bool) -> Tensor:
+    return zeros_in(tensor) if kind == "pzeros" else size_of(tensor, exact=exact)
 
 
 def _norms(scalars: list[Tensor], are_norms: Bools) -> Floats:
@@ -355,19 +356,14 @@ def _norms(scalars: list[Tensor], are_norms: Bools) -> Floats:
         return np.sqrt(values, out=values, where=squares)
 
 
-def _repair(values: Floats, lasting: list[tuple[str, str, Tensor]]) -> None:
-    """Take again, exactly, the norms of parameters and gradients that may have over- or underflowed.
-
-    Args:
-        values: numbers of a row; the last of them are the lasting ones, and are written to.
-        lasting: kind of number, name, and tensor it is taken of.
-    """
+def _repair(values: Floats, lasting: list[tuple[str, str, Gradient]]) -> None:
+    """Take again, exactly, what may have over- or underflowed of the last values of a row: the lasting ones."""
     unsafe = []
     for position, (kind, _, tensor) in enumerate(lasting, len(values) - len(lasting)):
         if kind in _LASTING_SUMS:
             least, most = safe_range(tensor.numel())
             if not least < values[position] < most:
-                unsafe.append((position, magnitude(tensor, exact=True)))
+                unsafe.append((position, size_of(tensor, exact=True)))
     if unsafe:
         positions, sizes = zip(*unsafe, strict=True)
         values[list(positions)] = _norms(list(sizes), np.ones(len(unsafe), bool))

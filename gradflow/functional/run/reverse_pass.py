@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
 from gradflow.functional.reverse.autograd_graph import Structure
+from gradflow.functional.reverse.passing import Gradient, Passed
 from gradflow.functional.reverse.reverse import (
     Flows,
     ReentrantCheckpoint,
@@ -29,12 +30,13 @@ class Gradients:
     """What a reverse pass gave.
 
     Args:
-        parameters: the gradient of every trainable parameter by name; None where no path leads there.
+        parameters: the gradient of every trainable parameter by name, or what was read off it as it passed;
+            None where no path leads there.
         outputs: Σg² of each probe, in the order of the recorder's sites; None where no gradient arrived.
         flows: on every edge, where they were asked for.
     """
 
-    parameters: dict[str, Tensor | None]
+    parameters: Mapping[str, Gradient | None]
     outputs: list[Tensor | None]
     flows: Flows | None = None
 
@@ -46,7 +48,11 @@ class Gradients:
     @property
     def finite(self) -> bool:
         """Whether every gradient of a parameter is finite."""
-        return all(bool(torch.isfinite(summable(g)).all()) for g in self.parameters.values() if g is not None)
+        return all(
+            g.finite if isinstance(g, Passed) else bool(torch.isfinite(summable(g)).all())
+            for g in self.parameters.values()
+            if g is not None
+        )
 
 
 def reverse_pass(
