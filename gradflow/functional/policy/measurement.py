@@ -139,8 +139,8 @@ class PolicySession(Session):
                 self._heads = find_heads(scene, seer, loss, policy=asked.policy, value=asked.value)
             if scene.lacks((*self._heads.policy, *self._heads.value)):
                 self._say(
-                    f"Nothing was measured of the heads in step {self._number}: their outputs were large, and "
-                    "let go before it was known what they are."
+                    f"Nothing was measured of the heads in step {self._number}: their outputs were large, "
+                    "and let go before it was known what they are."
                 )
                 return
             parameters = dict(self._model.named_parameters())

@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from gradflow.functional.reach.masks import some
 from gradflow.functional.reverse.passing import Gradient, Passed
 
 FAINT = 1e-4  # of the largest: rounding noise is below 1e-6 in float32
@@ -75,7 +76,9 @@ class Arrived:
             return
         for name in self.open:
             gradient = gradients.get(name)
-            if gradient is not None:
+            if isinstance(gradient, Passed) and gradient.mask is None:
+                self.settle({name})
+            elif gradient is not None:
                 self._mark(name, gradient if isinstance(gradient, Passed) else gradient.detach())
         if look:
             self._ask()
@@ -124,13 +127,13 @@ class Arrived:
             if name in self._left:
                 known = self._mask(name)
             found[name] = None if known is None else known.logical_not().cpu()
-        return {name: mask for name, mask in found.items() if mask is None or bool(mask.any())}
+        return {name: mask for name, mask in found.items() if mask is None or some(mask)}
 
 
 def _mask_of(gradient: Gradient) -> Tensor:
     """Return where a gradient is not zero, as a dense tensor."""
     if isinstance(gradient, Passed):
-        assert gradient.mask is not None  # one without zeros is settled before
+        assert gradient.mask is not None  # one without zeros is settled
         return gradient.mask
     if gradient.layout is torch.strided:
         return gradient.bool()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradflow.functional.model.layers import owner
 from gradflow.functional.reach.arrived import Arrived
 from gradflow.functional.reach.blame import Blamed, Walk
+from gradflow.functional.reach.masks import is_label, number_of_each
 from gradflow.functional.reach.origins import Origins
 from gradflow.functional.reach.reasons import Blame, Reasons
 from gradflow.functional.reach.slices import block, block_names, by_rows, parts
@@ -154,7 +155,7 @@ class ReachFindings:
         if labels is None or not labels.numel():
             return None
         assert self.closely is not None
-        blames = [self.closely.blames[label] for label in labels.unique().tolist()]
+        blames = [self.closely.blames[label] for label in number_of_each(labels)]
         if any(blame is None or blame.reason is not Reason.BY_MATHEMATICS for blame in blames):
             return None
         return torch.ones(labels.shape, dtype=torch.bool)
@@ -169,9 +170,9 @@ class ReachFindings:
             return
         labels = by_rows(labels, mask)
         by_blame: dict[Blame, Tensor] = {}
-        for label in labels[mask].unique().tolist():
+        for label in number_of_each(labels, mask):
             blame = self.closely.blames[label] or Blame(Reason.UNEXPLAINED)
-            here = mask & (labels == label)
+            here = mask & is_label(labels, label)
             by_blame[blame] = by_blame[blame] | here if blame in by_blame else here
         for blame, here in by_blame.items():
             yield from self._by_part(name, here, mask, blame, wires)

@@ -1,11 +1,11 @@
 """Gradients of parameters that are let go as they arrive: all that is kept of each are a few numbers.
 
 NOTE [Gradients that pass]
-Where no update follows, a gradient is only read: its norm, its zeros, and where it is zero. Beside a training,
-whose own gradients stand as well, it need not wait for the others until the pass is over. Autograd hands each
-to the hooks of its leaf when it is whole, and goes on with what they return, so a hook on our working copy
-reads it and returns zeros of its shape that take no memory. Hooks of the user's, which were put on the copy
-before, come first.
+Where no update follows, a gradient is only read: its norm, its zeros, and where it is zero. Beside a
+training, whose own gradients stand as well, it need not wait for the others until the pass is over. Autograd
+hands each to the hooks of its leaf when it is whole, and goes on with what they return, so a hook on our
+working copy reads it and returns zeros of its shape that take no memory. Hooks of the user's, which were put
+on the copy before, come first.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Passed:
         size: its magnitude.
         exact: the same in double precision, where the one above may have over- or underflowed.
         zeros: how many of its elements are zero.
-        mask: which elements are not, where that was asked and any is.
+        mask: which elements are not, where that was asked; None if all.
         number: of its elements.
         layout: of the gradient that it was: dense.
     """
@@ -100,8 +100,8 @@ def passing(
 ) -> Iterator[Callable[[str, Tensor | None], Gradient | None]]:
     """Let the gradients of parameters go as they arrive, for the length of the context.
 
-    It gives a function: name, what a reverse pass in the context returned → what is known of the gradient. One
-    that is sparse, or of a class of its own, is kept as it is.
+    It gives a function: name, what a reverse pass in the context returned → what is known of the gradient.
+    One that is sparse, or of a class of its own, is kept as it is.
 
     Args:
         parameters: leaves by name.

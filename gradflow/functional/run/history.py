@@ -357,7 +357,7 @@ def _norms(scalars: list[Tensor], are_norms: Bools) -> Floats:
 
 
 def _repair(values: Floats, lasting: list[tuple[str, str, Gradient]]) -> None:
-    """Take again, exactly, what may have over- or underflowed of the last values of a row: the lasting ones."""
+    """Take again, exactly, what may have over- or underflowed of a row's last values, the lasting ones."""
     unsafe = []
     for position, (kind, _, tensor) in enumerate(lasting, len(values) - len(lasting)):
         if kind in _LASTING_SUMS:

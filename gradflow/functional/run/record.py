@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Collection
@@ -120,6 +121,7 @@ def _wires(run: Run, idle: Collection[str]) -> Wires:
     return Wires(idle, called, cuts, taps.modules, taps.copied())
 
 
+@functools.cache
 def _version() -> str:
     try:
         return importlib.metadata.version("gradient-flow")
