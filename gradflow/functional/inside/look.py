@@ -20,10 +20,11 @@ from gradflow.functional.model.threads import uncompiled, unless_busy
 from gradflow.functional.parts.chance import chance
 from gradflow.functional.parts.measurement import parts
 from gradflow.functional.reach.findings import ReachFindings
-from gradflow.functional.run.history import History, series
+from gradflow.functional.run.history import History
 from gradflow.functional.run.program import Given, Program, WorkingState
 from gradflow.functional.run.record import assembled
 from gradflow.functional.run.run import Plan, Run
+from gradflow.functional.run.series import series
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.torch_private import is_compiled, transforms
 from gradflow.records import FlowRecord

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import attrs
 import numpy as np
@@ -27,7 +27,7 @@ Place = tuple[str, Hashable]  # what a number is (`grad`, `out`, ...), and of wh
 # NOTE [Exact and fast] in tap/probes.py. Those of parameters and their gradients can be taken again.
 _SUMS = ("grad", "out", "input")
 _LASTING_SUMS = ("norm", "pgrad")
-_NORMS = (*_SUMS, *_LASTING_SUMS, "mean_row")
+NORMS = (*_SUMS, *_LASTING_SUMS, "mean_row")
 _MERGED = 8  # steps after which the peaks of rectifiers' units are merged, if no look comes first
 
 
@@ -46,13 +46,17 @@ class Layout:
     norms: Bools = attrs.field(init=False)
     sums: Bools = attrs.field(init=False)
     least_peaks: tuple[int, ...] = attrs.field(init=False)
+    of_kind: dict[str, list[tuple[int, Hashable]]] = attrs.field(init=False)  # position and key
 
     def __attrs_post_init__(self) -> None:
         kinds = [kind for kind, _ in self.places]
         object.__setattr__(self, "must_be_finite", np.isin(kinds, ("loss", "grad", "pgrad")))
-        object.__setattr__(self, "norms", np.isin(kinds, _NORMS))
+        object.__setattr__(self, "norms", np.isin(kinds, NORMS))
         object.__setattr__(self, "sums", np.isin(kinds, _SUMS))
         object.__setattr__(self, "least_peaks", tuple(i for i, k in enumerate(kinds) if k == "least_peak"))
+        object.__setattr__(self, "of_kind", {})
+        for position, (kind, key) in enumerate(self.places):
+            self.of_kind.setdefault(kind, []).append((position, key))
 
 
 @attrs.frozen(eq=False)
@@ -167,6 +171,7 @@ class History:
     _form: Form | None = None  # of the last ordinary step
     _formed: list[Call] = attrs.field(factory=list)  # the calls of that step
     _layouts: dict[tuple[tuple[Place, ...], tuple[str, ...]], Layout] = attrs.field(factory=dict)
+    _stacked: dict[Layout, tuple[Any, Floats, Floats]] = attrs.field(factory=dict)
 
     def read(self, outcome: Outcome, *, look: bool, parameters_moved: bool) -> Row:
         """Return the step's numbers: the one transfer to the host that a step makes, after it is done."""
@@ -270,6 +275,22 @@ class History:
         """Keep the row of a step, which now counts."""
         self.rows.append(row)
 
+    def stacked(self) -> dict[Layout, tuple[Any, Floats, Floats]]:
+        """Return the steps of every layout, and their values and counts, of shape (numbers, steps)."""
+        if sum(len(steps) for steps, _, _ in self._stacked.values()) != len(self.rows):
+            rows_of: dict[Layout, list[int]] = {}
+            for step, row in enumerate(self.rows):
+                rows_of.setdefault(row.layout, []).append(step)
+            self._stacked = {
+                layout: (
+                    np.array(steps),
+                    np.stack([self.rows[s].values for s in steps], axis=1),
+                    np.stack([self.rows[s].counts for s in steps], axis=1),
+                )
+                for layout, steps in rows_of.items()
+            }
+        return self._stacked
+
     def unsettled_rectifiers(self) -> list[ActivationKey]:
         """Return the rectifiers with units that have not fired yet.
 
@@ -367,30 +388,3 @@ def _repair(values: Floats, lasting: list[tuple[str, str, Gradient]]) -> None:
     if unsafe:
         positions, sizes = zip(*unsafe, strict=True)
         values[list(positions)] = _norms(list(sizes), np.ones(len(unsafe), bool))
-
-
-def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]:
-    """Return, by key, the numbers of a kind over the steps and the element counts behind them.
-
-    Shapes (steps,). Where a step has none, the number is NaN and its count 0; several (the outputs of one
-    call) are added, norms by their squares.
-    """
-    joined = np.hypot if kind in _NORMS else np.add
-    rows, found = history.rows, {}
-    steps_of: dict[Layout, list[int]] = {}
-    for step, row in enumerate(rows):
-        steps_of.setdefault(row.layout, []).append(step)
-    for layout, steps in steps_of.items():
-        at = np.array(steps)
-        values = np.stack([rows[s].values for s in steps])
-        counts = np.stack([rows[s].counts for s in steps])
-        for position, (of, key) in enumerate(layout.places):
-            if of != kind:
-                continue
-            if key not in found:
-                found[key] = (np.full(len(rows), np.nan), np.zeros(len(rows)))
-            total, number = found[key]
-            both = joined(total[at], values[:, position])
-            total[at] = np.where(number[at] > 0, both, values[:, position])
-            number[at] = number[at] + counts[:, position]
-    return found

@@ -94,16 +94,14 @@ def test_what_is_read_equals_a_plain_count() -> None:
     closely, plainly = (Passed.of(gradient, closely=way) for way in (True, False))
     assert float(size_of(closely, exact=True)) == pytest.approx(float(gradient.double().norm()), rel=1e-14)
     assert float(size_of(plainly, exact=False)) == pytest.approx(float(gradient.square().sum()), rel=1e-6)
-    assert (
-        int(zeros_in(closely)) == int(zeros_in(plainly)) == sum(v == 0 for v in gradient.flatten().tolist())
-    )
+    number = sum(value == 0 for value in gradient.flatten().tolist())
+    assert int(zeros_in(closely)) == int(zeros_in(plainly)) == number
     assert closely.mask is not None
     assert torch.equal(closely.mask, gradient != 0)
     assert plainly.mask is None
     small = Passed.of(1e-30 * gradient, closely=False)  # whose squares underflow
-    assert float(size_of(small, exact=True)) == pytest.approx(
-        1e-30 * float(gradient.double().norm()), rel=1e-5
-    )
+    wanted = 1e-30 * float(gradient.double().norm())
+    assert float(size_of(small, exact=True)) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_no_hook_is_left() -> None:
