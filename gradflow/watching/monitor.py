@@ -160,7 +160,7 @@ class Monitor:
             if loss is None:
                 return None
             value = readable(loss)
-            if value is None or not is_jump(value, state.ceiling):
+            if value is None or value <= state.ceiling or not is_jump(value, state.ceiling):
                 return None
         return self._look(batch, loss, now)
 
