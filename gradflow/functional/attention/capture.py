@@ -44,6 +44,10 @@ class Read:
 
     shape: tuple[int, int, int, int]
 
+    def of(self, chosen: Tensor) -> Read:
+        """Return that of some samples, by their indices."""
+        return Read((len(chosen), *self.shape[1:]))
+
     def parts(self) -> Iterator[Part]:
         """Yield nothing more."""
         return iter(())

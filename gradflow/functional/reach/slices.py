@@ -50,7 +50,7 @@ def parts(mask: Tensor, unreached: Tensor) -> Iterator[Part]:
     rest, covered = here.copy(), np.zeros_like(here)
     for axis in range(here.ndim):
         others = tuple(a for a in range(here.ndim) if a != axis)
-        chosen = (rest | covered).all(axis=others) & rest.any(axis=others)
+        chosen = np.asarray((rest | covered).all(axis=others) & rest.any(axis=others))
         if chosen.any():
             inside = rest & np.expand_dims(chosen, others)
             number = int(np.count_nonzero(chosen))

@@ -97,7 +97,7 @@ def _norm(size: Tensor) -> float:
 @contextlib.contextmanager
 def passing(
     parameters: Mapping[str, Tensor], *, closely: bool
-) -> Iterator[Callable[[str, Tensor | None], Gradient | None]]:
+) -> Iterator[Callable[[str, Gradient | None], Gradient | None]]:
     """Let the gradients of parameters go as they arrive, for the length of the context.
 
     It gives a function: name, what a reverse pass in the context returned → what is known of the gradient.

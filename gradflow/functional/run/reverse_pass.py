@@ -46,6 +46,11 @@ class Gradients:
         return all(gradient is None for gradient in self.parameters.values())
 
     @property
+    def kept(self) -> dict[str, Tensor | None]:
+        """The gradients of a step whose gradients are kept."""
+        return {name: g for name, g in self.parameters.items() if not isinstance(g, Passed)}
+
+    @property
     def finite(self) -> bool:
         """Whether every gradient of a parameter is finite."""
         return all(

@@ -44,9 +44,9 @@ def to_npz(record: Any, path: str | os.PathLike[str]) -> None:
     arrays: _Arrays = []
     with uncollected():
         text = json.dumps(_packed(record, arrays), allow_nan=False)
-    data = np.frombuffer(text.encode(), dtype=np.uint8)
+    entries: dict[str, Any] = {str(i): array for i, array in enumerate(arrays)}
     with Path(path).open("wb") as file:
-        np.savez_compressed(file, json=data, **{str(i): array for i, array in enumerate(arrays)})
+        np.savez_compressed(file, json=np.frombuffer(text.encode(), dtype=np.uint8), **entries)
 
 
 def from_npz(cls: type[_T], path: str | os.PathLike[str]) -> _T:
