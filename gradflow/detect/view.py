@@ -42,7 +42,14 @@ class Flow:
 
     def parameters_of(self, node: str) -> tuple[ParameterRecord, ...]:
         """Return the parameters that a layer call owns."""
-        return tuple(self.parameters[n] for n in self.layers[node].parameters if n in self.parameters)
+        return self._owned[node]
+
+    @functools.cached_property
+    def _owned(self) -> dict[str, tuple[ParameterRecord, ...]]:
+        known = self.parameters
+        return {
+            node: tuple([known[n] for n in x.parameters if n in known]) for node, x in self.layers.items()
+        }
 
     def trainable(self, node: str) -> tuple[ParameterRecord, ...]:
         """Return the parameters of a layer call that training is meant to change."""
@@ -59,9 +66,16 @@ class Flow:
 
     def has_matrix(self, node: str) -> bool:
         """Whether a layer call owns a weight matrix or kernel, and holds no other layers."""
-        if node not in self.layers or self.layers[node].composite:
-            return False
-        return any(len(p.shape) >= 2 for p in self.parameters_of(node)) and not self.is_norm(node)
+        return node in self._with_matrix
+
+    @functools.cached_property
+    def _with_matrix(self) -> frozenset[str]:
+        return frozenset(
+            node
+            for node, owned in self._owned.items()
+            if any(len(p.shape) >= 2 for p in owned)
+            and not (self.layers[node].composite or self.is_norm(node))
+        )
 
     def is_tied(self, node: str) -> bool:
         """Whether a layer call of a kind that has a matrix owns none: its weight is that of another layer."""

@@ -15,7 +15,7 @@ from gradflow.errors import RecordInputError, UnknownLayerError
 from gradflow.records.fields import NAN, Floats, Ints, array_field, mapping_field, to_tuple
 from gradflow.records.flow import read
 from gradflow.records.issues import AnyIssueType, IssueSeverity, type_place
-from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, to_plain, write
+from gradflow.records.saving.plain import FORMAT_VERSION, from_plain, write
 
 
 @attrs.frozen(kw_only=True)
@@ -188,7 +188,7 @@ class HistoryRecord:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Return the history as strict JSON, and write it to `path` where one is given."""
-        return write(to_plain(self), path)
+        return write(self, path)
 
     @classmethod
     def from_json(cls, source: str | os.PathLike[str]) -> HistoryRecord:

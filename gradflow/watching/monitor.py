@@ -165,7 +165,9 @@ class Monitor:
             if loss is None:
                 return None
             value = readable(loss)
-            if value is None or not self._watch.sees_jumps or not is_jump(value, state.ceiling):
+            if value is None or not self._watch.sees_jumps or value <= state.ceiling:
+                return None
+            if not is_jump(value, state.ceiling):
                 return None
         return self._look(batch, loss, now)
 

@@ -6,7 +6,15 @@ import math
 from collections.abc import Callable, Iterable
 
 from gradflow.detect.evidence import late
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, NormRecord, ParameterRecord
+from gradflow.records import (
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    LayerRecord,
+    NormRecord,
+    ParameterRecord,
+)
 
 
 def swallowed_norms(
@@ -83,14 +91,17 @@ def misscaled_norms(
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         sizes = {p.name: p for p in record.parameters}
+        calls: dict[str, list[LayerRecord]] = {}
+        for layer in record.layers:
+            calls.setdefault(layer.module, []).append(layer)
         for norm in record.parts.norms:
             gain = norm.smallest_gain
             if gain == norm.largest_gain and (0 < gain <= small or gain >= large):
                 yield _gain_issue(norm, gain)
             own = (sizes.get(f"{norm.name}.{part}".lstrip(".")) for part in ("weight", "bias"))
-            outputs = [late(x.output_variation) for x in record.layers if x.module == norm.name]
             ratio = _drowned(*own)
-            if ratio >= bias and outputs and max(outputs) <= alike:
+            outputs = [late(x.output_variation) for x in calls.get(norm.name, ())] if ratio >= bias else []
+            if outputs and max(outputs) <= alike:
                 yield _bias_issue(norm, ratio, max(outputs))
 
     return detector

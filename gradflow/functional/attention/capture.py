@@ -38,6 +38,21 @@ from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
 
 
+@attrs.frozen(eq=False)
+class Read:
+    """What is left of weights that were read: their shape, (samples, heads, queries, keys)."""
+
+    shape: tuple[int, int, int, int]
+
+    def of(self, chosen: Tensor) -> Read:
+        """Return that of some samples, by their indices."""
+        return Read((len(chosen), *self.shape[1:]))
+
+    def parts(self) -> Iterator[Part]:
+        """Yield nothing more."""
+        return iter(())
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class Seen:
     """An attention at the moment it is computed.
@@ -59,7 +74,7 @@ class Seen:
     name: str
     call: int
     op: str
-    source: Scored | Weighted
+    source: Scored | Weighted | Read
     query: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
@@ -76,6 +91,10 @@ class Seen:
     def scored(self) -> Scored | None:
         """What the weights are computed from, where they are computed again."""
         return self.source if isinstance(self.source, Scored) else None
+
+    def read(self) -> Seen:
+        """Return it without its weights and what they are computed from, once they were read."""
+        return attrs.evolve(self, source=Read(self.shape))
 
     def parts(self) -> Iterator[Part]:
         """Yield the weights, some samples at a time."""

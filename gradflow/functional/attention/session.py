@@ -144,7 +144,8 @@ class AttentionSession(Session):
 
     def _attention(self, seen: Seen) -> Callable[[Any], None]:
         """Take the statistics of an attention, and return the function to call with its output."""
-        pending = _Pending(seen, _weight_numbers(self._sampled(seen)))
+        numbers, seen = _weight_numbers(self._sampled(seen)), seen.read()
+        pending = _Pending(seen, numbers)
         self._pending.append(pending)
         assert self._recorder is not None
         for call in reversed(self._recorder.running()[-3:]):

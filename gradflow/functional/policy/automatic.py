@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from gradflow.functional.measurement import Session
 from gradflow.functional.policy.measurement import PolicyHeads, PolicySession
-from gradflow.functional.policy.scene import listed
-from gradflow.functional.policy.seen import distribution_frames
+from gradflow.functional.policy.scene import Scene, listed
+from gradflow.functional.policy.seen import Seer, distribution_frames
 from gradflow.functional.policy.weighed import Weighed
 from gradflow.functional.tap.recorder import Recorder
 
@@ -44,6 +44,7 @@ class _AutomaticSession(PolicySession):
 
     def begin(self, step: int, recorder: Recorder) -> None:
         super().begin(step, recorder)
+        self._scene = Scene(recorder, sparing=not self._is_policy)
         self._weighed = None if self._is_policy else Weighed()
 
     def function(
@@ -58,6 +59,8 @@ class _AutomaticSession(PolicySession):
             self._why = self._weighed.evidence(loss, self._names)
         if self._why:
             super().differentiate(loss)
+        else:
+            self._scene, self._seer = None, Seer()
 
     def end(self) -> None:
         super().end()

@@ -17,7 +17,7 @@ import attrs
 import torch
 from torch import Tensor, distributions
 
-from gradflow.functional.policy.scene import Scene, inside
+from gradflow.functional.policy.scene import Gone, Scene, inside
 from gradflow.functional.policy.seen import Seen, Seer, Use, column, is_normalised, is_view
 from gradflow.functional.policy.statistics import (
     Distribution,
@@ -197,7 +197,8 @@ class _Builder:
     ) -> Component:
         calls, leaves = self.scene.sources(tensors)
         heads = self.scene.within(calls, self.heads) or tuple(self.heads)
-        outputs = [t for i in sorted(calls) for t in self.scene.outputs.get(i, [])] or self.outputs
+        outputs = [t for i in sorted(calls) for t in self.scene.outputs.get(i, [])]
+        outputs = [t for t in outputs if not isinstance(t, Gone)] or self.outputs
         used = {id(leaf) for leaf in leaves}
         return Component(
             place=column(raw, outputs) if raw is not None else 0,

@@ -137,6 +137,12 @@ class PolicySession(Session):
             if self._heads is None or not (self._heads.policy or self._heads.value):
                 asked = self._asked
                 self._heads = find_heads(scene, seer, loss, policy=asked.policy, value=asked.value)
+            if scene.lacks((*self._heads.policy, *self._heads.value)):
+                self._say(
+                    f"Nothing was measured of the heads in step {self._number}: their outputs were large, "
+                    "and let go before it was known what they are."
+                )
+                return
             parameters = dict(self._model.named_parameters())
             found: dict[Any, tuple[Component, list[ActionStatistics]]] = {}
             made = components(scene, seer, self._heads.policy, parameters) if self._heads.policy else []

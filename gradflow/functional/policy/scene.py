@@ -97,20 +97,42 @@ def is_other(name: str) -> bool:
     return kind_of_name(name) == "value" or "target" in name.lower()
 
 
+LARGE = 2**18  # bytes of an output from which on few are kept, where it is not known yet that heads are there
+_FEW = 2
+
+
+@attrs.frozen(eq=False)
+class Gone:
+    """What is known of a large output that was let go: all but its values."""
+
+    grad_fn: Any
+    requires_grad: bool
+    shape: tuple[int, ...]
+
+    def dim(self) -> int:
+        """Return the number of axes."""
+        return len(self.shape)
+
+
 @attrs.define(eq=False)
 class Scene:
     """The module calls of one step with their outputs, and who feeds whom.
 
     Args:
         recorder: of the step.
-        outputs: the floating-point tensors that each call handed to its caller, by the call's index.
+        sparing: whether outputs that are large are let go, but for the last few of layers, and those that
+            are called like a head.
+        outputs: the floating-point tensors that each call handed to its caller, by the call's index; `Gone`
+            in the place of those that were let go.
         named: the tensors of the outermost calls' outputs, by their names in them.
     """
 
     recorder: Recorder
-    outputs: dict[int, list[Tensor]] = attrs.field(factory=dict)
+    sparing: bool = False
+    outputs: dict[int, list[Any]] = attrs.field(factory=dict)
     named: list[tuple[str, Tensor]] = attrs.field(factory=list)
     _storages: dict[int, int] = attrs.field(factory=dict)
+    _large: list[int] = attrs.field(factory=list)  # calls with large outputs that are kept for the moment
 
     def add(self, call: Call, output: object) -> None:
         """Note what a call gave."""
@@ -119,9 +141,29 @@ class Scene:
         if self.is_source(call):
             for tensor in (t for t in tensors if t.layout is torch.strided):
                 self._storages.setdefault(local(tensor).untyped_storage().data_ptr(), call.index)
+        if self.sparing and any(t.numel() * t.element_size() > LARGE for t in tensors):
+            self._spare(call)
         if call.parent < 0:
             found = list(named_tensors(output))
             self.named += found or [("", t) for t in tensors]
+
+    def _spare(self, call: Call) -> None:
+        """Let the large outputs of a call go, or, if it is a layer's, those of one before the last few."""
+        if kind_of_name(call.module):
+            return
+        gone = call.index
+        if self.is_source(call):
+            self._large.append(gone)
+            if len(self._large) <= _FEW:
+                return
+            gone = self._large.pop(0)
+        outputs, self.outputs[gone] = self.outputs[gone], []
+        for tensor in outputs:
+            if tensor.layout is torch.strided:
+                address = tensor.untyped_storage().data_ptr()  # which another tensor may have from now on
+                if self._storages.get(address) == gone:
+                    del self._storages[address]
+            self.outputs[gone].append(Gone(tensor.grad_fn, tensor.requires_grad, tensor.shape))
 
     def is_source(self, call: Call) -> bool:
         """Whether a call is of a layer with parameters of its own in which no other layer was called."""
@@ -184,6 +226,10 @@ class Scene:
         """Return the calls of modules by name, in the order in which they ended."""
         wanted = set(names)
         return [self.recorder.calls[i] for i in self.outputs if self.recorder.calls[i].module in wanted]
+
+    def lacks(self, names: Iterable[str]) -> bool:
+        """Whether an output of modules was let go."""
+        return any(isinstance(t, Gone) for call in self.calls_of(names) for t in self.outputs[call.index])
 
     def within(self, calls: Iterable[int], names: Iterable[str]) -> tuple[str, ...]:
         """Return the modules of calls that are one of `names` or a part of one, in order, each once."""

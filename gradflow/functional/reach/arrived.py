@@ -13,6 +13,9 @@ import attrs
 import torch
 from torch import Tensor
 
+from gradflow.functional.reach.masks import some
+from gradflow.functional.reverse.passing import Gradient, Passed
+
 FAINT = 1e-4  # of the largest: rounding noise is below 1e-6 in float32
 _FEW = 0.25  # of the elements: up to here, they are listed
 
@@ -62,7 +65,7 @@ class Arrived:
             for name in names & kept.keys():
                 del kept[name]
 
-    def add(self, gradients: Mapping[str, Tensor | None], *, look: bool) -> None:
+    def add(self, gradients: Mapping[str, Gradient | None], *, look: bool) -> None:
         """Take in the gradients of one step.
 
         Args:
@@ -73,14 +76,16 @@ class Arrived:
             return
         for name in self.open:
             gradient = gradients.get(name)
-            if gradient is not None:
-                self._mark(name, gradient.detach())
+            if isinstance(gradient, Passed) and gradient.mask is None:
+                self.settle({name})
+            elif gradient is not None:
+                self._mark(name, gradient if isinstance(gradient, Passed) else gradient.detach())
         if look:
             self._ask()
 
-    def _mark(self, name: str, gradient: Tensor) -> None:
+    def _mark(self, name: str, gradient: Gradient) -> None:
         left = self._left.get(name)
-        if left is not None and gradient.layout is torch.strided:
+        if left is not None and isinstance(gradient, Tensor) and gradient.layout is torch.strided:
             found = gradient.reshape(-1).index_select(0, left).bool()
             since = self._since.get(name)
             self._since[name] = found if since is None else since.logical_or_(found)
@@ -89,7 +94,7 @@ class Arrived:
             self._masks[name] = self._mask(name)
             del self._left[name]
             self._since.pop(name, None)
-        found = gradient.bool() if gradient.layout is torch.strided else _dense_mask(gradient)
+        found = _mask_of(gradient)
         mask = self._masks.get(name)
         self._masks[name] = found if mask is None else mask.logical_or_(found)
 
@@ -122,11 +127,16 @@ class Arrived:
             if name in self._left:
                 known = self._mask(name)
             found[name] = None if known is None else known.logical_not().cpu()
-        return {name: mask for name, mask in found.items() if mask is None or bool(mask.any())}
+        return {name: mask for name, mask in found.items() if mask is None or some(mask)}
 
 
-def _dense_mask(gradient: Tensor) -> Tensor:
-    """Return where a sparse gradient is not zero, as a dense tensor."""
+def _mask_of(gradient: Gradient) -> Tensor:
+    """Return where a gradient is not zero, as a dense tensor."""
+    if isinstance(gradient, Passed):
+        assert gradient.mask is not None  # one without zeros is settled
+        return gradient.mask
+    if gradient.layout is torch.strided:
+        return gradient.bool()
     if gradient.layout is torch.sparse_coo:
         gradient = gradient.coalesce()
         mask = torch.zeros(gradient.shape, dtype=torch.bool, device=gradient.device)

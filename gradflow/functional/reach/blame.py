@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.processes.shards import is_distributed, like_parts, local, of_parts, summed
+from gradflow.functional.reach.masks import every, is_label, is_zero, labelled, number_of_each, some
 from gradflow.functional.reach.reasons import Blame, Reasons
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.reverse import call_node, validated
-from gradflow.functional.tap.nodes import Node, converts, feeds, is_leaf
+from gradflow.functional.tap.nodes import Node, converts, feeds, is_leaf, operation
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.torch_private import input_metadata
 from gradflow.records import Reason
@@ -46,6 +47,10 @@ _RANK = (
     Reason.UNCHOSEN_BY_DATA, Reason.UNCHOSEN_BY_MODEL, Reason.OFF, Reason.ZERO_FACTOR, Reason.CUT,
     Reason.BY_MATHEMATICS, Reason.UNDERFLOW, Reason.NO_LOSS,
 )  # fmt: skip
+# Operations whose backward pass moves each element to another place, and does nothing else to it.
+_MOVING = frozenset(
+    ("alias", "clone", "permute", "squeeze", "t", "transpose", "unsafe_view", "unsqueeze", "view")
+)
 
 Part = tuple[Tensor, Tensor | None]  # a cotangent, and the labels of its zeros; None if it has none
 
@@ -126,10 +131,10 @@ class Walk:
                 self._send(child, number, self._nothing(node, j, child, number))
                 continue
             cotangent, noise = self._fitted(given, child, number)
-            zero = cotangent == 0
+            zero = is_zero(cotangent)
             if noise is not None:
                 self._send(child, number, self._cancelled(node, j, cotangent, noise))
-            elif bool(zero.any()):
+            elif some(zero):
                 pending[j] = cotangent
             else:
                 self._send(child, number, (cotangent, None))
@@ -174,41 +179,52 @@ class Walk:
 
     def _label(self, node: Node, gathered: Mapping[int, Part], pending: Mapping[int, Tensor]) -> None:
         """Send on cotangents that hold zeros, with a label on each."""
+        if operation(node) in _MOVING:
+            self._move(node, gathered, pending)
+            return
         found: dict[int, Tensor] = {}
         left: dict[int, Tensor] = {}
         labels = self._labels_in(gathered)
         # Where nothing at all comes in, it is not this node that ends it.
-        nothing = bool(labels) and all(g.numel() and not bool(g.any()) for g, _ in gathered.values())
+        nothing = bool(labels) and all(g.numel() and not some(g.bool()) for g, _ in gathered.values())
         alone = self._called(node, {n: self._like(g) for n, (g, _) in gathered.items()}, pending)
         for j, cotangent in pending.items():
-            zero = cotangent == 0
-            own = zero & (alone[j] == 0) if alone[j] is not None else zero
+            zero, by_itself = is_zero(cotangent), alone[j]
+            own = zero & is_zero(by_itself) if by_itself is not None else zero
             own = torch.zeros_like(own) if nothing else own
-            found[j] = torch.zeros(cotangent.shape, dtype=torch.int16, device=cotangent.device)
-            if bool(own.any()):
-                found[j][own] = self._number(node, j, "own", whole=bool(own.all()))
-            left[j] = zero & ~own
+            number = self._number(node, j, "own", whole=every(own)) if some(own) else 0
+            found[j], left[j] = labelled(own, number), zero & ~own
         for label in labels:
-            if not any(bool(rest.any()) for rest in left.values()):
+            if not any(some(rest) for rest in left.values()):
                 break
             marked = {
-                n: torch.zeros_like(g) if at is None else self._like(g) * (at == label)
+                n: torch.zeros_like(g) if at is None else self._like(g) * is_label(at, label).to(g.dtype)
                 for n, (g, at) in gathered.items()
             }
             reached = self._called(node, marked, pending)
             for j, rest in left.items():
                 if (there := reached[j]) is not None:
-                    hit = rest & (there != 0)
-                    found[j][hit] = label
+                    hit = rest & there.bool()
+                    found[j] += labelled(hit, label)
                     left[j] = rest & ~hit
         if nothing:
             for j, rest in left.items():
-                found[j][rest] = labels[0]
-        elif any(bool(rest.any()) for rest in left.values()):
+                found[j] += labelled(rest, labels[0])
+        elif any(some(rest) for rest in left.values()):
             self._small_or_cancelled(node, gathered, found, left)
         for j, cotangent in pending.items():
             child, number = feeds(node)[j]
             self._send(child, number, (cotangent, found[j]))
+
+    def _move(self, node: Node, gathered: Mapping[int, Part], pending: Mapping[int, Tensor]) -> None:
+        """Send on what a node only moves to other places, and the labels with it."""
+        labels = {n: torch.zeros_like(g) if at is None else at.float() for n, (g, at) in gathered.items()}
+        moved = call_node(node, labels)
+        for j, cotangent in pending.items():
+            child, number = node.next_functions[j]
+            at = moved[j]
+            assert at is not None
+            self._send(child, number, (cotangent, at.to(torch.int16)))
 
     def _small_or_cancelled(
         self,
@@ -223,18 +239,17 @@ class Walk:
         seen = self._called(node, larger, left)
         for j, rest in left.items():
             there = seen[j]
-            small = rest & (there != 0) if there is not None else torch.zeros_like(rest)
+            small = rest & there.bool() if there is not None else torch.zeros_like(rest)
             for kind, where in (("small", small), ("cancels", rest & ~small)):
-                if bool(where.any()):
-                    found[j][where] = self._number(node, j, kind)
+                if some(where):
+                    found[j] += labelled(where, self._number(node, j, kind))
 
     def _labels_in(self, gathered: Mapping[int, Part]) -> list[int]:
         """Return the labels of the zeros that come in, the most frequent first."""
         counts: dict[int, int] = {}
         for _, labels in gathered.values():
             if labels is not None:
-                values, numbers = torch.unique(labels, return_counts=True)
-                for value, number in zip(values.tolist(), numbers.tolist(), strict=True):
+                for value, number in number_of_each(labels).items():
                     counts[value] = counts.get(value, 0) + number
         counts.pop(0, None)
         return sorted(counts, key=lambda label: -counts[label])[:_MOST]
@@ -266,8 +281,8 @@ class Walk:
         device = gradient.device
         if device not in self._random:
             self._random[device] = torch.Generator(device).manual_seed(0)
-        return torch.empty_like(gradient, memory_format=torch.contiguous_format).normal_(
-            generator=self._random[device]
+        return torch.empty_like(gradient, memory_format=torch.contiguous_format).uniform_(
+            1, 2, generator=self._random[device]
         )
 
     def _fitted(self, given: Tensor, child: Node, number: int) -> tuple[Tensor, Tensor | None]:
@@ -279,14 +294,13 @@ class Walk:
             return cotangent, None
         mass = given.abs().sum_to_size(cotangent.shape)
         noise = (mass > 0) & (cotangent.abs() <= _rounding(cotangent) * mass)
-        return cotangent, noise if bool(noise.any()) else None
+        return cotangent, noise if some(noise) else None
 
     def _cancelled(self, node: Node, j: int, cotangent: Tensor, noise: Tensor) -> Part:
-        labels = torch.zeros(cotangent.shape, dtype=torch.int16, device=cotangent.device)
-        labels[noise] = self._number(node, j, "cancels")
-        others = (cotangent == 0) & ~noise
-        if bool(others.any()):  # all that was summed is zero there
-            labels[others] = self._number(node, j, "own")
+        labels = labelled(noise, self._number(node, j, "cancels"))
+        others = is_zero(cotangent) & ~noise
+        if some(others):  # all that was summed is zero there
+            labels += labelled(others, self._number(node, j, "own"))
         return torch.where(noise, torch.zeros_like(cotangent), cotangent), labels
 
     def _nothing(self, node: Node, j: int, child: Node, number: int) -> Part:
@@ -312,19 +326,19 @@ class Walk:
         total, parts = local(whole), [(local(cotangent), labels) for cotangent, labels in parts]
         mass = sum((cotangent.abs() for cotangent, _ in parts), torch.zeros_like(total.abs()))
         noise = (mass > 0) & (total.abs() <= _rounding(total) * mass)
-        zero = noise | (total == 0)
-        if not bool(zero.any()):
+        zero = noise | is_zero(total)
+        if not some(zero):
             return whole, None
         labels = torch.zeros(total.shape, dtype=torch.int16, device=total.device)
-        ranks = torch.tensor([self._rank(b) for b in self.blames], device=total.device)
-        best = torch.full(total.shape, len(_RANK) + 1, device=total.device)
+        ranks = torch.tensor([self._rank(b) for b in self.blames], dtype=torch.int16, device=total.device)
+        best = torch.full(total.shape, len(_RANK) + 1, dtype=torch.int16, device=total.device)
         for _, given in parts:
             if given is not None and given.shape == total.shape:
-                rank = ranks[given.long()]
+                rank = ranks[given.int()]
                 better = zero & (given > 0) & (rank < best)
-                labels[better], best[better] = given[better], rank[better]
-        if bool(noise.any()):
-            labels[noise] = self._number(node, -1, "cancels")
+                labels, best = torch.where(better, given, labels), torch.where(better, rank, best)
+        if some(noise):
+            labels.masked_fill_(noise, self._number(node, -1, "cancels"))
         return like_parts(torch.where(noise, torch.zeros_like(total), total), whole), labels
 
     def _rank(self, blame: Blame | None) -> int:

@@ -14,6 +14,7 @@ from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.shards import Shards, is_distributed, local
 from gradflow.functional.reach.arrived import Arrived
 from gradflow.functional.reach.blame import Blamed, Walk
+from gradflow.functional.reach.masks import is_label, number_of_each
 from gradflow.functional.reach.origins import Origins
 from gradflow.functional.reach.reasons import Blame, Reasons
 from gradflow.functional.reach.slices import block, block_names, by_rows, parts
@@ -248,7 +249,7 @@ class ReachFindings:
         if labels is None or not labels.numel():
             return None
         assert self.closely is not None
-        blames = [self.closely.blames[label] for label in labels.unique().tolist()]
+        blames = [self.closely.blames[label] for label in number_of_each(labels)]
         if any(blame is None or blame.reason is not Reason.BY_MATHEMATICS for blame in blames):
             return None
         return torch.ones(labels.shape, dtype=torch.bool)
@@ -263,9 +264,9 @@ class ReachFindings:
             return
         labels = by_rows(labels, mask)
         by_blame: dict[Blame, Tensor] = {}
-        for label in labels[mask].unique().tolist():
+        for label in number_of_each(labels, mask):
             blame = self.closely.blames[label] or Blame(Reason.UNEXPLAINED)
-            here = mask & (labels == label)
+            here = mask & is_label(labels, label)
             by_blame[blame] = by_blame[blame] | here if blame in by_blame else here
         for blame, here in by_blame.items():
             yield from self._by_part(name, here, mask, blame, wires)

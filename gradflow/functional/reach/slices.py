@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import attrs
-import torch
+import numpy as np
 from torch import Tensor, nn
+
+from gradflow.functional.reach.masks import every_in_rows, some
+from gradflow.records import Bools
 
 
 @attrs.frozen
@@ -33,31 +36,28 @@ def parts(mask: Tensor, unreached: Tensor) -> Iterator[Part]:
     """Yield the parts that a mask is made of, each of its elements in exactly one.
 
     Args:
-        mask: the elements, of the parameter's shape.
+        mask: the elements, of the parameter's shape, on the host.
         unreached: all of the parameter's unreached elements, of which these are some: a column counts as
             whole where the rest of it lies in rows that are wholly unreached themselves.
     """
-    total = int(mask.sum())
+    here, other = mask.numpy(), unreached.numpy()
+    total = int(np.count_nonzero(here))
     if not total:
         return
-    if total == mask.numel() or mask.dim() == 0:
+    if total == here.size or here.ndim == 0:
         yield Part(None, (), 0, total)
         return
-    rest, covered = mask.clone(), torch.zeros_like(mask)
-    for axis in range(mask.dim()):
-        others = [a for a in range(mask.dim()) if a != axis]
-        whole = (rest | covered).all(dim=others) if others else rest | covered
-        there = rest.any(dim=others) if others else rest
-        chosen = whole & there
-        if bool(chosen.any()):
-            shape = [-1 if a == axis else 1 for a in range(mask.dim())]
-            inside = rest & chosen.view(shape)
-            yield Part(axis, ranges(chosen)[:_MOST], int(chosen.sum()), int(inside.sum()))
-            rest = rest & ~inside
-        gone = unreached.all(dim=others) if others else unreached
-        covered = covered | gone.view([-1 if a == axis else 1 for a in range(mask.dim())])
-    left = int(rest.sum())
-    if left:
+    rest, covered = here.copy(), np.zeros_like(here)
+    for axis in range(here.ndim):
+        others = tuple(a for a in range(here.ndim) if a != axis)
+        chosen = np.asarray((rest | covered).all(axis=others) & rest.any(axis=others))
+        if chosen.any():
+            inside = rest & np.expand_dims(chosen, others)
+            number = int(np.count_nonzero(chosen))
+            yield Part(axis, ranges(chosen)[:_MOST], number, int(np.count_nonzero(inside)))
+            rest &= ~inside
+        covered |= np.expand_dims(other.all(axis=others), others)
+    if left := int(np.count_nonzero(rest)):
         yield Part(None, (), 0, left)
 
 
@@ -71,22 +71,22 @@ def by_rows(labels: Tensor, unreached: Tensor) -> Tensor:
     if labels.dim() < 2 or not labels.numel():
         return labels
     flat = labels.flatten(1)
-    whole = unreached.flatten(1).all(1) & (flat != flat[:, :1]).any(1)
-    if not bool(whole.any()):
+    whole = every_in_rows(unreached.flatten(1)) & ~every_in_rows(~(flat ^ flat[:, :1]).bool())
+    if not some(whole):
         return labels
     flat = flat.clone()
     flat[whole] = flat[whole].mode(1, keepdim=True).values.expand(-1, flat.shape[1])
     return flat.reshape(labels.shape)
 
 
-def ranges(chosen: Tensor) -> tuple[tuple[int, int], ...]:
+def ranges(chosen: Bools) -> tuple[tuple[int, int], ...]:
     """Return the runs of True in a vector.
 
-    >>> ranges(torch.tensor([True, True, False, True]))
+    >>> ranges(np.array([True, True, False, True]))
     ((0, 2), (3, 4))
     """
     found: list[tuple[int, int]] = []
-    for index in chosen.nonzero().flatten().tolist():
+    for index in np.flatnonzero(chosen).tolist():
         if found and found[-1][1] == index:
             found[-1] = (found[-1][0], index + 1)
         else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import attrs
 import numpy as np
@@ -14,10 +14,11 @@ from torch import Tensor
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
 from gradflow.functional.processes.shards import local
-from gradflow.functional.run.rows import LASTING_SUMS, NORMS, SUMS, Layout, Place, Row, to_host
+from gradflow.functional.reverse.passing import Gradient, size_of, zeros_in
+from gradflow.functional.run.rows import LASTING_SUMS, SUMS, Layout, Place, Row, to_host
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation
-from gradflow.functional.tap.probes import is_safe, magnitude, num_nonzero, safe_range
+from gradflow.functional.tap.probes import is_safe, safe_range
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.records import Bools, Floats
@@ -90,6 +91,7 @@ class History:
     _form: Form | None = None  # of the last ordinary step
     _formed: list[Call] = attrs.field(factory=list)  # the calls of that step
     _layouts: dict[tuple[tuple[Place, ...], tuple[str, ...]], Layout] = attrs.field(factory=dict)
+    _stacked: dict[Layout, tuple[Any, Floats, Floats]] = attrs.field(factory=dict)
 
     def read(self, outcome: Outcome, *, look: bool, parameters_moved: bool) -> Row:
         """Return the step's numbers: the one transfer to the host that a step makes, after it is done."""
@@ -132,7 +134,7 @@ class History:
         scalars: list[Tensor],
         noted: list[Observation],
         risen: dict[ActivationKey, Tensor],
-        lasting: list[tuple[str, str, Tensor]],
+        lasting: list[tuple[str, str, Gradient]],
     ) -> Row:
         """Return the row of a step that gives other numbers than the one before."""
         behind = [recorder.calls[i] for i in content.probed]
@@ -213,6 +215,23 @@ class History:
         """Go on with numbers that are those of several processes together."""
         self.rows, self.calls = list(rows), dict(calls)
         self.peaks, self.stuck, self.means = dict(peaks), dict(stuck), {}
+        self._stacked = {}
+
+    def stacked(self) -> dict[Layout, tuple[Any, Floats, Floats]]:
+        """Return the steps of every layout, and their values and counts, of shape (numbers, steps)."""
+        if sum(len(steps) for steps, _, _ in self._stacked.values()) != len(self.rows):
+            rows_of: dict[Layout, list[int]] = {}
+            for step, row in enumerate(self.rows):
+                rows_of.setdefault(row.layout, []).append(step)
+            self._stacked = {
+                layout: (
+                    np.array(steps),
+                    np.stack([self.rows[s].values for s in steps], axis=1),
+                    np.stack([self.rows[s].counts for s in steps], axis=1),
+                )
+                for layout, steps in rows_of.items()
+            }
+        return self._stacked
 
     def unsettled_rectifiers(self) -> list[ActivationKey]:
         """Return the rectifiers with units that have not fired yet.
@@ -254,9 +273,10 @@ class History:
             self._layouts[key] = Layout(*key)
         return self._layouts[key]
 
-    def _lasting(self, outcome: Outcome, look: bool, moved: bool) -> list[tuple[str, str, Tensor]]:
+    def _lasting(self, outcome: Outcome, look: bool, moved: bool) -> list[tuple[str, str, Gradient]]:
         """Return (kind of number, name, tensor it is taken of) for the parameters and their gradients."""
-        found, gradients = [], outcome.gradients.parts
+        found: list[tuple[str, str, Gradient]] = []
+        gradients = outcome.gradients.parts
         for name, parameter in self.parameters.items():
             if moved:
                 found.append(("norm", name, summable(local(parameter.detach()))))
@@ -288,8 +308,8 @@ class History:
                 self.taps.set_exact(key, kind, (kind, key) in self.out_of_range)
 
 
-def _number(kind: str, tensor: Tensor, exact: bool) -> Tensor:
-    return tensor.numel() - num_nonzero(tensor) if kind == "pzeros" else magnitude(tensor, exact=exact)
+def _number(kind: str, tensor: Gradient, exact: bool) -> Tensor:
+    return zeros_in(tensor) if kind == "pzeros" else size_of(tensor, exact=exact)
 
 
 def _norms(scalars: list[Tensor], are_norms: Bools) -> Floats:
@@ -300,46 +320,14 @@ def _norms(scalars: list[Tensor], are_norms: Bools) -> Floats:
         return np.sqrt(values, out=values, where=squares)
 
 
-def _repair(values: Floats, lasting: list[tuple[str, str, Tensor]]) -> None:
-    """Take again, exactly, the norms of parameters and gradients that may have over- or underflowed.
-
-    Args:
-        values: numbers of a row; the last of them are the lasting ones, and are written to.
-        lasting: kind of number, name, and tensor it is taken of.
-    """
+def _repair(values: Floats, lasting: list[tuple[str, str, Gradient]]) -> None:
+    """Take again, exactly, what may have over- or underflowed of a row's last values, the lasting ones."""
     unsafe = []
     for position, (kind, _, tensor) in enumerate(lasting, len(values) - len(lasting)):
         if kind in LASTING_SUMS:
             least, most = safe_range(tensor.numel())
             if not least < values[position] < most:
-                unsafe.append((position, magnitude(tensor, exact=True)))
+                unsafe.append((position, size_of(tensor, exact=True)))
     if unsafe:
         positions, sizes = zip(*unsafe, strict=True)
         values[list(positions)] = _norms(list(sizes), np.ones(len(unsafe), bool))
-
-
-def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]:
-    """Return, by key, the numbers of a kind over the steps and the element counts behind them.
-
-    Shapes (steps,). Where a step has none, the number is NaN and its count 0; several (the outputs of one
-    call) are added, norms by their squares.
-    """
-    joined = np.hypot if kind in NORMS else np.add
-    rows, found = history.rows, {}
-    steps_of: dict[Layout, list[int]] = {}
-    for step, row in enumerate(rows):
-        steps_of.setdefault(row.layout, []).append(step)
-    for layout, steps in steps_of.items():
-        at = np.array(steps)
-        values = np.stack([rows[s].values for s in steps])
-        counts = np.stack([rows[s].counts for s in steps])
-        for position, (of, key) in enumerate(layout.places):
-            if of != kind:
-                continue
-            if key not in found:
-                found[key] = (np.full(len(rows), np.nan), np.zeros(len(rows)))
-            total, number = found[key]
-            both = joined(total[at], values[:, position])
-            total[at] = np.where(number[at] > 0, both, values[:, position])
-            number[at] = number[at] + counts[:, position]
-    return found

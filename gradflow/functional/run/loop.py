@@ -63,10 +63,7 @@ def run_plan(
         if batch is None:
             run.line.end_batches()
             break
-        last, request = (
-            request,
-            _request(run, step, batch, scale=1.0 if stepper is None else stepper.loss_scale),
-        )
+        last, request = request, _request(run, step, batch, stepper)
         first = request if first is None and stepper is not None else first
         closer = closer_look(run, request)
         request = request if closer is None else closer.request
@@ -131,7 +128,7 @@ def _asks_for_curves(run: Run, record: FlowRecord) -> bool:
     return asked or (run.plan.bend is not None and run.plan.bend(record))
 
 
-def _request(run: Run, step: int, batch: Any, *, scale: float) -> Request:
+def _request(run: Run, step: int, batch: Any, stepper: Stepper | None) -> Request:
     """Return what the plan asks of a step."""
     plan, fused = run.plan, run.transform == "fused"
     look, first = plan.is_look(step), step == 0
@@ -144,7 +141,9 @@ def _request(run: Run, step: int, batch: Any, *, scale: float) -> Request:
         structural=first and fused,
         look=look,
         full=plan.detail == "full" and fused,
-        scale=scale if fused else 1.0,
+        scale=stepper.loss_scale if fused and stepper is not None else 1.0,
+        passing=fused and stepper is None and plan.end == 1 and run.line.alone,
+        closely=plan.closely,
         ranks=plan.is_end(step),
         listeners=_listening(run, step) if look and fused else (),
         keep_output=fused and not run.program.given.own_loss and plan.is_last(step),

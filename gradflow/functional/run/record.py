@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Collection
@@ -15,8 +16,8 @@ from gradflow.functional.model.optimizers import learning_rates, optimized
 from gradflow.functional.model.supported import standing_notes
 from gradflow.functional.reach.findings import Wires
 from gradflow.functional.run.assembly import activation_records, layer_records, parameter_records
-from gradflow.functional.run.history import series
 from gradflow.functional.run.run import Run
+from gradflow.functional.run.series import series
 from gradflow.functional.tap.calls import type_name
 from gradflow.records import FlowRecord, KnowledgeRecord, Provenance, UpdatesRecord
 
@@ -121,6 +122,7 @@ def _wires(run: Run, idle: Collection[str]) -> Wires:
     return Wires(idle, called, cuts, taps.modules, taps.copied())
 
 
+@functools.cache
 def _version() -> str:
     try:
         return importlib.metadata.version("gradient-flow")

@@ -14,6 +14,7 @@ from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
 from gradflow.functional.processes.shards import local, summed
 from gradflow.functional.reverse.autograd_graph import Structure
+from gradflow.functional.reverse.passing import Gradient, Passed
 from gradflow.functional.reverse.reverse import (
     Flows,
     ReentrantCheckpoint,
@@ -32,21 +33,22 @@ class Gradients:
     """What a reverse pass gave.
 
     Args:
-        parameters: the gradient of every trainable parameter by name; None where no path leads there.
+        parameters: the gradient of every trainable parameter by name, or what was read off it as it passed;
+            None where no path leads there.
         outputs: Σg² of each probe, in the order of the recorder's sites; None where no gradient arrived.
         flows: on every edge, where they were asked for.
         wholes: by call and number of the probe, the gradients that are kept whole.
     """
 
-    parameters: dict[str, Tensor | None]
+    parameters: Mapping[str, Gradient | None]
     outputs: list[Tensor | None]
     flows: Flows | None = None
     wholes: Mapping[tuple[str, int], Tensor] = attrs.field(factory=dict)
 
     @property
-    def parts(self) -> dict[str, Tensor | None]:
+    def parts(self) -> dict[str, Gradient | None]:
         """The gradients by name, and of a sharded one what this process holds of it."""
-        return {name: None if g is None else local(g) for name, g in self.parameters.items()}
+        return {n: local(g) if isinstance(g, Tensor) else g for n, g in self.parameters.items()}
 
     @property
     def are_none(self) -> bool:
@@ -54,9 +56,18 @@ class Gradients:
         return all(gradient is None for gradient in self.parameters.values())
 
     @property
+    def kept(self) -> dict[str, Tensor | None]:
+        """The gradients of a step whose gradients are kept."""
+        return {name: g for name, g in self.parameters.items() if not isinstance(g, Passed)}
+
+    @property
     def finite(self) -> bool:
         """Whether every gradient of a parameter is finite."""
-        return all(bool(torch.isfinite(summable(g)).all()) for g in self.parts.values() if g is not None)
+        return all(
+            g.finite if isinstance(g, Passed) else bool(torch.isfinite(summable(g)).all())
+            for g in self.parts.values()
+            if g is not None
+        )
 
 
 def reverse_pass(

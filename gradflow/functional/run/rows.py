@@ -36,6 +36,7 @@ class Layout:
     norms: Bools = attrs.field(init=False)
     sums: Bools = attrs.field(init=False)
     least_peaks: tuple[int, ...] = attrs.field(init=False)
+    of_kind: dict[str, list[tuple[int, Hashable]]] = attrs.field(init=False)  # position and key
 
     def __attrs_post_init__(self) -> None:
         kinds = [kind for kind, _ in self.places]
@@ -43,6 +44,9 @@ class Layout:
         object.__setattr__(self, "norms", np.isin(kinds, NORMS))
         object.__setattr__(self, "sums", np.isin(kinds, SUMS))
         object.__setattr__(self, "least_peaks", tuple(i for i, k in enumerate(kinds) if k == "least_peak"))
+        object.__setattr__(self, "of_kind", {})
+        for position, (kind, key) in enumerate(self.places):
+            self.of_kind.setdefault(kind, []).append((position, key))
 
 
 @attrs.frozen(eq=False)

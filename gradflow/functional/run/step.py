@@ -14,6 +14,7 @@ from gradflow.functional.model.batches import checked_loss
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import map_tensors, shapes
 from gradflow.functional.reverse.autograd_graph import Structure, build
+from gradflow.functional.reverse.passing import passing
 from gradflow.functional.reverse.reverse import ReentrantCheckpoint
 from gradflow.functional.run.program import Before, Given, Program
 from gradflow.functional.run.reverse_pass import Gradients, reverse_pass
@@ -46,6 +47,8 @@ class Request:
         keep: the autograd graph outlives the reverse pass, so that it can be walked (fused only).
         scale: what the loss is multiplied by before it is differentiated, and gradients are divided by
             afterwards (fused only, where the flow on every edge is not measured).
+        passing: gradients of parameters are let go as they arrive (fused only, likewise).
+        closely: then it is asked where they are zero.
     """
 
     batch: Any
@@ -62,6 +65,8 @@ class Request:
     keep_output: bool = False
     keep: bool = False
     scale: float = 1.0
+    passing: bool = False
+    closely: bool = True
 
 
 @attrs.frozen(eq=False)
@@ -181,11 +186,15 @@ def _reverse(
     program: Program, request: Request, recorder: Recorder, loss: Tensor, structure: Structure | None
 ) -> Gradients:
     """Run the reverse pass; an exception in it (of a hook, a custom function) gets a note with the step."""
+    whole = request.full or request.scale != 1.0 or program.learned.held or program.learned.reentrant
+    leaves = {} if whole or not request.passing else program.state.trainable
     try:
-        return reverse_pass(
-            program, recorder, loss, structure, full=request.full, ranks=request.ranks,
-            keep=request.keep, scale=request.scale,
-        )  # fmt: skip
+        with passing(leaves, closely=request.closely) as known:
+            found = reverse_pass(
+                program, recorder, loss, structure, full=request.full, ranks=request.ranks,
+                keep=request.keep, scale=request.scale,
+            )  # fmt: skip
+        return attrs.evolve(found, parameters={n: known(n, g) for n, g in found.parameters.items()})
     except ReentrantCheckpoint:
         raise
     except Exception as error:

@@ -12,6 +12,7 @@ import numpy as np
 from gradflow.records.values import NAN
 
 WORDS = {"nan": NAN, "inf": math.inf, "-inf": -math.inf}  # numbers that JSON has no word for
+_FEW = 64
 _SHOWN = 40  # letters of a value in a message
 
 
@@ -84,7 +85,11 @@ def _is_float(value: int) -> bool:
 def numbers_of(array: np.ndarray[Any, Any]) -> list[Any]:
     """Return an array as nested lists that JSON takes."""
     values = array.tolist()
-    return _worded(values) if array.dtype.kind == "f" and not np.isfinite(array).all() else values
+    if array.dtype.kind != "f":
+        return values
+    # Where the sum is finite, so is each; of few numbers it is had faster than by NumPy.
+    few = array.ndim == 1 and len(values) <= _FEW
+    return values if (few and math.isfinite(sum(values))) or np.isfinite(array).all() else _worded(values)
 
 
 def _worded(values: Any) -> Any:
@@ -102,6 +107,10 @@ def array_of(data: Any, dtype: np.dtype[Any], axes: int) -> np.ndarray[Any, Any]
     Raises:
         Wrong: if it is no such list, the rows differ in length, or a number does not fit the dtype.
     """
+    if type(data) is np.ndarray:  # of an archive
+        if data.dtype.kind != dtype.kind or data.ndim != axes or not data.dtype.isnative:
+            raise Wrong(f"expected an array of {dtype.name} with {axes} axes, got {data.dtype}, {data.ndim}")
+        return data
     if type(data) is not list:
         raise expected("a list" if axes == 1 else f"lists in lists, {axes} deep", data)
     if axes == 1:
@@ -147,6 +156,8 @@ def _row(data: list[Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
 def _floats(data: list[Any], dtype: np.dtype[Any], kinds: set[type]) -> np.ndarray[Any, Any]:
     """Return floats from numbers, all of them finite, and words."""
     exact = data
+    if kinds == {float} and dtype == np.float64 and math.isfinite(sum(data)):
+        return np.array(data, dtype=dtype)
     if kinds != {float}:
         exact = []
         try:

@@ -15,12 +15,14 @@ field.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
+import gc
 import json
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -50,9 +52,22 @@ _Reader = Callable[[Any, int | None], Any]  # (data, number of steps around it i
 # ----------------------------------------------------------------------------------- to JSON
 
 
-def write(data: Any, path: str | Path | None) -> str:
-    """Return plain data as strict JSON, and write it to `path` where one is given."""
-    text = json.dumps(data, allow_nan=False)
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Look for no garbage meanwhile: millions of small objects are made, and none of them is any."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def write(value: Any, path: str | Path | None) -> str:
+    """Return a record, or plain data, as strict JSON, and write it to `path` where one is given."""
+    with uncollected():
+        text = json.dumps(value if type(value) is dict else to_plain(value), allow_nan=False)
     if path is not None:
         Path(path).write_text(text, encoding="utf-8")
     return text
@@ -64,17 +79,21 @@ def to_plain(value: Any) -> Any:
     Non-finite numbers become the strings `nan`, `inf` and `-inf`. A class with a `format_version` has it
     written down under `format`, and is read back only from that version.
     """
+    kind = type(value)
+    if kind in AS_THEY_ARE:
+        return value
+    if kind is np.ndarray:
+        return numbers_of(value)
+    if kind is tuple:
+        return [to_plain(v) for v in value]
     if isinstance(value, OwnIssueType):
         return value.value
-    if attrs.has(type(value)):
-        cls = type(value)
-        free = _free_fields(cls)
-        plain = {
-            f.name: (to_free if f.name in free else to_plain)(getattr(value, f.name))
-            for f in attrs.fields(cls)
-        }
-        version = getattr(cls, "format_version", None)
-        return plain if version is None else {"format": version, **plain}
+    if (writers := field_writers(kind)) is not None:
+        version = getattr(kind, "format_version", None)
+        plain: dict[str, Any] = {} if version is None else {"format": version}
+        for name, writer in writers:
+            plain[name] = writer(getattr(value, name))
+        return plain
     if isinstance(value, np.ndarray):
         return numbers_of(value)
     if isinstance(value, Mapping):
@@ -88,12 +107,17 @@ def to_plain(value: Any) -> Any:
     return number_word(value) if isinstance(value, float) else value
 
 
+AS_THEY_ARE = frozenset({str, int, bool, type(None)})
+
+
 @functools.cache
-def _free_fields(cls: type) -> frozenset[str]:
-    """Return the fields that may hold anything."""
+def field_writers(cls: type) -> list[tuple[str, Callable[[Any], Any]]] | None:
+    """Return the fields of a record, and what writes each of them; None for another class."""
+    if not attrs.has(cls):
+        return None
     hints = typing.get_type_hints(cls)
-    names = (f.name for f in attrs.fields(cls))
-    return frozenset(n for n in names if typing.get_args(hints[n])[1:] == (Any,))
+    free = {f.name for f in attrs.fields(cls) if typing.get_args(hints[f.name])[1:] == (Any,)}
+    return [(f.name, to_free if f.name in free else to_plain) for f in attrs.fields(cls)]
 
 
 # --------------------------------------------------------------------------------- from JSON
@@ -106,7 +130,8 @@ def parsed(text: str | bytes) -> Any:
         RecordFormatError: if it is none, or holds a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        with uncollected():
+            return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecordFormatError:
         raise
     except RecursionError as error:
@@ -136,7 +161,8 @@ def from_plain(cls: type[_T], data: Any) -> _T:
             tells the path of the field, what was expected and what came.
     """
     try:
-        return _record_reader(cls)(data, None)
+        with uncollected():
+            return _record_reader(cls)(data, None)
     except Wrong as error:
         raise RecordFormatError.at(str(error)) from error
     except RecursionError as error:

@@ -55,7 +55,7 @@ def averaged(run: Run, outcome: Outcome) -> Shared:
         return Shared(outcome, False, outcome.loss)
     wholes = run.wholes.exchanged(gradients.wholes, outcome.recorder, first=not run.history.rows)
     mean = mean_gradients(
-        line, run.program.state.trainable, gradients.parameters, outcome.loss, broken=_is_broken(outcome),
+        line, run.program.state.trainable, gradients.kept, outcome.loss, broken=_is_broken(outcome),
         wholes=list(wholes.values()),
     )  # fmt: skip
     run.facts.note_reach(mean.some)

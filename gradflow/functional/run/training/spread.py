@@ -93,7 +93,7 @@ def gradients_of(run: Run, request: Request) -> tuple[Gradients, Any]:
             listeners=(), keep_output=False, scale=1.0,
         )  # fmt: skip
         shared = averaged(run, run_step(program, plainly))
-    return dict(shared.outcome.gradients.parameters), shared.loss
+    return shared.outcome.gradients.kept, shared.loss
 
 
 def spread_curve(run: Run, request: Request, stepper: Stepper, loss: float) -> CurvatureRecord | None:

@@ -120,8 +120,9 @@ class Stepper:
         return number == (0 if looked == 0 else 4**looked)
 
     def _gather(self, program: Program, outcome: Outcome) -> None:
+        kept = outcome.gradients.kept
         for name in program.state.trainable:
-            gradient, known = outcome.gradients.parameters[name], self._sum.get(name)
+            gradient, known = kept[name], self._sum.get(name)
             if gradient is not None:
                 gradient = gradient / self.loop.accumulate
                 self._sum[name] = gradient if known is None else known + gradient
@@ -129,7 +130,8 @@ class Stepper:
     def _step(self, program: Program, request: Request, outcome: Outcome, *, made: bool) -> Gradients:
         """Make one update, and return the gradients that it was made with; a scaler may leave it unmade."""
         trainable = program.state.trainable
-        gradients: Gradients = {name: outcome.gradients.parameters[name] for name in trainable}
+        kept = outcome.gradients.kept
+        gradients: Gradients = {name: kept[name] for name in trainable}
         if self.loop.accumulate > 1:
             gradients, self._sum = {name: self._sum.get(name) for name in trainable}, {}
         rate = _rate(self.optimizers)
