@@ -195,7 +195,9 @@ def by_autograd(work: Workload) -> tuple[dict[str, float], list[TrackGradients]]
     loss = work.loss_fn(model.head(output if model.every else output[:, -1]))
     (at,) = torch.autograd.grad(loss, output)
     found = track_gradients(unrolled, at.transpose(0, 1))
-    times = dict(zip(_AUTOGRAD, (middle - start, time.process_time() - middle), strict=True))
+    times: dict[str, float] = dict(
+        zip(_AUTOGRAD, (middle - start, time.process_time() - middle), strict=True)
+    )
     return times, list(found)
 
 
