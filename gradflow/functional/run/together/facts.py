@@ -187,8 +187,10 @@ def _same(prints: Sequence[Any], ranks: Sequence[int]) -> Iterator[tuple[int, ..
 def _synchronised_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the buffers that every forward pass in training takes over from the first process."""
     for name, module in model.named_modules():
-        if module in distributed(model) and getattr(module, "broadcast_buffers", False):
-            yield from module.named_buffers(prefix=name)
+        if module in distributed(model):
+            own = vars(module)  # it has two names, by the release
+            if own.get("forward_sync_buffers", own.get("broadcast_buffers", False)):
+                yield from module.named_buffers(prefix=name)
 
 
 def _unsynchronised(model: nn.Module) -> Iterator[str]:
