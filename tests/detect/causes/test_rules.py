@@ -140,3 +140,11 @@ def test_a_pipeline_brings_its_rules_to_the_diagnosis() -> None:
 def test_a_pipeline_takes_rules_only(rules: Any) -> None:
     with pytest.raises(PipelineError, match="Pipeline: expected rules to be of gradflow.Rule, got"):
         Pipeline("ruled", [], rules=rules)
+
+
+@pytest.mark.parametrize("developed", [False, True])
+def test_growth_that_came_in_training_is_no_cause_of_what_was_there_at_first(developed: bool) -> None:
+    """The larger growth explains the other one, but for one that came before it."""
+    later = make_issue("fc3", IssueType.EXPLODING, evidence=Evidence(growth=1e6, developed=True))
+    first = make_issue("fc1", IssueType.EXPLODING, evidence=Evidence(growth=1e3, developed=developed))
+    assert told(decaying(4, 1.0), later, first)[0][0] == ("fc3" if developed else "fc1")

@@ -156,3 +156,17 @@ def test_nothing_is_left_behind() -> None:
 def test_it_is_saved_and_read_back() -> None:
     record = gf.analyze(nn.Linear(2, 1), [torch.randn(8, 2)], lambda out: out.square().mean(), steps=1)
     assert gf.FlowRecord.from_json(record.to_json()).knowledge == record.knowledge is not None
+
+
+class Twice(nn.Module):
+    """A loss of two binary cross entropies, one of probabilities, whose targets differ."""
+
+    def forward(self, out: Tensor, target: Tensor) -> Tensor:
+        sure = F.binary_cross_entropy(out.sigmoid(), target.clamp(0, 1))
+        return sure + F.binary_cross_entropy_with_logits(input=out, target=target)
+
+
+@pytest.mark.parametrize(("loss", "odds"), [(Twice(), (-1.0, 3.0)), (nn.MSELoss(), ())])
+def test_targets_that_are_to_be_probabilities_are_looked_at(loss: nn.Module, odds: tuple[float, ...]) -> None:
+    target = torch.tensor([[-1.0], [0.5], [3.0]])
+    assert known(nn.Linear(2, 1), (torch.randn(3, 2), target), loss).odds == odds
