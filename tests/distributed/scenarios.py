@@ -63,6 +63,10 @@ COMPARED: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
 }
 
 
+def plain_norm(rank: int, size: int) -> dict[str, Any]:
+    return compared("resnet", "plain", rank, size, moves=True)
+
+
 def clipped(rank: int, size: int) -> dict[str, Any]:
     return compared("mlp", "healthy", rank, size, moves=True, clip=0.3, accumulate=2)
 
@@ -121,7 +125,17 @@ def absent(rank: int, size: int) -> Any:
         line.PATIENCE = patience
 
 
-OTHERS = ("clipped", "by_step_fn", "runs_out", "raises", "absent", "watched", "watched_inside", "trains_on")
+OTHERS = (
+    "plain_norm",
+    "clipped",
+    "by_step_fn",
+    "runs_out",
+    "raises",
+    "absent",
+    "watched",
+    "watched_inside",
+    "trains_on",
+)
 globals().update({name: _scenario(*case) for name, case in COMPARED.items()})
 
 

@@ -122,6 +122,17 @@ def test_the_record_is_that_of_the_joined_batch(name: str, world: World, alone: 
     assert all(result["pure"] for result in (first, *others))
 
 
+def test_plain_batch_norms_are_those_of_one_process_that_norms_each_part(world: World) -> None:
+    first, *others = world.results("plain_norm")
+    made, batches, loss_fn = MODELS["resnet"](str(world.size))
+    expected, _ = diagnosed(made, batches, loss_fn, moves=True)
+    wrong = differences(first["record"], expected)
+    assert not wrong, "\n".join(wrong[:40])
+    assert [kind for _, kind, _ in first["verdicts"]] == ["UNSYNCHRONISED"]
+    assert all(other["record"] == first["record"] for other in others)
+    assert all(result["pure"] for result in (first, *others))
+
+
 def test_a_process_without_a_batch_ends_the_run_on_all(world: World) -> None:
     first, *others = world.results("runs_out")
     assert first.steps == 3

@@ -163,13 +163,14 @@ PASSING = frozenset(
 _CHANNELS_LAST = frozenset(
     ("Linear", "LayerNorm", "Embedding", "RMSNorm", "MultiheadAttention", "LSTM", "GRU")
 )
+_CHANNELS_SECOND = ("Conv", "BatchNorm", "SyncBatchNorm", "InstanceNorm", "GroupNorm")
 
 
 def unit_axis(y: Tensor, feeding: str) -> int:
     """Return the axis of `y` whose indices are its units: channels behind a convolution, else features."""
     if y.dim() <= 2 or feeding in _CHANNELS_LAST:
         return -1
-    if feeding.startswith(("Conv", "BatchNorm", "InstanceNorm", "GroupNorm")) or "Pool" in feeding:
+    if feeding.startswith(_CHANNELS_SECOND) or "Pool" in feeding:
         return 1
     return 1 if y.dim() >= 4 else -1
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from gradflow.functional.model.supported import distributed
 from gradflow.functional.processes.line import Line
-from gradflow.functional.run.rows import Row
+from gradflow.functional.run.rows import Row, to_host
 from gradflow.functional.torch_private import BatchNorm
 from gradflow.records import DifferenceRecord, ProcessesRecord, SharesRecord
 
-_PATTERN = 1009
+_PATTERN, _PIECE = 1009, 2**20
 _MOST = 50  # differences that are told of
 
 
@@ -55,8 +55,12 @@ class Facts:
         if line.alone or not tensors:
             return
         written = {name for name, _ in _synchronised_buffers(model)}
-        names = [name for name, (kind, _) in tensors.items() if not (kind == "buffer" and name in written)]
-        sums = np.array([value for name in names for value in fingerprint(tensors[name][1])])
+        names = [
+            name
+            for name, (kind, tensor) in tensors.items()
+            if _is_dense(tensor) and not (kind == "buffer" and name in written)
+        ]
+        sums = np.array(to_host([value for name in names for value in _sums(tensors[name][1])]))
         sums = np.nan_to_num(sums, nan=1e300, posinf=2e300, neginf=-2e300)
         largest, smallest = np.split(line.extremes(np.concatenate([sums, -sums])), 2)
         wrong = [i // 2 for i in np.flatnonzero(largest != -smallest)]
@@ -141,16 +145,29 @@ class Facts:
         )
 
 
-def fingerprint(tensor: Tensor) -> tuple[float, float]:
-    """Return two sums over a tensor; see NOTE [Equal to the bit].
+def fingerprint(tensor: Tensor) -> tuple[float, ...]:
+    """Return two sums over a tensor, see NOTE [Equal to the bit]; none of one that is not dense.
 
     >>> fingerprint(torch.tensor([1.0, 2.0])) == fingerprint(torch.tensor([2.0, 1.0]))
     False
     """
+    return tuple(to_host(_sums(tensor))) if _is_dense(tensor) else ()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
+
+
+def _sums(tensor: Tensor) -> list[Tensor]:
+    """Return the plain sum and the weighted one, a piece at a time: each is copied in double precision."""
     flat = tensor.detach().reshape(-1)
-    wide = torch.view_as_real(flat).reshape(-1).double() if flat.is_complex() else flat.double()
-    pattern = torch.arange(wide.numel(), device=wide.device) % _PATTERN + 1
-    return float(wide.sum()), float(torch.dot(wide, pattern.double()))
+    flat = torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat
+    pattern = torch.arange(min(_PIECE, flat.numel()), device=flat.device) % _PATTERN + 1
+    weights, parts = pattern.double(), []
+    for i, piece in enumerate(flat.split(_PIECE)):
+        wide = piece.double()
+        parts.append(torch.stack([wide.sum(), torch.dot(wide, weights[: len(wide)]) * (i + 1)]))
+    return list(torch.stack(parts).sum(0).unbind())
 
 
 def _gradient(row: Row) -> float:
@@ -178,8 +195,10 @@ def _same(
 def _synchronised_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the buffers that every forward pass in training takes over from the first process."""
     for name, module in model.named_modules():
-        if module in distributed(model) and getattr(module, "broadcast_buffers", False):
-            yield from module.named_buffers(prefix=name)
+        if module in distributed(model):
+            own = vars(module)  # it has two names, by the release
+            if own.get("forward_sync_buffers", own.get("broadcast_buffers", False)):
+                yield from module.named_buffers(prefix=name)
 
 
 def _unsynchronised(model: nn.Module) -> Iterator[str]:
