@@ -32,9 +32,18 @@ def layer_label(name: str) -> str:
 def number(value: Any) -> str:
     """Return a number as reports show it: integers whole, floats to three digits.
 
+    Of several, the first three are shown, and how many more there are.
+
     >>> number(1234), number(0.5), number(1e-9), number(float("nan"))
     ('1,234', '0.5', '1.00e-09', '–')
+    >>> number(("a", "b")), number(range(9))
+    ('a and b', '0, 1, 2 and 6 more')
     """
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        shown = [number(part) for part in value]
+        if len(shown) > 4:
+            shown = [*shown[:3], f"{len(shown) - 3} more"]
+        return " and ".join([", ".join(shown[:-1]), *shown[-1:]]) if len(shown) > 1 else "".join(shown)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if isinstance(value, int):
