@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -234,17 +235,19 @@ def _pipelining(kind: type) -> list[str]:
 def _stages(model: nn.Module) -> Iterator[tuple[int, int]]:
     """Yield (index, number of stages) of the stages that the model is, the last of a pipeline excepted.
 
-    A stage knows its module and not the other way round, so stages are looked for among all objects.
+    A stage knows its module and not the other way round, so stages are looked for among all that refer to
+    their classes; that takes a second where millions of objects live, and nothing where no stage can be.
     """
-    if _PIPELINING not in sys.modules:
-        return
-    kinds: dict[type, bool] = {}
-    for thing in gc.get_objects():
-        kind = type(thing)
-        if kind not in kinds:
-            kinds[kind] = bool(_pipelining(kind)) and not issubclass(kind, nn.Module)
-        if not kinds[kind] or not isinstance(module := getattr(thing, "submod", None), nn.Module):
+    public = getattr(sys.modules.get(f"{_PIPELINING}.stage"), "PipelineStage", None)
+    if public is None or not dist.is_available() or not dist.is_initialized():
+        return  # a stage cannot be made outside a process group
+    kinds = [kind for kind in public.__mro__ if python_module(kind).startswith(_PIPELINING)]
+    for kind in kinds:  # grows while it is walked
+        kinds += [derived for derived in kind.__subclasses__() if derived not in kinds]
+    for thing in gc.get_referrers(*kinds):
+        if not isinstance(thing, tuple(kinds)) or not isinstance(thing.submod, nn.Module):
             continue
+        module = thing.submod
         if (module is model or getattr(module, "module", None) is model) and not thing.is_last:
             yield thing.stage_index, thing.num_stages
 
