@@ -357,7 +357,7 @@ class RecurrentAnalyzer(_Diagnosing):
     [OK] No gradient issues found.
     <BLANKLINE>
     recurrent    radius  lyapunov     steps    memory    recall      lost
-    (model)       0.6...    -0.5...        20        20        10    -0.3...
+    (model)       0.6...    -0.5...        20        20         9    -0.3...
     """
 
     def __init__(

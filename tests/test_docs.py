@@ -25,6 +25,9 @@ GIVEN = {
     "docs/detectors.md": "model, batches, loss_fn, optimizer = given()",
     "docs/remedies.md": "model, batches, loss_fn, optimizer = given()",
     "docs/policy.md": "import gradflow as gf\nppo = trained()",
+    "docs/distributed.md": "import gradflow as gf\nmodel, loader, loss_fn, optimizer = given()\n"
+    "from torch import distributed as dist, nn\n"
+    "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)",
     "docs/reference/index.md": "",
 }
 
@@ -61,7 +64,10 @@ def as_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
     monkeypatch.setattr(sys, "path", ["", *sys.path])
 
     def run(page: str, code: str, **names: Any) -> str:
-        monkeypatch.chdir(paste_outputs.folder_of(TEXTS[page], tmp_path))
+        folder = paste_outputs.folder_of(TEXTS[page], tmp_path)
+        monkeypatch.chdir(folder)
+        for own in folder.glob("*.py"):  # not a module of that name from another folder
+            monkeypatch.delitem(sys.modules, own.stem, raising=False)
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(compile(code, page, "exec"), {"__name__": "__main__", **names})
         return printed.getvalue()
@@ -108,7 +114,11 @@ def test_blocks_without_an_output_run(
 ) -> None:
     pytest.importorskip("stable_baselines3")
     monkeypatch.setattr(paste_outputs, "ROOT", tmp_path)  # for what they write
-    as_program(page, "\n".join([GIVEN[page], *left_over(page)]), given=_given, trained=_trained)
+    try:
+        as_program(page, "\n".join([GIVEN[page], *left_over(page)]), given=_given, trained=_trained)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda file: file.name)

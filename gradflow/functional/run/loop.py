@@ -103,7 +103,7 @@ def run_plan(
         if stepper is not None and not plan.is_last(step):
             outcome = attrs.evolve(outcome, loss=shared.loss)
             stepper.after(program, request, outcome, finite=row.finite and not overflown, end=plan.end)
-        del outcome  # frees its gradients before the next step
+        del outcome, shared  # frees its gradients before the next step
         if plan.progress is not None:
             plan.progress(step + 1, plan.steps)
     if request is not None:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from gradflow.report.report import Report as Judged  # a hint alone: reports are drawn by what is here
+else:
+    Judged = Any
 
 INK, SOFT, LINE = "#1f2937", "#64748b", "#1d4ed8"
 COLOURS = ("#1d4ed8", "#c2560a", "#15803d", "#7e22ce")  # blue, orange, green, purple

@@ -10,13 +10,21 @@ import numpy as np
 from gradflow.detect.evidence import total_gradient
 from gradflow.errors import RecordInputError, UnknownLayerError
 from gradflow.records import Floats, FlowRecord, TrialRecord
-from gradflow.report.plots.canvas import COLOURS, LINE, STYLES, axes_for, plain, record_of, said, whole_steps
+from gradflow.report.plots.canvas import (
+    COLOURS,
+    LINE,
+    STYLES,
+    Judged,
+    axes_for,
+    plain,
+    record_of,
+    said,
+    whole_steps,
+)
 from gradflow.report.series import action_curves, finite, time_curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from gradflow.report.plots.canvas import Judged
 
 
 def plot_loss(source: Judged | FlowRecord, *, ax: Axes | None = None) -> Axes:

@@ -11,6 +11,7 @@ from gradflow.report.plots.canvas import (
     COLOURS,
     SEVERITIES,
     SOFT,
+    Judged,
     axes_for,
     is_judged,
     named_ticks,
@@ -22,8 +23,6 @@ from gradflow.report.series import finite_middle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from gradflow.report.plots.canvas import Judged
 
 
 def plot_flow(source: Judged | FlowRecord, *, ax: Axes | None = None) -> Axes:

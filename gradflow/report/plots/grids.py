@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradflow.records import Floats, FlowRecord
-from gradflow.report.plots.canvas import axes_for, named_ticks, record_of, said, whole_steps
+from gradflow.report.plots.canvas import Judged, axes_for, named_ticks, record_of, said, whole_steps
 from gradflow.report.series import GRIDS, HEAD_NUMBERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from gradflow.report.plots.canvas import Judged
 
 _MISSING = "#d1d5db"
 

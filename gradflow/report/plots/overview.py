@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradflow.errors import RecordInputError
-from gradflow.report.plots.canvas import is_judged, new_figure
+from gradflow.report.plots.canvas import Judged, is_judged, new_figure
 from gradflow.report.plots.curves import (
     plot_actions,
     plot_gradient_norm,
@@ -22,8 +22,6 @@ from gradflow.report.wording import layer_label
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from gradflow.report.plots.canvas import Judged
 
 Panel = Callable[..., "Axes"]
 

@@ -22,7 +22,7 @@ def sights(*futures: float, **also: float) -> tuple[SightRecord, ...]:
 
 
 def issues(found: tuple[SightRecord, ...]) -> list[Issue]:
-    record = FlowRecord(steps=0, losses=[], layers=(), parameters=(), parts=PartsRecord(sights=found))
+    record = FlowRecord(steps=1, losses=[1.0], layers=(), parameters=(), parts=PartsRecord(sights=found))
     return list(gf.detect(record, leaking_attention()))
 
 
@@ -83,7 +83,7 @@ def test_padding_that_is_seen_is_told_as_gravely_as_it_is_known() -> None:
 def test_dropout_in_eval_mode_and_out_of_line() -> None:
     def found(*dropouts: DropoutRecord) -> list[tuple[str, IssueType]]:
         record = FlowRecord(
-            steps=0, losses=[], layers=(), parameters=(), parts=PartsRecord(dropouts=dropouts)
+            steps=1, losses=[1.0], layers=(), parameters=(), parts=PartsRecord(dropouts=dropouts)
         )
         return [(issue.layer, issue.issue_type) for issue in gf.detect(record, stray_dropout())]
 
