@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from gradflow.graph import Bottleneck, GradientPath, LayerGraph
+from gradflow.graph import Bottleneck, Cut, GradientPath, LayerGraph
 from gradflow.report.wording import number
 
 MAX_NAMED = 8
@@ -51,6 +51,15 @@ def path_text(path: GradientPath) -> str:
     for name, ratio, gain, norm in zip(path.nodes, kept, path.gains, path.grad_norms, strict=True):
         rows.append(f"  {name:<{width}}  {ratio:>10}  {number(gain):>9}  {number(norm):>9}")
     return "\n".join([head, *rows])
+
+
+def cut_text(cut: Cut) -> str:
+    """Return a cut: what can cross it at most, and the edges that it takes, one a line, with their flows."""
+    if not cut.edges:
+        return f"{cut}."
+    pairs = zip(cut.edges, cut.flows, strict=True)
+    rows = [f"{u} -> {v}: {number(flow)}" for (u, v), flow in pairs]
+    return _listed(f"{cut.source} .. {cut.target}: {number(cut.share)} of the gradient can cross", rows)
 
 
 def _listed(title: str, found: Iterable[str]) -> str:
