@@ -124,6 +124,8 @@ def test_texts_of_what_is_not_there() -> None:
         {**{f"a{i}": 0.0 for i in range(12)}, "loss": 1.0}, {(f"a{i}", "loss"): 0.0 for i in range(12)}
     )
     assert "  a7 -> loss\n  ... and 4 more\n" in graph_text(many)
+    unknown = LayerGraph.from_flows({"a": NAN, "loss": 1.0}, {("a", "loss"): NAN})
+    assert "\nNo finite gradient, so not judged:\n  a\n" in graph_text(unknown)
     plain = LayerGraph.from_flows({"a": 2.0, "loss": 1.0}, {("a", "loss"): 2.0})
     assert path_text(plain.path("loss", "a")).splitlines()[-1].split() == ["a", "2", "–", "2"]
     assert NAN != plain["loss"].gain == 2.0

@@ -10,7 +10,17 @@ import numpy as np
 from gradflow.detect.evidence import total_gradient
 from gradflow.errors import RecordInputError, UnknownLayerError
 from gradflow.records import Floats, FlowRecord, TrialRecord
-from gradflow.report.plots.canvas import COLOURS, LINE, STYLES, axes_for, plain, record_of, said, whole_steps
+from gradflow.report.plots.canvas import (
+    COLOURS,
+    LINE,
+    STYLES,
+    axes_for,
+    literal,
+    plain,
+    record_of,
+    said,
+    whole_steps,
+)
 from gradflow.report.series import action_curves, finite, time_curves
 
 if TYPE_CHECKING:
@@ -165,7 +175,7 @@ def _lines(
 ) -> Axes:
     """Draw named lines; zeros are gaps on a logarithmic axis, as NaN and infinities are on any."""
     plain(ax)
-    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_title(literal(title), fontsize=9, loc="left")
     ax.set_xlabel(across, fontsize=8)
     drawn = 0
     for i, (name, values) in enumerate(series):
@@ -173,7 +183,7 @@ def _lines(
         few = "o" if len(finite(known)) == 1 else ""
         colour = LINE if len(series) == 1 else COLOURS[i % len(COLOURS)]
         style = STYLES[i // len(COLOURS) % len(STYLES)] if len(series) > 4 else STYLES[i % len(STYLES)]
-        ax.plot(np.arange(len(known)), known, label=name, color=colour, linestyle=style, marker=few)
+        ax.plot(np.arange(len(known)), known, label=literal(name), color=colour, linestyle=style, marker=few)
         drawn += len(finite(known))
     if not drawn:
         return said(ax, "nothing finite was measured")
@@ -181,7 +191,7 @@ def _lines(
         ax.set_yscale("log")
         ax.tick_params(which="both", labelsize=7)
     if len(series) == 1:
-        ax.set_ylabel(series[0][0], fontsize=8)
+        ax.set_ylabel(literal(series[0][0]), fontsize=8)
     else:
         ax.legend(fontsize=7, frameon=False)
     whole_steps(ax)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from gradflow.graph import Bottleneck, Cut, GradientPath, LayerGraph
@@ -23,12 +24,23 @@ def graph_text(graph: LayerGraph) -> str:
     told = [f"{graph!r}"]
     if graph.measured:
         told.append(bottlenecks_text(graph.bottlenecks()))
+        told += _unknown(graph)
     else:
         told.append("The flow was not measured, which --detail full does; this is the wiring alone.")
     cut = [f"{e.source} -> {e.target}" + (f" ({e.reason})" if e.reason else "") for e in graph.severed]
     told.append(_listed("Severed edges", cut))
     told.append(_listed("Out of reach", [f"{u.name}: {u.reason}" for u in graph.unreachable()]))
     return "\n".join(told)
+
+
+def _unknown(graph: LayerGraph) -> list[str]:
+    """Return a line on the nodes of which the rest can say nothing, if there are any."""
+    unknown = [
+        node["name"]
+        for node in graph.node_values()
+        if node["kind"] != "input" and node["reachable"] and not math.isfinite(node["grad_norm"])
+    ]
+    return [_listed("No finite gradient, so not judged", unknown)] if unknown else []
 
 
 def bottlenecks_text(found: Sequence[Bottleneck]) -> str:
