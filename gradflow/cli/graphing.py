@@ -38,7 +38,7 @@ def graph_command(options: Any) -> int:
 
 
 def _graph(options: Any) -> LayerGraph:
-    if options.target == "-" or options.target.endswith(".json"):
+    if options.target == "-" or options.target.endswith((".json", ".npz")):
         found = saved(options.target)
         with explained(f"{options.target} has no layer graph"):
             return getattr(found, "record", found).graph

@@ -175,10 +175,10 @@ def _add_show(commands: Any) -> None:
         "show",
         "show a saved report, or judge a saved record",
         _SHOW,
-        "Reads what --json, report.to_json() or record.to_json() wrote.",
+        "Reads what --json, report.to_json(), record.to_json() or record.to_npz() wrote.",
     )
     completes_files(
-        parser.add_argument("saved", metavar="FLOW.json", help="the file; - is standard input"), "json"
+        parser.add_argument("saved", metavar="FLOW.json", help="the file; - is standard input"), "json", "npz"
     )
     _add_pipeline(
         parser.add_argument, "judge by this pipeline, a report anew; the default judges only a record"
@@ -196,7 +196,7 @@ def _add_compare(commands: Any) -> None:
         "Verdicts come first, then numbers, the largest change first, then the graph.",
     )
     for name in ("before", "after"):
-        completes_files(parser.add_argument(name, metavar=f"{name.upper()}.json"), "json")
+        completes_files(parser.add_argument(name, metavar=f"{name.upper()}.json"), "json", "npz")
     _add_gate(parser.add_argument, "an issue that has begun")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(run=compare_command)
@@ -257,7 +257,7 @@ def _add_graph(commands: Any) -> None:
 
 
 def _add_building(parser: Any, metavar: str, *, steps: int) -> None:
-    endings = ("py", "ipynb", "json") if ".json" in metavar else ("py", "ipynb")
+    endings = ("py", "ipynb", "json", "npz") if ".json" in metavar else ("py", "ipynb")
     completes_files(parser.add_argument("target", metavar=metavar, help="what to run"), *endings)
     parser.usage = f"%(prog)s {metavar.partition(' ')[0]} [options] [-- arguments of the file]"
     add = parser.add_argument_group("the model").add_argument

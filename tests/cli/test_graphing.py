@@ -54,6 +54,18 @@ def test_answers_are_those_of_the_graph(
     assert run(capsys, "graph", saved, "--bottlenecks")[1] == bottlenecks_text(graph.bottlenecks()) + "\n"
 
 
+def test_a_record_in_an_archive_is_read_as_one_in_json(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = saved.with_suffix(".npz")
+    gf.FlowRecord.from_json(saved).to_npz(archive)
+    for command in ("graph", "show"):
+        assert run(capsys, command, archive) == run(capsys, command, saved)
+    archive.write_bytes(b"PK")
+    status, _, err = run(capsys, "show", archive)
+    assert (status, "cannot read" in err, "expected a NumPy archive" in err) == (2, True, True)
+
+
 def test_cuts_weakest_paths_and_bottlenecks_between_two_nodes(
     saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,7 +55,7 @@ def draw_graph(
         The figure.
 
     Raises:
-        TypeError: if `ax` is something else than the axes of one plot.
+        TypeError: if `graph` is no layer graph, or `ax` something else than the axes of one plot.
         ValueError: if `level` is another word, or no folding has few enough nodes.
         ImportError: if matplotlib is not installed.
         GraphUnavailableError: if the graph has a cycle.
@@ -69,6 +69,10 @@ def draw_graph(
     mpl = _matplotlib()
     if ax is not None:
         checked_axes("draw_graph", ax)
+    if not isinstance(graph, LayerGraph):
+        raise TypeError(
+            f"draw_graph: expected a LayerGraph, such as record.graph, got {type(graph).__name__}."
+        )
     if level not in ("layers", "full"):
         raise ValueError(f"draw_graph: expected level 'layers' or 'full', got {level!r}.")
     asked = _contracted(graph) if level == "layers" and graph.level == "full" else graph

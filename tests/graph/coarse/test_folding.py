@@ -43,3 +43,5 @@ def test_what_is_repeated_elsewhere_stands_alone() -> None:
         ValueError, match=r"^graph.fold: expected most to be a whole number of at least 1, got 0"
     ):
         graph.fold(most=0)
+    with pytest.raises(ValueError, match=r"whole number of at least 1, got 1\.5"):
+        graph.fold(most=1.5)  # type: ignore[arg-type]

@@ -206,3 +206,7 @@ def test_names_are_no_mathematics_and_axes_are_of_one_plot(tmp_path):
     assert "$x_{1$" in [text.get_text() for text in figure.axes[0].texts]
     with pytest.raises(TypeError, match="draw_graph: expected ax .* got ndarray"):
         graph.draw(ax=figure.subplots(1, 2))
+    with pytest.raises(
+        TypeError, match="draw_graph: expected a LayerGraph, such as record.graph, got DiGraph"
+    ):
+        draw_graph(graph.nx)
