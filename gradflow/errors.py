@@ -40,6 +40,8 @@ class UnknownLayerError(GradflowError, KeyError):
     @classmethod
     def at(cls, name: str, known: Sequence[str]) -> UnknownLayerError:
         """Return the error for `name`, with those of the `known` names that are nearest to it."""
+        if not known:
+            return cls(f"no entry named {name!r}: there are no names at all.")
         near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.3) or list(known[:5])
         return cls(f"no entry named {name!r}. The nearest of {len(known)} names: {', '.join(near)}.")
 

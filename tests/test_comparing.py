@@ -6,13 +6,17 @@ import copy
 import math
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from torch import nn
 
 import gradflow as gf
 from gradflow.cli import main
+from gradflow.comparing import Comparison
 from gradflow.errors import RecordInputError
+from gradflow.graph import LayerGraph
+from tests.samples import make_issue
 
 
 def network() -> nn.Sequential:
@@ -100,3 +104,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     a.write_text("{}")
     assert main(["compare", str(a), str(b)]) == 2
     assert "cannot read" in capsys.readouterr().err
+
+
+def test_of_many_issues_and_edges_twelve_are_told() -> None:
+    issues = tuple(make_issue(layer=f"fc{i}") for i in range(20))
+    edges = tuple((f"a{i}", "loss") for i in range(15))
+    graph = LayerGraph.from_flows({}, {}).compare(LayerGraph.from_flows({}, {}))
+    change = Comparison(
+        numbers=(), common_shift=0.0, begun=issues, lasting=tuple((i, i) for i in issues),
+        graph=attrs.evolve(graph, severed=edges),
+    )  # fmt: skip
+    lines = str(change).splitlines()
+    assert lines.count("  ... 8 more") == 2
+    assert len(lines) == 1 + 2 * 13 + 2
+    assert lines[-1].endswith("a11 -> loss and 3 more")

@@ -158,6 +158,9 @@ def _fitting(parameter: inspect.Parameter, text: str, where: str) -> Any:
         kind = parameter.annotation if parameter.annotation in _KINDS else object
     if kind is bool and isinstance(value, str):
         value = _TRUTHS.get(value.lower(), value)
+    if kind is float and isinstance(value, str):  # inf and nan are numbers, but no literals
+        with contextlib.suppress(ValueError):
+            value = float(text)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = {bool: isinstance(value, bool), int: is_number, float: is_number}.get(kind, True)
     if fits or value is None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # importing it for real imports numpy
     from gradflow.graph import LayerGraph
 
 ENDINGS = (".graphml", ".dot", ".json")
+NUM_BOTTLENECKS = 5
 
 
 def graph_command(options: Any) -> int:
@@ -37,7 +38,7 @@ def graph_command(options: Any) -> int:
 
 
 def _graph(options: Any) -> LayerGraph:
-    if options.target == "-" or options.target.endswith(".json"):
+    if options.target == "-" or options.target.endswith((".json", ".npz")):
         found = saved(options.target)
         with explained(f"{options.target} has no layer graph"):
             return getattr(found, "record", found).graph
@@ -59,18 +60,23 @@ def _at(graph: LayerGraph, level: str | None) -> LayerGraph:
         return graph
     if level == "layers":
         return graph.layers()
-    return graph.at(depth=int(level)) if level.isdigit() else graph.at(level)
+    return graph.at(depth=int(level)) if level.isdecimal() else graph.at(level)
 
 
 def _answers(graph: LayerGraph, options: Any, export: Path | None) -> str:
     """Return in words what was asked; without a question, what the graph shows at a glance."""
-    from gradflow.report.text.graph import bottlenecks_text, graph_text, path_text
+    from gradflow.report.text.graph import bottlenecks_text, cut_text, graph_text, path_text
 
     told = []
-    if options.bottlenecks:
-        told.append(bottlenecks_text(graph.bottlenecks(options.bottlenecks)))
+    if options.bottlenecks or options.begin is not None or options.end is not None:
+        most = options.bottlenecks or NUM_BOTTLENECKS
+        told.append(bottlenecks_text(graph.bottlenecks(most, source=options.begin, target=options.end)))
     if options.path is not None:
         told.append(path_text(graph.path(*options.path)))
+    if options.weakest is not None:
+        told.append(f"Weakest path {path_text(graph.weakest_path(*options.weakest))}")
+    if options.cut is not None:
+        told.append(cut_text(graph.minimum_cut(*options.cut)))
     if export is not None:
         _export(graph, export)
         told.append(f"{graph!r} written to {options.export}")

@@ -13,7 +13,7 @@ from gradflow import __version__
 from gradflow.cli.building import RETURNS
 from gradflow.cli.completing import SHELLS, completes_files, completion_command
 from gradflow.cli.diagnosing import PIPELINES, diagnose_command
-from gradflow.cli.graphing import graph_command
+from gradflow.cli.graphing import NUM_BOTTLENECKS, graph_command
 from gradflow.cli.output import FORMATS, SEVERITIES
 from gradflow.cli.saved import compare_command, show_command
 from gradflow.cli.target import DEFAULT_NAME
@@ -59,7 +59,9 @@ _GRAPH = """\
 examples:
   gradflow graph net.py                                  size, bottlenecks, what is cut off
   gradflow graph net.py --bottlenecks 3
+  gradflow graph net.py --from encoder.3 --to encoder.0  bottlenecks between the two
   gradflow graph net.py --path loss encoder.0            what carries most of the gradient there
+  gradflow graph net.py --cut loss encoder.0             where least of it can cross, over all paths
   gradflow graph net.py --at layers --export net.dot     without the operations between layers
   gradflow graph flow.json --export net.graphml          of a saved record or report
 """
@@ -173,10 +175,10 @@ def _add_show(commands: Any) -> None:
         "show",
         "show a saved report, or judge a saved record",
         _SHOW,
-        "Reads what --json, report.to_json() or record.to_json() wrote.",
+        "Reads what --json, report.to_json(), record.to_json() or record.to_npz() wrote.",
     )
     completes_files(
-        parser.add_argument("saved", metavar="FLOW.json", help="the file; - is standard input"), "json"
+        parser.add_argument("saved", metavar="FLOW.json", help="the file; - is standard input"), "json", "npz"
     )
     _add_pipeline(
         parser.add_argument, "judge by this pipeline, a report anew; the default judges only a record"
@@ -194,7 +196,7 @@ def _add_compare(commands: Any) -> None:
         "Verdicts come first, then numbers, the largest change first, then the graph.",
     )
     for name in ("before", "after"):
-        completes_files(parser.add_argument(name, metavar=f"{name.upper()}.json"), "json")
+        completes_files(parser.add_argument(name, metavar=f"{name.upper()}.json"), "json", "npz")
     _add_gate(parser.add_argument, "an issue that has begun")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
     parser.set_defaults(run=compare_command)
@@ -216,15 +218,29 @@ def _add_graph(commands: Any) -> None:
         "--bottlenecks",
         type=_positive,
         nargs="?",
-        const=5,
+        const=NUM_BOTTLENECKS,
         metavar="K",
-        help="where the gradient must pass and is throttled, the K worst (default: 5)",
+        help=f"where the gradient must pass and is throttled, the K worst (default: {NUM_BOTTLENECKS})",
     )
+    add("--from", dest="begin", metavar="NODE", help="bottlenecks for the gradient that comes from there")
+    add("--to", dest="end", metavar="NODE", help="bottlenecks on its way to there")
     add(
         "--path",
         nargs=2,
         metavar=("FROM", "TO"),
         help="the path that carries most of the gradient, node by node",
+    )
+    add(
+        "--weakest",
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="the path that carries least of it, of those that carry any",
+    )
+    add(
+        "--cut",
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help="the minimum cut: the edges that all of it must cross, where they carry least together",
     )
     add(
         "--at",
@@ -241,7 +257,7 @@ def _add_graph(commands: Any) -> None:
 
 
 def _add_building(parser: Any, metavar: str, *, steps: int) -> None:
-    endings = ("py", "ipynb", "json") if ".json" in metavar else ("py", "ipynb")
+    endings = ("py", "ipynb", "json", "npz") if ".json" in metavar else ("py", "ipynb")
     completes_files(parser.add_argument("target", metavar=metavar, help="what to run"), *endings)
     parser.usage = f"%(prog)s {metavar.partition(' ')[0]} [options] [-- arguments of the file]"
     add = parser.add_argument_group("the model").add_argument

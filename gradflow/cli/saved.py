@@ -1,4 +1,4 @@
-"""`gradflow show` and `gradflow compare`: what was saved as JSON, records and whole reports."""
+"""`gradflow show` and `gradflow compare`: what was saved, records and whole reports."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ def saved(path: str) -> Any:
         told = f"{path!r} is a folder" if Path(path).is_dir() else f"there is no file {path!r}"
         raise CommandError(f"{told}: give a file that to_json() or --json wrote")
     with explained(f"cannot read {path}"):
+        if path.endswith(".npz"):
+            return FlowRecord.from_npz(path)
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
         data = read(text)
         is_report = isinstance(data, dict) and "record" in data

@@ -6,6 +6,7 @@ networkx takes longer to import than the rest of gradflow together, so it is imp
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ from gradflow.graph.values import Edge, Node, edge_values, node_values
 if TYPE_CHECKING:
     import networkx as nx
     import pandas as pd
+
+
+_NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\uffff\U00010000-\U0010ffff]|[\ufffe\uffff]")  # not even escaped
 
 
 def networkx_graph(graph: GraphData) -> nx.DiGraph:
@@ -87,6 +91,7 @@ def to_graphml(graph: GraphData, path: str | Path) -> None:
 
     lines = nx.generate_graphml(networkx_graph(graph))
     text = '<?xml version="1.0" encoding="utf-8"?>\n' + "\n".join(lines)
+    text = _NOT_IN_XML.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
     Path(path).write_text(text, encoding="utf-8")
 
 

@@ -50,12 +50,12 @@ def record_of_flows(
 
 def record_of_networkx(graph: nx.DiGraph) -> GraphRecord:
     """Return the record of a directed graph of networkx; see `LayerGraph.from_networkx`."""
-    if not graph.is_directed() or graph.is_multigraph():
+    if not hasattr(graph, "is_directed") or not graph.is_directed() or graph.is_multigraph():
         raise RecordFormatError(
             "LayerGraph.from_networkx: expected a networkx.DiGraph with edges in the direction of the data, "
             f"got {type(graph).__name__}. networkx.DiGraph(graph) makes one."
         )
-    measured = any("flow" in data for _, _, data in graph.edges(data=True))
+    measured = any(data.get("flow") is not None for _, _, data in graph.edges(data=True))
     nodes = [_node(name, data, i, measured) for i, (name, data) in enumerate(graph.nodes(data=True))]
     edges = [
         EdgeRecord(
@@ -72,6 +72,7 @@ def record_of_networkx(graph: nx.DiGraph) -> GraphRecord:
 
 def _node(name: Hashable, data: Mapping[str, Any], place: int, measured: bool) -> NodeRecord:
     where = f"node {name!s}"
+    data = {key: value for key, value in data.items() if value is not None}  # as node-link data has unknowns
     kind = str(data.get("kind", "loss" if name == "loss" else "layer"))
     if kind not in _KINDS:
         raise RecordFormatError(
@@ -84,17 +85,20 @@ def _node(name: Hashable, data: Mapping[str, Any], place: int, measured: bool) -
         numbers["input_grad_norm"] = [norm * _number(where, data, "gain")]
         numbers["effective_rank"] = [_number(where, data, "effective_rank")]
     shape = data.get("shape", ())
-    sides = shape.split("x") if isinstance(shape, str) else shape
     parameters = data.get("parameters", ())
+    if isinstance(parameters, str):
+        parameters = parameters.split()
+    if not isinstance(parameters, (list, tuple)) or not all(isinstance(p, str) for p in parameters):
+        raise _unexpected(where, "names", "parameters", parameters)
     return NodeRecord(
         name=str(name),
         kind=kind,
         layer=str(data.get("layer", name if kind == "layer" else "")),
         type=str(data.get("type", kind)),
-        shape=[int(side) for side in sides if side != ""],
-        num_elements=int(data.get("num_elements", 0)),
-        parameters=parameters.split() if isinstance(parameters, str) else parameters,
-        order=int(data.get("order", place)),
+        shape=_whole(where, "shape", shape.split("x") if isinstance(shape, str) and shape else shape or ()),
+        num_elements=_whole(where, "num_elements", [data.get("num_elements", 0)])[0],
+        parameters=parameters,
+        order=_whole(where, "order", [data.get("order", place)])[0],
         reachable=bool(data.get("reachable", True)),
         reason=str(data.get("reason", "")),
         **numbers,
@@ -102,9 +106,23 @@ def _node(name: Hashable, data: Mapping[str, Any], place: int, measured: bool) -
 
 
 def _number(where: str, data: Mapping[str, Any], name: str) -> float:
-    value = data.get(name, math.nan)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise RecordFormatError(
-            f"LayerGraph.from_networkx: {where}: expected a number for {name}, got {value!r}."
-        )
+    value = data.get(name)
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise _unexpected(where, "a number", name, value)
     return float(value)
+
+
+def _whole(where: str, name: str, values: Any) -> list[int]:
+    """Return whole numbers, from numbers or from their texts."""
+    try:
+        return [int(value) for value in values]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _unexpected(where, "whole numbers", name, values) from error
+
+
+def _unexpected(where: str, wanted: str, name: str, value: Any) -> RecordFormatError:
+    return RecordFormatError(
+        f"LayerGraph.from_networkx: {where}: expected {wanted} for {name}, got {value!r}."
+    )

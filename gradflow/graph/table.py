@@ -88,9 +88,9 @@ class FlowTable:
         """
         if self.topo is None:
             raise GraphUnavailableError(
-                f"{call} needs a graph without cycles, but this one has one: contracting to blocks made a "
-                "block that the data leaves and enters again. Ask graph.full, graph.layers() or a finer "
-                "graph.at(...)."
+                f"{call} needs a graph without cycles, but this one has one. In a graph of modules, "
+                "contracting has made a block that the data leaves and enters again: ask graph.full, "
+                "graph.layers() or a finer graph.at(...)."
             )
         return self.topo
 

@@ -159,3 +159,14 @@ def test_nothing_is_touched_unless_asked_for() -> None:
     given = Built(nn.Linear(3, 2), [X], None)
     assert _placed(given, None, None) is given
     assert _placed(given, "cpu", None) == given
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf", "nan"])
+def test_numbers_that_are_no_literals_are_numbers_all_the_same(text: str) -> None:
+    def build(scale: float = 1.0, width: int = 3) -> None: ...
+
+    found = builder_arguments(build, [("scale", text)], "build()")["scale"]
+    assert isinstance(found, float)
+    assert repr(found) == text
+    with pytest.raises(CommandError, match="expected a number for the parameter width"):
+        builder_arguments(build, [("width", text)], "build()")

@@ -13,7 +13,7 @@ from torch import nn
 import gradflow as gf
 from gradflow.graph import LayerGraph
 from gradflow.records import NAN
-from gradflow.report.text.graph import bottlenecks_text, graph_text, path_text
+from gradflow.report.text.graph import bottlenecks_text, cut_text, graph_text, path_text
 from tests.cli.running import run, write
 
 
@@ -54,6 +54,31 @@ def test_answers_are_those_of_the_graph(
     assert run(capsys, "graph", saved, "--bottlenecks")[1] == bottlenecks_text(graph.bottlenecks()) + "\n"
 
 
+def test_a_record_in_an_archive_is_read_as_one_in_json(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = saved.with_suffix(".npz")
+    gf.FlowRecord.from_json(saved).to_npz(archive)
+    for command in ("graph", "show"):
+        assert run(capsys, command, archive) == run(capsys, command, saved)
+    archive.write_bytes(b"PK")
+    status, _, err = run(capsys, "show", archive)
+    assert (status, "cannot read" in err, "expected a NumPy archive" in err) == (2, True, True)
+
+
+def test_cuts_weakest_paths_and_bottlenecks_between_two_nodes(
+    saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = gf.FlowRecord.from_json(saved).graph
+    between = bottlenecks_text(graph.bottlenecks(source="1.1", target="0"))
+    weakest = f"Weakest path {path_text(graph.weakest_path('loss', '0'))}"
+    cut = cut_text(graph.minimum_cut("loss", "0"))
+    asked = ("--from", "1.1", "--to", "0", "--weakest", "loss", "0", "--cut", "loss", "0")
+    assert run(capsys, "graph", saved, *asked)[:2] == (0, f"{between}\n\n{weakest}\n\n{cut}\n")
+    first = bottlenecks_text(graph.bottlenecks(1, target="0"))
+    assert run(capsys, "graph", saved, "--bottlenecks", 1, "--to", "0")[1] == first + "\n"
+
+
 @pytest.mark.parametrize("level", ["layers", "1", "2", "1.*"])
 def test_levels(saved: Path, capsys: pytest.CaptureFixture[str], level: str) -> None:
     graph = gf.FlowRecord.from_json(saved).graph
@@ -91,6 +116,9 @@ def test_what_cannot_be_answered_is_one_clear_line(
     for arguments, told in (
         ((saved, "--path", "loss", "9"), "cannot answer that: no entry named '9'. The nearest of "),
         ((cheap, "--bottlenecks"), "needs the flow on the edges, but this graph holds only the topology"),
+        ((saved, "--cut", "loss", "loss"), "'loss' was given twice"),
+        ((saved, "--from", "0", "--to", "loss"), "'0' feeds 'loss'"),
+        ((saved, "--at", "²"), "'²'"),
         ((f"{file}:broken",), "the graph of "),
         ((tmp_path / "none.json",), "there is no file "),
     ):
@@ -108,6 +136,14 @@ def test_texts_of_what_is_not_there() -> None:
         {**{f"a{i}": 0.0 for i in range(12)}, "loss": 1.0}, {(f"a{i}", "loss"): 0.0 for i in range(12)}
     )
     assert "  a7 -> loss\n  ... and 4 more\n" in graph_text(many)
+    unknown = LayerGraph.from_flows({"a": NAN, "loss": 1.0}, {("a", "loss"): NAN})
+    assert "\nNo finite gradient, so not judged:\n  a\n" in graph_text(unknown)
     plain = LayerGraph.from_flows({"a": 2.0, "loss": 1.0}, {("a", "loss"): 2.0})
     assert path_text(plain.path("loss", "a")).splitlines()[-1].split() == ["a", "2", "–", "2"]
     assert NAN != plain["loss"].gain == 2.0
+    parted = LayerGraph.from_flows({"a": 2.0, "b": 2.0, "loss": 2.0}, {("a", "loss"): 0.5})
+    assert cut_text(parted.minimum_cut("loss", "a")).splitlines() == [
+        "loss .. a: 0.25 of the gradient can cross:",
+        "  a -> loss: 0.5",
+    ]
+    assert cut_text(parted.minimum_cut("loss", "b")).endswith("no way leads from one to the other.")

@@ -90,3 +90,9 @@ def test_dot_text():
     assert text.startswith("digraph gradient_flow {")
     assert len(re.findall(r"->", text)) == 4
     assert 'label="severed"' in residual(0.0).to_dot()
+
+
+def test_graphml_of_names_that_xml_cannot_hold_can_be_read(tmp_path):
+    graph = LayerGraph.from_flows({"a\x00\x1b": 1.0, "loss": 1.0}, {("a\x00\x1b", "loss"): 1.0})
+    graph.to_graphml(tmp_path / "odd.graphml")
+    assert list(nx.read_graphml(tmp_path / "odd.graphml")) == [r"a\x00\x1b", "loss"]

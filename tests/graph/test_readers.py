@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import networkx as nx
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
@@ -44,17 +45,37 @@ def test_a_changed_copy_answers_anew() -> None:
     assert LayerGraph.from_networkx(copy).path("loss", "a").nodes == ("loss", "add", "a")
 
 
+def one(**attributes: object) -> nx.DiGraph:
+    graph = nx.DiGraph()
+    graph.add_node("a", **attributes)
+    return graph
+
+
 @pytest.mark.parametrize(
     ("graph", "message"),
     [
         (nx.Graph([("a", "b")]), r"expected a networkx.DiGraph .* got Graph"),
         (nx.MultiDiGraph([("a", "b")]), r"got MultiDiGraph. networkx.DiGraph\(graph\) makes one"),
         (nx.DiGraph([("a", "b", {"flow": "x"})]), r"edge a -> b: expected a number for flow, got 'x'"),
+        (None, r"expected a networkx.DiGraph .* got NoneType"),
+        (one(shape="axb"), r"node a: expected whole numbers for shape, got \['a', 'b'\]"),
+        (one(shape=3), r"node a: expected whole numbers for shape, got 3"),
+        (one(num_elements="many"), r"node a: expected whole numbers for num_elements, got \['many'\]"),
+        (one(order=math.inf), r"node a: expected whole numbers for order, got \[inf\]"),
+        (one(parameters=5), r"node a: expected names for parameters, got 5"),
     ],
 )
 def test_what_is_no_graph_of_flows_is_refused(graph: nx.Graph, message: str) -> None:
     with pytest.raises(RecordFormatError, match=message):
         LayerGraph.from_networkx(graph)
+
+
+def test_node_link_data_and_numbers_of_numpy_are_read() -> None:
+    graph = residual(0.5)
+    again = LayerGraph.from_networkx(nx.node_link_graph(graph.to_node_link(), edges="edges"))
+    assert again.to_node_link() == LayerGraph.from_networkx(graph.nx).to_node_link()
+    flows = nx.DiGraph([("a", "b", {"flow": np.float32(0.5)}), ("b", "loss", {"flow": np.int64(2)})])
+    assert [LayerGraph.from_networkx(flows).edge(*pair).flow for pair in flows.edges] == [0.5, 2.0]
 
 
 def test_a_kind_that_there_is_not_is_refused() -> None:

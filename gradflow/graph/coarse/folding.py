@@ -27,7 +27,7 @@ def fold(graph: G, *, most: int = 32) -> G:
         most: how many boxes of layers there are at most.
 
     Raises:
-        ValueError: if `most` is below 1.
+        ValueError: if `most` is no whole number, or below 1.
 
     >>> from gradflow.graph import LayerGraph
     >>> names = [f"h.{i}.{part}" for i in range(100) for part in ("fc", "act")]
@@ -36,8 +36,8 @@ def fold(graph: G, *, most: int = 32) -> G:
     >>> list(graph.fold(most=6))
     ['h.0 … 19', 'h.20 … 39', 'h.40 … 59', 'h.60 … 79', 'h.80 … 99', 'head', 'loss']
     """
-    if most < 1:
-        raise ValueError(f"graph.fold: expected most to be at least 1, got {most!r}.")
+    if not isinstance(most, int) or most < 1:
+        raise ValueError(f"graph.fold: expected most to be a whole number of at least 1, got {most!r}.")
     calls = {node.name: node.layer for node in graph.full.record.nodes if node.kind == "layer"}
     return grouped_by_runs(graph, runs_of(calls, most), max_edges=0)
 

@@ -96,7 +96,7 @@ def minimum_cut(graph: GraphData, source: str, target: str) -> Cut:
         edges=tuple((table.edges[e].source, table.edges[e].target) for e in cut),
         flows=tuple(flows[e] for e in cut),
         flow=flow,
-        share=flow / norm if norm > 0 else math.nan,
+        share=sum(flows[e] / norm for e in cut) if norm > 0 else math.nan,
     )
 
 
@@ -113,10 +113,11 @@ def _least_of_all(graph: GraphData, late: str, early: str, capacities: Sequence[
 
 
 def _capacities(flows: Sequence[float]) -> list[float]:
-    """Return flows, those that are unknown as more than all that are known together."""
-    known = [flow for flow in flows if math.isfinite(flow)]
+    """Return flows as shares of the largest, unknown ones as more than all that are known together."""
+    unit = max((flow for flow in flows if math.isfinite(flow)), default=0.0) or 1.0  # no sum overflows
+    known = [flow / unit for flow in flows if math.isfinite(flow)]
     beyond = 2.0 * sum(known) + 1.0
-    return [flow if math.isfinite(flow) else beyond for flow in flows]
+    return [flow / unit if math.isfinite(flow) else beyond for flow in flows]
 
 
 def _regions(table: FlowTable, near: int, far: int) -> list[list[int]]:

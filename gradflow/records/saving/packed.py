@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -31,6 +32,8 @@ from gradflow.records.saving.plain import (
 
 _T = TypeVar("_T")
 _Arrays = list[np.ndarray[Any, Any]]
+# Another file of NumPy's, one that is cut off, damaged, encrypted, or packed as NumPy packs none.
+_UNREADABLE = (ValueError, EOFError, TypeError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _NEITHER = AS_THEY_ARE | {float}  # lists nor objects
 
 
@@ -57,9 +60,9 @@ def from_npz(cls: type[_T], path: str | os.PathLike[str]) -> _T:
         FileNotFoundError: if there is no such file.
     """
     try:
-        with np.load(Path(path), allow_pickle=False) as archive:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             entries = {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:  # another file of NumPy's too
+    except _UNREADABLE as error:
         raise RecordFormatError.at(f"expected a NumPy archive without pickled objects: {error}") from error
     data = entries.pop("json", None)
     if data is None or data.dtype != np.uint8:

@@ -56,7 +56,22 @@ def new_figure(call: str, width: float, height: float) -> Figure:
 
 def axes_for(call: str, ax: Axes | None, *, width: float = 6.0, height: float = 3.4) -> Axes:
     """Return the axes to draw into: those that are given, or those of a new figure."""
-    return new_figure(call, width, height).add_subplot() if ax is None else ax
+    return new_figure(call, width, height).add_subplot() if ax is None else checked_axes(call, ax)
+
+
+def checked_axes(call: str, ax: Axes) -> Axes:
+    """Return the axes that are given.
+
+    Raises:
+        TypeError: if they are something else, such as the array of several that `plt.subplots(1, 2)` returns.
+    """
+    if getattr(ax, "name", None) != "rectilinear":
+        got = f"axes of the projection {ax.name!r}" if hasattr(ax, "name") else type(ax).__name__
+        raise TypeError(
+            f"{call}: expected ax to be the axes of one plot with x and y, got {got}. Of several, as "
+            "plt.subplots(1, 2) returns them, pass one: ax=axes[0]."
+        )
+    return ax
 
 
 def record_of(call: str, source: Any) -> FlowRecord:
@@ -91,7 +106,12 @@ def named_ticks(ax: Axes, names: Sequence[str], *, along: Literal["x", "y"]) -> 
 def shortened(name: str) -> str:
     """Return a name in at most 28 letters: its end, which tells layers apart."""
     name = name or "(model)"
-    return name if len(name) <= MAX_LETTERS else f"…{name[1 - MAX_LETTERS :]}"
+    return literal(name if len(name) <= MAX_LETTERS else f"…{name[1 - MAX_LETTERS :]}")
+
+
+def literal(text: str) -> str:
+    """Return a text so that matplotlib shows it as it is: two dollars are no mathematics."""
+    return text.replace("$", r"\$")
 
 
 def plain(ax: Axes) -> None:
@@ -112,7 +132,15 @@ def whole_steps(ax: Axes) -> None:
 def said(ax: Axes, text: str) -> Axes:
     """Say in empty axes why nothing is drawn there."""
     ax.text(
-        0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=SOFT, fontsize=9, wrap=True
+        0.5,
+        0.5,
+        literal(text),
+        transform=ax.transAxes,
+        ha="center",
+        va="center",
+        color=SOFT,
+        fontsize=9,
+        wrap=True,
     )
     ax.set_xticks([])
     ax.set_yticks([])

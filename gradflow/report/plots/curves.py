@@ -16,6 +16,7 @@ from gradflow.report.plots.canvas import (
     STYLES,
     Judged,
     axes_for,
+    literal,
     plain,
     record_of,
     said,
@@ -173,7 +174,7 @@ def _lines(
 ) -> Axes:
     """Draw named lines; zeros are gaps on a logarithmic axis, as NaN and infinities are on any."""
     plain(ax)
-    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_title(literal(title), fontsize=9, loc="left")
     ax.set_xlabel(across, fontsize=8)
     drawn = 0
     for i, (name, values) in enumerate(series):
@@ -181,7 +182,7 @@ def _lines(
         few = "o" if len(finite(known)) == 1 else ""
         colour = LINE if len(series) == 1 else COLOURS[i % len(COLOURS)]
         style = STYLES[i // len(COLOURS) % len(STYLES)] if len(series) > 4 else STYLES[i % len(STYLES)]
-        ax.plot(np.arange(len(known)), known, label=name, color=colour, linestyle=style, marker=few)
+        ax.plot(np.arange(len(known)), known, label=literal(name), color=colour, linestyle=style, marker=few)
         drawn += len(finite(known))
     if not drawn:
         return said(ax, "nothing finite was measured")
@@ -189,7 +190,7 @@ def _lines(
         ax.set_yscale("log")
         ax.tick_params(which="both", labelsize=7)
     if len(series) == 1:
-        ax.set_ylabel(series[0][0], fontsize=8)
+        ax.set_ylabel(literal(series[0][0]), fontsize=8)
     else:
         ax.legend(fontsize=7, frameon=False)
     whole_steps(ax)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradflow.graph import Edge, LayerGraph, Node
 from gradflow.report.layout import BOX_HEIGHT, Layout, graph_layout
+from gradflow.report.plots.canvas import checked_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,6 +55,7 @@ def draw_graph(
         The figure.
 
     Raises:
+        TypeError: if `graph` is no layer graph, or `ax` something else than the axes of one plot.
         ValueError: if `level` is another word, or no folding has few enough nodes.
         ImportError: if matplotlib is not installed.
         GraphUnavailableError: if the graph has a cycle.
@@ -65,6 +67,12 @@ def draw_graph(
     ['fc1', 'fc2']
     """
     mpl = _matplotlib()
+    if ax is not None:
+        checked_axes("draw_graph", ax)
+    if not isinstance(graph, LayerGraph):
+        raise TypeError(
+            f"draw_graph: expected a LayerGraph, such as record.graph, got {type(graph).__name__}."
+        )
     if level not in ("layers", "full"):
         raise ValueError(f"draw_graph: expected level 'layers' or 'full', got {level!r}.")
     asked = _contracted(graph) if level == "layers" and graph.level == "full" else graph
@@ -211,7 +219,8 @@ def _draw_edge(
         x, y = layout.label_place(edge.source, edge.target, share)
         ax.text(
             x, y, edge.reason or "exactly zero", color=SEVERED, fontsize=7.5 * scale, ha="center",
-            va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0}, zorder=5,
+            va="center", parse_math=False, zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )  # fmt: skip
 
 
@@ -236,9 +245,9 @@ def _draw_node(mpl: Any, ax: Axes, layout: Layout, node: Node, norm: Any, lost: 
     )
     ink = "white" if dark else INK
     ax.text(x, y + 0.085, layout.labels[node.name], ha="center", va="center", color=ink,
-            fontsize=9 * scale, fontweight="bold", zorder=4)  # fmt: skip
+            fontsize=9 * scale, fontweight="bold", parse_math=False, zorder=4)  # fmt: skip
     ax.text(x, y - 0.105, layout.notes[node.name], ha="center", va="center", color=ink,
-            fontsize=7.5 * scale, zorder=4)  # fmt: skip
+            fontsize=7.5 * scale, parse_math=False, zorder=4)  # fmt: skip
 
 
 def _draw_bar(mpl: Any, ax: Axes, layout: Layout, norm: Any, scale: float) -> None:

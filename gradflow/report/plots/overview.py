@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradflow.errors import RecordInputError
-from gradflow.report.plots.canvas import Judged, is_judged, new_figure
+from gradflow.report.plots.canvas import Judged, is_judged, literal, new_figure
 from gradflow.report.plots.curves import (
     plot_actions,
     plot_gradient_norm,
@@ -49,7 +49,7 @@ def plot_report(report: Judged, path: str | Path | None = None) -> Figure:
     plot_flow(report, ax=figure.add_subplot(grid[0, :]))
     for i, (draw, source) in enumerate(panels):
         draw(source, ax=figure.add_subplot(grid[1 + i // 2, i % 2]))
-    figure.suptitle(_headline(report), fontsize=11, x=0.01, ha="left")
+    figure.suptitle(literal(_headline(report)), fontsize=11, x=0.01, ha="left")
     if path is not None:
         figure.savefig(path, facecolor="white")
     return figure

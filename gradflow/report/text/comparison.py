@@ -21,28 +21,31 @@ def comparison_text(change: Any) -> str:
     """
     lines = [_head(change)]
     lines += _issues("begun", change.begun) + _issues("ended", change.ended)
+    lasting = []
     for before, after in change.lasting:
         graver = f"{before.severity.value} -> {after.severity.value}"
         as_before = after.severity.value if before.severity is after.severity else graver
-        lines.append(f"  lasts    [{as_before}] {after.issue_type.value} in {layer_label(after.layer)}")
+        lasting.append(f"  lasts    [{as_before}] {after.issue_type.value} in {layer_label(after.layer)}")
+    lines += _shortened(lasting)
     for label, names in (("only before", change.layers_before), ("only after", change.layers_after)):
         if names:
-            more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-            lines.append(f"layers {label}: {', '.join(map(layer_label, names[:_MOST]))}{more}")
+            lines.append(f"layers {label}: {', '.join(map(layer_label, names[:_MOST]))}{_more(names)}")
     if math.isfinite(change.common_shift) and abs(change.common_shift) >= _SMALL:
         lines += ["", f"All gradients together: {_factor(math.exp(change.common_shift))}."]
     large = [number for number in change.numbers if number.size >= _SMALL]
     if large:
         width = max(len(number.name) for number in large[:_MOST])
         lines += ["", "Largest changes, gradients against the change that all share:"]
-        lines += [
-            f"  {number.name:<{width}}  {number.before:.4g} -> {number.after:.4g}" for number in large[:_MOST]
-        ]
-        if len(large) > _MOST:
-            lines.append(f"  ... {len(large) - _MOST} more")
+        lines += _shortened(
+            [f"  {number.name:<{width}}  {number.before:.4g} -> {number.after:.4g}" for number in large]
+        )
     if change.graph is not None:
         cut = [("severed", change.graph.severed), ("restored", change.graph.restored)]
-        told = [f"{word}: {', '.join(f'{u} -> {v}' for u, v in edges)}" for word, edges in cut if edges]
+        told = [
+            f"{word}: {', '.join(f'{u} -> {v}' for u, v in edges[:_MOST])}{_more(edges)}"
+            for word, edges in cut
+            if edges
+        ]
         lines += ["", *told] if told else []
     return "\n".join(lines)
 
@@ -54,10 +57,19 @@ def _head(change: Any) -> str:
 
 
 def _issues(word: str, issues: Sequence[Issue]) -> list[str]:
-    return [
+    lines = [
         f"  {word:<8} [{i.severity.value}] {i.issue_type.value} in {layer_label(i.layer)}: {i.description}"
         for i in issues
     ]
+    return _shortened(lines)
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    return lines if len(lines) <= _MOST else [*lines[:_MOST], f"  ... {len(lines) - _MOST} more"]
+
+
+def _more(found: Sequence[Any]) -> str:
+    return f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
 
 
 def _factor(ratio: float) -> str:

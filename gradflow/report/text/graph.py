@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
-from gradflow.graph import Bottleneck, GradientPath, LayerGraph
+from gradflow.graph import Bottleneck, Cut, GradientPath, LayerGraph
 from gradflow.report.wording import number
 
 MAX_NAMED = 8
@@ -23,12 +24,23 @@ def graph_text(graph: LayerGraph) -> str:
     told = [f"{graph!r}"]
     if graph.measured:
         told.append(bottlenecks_text(graph.bottlenecks()))
+        told += _unknown(graph)
     else:
         told.append("The flow was not measured, which --detail full does; this is the wiring alone.")
     cut = [f"{e.source} -> {e.target}" + (f" ({e.reason})" if e.reason else "") for e in graph.severed]
     told.append(_listed("Severed edges", cut))
     told.append(_listed("Out of reach", [f"{u.name}: {u.reason}" for u in graph.unreachable()]))
     return "\n".join(told)
+
+
+def _unknown(graph: LayerGraph) -> list[str]:
+    """Return a line on the nodes of which the rest can say nothing, if there are any."""
+    unknown = [
+        node["name"]
+        for node in graph.node_values()
+        if node["kind"] != "input" and node["reachable"] and not math.isfinite(node["grad_norm"])
+    ]
+    return [_listed("No finite gradient, so not judged", unknown)] if unknown else []
 
 
 def bottlenecks_text(found: Sequence[Bottleneck]) -> str:
@@ -51,6 +63,15 @@ def path_text(path: GradientPath) -> str:
     for name, ratio, gain, norm in zip(path.nodes, kept, path.gains, path.grad_norms, strict=True):
         rows.append(f"  {name:<{width}}  {ratio:>10}  {number(gain):>9}  {number(norm):>9}")
     return "\n".join([head, *rows])
+
+
+def cut_text(cut: Cut) -> str:
+    """Return a cut: what can cross it at most, and the edges that it takes, one a line, with their flows."""
+    if not cut.edges:
+        return f"{cut}."
+    pairs = zip(cut.edges, cut.flows, strict=True)
+    rows = [f"{u} -> {v}: {number(flow)}" for (u, v), flow in pairs]
+    return _listed(f"{cut.source} .. {cut.target}: {number(cut.share)} of the gradient can cross", rows)
 
 
 def _listed(title: str, found: Iterable[str]) -> str:

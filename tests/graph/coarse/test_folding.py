@@ -39,5 +39,9 @@ def test_there_are_no_more_boxes_than_asked_for(most: int) -> None:
 def test_what_is_repeated_elsewhere_stands_alone() -> None:
     graph = graph_of(3)
     assert list(graph.fold(most=2))[1:3] != list(graph.fold())[1:3]
-    with pytest.raises(ValueError, match=r"^graph.fold: expected most to be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match=r"^graph.fold: expected most to be a whole number of at least 1, got 0"
+    ):
         graph.fold(most=0)
+    with pytest.raises(ValueError, match=r"whole number of at least 1, got 1\.5"):
+        graph.fold(most=1.5)  # type: ignore[arg-type]

@@ -110,3 +110,10 @@ def test_ten_thousand_nodes_are_cut_where_both_branches_are_thin() -> None:
     assert len(graph.weakest_path("loss", "stem")) == 2 * 3333 + 2
     assert len(graph.fold(most=20)) <= 23
     assert len(graph.subgraph("h.7", "loss")) == 4
+
+
+def test_flows_whose_sum_overflows_are_cut_all_the_same() -> None:
+    names, ways = ("a", "b", "c", "loss"), (("a", "b"), ("a", "c"), ("b", "loss"), ("c", "loss"))
+    graph = LayerGraph.from_flows(dict.fromkeys(names, 1e308), dict.fromkeys(ways, 1e308))
+    cut = graph.minimum_cut("loss", "a")
+    assert (cut.edges, cut.share) == ((("b", "loss"), ("c", "loss")), 2.0)

@@ -114,3 +114,16 @@ def test_what_was_changed_is_told(tmp_path: Path) -> None:
         json=text(data | {"layers": layers | {"number": "1"}}),
     )
     refused("expected format", json=text(data | {"format": 0}))
+
+
+def test_an_archive_that_is_damaged_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "record.npz"
+    chain_record(2, 2).to_npz(path)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 31):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        try:
+            gf.FlowRecord.from_npz(path)  # what zip files tell twice is read but once
+        except RecordFormatError:
+            refused += 1
+    assert refused > len(whole) / 31 / 2

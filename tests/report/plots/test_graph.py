@@ -198,3 +198,15 @@ def test_a_long_stream_keeps_its_sums_and_a_short_one_does_not():
     long = plots._contracted(stream(30))
     assert len(long.edges) < 4 * len(long)
     assert len(stream(30).layers().edges) > 400
+
+
+def test_names_are_no_mathematics_and_axes_are_of_one_plot(tmp_path):
+    graph = LayerGraph.from_flows({"$x_{1$": 0.0, "loss": 1.0}, {("$x_{1$", "loss"): 0.0})
+    figure = graph.draw(tmp_path / "odd.png")
+    assert "$x_{1$" in [text.get_text() for text in figure.axes[0].texts]
+    with pytest.raises(TypeError, match="draw_graph: expected ax .* got ndarray"):
+        graph.draw(ax=figure.subplots(1, 2))
+    with pytest.raises(
+        TypeError, match="draw_graph: expected a LayerGraph, such as record.graph, got DiGraph"
+    ):
+        draw_graph(graph.nx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import attrs
 import numpy as np
 import pytest
 import torch
@@ -189,3 +190,19 @@ def test_a_graph_draws_itself_and_a_record_compares_itself(report: Report, tmp_p
     assert (tmp_path / "graph.svg").exists()
     assert figure.axes
     assert report.record.compare(report.record) == gf.compare(report.record, report.record)
+
+
+def test_names_with_dollars_are_shown_as_they_are(tmp_path) -> None:
+    record = chain_record(2, 2)
+    odd = attrs.evolve(record, layers=[attrs.evolve(layer, name=f"$x_{{{layer.name}$") for layer in record])
+    figure = Report(record=odd, issues=(), causes=()).plot(tmp_path / "odd.png")
+    assert r"\$x_{" in figure.axes[0].get_xticklabels()[0].get_text()
+
+
+def test_axes_of_several_plots_are_refused() -> None:
+    figure = matplotlib.figure.Figure()
+    record = chain_record(2, 2)
+    with pytest.raises(TypeError, match=r"plot_loss: expected ax .* got ndarray. .* pass one: ax=axes\[0\]"):
+        plots.plot_loss(record, ax=figure.subplots(1, 2))
+    with pytest.raises(TypeError, match="plot_loss: expected ax .* got axes of the projection 'polar'"):
+        plots.plot_loss(record, ax=figure.add_subplot(projection="polar"))
