@@ -175,6 +175,28 @@ def refused(rank: int, size: int) -> dict[str, str]:
     return said
 
 
+def viewed(rank: int, size: int) -> list[tuple[Any, ...]]:
+    """Return why a unit gets no gradient that is off in a part whose input is first seen in another shape."""
+
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.relu(x.view(-1, 2, 3)).flatten(1))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), Folded())
+    nn.init.constant_(model[0].bias[2:3], -50.0)  # type: ignore[index,arg-type]
+    mesh = init_device_mesh("cpu", (size,))
+    for module in (*model, model):
+        fully_shard(module, mesh=mesh)
+    record = gf.analyze(model, [(torch.randn(8, 4), torch.randn(8, 1))], nn.MSELoss(), steps=1)
+    assert record.reach is not None
+    return [(part.parameter, part.reason, part.op, part.slices) for part in record.reach.unreached]
+
+
 def raises(rank: int, size: int) -> Any:
     """A layer raises on one process, in the middle of a pass in which the others gather.
 
