@@ -22,11 +22,10 @@ from gradflow.functional.parts.measurement import parts
 from gradflow.functional.processes.group import processes_of
 from gradflow.functional.processes.line import Line
 from gradflow.functional.reach.findings import ReachFindings
-from gradflow.functional.run.history import History
+from gradflow.functional.run.history import History, series
 from gradflow.functional.run.program import Given, Program, WorkingState
 from gradflow.functional.run.record import assembled
 from gradflow.functional.run.run import Plan, Run
-from gradflow.functional.run.series import series
 from gradflow.functional.run.together.facts import Facts, reducer_of
 from gradflow.functional.run.together.joined import joined
 from gradflow.functional.run.together.numbers import combine

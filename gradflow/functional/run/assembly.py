@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gradflow.functional.run.history import History
-from gradflow.functional.run.series import series
+from gradflow.functional.run.history import History, series
 from gradflow.functional.tap.calls import ActivationKey
 from gradflow.records import ActivationRecord, Floats, LayerRecord, ParameterRecord
 

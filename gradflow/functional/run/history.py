@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -15,7 +15,7 @@ from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
 from gradflow.functional.processes.shards import local
 from gradflow.functional.reverse.passing import Gradient, size_of, zeros_in
-from gradflow.functional.run.rows import LASTING_SUMS, SUMS, Layout, Place, Row, to_host
+from gradflow.functional.run.rows import LASTING_SUMS, NORMS, SUMS, Layout, Place, Row, to_host
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation
 from gradflow.functional.tap.probes import is_safe, safe_range
@@ -306,6 +306,25 @@ class History:
                     too_small = bool(row.values[position] <= least[position])
                     self.in_doubt |= too_small and not exact.get((key, kind), True)
                 self.taps.set_exact(key, kind, (kind, key) in self.out_of_range)
+
+
+def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]:
+    """Return, by key, the numbers of a kind over the steps and the element counts behind them.
+
+    Shapes (steps,). Where a step has none, the number is NaN and its count 0; several (the outputs of one
+    call) are added, norms by their squares.
+    """
+    joined = np.hypot if kind in NORMS else np.add
+    steps, found = len(history.rows), {}
+    for layout, (at, values, counts) in history.stacked().items():
+        for position, key in layout.of_kind.get(kind, ()):
+            if key not in found:
+                found[key] = (np.full(steps, np.nan), np.zeros(steps))
+            total, number = found[key]
+            both = joined(total[at], values[position])
+            total[at] = np.where(number[at] > 0, both, values[position])
+            number[at] += counts[position]
+    return found
 
 
 def _number(kind: str, tensor: Gradient, exact: bool) -> Tensor:

@@ -16,8 +16,8 @@ from gradflow.functional.model.optimizers import learning_rates, optimized
 from gradflow.functional.model.supported import standing_notes
 from gradflow.functional.reach.findings import Wires
 from gradflow.functional.run.assembly import activation_records, layer_records, parameter_records
+from gradflow.functional.run.history import series
 from gradflow.functional.run.run import Run
-from gradflow.functional.run.series import series
 from gradflow.functional.tap.calls import type_name
 from gradflow.records import FlowRecord, KnowledgeRecord, Provenance, UpdatesRecord
 
