@@ -161,12 +161,13 @@ def measured(name: str, how: str, rank: int, size: int, *, moves: bool, **option
 def refused(rank: int, size: int) -> dict[str, str]:
     """Return what is said to calls that do not take such a model."""
     model, batches, loss_fn = MODELS["mlp"]("healthy")
-    model = gathered(model, init_device_mesh("cpu", (size,)))
+    mesh = init_device_mesh("cpu", (size,))
+    model = gathered(model, mesh)
     said = {}
     for name, call in {
         "alone": lambda: gf.analyze(model, batches, loss_fn, processes="alone"),
         "vjp": lambda: gf.analyze(model, batches, loss_fn, transform="vjp"),
-        "loss": lambda: gf.analyze(model, batches, nn.Sequential(fully_shard(nn.Linear(3, 1)))),
+        "loss": lambda: gf.analyze(model, batches, gathered(nn.Sequential(nn.Linear(3, 1)), mesh)),
         "jacobian": lambda: gf.layer_gain(model, "0", batches[0][0]),
     }.items():
         try:
