@@ -105,7 +105,7 @@ EXCEPTIONS = {
 }
 _FIGURES = ("curves", "flow", "grids", "overview")
 # Type hints alone, within a room: a listener is handed the recorder that tells it, which has a list of them;
-# figures are drawn of reports, which draw themselves, and every kind of figure takes that hint from the canvas.
+# figures are drawn of reports, which draw themselves: every kind of figure takes that hint from the canvas.
 HINTS = {
     ("functional/tap/asked.py", "gradflow.functional.tap.recorder"),
     ("functional/tap/tapped.py", "gradflow.functional.tap.recorder"),
