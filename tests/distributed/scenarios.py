@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
@@ -111,6 +111,46 @@ def raises(rank: int, size: int) -> Any:
     return said, seconds, pure, again.losses
 
 
+class Joined(torch.autograd.Function):
+    """A product with a scale of each unit, whose gradient is joined as by a batch norm's statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,), (x, scale) = gradients, ctx.saved_tensors
+        dist.all_reduce(mean := gradient.mean(0))
+        return gradient * scale + mean, (gradient * x).sum(0)
+
+
+class SyncBatchNorm(Joined):
+    """By the name of PyTorch's, which there is on a GPU alone."""
+
+
+def zeros_of_one(rank: int, size: int) -> Any:
+    """Why one unit gets no gradient, where the gradient of one process has zeros of another kind beside."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+            self.scale, self.shift = nn.Parameter(torch.ones(4)), torch.tensor([9.0, 9.0, 9.0, -50.0])
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            h = SyncBatchNorm.apply(self.first(x), self.scale)
+            return self.last(torch.relu(h + self.shift) * mask)
+
+    torch.manual_seed(0)
+    model, mask = DistributedDataParallel(Net()), torch.ones(8, 4)
+    mask[:, 1] = float(rank > 0)
+    record = gf.analyze(model, [((torch.randn(8, 3), mask), torch.randn(8, 1))], nn.MSELoss(), steps=1)
+    assert record.reach is not None
+    return [(part.parameter, part.reason, part.slices) for part in record.reach.unreached]
+
+
 def absent(rank: int, size: int) -> Any:
     """Only the first process calls it."""
     if rank:
@@ -130,6 +170,7 @@ OTHERS = (
     "clipped",
     "by_step_fn",
     "runs_out",
+    "zeros_of_one",
     "raises",
     "absent",
     "watched",

@@ -161,11 +161,13 @@ def measured(name: str, how: str, rank: int, size: int, *, moves: bool, **option
 def refused(rank: int, size: int) -> dict[str, str]:
     """Return what is said to calls that do not take such a model."""
     model, batches, loss_fn = MODELS["mlp"]("healthy")
-    model = gathered(model, init_device_mesh("cpu", (size,)))
+    mesh = init_device_mesh("cpu", (size,))
+    model = gathered(model, mesh)
     said = {}
     for name, call in {
         "alone": lambda: gf.analyze(model, batches, loss_fn, processes="alone"),
         "vjp": lambda: gf.analyze(model, batches, loss_fn, transform="vjp"),
+        "loss": lambda: gf.analyze(model, batches, gathered(nn.Sequential(nn.Linear(3, 1)), mesh)),
         "jacobian": lambda: gf.layer_gain(model, "0", batches[0][0]),
     }.items():
         try:
@@ -173,6 +175,61 @@ def refused(rank: int, size: int) -> dict[str, str]:
         except ModelInputError as error:
             said[name] = str(error)
     return said
+
+
+def viewed(rank: int, size: int) -> list[tuple[Any, ...]]:
+    """Return why a unit gets no gradient that is off in a part whose input is first seen in another shape."""
+
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.relu(x.view(-1, 2, 3)).flatten(1))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), Folded())
+    nn.init.constant_(model[0].bias[2:3], -50.0)  # type: ignore[index,arg-type]
+    mesh = init_device_mesh("cpu", (size,))
+    for module in (*model, model):
+        fully_shard(module, mesh=mesh)
+    record = gf.analyze(model, [(torch.randn(8, 4), torch.randn(8, 1))], nn.MSELoss(), steps=1)
+    assert record.reach is not None
+    return [(part.parameter, part.reason, part.op, part.slices) for part in record.reach.unreached]
+
+
+def _accumulated(model: nn.Module) -> list[Any]:
+    """Return the gradients that an unfinished accumulation has not handed out yet."""
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups: list[Any] = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
+    return [held._unsharded_param.grad for group in groups for held in group.fsdp_params]
+
+
+def penalised(rank: int, size: int) -> dict[str, Any]:
+    """Return what is measured and changed where the loss holds the model."""
+
+    class Penalised(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(output, target)
+
+    model, batches, loss_fn = MODELS["mlp"]("healthy")
+    model = gathered(model, init_device_mesh("cpu", (size,)))
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    parts = [(x.chunk(size)[rank], y.chunk(size)[rank]) for x, y in batches]
+    loss_fn(model(parts[0][0]), parts[0][1]).backward()  # what it accumulates must not be lost
+    waiting = _accumulated(model)
+    plain, held_by_loss = (gf.analyze(model, parts, loss, steps=2) for loss in (loss_fn, Penalised(model)))
+    after = _accumulated(model)
+    same = [p.grad_norm.tolist() for p in plain.parameters] == [
+        p.grad_norm.tolist() for p in held_by_loss.parameters
+    ]
+    kept = [a is b for a, b in zip(waiting, after, strict=True)]
+    return {"same": same, "kept": all(kept) and any(w is not None for w in waiting)}
 
 
 def raises(rank: int, size: int) -> Any:

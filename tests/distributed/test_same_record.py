@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradflow.records import FlowRecord
+from gradflow.records import FlowRecord, Reason
 from tests.distributed.models import MODELS
 from tests.distributed.scenarios import COMPARED, diagnosed, one_step
 from tests.distributed.worlds import World
@@ -120,6 +120,15 @@ def test_the_record_is_that_of_the_joined_batch(name: str, world: World, alone: 
         assert other["record"] == first["record"]
         assert other["verdicts"] == first["verdicts"]
     assert all(result["pure"] for result in (first, *others))
+
+
+def test_nodes_that_exchange_are_called_as_often_on_every_process(world: World) -> None:
+    first, *others = world.results("zeros_of_one")
+    assert all(other == first for other in others)
+    assert {name for name, _, slices in first if slices == ((3, 4),)} == {
+        "module.scale", "module.first.weight", "module.first.bias", "module.last.weight",
+    }  # fmt: skip
+    assert {reason for name, reason, _ in first if "first" in name} == {Reason.OFF}
 
 
 def test_plain_batch_norms_are_those_of_one_process_that_norms_each_part(world: World) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from gradflow.records import Reason
 from tests.distributed.scenarios import diagnosed
 from tests.distributed.sharded import CASES, ON_FOUR, ON_TWO
 from tests.distributed.test_same_record import differences
@@ -22,7 +23,10 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, World]:
         names = [f"{how} {name}" for how, name in wanted]
         folder = tmp_path_factory.mktemp("spread")
         found[size] = World.started(
-            size, [*names, *(("refused", "raises") if size == 2 else ())], folder, "tests.distributed.sharded"
+            size,
+            [*names, *(("refused", "viewed", "penalised", "raises") if size == 2 else ())],
+            folder,
+            "tests.distributed.sharded",
         )
     for world in found.values():
         world.joined()
@@ -65,7 +69,18 @@ def test_calls_that_do_not_take_it_say_what_to_do(worlds: dict[int, World]) -> N
     for said in worlds[2].results("refused"):
         assert "is spread over processes, and no process has a model of its own" in said["alone"]
         assert "Pass transform='fused'" in said["vjp"]
+        assert "'0.weight' of the loss is spread over processes" in said["loss"]
         assert "take such models, when they are called on every process" in said["jacobian"]
+
+
+def test_reasons_are_told_past_where_a_part_is_entered(worlds: dict[int, World]) -> None:
+    first, second = worlds[2].results("viewed")
+    assert first == second
+    assert first[:2] == [(f"0.{name}", Reason.OFF, "relu", ((2, 3),)) for name in ("weight", "bias")]
+
+
+def test_a_loss_may_hold_the_model(worlds: dict[int, World]) -> None:
+    assert worlds[2].results("penalised") == [{"same": True, "kept": True}] * 2
 
 
 def test_a_process_that_raises_while_others_gather(worlds: dict[int, World]) -> None:

@@ -38,8 +38,7 @@ def saturation(
     Looks alike and is not: the few percent of any healthy tanh; a clamp that some samples pass, which hands
     their gradient back whole (`severe_share` counts there); a soft edge, flat nearly everywhere, through
     which no less comes back than goes in (LOW); a few of many calls; gates that are closed for part of their
-    units; a softmax over many alternatives that gives each of them little; an output that is
-    confident
+    units; a softmax over many alternatives that gives each of them little; an output that is confident
     because it has learned to be (its loss has fallen by more than half within the run: LOW); a softmax over
     one alternative, which is `dead`'s; a sigmoid of scores of which those not chosen were set to minus
     infinity, which is off for them by intent (an infinity that was not meant is `numerical`'s).

@@ -160,7 +160,9 @@ class Scene:
         outputs, self.outputs[gone] = self.outputs[gone], []
         for tensor in outputs:
             if tensor.layout is torch.strided:
-                address = tensor.untyped_storage().data_ptr()  # which another tensor may have from now on
+                address = (
+                    local(tensor).untyped_storage().data_ptr()
+                )  # which another tensor may have from now on
                 if self._storages.get(address) == gone:
                     del self._storages[address]
             self.outputs[gone].append(Gone(tensor.grad_fn, tensor.requires_grad, tensor.shape))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gradflow.functional.measurement import gradients
 from gradflow.functional.policy.seen import Distribution
+from gradflow.functional.tap.nodes import feeds
 from gradflow.functional.tap.probes import is_probe
 
 _WORDS = frozenset(("policy", "policies", "actor", "actors", "pi"))
@@ -97,7 +98,7 @@ class Weighed:
         if not isinstance(x, Tensor) or x.grad_fn is None:
             return False
         node: Any = x.grad_fn
-        return id(node) in self._soft or (is_probe(node) and id(node.next_functions[0][0]) in self._soft)
+        return id(node) in self._soft or (is_probe(node) and id(feeds(node)[0][0]) in self._soft)
 
     def _choose(self, key: Any, out: Any, what: str, distribution: int = 0) -> None:
         if isinstance(out, Tensor) and out.requires_grad and out.numel() > 1:

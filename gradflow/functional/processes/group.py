@@ -90,9 +90,10 @@ class Processes:
         return number
 
     def parameter_axes(self, name: str) -> tuple[Axis, ...]:
-        """Return the axes over which the numbers of a parameter are added up: none, where each holds all of
-        it
-        and its gradient is averaged."""
+        """Return the axes over which the numbers of a parameter are added up.
+
+        None, where each process holds all of it and its gradient is averaged.
+        """
         held = self.spread.get(name, ())
         return tuple(axis for axis in self.axes if axis.ranks in held)
 

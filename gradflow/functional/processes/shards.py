@@ -120,7 +120,14 @@ class Shards:
 
     @classmethod
     def of(cls, *models: nn.Module) -> Shards:
-        """Return those of some models; there are none in most."""
+        """Return those of a model; there are none in most.
+
+        Args:
+            models: the model, and the module that is the loss, if it is one, which may hold the model.
+
+        Raises:
+            ModelInputError: if the loss has parameters of its own that are spread.
+        """
         groups: dict[str, ShardedGroup] = {}
         gathered: Tensors = {}
         spread: Tensors = {}
@@ -128,8 +135,17 @@ class Shards:
             own = sharded_groups(model)
             pairs = [pair for group in own.values() for pair in group.leaves()]
             slices = {id(t): shard for shard, leaf in pairs for t in (shard, leaf) if t is not None}
-            groups |= own
+            known = {id(group.module) for group in groups.values()}
+            groups |= {name: group for name, group in own.items() if id(group.module) not in known}
+            shared = {id(tensor) for tensor in spread.values()}
             for name, parameter in model.named_parameters():
+                if id(slices.get(id(parameter), parameter)) in shared:
+                    continue
+                if model is not models[0] and (id(parameter) in slices or is_distributed(parameter)):
+                    raise ModelInputError(
+                        f"{name!r} of the loss is spread over processes, which is understood of the model's "
+                        "parameters alone. Make it a part of the model, or leave it whole on every process."
+                    )
                 if id(parameter) in slices:
                     gathered[name] = spread[name] = slices[id(parameter)]
                 elif is_distributed(parameter):

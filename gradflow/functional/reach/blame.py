@@ -18,9 +18,9 @@ comes first in `_RANK`; a sum of parts that are not zero, but which is, or is me
 cancels. So at every leaf, each element that is zero has exactly one label. Few labels live at one place, for
 a product with a full matrix mixes the zeros of a unit away, so the walk costs a few reverse passes.
 
-Where layers are split over processes, a node may exchange what it is called with. All processes must call it
-as often: twice, whatever they find, so zeros that it does not make by itself get the most frequent label of
-those that come in. Labels are of the part that a process holds.
+Where layers are split over processes, or their statistics are joined, a node may exchange what it is called
+with. All processes must call it as often: twice, whatever they find, so zeros that it does not make by itself
+get the most frequent label of those that come in. Labels are of the part that a process holds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gradflow.functional.reach.masks import every, is_label, is_zero, labelled, 
 from gradflow.functional.reach.reasons import Blame, Reasons
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.reverse import call_node, validated
-from gradflow.functional.tap.nodes import Node, converts, feeds, is_leaf, operation
+from gradflow.functional.tap.nodes import Node, converts, exchanges, feeds, is_leaf, operation
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.torch_private import input_metadata
 from gradflow.records import Reason
@@ -117,9 +117,8 @@ class Walk:
             return
         gradients = {number: gradient for number, (gradient, _) in gathered.items()}
         results = call_node(node, gradients)
-        if converts(node) or any(
-            map(is_distributed, [*gradients.values(), *(r for r in results if r is not None)])
-        ):
+        tensors = [*gradients.values(), *(r for r in results if r is not None)]
+        if converts(node) or exchanges(node) or any(map(is_distributed, tensors)):
             self._visit_split(node, gathered, results)
             return
         pending: dict[int, Tensor] = {}
@@ -159,9 +158,10 @@ class Walk:
                 mass = local(summed(given.abs().sum_to_size(cotangent.shape), cotangent))
                 noise = (mass > 0) & (here.abs() <= _rounding(here) * mass)
             labels = torch.zeros(here.shape, dtype=torch.int16, device=here.device)
+            _, known = gathered.get(0, (None, None))
+            placed = known is not None and known.shape == here.shape
             if converts(node):
-                _, known = gathered[0]
-                if known is not None and known.shape == here.shape:
+                if known is not None and placed:
                     labels = torch.where(zero, known, labels)
             elif bool(zero.any()):
                 own = torch.zeros_like(zero)
@@ -171,6 +171,8 @@ class Walk:
                     labels[own] = self._number(node, j, "own", whole=bool(own.all()))
                 if bool((left := zero & ~own).any()):
                     labels[left] = top or self._number(node, j, "cancels")
+                    if known is not None and placed and exchanges(node):  # element by element
+                        labels = torch.where(left & (known > 0), known, labels)
             if noise is not None and bool(noise.any()):
                 labels[noise] = self._number(node, j, "cancels")
             self._send(child, number, (cotangent, labels if bool(labels.any()) else None))
@@ -221,7 +223,7 @@ class Walk:
         labels = {n: torch.zeros_like(g) if at is None else at.float() for n, (g, at) in gathered.items()}
         moved = call_node(node, labels)
         for j, cotangent in pending.items():
-            child, number = node.next_functions[j]
+            child, number = feeds(node)[j]
             at = moved[j]
             assert at is not None
             self._send(child, number, (cotangent, at.to(torch.int16)))

@@ -22,6 +22,7 @@ from gradflow.functional.run.step import Outcome, Request, evaluated, run_step
 from gradflow.functional.run.together.gradients import averaged
 from gradflow.functional.run.together.joined import joined_graph
 from gradflow.functional.tap.asked import Asked
+from gradflow.functional.tap.nodes import exchanges
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.records import FlowRecord
 
@@ -43,9 +44,10 @@ def traced(run: Run, request: Request, row: Row) -> Row:
         inputs = program.given.inputs_of(request.batch)
         owners = {name: owner(name, taps.modules) for name in program.state.parameters}
         bad = _not_finite(run)
-        split = bool(run.line.processes.model_axes)  # then nodes exchange, and not all processes may walk
 
         def certify(loss: Tensor, structure: Structure | None) -> None:
+            nodes = [] if structure is None or run.line.alone else structure.nodes
+            split = run.line.processes.model_axes or any(map(exchanges, nodes))  # a walk may end early
             found = numerics.certificates(
                 tracer, loss, None if split else structure, step=request.step, inputs=inputs, bad=bad,
                 owners=owners,

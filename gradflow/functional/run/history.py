@@ -308,6 +308,25 @@ class History:
                 self.taps.set_exact(key, kind, (kind, key) in self.out_of_range)
 
 
+def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]:
+    """Return, by key, the numbers of a kind over the steps and the element counts behind them.
+
+    Shapes (steps,). Where a step has none, the number is NaN and its count 0; several (the outputs of one
+    call) are added, norms by their squares.
+    """
+    joined = np.hypot if kind in NORMS else np.add
+    steps, found = len(history.rows), {}
+    for layout, (at, values, counts) in history.stacked().items():
+        for position, key in layout.of_kind.get(kind, ()):
+            if key not in found:
+                found[key] = (np.full(steps, np.nan), np.zeros(steps))
+            total, number = found[key]
+            both = joined(total[at], values[position])
+            total[at] = np.where(number[at] > 0, both, values[position])
+            number[at] += counts[position]
+    return found
+
+
 def _number(kind: str, tensor: Gradient, exact: bool) -> Tensor:
     return zeros_in(tensor) if kind == "pzeros" else size_of(tensor, exact=exact)
 

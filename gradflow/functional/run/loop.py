@@ -194,9 +194,10 @@ def _first_step(run: Run, request: Request) -> Outcome:
 
 
 def _shown_whole(run: Run, request: Request) -> tuple[Outcome, DataFlow]:
-    """Return what a structural step shows, on several processes with the gradients of outputs that do not
-    come
-    from the batch kept whole."""
+    """Return what a structural step shows.
+
+    On several processes the gradients of outputs that do not come from the batch are kept whole.
+    """
     program, line = run.program, run.line
     shown, dataflow = structural_step(program, request)
     if line.alone or program.learned.reentrant or not request.look:

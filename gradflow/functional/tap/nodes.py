@@ -37,6 +37,20 @@ def converts(node: Node) -> bool:
     return custom and type(node).__name__ in _CONVERT
 
 
+def exchanges(node: Node) -> bool:
+    """Whether an autograd node, when it is called, waits for other processes that call theirs.
+
+    Told by name: functions of PyTorch's. One of the user's own that does is not known.
+    """
+    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+    return custom and type(node).__name__ in _EXCHANGE
+
+
+_EXCHANGE = (
+    "SyncBatchNormBackward", "_AllGatherBackward", "_AllGatherBaseBackward", "_AllReduceBackward",
+    "_AlltoAllBackward", "_AlltoAllSingleBackward", "_BroadcastBackward", "_GatherBackward",
+    "_ReduceBackward", "_Reduce_ScatterBackward", "_ScatterBackward",
+)  # fmt: skip
 _CONVERT = ("_FromTorchTensorBackward", "_ToTorchTensorBackward", "RedistributeBackward")
 
 

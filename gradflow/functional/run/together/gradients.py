@@ -2,10 +2,9 @@
 
 NOTE [One exchange a step]
 A step exchanges what training exchanges, in as many all-reduces: the gradients, packed in buckets. With them
-go a
-few numbers: whether a number of this step is not finite on any process, so that all or none look at it again;
-the loss, for schedulers that ask for it; and at which parameters a path has led anywhere. All else that a
-step measures stays where it is until the run is over.
+go a few numbers: whether a number of this step is not finite on any process, so that all or none look at it
+again; the loss, for schedulers that ask for it; and at which parameters a path has led anywhere. All else
+that a step measures stays where it is until the run is over.
 """
 
 from __future__ import annotations

@@ -210,8 +210,7 @@ class _Numbers:
 
     def partly_run(self, own: _Own) -> dict[str, tuple[int, float]]:
         """Return, of the layer calls that only some processes ran in a step, in how many steps this one did,
-        and
-        the share of the steps in which any did."""
+        and the share of the steps in which any did."""
         steps = max((step for step, _, _ in self.entries), default=0) + 1
         found: dict[str, tuple[int, float]] = {}
         for name in sorted(self.partly):

@@ -1,14 +1,12 @@
-"""Outputs that do not come from the batch: one and the same on all processes, with the mean of their
-gradients.
+"""Outputs that do not come from the batch: one and the same on all processes, with one mean gradient.
 
 NOTE [Outputs without a batch]
 An embedding of positions is added to every sample, and so has one gradient, the sum over all samples: over
 several processes that is the mean of theirs, of which the norm is not to be had from their norms. Such
-outputs
-are known by two signs: no way leads to them from the batch, through the autograd graph of the first step or
-    past it, and they are equal on all processes (noise that the model draws is not). A scalar has no batch
-    either: the loss of a process that computes it itself. Their gradients are asked for whole, and averaged
-    like those of parameters.
+outputs are known by two signs: no way leads to them from the batch, through the autograd graph of the first
+step or past it, and they are equal on all processes (noise that the model draws is not). A scalar has no
+batch either: the loss of a process that computes it itself. Their gradients are asked for whole, and averaged
+like those of parameters.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class Line:
         """Write the parameters of a point, in units of the update."""
         with torch.no_grad():
             for name, parameter in self.run.program.state.trainable.items():
-                local(parameter).copy_(self.start[name] + factor * self.update[name])
+                moved = factor * self.update[name] if factor else 0.0  # an update may not be finite
+                local(parameter).copy_(self.start[name] + moved)
 
     def loss_at(self, factor: float) -> float:
         """Return the loss at a point."""
