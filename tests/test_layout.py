@@ -103,14 +103,12 @@ EXCEPTIONS = {
     ("graph/layer_graph.py", "LayerGraph.draw", "gradflow.report.plots"),
     ("records/showing.py", "Shown._repr_html_", "gradflow.report.notebook"),
 }
-_FIGURES = ("curves", "flow", "grids", "overview")
 # Type hints alone, within a room: a listener is handed the recorder that tells it, which has a list of them;
-# figures are drawn of reports, which draw themselves: every kind of figure takes that hint from the canvas.
+# figures are drawn of reports, which draw themselves.
 HINTS = {
     ("functional/tap/asked.py", "gradflow.functional.tap.recorder"),
     ("functional/tap/tapped.py", "gradflow.functional.tap.recorder"),
     ("report/plots/canvas.py", "gradflow.report.report"),
-    *((f"report/plots/{name}.py", "gradflow.report.plots.canvas") for name in _FIGURES),
 }
 
 

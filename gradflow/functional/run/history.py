@@ -350,22 +350,3 @@ def _repair(values: Floats, lasting: list[tuple[str, str, Gradient]]) -> None:
     if unsafe:
         positions, sizes = zip(*unsafe, strict=True)
         values[list(positions)] = _norms(list(sizes), np.ones(len(unsafe), bool))
-
-
-def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]:
-    """Return, by key, the numbers of a kind over the steps and the element counts behind them.
-
-    Shapes (steps,). Where a step has none, the number is NaN and its count 0; several (the outputs of one
-    call) are added, norms by their squares.
-    """
-    joined = np.hypot if kind in NORMS else np.add
-    steps, found = len(history.rows), {}
-    for layout, (at, values, counts) in history.stacked().items():
-        for position, key in layout.of_kind.get(kind, ()):
-            if key not in found:
-                found[key] = (np.full(steps, np.nan), np.zeros(steps))
-            total, number = found[key]
-            both = joined(total[at], values[position])
-            total[at] = np.where(number[at] > 0, both, values[position])
-            number[at] += counts[position]
-    return found
