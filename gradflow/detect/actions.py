@@ -55,10 +55,13 @@ def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float)
         )
     saturating = sorted({a.op for n in (node, at) for a in activations_of(flow, n) if a.op in _BOUNDED})
     if saturating:
+        keeps = (
+            "at most a quarter of the gradient" if "sigmoid" in saturating else "less the larger its input is"
+        )
+        kind = "sigmoid" if "sigmoid" in saturating else saturating[0]
         actions.append(
-            f"Replace the hidden {'/'.join(saturating)} by ReLU or GELU: a sigmoid keeps at most a quarter "
-            f"of "
-            "the gradient, and a saturated one nothing."
+            f"Replace the hidden {'/'.join(saturating)} by ReLU or GELU: a {kind} keeps {keeps}, and a "
+            "saturated one nothing."
         )
     if flow.norms and not absorber and flow.record.provenance.optimizer:
         rates = ", ".join(f"{r:.3g}" for r in flow.record.provenance.learning_rates)

@@ -1,6 +1,7 @@
 """Every rendering of a run carries the same facts of every issue; the short one has them on one screen.
 
-The models are a part of the labelled ones in `benchmarks/verdicts/zoo`, all seven types of issue among them.
+The models are a part of the labelled ones in `benchmarks/verdicts/zoo`, all seven types of issue among them;
+with GRADFLOW_WHOLE_ZOO=1 all that are sick.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import functools
 import html
 import json
+import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,15 +36,21 @@ ZOO = (
     "contact4a-diffusion-lora_zeroed",
 )
 
+WHOLE = bool(os.environ.get("GRADFLOW_WHOLE_ZOO"))
+if WHOLE:
+    ZOO = tuple(name for name, case in CASES.items() if case.expect)
+
 
 @functools.cache
 def report_of(name: str) -> gf.Report:
     """Return the report on a model of the zoo; or on one of which no optimizer holds the last layer."""
     if name != "unheld":
-        setup = CASES[name].build()
-        return gf.diagnose(
-            setup.model, setup.make_batch, setup.loss_fn, optimizer=setup.optimizer(), steps=8, seed=0
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("default" if WHOLE else "error")  # of the models' own code
+            setup = CASES[name].build()
+            return gf.diagnose(
+                setup.model, setup.make_batch, setup.loss_fn, optimizer=setup.optimizer(), steps=8, seed=0
+            )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
     optimizer = torch.optim.SGD(model[0].parameters(), 0.01)
@@ -133,12 +142,15 @@ FORMATS = {
 @pytest.mark.parametrize("name", [*ZOO, "unheld"])
 def test_every_issue_has_the_same_facts_in_every_format(name: str, told_in: str) -> None:
     report = report_of(name)
+    if WHOLE and not report.issues:
+        pytest.skip("no issue within eight steps")
     told = FORMATS[told_in](report)
-    assert len(told) == len(report.issues) >= 1
+    cut = told_in == "markdown" and len(report.issues) > 50  # a comment has 65,536 letters, and says so
+    assert len(told) == len(report.issues) >= 1 or cut
     found = explaining(report.causes)
-    for issue, text in zip(report.issues, told, strict=True):
+    for issue, text in zip(report.issues, told, strict=not cut):
         cause = found.get((issue.layer, issue.issue_type))
-        facts = [issue_title(issue), issue.description, issue.recommended_actions[0], metrics_line(issue)]
+        facts = [issue_title(issue), issue.description, *issue.recommended_actions[:1], metrics_line(issue)]
         if cause is not None:
             facts += [cause_title(cause), cause.mechanism, cause_evidence(cause)]
         for fact in facts:
@@ -156,6 +168,8 @@ def test_all_seven_types_are_among_them_and_causes_explain_most() -> None:
 @pytest.mark.parametrize("name", [*ZOO, "unheld"])
 def test_cause_evidence_and_fix_stand_on_one_screen(name: str, width: int) -> None:
     report = report_of(name)
+    if WHOLE and not report.causes:
+        pytest.skip("no cause within eight steps")
     short = report.text(width=width)
     lines = short.splitlines()
     assert len(lines) <= 25
@@ -168,7 +182,7 @@ def test_cause_evidence_and_fix_stand_on_one_screen(name: str, width: int) -> No
         f"confidence {cause.confidence:.2f}",
         f"Cause {cause.mechanism}",
         f"Measured {cause_evidence(cause)}",
-        cause.issues[0].recommended_actions[0],
+        *cause.issues[0].recommended_actions[:1],
     ):
         assert squeezed(fact) in text, fact
 
