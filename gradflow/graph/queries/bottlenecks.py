@@ -142,22 +142,22 @@ def bottlenecks(
     graph.table.check_measured("graph.bottlenecks")
     usual_gain = _usual_gain(graph.table)
     if source is not None or target is not None:
-        _check_direction(graph, source, target)
-        graph = between(graph, source, target)
+        graph = _part(graph, source, target)
     context = _context(graph.table, narrow, usual_gain)
     found = [_weighed(context, node, throttle) for node in context.tree.order]
     ranked = sorted((b for b in found if b is not None), key=lambda b: (b.waist, -b.score))
     return tuple(ranked[:k])
 
 
-def _check_direction(graph: GraphData, source: str | None, target: str | None) -> None:
-    if source is None or target is None or source == target or len(between(graph, source, target)):
-        return
-    if len(between(graph, target, source)):
+def _part(graph: GraphData, source: str | None, target: str | None) -> GraphData:
+    """Return what lies between two nodes."""
+    part = between(graph, source, target)
+    if len(part) == 0 and source is not None and target is not None and len(between(graph, target, source)):
         raise ValueError(
             f"graph.bottlenecks: {source!r} feeds {target!r}, and the gradient runs against the data: "
             f"ask for source={target!r}, target={source!r}."
         )
+    return part
 
 
 def _usual_gain(table: FlowTable) -> float:

@@ -149,10 +149,10 @@ def loud_outputs(flow: Flow, above: float) -> list[Issue]:
         flow: the record along its wiring.
         above: how many times the cost of zeros the first loss must be, and a tenth of it the last.
     """
-    known, losses = flow.record.knowledge, flow.record.losses
-    if known is None or not len(losses) or not 0 < known.silent < math.inf or not known.scales:
+    known, over = flow.record.knowledge, over_silence(flow)
+    if known is None or not known.scales or math.isnan(over):
         return []
-    over, still = float(losses[0]) / known.silent, late(losses) / known.silent
+    still = late(flow.record.losses) / known.silent
     firsts = [flow.layers[n].input_rms for n in flow.layers if flow.wiring.is_first(n)]
     entering = max((late(rms) for rms in firsts if math.isfinite(late(rms))), default=math.inf)
     size = max(known.scales)
