@@ -6,7 +6,7 @@ Node i and edge j are positions in the record. Nothing here knows of networkx: a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 import numpy as np
@@ -112,17 +112,29 @@ class FlowTable:
                 found.add(i)
         return {i for i in found if self.nodes[i].kind == "op"}
 
+    def walk(self, starts: Iterable[int], *, backward: bool = False, usable: Bools | None = None) -> set[int]:
+        """Return the nodes that a walk comes to, those that it starts at included.
+
+        Args:
+            starts: where it starts.
+            backward: against the data, as the gradient runs.
+            usable: the edges that it takes, shape (E,); None for all.
+        """
+        near, ends = (self.in_edges, self.source) if backward else (self.out_edges, self.target)
+        seen = set(starts)
+        stack = list(seen)
+        while stack:
+            for edge in near[stack.pop()]:
+                other = int(ends[edge])
+                if other not in seen and (usable is None or usable[edge]):
+                    seen.add(other)
+                    stack.append(other)
+        return seen
+
     def reached(self, usable: Bools) -> Bools:
         """Return which nodes a walk from the loss against the data comes to, over `usable` edges, (N,)."""
         seen = np.zeros(len(self.nodes), dtype=bool)
-        stack = self.roots()
-        seen[stack] = True
-        while stack:
-            for edge in self.in_edges[stack.pop()]:
-                tail = int(self.source[edge])
-                if usable[edge] and not seen[tail]:
-                    seen[tail] = True
-                    stack.append(tail)
+        seen[list(self.walk(self.roots(), backward=True, usable=usable))] = True
         return seen
 
 

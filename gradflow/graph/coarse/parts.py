@@ -70,9 +70,9 @@ def between(graph: G, source: str | None, target: str | None) -> G:
     table = graph.table
     inside = set(range(len(graph)))
     if source is not None:
-        inside &= _walked(table.in_edges, table.source.tolist(), graph.position(source))
+        inside &= table.walk([graph.position(source)], backward=True)
     if target is not None:
-        inside &= _walked(table.out_edges, table.target.tolist(), graph.position(target))
+        inside &= table.walk([graph.position(target)])
     return part(graph, inside)
 
 
@@ -82,15 +82,3 @@ def part(graph: G, kept: Iterable[int]) -> G:
     names = {node.name for node in nodes}
     edges = [e for e in graph.record.edges if e.source in names and e.target in names]
     return type(graph)(GraphRecord(nodes=nodes, edges=edges, steps=graph.record.steps), level=graph.level)
-
-
-def _walked(edges: list[list[int]], ends: list[int], start: int) -> set[int]:
-    """Return what is reached from a node over these edges, itself included."""
-    seen, stack = {start}, [start]
-    while stack:
-        for edge in edges[stack.pop()]:
-            other = ends[edge]
-            if other not in seen:
-                seen.add(other)
-                stack.append(other)
-    return seen

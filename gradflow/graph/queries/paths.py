@@ -195,32 +195,16 @@ def _best(
 def _why_not(graph: GraphData, low: int, high: int) -> str:
     """Return why no gradient goes from `high` back to `low`."""
     table = graph.table
-    ways = _walk(table, low, high, np.ones(len(table.edges), dtype=bool))
+    ways = table.walk([low])
     a, b = table.name(low), table.name(high)
-    if not ways:
+    if high not in ways:
         return f"the data does not run from {a} to {b}, nor back"
-    live = _walk(table, low, high, np.isfinite(graph.numbers.mean_omega), forward=False)
+    live = table.walk([high], backward=True, usable=np.isfinite(graph.numbers.mean_omega))
     ends = zip(table.source.tolist(), table.target.tolist(), strict=True)
     cuts = [e for e, (u, v) in enumerate(ends) if v in live and u in ways and u not in live]
     reasons = [table.edges[e].reason or ("" if table.severed[e] else "not measured") for e in cuts[:3]]
     told = [table.arrow(e) + (f" ({why})" if why else "") for e, why in zip(cuts, reasons, strict=False)]
     return f"no gradient comes from {b} back to {a}: the flow ends at {', '.join(told)}"
-
-
-def _walk(table: FlowTable, low: int, high: int, usable: np.ndarray, *, forward: bool = True) -> set[int]:
-    """Return what is reached from `low` forward (empty if that misses `high`), or from `high` backward."""
-    start, near, ends = (
-        (low, table.out_edges, table.target) if forward else (high, table.in_edges, table.source)
-    )
-    seen = {start}
-    stack = [start]
-    while stack:
-        for edge in near[stack.pop()]:
-            other = int(ends[edge])
-            if usable[edge] and other not in seen:
-                seen.add(other)
-                stack.append(other)
-    return seen if high in seen else set()
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -260,7 +244,7 @@ def transmission(graph: GraphData, a: str, b: str) -> float:
     start, goal = graph.position(a), graph.position(b)
     place = {node: i for i, node in enumerate(topo)}
     if place[goal] > place[start]:
-        if not _walk(table, start, goal, np.ones(len(table.edges), dtype=bool)):
+        if goal not in table.walk([start]):
             return 0.0
         raise ValueError(
             f"graph.transmission: {a!r} feeds {b!r}, and the gradient runs against the data, so none of the "
