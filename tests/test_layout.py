@@ -75,7 +75,8 @@ ROOMS: dict[str, list[set[str]]] = {
         {"__init__"},
     ],
     "report": [
-        {"wording", "svg", "progress", "layout", "series"},
+        {"wording"},
+        {"svg", "progress", "layout", "series"},
         {"text", "html", "plots"},
         {"report"},
         {"notebook"},

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import attrs
 
 from gradflow.graph import LayerGraph, Node
+from gradflow.report.wording import shortened
 
 BOX_HEIGHT = 0.44
 ROW = 0.86  # from one depth to the next
@@ -133,7 +134,7 @@ def graph_layout(graph: LayerGraph) -> Layout:
     (True, [('a', 'loss')])
     """
     depths = _depths(graph)
-    labels = {name: _short(name) for name in graph}
+    labels = {name: shortened(name, MAX_LETTERS) for name in graph}
     notes = {name: _note(graph[name]) for name in graph}
     widths = {n: 0.2 + max(LETTER * len(labels[n]), SMALL * len(notes[n]), 0.5) for n in graph}
     places = _places(graph, depths, widths)
@@ -152,10 +153,6 @@ def graph_layout(graph: LayerGraph) -> Layout:
         width=right - left,
         height=deepest * ROW + BOX_HEIGHT / 2,
     )
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= MAX_LETTERS else "…" + name[-MAX_LETTERS + 1 :]
 
 
 def _note(node: Node) -> str:

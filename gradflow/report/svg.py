@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gradflow.records import Floats
+from gradflow.report.wording import shortened
 
 MAX_POINTS = 120  # points per sparkline; more than a pixel can show
 MAX_NAMES = 36  # layer names under the profile; beyond, they would overlap
@@ -182,12 +183,8 @@ def profile(points: Sequence[Point], *, width: int = 1040) -> str:
         dots.append(_mark(point, x, y, domain, plot, gap))
         if names:
             place = f'x="{x:.1f}" y="{plot + 16}" transform="rotate(-32 {x:.1f} {plot + 16})"'
-            dots.append(f'<text {place} class="name">{escape(_shortened(point.name))}</text>')
+            dots.append(f'<text {place} class="name">{escape(shortened(point.name, 32))}</text>')
     return _svg(width, plot + 14 + foot, "".join(parts + dots), "profile")
-
-
-def _shortened(name: str, limit: int = 32) -> str:
-    return name if len(name) <= limit else "…" + name[-limit + 1 :]
 
 
 def _plot_height(value: float, domain: Domain, plot: int) -> float | None:

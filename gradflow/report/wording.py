@@ -29,6 +29,11 @@ def layer_label(name: str) -> str:
     return name or "(model)"
 
 
+def shortened(name: str, limit: int) -> str:
+    """Return a name of at most `limit` letters: its end, which tells more than its beginning."""
+    return name if len(name) <= limit else "…" + name[-limit + 1 :]
+
+
 def number(value: Any) -> str:
     """Return a number as reports show it: integers whole, floats to three digits.
 

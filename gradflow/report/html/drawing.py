@@ -13,9 +13,9 @@ from html import escape
 from gradflow.records import IssueSeverity, LayerRecord
 from gradflow.report import svg
 from gradflow.report.html.folding import Box, Line, Picture, flow_widths
-from gradflow.report.html.pieces import Places, number, shortened
+from gradflow.report.html.pieces import Places, number
 from gradflow.report.html.style import NAMES
-from gradflow.report.wording import layer_label
+from gradflow.report.wording import layer_label, shortened
 
 WIDTH, HEIGHT, GAP, ROW = 300, 42, 18, 20  # of a box; between boxes; a row in an open box
 LEFT, TOP, LANE = 8, 10, 11

@@ -83,11 +83,6 @@ def middle(values: Floats) -> float:
     return quantiles(values)[1]
 
 
-def shortened(name: str, limit: int) -> str:
-    """Return a name of at most `limit` letters: its end, which tells more than its beginning."""
-    return name if len(name) <= limit else "…" + name[-limit + 1 :]
-
-
 def cell(text: str, value: float | None = None) -> str:
     """Return a table's cell of HTML; `value` is what it sorts by, if not its text."""
     if value is None:

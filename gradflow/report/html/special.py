@@ -7,8 +7,9 @@ from html import escape
 
 from gradflow.records import AttentionRecord, FlowRecord
 from gradflow.report.html.curves import chart
-from gradflow.report.html.pieces import number, section, shortened
+from gradflow.report.html.pieces import number, section
 from gradflow.report.series import HEAD_NUMBERS, HeadNumber, action_curves, time_curves
+from gradflow.report.wording import shortened
 
 MAX_RECURRENT = 8  # recurrent layers drawn
 CELL, NAME = 22, 150

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from gradflow.errors import RecordInputError
 from gradflow.records import FlowRecord, IssueSeverity
+from gradflow.report.wording import layer_label, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +36,14 @@ def is_judged(source: Any) -> TypeGuard[Judged]:
     return isinstance(getattr(source, "record", None), FlowRecord) and hasattr(source, "causes")
 
 
+def missing(call: str) -> ImportError:
+    """Return the error of a call that needs matplotlib where it is not installed."""
+    return ImportError(
+        f"{call} needs matplotlib, which is not installed. It is an extra of gradflow: "
+        'pip install "gradient-flow[plot]".'
+    )
+
+
 def new_figure(call: str, width: float, height: float) -> Figure:
     """Return an empty figure that no window shows.
 
@@ -45,10 +54,7 @@ def new_figure(call: str, width: float, height: float) -> Figure:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            f"{call} needs matplotlib, which is not installed. It is an extra of gradflow: "
-            'pip install "gradient-flow[plot]".'
-        ) from error
+        raise missing(call) from error
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -97,16 +103,11 @@ def named_ticks(ax: Axes, names: Sequence[str], *, along: Literal["x", "y"]) -> 
     every = max(1, -(-len(names) // max(1, int(room))))
     axis = ax.xaxis if along == "x" else ax.yaxis
     places = list(range(0, len(names), every))
-    axis.set_ticks(places, [shortened(names[i]) for i in places], fontsize=7)
+    shown = [shortened(layer_label(names[i]), MAX_LETTERS) for i in places]
+    axis.set_ticks(places, [literal(name) for name in shown], fontsize=7)
     if along == "x":
         for label in axis.get_ticklabels():
             label.set(rotation=45, ha="right", rotation_mode="anchor")
-
-
-def shortened(name: str) -> str:
-    """Return a name in at most 28 letters: its end, which tells layers apart."""
-    name = name or "(model)"
-    return literal(name if len(name) <= MAX_LETTERS else f"…{name[1 - MAX_LETTERS :]}")
 
 
 def literal(text: str) -> str:

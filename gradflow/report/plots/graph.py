@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from gradflow.graph import Edge, LayerGraph, Node
 from gradflow.report.layout import BOX_HEIGHT, Layout, graph_layout
-from gradflow.report.plots.canvas import checked_axes
+from gradflow.report.plots.canvas import INK, SOFT, checked_axes, missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, SOFT, SEVERED, UNKNOWN = "#1f2937", "#64748b", "#b42318", "#e5e9ef"
+SEVERED, UNKNOWN = "#b42318", "#e5e9ef"
 EDGE_COLOUR = "#475569"
 MIN_WIDTH, MAX_WIDTH = 0.8, 6.0  # points
 MARGIN, LEGEND, BAR = 0.35, 0.95, 1.25  # inches: around, below for the legend, right for the colour bar
@@ -106,10 +106,7 @@ def _matplotlib() -> Any:
         from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
         from matplotlib.path import Path as Outline
     except ImportError as error:
-        raise ImportError(
-            "draw_graph needs matplotlib, which is not installed. It is an extra of gradflow: "
-            'pip install "gradient-flow[plot]".'
-        ) from error
+        raise missing("draw_graph") from error
     return SimpleNamespace(
         colormap=colormaps["RdBu_r"],
         Figure=Figure,
