@@ -141,6 +141,13 @@ def work_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def first_state(cell: Cell, x: Tensor, state: State | None, place: int) -> State:
+    """Return the state that a level begins with: zeros, or its own of the states of all levels."""
+    if state is None:
+        return tuple(x.new_zeros(x.shape[1], size) for size in cell.sizes)
+    return tuple(part[place] for part in state)
+
+
 def levels_of(module: nn.RNNBase, dtype: torch.dtype | None = None) -> tuple[Level, ...]:
     """Return the levels of a recurrent layer, forward before reverse, as they are now.
 

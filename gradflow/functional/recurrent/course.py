@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.model.trees import wide_dtype
-from gradflow.functional.recurrent.cells import Cell, Level, State
+from gradflow.functional.recurrent.cells import Cell, Level, State, first_state
 from gradflow.functional.recurrent.slopes import Slopes, slopes_of
 
 Gates = dict[str, Tensor]
@@ -85,10 +85,7 @@ def courses(
     for index in range(len(levels) // directions):
         outputs = []
         for level in levels[index * directions : (index + 1) * directions]:
-            place, sizes = len(found), level.cell.sizes
-            first = [
-                x.new_zeros(x.shape[1], n) if state is None else state[k][place] for k, n in enumerate(sizes)
-            ]
+            first = first_state(level.cell, x, state, len(found))
             found.append(course := _course(level, entering, first, alive))
             outputs.append(_turned(course.after[0], level))
         entering = torch.cat(outputs, -1) if len(outputs) > 1 else outputs[0]

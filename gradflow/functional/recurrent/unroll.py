@@ -21,7 +21,7 @@ from gradflow.functional.model.setting import Setting
 from gradflow.functional.model.supported import check_plain
 from gradflow.functional.model.threads import measuring
 from gradflow.functional.model.trees import iter_tensors, wide_dtype
-from gradflow.functional.recurrent.cells import Cell, Level, State, levels_of, work_dtype
+from gradflow.functional.recurrent.cells import Level, State, first_state, levels_of, work_dtype
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -141,7 +141,7 @@ def unroll(
     for index in range(len(levels) // directions):
         outputs = []
         for level in levels[index * directions : (index + 1) * directions]:
-            first = _first_state(level.cell, x, state, len(tracks))
+            first = first_state(level.cell, x, state, len(tracks))
             tracks.append(_track(level, entering, first, alive))
             steps = [h for h, *_ in tracks[-1].after]
             outputs.append(torch.stack(steps[::-1] if level.reverse else steps))
@@ -149,12 +149,6 @@ def unroll(
         if between is not None and (index + 1) * directions < len(levels):
             entering = between(index, entering)
     return Unrolled(output=entering, tracks=tuple(tracks))
-
-
-def _first_state(cell: Cell, x: Tensor, state: State | None, place: int) -> State:
-    if state is None:
-        return tuple(x.new_zeros(x.shape[1], size) for size in cell.sizes)
-    return tuple(part[place] for part in state)
 
 
 def _track(level: Level, x: Tensor, state: State, alive: Tensor | None) -> Track:
