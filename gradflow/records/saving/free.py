@@ -158,6 +158,10 @@ def _record(data: dict[str, Any], depth: int) -> Any:
     cls = registered(name)
     if cls is None:
         return ReadOnlyMapping(values)
+    for field in attrs.fields(cls) if attrs.has(cls) else ():
+        if "axes" in field.metadata and isinstance(values.get(field.name), tuple):
+            # A list would be made an array, of other axes where it holds arrays, and be written as one.
+            raise expected("an array", fields[field.name]).below(field.name).below("fields")
     try:
         return cls(**ReadOnlyMapping(values))
     except Exception as error:  # a class of one's own checks its fields as it likes

@@ -82,6 +82,13 @@ def test_a_registered_class_that_refuses_its_fields_is_told() -> None:
         FlowRecord.from_json(changed("extras", "own", to=wrong))
 
 
+def test_a_list_is_no_array_of_a_registered_class() -> None:
+    array = {"$array": "float64", "shape": [1], "values": [1.0]}
+    wrong = {"$record": "Share", "fields": {"layer": "fc1", "shares": [array]}}
+    with pytest.raises(RecordFormatError, match=r"extras\.own\.fields\.shares: expected an array, got list"):
+        FlowRecord.from_json(changed("extras", "own", to=wrong))
+
+
 def test_mappings_of_records_come_back_as_records() -> None:
     part = ReservoirDynamics(spectral_radius=0.5, gradient_profile=[0.1, 1.0], readout_profile=[])
     whole = ReservoirDynamics(gradient_profile=[1.0], readout_profile=[], layers={"rnn": part})
