@@ -188,7 +188,7 @@ class AttentionSession(Session):
     # ------------------------------------------------------------------ after the forward pass
 
     def differentiate(self, loss: Tensor) -> None:
-        """Take the gradients at queries, keys, values, contexts and outputs."""
+        """Take the gradients at queries, keys, values, contexts and outputs, and let go of these."""
         wanted: list[tuple[_Pending, str, Tensor]] = []
         for pending in self._pending:
             seen = pending.seen
@@ -201,6 +201,11 @@ class AttentionSession(Session):
             for (pending, name, tensor), gradient in zip(wanted, found, strict=True):
                 if gradient is not None:
                     pending.numbers |= _gradient_numbers(pending.seen, name, tensor.detach(), gradient)
+        for pending in self._pending:
+            pending.context = pending.output = None
+            pending.seen = attrs.evolve(pending.seen, query=None, key=None, value=None)
+        self._inputs = {}
+        self._capture.forget()
 
     def end(self) -> None:
         """Read the numbers of the step, and let go of its tensors."""

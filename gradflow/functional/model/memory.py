@@ -45,6 +45,7 @@ from gradflow.functional.model.undo import (
     restore_dict,
     restore_flags,
     restore_slots,
+    same_bits,
     slot_value,
     slot_values,
     slots_of,
@@ -70,9 +71,14 @@ class ModuleState:
     Args:
         swapped: modules that a run works on, whose parameters and buffers it swaps for copies.
         also: what else a run calls, such as a loss: remembered is what it holds.
+        earlier: what was remembered before; tensors that are as they were then share its copies.
     """
 
-    def __init__(self, swapped: Sequence[nn.Module], also: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, swapped: Sequence[nn.Module], also: Sequence[Any] = (), earlier: ModuleState | None = None
+    ) -> None:
+        self._tensors: dict[int, TensorState] = {}
+        self._earlier = {} if earlier is None else earlier._tensors
         self._seen: dict[int, Any] = {}  # keeps what it has seen alive, so that ids stay unique
         self._empty: list[dict[Any, Any]] = []
         self._dicts: list[tuple[dict[Any, Any], list[Any], list[Any]]] = []
@@ -196,11 +202,20 @@ class ModuleState:
         if value.is_meta or value.is_inference():
             return
         leaf, grad = value.is_leaf, value.grad if value.is_leaf else None
-        state = TensorState(value, value.detach(), value.detach().clone(), leaf, grad)
+        state = TensorState(value, value.detach(), self._saved(value), leaf, grad)
+        self._tensors[id(value)] = state
         self._undo.append((kind_of(value), state.restore))
         self._waiting.append((grad, False))
         if self._new(attributes := vars(value)):
             self._remember_dict(attributes)
+
+    def _saved(self, value: Tensor) -> Tensor:
+        """Return a copy of a tensor: the earlier one, if it is the same bit for bit."""
+        earlier = self._earlier.get(id(value))
+        plain = value.layout is torch.strided and not value.is_nested
+        if plain and earlier is not None and earlier.value is value and same_bits(value, earlier.saved):
+            return earlier.saved
+        return value.detach().clone()
 
     def _remember_array(self, value: np.ndarray) -> None:
         if isinstance(value, np.memmap):  # a file

@@ -22,8 +22,10 @@ from gradflow.functional.model.memory import ModuleState
 
 
 @contextlib.contextmanager
-def preserved(*modules: nn.Module, also: Sequence[Any] = ()) -> Iterator[None]:
+def preserved(*modules: nn.Module, also: Sequence[Any] = ()) -> Iterator[ModuleState]:
     """Put back, on any exit, what modules hold and the process's random and global states.
+
+    What is given is the modules' state at the beginning.
 
     Args:
         modules: those that are run, with other parameters and buffers swapped in.
@@ -38,7 +40,7 @@ def preserved(*modules: nn.Module, also: Sequence[Any] = ()) -> Iterator[None]:
     grad_enabled, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     raised: BaseException | None = None
     try:
-        yield
+        yield saved_modules
     except BaseException as error:
         raised = error
         raise

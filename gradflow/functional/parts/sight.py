@@ -149,6 +149,7 @@ class SightSession(Session):
                     ordered=tells_order(tokens, output),
                 )
             )  # fmt: skip
+        self._entered, self._pairs = {}, []
 
     def end(self) -> None:
         """Keep what was found, and let go of the tensors."""

@@ -73,6 +73,7 @@ class _AutomaticSession(PrecisionSession):
         elif loss.is_cpu:  # the step's own pass, which comes next, shows whether numbers come near the end
             self._some = Tally(sample(graph_nodes(loss)), most=ENTRIES)
             self._sampled.enter_context(listening(self._some.places()))
+        self._outputs = []  # they hold the graph
 
     def end(self) -> None:
         self._sampled.close()

@@ -103,6 +103,7 @@ def listening(places: Iterable[tuple[Node, int, Callable[[Tensor], None]]]) -> I
         places: a node, which of its outputs the gradient is of, and the function.
     """
     handles = [node.register_prehook(_telling(number, hear)) for node, number, hear in places]
+    del places  # it holds the nodes, and they hold what the forward pass saved
     try:
         yield
     finally:

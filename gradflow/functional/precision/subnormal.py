@@ -74,9 +74,11 @@ class Tally:
     _found: dict[tuple[str, torch.dtype], list[int]] = attrs.field(factory=dict)
 
     def places(self) -> Iterable[tuple[Node, int, Callable[[Tensor], None]]]:
-        """Return what `listening` takes."""
+        """Return what `listening` takes, and let go of the nodes."""
         starts = [start for start, _, _ in self.spans]
-        return [(node, 0, self._hearing(self._owner(node, starts))) for node in self.nodes]
+        places = [(node, 0, self._hearing(self._owner(node, starts))) for node in self.nodes]
+        self.nodes = ()
+        return places
 
     @property
     def any(self) -> bool:

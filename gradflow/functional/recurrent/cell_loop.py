@@ -52,7 +52,8 @@ class CellCall:
         self.outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
 
     def receives(self, found: Iterator[Tensor | None]) -> None:
-        """Take the gradients at the outputs, which come next."""
+        """Take the gradients at the outputs, which come next, and let go of how these were made."""
+        self.outputs = tuple(tensor.detach() for tensor in self.outputs)
         self.found = [next(found) for _ in self.outputs]
 
 

@@ -299,8 +299,8 @@ def carried_back(
     sizes, leading = course.level.cell.sizes, (len(arriving[0]), course.after[0].shape[1])
     carried = last or tuple(arriving[0].new_zeros(*leading, n) for n in sizes)
     outside = [part.unbind(1) for part in arriving]
-    rows: list[list[Tensor]] = [[] for _ in carried]
-    drives = []
+    kept = [part.new_empty(leading[0], len(steps), *part.shape[1:]) for part in carried]
+    drive = kept[0].new_empty(leading[0], len(steps), leading[1], course.level.weight_ih.shape[0])
     for t in reversed(range(len(steps))):
         w = [part if k >= len(outside) else part + outside[k][t] for k, part in enumerate(carried)]
         if exponent and t % 4 == 0:
@@ -309,12 +309,11 @@ def carried_back(
             here = course.alive[t][:, None]
             w = [torch.where(here, part, 0.0) for part in w]
             carried = tuple(torch.where(here, 0.0, part) for part in carried)
-        for row, part in zip(rows, w, strict=True):
-            row.append(part)
-        pulled, at_drive = steps[t].pull(tuple(w))
-        drives.append(at_drive)
+        for whole, part in zip(kept, w, strict=True):
+            whole[:, t] = part
+        pulled, drive[:, t] = steps[t].pull(tuple(w))
         carried = (
             pulled if course.alive is None else tuple(a + b for a, b in zip(pulled, carried, strict=True))
         )
-    h, *c = (torch.stack(row[::-1], 1) for row in rows)
-    return Gradients(h=h, c=c[0] if c else None, drive=torch.stack(drives[::-1], 1), exponent=exponent)
+    h, *c = kept
+    return Gradients(h=h, c=c[0] if c else None, drive=drive, exponent=exponent)

@@ -74,7 +74,8 @@ class FusedCall:
         return True
 
     def receives(self, found: Iterator[Tensor | None]) -> None:
-        """Take the gradients at the outputs, which come next."""
+        """Take the gradients at the outputs, which come next, and let go of how these were made."""
+        self.outputs = tuple(tensor.detach() for tensor in self.outputs)
         self.found = [next(found) for _ in self.outputs]
 
     @property

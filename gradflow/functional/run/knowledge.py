@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gradflow.functional.model.purity import ModuleState
 from gradflow.functional.model.trees import iter_tensors, map_floats, private_copy
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.step import Request
@@ -66,7 +65,7 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
             return float(given.loss_of(guess, request.batch))
 
     given, before = program.given, Before.of(program)
-    held, odds = ModuleState(given.modules, given.functions), _Odds()
+    held, odds = program.module_state(), _Odds()
     try:
         with torch.no_grad(), program.state.swapped(), warnings.catch_warnings(), odds:
             warnings.simplefilter("ignore")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import attrs
@@ -100,6 +100,7 @@ def run_plan(
         output = outcome.output
         if outcome.structure is not None:
             outcome.structure.release()
+        _end(run, request)
         if stepper is not None and not plan.is_last(step):
             outcome = attrs.evolve(outcome, loss=shared.loss)
             stepper.after(program, request, outcome, finite=row.finite and not overflown, end=plan.end)
@@ -159,7 +160,6 @@ def _listening(run: Run, step: int) -> tuple[Session, ...]:
 def _step(run: Run, request: Request) -> Outcome:
     """Run a step of the plan."""
     outcome = run_step(run.program, request)
-    _end(session for session in run.sessions if any(session is heard for heard in request.listeners))
     if request.look:
         run.program.learned.saw_random(request.before.random)
     return outcome
@@ -179,7 +179,6 @@ def _first_step(run: Run, request: Request) -> Outcome:
         closer.look(run, shown)
         request.before.restore(program)
     _check_first(run, shown)
-    _end(run.sessions)
     run.graph.learn(shown, dataflow, program.state.leaves)
     if run.graph.summed:
         check_stage_loss(program.given.model)
@@ -231,10 +230,11 @@ def structural_step(program: Program, request: Request) -> tuple[Outcome, DataFl
         request.before.restore(program)
 
 
-def _end(sessions: Iterable[Session]) -> None:
-    """Have the sessions keep what they heard of a step, which now counts."""
-    for session in sessions:
-        session.end()
+def _end(run: Run, request: Request) -> None:
+    """Have the sessions keep what they heard of a step, which now counts; its graph was let go of."""
+    for session in run.sessions:
+        if request.step == 0 or any(session is heard for heard in request.listeners):
+            session.end()
 
 
 def _promoted(program: Program, outcome: Outcome, taken: Collection[int]) -> set[str]:

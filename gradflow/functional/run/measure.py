@@ -57,7 +57,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     with (
         line.opened(), exclusive(), shards.kept(stepped=bool(plan.loop.optimizers)),
         LazyCopies(*given.modules) as copies,
-        preserved(*given.modules, also=given.functions), outside, uncompiled(),
+        preserved(*given.modules, also=given.functions) as held, outside, uncompiled(),
         torch.inference_mode(False), grad,
     ):  # fmt: skip
         _set_mode(model, plan.mode)
@@ -75,7 +75,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
             )
         try:
             plan = attrs.evolve(plan, num_batches=_fewest(line, plan))
-            return _measured(Program(given, state, taps), plan, draw, transform, line, facts)
+            return _measured(Program(given, state, taps, held=held), plan, draw, transform, line, facts)
         finally:
             shards.rest()
             taps.forget()

@@ -194,12 +194,25 @@ class Learned:
 
 @attrs.frozen(eq=False)
 class Program:
-    """All that a step runs on: what was given, its working state, the model's taps, and what was learned."""
+    """All that a step runs on: what was given, its working state, the model's taps, and what was learned.
+
+    Args:
+        given: what was given.
+        state: working copies of parameters and buffers.
+        taps: of the model.
+        held: what modules held before the run.
+        learned: what earlier steps have shown.
+    """
 
     given: Given
     state: WorkingState
     taps: TappedModel
+    held: ModuleState | None = None
     learned: Learned = attrs.field(factory=Learned)
+
+    def module_state(self) -> ModuleState:
+        """Return what modules hold now, outside of parameters and buffers."""
+        return ModuleState(self.given.modules, self.given.functions, self.held)
 
 
 @attrs.frozen(eq=False)
@@ -224,7 +237,7 @@ class Before:
         held, learned = program.state.buffers, program.learned
         random = RandomState(torch=look or learned.torch_random, host=look or learned.host_random)
         names = held if first else [name for name in learned.changing if name in held]
-        modules = ModuleState(program.given.modules, program.given.functions) if first else None
+        modules = program.module_state() if first else None
         return cls(random, {name: held[name].clone() for name in names}, modules)
 
     def restore(self, program: Program) -> None:

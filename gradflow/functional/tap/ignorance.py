@@ -65,7 +65,9 @@ class Ignorance:
         if not isinstance(output, Tensor) or not isinstance(target, Tensor) or not output.requires_grad:
             return
         versions = (num_writes(output), num_writes(target))
-        self._heard.append(_Heard(name, output, target, int(kwargs.get("ignore_index", -100)), versions))
+        self._heard.append(
+            _Heard(name, output.detach(), target.detach(), int(kwargs.get("ignore_index", -100)), versions)
+        )
 
     def share(self) -> float:
         """Return the loss over what ignorance costs: 1 guesses, 0 knows; NaN where it is not known."""
@@ -83,7 +85,7 @@ def _known(values: Iterator[float]) -> list[float]:
 
 
 def _share(heard: _Heard) -> float:
-    x, target = heard.output.detach(), heard.target.detach()
+    x, target = heard.output, heard.target
     wide = wide_dtype(x.device)
     if heard.name in _CLASSES:
         pair = _of_classes(heard, x, target)
