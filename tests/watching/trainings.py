@@ -108,7 +108,7 @@ class GPT(nn.Module):
 
 
 def language_model(*, sick: bool, steps: int = 500, every: int = 50) -> Watched:
-    """A GPT on English text; when sick, its learning rate is thirty times as high from step 250 on."""
+    """A GPT on English text; when sick, its learning rate is sixty times as high from step 250 on."""
     torch.manual_seed(0)
     text = "".join(pydoc_data.topics.topics.values())[:100_000]
     index = {letter: i for i, letter in enumerate(sorted(set(text)))}
@@ -122,7 +122,7 @@ def language_model(*, sick: bool, steps: int = 500, every: int = 50) -> Watched:
     def trained() -> Iterator[tuple[object, float]]:
         for step in range(steps):
             if sick and step == 250:
-                set_rate(optimizer, 0.03)
+                set_rate(optimizer, 0.06)
             starts = torch.randint(0, len(data) - 33, (16,)).tolist()
             rows = torch.stack([data[i : i + 33] for i in starts])
             batch = rows[:, :-1], rows[:, 1:]
