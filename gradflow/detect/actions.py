@@ -148,11 +148,12 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
     if why == "one feature":
         return (f"Normalise what enters {here}, which has more features, or leave the norm out.",)
     if why in ("zero weight", "zero input"):
+        given = bool(flow.record.provenance.optimizer)
         return (
             f"If two factors of a product both start at zero ({here} and its partner), start one of them "
             f"at random.",
-            "If it is a zero initialisation by design, give it a few steps of the optimizer: pass "
-            "optimizer=.",
+            "If it is a zero initialisation by design, give it "
+            + ("more steps of the optimizer." if given else "a few steps of the optimizer: pass optimizer=."),
         )
     name = layer_name(node)
     where = f"between {name} and {here}" if here != name else f"behind {name or 'the model'}"

@@ -159,11 +159,8 @@ def idle_branches(
             end = float(known[-1])
             if judged and end > growth * float(known[0]):
                 continue
-            why = (
-                "and it does not grow."
-                if judged
-                else "and whether training wakes it, steps of an optimizer tell: pass optimizer=."
-            )
+            tell = "more steps tell" if record.provenance.optimizer else "pass optimizer= to see"
+            why = "and it does not grow." if judged else f"and {tell} whether training wakes it."
             yield Issue(
                 layer=branch.name,
                 layer_type=branch.type,

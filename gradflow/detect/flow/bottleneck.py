@@ -46,11 +46,12 @@ def bottleneck(
 
     Why this is evidence: what all gradients pass has no detour, and a rank above the width cannot pass.
 
-    Looks alike and is not: the code of an autoencoder, narrow by design (a model that gives back what has the
-    size of its input, or a gradient that needs no more than the width: INFO, but for a single number); what a
-    generator or an actor hands to a critic, as wide as the data (INFO too); a narrow side gate, a low-rank
-    adapter, a narrow block under a skip, which are no dominators; a narrow *last* layer; rows alike because
-    the gradient and the signal die out, which is `vanishing`'s, or because the input is a constant.
+    Looks alike and is not: the code of an autoencoder, narrow by design (a model that gives back what has
+    the size of its input, or a gradient that needs no more than the width: INFO, but for a single number,
+    unless it gives the input back to a quarter of what guesses cost); what a generator or an actor hands to
+    a critic, as wide as the data (INFO too); a narrow side gate, a low-rank adapter, a narrow block under a
+    skip, which are no dominators; a narrow *last* layer; rows alike because the gradient and the signal die
+    out, which is `vanishing`'s, or because the input is a constant.
 
     Args:
         ratio: how much wider both sides must be. Pooling and the usual encoder steps reduce by 2 to 4.
@@ -172,9 +173,15 @@ def _narrow(flow: Flow, waists: list[_Waist], rank_excess: float, lost_samples: 
     issues = []
     for waist in waists:
         by_design = same_size or _takes_data_too(flow, waist.node, calls)
-        single = waist.width == 1 and most > 2
+        single = waist.width == 1 and most > 2 and not (same_size and _tells(flow))
         issues.append(_waist_issue(flow, waist, rank_excess, lost_samples, by_design, single))
     return issues
+
+
+def _tells(flow: Flow, most: float = 0.25) -> bool:
+    """Whether what comes through tells nearly all that is asked for, as one number tells a curve's points."""
+    known = flow.record.knowledge
+    return known is not None and known.share_left <= most
 
 
 def _waist_issue(

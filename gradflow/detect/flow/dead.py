@@ -12,7 +12,7 @@ from gradflow.detect.actions import rectifier_actions, zero_actions
 from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
 from gradflow.detect.flow.ends.alike import silenced
 from gradflow.detect.flow.readings.zeros import zeros_of
-from gradflow.detect.knowledge import came_knowing
+from gradflow.detect.knowledge import came_knowing, has_learned
 from gradflow.detect.reach.unreached import loss_is_empty, sole_reason, unreached_parts
 from gradflow.detect.reach.unwired import cut_off, never_called
 from gradflow.detect.view import Flow, flow_of
@@ -94,6 +94,8 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
     issues = []
     told: set[str] = set()
     updates = flow.record.steps - 1 if flow.record.provenance.optimizer else 0
+    if _is_met(flow):
+        return []
     zeros = zeros_of(flow)
     for node, layer in flow.layers.items():
         wanted = [p for p in flow.trainable(node) if p.reached.any()]
@@ -117,6 +119,12 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
             severity = IssueSeverity.HIGH if lasting else IssueSeverity.INFO
         issues.append(_zero_issue(flow, node, wanted, why, at, severity, updates))
     return issues
+
+
+def _is_met(flow: Flow) -> bool:
+    """Whether the loss is exactly zero at the end and the model knows: every margin is kept."""
+    known = came_knowing(flow.record) or has_learned(flow.record)
+    return known and late(flow.record.losses) == 0
 
 
 def _is_right_at_zero(flow: Flow) -> bool:
@@ -152,9 +160,10 @@ def _zero_issue(
     if known is not None and known.reason is Reason.OFF and why in ("zero input", "operation"):
         told = f"{known.op} at {known.at} has slope zero there for every sample"
     if severity is IssueSeverity.INFO:
+        more = "more steps tell" if flow.record.provenance.optimizer else "pass optimizer= to see"
         after = (
-            "That may be by design (a zero initialisation ends with the first steps); pass optimizer= to "
-            "see whether it does."
+            f"That may be by design (a zero initialisation ends with the first steps); {more} whether it "
+            "does."
         )
     elif updates:
         after = f"It still is after {updates} steps of the optimizer."

@@ -15,7 +15,15 @@ from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import at_level, came_knowing, guesses, has_learned
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
-from gradflow.records import ActivationRecord, Evidence, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import (
+    ActivationRecord,
+    Evidence,
+    Floats,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+)
 
 
 def saturation(
@@ -37,11 +45,13 @@ def saturation(
 
     Looks alike and is not: the few percent of any healthy tanh; a clamp that some samples pass, which hands
     their gradient back whole (`severe_share` counts there); a soft edge, flat nearly everywhere, through
-    which no less comes back than goes in (LOW); a few of many calls; gates that are closed for part of their
-    units; a softmax over many alternatives that gives each of them little; an output that is confident
-    because it has learned to be (its loss has fallen by more than half within the run: LOW); a softmax over
-    one alternative, which is `dead`'s; a sigmoid of scores of which those not chosen were set to minus
-    infinity, which is off for them by intent (an infinity that was not meant is `numerical`'s).
+    which no less comes back than goes in, and a choice that becomes sure while what comes back does not
+    fall (LOW); a clamp that keeps probabilities off 0 and 1, which follows what they come from; a few of
+    many calls; gates that are closed for part of their units; a softmax over many alternatives that gives
+    each of them little; an output that is confident because it has learned to be (its loss has fallen by
+    more than half within the run: LOW); a softmax over one alternative, which is `dead`'s; a sigmoid of
+    scores of which those not chosen were set to minus infinity, which is off for them by intent (an
+    infinity that was not meant is `numerical`'s).
 
     Args:
         share: saturated share from which the verdict is MEDIUM. With inputs of unit variance a tanh has 0.3
@@ -69,7 +79,7 @@ def saturation(
 _STRAIGHT = ("clamp", "hardtanh", "hardsigmoid", "relu6")
 _LEARNED = " The loss has fallen by more than half meanwhile: it may simply be sure."
 _PASSES = (
-    " No unit of it is so for all samples, what passes is no less than what comes in, and the loss falls."
+    " But few of its units are so for all samples, what passes is enough to learn by, and the loss falls."
 )
 _KNOWS = " The loss is far below that of guesses: the model is sure, and right."
 
@@ -87,6 +97,8 @@ def _issue(
     if activation.kind == "bounded" and not np.isfinite(activation.input_rms).any():
         return None
     seen, record = late(activation.saturated_share), flow.record
+    if activation.op in _STRAIGHT and _guards(flow, activation, seen):
+        return None
     stuck = activation.always_saturated
     if activation.op in _STRAIGHT:  # it passes whole what it passes, in whatever units
         share = severe_share
@@ -105,7 +117,7 @@ def _issue(
         severity, calm = IssueSeverity.LOW, _KNOWS
     feeder = _feeder(flow, activation)
     fed_by = node_name(feeder)
-    if severity.is_serious and _passes_enough(flow, activation, fed_by):
+    if severity.is_serious and _passes_enough(flow, activation, fed_by, seen, first, severe_share):
         severity, calm = IssueSeverity.LOW, _PASSES
     return Issue(
         layer=activation.layer,
@@ -130,20 +142,62 @@ def _issue(
     )
 
 
-def _passes_enough(flow: Flow, activation: ActivationRecord, feeder: str) -> bool:
-    """Whether an activation that is a module lets enough through its edges for all before it to learn.
+def _passes_enough(
+    flow: Flow, activation: ActivationRecord, feeder: str, seen: float, first: float, severe_share: float
+) -> bool:
+    """Whether an activation lets enough through its edges before it to learn.
 
     An indicator made soft, such as the cover of a pixel by a shape, is flat nearly everywhere by its meaning;
     what passes at its edges is multiplied by how steep they are. So the gradient before it is no small part
-    of that behind it, no unit is at its end for all samples, and the loss of the run falls by a tenth while
-    the outputs come to tell samples apart. A tanh that is at its ends by bad scale hands back an eighth.
+    of that behind it, few units are at their ends for all samples, and the loss of the run falls by a tenth
+    while the outputs come to tell samples apart. A tanh that is at its ends by bad scale hands back an
+    eighth. Of one that comes to its ends within such a run (a choice that becomes sure), what passes must be
+    no less than what passed before. One that no layer feeds, but data and the model's own parameters, starves
+    no layer: there, below `severe_share`, it is enough that the loss falls so, or that no unit is stuck.
     """
-    node, record = node_name(activation.layer), flow.record
-    if activation.kind != "bounded" or activation.functional or feeder not in flow.grad:
-        return False
-    passed = late(flow.grad[feeder]) / (late(flow.grad[node]) or math.nan)
+    record, stuck = flow.record, activation.always_saturated
     falls = 0 <= late(record.losses) <= 0.9 * early(record.losses) and record.knowledge is not None
-    return passed >= 0.5 and activation.always_saturated <= 0.05 and falls and not guesses(record)
+    if activation.op in _STRAIGHT or stuck > _FEW_STUCK:
+        return False
+    learns = falls and not guesses(record)
+    if activation.functional and not activation.layer:
+        return activation.kind == "bounded" and seen < severe_share and (learns or not stuck)
+    if not learns or feeder not in flow.grad:
+        return False
+    behind = _gradient_behind(flow, activation)
+    with np.errstate(all="ignore"):
+        passed = flow.grad[feeder] / np.where(behind > 0, behind, np.nan)
+    if activation.kind == "bounded" and late(passed) >= 0.5:
+        return True
+    return seen > first + 0.2 and late(passed) >= early(passed)
+
+
+_FEW_STUCK = 1 / 3
+
+
+def _gradient_behind(flow: Flow, activation: ActivationRecord) -> Floats:
+    """The gradient of what an activation gives, by step: its own, or what the layers behind a function hand
+    back, a plain one by the rms of its rows."""
+    node = node_name(activation.layer)
+    if not activation.functional:
+        return flow.grad[node]
+    handed = [
+        flow.grad[n] * (row_gain(flow, n) if flow.has_matrix(n) else 1.0)
+        for n in flow.wiring.after(node)
+        if n in flow.grad
+    ]
+    return np.fmax.reduce(handed) if handed else np.full(flow.record.steps, np.nan)
+
+
+def _guards(flow: Flow, activation: ActivationRecord, seen: float) -> bool:
+    """Whether a clamp keeps the probabilities of a softmax or sigmoid, at their ends themselves, off 0 and 1.
+
+    `Categorical(probs=...)` and careful logarithms have one: what it cuts off is lost already.
+    """
+    return any(
+        other.op in ("softmax", "sigmoid") and late(other.saturated_share) >= seen
+        for other in flow.functions.get(activation.layer, ())
+    )
 
 
 def _worst(calls: Sequence[Issue], uses: int) -> Issue:

@@ -71,8 +71,9 @@ def unstable(
         restless: usual change from one step to the next, as a factor, from which a run is restless: healthy
             noise changes the gradient by a factor of 1.5 to 2.5 (the median), heavy tails by more.
         restless_jump: what `jump` is for a restless run: one order of magnitude.
-        risen: how far above its start both loss and gradient must end. Training lowers the loss; batches vary
-            by less.
+        risen: how far above its start both loss and gradient must end, over their usual change from one step
+            to the next. Training lowers the loss; batches vary by less, unless they are few or heavy-tailed,
+            and then as much from step to step.
         climb: how far above its start the gradient must end where the loss does not rise, as it is bounded,
             or falls below zero without end. In healthy runs it climbs by less, but for those that leave a
             flat start, which are not steep.
@@ -210,7 +211,10 @@ def _risen(flow: Flow, risen: float) -> list[Issue]:
     if not record.provenance.optimizer or len(losses) < 5 or losses.min() <= 0 or norms[0] <= 0:
         return []
     ratio = float(late(losses) / losses[0])
-    if ratio < risen or late(norms) < risen * norms[0] or calm(record):
+    # One lucky batch at the start is no start: what batches differ by from step to step is no rise.
+    usual, usual_norm = rises(losses), rises(norms)
+    noise, noise_of_norm = (seen.change if seen else 1.0 for seen in (usual, usual_norm))
+    if ratio < risen * noise or late(norms) < risen * noise_of_norm * norms[0] or calm(record):
         return []
     told = (
         f"The loss ends {ratio:.3g} times above where it started, and the gradient "

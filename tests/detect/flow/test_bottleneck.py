@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gradflow.detect import bottleneck, detect, needs_depth
-from gradflow.records import FlowRecord, Issue, IssueSeverity
+from gradflow.records import FlowRecord, Issue, IssueSeverity, KnowledgeRecord
 from tests.detect.builders import STEPS, Layer, activation, flow_record
 
 
@@ -60,6 +60,13 @@ def test_an_autoencoder_is_narrow_by_design() -> None:
 @pytest.mark.parametrize(("out", "severity"), [(10, IssueSeverity.MEDIUM), (1, IssueSeverity.INFO)])
 def test_a_single_number_is_too_little_unless_no_more_comes_out(out: int, severity: IssueSeverity) -> None:
     assert seen(hourglass(1, rank=1.0, out=out))["waist"].severity is severity
+
+
+@pytest.mark.parametrize(("left", "severity"), [(0.1, IssueSeverity.INFO), (0.6, IssueSeverity.MEDIUM)])
+def test_a_single_number_is_enough_for_data_on_a_curve(left: float, severity: IssueSeverity) -> None:
+    record = hourglass(1, rank=1.0, out=20)
+    known = KnowledgeRecord(step=STEPS - 1, loss=left, shuffled=1.0)
+    assert seen(attrs.evolve(record, knowledge=known))["waist"].severity is severity
 
 
 def test_a_first_layer_that_all_data_enter_can_be_a_waist() -> None:

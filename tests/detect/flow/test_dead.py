@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gradflow.detect import dead, detect
-from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, Role
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, KnowledgeRecord, Role
 from tests.detect.builders import STEPS, Layer, activation, flow_record
 
 LOST = np.full(STEPS, np.nan)
@@ -266,3 +266,14 @@ def test_a_unit_of_a_reused_module_is_dead_only_if_all_calls_are_silent() -> Non
         ],
     )
     assert not seen(record)
+
+
+@pytest.mark.parametrize(("shuffled", "ill"), [(1.0, False), (0.0, True)])
+def test_a_margin_that_every_sample_keeps_leaves_nothing_to_learn(shuffled: float, ill: bool) -> None:
+    hinge = activation("head:relu", "head", "relu", "rectifier", never_fired=1.0, fired_share=np.zeros(STEPS))
+    layers = [Layer(name=name, grad=0.0) for name in ("fc", "head")]
+    losses = np.zeros(STEPS)
+    record = flow_record(*layers, activations=[hinge], losses=losses, optimizer="SGD")
+    known = KnowledgeRecord(step=STEPS - 1, loss=0.0, shuffled=shuffled)
+    found = seen(attrs.evolve(record, knowledge=known))
+    assert any(issue.severity.is_serious for issue in found.values()) is ill

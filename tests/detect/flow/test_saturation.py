@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gradflow.detect import detect, saturation
-from gradflow.records import FlowRecord, Issue, IssueSeverity
+from gradflow.records import FlowRecord, Issue, IssueSeverity, KnowledgeRecord
 from tests.detect.builders import STEPS, Layer, activation, flow_record
 
 
@@ -133,3 +133,41 @@ def test_a_rectified_recurrence_has_no_gates() -> None:
     record = flow_record(Layer(name="rnn", gain=0.6, fields=fields), Layer(name="head"))
     weight = attrs.evolve(record.parameters[0], name="rnn.weight_ih_l0", layer="rnn")
     assert not seen(attrs.evolve(record, parameters=[weight, record.parameters[1]]))
+
+
+def soft_edge(before: float, *, stuck: float = 0.1, falls: bool = True) -> IssueSeverity:
+    """Return how ill a steep sigmoid between two layers is, by the gradient that comes before it."""
+    used = activation(
+        "edge:sigmoid", "edge", "sigmoid", "bounded", saturated_share=share(0.85), always_saturated=stuck
+    )
+    losses = np.linspace(1.0, 0.3 if falls else 1.0, STEPS)
+    known = KnowledgeRecord(step=STEPS - 1, loss=float(losses[-1]), shuffled=1.0)
+    record = flow_record(
+        Layer(name="edge", op="sigmoid", grad=before),
+        Layer(name="head", grad=1.0),
+        activations=[used],
+        losses=losses,
+    )
+    return seen(attrs.evolve(record, knowledge=known))["edge"].severity
+
+
+def test_a_soft_edge_that_is_a_function_is_judged_by_what_it_hands_back() -> None:
+    assert soft_edge(2.0) is IssueSeverity.LOW
+    assert soft_edge(0.1) is IssueSeverity.HIGH
+    assert soft_edge(2.0, stuck=0.6) is IssueSeverity.HIGH
+    assert soft_edge(2.0, falls=False) is IssueSeverity.HIGH
+
+
+def test_a_clamp_that_guards_probabilities_follows_them() -> None:
+    def guarded(of_softmax: float) -> bool:
+        record = flow_record(
+            Layer(name="fc"),
+            activations=[
+                activation("fc:softmax", "fc", "softmax", "softmax", saturated_share=share(of_softmax)),
+                activation("fc:clamp", "fc", "clamp", "bounded", saturated_share=share(0.9)),
+            ],
+        )
+        return not any(issue.metrics["op"] == "clamp" for issue in detect(record, saturation()))
+
+    assert guarded(0.95)
+    assert not guarded(0.1)

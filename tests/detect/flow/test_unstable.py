@@ -7,9 +7,12 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from gradflow import diagnose
 from gradflow.detect import detect, unstable
 from gradflow.detect.flow.unstable import rises, total_gradient
 from gradflow.records import FlowRecord, IssueSeverity, KnowledgeRecord
@@ -102,6 +105,24 @@ def test_a_restless_run_needs_smaller_jumps() -> None:
 def test_a_run_that_ends_far_above_its_start(grad: float, optimizer: str, sick: bool) -> None:
     grads, losses = np.linspace(1.0, grad, STEPS), np.linspace(3.0, 12.0, STEPS)
     assert bool(seen(run(grads, losses=losses, optimizer=optimizer))) is sick
+
+
+def test_a_lucky_first_batch_is_no_start() -> None:
+    noise = 3.0 ** np.where(np.arange(STEPS) % 2, 1.0, -1.0)  # a factor of nine from step to step
+    losses = np.where(np.arange(STEPS) == 0, 0.1, 0.5 * noise)
+    grads = np.where(np.arange(STEPS) == 0, 0.2, noise)
+    assert not seen(run(grads, losses=losses, optimizer="Adam"))
+    steady = np.geomspace(0.1, 2.0, STEPS)
+    assert seen(run(steady, losses=steady, optimizer="Adam"))
+
+
+@pytest.mark.parametrize(("rate", "sick"), [(1e-2, False), (1.0, True)])
+def test_a_line_whose_first_step_is_the_whole_way(rate: float, sick: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(1, 1), torch.arange(10.0)[:, None]
+    descent = torch.optim.SGD(model.parameters(), rate)
+    report = diagnose(model, lambda: (x, 2 * x + 1), nn.functional.mse_loss, optimizer=descent)
+    assert report.ok is not sick
 
 
 def test_too_short_a_run_tells_nothing() -> None:
