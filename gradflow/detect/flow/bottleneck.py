@@ -324,8 +324,8 @@ def _smoothing(flow: Flow, passages: list[str], alike: float, fall: float) -> li
 
 
 def _fades(flow: Flow, node: str, variation: float, most: float, times: int, alike: float) -> bool:
-    """Whether rows that many mixings have made alike but for some percent are too alike for the model to learn
-    by: it guesses, as one answer for all would, and they do not come apart within the run."""
+    """Whether rows that many mixings have made alike but for some percent are too alike to learn by: the
+    model guesses, as one answer for all would, and they do not come apart within the run."""
     known, first = flow.record.knowledge, early(flow.layers[node].output_variation)
     if known is None or times < 4 or not guesses(flow.record) or not variation <= 1.2 * first:
         return False

@@ -306,7 +306,7 @@ def _stuck(level: RecurrentLevelRecord, share: float) -> _Stuck | None:
 
 
 def _shut(level: RecurrentLevelRecord, share: float) -> _Stuck | None:
-    """Return the keeping gate of a level that forgets, if its sigmoid is at its end and cannot learn to open."""
+    """Return the keeping gate of a level that forgets, if its sigmoid is at its end and cannot open."""
     keep = level.gate("forget") or level.gate("update")
     if keep is None or not late(keep.saturated_share) >= share:
         return None

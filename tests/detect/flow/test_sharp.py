@@ -1,4 +1,4 @@
-"""SATURATION inside the loss and at outputs on their way to their ends; a clamp that the loss does not take."""
+"""SATURATION inside the loss, and at outputs on their way to their ends; a clamp that the loss leaves."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
 
 
 def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
-    """Heads that the loss's own softmax or sigmoid is at its ends for, at the start and at the end of the run.
+    """Heads whose scores put the loss's own softmax or sigmoid at its ends, at the start and at the end.
 
     A cross entropy of so many times what zeros cost takes scores that are sure, and of the wrong class; where
     they are, their slope is gone in all but the direction that is wrong. The scores need not be what a layer
@@ -121,9 +121,9 @@ def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
                 layer_type=layer.type,
                 issue_type=IssueType.SATURATION,
                 severity=IssueSeverity.MEDIUM if given else IssueSeverity.HIGH,
-                description=f"The softmax or sigmoid of the loss is at its ends: the first loss is {over:.3g} "
-                f"times what it costs to know nothing, the last {end:.3g} times, so the scores made of its "
-                "output are sure of wrong answers, and hand back no more than which ones.",
+                description="The softmax or sigmoid of the loss is at its ends: the first loss is "
+                f"{over:.3g} times what it costs to know nothing, the last {end:.3g} times, so the scores "
+                "made of its output are sure of wrong answers, and hand back no more than which ones.",
                 magnitude=over,
                 recommended_actions=(
                     "Divide the scores by a larger temperature (0.05 to 0.1 for similarities of unit "
