@@ -196,7 +196,7 @@ def _in_one_direction(known: KnowledgeRecord) -> bool:
 
 def _is_collapsing(flow: Flow, known: KnowledgeRecord) -> bool:
     """Whether outputs that the loss compares are on their way to one and the same, which costs next to
-    nothing beside what they cost: the part that differs has fallen to a third within the run, step by step."""
+    nothing beside what they cost: the part that differs has fallen to a third in the run, step by step."""
     if not 0 <= known.averaged <= 0.05 * known.loss or known.num_samples < 4:
         return False
     for node in heads(flow):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -113,7 +114,7 @@ def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
             continue
         given = bool(layer.output_rms[0] >= 3.0)
         own = row_gain(flow, node, at=lambda norms: float(norms[0])) >= 3.0  # not what enters it is at fault
-        if not own if given else not (over >= above and end >= still):
+        if not own if given else not (over >= above and end >= still and _makes_scores(ops)):
             continue
         found.append(
             Issue(
@@ -134,6 +135,13 @@ def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
             )
         )
     return found
+
+
+def _makes_scores(ops: Sequence[str]) -> bool:
+    """Whether scores are made by a product behind the layer, in front of the softmax or sigmoid: outputs that
+    are small, and are the scores, put neither at its ends, whatever the loss costs beside zeros."""
+    ends = (i for i, op in enumerate(ops) if "softmax" in op or "nll_loss" in op or "entropy" in op)
+    return any("mul" in op or "mm" in op or "einsum" in op for op in ops[: next(ends, len(ops))])
 
 
 def growing_signal(flow: Flow, above: float, times: float = 3.0) -> list[Issue]:
