@@ -147,6 +147,11 @@ def _not_blocking(flow: Flow, cause: Issue, victim: Issue) -> bool:
     return not victim.evidence.plays(Role.BLOCKING)
 
 
+def _not_constant(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The victim does not give a constant by its make, which an activation behind it only passes on."""
+    return not (victim.evidence.plays(Role.BLOCKING) and victim.severity > cause.severity)
+
+
 def _other(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """A part without gradient whose zeros are nothing that a layer or a rectifier makes."""
     return not cause.evidence.plays(Role.BLOCKED, Role.BLOCKING, *_SILENT)
@@ -301,7 +306,7 @@ RULES: tuple[Rule, ...] = (
     ),
     # SATURATION: a slope that is gone lets nothing back.
     Rule(
-        cause=_T.SATURATION, victim=(_T.VANISHING, _T.DEAD), where=("upstream", "same"),
+        cause=_T.SATURATION, victim=(_T.VANISHING, _T.DEAD), where=("upstream", "same"), when=_not_constant,
         because="nothing comes back through a slope that is gone",
     ),
     Rule(

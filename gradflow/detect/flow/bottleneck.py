@@ -9,8 +9,18 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import narrow_actions, rectified_actions, smoothing_actions
-from gradflow.detect.evidence import RECTIFIERS, activations_of, heads, kept_at_least, late, middle, shares
+from gradflow.detect.evidence import (
+    RECTIFIERS,
+    activations_of,
+    early,
+    heads,
+    kept_at_least,
+    late,
+    middle,
+    shares,
+)
 from gradflow.detect.flow.ends.alike import collapsed, constant
+from gradflow.detect.knowledge import guesses
 from gradflow.detect.view import Flow, flow_of
 from gradflow.graph.queries.dominators import immediate_dominators
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
@@ -311,12 +321,23 @@ def _smoothing(flow: Flow, passages: list[str], alike: float, fall: float) -> li
         variation = late(layer.output_variation)
         if not math.isfinite(variation) or len(layer.shape) < 2 or layer.shape[0] < 2:
             continue
-        if variation > alike or most[node] < fall * max(variation, alike):
+        if flow.is_last(node) or mixed[node] < 2:
             continue
-        if mixed[node] < 2 or flow.is_last(node):
+        told_apart = most[node] >= fall * max(variation, alike) and variation <= alike
+        if not told_apart and not _fades(flow, node, variation, most[node], mixed[node], alike):
             continue
         return [] if starved[node] else [_smoothing_issue(flow, node, variation, most[node], mixed[node])]
     return []
+
+
+def _fades(flow: Flow, node: str, variation: float, most: float, times: int, alike: float) -> bool:
+    """Whether rows that many mixings have made alike but for some percent are too alike to learn by: the
+    model guesses, as one answer for all would, and they do not come apart within the run."""
+    known, first = flow.record.knowledge, early(flow.layers[node].output_variation)
+    if known is None or times < 4 or not guesses(flow.record) or not variation <= 1.2 * first:
+        return False
+    useless = math.isclose(known.loss, known.averaged, rel_tol=1e-2)
+    return useless and variation <= 5 * alike and most >= 10 * max(variation, alike)
 
 
 def _mixes(op: str) -> bool:

@@ -122,11 +122,13 @@ def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
     ]
     severity = _severity(total, threshold)
     start = early(seen.share[peak][:3])
+    # Growth that is HIGH before any step is no work of the steps, however much they add to it.
+    developed = start < total / 10 and not float(seen.share[peak][0]) >= threshold**3
     part = _part(amplifiers)
     first: dict[str, str] = {}  # by module
     for node in sorted(flow.layers, key=lambda n: flow.layers[n].order):
         first.setdefault(flow.layers[node].module, node)
-    found = [_issue(flow, a, first[a.module], path, total, start, severity, part) for a in strong]
+    found = [_issue(flow, a, first[a.module], path, total, start, severity, part, developed) for a in strong]
     if severity is IssueSeverity.MEDIUM and came_knowing(flow.record) and calm(flow.record):
         return [lowered(issue, CAME) for issue in found]
     return found
@@ -191,6 +193,7 @@ def _issue(
     start: float,
     severity: IssueSeverity,
     part: str,
+    developed: bool,
 ) -> Issue:
     calls = len(amplifier.nodes)
     # The growth of a first call has nothing before it to show in; it is still the module that amplifies.
@@ -220,7 +223,7 @@ def _issue(
         },
         evidence=Evidence(
             num_calls=calls,
-            developed=start < total / 10,
+            developed=developed,
             growth=growth,
             elsewhere=bool(part) and not layer.module.startswith(f"{part}."),
         ),

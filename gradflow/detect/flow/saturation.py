@@ -11,6 +11,7 @@ import numpy as np
 
 from gradflow.detect.actions import gate_actions, saturation_actions
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
+from gradflow.detect.flow.ends.loud import sharp_scores
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import at_level, came_knowing, guesses, has_learned
 from gradflow.detect.view import Flow, flow_of
@@ -27,7 +28,7 @@ from gradflow.records import (
 
 
 def saturation(
-    share: float = 0.5, *, severe_share: float = 0.8, stuck_share: float = 0.5
+    share: float = 0.5, *, severe_share: float = 0.8, stuck_share: float = 0.5, sharp: float = 10.0
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of saturated activations: sigmoid, tanh, softmax, hard bounds.
 
@@ -39,6 +40,9 @@ def saturation(
     Why this is evidence: it is the derivative itself that is seen to be gone, element by element. A small
     gradient alone could have many reasons, and a large weight gradient in front may hide it: inputs of 0 to
     255 saturate a sigmoid and enlarge the gradient of the weights before it.
+
+    The softmax or sigmoid inside a cross entropy is seen by the loss itself: that of the first step over what
+    zeros cost, where it is still far above that at the end (`gradflow.detect.flow.ends.loud.sharp_scores`).
 
     The gates of a fused recurrent layer are out of sight; there the rms of its input times that of the rows
     of its input weights tells what enters them (`gradflow.detect.flow.readings.recurrent_weights`).
@@ -59,6 +63,8 @@ def saturation(
         severe_share: from which it is HIGH; at 0.8 hardly any sample teaches hardly any unit.
         stuck_share: share of units saturated for every sample, from which the verdict is MEDIUM too: those
             cannot come back, whatever the batch.
+        sharp: how many times what zeros cost the first cross entropy must be. Similarities of random unit
+            vectors over a temperature of 0.07, and tables drawn with variance one, cost two to seven times.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
@@ -71,7 +77,7 @@ def saturation(
             if issue := _issue(flow, activation, share, severe_share, stuck_share):
                 found.setdefault(name, []).append(issue)
         worst = [_worst(calls, uses[name]) for name, calls in found.items()]
-        return [*worst, *_driven_gates(flow, share)]
+        return [*worst, *_driven_gates(flow, share), *sharp_scores(flow, sharp)]
 
     return detector
 
@@ -91,12 +97,14 @@ def _issue(
         activation.kind == "softmax" and activation.width == 1
     ):
         return None
+    if _is_aside(flow, activation):
+        return None
     layer = flow.layers.get(node_name(activation.layer))
     if layer and layer.type == "ReLU6":  # a rectifier with a ceiling: zeros are what it is for
         return None
     if activation.kind == "bounded" and not np.isfinite(activation.input_rms).any():
         return None
-    seen, record = late(activation.saturated_share), flow.record
+    seen, record = _seen(flow, activation), flow.record
     if activation.op in _STRAIGHT and _guards(flow, activation, seen):
         return None
     stuck = activation.always_saturated
@@ -139,6 +147,29 @@ def _issue(
             "feeder_row_gain": row_gain(flow, fed_by) if fed_by in flow.layers else math.nan,
         },
         evidence=Evidence(developed=seen > first + 0.2),
+    )
+
+
+def _seen(flow: Flow, activation: ActivationRecord) -> float:
+    """The saturated share at the end: a median over the last third of the run, or the last one seen where an
+    output has been on its way to its ends in a run that taught the model nothing, as one whose targets are
+    out of its reach is."""
+    shares = activation.saturated_share[np.isfinite(activation.saturated_share)]
+    seen, losses = late(activation.saturated_share), flow.record.losses
+    if len(shares) < 2 or not shares[-1] > seen or activation.kind != "bounded":
+        return seen
+    behind = flow.wiring.downstream(node_name(activation.layer))
+    ends = flow.wiring.known and not any(flow.parameters_of(n) for n in behind if n in flow.layers)
+    idle = guesses(flow.record) and late(losses) >= 0.9 * early(losses) > 0
+    return float(shares[-1]) if ends and idle and np.all(np.diff(shares) >= 0) else seen
+
+
+def _is_aside(flow: Flow, activation: ActivationRecord) -> bool:
+    """Whether a clamp was called on a layer's output and the loss does not take what it gave."""
+    behind = flow.wiring.ops_after(node_name(activation.layer))
+    clamp = activation.functional and activation.op == "clamp" and flow.wiring.known
+    return clamp and not any(
+        op.startswith(("clamp", "clip", "hardtanh", "minimum", "maximum")) for op in behind
     )
 
 

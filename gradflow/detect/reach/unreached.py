@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 
+import attrs
+
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
@@ -62,7 +64,10 @@ def unreached_parts(flow: Flow, told: Collection[str], min_updates: int) -> Iter
         issue = judge(flow, part, updates if updates >= min_updates else 0)
         if issue is not None and not (part.layer in best and best[part.layer].severity >= issue.severity):
             best[part.layer] = issue
-    yield from best.values()
+    silent = {name: _feeder(flow, issue) for name, issue in best.items()}
+    yield from (issue for name, issue in best.items() if silent[name] not in told)
+    makers = {feeder: best[name] for name, feeder in silent.items() if feeder and feeder not in told}
+    yield from (_silent_operation_issue(flow, feeder, issue) for feeder, issue in makers.items())
 
 
 def sole_reason(flow: Flow, parameters: Collection[str]) -> ReachRecord | None:
@@ -228,11 +233,56 @@ def _zero_factor(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         cure = (
             "rescale the inputs to the range that is expected there, or fit the range (a grid, bins) to them"
         )
+    elif part.source == "constant" and updates:
+        why = "a constant with which it is multiplied is zero everywhere, so it does nothing"
+        cure = "look at what makes that constant: a mask of zeros, a weight that was never switched on"
+    elif updates and _is_silent_operation(flow, part):
+        maker = part.whose.partition("@")[0]
+        why = f"all that {maker} gives is exactly zero, with which it is multiplied"
+        cure = f"bring what enters {maker} up to what it passes, or lower its threshold"
     else:
         return None
     at = f" (in {part.at})" if part.at and part.at != part.layer else ""
     actions = (f"{cure[0].upper()}{cure[1:]}.", "Print what enters there: its smallest and largest value.")
-    return _issue(flow, part, IssueSeverity.HIGH, f"{why}{at}", actions, Role.BLOCKING)
+    issue = _issue(flow, part, IssueSeverity.HIGH, f"{why}{at}", actions, Role.BLOCKING)
+    starved = Evidence(roles=Role.BLOCKED, op=part.op, no_input=True)
+    return attrs.evolve(issue, evidence=starved) if part.source == "model" else issue
+
+
+def _is_silent_operation(flow: Flow, part: ReachRecord) -> bool:
+    """Whether what is zero is made of the model's own numbers by an operation that is no rectifier: spikes,
+    gates, masks. Of rectifiers, and of modules that give zeros, `dead` tells."""
+    node = flow.wiring.nodes.get(part.whose)
+    is_op = node is not None and node.kind == "op" and node.type not in _OWN
+    return part.source == "model" and is_op
+
+
+def _feeder(flow: Flow, issue: Issue) -> str:
+    """The layer to be trained whose output an operation makes zeros of, for want of which an issue is told;
+    "" for other issues."""
+    whose = str(issue.metrics.get("whose", ""))
+    if not issue.evidence.no_input or whose not in flow.wiring.nodes or flow.wiring.is_layer(whose):
+        return ""
+    feeders = [n for n in flow.wiring.before(whose) if n in flow.layers and flow.trainable(n)]
+    return flow.layers[max(feeders, key=lambda n: flow.layers[n].order)].module if feeders else ""
+
+
+def _silent_operation_issue(flow: Flow, feeder: str, issue: Issue) -> Issue:
+    """Tell of the layer whose output an operation turns into the zeros that another one starves of."""
+    op = str(issue.metrics["whose"]).partition("@")[0]
+    layer = flow.layers.get(node_name(feeder))
+    return Issue(
+        layer=feeder,
+        layer_type=layer.type if layer is not None else "Module",
+        issue_type=IssueType.DEAD,
+        severity=issue.severity,
+        description=f"All that {op} makes of its output is exactly zero in every batch: {issue.layer} behind "
+        "it is given nothing to learn from.",
+        magnitude=1.0,
+        recommended_actions=issue.recommended_actions,
+        metrics={"why": "silent operation", "op": op},
+        evidence=Evidence(roles=Role.SILENT),
+    )
 
 
 def _total(flow: Flow, part: ReachRecord) -> float:

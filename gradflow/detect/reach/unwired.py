@@ -154,7 +154,8 @@ def _ends_a_round(flow: Flow, node: str) -> bool:
     """Whether a layer is unused because its rounds end here: nobody takes its output, and that of the same
     layer one round before goes on to the next.
 
-    In a graph network over several types of nodes, the last round updates some that nobody asks for.
+    In a graph network over several types of nodes, the last round updates some that nobody asks for. A whole
+    round that nobody takes anything of is another matter: a block too many, or an output taken too early.
     """
     layer = flow.layers[node]
     if flow.wiring.cuts.get(node) or flow.wiring.succs.get(node):
@@ -166,6 +167,12 @@ def _ends_a_round(flow: Flow, node: str) -> bool:
         next_round = ".".join(after)
         last = not any(f"{other.module}.".startswith(f"{next_round}.") for other in flow.layers.values())
         twin = next((o for o in flow.layers.values() if o.module == before), None)
+        round_of = ".".join(parts[: place + 1])
+        inside = [
+            o for o in flow.layers.values() if o.module == round_of or o.module.startswith(f"{round_of}.")
+        ]
+        if len(inside) > 1 and not any(bool(o.reached.any()) for o in inside):
+            continue
         if last and twin is not None and twin.type == layer.type and bool(twin.reached.any()):
             return True
     return False

@@ -146,6 +146,9 @@ def gated(share: float = 0.5, *, severe_share: float = 0.8, closed: float = 0.1)
             for level in r.levels:
                 if _forgets(r, level, closed):
                     yield _closed_issue(flow, r, level)
+                    shut = _shut(level, share) if not stuck else None
+                    if shut is not None:
+                        yield _stuck_issue(flow, r, shut, severe_share)
                     break
 
     return excused(detector)
@@ -302,6 +305,15 @@ def _stuck(level: RecurrentLevelRecord, share: float) -> _Stuck | None:
     return _Stuck(level=level, gate=worst[1], share=worst[0], text=worst[2])
 
 
+def _shut(level: RecurrentLevelRecord, share: float) -> _Stuck | None:
+    """Return the keeping gate of a level that forgets, if its sigmoid is at its end and cannot open."""
+    keep = level.gate("forget") or level.gate("update")
+    if keep is None or not late(keep.saturated_share) >= share:
+        return None
+    text = f"shut (mean {late(keep.mean):.2g}): it keeps nothing of the state, and has no slope to learn by"
+    return _Stuck(level=level, gate=keep.name, share=late(keep.saturated_share), text=text)
+
+
 def _stuck_issue(flow: Flow, r: RecurrenceRecord, stuck: _Stuck, severe_share: float) -> Issue:
     gate = stuck.level.gate(stuck.gate)
     assert gate is not None
@@ -332,8 +344,8 @@ def _stuck_issue(flow: Flow, r: RecurrenceRecord, stuck: _Stuck, severe_share: f
 
 
 def _first_share(gate: GateRecord) -> float:
-    tanh = gate.name in ("candidate", "state")
-    return early(gate.saturated_share if tanh else gate.idle_share)
+    at_ends = gate.name in ("candidate", "state", "forget")
+    return early(gate.saturated_share if at_ends else gate.idle_share)
 
 
 def _forgets(r: RecurrenceRecord, level: RecurrentLevelRecord, closed: float) -> bool:

@@ -78,3 +78,14 @@ def test_gated_thresholds() -> None:
     (high,) = detect(record, gated(share - 0.01, severe_share=share - 0.01))
     assert (medium.severity, high.severity) == (IssueSeverity.MEDIUM, IssueSeverity.HIGH)
     assert detect(record, gated(share + 0.01)) == ()
+
+
+@pytest.mark.parametrize(
+    ("bias", "kinds"), [(-30.0, {"SATURATION", "VANISHING"}), (-3.5, {"VANISHING"}), (0.0, set())]
+)
+def test_a_forget_gate_that_is_shut_for_good_is_saturated_too(bias: float, kinds: set[str]) -> None:
+    module = rnn(nn.LSTM)
+    with torch.no_grad():
+        module.bias_ih_l0[24:48] += bias
+    found = ours(diagnosed(Reader(module), 20).record)
+    assert {kind.value for layer, kind in found if layer == "rnn"} == kinds

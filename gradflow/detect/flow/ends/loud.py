@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -86,6 +87,61 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
             )
         )
     return found
+
+
+def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
+    """Heads whose scores put the loss's own softmax or sigmoid at its ends, at the start and at the end.
+
+    A cross entropy of so many times what zeros cost takes scores that are sure, and of the wrong class; where
+    they are, their slope is gone in all but the direction that is wrong. The scores need not be what a layer
+    gives: a similarity over a temperature, a product of two tables. Where a layer itself gives them,
+    `loud_heads` tells how they came to be so large.
+
+    Args:
+        flow: the record along its wiring.
+        above: how many times the cost of zeros the first loss must be.
+        still: how many times it the last ones must be, where no layer gives the scores itself.
+    """
+    known, over = flow.record.knowledge, over_silence(flow)
+    if known is None or not 0.6 * above <= over < math.inf:
+        return []
+    end = late(flow.record.losses) / known.silent
+    found = []
+    for node in heads(flow):
+        layer, ops = flow.layers[node], flow.wiring.ops_after(node)
+        entropy = any("nll_loss" in op or "binary_cross_entropy" in op for op in ops)
+        if not entropy or not (flow.trainable(node) or flow.is_tied(node)):
+            continue
+        given = bool(layer.output_rms[0] >= 3.0)
+        own = row_gain(flow, node, at=lambda norms: float(norms[0])) >= 3.0  # not what enters it is at fault
+        if not own if given else not (over >= above and end >= still and _makes_scores(ops)):
+            continue
+        found.append(
+            Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.SATURATION,
+                severity=IssueSeverity.MEDIUM if given else IssueSeverity.HIGH,
+                description="The softmax or sigmoid of the loss is at its ends: the first loss is "
+                f"{over:.3g} times what it costs to know nothing, the last {end:.3g} times, so the scores "
+                "made of its output are sure of wrong answers, and hand back no more than which ones.",
+                magnitude=over,
+                recommended_actions=(
+                    "Divide the scores by a larger temperature (0.05 to 0.1 for similarities of unit "
+                    "vectors), or by the root of the number of features that a product sums over.",
+                    f"Or start {layer.name} at a smaller scale, so that the first scores have rms 1.",
+                ),
+                metrics={"over_silence": over, "late_over_silence": end, "silent_loss": known.silent},
+            )
+        )
+    return found
+
+
+def _makes_scores(ops: Sequence[str]) -> bool:
+    """Whether scores are made by a product behind the layer, in front of the softmax or sigmoid: outputs that
+    are small, and are the scores, put neither at its ends, whatever the loss costs beside zeros."""
+    ends = (i for i, op in enumerate(ops) if "softmax" in op or "nll_loss" in op or "entropy" in op)
+    return any("mul" in op or "mm" in op or "einsum" in op for op in ops[: next(ends, len(ops))])
 
 
 def growing_signal(flow: Flow, above: float, times: float = 3.0) -> list[Issue]:
