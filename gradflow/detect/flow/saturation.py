@@ -15,7 +15,7 @@ from gradflow.detect.flow.ends.loud import sharp_scores
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import at_level, came_knowing, guesses, has_learned
 from gradflow.detect.view import Flow, flow_of
-from gradflow.detect.wiring import node_name
+from gradflow.detect.wiring import MOST_NEIGHBOURS, node_name
 from gradflow.records import (
     ActivationRecord,
     Evidence,
@@ -168,8 +168,10 @@ def _is_aside(flow: Flow, activation: ActivationRecord) -> bool:
     """Whether a clamp was called on a layer's output and the loss does not take what it gave."""
     behind = flow.wiring.ops_after(node_name(activation.layer))
     clamp = activation.functional and activation.op == "clamp" and flow.wiring.known
-    return clamp and not any(
-        op.startswith(("clamp", "clip", "hardtanh", "minimum", "maximum")) for op in behind
+    return (
+        clamp
+        and len(behind) < MOST_NEIGHBOURS
+        and not any(op.startswith(("clamp", "clip", "hardtanh", "minimum", "maximum")) for op in behind)
     )
 
 

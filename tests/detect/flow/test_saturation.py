@@ -161,7 +161,7 @@ def test_a_soft_edge_that_is_a_function_is_judged_by_what_it_hands_back() -> Non
 def test_a_clamp_that_guards_probabilities_follows_them() -> None:
     def guarded(of_softmax: float) -> bool:
         record = flow_record(
-            Layer(name="fc"),
+            Layer(name="fc", op="clamp"),
             activations=[
                 activation("fc:softmax", "fc", "softmax", "softmax", saturated_share=share(of_softmax)),
                 activation("fc:clamp", "fc", "clamp", "bounded", saturated_share=share(0.9)),
