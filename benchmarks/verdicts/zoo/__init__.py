@@ -15,6 +15,10 @@ _FAMILIES = """
     contact5b_1 contact5b_2 contact5b_3
     contact6a_1 contact6a_2 contact6a_3
     contact6b_1 contact6b_2 contact6b_3
+    contact7a_1 contact7a_2 contact7a_3
+    contact7b_1 contact7b_2 contact7b_3
+    contact8a_1 contact8a_2 contact8a_3
+    contact8b_1 contact8b_2 contact8b_3
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
