@@ -177,4 +177,23 @@ ROUNDS = (
             "contact6a-molecule-size": "One lucky batch early in the run made the next ones look like jumps.",
         },
     ),
+    Round(
+        name="contact7",
+        date="2026-11-30",
+        sick=22,
+        healthy=12,
+        found=18,
+        cause=17,
+        alarms_healthy=0,
+        alarms_repaired=1,
+        missed={
+            "contact7a-matching-timestep": "An embedding of rank one, whose rows still differ a little.",
+            "contact7a-medical-onevoxel": "A norm over one number gives rounding noise, not zeros.",
+            "contact7b-llm-topone": "A weight that is divided by itself leaves rounding noise for a gradient.",
+            "contact7b-vae-klsum": "A posterior that has collapsed when the run begins.",
+        },
+        alarmed={
+            "contact7b-llm-stoppenalty": "A head that is loud by its training was taken for one made so.",
+        },
+    ),
 )
