@@ -189,7 +189,7 @@ ROUNDS = (
         missed={
             "contact7a-matching-timestep": "An embedding of rank one, whose rows still differ a little.",
             "contact7a-medical-onevoxel": "A norm over one number gives rounding noise, not zeros.",
-            "contact7b-llm-topone": "A weight that is divided by itself leaves rounding noise for a gradient.",
+            "contact7b-llm-topone": "A weight divided by itself leaves rounding noise for a gradient.",
             "contact7b-vae-klsum": "A posterior that has collapsed when the run begins.",
         },
         alarmed={
