@@ -196,7 +196,7 @@ def test_a_bias_before_a_norm_layer_is_no_loss() -> None:
     report = diagnosed(conv(), torch.float16, pipeline=gf.pipelines.precision())
     known = report.record.precision
     assert known is not None
-    assert known.parameter("1.bias").error[-1] > 0.5  # zero by mathematics: rounding is all there is
+    assert known.parameter("1.bias").error[-1] > 0.2  # zero by mathematics: rounding is all there is
     assert [issue for issue in own(report) if issue.magnitude > 0.9] == []
 
 

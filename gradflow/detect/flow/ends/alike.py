@@ -75,7 +75,7 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
     Where a model makes its own targets (two views, a teacher), giving the same for every input meets the loss
     and teaches nothing: the loss of a constant output is no larger than that of the model. Seen in the
     outputs of the last step, and in the first step's layers already; where the variation rises within the
-    run, the model is about to learn.
+    run, to more than a tenth of that limit, the model is about to learn.
 
     Args:
         flow: the record along its wiring.
@@ -104,7 +104,7 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
         return []
     layer, before = flow.layers[lost[0]], lost[1]
     now, first = late(layer.output_variation), early(layer.output_variation)
-    if now > 1.5 * first:
+    if now > 1.5 * first and now > 0.1 * alike:
         return []
     return [
         Issue(
