@@ -233,7 +233,8 @@ def _zero_factor(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         cure = (
             "rescale the inputs to the range that is expected there, or fit the range (a grid, bins) to them"
         )
-    elif part.source == "constant" and updates:
+    elif part.source == "constant" and updates and "mm" not in part.op and "linear" not in part.op:
+        # A product of matrices with a constant is a first state of zeros, of which one step is read.
         why = "a constant with which it is multiplied is zero everywhere, so it does nothing"
         cure = "look at what makes that constant: a mask of zeros, a weight that was never switched on"
     elif updates and _is_silent_operation(flow, part):
