@@ -107,7 +107,7 @@ class History:
         if form is None or noted or risen or look:
             return self._read_anew(outcome.recorder, content, scalars, noted, risen, lasting)
         values = _norms(scalars, form.layout.norms)
-        safe = bool(((form.least < values) & (values < form.most)).all())
+        safe = bool(np.all((form.least < values) & (values < form.most)))
         if not safe:
             _repair(values, lasting)
         row = Row(form.layout, values, form.counts, content.sizes, safe)
@@ -336,8 +336,8 @@ def _sums(lasting: list[tuple[str, str, Gradient]], *, exact: bool) -> list[Tens
 
 def _norms(scalars: list[Tensor], are_norms: Bools) -> Floats:
     """Return numbers on the host, magnitudes as norms: see NOTE [Exact and fast] in tap/probes.py."""
-    values, dtypes = np.array(to_host(scalars)), [scalar.dtype for scalar in scalars]
-    squares = are_norms & np.array([dtype is torch.float32 for dtype in dtypes])
+    values, single = np.array(to_host(scalars)), torch.float32
+    squares = are_norms & np.fromiter((scalar.dtype is single for scalar in scalars), bool, len(scalars))
     with np.errstate(invalid="ignore"):
         return np.sqrt(values, out=values, where=squares)
 
