@@ -112,8 +112,8 @@ def cost_of_other(work: Workload, pairs: int, tool: Callable[[Workload], Iterato
 PARTS: dict[str, tuple[Any, str]] = {
     "forward pass and loss": (step_module, "evaluated"),
     "reverse pass": (reverse_module, "fused"),
-    "sums over output gradients": (reverse_module, "magnitude"),
-    "sums over parameter gradients": (history_module, "_number"),
+    "sums over output gradients": (reverse_module, "_outputs"),
+    "sums over parameter gradients": (history_module, "_sums"),
     "transfer": (history_module, "to_host"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import attrs
 from torch import nn
 
 from gradflow.detect import Detector, asks_for_curves, check_detectors, detect, explain, needs_depth
@@ -95,17 +96,17 @@ def diagnose(
     >>> report.ok, [layer.name for layer in report.record]
     (True, ['0', '1', '2'])
     """
-    detectors = detectors_of(pipeline, "diagnose")
+    judge = Judge(detectors_of(pipeline, "diagnose"))
     loop = Loop(
         optimizer=optimizer, clip=clip, accumulate=accumulate, scheduler=scheduler, scaler=scaler,
         step_fn=step_fn,
     )  # fmt: skip
     plan = Plan(
         steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, processes=processes,
-        progress=progress,         **wanted(detectors, detail),
+        progress=progress,         **wanted(judge, detail),
     )  # fmt: skip
     record = analyzed(model, batches, loss_fn, plan)
-    return judged(record, detectors)
+    return judged(record, judge)
 
 
 def diagnose_custom(
@@ -148,17 +149,17 @@ def diagnose_custom(
     >>> diagnose_custom(model, lambda m, step: m(x) - m(-x), lambda y: y.square().mean(), steps=3).ok
     True
     """
-    detectors = detectors_of(pipeline, "diagnose_custom")
+    judge = Judge(detectors_of(pipeline, "diagnose_custom"))
     loop = Loop(
         optimizer=optimizer, clip=clip, accumulate=accumulate, scheduler=scheduler, scaler=scaler,
         step_fn=step_fn,
     )  # fmt: skip
     plan = Plan(
         steps=steps, loop=loop, seed=seed, mode=mode, transform=transform, processes=processes,
-        progress=progress,         **wanted(detectors, detail),
+        progress=progress,         **wanted(judge, detail),
     )  # fmt: skip
     record = analyzed_custom(model, forward_fn, loss_fn, plan)
-    return judged(record, detectors)
+    return judged(record, judge)
 
 
 def detectors_of(pipeline: Any, call: str) -> tuple[Detector, ...]:
@@ -166,21 +167,41 @@ def detectors_of(pipeline: Any, call: str) -> tuple[Detector, ...]:
     return (automatic(),) if pipeline is None else check_detectors(pipeline, call)
 
 
-def wanted(detectors: Sequence[Detector], detail: Detail) -> dict[str, Any]:
+@attrs.define(eq=False)
+class Judge:
+    """Detectors, and what they last saw: a record that is judged twice, in and after its run, is judged once.
+
+    Args:
+        detectors: pure functions.
+    """
+
+    detectors: Sequence[Detector]
+    _last: tuple[FlowRecord, tuple[Issue, ...]] | None = None
+
+    def issues(self, record: FlowRecord) -> tuple[Issue, ...]:
+        """Return what the detectors see in a record."""
+        if self._last is None or self._last[0] is not record:
+            self._last = record, detect(record, self.detectors)
+        return self._last[1]
+
+
+def wanted(detectors: Sequence[Detector] | Judge, detail: Detail) -> dict[str, Any]:
     """Return what detectors need measured, as options of the plan."""
-    pipelines = [part for part in detectors if isinstance(part, Pipeline)]
+    judge = detectors if isinstance(detectors, Judge) else Judge(detectors)
+    pipelines = [part for part in judge.detectors if isinstance(part, Pipeline)]
     return {
         "detail": "full" if any(part.detail == "full" for part in pipelines) else detail,
         "bend": asks_for_curves,
-        "deepen": lambda record: needs_depth(record, detect(record, detectors)),
+        "deepen": lambda record: needs_depth(record, judge.issues(record)),
         "measurements": [m for part in pipelines for m in part.measurements],
     }
 
 
-def judged(record: FlowRecord, detectors: Sequence[Detector]) -> Report:
+def judged(record: FlowRecord, detectors: Sequence[Detector] | Judge) -> Report:
     """Return what detectors and their rules see in a record, as a report."""
-    found = detect(record, detectors)
-    return report_of(record, found, detectors, lines=summaries(record, detectors))
+    judge = detectors if isinstance(detectors, Judge) else Judge(detectors)
+    found, known = judge.issues(record), judge.detectors
+    return report_of(record, found, known, lines=summaries(record, known))
 
 
 def summaries(record: FlowRecord, detectors: Sequence[Detector]) -> tuple[str, ...]:

@@ -163,3 +163,17 @@ def test_detect_is_the_function_whoever_imports_the_subpackage_first(imports: st
     check += "; from gradflow import detect; assert detect is gradflow.detect"
     done = subprocess.run([sys.executable, "-W", "error", "-c", f"{imports}; {check}"], capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_record_is_judged_once() -> None:
+    seen: list[gf.FlowRecord] = []
+
+    def counting(record: gf.FlowRecord) -> list[gf.Issue]:
+        seen.append(record)
+        return []
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    report = gf.diagnose(
+        model, lambda: torch.randn(8, 4), lambda y: y.square().mean(), steps=3, pipeline=counting
+    )
+    assert seen == [report.record]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from torch import nn
+from torch import Tensor, nn
 
 from gradflow.detect.time import TimeDetector
 from gradflow.errors import ModelInputError
@@ -23,7 +23,7 @@ from gradflow.watching.inside import LookedStep, PlainStep, Step, scale_of
 from gradflow.watching.log import append, mend, read_history
 from gradflow.watching.look import Seen
 from gradflow.watching.observer import readable, watching
-from gradflow.watching.schedule import is_jump, loss_ceiling
+from gradflow.watching.schedule import loss_ceiling
 from gradflow.watching.state import Key, ObserverState, key_of
 
 logger = logging.getLogger("gradflow")
@@ -130,7 +130,7 @@ class Monitor:
             every=every, pipeline=pipeline, in_time=in_time, forward_fn=forward_fn, batches=batches,
             most=most, processes=processes,
         )  # fmt: skip
-        self._state = ObserverState()
+        self._go_on(ObserverState())
         self._path = None if path is None else Path(path)
         self._step = 0
         self._looked: LookedStep | None = None
@@ -158,16 +158,14 @@ class Monitor:
         """
         now = self._step if step is None else step
         self._step = now + 1
-        state = self._state
-        if now < state.due:  # nearly always: nothing may be done here that takes time
-            if step is not None and len(state.history) and step < state.history.steps[-1]:
+        if now < self._due:  # nearly always: nothing may be done here that takes time
+            if step is not None and self._is_past(step):
                 self._warn_of_the_past(step)
-            if loss is None:
+            if loss is None or self._limit == math.inf:
                 return None
-            value = readable(loss)
-            if value is None or not self._watch.sees_jumps or value <= state.ceiling:
-                return None
-            if not is_jump(value, state.ceiling):
+            plain = type(loss) is Tensor and loss.is_cpu and loss.numel() == 1
+            value = loss.item() if plain else readable(loss)
+            if value is None or value <= self._limit:
                 return None
         return self._look(batch, loss, now)
 
@@ -184,7 +182,8 @@ class Monitor:
 
     def _keep(self, state: ObserverState, report: Report | None, step: int) -> None:
         """Go on with a state: write what is new of it, and tell of what was found."""
-        before, self._state = self._state.history, state
+        before = self._state.history
+        self._go_on(state)
         if self._path is not None and self._state.history is not before:
             self._written = self._write(self._path, self._state.history)
         if report is not None:
@@ -192,6 +191,15 @@ class Monitor:
             for function in self._looks:
                 function(report, step)
             self._alert(report, step)
+
+    def _go_on(self, state: ObserverState) -> None:
+        """Go on with a state, of which two numbers are kept at hand: a call between looks compares these."""
+        self._state, self._due, self._limit = state, state.due, self._ceiling(state)
+
+    def _is_past(self, step: int) -> bool:
+        """Whether a step is before the last look."""
+        history = self._state.history
+        return len(history) > 0 and step < int(history.steps[-1])
 
     def _warn_of_the_past(self, step: int) -> None:
         """Say once that steps before the last look are not looked at."""
@@ -262,8 +270,8 @@ class Monitor:
             )
         now = self._step if step is None else step
         self._step = now + 1
-        if now < self._state.due:
-            return PlainStep(self._ceiling(self._state), self._jumped)
+        if now < self._due:
+            return PlainStep(self._limit, self._jumped)
         scale = scale_of(scaler)
         seen = Seen(self.model, self.loss_fn, now, self._watch.forward_fn, self._watch.processes)
         state = self._watch.with_changes(self._state, seen)
@@ -279,7 +287,7 @@ class Monitor:
     def _jumped(self) -> None:
         """Hear that the loss of a step that is no look has jumped: the next one is looked at."""
         since = self._step - 1
-        self._state = attrs.evolve(self._state, due=since + 1, since=since)
+        self._go_on(attrs.evolve(self._state, due=since + 1, since=since))
 
     @property
     def state(self) -> ObserverState:
@@ -299,7 +307,7 @@ class Monitor:
     @property
     def is_due(self) -> bool:
         """Whether the next call looks whatever the loss is; before any other its batch is not needed."""
-        return self._step >= self._state.due
+        return self._step >= self._due
 
     def on_look(self, function: Callable[[Report, int], Any]) -> None:
         """Have a function called with the report of every look: a tracker, see `gradflow.integrations`.
@@ -377,4 +385,4 @@ class Monitor:
     def _take_up(self, history: HistoryRecord, step: int) -> None:
         """Go on after a history; the first step is looked at."""
         self._step = step
-        self._state = ObserverState(history=history, due=step, ceiling=loss_ceiling(history))
+        self._go_on(ObserverState(history=history, due=step, ceiling=loss_ceiling(history)))

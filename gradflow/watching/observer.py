@@ -306,7 +306,7 @@ def readable(loss: Any) -> float | None:
                 f"loss has shape {tuple(loss.shape)}; pass the scalar that `backward` was called on, or its "
                 "value: `monitor(batch, loss=loss.item())`."
             )
-        return float(loss.item()) if loss.is_cpu else None
+        return loss.item() if loss.is_cpu else None
     try:
         return float(loss)
     except (TypeError, ValueError) as error:

@@ -43,6 +43,8 @@ Tensors = dict[str, Tensor]
 
 def local(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this process holds, on the same memory; the tensor, if it is whole."""
+    if type(tensor) is Tensor:
+        return tensor
     if is_distributed(tensor):
         tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
     return arrived(tensor)
@@ -74,7 +76,7 @@ def settled(tensor: Tensor, like: Tensor | None = None) -> Tensor:
         tensor: any.
         like: of the same shape, in whose placement it is to be; None for its own, but for the sums.
     """
-    return local(summed(tensor, like))
+    return tensor if type(tensor) is Tensor else local(summed(tensor, like))
 
 
 def summed(tensor: Tensor, like: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.reach.masks import some
+from gradflow.functional.reach.masks import number, places, some
 from gradflow.functional.reverse.passing import Gradient, Passed
 
 FAINT = 1e-4  # of the largest: rounding noise is below 1e-6 in float32
@@ -105,11 +105,17 @@ class Arrived:
         self._since = {}
         names = list(self._masks)
         if names:
-            counts = torch.stack([(~self._masks[n]).sum().cpu() for n in names]).tolist()
-            for name, left in zip(names, counts, strict=True):
+            for name, left in zip(names, self._numbers_left(names), strict=True):
                 if left <= _FEW * self._masks[name].numel():
-                    self._left[name] = (~self._masks.pop(name)).reshape(-1).nonzero().reshape(-1)
+                    self._left[name] = places(~self._masks.pop(name))
         self.settle({name for name, left in self._left.items() if not left.numel()})
+
+    def _numbers_left(self, names: list[str]) -> list[int]:
+        """Return how many elements of some parameters are not reached, in one transfer from a device."""
+        masks = [self._masks[name] for name in names]
+        if all(mask.is_cpu for mask in masks):
+            return [mask.numel() - number(mask) for mask in masks]
+        return torch.stack([(~mask).sum().cpu() for mask in masks]).tolist()
 
     def _mask(self, name: str) -> Tensor:
         """Return which elements of a listed parameter were reached."""

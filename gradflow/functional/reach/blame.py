@@ -32,8 +32,10 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.processes.shards import is_distributed, like_parts, local, of_parts, summed
-from gradflow.functional.reach.masks import every, is_label, is_zero, labelled, number_of_each, some
+from gradflow.functional.reach.masks import is_label, is_zero, labelled, number_of_each, some
+from gradflow.functional.reach.masks import number as number_of
 from gradflow.functional.reach.reasons import Blame, Reasons
+from gradflow.functional.reach.zeros import RandomNumbers, Zeros
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.reverse import call_node, validated
 from gradflow.functional.tap.nodes import Node, converts, exchanges, feeds, is_leaf, operation
@@ -85,7 +87,7 @@ class Walk:
     _numbers: dict[tuple[Node, int, str], int] = attrs.field(factory=dict)
     _arriving: dict[Node, dict[int, list[Part]]] = attrs.field(factory=dict)
     _found: dict[int, Tensor] = attrs.field(factory=dict)
-    _random: dict[torch.device, torch.Generator] = attrs.field(factory=dict)
+    _random: RandomNumbers = attrs.field(factory=RandomNumbers)
     _needed: set[Node] = attrs.field(factory=set)
 
     def run(self, loss: Tensor) -> Blamed:
@@ -184,20 +186,21 @@ class Walk:
         if operation(node) in _MOVING:
             self._move(node, gathered, pending)
             return
-        found: dict[int, Tensor] = {}
+        found: dict[int, Zeros] = {}
         left: dict[int, Tensor] = {}
         labels = self._labels_in(gathered)
         # Where nothing at all comes in, it is not this node that ends it.
         nothing = bool(labels) and all(g.numel() and not some(g.bool()) for g, _ in gathered.values())
         alone = self._called(node, {n: self._like(g) for n, (g, _) in gathered.items()}, pending)
         for j, cotangent in pending.items():
-            zero, by_itself = is_zero(cotangent), alone[j]
-            own = zero & is_zero(by_itself) if by_itself is not None else zero
-            own = torch.zeros_like(own) if nothing else own
-            number = self._number(node, j, "own", whole=every(own)) if some(own) else 0
-            found[j], left[j] = labelled(own, number), zero & ~own
+            found[j] = zeros = Zeros.of(cotangent)
+            own = torch.zeros_like(zeros.places, dtype=torch.bool) if nothing else ~zeros.reached(alone[j])
+            if some(own):
+                whole = number_of(own) == cotangent.numel()
+                zeros.label(zeros.places[own], self._number(node, j, "own", whole=whole))
+            left[j] = zeros.places[~own]
         for label in labels:
-            if not any(some(rest) for rest in left.values()):
+            if not any(rest.numel() for rest in left.values()):
                 break
             marked = {
                 n: torch.zeros_like(g) if at is None else self._like(g) * is_label(at, label).to(g.dtype)
@@ -205,34 +208,34 @@ class Walk:
             }
             reached = self._called(node, marked, pending)
             for j, rest in left.items():
-                if (there := reached[j]) is not None:
-                    hit = rest & there.bool()
-                    found[j] += labelled(hit, label)
-                    left[j] = rest & ~hit
+                hit = found[j].reached(reached[j], rest)
+                found[j].label(rest[hit], label)
+                left[j] = rest[~hit]
         if nothing:
             for j, rest in left.items():
-                found[j] += labelled(rest, labels[0])
-        elif any(some(rest) for rest in left.values()):
+                found[j].label(rest, labels[0])
+        elif any(rest.numel() for rest in left.values()):
             self._small_or_cancelled(node, gathered, found, left)
         for j, cotangent in pending.items():
-            child, number = feeds(node)[j]
-            self._send(child, number, (cotangent, found[j]))
+            child, at = feeds(node)[j]
+            self._send(child, at, (cotangent, found[j].labels()))
 
     def _move(self, node: Node, gathered: Mapping[int, Part], pending: Mapping[int, Tensor]) -> None:
         """Send on what a node only moves to other places, and the labels with it."""
-        labels = {n: torch.zeros_like(g) if at is None else at.float() for n, (g, at) in gathered.items()}
+        empty = {n: torch.zeros_like(g, dtype=torch.int16) for n, (g, at) in gathered.items() if at is None}
+        labels = {n: empty[n] if at is None else at for n, (_, at) in gathered.items()}
         moved = call_node(node, labels)
         for j, cotangent in pending.items():
             child, number = feeds(node)[j]
             at = moved[j]
             assert at is not None
-            self._send(child, number, (cotangent, at.to(torch.int16)))
+            self._send(child, number, (cotangent, at))
 
     def _small_or_cancelled(
         self,
         node: Node,
         gathered: Mapping[int, Part],
-        found: dict[int, Tensor],
+        found: Mapping[int, Zeros],
         left: Mapping[int, Tensor],
     ) -> None:
         """Label what is zero though something came in: see NOTE [Labels on zeros]."""
@@ -240,11 +243,10 @@ class Walk:
         larger = {n: g / top if top else g for n, (g, _) in gathered.items()}
         seen = self._called(node, larger, left)
         for j, rest in left.items():
-            there = seen[j]
-            small = rest & there.bool() if there is not None else torch.zeros_like(rest)
-            for kind, where in (("small", small), ("cancels", rest & ~small)):
-                if some(where):
-                    found[j] += labelled(where, self._number(node, j, kind))
+            small = found[j].reached(seen[j], rest)
+            for kind, where in (("small", rest[small]), ("cancels", rest[~small])):
+                if where.numel():
+                    found[j].label(where, self._number(node, j, kind))
 
     def _labels_in(self, gathered: Mapping[int, Part]) -> list[int]:
         """Return the labels of the zeros that come in, the most frequent first."""
@@ -280,12 +282,7 @@ class Walk:
         """Return random numbers in the form of a gradient, without a draw from the user's generators."""
         if is_distributed(gradient):
             return of_parts(self._like(local(gradient)), gradient)
-        device = gradient.device
-        if device not in self._random:
-            self._random[device] = torch.Generator(device).manual_seed(0)
-        return torch.empty_like(gradient, memory_format=torch.contiguous_format).uniform_(
-            1, 2, generator=self._random[device]
-        )
+        return self._random.like(gradient)
 
     def _fitted(self, given: Tensor, child: Node, number: int) -> tuple[Tensor, Tensor | None]:
         """Return a cotangent in the shape of its tensor, and where it is mere rounding; None if nowhere."""

@@ -14,7 +14,7 @@ from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.shards import Shards, is_distributed, local
 from gradflow.functional.reach.arrived import Arrived
 from gradflow.functional.reach.blame import Blamed, Walk
-from gradflow.functional.reach.masks import is_label, number_of_each
+from gradflow.functional.reach.masks import is_label, number_of_each, some
 from gradflow.functional.reach.origins import Origins
 from gradflow.functional.reach.reasons import Blame, Reasons
 from gradflow.functional.reach.slices import block, block_names, by_rows, parts
@@ -246,7 +246,7 @@ class ReachFindings:
     def _noise(self, name: str) -> Tensor | None:
         """Return a full mask where all of a parameter's gradient is zero or rounding, by mathematics."""
         labels = self.closely.labels.get(name) if self.closely is not None else None
-        if labels is None or not labels.numel():
+        if labels is None or not labels.numel() or some(is_label(labels, 0)):
             return None
         assert self.closely is not None
         blames = [self.closely.blames[label] for label in number_of_each(labels)]

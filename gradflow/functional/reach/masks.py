@@ -1,13 +1,19 @@
 """Questions to masks and labels, in the forms that a CPU answers fastest.
 
-PyTorch's reductions of booleans and its comparisons take ten times as long on a CPU as those of bytes, and as
-casts; masks here are as large as parameters, and there are many.
+PyTorch's reductions of booleans and its comparisons take up to ten times as long on a CPU as those of bytes,
+as casts, and as NumPy's; masks here are as large as parameters, and there are many.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+
+_MANY = 16  # labels from which on counting all at once is faster than one by one
+_NUMPY = (torch.float32, torch.float64)  # of whose elements NumPy asks faster whether they are zero
 
 
 def some(mask: Tensor) -> bool:
@@ -16,7 +22,29 @@ def some(mask: Tensor) -> bool:
     >>> some(torch.tensor([False, True])), some(torch.tensor([False])), some(torch.zeros(0, dtype=torch.bool))
     (True, False, False)
     """
+    if mask.is_cpu:
+        return bool(mask.numpy().any())
     return mask.numel() > 0 and bool(mask.view(torch.uint8).max())
+
+
+def number(mask: Tensor) -> int:
+    """Return how many elements are True.
+
+    >>> number(torch.tensor([True, False, True]))
+    2
+    """
+    return int(np.count_nonzero(mask.numpy())) if mask.is_cpu else int(mask.sum())
+
+
+def places(mask: Tensor) -> Tensor:
+    """Return the places of the elements that are True, in the mask as a vector.
+
+    >>> places(torch.tensor([[True, False], [False, True]]))
+    tensor([0, 3])
+    """
+    if mask.is_cpu:
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.reshape(-1).nonzero().reshape(-1)
 
 
 def every(mask: Tensor) -> bool:
@@ -31,11 +59,13 @@ def every_in_rows(mask: Tensor) -> Tensor:
 
 def is_zero(x: Tensor) -> Tensor:
     """Return which elements are exactly zero; a NaN is not."""
-    return ~x.bool()
+    return torch.from_numpy(np.asarray(x.numpy() == 0)) if x.is_cpu and x.dtype in _NUMPY else ~x.bool()
 
 
 def is_label(labels: Tensor, label: int) -> Tensor:
     """Return which elements have a label."""
+    if labels.is_cpu:
+        return torch.from_numpy(np.asarray(labels.numpy() == label))
     return ~(labels ^ label).bool()
 
 
@@ -54,6 +84,17 @@ def number_of_each(labels: Tensor, where: Tensor | None = None) -> dict[int, int
     >>> number_of_each(torch.tensor([3, 0, 3])), number_of_each(torch.ones(2).int(), torch.ones(2) > 1)
     ({0: 1, 3: 2}, {})
     """
-    flat = labels.reshape(-1).int() + 1
-    numbers = torch.bincount(flat if where is None else flat * where.reshape(-1).int()).tolist()
-    return {label: number for label, number in enumerate(numbers[1:]) if number}
+    found: Any = labels.reshape(-1)
+    here = None if where is None else where.reshape(-1)
+    if not found.is_cpu:
+        flat = found.int() + 1
+        numbers = torch.bincount(flat if here is None else flat * here.int()).tolist()[1:]
+        return {label: count for label, count in enumerate(numbers) if count}
+    found, chosen = found.numpy(), None if here is None else here.numpy()
+    most = int(found.max(initial=0))
+    if most < _MANY:
+        marks = ((label, found == label) for label in range(most + 1))
+        counts = {label: np.count_nonzero(m if chosen is None else m & chosen) for label, m in marks}
+    else:
+        counts = dict(enumerate(np.bincount(found if chosen is None else found[chosen]).tolist()))
+    return {label: int(count) for label, count in counts.items() if count}

@@ -49,6 +49,8 @@ def parts(mask: Tensor, unreached: Tensor) -> Iterator[Part]:
         return
     rest, covered = here.copy(), np.zeros_like(here)
     for axis in range(here.ndim):
+        if not rest.any():
+            return
         others = tuple(a for a in range(here.ndim) if a != axis)
         chosen = np.asarray((rest | covered).all(axis=others) & rest.any(axis=others))
         if chosen.any():
@@ -71,7 +73,10 @@ def by_rows(labels: Tensor, unreached: Tensor) -> Tensor:
     if labels.dim() < 2 or not labels.numel():
         return labels
     flat = labels.flatten(1)
-    whole = every_in_rows(unreached.flatten(1)) & ~every_in_rows(~(flat ^ flat[:, :1]).bool())
+    whole = every_in_rows(unreached.flatten(1))
+    if some(whole):
+        chosen = flat[whole]
+        whole[whole.clone()] = ~every_in_rows(~(chosen ^ chosen[:, :1]).bool())
     if not some(whole):
         return labels
     flat = flat.clone()

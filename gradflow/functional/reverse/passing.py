@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.tap.probes import magnitude, num_nonzero, safe_range
+from gradflow.functional.tap.probes import magnitude, magnitudes, num_nonzero, safe_range
 
 _register_hook = Tensor.register_hook  # taps tell of what others put on tensors
 
@@ -83,6 +83,12 @@ def size_of(gradient: Gradient, *, exact: bool) -> Tensor:
     if isinstance(gradient, Tensor):
         return magnitude(gradient, exact=exact)
     return gradient.size if gradient.exact is None or not exact else gradient.exact
+
+
+def sizes_of(gradients: Sequence[Gradient]) -> list[Tensor]:
+    """Return the magnitudes of gradients, taken fast."""
+    sizes = iter(magnitudes([g for g in gradients if isinstance(g, Tensor)]))
+    return [next(sizes) if isinstance(g, Tensor) else g.size for g in gradients]
 
 
 def zeros_in(gradient: Gradient) -> Tensor:

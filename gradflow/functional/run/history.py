@@ -14,7 +14,7 @@ from torch import Tensor
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
 from gradflow.functional.processes.shards import local
-from gradflow.functional.reverse.passing import Gradient, size_of, zeros_in
+from gradflow.functional.reverse.passing import Gradient, size_of, sizes_of, zeros_in
 from gradflow.functional.run.rows import LASTING_SUMS, NORMS, SUMS, Layout, Place, Row, to_host
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation
@@ -102,12 +102,12 @@ class History:
         lasting = self._lasting(outcome, look, content.moved)
         arrived = (size for size in outcome.gradients.outputs if size is not None)
         scalars = [outcome.loss, *arrived, *(observation.value for observation in noted), *risen.values()]
-        scalars += [_number(kind, x, self.exact_first and not self.rows) for kind, _, x in lasting]
+        scalars += _sums(lasting, exact=self.exact_first and not self.rows)
         form = self._same_form(outcome.recorder, content)
         if form is None or noted or risen or look:
             return self._read_anew(outcome.recorder, content, scalars, noted, risen, lasting)
         values = _norms(scalars, form.layout.norms)
-        safe = bool(((form.least < values) & (values < form.most)).all())
+        safe = bool(np.all((form.least < values) & (values < form.most)))
         if not safe:
             _repair(values, lasting)
         row = Row(form.layout, values, form.counts, content.sizes, safe)
@@ -327,14 +327,17 @@ def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]
     return found
 
 
-def _number(kind: str, tensor: Gradient, exact: bool) -> Tensor:
-    return zeros_in(tensor) if kind == "pzeros" else size_of(tensor, exact=exact)
+def _sums(lasting: list[tuple[str, str, Gradient]], *, exact: bool) -> list[Tensor]:
+    """Return a number of each tensor: how many elements are zero, or its magnitude."""
+    tensors = [tensor for kind, _, tensor in lasting if kind != "pzeros"]
+    sizes = iter([size_of(t, exact=True) for t in tensors] if exact else sizes_of(tensors))
+    return [zeros_in(tensor) if kind == "pzeros" else next(sizes) for kind, _, tensor in lasting]
 
 
 def _norms(scalars: list[Tensor], are_norms: Bools) -> Floats:
     """Return numbers on the host, magnitudes as norms: see NOTE [Exact and fast] in tap/probes.py."""
-    values, dtypes = np.array(to_host(scalars)), [scalar.dtype for scalar in scalars]
-    squares = are_norms & np.array([dtype is torch.float32 for dtype in dtypes])
+    values, single = np.array(to_host(scalars)), torch.float32
+    squares = are_norms & np.fromiter((scalar.dtype is single for scalar in scalars), bool, len(scalars))
     with np.errstate(invalid="ignore"):
         return np.sqrt(values, out=values, where=squares)
 

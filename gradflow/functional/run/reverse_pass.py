@@ -24,7 +24,7 @@ from gradflow.functional.reverse.reverse import (
     walked,
 )
 from gradflow.functional.run.program import Program
-from gradflow.functional.tap.probes import Site, magnitude
+from gradflow.functional.tap.probes import Site, magnitude, magnitudes
 from gradflow.functional.tap.recorder import Recorder
 
 
@@ -166,10 +166,17 @@ def _unscaled(found: Tensor, scale: float) -> Tensor:
 
 def _outputs(recorder: Recorder, found: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the magnitude at each site, of what was found for its edge or its slot."""
-    return [
-        g if site.edge is None or g is None else magnitude(g, exact=site.exact)
+    outputs = [
+        magnitude(g, exact=True) if site.exact and site.edge is not None and g is not None else g
         for site, g in zip(recorder.sites, found, strict=True)
     ]
+    fast = [
+        i for i, site in enumerate(recorder.sites)
+        if not site.exact and site.edge is not None and found[i] is not None
+    ]  # fmt: skip
+    for i, size in zip(fast, magnitudes([g for i in fast if (g := found[i]) is not None]), strict=True):
+        outputs[i] = size
+    return outputs
 
 
 def _accumulated(program: Program, recorder: Recorder, loss: Tensor) -> Gradients:
@@ -219,7 +226,9 @@ def _exchanged(program: Program, recorder: Recorder, loss: Tensor, scale: float,
 
 def _placed(found: dict[str, Tensor | None], trainable: Tensors) -> dict[str, Tensor | None]:
     """Return gradients in the placements of their parameters, where those are spread over processes."""
-    return {name: None if g is None else summed(g, trainable[name]) for name, g in found.items()}
+    return {
+        name: g if g is None or type(g) is Tensor else summed(g, trainable[name]) for name, g in found.items()
+    }
 
 
 @contextlib.contextmanager

@@ -84,14 +84,10 @@ class Row:
         return bool(np.isfinite(self.values[self.layout.must_be_finite]).all())
 
 
-# (whether on a CPU, dtype) of the scalars that can be had as floats at once
-_EXACT_ON_CPU = {(True, dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
-
-
 def to_host(values: Sequence[Tensor]) -> list[float]:
     """Return scalars (of shape ()) that may lie on several devices as floats: one transfer a device."""
-    if values and {(v.is_cpu, v.dtype) for v in values} <= _EXACT_ON_CPU:
-        return torch.stack(list(values)).tolist()  # in the widest of their dtypes
+    if all(v.is_cpu for v in values):
+        return [float(v.item()) for v in values]
     found: list[float] = [0.0] * len(values)
     by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}
     for i, value in enumerate(values):

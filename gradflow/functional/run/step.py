@@ -194,6 +194,8 @@ def _reverse(
                 program, recorder, loss, structure, full=request.full, ranks=request.ranks,
                 keep=request.keep, scale=request.scale,
             )  # fmt: skip
+        if not leaves:
+            return found
         return attrs.evolve(found, parameters={n: known(n, g) for n, g in found.parameters.items()})
     except ReentrantCheckpoint:
         raise

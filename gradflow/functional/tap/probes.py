@@ -47,7 +47,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -57,7 +57,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.processes.shards import arrived, settled
-from gradflow.functional.torch_private import node_class, preserved_writes
+from gradflow.functional.torch_private import node_class, preserved_writes, transform_level
 from gradflow.records import Bools, Floats
 
 
@@ -279,9 +279,42 @@ def magnitude(x: Tensor, *, exact: bool) -> Tensor:
         return magnitude(torch.view_as_real(x.resolve_conj()), exact=exact)
     if x.dtype == torch.float64:
         return _scaled_norm(x) if exact else torch.linalg.vector_norm(x)
+    if exact and x.is_cpu and (flat := _flat(x)) is not None:
+        return _double_norm(flat)
     if exact and x.device.type != "mps":
         return _by_pieces(x, lambda piece: torch.linalg.vector_norm(piece, dtype=torch.float64))
     return torch.linalg.vector_norm(x, dtype=torch.float32).square()
+
+
+def magnitudes(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the magnitudes of many tensors, each taken fast; see `magnitude`.
+
+    On a device where a call costs more than the sum, those of one dtype are taken together.
+
+    >>> magnitudes([torch.tensor([3.0, 4.0]), torch.tensor([[3.0, 4.0]], dtype=torch.float64)])
+    [tensor(25.), tensor(5., dtype=torch.float64)]
+    """
+    found: dict[int, Tensor] = {}
+    together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, x in enumerate(tensors):
+        if type(x) is not Tensor or x.layout is not torch.strided:
+            found[i] = magnitude(x, exact=False)
+        elif not x.is_cpu and x.dtype in _SHORT:
+            together.setdefault((x.device, x.dtype), []).append(i)
+        elif x.is_cpu and x.dtype is torch.float32 and x.is_contiguous():
+            flat = x.view(-1)
+            found[i] = torch.dot(flat, flat)
+        else:
+            found[i] = magnitude(x, exact=False)
+    for places in together.values():
+        found |= zip(places, _squares_of([tensors[i] for i in places]), strict=True)
+    return [found[i] for i in range(len(tensors))]
+
+
+def _squares_of(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return Σ|x|² of each tensor in single precision, all in a few calls."""
+    norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
+    return torch.stack(list(norms)).square().unbind()
 
 
 def careful_magnitude(x: Tensor) -> Tensor:
@@ -317,6 +350,15 @@ def _in_dtype(found: Tensor, dtype: torch.dtype) -> Tensor:
     return found.double().sqrt() if dtype == torch.float64 else found.square().to(dtype)
 
 
+def _double_norm(flat: Tensor) -> Tensor:
+    """Return the norm of a vector in double precision, of a shorter dtype, whose squares it holds all."""
+    sums = []
+    for piece in flat.split(_CACHED):
+        wide = piece.double()
+        sums.append(torch.dot(wide, wide))
+    return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()).sqrt()
+
+
 def _scaled_norm(x: Tensor) -> Tensor:
     """Return the norm of a tensor in double precision, of which no square leaves the range of a number."""
     if not x.numel():
@@ -342,21 +384,24 @@ def _by_pieces(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
 def num_nonzero(x: Tensor) -> Tensor:
     """Return how many elements of a tensor are not zero, as a scalar on its device; a NaN may count as zero.
 
-    On a CPU the squares of the signs are summed, a piece at a time, which is ten times as fast as
+    On a CPU bytes are counted, a piece at a time: of 400 000 elements in a third of the time of
     `count_nonzero`.
     """
-    flat = _flat_plain(x)
-    if flat is None:
+    if not x.is_cpu or x.layout is not torch.strided or type(x) is not Tensor or transform_level():
         return torch.count_nonzero(x)
-    if flat.numel() <= _PIECE:
-        signs = flat.sign()
-        return torch.dot(signs, signs)
-    return torch.stack([num_nonzero(piece) for piece in flat.split(_PIECE)]).sum(dtype=torch.float64)
+    x = x.detach()
+    if x.numel() <= _PIECE:
+        return torch.tensor(np.count_nonzero(x.bool().numpy()))
+    flat = _flat(x)
+    pieces = (x.reshape(-1) if flat is None else flat).split(_PIECE)
+    return torch.tensor(sum(np.count_nonzero(piece.bool().numpy()) for piece in pieces))
 
 
 _PLAIN = (torch.float32, torch.float64)
+_SHORT = (torch.float32, torch.float16, torch.bfloat16)
 _LARGE = 2**17  # elements; on a CPU a norm in double precision copies what it is taken of
-_PIECE = 2**16  # elements: they stay in the cache, and their number is exact in single precision
+_CACHED = 2**15  # elements: as double-precision numbers they stay in the cache
+_PIECE = 2**18  # elements: bytes for these stay in the cache
 
 
 def _flat_plain(x: Tensor) -> Tensor | None:

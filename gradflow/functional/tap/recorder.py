@@ -104,7 +104,8 @@ class Recorder:
             return forward(*args, **kwargs)
         if asked.watched:
             return self._run_closely(name, layer, forward, args, kwargs)
-        call = self._enter_again(name, layer, args) if self.alike else self._enter(name, layer, args, kwargs)
+        call = self._entered_again(name, args) if self.alike else None
+        call = self._enter(name, layer, args, kwargs) if call is None else call
         try:
             output = forward(*args, **kwargs)
         except BaseException as error:
@@ -114,23 +115,27 @@ class Recorder:
         if layer:
             if call.name in asked.rectifiers:
                 self._follow(asked.rectifiers[call.name], output)
-            output = self._observe(call, output, args)
+            if not (self.alike and self._is_captured_again(call, output)):
+                output = self._observe(call, output, args)
         if asked.structural:
             call.finish()
         return output
 
-    def _enter_again(self, name: str, layer: bool, args: Any) -> Call:
-        """Enter a call as long as all went as in an earlier ordinary step, whose records of it are reused."""
-        index, parent = len(self.calls), self.stack[-1] if self.stack else -1
+    def _entered_again(self, name: str, args: Any) -> Call | None:
+        """Enter a call as long as all went as in an earlier ordinary step, whose records of it are reused.
+
+        None where it is another call than it was then.
+        """
+        stack, index = self.stack, len(self.calls)
         call = self.known[index] if index < len(self.known) else None
-        if call is None or call.module != name or call.parent != parent:
+        if call is None or call.module != name or call.parent != (stack[-1] if stack else -1):
             self.alike = False
             for before in self.calls:
                 self._counts[before.module] = before.number + 1
-            return self._enter(name, layer, args, {})
+            return None
         call.begin_again(args)
         self.calls.append(call)
-        self.stack.append(index)
+        stack.append(index)
         return call
 
     def _run_closely(
@@ -243,6 +248,21 @@ class Recorder:
             return self._observe_tensor(call, output, args, {})
         memo: dict[int, Tensor] = {}
         return map_tensors(lambda t: self._observe_tensor(call, t, args, memo), output)
+
+    def _is_captured_again(self, call: Call, y: Any) -> bool:
+        """Capture the gradient of a call's only output, where it is as in the step before; else say no.
+
+        It does what `_observe` and `_capture` do, and is most of what an ordinary step does for a layer.
+        """
+        if type(y) is not Tensor or call.name not in self.asked.captured or tuple(y.shape) != call.shape:
+            return False
+        number = y.numel()
+        if call.split or not number or y.layout is not torch.strided or not self._capture(call, y):
+            return False
+        call.num_elements = number
+        if call.type not in PASSING:
+            self.last_type = call.type
+        return True
 
     def _observe_tensor(self, call: Call, y: Tensor, args: Any, memo: dict[int, Tensor]) -> Tensor:
         if id(y) in memo:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +32,8 @@ def tapped(model: TappedModel) -> Iterator[None]:
         recorder = model.recorder
         if recorder is None:
             return None
-        model.thread.check(name, model.types[name])
+        if get_ident() != model.thread.ident:
+            model.thread.check(name, model.types[name])
         return recorder.run
 
     with (

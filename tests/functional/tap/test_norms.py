@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradflow.functional.tap.probes import as_norm, eager_probe, is_safe, magnitude, num_nonzero, safe_range
+from gradflow.functional.tap.probes import (
+    _squares_of,
+    as_norm,
+    eager_probe,
+    is_safe,
+    magnitude,
+    magnitudes,
+    num_nonzero,
+    safe_range,
+)
 from tests.functional.tap.sites import site, slot, spread
 
 # ------------------------------------------------------------------------------- the range of numbers
@@ -190,3 +199,23 @@ def test_exact_norms_of_zeros_and_of_what_is_not_finite(size: int) -> None:
     for value in (float("nan"), float("inf")):
         x[size // 2] = value
         assert not np.isfinite(float(magnitude(x, exact=True)))
+
+
+def test_many_magnitudes_are_those_of_each() -> None:
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(40, 30, generator=generator)
+    every = [
+        plain, plain.mT, plain[:, ::2], plain.double(), plain.half(), plain.bfloat16(), plain[0, 0],
+        torch.zeros(0), plain.to_sparse(), torch.complex(plain, plain),
+    ]  # fmt: skip
+    for x, found in zip(every, magnitudes(every), strict=True):
+        alone = magnitude(x, exact=False)
+        assert (found.dtype, found.shape) == (alone.dtype, alone.shape)
+        torch.testing.assert_close(found, alone, rtol=1e-5, atol=0)
+    together = _squares_of([plain, plain.half().float()])
+    torch.testing.assert_close(together[0], plain.square().sum())
+
+
+def test_num_nonzero_under_a_transform() -> None:
+    x = torch.tensor([[0.0, 1.0], [2.0, 0.0], [3.0, 4.0]])
+    assert torch.func.vmap(num_nonzero)(x).tolist() == [1, 1, 2]
