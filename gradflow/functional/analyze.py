@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from gradflow.functional.model.trees import named_tensors, same_device
 from gradflow.functional.parts.chance import chance
 from gradflow.functional.parts.measurement import parts
 from gradflow.functional.parts.sight import sight
+from gradflow.functional.processes.stages import Stages
 from gradflow.functional.run.measure import measure
 from gradflow.functional.run.program import Given
 from gradflow.functional.run.run import Plan, Progress
@@ -186,6 +188,9 @@ def analyze_custom(
 
 def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None, plan: Plan) -> FlowRecord:
     """Return what a plan shows of a model; see `analyze`."""
+    stages = Stages.of(model)
+    if not stages.alone:
+        return _analyzed_stage(stages, batches, loss_fn, plan)
     check_module(model)
     objective = make_objective(loss_fn)
     source = Source(batches)
@@ -207,6 +212,54 @@ def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None,
     given = Given(
         model, _module(loss_fn), forward, objective.loss, inputs_of, functions, own_loss=loss_fn is None
     )
+    with contextlib.closing(source):
+        return measure(given, draw, attrs.evolve(_with_standing(plan), num_batches=source.length))
+
+
+def _analyzed_stage(
+    stages: Stages, batches: Any, loss_fn: Callable[..., Any] | None, plan: Plan
+) -> FlowRecord:
+    """Return what a plan shows of a pipeline, called on the process of each of its stages.
+
+    The first takes the inputs of a batch, and the last its target; those between need none.
+    """
+    stage = stages.stage
+    assert stage is not None
+    model = stage.module
+    loss_fn = stage.loss_fn if loss_fn is None else loss_fn
+    objective = make_objective(loss_fn)
+    draws = stages.is_first or (stages.is_last and objective.takes_target) or batches is not None
+    source = Source(batches if draws else itertools.repeat(()))
+    device = same_device(model)
+
+    def draw(step: int) -> Any:
+        batch = source.draw()
+        if batch is None and step == 0:
+            raise no_batches(batches)
+        return None if batch is None else prepared(batch, device)
+
+    def forward(batch: Any, step: int) -> Any:
+        if stages.is_first:
+            output = invoke(model, objective.inputs(batch))
+        else:
+            output = model(*stages.entering())
+        return output if stages.is_last else stages.hand_on(output)
+
+    def loss_of(output: Any, batch: Any) -> Any:
+        if not stages.is_last:
+            return output
+        loss = objective.loss(output, batch)
+        return loss if stage.averages else loss * stage.microbatches
+
+    def inputs_of(batch: Any) -> dict[str, Tensor]:
+        if stages.is_first:
+            return dict(named_tensors(objective.inputs(batch), "input"))
+        return stages.named()
+
+    given = Given(
+        model, _module(loss_fn) if stages.is_last else None, forward, loss_of, inputs_of, _held(loss_fn),
+        own_loss=loss_fn is None or not stages.is_last, stages=stages,
+    )  # fmt: skip
     with contextlib.closing(source):
         return measure(given, draw, attrs.evolve(_with_standing(plan), num_batches=source.length))
 

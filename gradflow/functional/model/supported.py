@@ -183,13 +183,16 @@ def distributed(model: nn.Module) -> list[DistributedDataParallel]:
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
-def standing_notes(model: nn.Module, optimizers: Iterable[Any], *, alone: bool = True) -> Iterator[str]:
+def standing_notes(
+    model: nn.Module, optimizers: Iterable[Any], *, alone: bool = True, staged: bool = False
+) -> Iterator[str]:
     """Yield what a reader must know of what is not run, not seen or not put back.
 
     Args:
         model: the model.
         optimizers: those that were given.
         alone: whether the analysis is of this process alone.
+        staged: whether it is of all stages of a pipeline, of which the model is one.
     """
     scripted = [name for name, module in model.named_modules() if is_scripted(module)]
     inside = {n for n in scripted for m in scripted if n != m and n.startswith(f"{m}." if m else "")}
@@ -198,7 +201,7 @@ def standing_notes(model: nn.Module, optimizers: Iterable[Any], *, alone: bool =
             f"TorchScript shows nothing of its inside: {_names(outermost)} is taken for one layer. Analyse "
             "the module that it was made from to see the layers in it."
         )
-    for index, number in _stages(model):
+    for index, number in () if staged else _stages(model):
         yield (
             f"The model is stage {index} (from 0) of the {number} of a pipeline, and its output is for the "
             "next. The loss given stands for that of training only if it hands the output the gradient which "

@@ -13,6 +13,7 @@ from gradflow.functional.reverse.plain_sums import plainly_summed
 from gradflow.functional.run.graph.record import Cut, HostFlows, cuts, graph_record, read_flows
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.nodes import feeds
 from gradflow.records import GraphRecord
 
 
@@ -30,6 +31,7 @@ class GraphFindings:
     flows: list[HostFlows] = attrs.field(factory=list)
     taken: set[str] = attrs.field(factory=set)  # parameters that ran, where none has a gradient
     summed: tuple[int, ...] = ()  # see `plainly_summed`; of the first step
+    handed: tuple[str, ...] = ()  # what feeds the last node of the first step, by number of the operand
 
     def learn(self, outcome: Outcome, dataflow: DataFlow, parameters: Mapping[str, Tensor]) -> None:
         """Keep what the first step showed of the graph and the data flow."""
@@ -41,6 +43,12 @@ class GraphFindings:
         dataflow.release()
         if structure is not None:
             self.structures, self.summed = [structure], plainly_summed(structure)
+            of = structure.group_of
+            self.handed = (
+                tuple("" if node is None else of.get(node, "") for node, _ in feeds(structure.nodes[0]))
+                if structure.nodes
+                else ()
+            )
             self.bypassed, self.capturable = set(bypassed(structure)), capturable(structure)
 
     def meet(self, structure: Structure | None) -> None:

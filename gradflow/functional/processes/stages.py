@@ -1,0 +1,329 @@
+"""The stages of a pipeline: what each hands to the next in a pass, and what comes back.
+
+NOTE [A pass through the stages]
+Every process runs its own stage as a model of its own: what the stage before hands on is its batch, and in
+the place of a loss it has a scalar that stands for all that comes behind. In the reverse pass that scalar's
+node hands back what the next stage has found at its own inputs. So probes, graphs and walks see each stage as
+they see a model, and only the two ends of it wait for others. A batch is sent through in one piece: the mean
+over the microbatches of a schedule is that over the batch.
+
+A pass has the same course on all stages: one message forward and one back between each two, whatever comes of
+it. A stage that must run its pass again (a probe did not fit) sends that there is nothing, and at the end of
+a pass all learn whether any of them has to. So no stage is a pass ahead of another.
+
+A message is announced through the store, and its tensors are sent when both sides are ready: a stage may
+compute as long as it likes, and one that fails is known to those who wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradflow.errors import ModelInputError
+from gradflow.functional.processes.group import Axis, Processes
+from gradflow.functional.processes.line import Line
+from gradflow.functional.processes.packing import device_of
+from gradflow.functional.torch_pipelining import Stage, stages_of
+
+Message = tuple[list[Tensor], Any]
+
+
+class PassVoid(Exception):
+    """Another stage cannot end the pass, so there is nothing to go on with; never seen by a user."""
+
+
+@attrs.define(eq=False)
+class Stages:
+    """The way along the stages of a pipeline; see NOTE [A pass through the stages].
+
+    Args:
+        stage: that of this process; None where the model is no stage.
+        line: to the processes of all stages.
+    """
+
+    stage: Stage | None = None
+    line: Line = attrs.field(factory=Line)
+    axis: Axis | None = None
+    inputs: tuple[Tensor, ...] = ()  # of the stage, in the pass that runs or ran last; of the first, none
+    tries: bool = False  # a pass that may fail on a stage, which is no failure of the analysis
+    _runs: bool = False
+    _returns: bool = True
+    _void: bool = False
+    _handed: bool = False
+    _back: Sequence[Tensor | None] | None = None  # what this stage hands back
+    _cotangents: list[Tensor | None] | None = None  # what the next one has handed back
+    _sent: dict[str, int] = attrs.field(factory=dict)  # number of messages by where they go
+
+    @classmethod
+    def of(cls, model: Any) -> Stages:
+        """Return the way along the stages of a pipeline, without one if the model is no stage.
+
+        Raises:
+            ModelInputError: if a process has several stages.
+        """
+        found = stages_of(model)
+        if len(found) > 1:
+            raise ModelInputError(
+                f"the {type(model).__name__} runs {len(found)} stages on this process, one behind the other "
+                "with others between them. One stage a process is taken: analyse the model under "
+                "ScheduleGPipe or Schedule1F1B, with as many stages as processes."
+            )
+        return cls(found[0] if found and found[0].number > 1 else None)
+
+    def connect(self, beside: Processes) -> None:
+        """Make the line to all processes of the analysis.
+
+        Args:
+            beside: the processes that have the same stage, with other parts of the batch or of the layers.
+
+        Raises:
+            ModelInputError: if the stages and these do not span all processes.
+        """
+        if self.stage is None:
+            return
+        self.axis = Axis("stages", self.stage.group, "stages")
+        number = self.stage.number * (dist.get_world_size(beside.group) if beside.axes else 1)
+        if beside.axes and number != dist.get_world_size():
+            raise ModelInputError(
+                f"the {self.stage.number} stages and the processes that share a stage make {number} of the "
+                f"{dist.get_world_size()} processes. Lay the stages out along one dimension of a DeviceMesh, "
+                "and what shares a stage along the other."
+            )
+        group = dist.group.WORLD if beside.axes else self.stage.group
+        self.line = Line(Processes((self.axis,), group))
+
+    @property
+    def alone(self) -> bool:
+        """Whether the model is no stage."""
+        return self.stage is None
+
+    @property
+    def index(self) -> int:
+        """The number of this process's stage."""
+        return 0 if self.stage is None else self.stage.index
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first stage, which takes the batch."""
+        return self.stage is None or self.stage.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the last stage, which has the loss."""
+        return self.stage is None or self.stage.index == self.stage.number - 1
+
+    # -------------------------------------------------------------------------------- a pass
+
+    @contextlib.contextmanager
+    def trying(self) -> Iterator[None]:
+        """Run passes that may fail, for the length of the context: on one stage, or then on all."""
+        self.tries = True
+        try:
+            yield
+        finally:
+            self.tries = False
+
+    def begin(self, *, returns: bool = True) -> None:
+        """Begin a pass, and take what the stage before hands on.
+
+        Args:
+            returns: whether it is a pass forward and back.
+        """
+        if self.stage is None or self._runs:
+            return
+        self._runs, self._returns, self._handed, self._void = True, returns, False, False
+        self._back = self._cotangents = None
+        if not self.is_first:
+            found = self.receive(-1)
+            self._void = found is None
+            tensors, asks = found if found is not None else ([], [])
+            self.inputs = tuple(
+                tensor.requires_grad_(asked and returns) for tensor, asked in zip(tensors, asks, strict=True)
+            )
+
+    def entering(self) -> tuple[Tensor, ...]:
+        """Return what the stage before has handed on.
+
+        Raises:
+            PassVoid: if it has nothing to hand on.
+        """
+        if self._void:
+            raise PassVoid
+        return self.inputs
+
+    def named(self) -> dict[str, Tensor]:
+        """Return what the stage before has handed on, by the names that it has in the stage's graph."""
+        return {received(i): tensor for i, tensor in enumerate(self.inputs)}
+
+    def hand_on(self, output: Any) -> Tensor:
+        """Hand an output to the next stage, and return the scalar that stands for what comes behind.
+
+        Raises:
+            ModelInputError: if it is neither a tensor nor several.
+        """
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        if not outputs or not all(isinstance(tensor, Tensor) for tensor in outputs):
+            raise ModelInputError(
+                f"stage {self.stage.index if self.stage else 0} returns a {type(output).__name__}: a stage "
+                "hands on a tensor or a tuple of tensors."
+            )
+        asks = [bool(t.requires_grad and t.is_floating_point()) for t in outputs]
+        self.send(1, [tensor.detach() for tensor in outputs], asks)
+        self._handed = True
+        return HandedOn.apply(self, *outputs)  # type: ignore[return-value]
+
+    def cotangents(self) -> list[Tensor | None]:
+        """Return what the next stage hands back, of each output.
+
+        Raises:
+            PassVoid: if it hands back nothing, since it runs again.
+        """
+        if self._cotangents is None:
+            found = self.receive(1)
+            self._void = found is None
+            tensors, there = found if found is not None else ([], [])
+            parts = iter(tensors)
+            self._cotangents = [next(parts) if known else None for known in there]
+        if self._void:
+            raise PassVoid
+        return self._cotangents
+
+    def hand_back(self, gradients: Sequence[Tensor | None]) -> None:
+        """Keep the gradients at the inputs, for the stage before, until the pass is over."""
+        self._back = list(gradients)
+
+    def end(self, how: int) -> int:
+        """End a pass, and return the largest of what the stages say of it.
+
+        Args:
+            how: 0 if all went well here.
+        """
+        if self.stage is None:
+            return how
+        if not self.is_last and not self._handed:
+            self.send(1, None)
+        if self._returns:
+            if not self.is_last and self._cotangents is None:
+                try:
+                    self.cotangents()
+                except PassVoid:
+                    how = how or 1
+            if not self.is_first:
+                back = [] if self._back is None else self._back
+                tensors = [tensor for tensor in back if tensor is not None]
+                there = [tensor is not None for tensor in back] or [False] * len(self.inputs)
+                self.send(-1, None if how else tensors, there)
+        self._runs = False
+        return int(self.line.extremes(np.array([float(how)]))[0])
+
+    # ------------------------------------------------------------------------------ messages
+
+    def send(self, where: int, tensors: Sequence[Tensor] | None, more: Any = None) -> None:
+        """Send something to the next stage (1) or the one before (−1); None says that there is nothing."""
+        to, key = self._other(where), self._key(where, out=True)
+        if tensors is None:
+            self.line.post(key, pickle.dumps(None))
+            return
+        dense = [t.to_dense() if t.layout is not torch.strided else t for t in tensors]
+        self.line.post(key, pickle.dumps(([(tuple(t.shape), t.dtype) for t in dense], more)))
+        if dense:
+            self.line.fetch(f"{key}/ready")
+        for tensor in dense:
+            whole = tensor.contiguous()
+            self.line.moved(lambda whole=whole: dist.send(whole, to, group=self._group))
+
+    def receive(self, where: int) -> Message | None:
+        """Return what the next stage (1) or the one before (−1) has sent; None where there is nothing."""
+        source, key = self._other(where), self._key(where, out=False)
+        found = pickle.loads(self.line.fetch(key))
+        if found is None:
+            return None
+        forms, more = found
+        if forms:
+            self.line.post(f"{key}/ready")
+        device = device_of(self._group)
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in forms]
+        for tensor in tensors:
+            self.line.moved(lambda tensor=tensor: dist.recv(tensor, source, group=self._group))
+        return tensors, more
+
+    @property
+    def _group(self) -> Any:
+        assert self.stage is not None
+        return self.stage.group
+
+    def _other(self, where: int) -> int:
+        assert self.stage is not None
+        return self.stage.ranks[self.stage.index + where]
+
+    def _key(self, where: int, *, out: bool) -> str:
+        own, other = dist.get_rank(), self._other(where)
+        way = f"{own}-{other}" if out else f"{other}-{own}"
+        self._sent[way] = self._sent.get(way, -1) + 1
+        return f"{way}/{self._sent[way]}"
+
+    # --------------------------------------------------------------------- beside the passes
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Return the largest on any stage of this process's pipeline, of every number; no NaN."""
+        if self.axis is None:
+            return list(values)
+        return self.line.reduced(np.array(values, float), self.axis, dist.ReduceOp.MAX).tolist()
+
+    def added(self, value: float) -> float:
+        """Return the sum over the stages of this process's pipeline."""
+        return value if self.axis is None else float(self.line.reduced(np.array([value]), self.axis)[0])
+
+    def from_last(self, *numbers: float, also: float = 0.0) -> list[float]:
+        """Return numbers as the last stage has them, which may be NaN, and the largest of one more on any."""
+        if self.axis is None:
+            return [*numbers, also]
+        mine = [float(n) for n in numbers] if self.is_last else [-np.inf] * len(numbers)
+        flags = [float(np.isnan(n)) for n in mine]
+        known = [0.0 if np.isnan(n) else n for n in mine]
+        *found, most = self.largest([*known, *flags, also])
+        pairs = zip(found[: len(mine)], found[len(mine) :], strict=True)
+        return [*(np.nan if flag > 0 else n for n, flag in pairs), most]
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any process."""
+        return self.line.any(flag)
+
+
+def received(number: int) -> str:
+    """Return the name, in a stage's graph, of what the stage before hands on."""
+    return f"received.{number}"
+
+
+class HandedOn(torch.autograd.Function):
+    """A scalar that stands for all that comes behind a stage, from its outputs; back comes their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, stages: Stages, *outputs: Tensor) -> Tensor:  # type: ignore[override]
+        """Return a zero."""
+        ctx.stages = stages
+        first = next((t for t in outputs if t.is_floating_point()), None)
+        return torch.zeros((), device=outputs[0].device) if first is None else first.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Return what the next stage hands back, whatever comes in."""
+        return None, *ctx.stages.cotangents()
+
+
+class Prefixed(nn.Module):
+    """A stage's module under a name, where another stage has layers of the same names."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, module)
+        self.training = module.training
