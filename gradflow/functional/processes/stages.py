@@ -53,6 +53,7 @@ class Stages:
     stage: Stage | None = None
     line: Line = attrs.field(factory=Line)
     axis: Axis | None = None
+    entry: Entry = attrs.field(factory=lambda: Entry())
     inputs: tuple[Tensor, ...] = ()  # of the stage, in the pass that runs or ran last; of the first, none
     tries: bool = False  # a pass that may fail on a stage, which is no failure of the analysis
     _runs: bool = False
@@ -121,6 +122,11 @@ class Stages:
         """Whether this is the last stage, which has the loss."""
         return self.stage is None or self.stage.index == self.stage.number - 1
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Modules that are called in a pass beside those of the model."""
+        return {} if self.is_first else {ENTRY: self.entry}
+
     # -------------------------------------------------------------------------------- a pass
 
     @contextlib.contextmanager
@@ -158,7 +164,7 @@ class Stages:
         """
         if self._void:
             raise PassVoid
-        return self.inputs
+        return tuple(self.entry(tensor) for tensor in self.inputs)
 
     def named(self) -> dict[str, Tensor]:
         """Return what the stage before has handed on, by the names that it has in the stage's graph."""
@@ -299,9 +305,23 @@ class Stages:
         return self.line.any(flag)
 
 
+ENTRY = "(received)"
+
+
 def received(number: int) -> str:
     """Return the name, in a stage's graph, of what the stage before hands on."""
     return f"received.{number}"
+
+
+class Entry(nn.Module):
+    """Stands, as a layer, for whoever made what the stage before hands on: its name in a stage is `ENTRY`.
+
+    It is called for each tensor, so that what a stage computes from it is known to come from a layer.
+    """
+
+    def forward(self, handed: Tensor) -> Tensor:
+        """Return the tensor as it is."""
+        return handed
 
 
 class HandedOn(torch.autograd.Function):

@@ -205,7 +205,11 @@ def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> 
     elif not run.history.rows:  # most parameters are settled by a number that the first step takes anyway
         numbers = list(zip(row.layout.places, row.values.tolist(), strict=True))
         run.reach.arrived.settle({str(name) for (kind, name), n in numbers if kind == "pzeros" and n == 0})
-        run.reach.arrived.doubt({str(name): n for (kind, name), n in numbers if kind == "pgrad"})
+        norms = {str(name): n for (kind, name), n in numbers if kind == "pgrad"}
+        largest = max(norms.values(), default=0.0)
+        if not run.stages.alone:
+            (largest,) = run.stages.largest([0.0 if np.isnan(largest) else largest])
+        run.reach.arrived.doubt(norms, largest)
     run.reach.arrived.add(outcome.gradients.parts, look=look)
 
 

@@ -85,7 +85,7 @@ def _on_processes(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowR
             part.find_unused_parameters = part.static_graph = False
         if plan.seed is not None:
             seed_all(plan.seed)
-        taps, state = TappedModel.of(model), WorkingState.of(given, copies, shards)
+        taps, state = TappedModel.of(model, stages.modules), WorkingState.of(given, copies, shards)
         if not state.trainable:
             raise NoTrainableParametersError(
                 f"none of the {len(state.parameters)} parameters of {type(model).__name__} requires a "

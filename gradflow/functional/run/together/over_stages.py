@@ -1,21 +1,23 @@
 """What the stages of a pipeline have measured, each of its own part of the model, as one record.
 
 NOTE [One graph of all stages]
-A stage's graph begins with what the stage before hands on, and ends with a scalar that stands for all that
-comes behind. Where two are joined, both go: an edge from what was handed on is one from whoever made it.
-Operations are numbered through the whole model, so those of later stages go on counting where the earlier
-ones end. All that names a node (why a number was not reached) is renamed with it.
+A stage's graph begins with a layer that stands for whoever made what the stage before hands on, and ends with
+a scalar that stands for all that comes behind. Where two are joined, both go: an edge from what was handed on
+is one from whoever made it. Operations are numbered through the whole model, so those of later stages go on
+counting where the earlier ones end. All that names a node (why a number was not reached) is renamed with it;
+what names the layer that feeds something, and names what was handed on, gets the latest layer behind that.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
 import numpy as np
 
+from gradflow.functional.processes.stages import ENTRY
 from gradflow.functional.reach.reasons import unmarked
 from gradflow.functional.run.run import Run
 from gradflow.records import (
@@ -33,7 +35,8 @@ from gradflow.records import (
     UpdatesRecord,
 )
 
-_RECEIVED = re.compile(r"received\.(\d+)")
+_ENTRY = re.compile(rf"{re.escape(ENTRY)}(?:@(\d+))?")
+_MOST = 64  # tensors that a stage hands on
 Names = Mapping[str, str]
 
 
@@ -60,8 +63,12 @@ def over_stages(run: Run, record: FlowRecord) -> FlowRecord:
     if run.stages.alone:
         return record
     parts = _of_stages(run, _Part(record, _handed(run)))
-    records = [part.record for part in parts]
     graphs, names = _joined_graph([p.record.graph_record for p in parts], [p.handed for p in parts])
+    feeders = _Feeders.of(graphs)
+    records = [
+        _fed(part.record, [feeders.layer(of.get(_entry(i), "")) for i in range(_MOST)])
+        for part, of in zip(parts, names, strict=True)
+    ]
     first, last = records[0], records[-1]
     return attrs.evolve(
         last,
@@ -77,7 +84,7 @@ def over_stages(run: Run, record: FlowRecord) -> FlowRecord:
         provenance=_provenance([r.provenance for r in records], run),
         recurrences=_all(records, "recurrences"),
         policy=next((r.policy for r in reversed(records) if r.policy is not None), None),
-        reach=_reach([r.reach for r in records if r.reach is not None], names, graphs),
+        reach=_reach([r.reach for r in records if r.reach is not None], names),
         extras={key: value for r in records for key, value in r.extras.items()},
         updates=_updates([r.updates for r in records if r.updates is not None]),
         precision=_precision([r.precision for r in records if r.precision is not None]),
@@ -110,7 +117,8 @@ def _all(records: Sequence[Any], field: str) -> list[Any]:
 
 
 def _layers(records: Sequence[FlowRecord]) -> list[LayerRecord]:
-    return [attrs.evolve(layer, order=i) for i, layer in enumerate(_all(records, "layers"))]
+    own = [layer for layer in _all(records, "layers") if layer.module != ENTRY]
+    return [attrs.evolve(layer, order=i) for i, layer in enumerate(own)]
 
 
 # --------------------------------------------------------------------------------------- the graph
@@ -151,11 +159,11 @@ def _names(graph: GraphRecord | None, made_by: Sequence[str], taken: set[str], *
     nodes = () if graph is None else graph.nodes
     ends = {edge.source for edge in graph.edges if edge.target in _losses(nodes)} if graph else set()
     for node in sorted(nodes, key=lambda node: _number(node.name)):
-        entry = _RECEIVED.fullmatch(node.name.strip("()")) if node.kind == "input" else None
+        entry = _ENTRY.fullmatch(node.name)
         if entry is not None:
-            number = int(entry[1])
+            number = int(entry[1] or 0)
             found[node.name] = made_by[number] if number < len(made_by) else ""
-        elif not last and (node.kind == "loss" or (node.kind == "op" and node.name in ends)):
+        elif (made_by and node.kind == "input") or (not last and _ends(node, ends)):
             found[node.name] = ""
         elif node.kind == "op":
             base, number, name = _base(node.name), 1, _base(node.name)
@@ -168,12 +176,17 @@ def _names(graph: GraphRecord | None, made_by: Sequence[str], taken: set[str], *
     return found
 
 
+def _ends(node: NodeRecord, ends: Collection[str]) -> bool:
+    """Whether a node stands for what comes behind a stage, or is the loss in its place."""
+    return node.kind == "loss" or (node.kind == "op" and node.name in ends)
+
+
 def _losses(nodes: Sequence[NodeRecord]) -> set[str]:
     return {node.name for node in nodes if node.kind == "loss"}
 
 
 def _stays(node: NodeRecord, names: Names) -> bool:
-    return bool(names[node.name]) and not (node.kind == "input" and names[node.name] != node.name)
+    return bool(names[node.name]) and not _ENTRY.fullmatch(node.name)
 
 
 def _base(name: str) -> str:
@@ -200,16 +213,12 @@ def _put(edges: dict[tuple[str, str], EdgeRecord], edge: EdgeRecord, source: str
 # ---------------------------------------------------------------------------------------- the rest
 
 
-def _reach(
-    accounts: Sequence[ReachAccount], names: Sequence[Names], graph: GraphRecord | None
-) -> ReachAccount | None:
+def _reach(accounts: Sequence[ReachAccount], names: Sequence[Names]) -> ReachAccount | None:
     if not accounts:
         return None
-    feeders = _Feeders.of(graph)
-    unreached = []
-    for stage, account in enumerate(accounts):
-        for part in account.unreached:
-            unreached.append(_renamed(part, stage, names, feeders))
+    unreached = [
+        _renamed(part, stage, names) for stage, account in enumerate(accounts) for part in account.unreached
+    ]
     return attrs.evolve(
         accounts[-1],
         num_elements=sum(a.num_elements for a in accounts),
@@ -220,22 +229,21 @@ def _reach(
     )
 
 
-def _renamed(part: ReachRecord, stage: int, names: Sequence[Names], feeders: _Feeders) -> ReachRecord:
+def _renamed(part: ReachRecord, stage: int, names: Sequence[Names]) -> ReachRecord:
     """Return a part that no gradient reached, with the names of the whole graph."""
 
     def of(marked: str) -> str:
         name, where = unmarked(marked)
         return names[stage if where is None else where].get(name, name)
 
-    at = of(part.at)
-    return attrs.evolve(part, at=at, whose=of(part.whose), layer_at=part.layer_at or feeders.layer(at))
+    return attrs.evolve(part, at=of(part.at), whose=of(part.whose))
 
 
 @attrs.frozen(eq=False)
 class _Feeders:
     """What feeds the nodes of a graph."""
 
-    kinds: Mapping[str, str]
+    nodes: Mapping[str, NodeRecord]
     above: Mapping[str, list[str]]
 
     @classmethod
@@ -243,18 +251,40 @@ class _Feeders:
         above: dict[str, list[str]] = {}
         for edge in graph.edges if graph else ():
             above.setdefault(edge.target, []).append(edge.source)
-        return cls({node.name: node.kind for node in graph.nodes} if graph else {}, above)
+        return cls({node.name: node for node in graph.nodes} if graph else {}, above)
 
     def layer(self, name: str) -> str:
-        """Return the nearest layer call whose output comes to a node; "" if none does."""
+        """Return the latest layer call that feeds a node by way of operations, or is it; "" if none."""
+        found: list[str] = []
         todo, met = [name], {name}
         for node in todo:  # grows while it is walked
-            if self.kinds.get(node) == "layer":
-                return node
+            if node in self.nodes and self.nodes[node].kind == "layer":
+                found.append(node)
+                continue
             new = [other for other in self.above.get(node, ()) if other not in met]
             todo += new
             met.update(new)
-        return ""
+        return max(found, key=lambda node: self.nodes[node].order, default="")
+
+
+def _entry(number: int) -> str:
+    return f"{ENTRY}@{number}" if number else ENTRY
+
+
+def _fed(value: Any, layers: Sequence[str]) -> Any:
+    """Return a record in which what stands for something handed on is the layer that it came from."""
+    if isinstance(value, str) and ENTRY in value:
+        return _ENTRY.sub(lambda found: layers[int(found[1] or 0)], value)
+    if isinstance(value, tuple):
+        new = tuple(_fed(entry, layers) for entry in value)
+        return value if all(a is b for a, b in zip(new, value, strict=True)) else new
+    if not attrs.has(type(value)) or isinstance(value, GraphRecord):
+        return value
+    if isinstance(value, LayerRecord) and value.module == ENTRY:
+        return value
+    fields = {f.name: getattr(value, f.name) for f in attrs.fields(type(value))}
+    changed = {n: new for n, old in fields.items() if (new := _fed(old, layers)) is not old}
+    return attrs.evolve(value, **changed) if changed else value
 
 
 def _updates(found: Sequence[UpdatesRecord]) -> UpdatesRecord | None:
@@ -271,7 +301,7 @@ def _parts(found: Sequence[PartsRecord]) -> PartsRecord:
 
 def _transformer(records: Sequence[FlowRecord]) -> TransformerRecord:
     found = [record.transformer for record in records]
-    first = next((t for t in found if t.steps), found[0])
+    first = next((t for t in reversed(found) if t.steps), found[-1])
     return attrs.evolve(first, attention=_all(found, "attention"), branches=_all(found, "branches"))
 
 
