@@ -25,6 +25,7 @@ from gradflow.functional.run.measure import measure
 from gradflow.functional.run.program import Given
 from gradflow.functional.run.run import Plan, Progress
 from gradflow.functional.run.training.options import Loop, StepFunction
+from gradflow.functional.tap.watch import source_calls
 from gradflow.records import FlowRecord, GraphRecord
 
 Mode = Literal["train", "eval", "keep"]
@@ -243,11 +244,11 @@ def _analyzed_stage(
             output = invoke(model, objective.inputs(batch))
         else:
             output = model(*stages.entering())
-        return output if stages.is_last else stages.hand_on(output)
+        return output if stages.is_last else stages.hand_on(output, source_calls)
 
     def loss_of(output: Any, batch: Any) -> Any:
         if not stages.is_last:
-            return output
+            return stages.behind(output)
         loss = objective.loss(output, batch)
         return loss if stage.averages else loss * stage.microbatches
 

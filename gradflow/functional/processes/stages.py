@@ -2,9 +2,10 @@
 
 NOTE [A pass through the stages]
 Every process runs its own stage as a model of its own: what the stage before hands on is its batch, and in
-the place of a loss it has a scalar that stands for all that comes behind. In the reverse pass that scalar's
-node hands back what the next stage has found at its own inputs. So probes, graphs and walks see each stage as
-they see a model, and only the two ends of it wait for others. A batch is sent through in one piece: the mean
+the place of a loss it has a scalar that stands for all that comes behind, whose node hands back what the next
+stage has found at its own inputs. So probes, graphs and walks see each stage as they see a model, and only
+the two ends of it wait for others: a stage asks for the gradients before its reverse pass begins, when it is
+known to which of its outputs a path has led at all. A batch is sent through in one piece: the mean
 over the microbatches of a schedule is that over the batch.
 
 A pass has the same course on all stages: one message forward and one back between each two, whatever comes of
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -55,6 +56,8 @@ class Stages:
     axis: Axis | None = None
     entry: Entry = attrs.field(factory=lambda: Entry())
     inputs: tuple[Tensor, ...] = ()  # of the stage, in the pass that runs or ran last; of the first, none
+    feeding: tuple[tuple[int, ...], ...] = ()  # by number of an output, the calls of layers that feed it
+    reached: tuple[int, ...] = ()  # the outputs to which a path has led, in the pass that runs or ran last
     tries: bool = False  # a pass that may fail on a stage, which is no failure of the analysis
     _runs: bool = False
     _returns: bool = True
@@ -170,28 +173,44 @@ class Stages:
         """Return what the stage before has handed on, by the names that it has in the stage's graph."""
         return {received(i): tensor for i, tensor in enumerate(self.inputs)}
 
-    def hand_on(self, output: Any) -> Tensor:
-        """Hand an output to the next stage, and return the scalar that stands for what comes behind.
+    def hand_on(self, output: Any, feeding: Callable[[Tensor], Sequence[int]]) -> tuple[Tensor, ...]:
+        """Hand an output to the next stage, and return its tensors.
+
+        Args:
+            output: of the stage.
+            feeding: tells which calls of layers feed a tensor.
 
         Raises:
             ModelInputError: if it is neither a tensor nor several.
         """
-        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        outputs = tuple(output) if isinstance(output, (tuple, list)) else (output,)
         if not outputs or not all(isinstance(tensor, Tensor) for tensor in outputs):
             raise ModelInputError(
-                f"stage {self.stage.index if self.stage else 0} returns a {type(output).__name__}: a stage "
-                "hands on a tensor or a tuple of tensors."
+                f"stage {self.index} returns a {type(output).__name__}: a stage hands on a tensor or a tuple "
+                "of tensors."
             )
         asks = [bool(t.requires_grad and t.is_floating_point()) for t in outputs]
         self.send(1, [tensor.detach() for tensor in outputs], asks)
-        self._handed = True
-        return HandedOn.apply(self, *outputs)  # type: ignore[return-value]
+        self._handed, self.feeding = True, tuple(tuple(feeding(tensor)) for tensor in outputs)
+        return outputs
 
-    def cotangents(self) -> list[Tensor | None]:
-        """Return what the next stage hands back, of each output.
+    def behind(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the scalar that stands for all that comes behind: of the outputs to which a path has led.
 
         Raises:
-            PassVoid: if it hands back nothing, since it runs again.
+            PassVoid: if the next stage cannot end the pass.
+        """
+        cotangents = self.cotangents() if self._returns else [None] * len(outputs)
+        self.reached = tuple(i for i, cotangent in enumerate(cotangents) if cotangent is not None)
+        if not self.reached:
+            return torch.zeros((), device=outputs[0].device)
+        return HandedOn.apply(self, *(outputs[i] for i in self.reached))  # type: ignore[return-value]
+
+    def cotangents(self) -> list[Tensor | None]:
+        """Return what the next stage hands back, of each output; None of those to which no path has led.
+
+        Raises:
+            PassVoid: if it cannot end the pass.
         """
         if self._cotangents is None:
             found = self.receive(1)
@@ -331,13 +350,12 @@ class HandedOn(torch.autograd.Function):
     def forward(ctx: Any, stages: Stages, *outputs: Tensor) -> Tensor:  # type: ignore[override]
         """Return a zero."""
         ctx.stages = stages
-        first = next((t for t in outputs if t.is_floating_point()), None)
-        return torch.zeros((), device=outputs[0].device) if first is None else first.new_zeros(())
+        return outputs[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Return what the next stage hands back, whatever comes in."""
-        return None, *ctx.stages.cotangents()
+        return None, *(cotangent for cotangent in ctx.stages.cotangents() if cotangent is not None)
 
 
 class Prefixed(nn.Module):

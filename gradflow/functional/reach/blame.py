@@ -73,11 +73,11 @@ class Behind:
     """What the walk through the next stage of a pipeline has found at what this one has handed it.
 
     Args:
-        parts: for each output, the cotangent and the labels of its zeros; None where no path leads to it.
+        parts: for each output to which a path leads, the cotangent and the labels of its zeros.
         blames: what the labels stand for.
     """
 
-    parts: Sequence[Part | None]
+    parts: Sequence[Part]
     blames: Sequence[Blame | None]
 
 
@@ -118,7 +118,7 @@ class Walk:
         else:
             self.blames = [*behind.blames]
             for (child, number), part in zip(feeds(loss.grad_fn), behind.parts, strict=True):
-                if child is not None and part is not None:
+                if child is not None:
                     self._send(child, number, part)
         with torch.no_grad(), self.structure.walk() as ready:
             for node in self.structure.nodes:

@@ -149,7 +149,7 @@ class ReachFindings:
         tensors, (there, blames) = found if found is not None else ([], ([], [None]))
         labels = iter(tensors)
         known = [next(labels) if known else None for known in there] or [None] * len(cotangents)
-        parts = [None if c is None else (c, at) for c, at in zip(cotangents, known, strict=True)]
+        parts = [(c, at) for c, at in zip(cotangents, known, strict=True) if c is not None]
         return Behind(parts, blames)
 
     def _hand_back(self, labels: Sequence[Tensor | None], blames: Sequence[Blame | None]) -> None:

@@ -181,7 +181,7 @@ def _first_step(run: Run, request: Request) -> Outcome:
         request.before.restore(program)
     _check_first(run, shown)
     _end(run.sessions)
-    run.graph.learn(shown, dataflow, program.state.leaves)
+    run.graph.learn(shown, dataflow, program.state.leaves, run.stages)
     if run.graph.summed:
         check_stage_loss(program.given.model)
     if vjp:

@@ -181,7 +181,7 @@ def _provenance(run: Run, said: tuple[str, ...], chosen: tuple[str, ...]) -> Pro
         },
         device=str(parameters[0].device),
         dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
-        model=type_name(model),
+        model=type_name(model if run.stages.stage is None else run.stages.stage.module),
         num_parameters=sum(p.numel() for p in parameters),
         seed=plan.seed,
         requested_steps=plan.steps,

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import attrs
 from torch import Tensor
 
+from gradflow.functional.processes.stages import Stages
 from gradflow.functional.reverse.autograd_graph import Structure, bypassed, capturable
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.reverse.plain_sums import plainly_summed
@@ -31,9 +32,15 @@ class GraphFindings:
     flows: list[HostFlows] = attrs.field(factory=list)
     taken: set[str] = attrs.field(factory=set)  # parameters that ran, where none has a gradient
     summed: tuple[int, ...] = ()  # see `plainly_summed`; of the first step
-    handed: tuple[str, ...] = ()  # what feeds the last node of the first step, by number of the operand
+    handed: tuple[str, ...] = ()  # the nodes that made what a stage hands on, in the first step
 
-    def learn(self, outcome: Outcome, dataflow: DataFlow, parameters: Mapping[str, Tensor]) -> None:
+    def learn(
+        self,
+        outcome: Outcome,
+        dataflow: DataFlow,
+        parameters: Mapping[str, Tensor],
+        stages: Stages | None = None,
+    ) -> None:
         """Keep what the first step showed of the graph and the data flow."""
         if outcome.gradients.are_none:
             self.taken = {name for name, parameter in parameters.items() if id(parameter) in dataflow.leaves}
@@ -41,14 +48,9 @@ class GraphFindings:
         self.dataflow = dataflow
         self.severed = cuts(dataflow, structure, self.calls)
         dataflow.release()
+        self.handed = () if stages is None else _handed(structure, self.calls, stages)
         if structure is not None:
             self.structures, self.summed = [structure], plainly_summed(structure)
-            of = structure.group_of
-            self.handed = (
-                tuple("" if node is None else of.get(node, "") for node, _ in feeds(structure.nodes[0]))
-                if structure.nodes
-                else ()
-            )
             self.bypassed, self.capturable = set(bypassed(structure)), capturable(structure)
 
     def meet(self, structure: Structure | None) -> None:
@@ -96,3 +98,12 @@ class GraphFindings:
         structures = [*self.structures, structure]
         hosted = [read_flows(step, flows, structure)]
         return graph_record(structures, self.severed, self.calls, self.dataflow, hosted, self.arrived)
+
+
+def _handed(structure: Structure | None, calls: Sequence[Call], stages: Stages) -> tuple[str, ...]:
+    """Return the nodes that made what a stage hands on: those of layers, where no path leads to it."""
+    names = [calls[max(of)].name if of else "" for of in stages.feeding]
+    if structure is not None and structure.nodes and stages.reached:
+        for number, (node, _) in zip(stages.reached, feeds(structure.nodes[0]), strict=True):
+            names[number] = "" if node is None else structure.group_of.get(node, "")
+    return tuple(names)
