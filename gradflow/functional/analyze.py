@@ -250,7 +250,7 @@ def _analyzed_stage(
         if not stages.is_last:
             return stages.behind(output)
         loss = objective.loss(output, batch)
-        return loss if stage.averages else loss * stage.microbatches
+        return stages.note(loss if stage.averages else loss * stage.microbatches)
 
     def inputs_of(batch: Any) -> dict[str, Tensor]:
         if stages.is_first:

@@ -24,14 +24,18 @@ from torch.nn.parallel import DistributedDataParallel
 import gradflow as gf
 from gradflow.errors import ModelInputError
 from tests.distributed.models import GPT, MODELS, Case, ResNet, part
-from tests.distributed.sharded import held
+from tests.distributed.sharded import CASES, held, split
 
 
 def whole(name: str) -> Case:
     """Return a model, batches and a loss; a ResNet with batch norms of its own, not joined over processes."""
     case, _, kind = name.partition("-")
     if case != "resnet":
-        return MODELS[case](kind or "healthy")
+        model, batches, loss_fn = CASES[case](kind or "healthy")
+        if kind == "late":  # what makes a NaN is in the last stage
+            model[3], model[1] = model[1], nn.ReLU()  # type: ignore[index,operator]
+            model[0].weight.data *= 50.0  # type: ignore[index,operator,union-attr]
+        return model, batches, loss_fn
     model, batches, loss_fn = MODELS[case]("plain")
     if kind == "sick":
         nn.init.zeros_(model.blocks[0].conv1.weight)  # type: ignore[union-attr,index,arg-type]
@@ -104,7 +108,9 @@ def measured(name: str, how: str, rank: int, size: int, *, moves: bool, **option
         index, number, group = mesh["pp"].get_local_rank(), 2, mesh["pp"].get_group()
         mine = part(batches, mesh["dp"].get_local_rank(), size // 2)
         module = cut(model, index, number)
-        if how == "replicated":
+        if how == "tensor":
+            module, mine = split(module, mesh["dp"]), batches
+        elif how == "replicated":
             module = DistributedDataParallel(module, process_group=mesh["dp"].get_group())
         else:
             for inner in reversed(list(module.modules())):
@@ -148,12 +154,15 @@ ON_TWO: dict[tuple[str, str], tuple[bool, dict[str, Any]]] = {
     ("alone", "gpt-sick"): (True, {}),
     ("alone", "mixture"): (True, {}),
     ("alone", "mixture-sick"): (False, {}),
+    ("alone", "born"): (False, {}),
+    ("alone", "born-late"): (True, {}),
 }
 ON_FOUR: dict[tuple[str, str], tuple[bool, dict[str, Any]]] = {
     ("replicated", "mlp"): (False, {"detail": "full"}),
     ("replicated", "gpt-sick"): (True, {}),
     ("gathered", "mlp-sick"): (True, {}),
     ("gathered", "gpt"): (False, {}),
+    ("tensor", "heads-sick"): (True, {}),
     ("alone", "mlp-sick"): (True, {}),
 }
 

@@ -19,6 +19,7 @@ compute as long as it likes, and one that fails is known to those who wait for i
 from __future__ import annotations
 
 import contextlib
+import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -64,6 +65,8 @@ class Stages:
     _void: bool = False
     _handed: bool = False
     _back: Sequence[Tensor | None] | None = None  # what this stage hands back
+    _loss: float = 0.0  # of the pass, once the next stage has told it
+    _last: Tensor | None = None  # the loss, of the last stage
     _cotangents: list[Tensor | None] | None = None  # what the next one has handed back
     _sent: dict[str, int] = attrs.field(factory=dict)  # number of messages by where they go
 
@@ -150,7 +153,8 @@ class Stages:
         if self.stage is None or self._runs:
             return
         self._runs, self._returns, self._handed, self._void = True, returns, False, False
-        self._back = self._cotangents = None
+        self._back = self._cotangents = self._last = None
+        self._loss = 0.0
         if not self.is_first:
             found = self.receive(-1)
             self._void = found is None
@@ -202,9 +206,16 @@ class Stages:
         """
         cotangents = self.cotangents() if self._returns else [None] * len(outputs)
         self.reached = tuple(i for i, cotangent in enumerate(cotangents) if cotangent is not None)
+        spoilt = not math.isfinite(self._loss) and all(_is_finite(tensor) for tensor in outputs)
+        loss = 0.0 if spoilt else self._loss  # what is not finite was born behind
         if not self.reached:
-            return torch.zeros((), device=outputs[0].device)
-        return HandedOn.apply(self, *(outputs[i] for i in self.reached))  # type: ignore[return-value]
+            return torch.tensor(loss, device=outputs[0].device)
+        return HandedOn.apply(self, loss, *(outputs[i] for i in self.reached))  # type: ignore[return-value]
+
+    def note(self, loss: Tensor) -> Tensor:
+        """Return the loss, of which the stages before hear at the end of the pass."""
+        self._last = loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        return loss
 
     def cotangents(self) -> list[Tensor | None]:
         """Return what the next stage hands back, of each output; None of those to which no path has led.
@@ -215,7 +226,7 @@ class Stages:
         if self._cotangents is None:
             found = self.receive(1)
             self._void = found is None
-            tensors, there = found if found is not None else ([], [])
+            tensors, (there, self._loss) = found if found is not None else ([], ([], 0.0))
             parts = iter(tensors)
             self._cotangents = [next(parts) if known else None for known in there]
         if self._void:
@@ -246,7 +257,8 @@ class Stages:
                 back = [] if self._back is None else self._back
                 tensors = [tensor for tensor in back if tensor is not None]
                 there = [tensor is not None for tensor in back] or [False] * len(self.inputs)
-                self.send(-1, None if how else tensors, there)
+                loss = self._loss if self._last is None else float(self._last)
+                self.send(-1, None if how else tensors, (there, loss))
         self._runs = False
         return int(self.line.extremes(np.array([float(how)]))[0])
 
@@ -347,15 +359,19 @@ class HandedOn(torch.autograd.Function):
     """A scalar that stands for all that comes behind a stage, from its outputs; back comes their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, stages: Stages, *outputs: Tensor) -> Tensor:  # type: ignore[override]
-        """Return a zero."""
+    def forward(ctx: Any, stages: Stages, loss: float, *outputs: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the loss."""
         ctx.stages = stages
-        return outputs[0].new_zeros(())
+        return outputs[0].new_tensor(loss)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Return what the next stage hands back, whatever comes in."""
-        return None, *(cotangent for cotangent in ctx.stages.cotangents() if cotangent is not None)
+        return None, None, *(cotangent for cotangent in ctx.stages.cotangents() if cotangent is not None)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 class Prefixed(nn.Module):

@@ -61,8 +61,10 @@ def traced(run: Run, request: Request, row: Row) -> Row:
             batch=request.batch, step=request.step, before=request.before, structural=True, look=True,
             listeners=(tracer,), inspect=certify,
         )  # fmt: skip
-        outcome = averaged(run, run_step(program, closely)).outcome
-        again = run.history.read(outcome, look=True, parameters_moved=bool(run.plan.loop.optimizers))
+        shared = averaged(run, run_step(program, closely))
+        moved = bool(run.plan.loop.optimizers)
+        again = run.history.read(shared.outcome, look=True, parameters_moved=moved)
+        again = attrs.evolve(again, broken=shared.broken)
     return again if _is_same(run, request.step, row.loss, again.loss) else row
 
 
@@ -99,8 +101,9 @@ def unscaled(run: Run, request: Request, row: Row) -> Row:
         plainly = attrs.evolve(
             request, first=False, structural=False, full=False, ranks=False, listeners=(), scale=1.0
         )
-        outcome = averaged(run, run_step(program, plainly)).outcome
-        plain = run.history.read(outcome, look=request.look, parameters_moved=True)
+        shared = averaged(run, run_step(program, plainly))
+        plain = run.history.read(shared.outcome, look=request.look, parameters_moved=True)
+        plain = attrs.evolve(plain, broken=shared.broken)
     return plain if _is_same(run, request.step, row.loss, plain.loss) else row
 
 

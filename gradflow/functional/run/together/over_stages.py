@@ -26,6 +26,7 @@ from gradflow.records import (
     GraphRecord,
     LayerRecord,
     NodeRecord,
+    NumericalRecord,
     PartsRecord,
     ProcessesRecord,
     Provenance,
@@ -36,6 +37,7 @@ from gradflow.records import (
 )
 
 _ENTRY = re.compile(rf"{re.escape(ENTRY)}(?:@(\d+))?")
+_HANDED = "handed_on"  # the operation that stands for what comes behind a stage
 _MOST = 64  # tensors that a stage hands on
 Names = Mapping[str, str]
 
@@ -75,7 +77,7 @@ def over_stages(run: Run, record: FlowRecord) -> FlowRecord:
         layers=_layers(records),
         parameters=_all(records, "parameters"),
         activations=_all(records, "activations"),
-        numerics=sorted(dict.fromkeys(_all(records, "numerics")), key=lambda entry: entry.step),
+        numerics=_births(records),
         never_called=_all(records, "never_called"),
         passed_by=_all(records, "passed_by"),
         graph_record=graphs,
@@ -114,6 +116,18 @@ def _handed(run: Run) -> tuple[str, ...]:
 
 def _all(records: Sequence[Any], field: str) -> list[Any]:
     return [entry for record in records for entry in getattr(record, field)]
+
+
+def _births(records: Sequence[FlowRecord]) -> list[NumericalRecord]:
+    """Return where numbers that are not finite were born: not where another stage has handed them over."""
+    found: dict[NumericalRecord, None] = {}
+    for stage, record in enumerate(records):
+        for entry in record.numerics:
+            handed = (entry.phase == "input" and stage > 0) or entry.op == _HANDED
+            if not handed:
+                finite = bool(np.isfinite(records[-1].losses[entry.step]))
+                found[attrs.evolve(entry, loss_finite=finite)] = None
+    return sorted(found, key=lambda entry: entry.step)
 
 
 def _layers(records: Sequence[FlowRecord]) -> list[LayerRecord]:
