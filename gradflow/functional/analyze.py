@@ -31,11 +31,12 @@ from gradflow.records import FlowRecord, GraphRecord
 Mode = Literal["train", "eval", "keep"]
 Detail = Literal["cheap", "full"]
 Transform = Literal["auto", "fused", "vjp"]
+Staged = Any  # a `PipelineStage`, or a schedule of it; the module is imported by who uses it
 Optimizers = Optimizer | Mapping[str, Optimizer] | Sequence[Optimizer]
 
 
 def analyze(
-    model: nn.Module,
+    model: nn.Module | Staged,
     batches: Any,
     loss_fn: Callable[..., Any] | None = None,
     *,
@@ -66,7 +67,9 @@ def analyze(
     as it is, with a note that tells the step and the batch's shapes.
 
     Args:
-        model: the model.
+        model: the model; or, on the process of each, a stage of a pipeline (a `PipelineStage` of
+            `torch.distributed.pipelining`) or the schedule that runs it. Then the first stage takes the
+            inputs of a batch, and the last its target and the loss.
         batches: a function of no arguments that returns the next batch, or an iterable of batches (a
             DataLoader, a list). A batch is a tensor, called as `model(x)`, a tuple or list, `model(*x)`,
             or a mapping, `model(**x)`. For a loss of two arguments it is the pair (inputs, target).
@@ -96,7 +99,8 @@ def analyze(
             models, and other kernels for some layers, so that dropout inside attention drops other elements.
         processes: which split the batch: `auto` for those that a `DistributedDataParallel` in the model
             averages gradients over, a process group, or `alone` for this process. Where there are several,
-            each must call it, with its own part of every batch; all get the record of the joined batch.
+            each must call it, with its own part of every batch; all get the record of the joined batch. Of a
+            stage, they are those that have the same stage.
         progress: called as `progress(done, steps)` after every step.
         deepen: if it returns True for the cheap record, the last step is run again in full detail.
         measurements: what else to measure, such as `attention()`; see `gradflow.functional.measurement`.
@@ -187,7 +191,9 @@ def analyze_custom(
     return analyzed_custom(model, forward_fn, loss_fn, plan)
 
 
-def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None, plan: Plan) -> FlowRecord:
+def analyzed(
+    model: nn.Module | Staged, batches: Any, loss_fn: Callable[..., Any] | None, plan: Plan
+) -> FlowRecord:
     """Return what a plan shows of a model; see `analyze`."""
     stages = Stages.of(model)
     if not stages.alone:

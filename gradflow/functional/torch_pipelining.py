@@ -4,11 +4,14 @@
 | --- | --- | --- |
 | `_stage`, `_stages` of a schedule | which stages it runs | an error: pass the stage |
 | `_loss_fn` of a schedule | the loss, where none is passed | the model's own loss |
+| `pipe_info` of a traced stage | whether stages hand on to the next alone | what the next stage raises |
 | `_n_microbatches` of a schedule | a note, and losses that are added up | no note, a loss too small |
 """
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +37,7 @@ class Stage:
         microbatches: into how many parts its schedule splits a batch; 1 if no schedule is known.
         averages: whether the schedule takes the mean of the losses of these parts, and not their sum.
         loss_fn: that of the schedule.
+        is_chain: whether each stage takes what the one before returns, all of it and in that order.
     """
 
     index: int
@@ -44,6 +48,7 @@ class Stage:
     microbatches: int = 1
     averages: bool = True
     loss_fn: Callable[..., Any] | None = None
+    is_chain: bool = True
 
 
 def classes_of(thing: object) -> list[str]:
@@ -77,4 +82,20 @@ def _stage(stage: Any) -> Stage:
         module=stage.submod,
         group=group,
         ranks=tuple(ranks[places[i]] for i in range(stage.num_stages)),
+        is_chain=_is_chain(getattr(getattr(stage, "pipe_info", None), "graph", None)),
     )
+
+
+def _is_chain(graph: Any) -> bool:
+    """Whether the stages of a traced model, as calls in a graph, hand on to the next alone."""
+    calls = [] if graph is None else [node for node in graph.nodes if node.op == "call_module"]
+    for before, node in itertools.pairwise(calls):
+        parts = sum(1 for user in before.users if user.target is operator.getitem)
+        taken = [
+            (arg.args[0], arg.args[1]) if getattr(arg, "target", None) is operator.getitem else (arg, None)
+            for arg in node.args
+        ]
+        whole = [(before, i) for i in range(parts)] if parts else [(before, None)]
+        if taken != whole or node.kwargs:
+            return False
+    return True

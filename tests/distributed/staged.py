@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.distributed.pipelining import (
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
+    SplitPoint,
+    pipeline,
 )
 from torch.nn.parallel import DistributedDataParallel
 
@@ -384,4 +387,26 @@ def summed(rank: int, size: int) -> Any:
     }
 
 
-OTHERS = ("refused", "runs_out", "summed", "raises_first", "raises_last")
+class Straight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        return self.last(torch.relu(self.second(h)) + h)
+
+
+def traced(rank: int, size: int) -> Any:
+    """A model that PyTorch has cut at a layer, where two tensors pass."""
+    _, batches = pieces("plain")
+    with warnings.catch_warnings():  # of its own tracer
+        warnings.simplefilter("ignore")
+        pipe = pipeline(
+            Straight().double(), mb_args=(batches[0][0],), split_spec={"last": SplitPoint.BEGINNING}
+        )
+    return gf.analyze(pipe.build_stage(rank, torch.device("cpu")), batches, nn.CrossEntropyLoss(), seed=0)
+
+
+OTHERS = ("traced", "refused", "runs_out", "summed", "raises_first", "raises_last")

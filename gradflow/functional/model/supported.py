@@ -82,12 +82,11 @@ def check_module(model: Any) -> None:
         kind = type(model).__name__
         if hasattr(model, "submod") and _pipelining(type(model)):
             raise ModelInputError(
-                f"model is a {kind}, one of the parts of a model that run one behind the other. {_UNSPLIT} "
-                "Its `.submod` is a module, but has no loss of its own, unless it is the last."
+                f"model is a {kind}, one of the parts of a model that run one behind the other. {_STAGED}"
             )
         if _pipelining(type(model)):
             raise ModelInputError(
-                f"model is a {kind}, which calls stages and runs their backward passes itself. {_UNSPLIT}"
+                f"model is a {kind}, which calls stages and runs their backward passes itself. {_STAGED}"
             )
         raise ModelInputError(
             f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself, built: "
@@ -165,6 +164,10 @@ _SPREAD = (
 _UNSPLIT = (
     "Pass the whole model, as it was before it was split into stages, with the loss of its training and a "
     "batch that one process can hold."
+)
+_STAGED = (
+    "`analyze` and `diagnose` take it, called on the process of every stage; what was called here does not. "
+    f"{_UNSPLIT}"
 )
 _PIPELINING = "torch.distributed.pipelining"
 _QUANTISED = (

@@ -36,6 +36,10 @@ from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.packing import device_of
 from gradflow.functional.torch_pipelining import Stage, stages_of
 
+_OR_WHOLE = (
+    "Or pass the whole model, as it was before it was split into stages, with a batch that one process can "
+    "hold."
+)
 Message = tuple[list[Tensor], Any]
 
 
@@ -78,13 +82,19 @@ class Stages:
             ModelInputError: if a process has several stages.
         """
         found = stages_of(model)
-        if len(found) > 1:
+        processes = len(set(found[0].ranks)) if found else 0
+        if found and (len(found) > 1 or processes < found[0].number):
             raise ModelInputError(
-                f"the {type(model).__name__} runs {len(found)} stages on this process, one behind the other "
-                "with others between them. One stage a process is taken: analyse the model under "
-                "ScheduleGPipe or Schedule1F1B, with as many stages as processes."
+                f"the {type(model).__name__} is of a pipeline of {found[0].number} stages on {processes} "
+                "processes, so that a process has several of them, with others in between. One stage a "
+                f"process is taken, as ScheduleGPipe and Schedule1F1B run them. {_OR_WHOLE}"
             )
-        return cls(found[0] if found and found[0].number > 1 else None)
+        if found and not found[0].is_chain:
+            raise ModelInputError(
+                f"the {type(model).__name__} is of a traced model whose stages hand something on past the "
+                f"next one. Stages are taken that hand on to the next alone. {_OR_WHOLE}"
+            )
+        return cls(next(iter(found), None))
 
     def connect(self, beside: Processes) -> None:
         """Make the line to all processes of the analysis.
