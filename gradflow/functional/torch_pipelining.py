@@ -2,10 +2,10 @@
 
 | name | for | without it |
 | --- | --- | --- |
-| `_stage`, `_stages` of a schedule | which stages it runs | an error: pass the stage |
-| `_loss_fn` of a schedule | the loss, where none is passed | the model's own loss |
-| `pipe_info` of a traced stage | whether stages hand on to the next alone | what the next stage raises |
-| `_n_microbatches` of a schedule | a note, and losses that are added up | no note, a loss too small |
+| `PipelineScheduleSingle._stage`, `PipelineScheduleMulti._stages` | the stages of a schedule | an error: pass the stage |
+| `_PipelineSchedule._loss_fn` | the loss, where none is passed | the model's own loss |
+| `_PipelineStage.pipe_info` | whether stages hand on to the next alone | what the next stage raises |
+| `_PipelineSchedule._n_microbatches` | a note, and losses that are added up | no note, a loss too small |
 """
 
 from __future__ import annotations
