@@ -2,7 +2,8 @@
 
 | name | for | without it |
 | --- | --- | --- |
-| `PipelineScheduleSingle._stage`, `PipelineScheduleMulti._stages` | the stages of a schedule | an error: pass the stage |
+| `PipelineScheduleSingle._stage` | the stage of a schedule | an error: pass the stage |
+| `PipelineScheduleMulti._stages` | its stages, which are refused | another error |
 | `_PipelineSchedule._loss_fn` | the loss, where none is passed | the model's own loss |
 | `_PipelineStage.pipe_info` | whether stages hand on to the next alone | what the next stage raises |
 | `_PipelineSchedule._n_microbatches` | a note, and losses that are added up | no note, a loss too small |

@@ -195,8 +195,12 @@ def pieces(kind: str) -> tuple[list[nn.Module], list[tuple[Tensor, Tensor]]]:
     last: nn.Module = nn.Sequential(nn.ReLU(), nn.Linear(16, 3))
     if kind == "detached":
         last = nn.Sequential(Detached(), nn.Linear(16, 3))
+    elif kind == "cut":
+        last = Functional(nn.Linear(16, 16), nn.Linear(16, 3))
     elif kind == "dead":
         last = nn.Sequential(Off(), nn.Linear(16, 3))
+    elif kind == "frozen":
+        first.requires_grad_(False)
     elif kind == "skips":
         first, last = Forked(), Joined()
     elif kind == "again":
@@ -208,6 +212,13 @@ def pieces(kind: str) -> tuple[list[nn.Module], list[tuple[Tensor, Tensor]]]:
 class Detached(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.detach() * 2
+
+
+class Functional(nn.Sequential):
+    """Cuts what it takes off, on both of its ways."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x.detach()) + x.detach())
 
 
 class Off(nn.Module):
@@ -289,6 +300,8 @@ PIECES: dict[str, dict[str, Any]] = {
     "dead": {"detail": "full"},
     "skips": {"detail": "full"},
     "again": {"moves": True},
+    "frozen": {},
+    "cut": {"detail": "full"},
 }
 
 
@@ -312,6 +325,9 @@ def refused(rank: int, size: int) -> dict[str, str]:
         "vjp": lambda: gf.analyze(stage, batches, loss_fn, transform="vjp"),
         "alone": lambda: gf.analyze(stage, batches, loss_fn, processes="alone"),
         "step_fn": lambda: gf.analyze(stage, batches, loss_fn, optimizer=adam, step_fn=lambda *_: None),
+        "lbfgs": lambda: gf.analyze(
+            stage, batches, loss_fn, optimizer=torch.optim.LBFGS(stages[rank].parameters())
+        ),
         "several": lambda: gf.analyze(interleaved, batches),
         "outline": lambda: gf.outline(stage, batches[0], loss_fn),
     }.items():

@@ -110,6 +110,7 @@ def test_what_is_not_taken_says_what_to_do(worlds: dict[int, World]) -> None:
         for what in ("transform='vjp'", "step_fn", "processes='alone'"):
             name = what.split("=")[-1].strip("'")
             assert f"the model is a stage of a pipeline, and {what} was passed" in said[name]
+        assert "and an optimizer that asks for the loss at other parameters was passed" in said["lbfgs"]
         assert "ScheduleInterleaved1F1B is of a pipeline of 4 stages on 2 processes" in said["several"]
         assert "as ScheduleGPipe and Schedule1F1B run them" in said["several"]
         assert "model is a PipelineStage" in said["outline"]

@@ -193,6 +193,12 @@ def clip_gradients(
     return share
 
 
+def asks_again(optimizer: Any) -> bool:
+    """Whether an optimizer cannot step without a closure that evaluates the loss anew."""
+    takes = inspect.signature(optimizer.step).parameters.get("closure")
+    return takes is not None and takes.default is takes.empty
+
+
 def update(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, Tensor],

@@ -61,7 +61,8 @@ class Stages:
     axis: Axis | None = None
     entry: Entry = attrs.field(factory=lambda: Entry())
     inputs: tuple[Tensor, ...] = ()  # of the stage, in the pass that runs or ran last; of the first, none
-    feeding: tuple[tuple[int, ...], ...] = ()  # by number of an output, the calls of layers that feed it
+    # by number of an output, the calls of layers that feed it; None of one of whole numbers
+    feeding: tuple[tuple[int, ...] | None, ...] = ()
     reached: tuple[int, ...] = ()  # the outputs to which a path has led, in the pass that runs or ran last
     tries: bool = False  # a pass that may fail on a stage, which is no failure of the analysis
     _runs: bool = False
@@ -205,7 +206,8 @@ class Stages:
             )
         asks = [bool(t.requires_grad and t.is_floating_point()) for t in outputs]
         self.send(1, [tensor.detach() for tensor in outputs], asks)
-        self._handed, self.feeding = True, tuple(tuple(feeding(tensor)) for tensor in outputs)
+        self._handed = True
+        self.feeding = tuple(tuple(feeding(t)) if t.is_floating_point() else None for t in outputs)
         return outputs
 
     def behind(self, outputs: Sequence[Tensor]) -> Tensor:
@@ -281,6 +283,7 @@ class Stages:
             self.line.post(key, pickle.dumps(None))
             return
         dense = [t.to_dense() if t.layout is not torch.strided else t for t in tensors]
+        dense = [tensor.to(device_of(self._group)) for tensor in dense]  # gloo exchanges what is on the CPU
         self.line.post(key, pickle.dumps(([(tuple(t.shape), t.dtype) for t in dense], more)))
         if dense:
             self.line.fetch(f"{key}/ready")
@@ -301,7 +304,8 @@ class Stages:
         tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in forms]
         for tensor in tensors:
             self.line.moved(lambda tensor=tensor: dist.recv(tensor, source, group=self._group))
-        return tensors, more
+        own = next(self.stage.module.parameters(), torch.empty(0)).device if self.stage else device
+        return [tensor.to(own) for tensor in tensors], more
 
     @property
     def _group(self) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gradflow.errors import ModelInputError, NoTrainableParametersError
+from gradflow.functional.model.optimizers import asks_again
 from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
@@ -86,7 +87,7 @@ def _on_processes(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowR
         if plan.seed is not None:
             seed_all(plan.seed)
         taps, state = TappedModel.of(model, stages.modules), WorkingState.of(given, copies, shards)
-        if not state.trainable:
+        if not stages.any(bool(state.trainable)):
             raise NoTrainableParametersError(
                 f"none of the {len(state.parameters)} parameters of {type(model).__name__} requires a "
                 "gradient, so there is no flow to measure. Unfreeze the part that is meant to train: "
@@ -165,6 +166,7 @@ def _check_stage(plan: Plan) -> None:
         "step_fn": plan.loop.step_fn is not None,
         "scaler": plan.loop.scaler is not None,
         "processes='alone'": plan.processes == "alone",
+        "an optimizer that asks for the loss at other parameters": any(map(asks_again, plan.loop.optimizers)),
     }
     for what in (name for name, given in asked.items() if given):
         raise ModelInputError(

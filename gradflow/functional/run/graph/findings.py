@@ -102,7 +102,8 @@ class GraphFindings:
 
 def _handed(structure: Structure | None, calls: Sequence[Call], stages: Stages) -> tuple[str, ...]:
     """Return the nodes that made what a stage hands on: those of layers, where no path leads to it."""
-    names = [calls[max(of)].name if of else "" for of in stages.feeding]
+    last = next((call.name for call in reversed(calls) if call.is_layer), "")  # of what carries no gradient
+    names = ["" if of is None else calls[max(of)].name if of else last for of in stages.feeding]
     if structure is not None and structure.nodes and stages.reached:
         for number, (node, _) in zip(stages.reached, feeds(structure.nodes[0]), strict=True):
             names[number] = "" if node is None else structure.group_of.get(node, "")

@@ -11,7 +11,7 @@ what names the layer that feeds something, and names what was handed on, gets th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -19,6 +19,7 @@ import numpy as np
 
 from gradflow.functional.processes.stages import ENTRY
 from gradflow.functional.reach.reasons import unmarked
+from gradflow.functional.run.graph.record import GOES_ON, LEADS_NOWHERE, NEEDS_NONE, NOT_NEEDED
 from gradflow.functional.run.run import Run
 from gradflow.records import (
     EdgeRecord,
@@ -32,6 +33,7 @@ from gradflow.records import (
     Provenance,
     ReachAccount,
     ReachRecord,
+    Reason,
     TransformerRecord,
     UpdatesRecord,
 )
@@ -86,7 +88,7 @@ def over_stages(run: Run, record: FlowRecord) -> FlowRecord:
         provenance=_provenance([r.provenance for r in records], run),
         recurrences=_all(records, "recurrences"),
         policy=next((r.policy for r in reversed(records) if r.policy is not None), None),
-        reach=_reach([r.reach for r in records if r.reach is not None], names),
+        reach=_reach([r.reach for r in records if r.reach is not None], names, graphs),
         extras={key: value for r in records for key, value in r.extras.items()},
         updates=_updates([r.updates for r in records if r.updates is not None]),
         precision=_precision([r.precision for r in records if r.precision is not None]),
@@ -156,7 +158,10 @@ def _joined_graph(
         for edge in graph.edges:
             _put(edges, edge, of.get(edge.source, ""), of.get(edge.target, ""))
     own = [(node, of[node.name]) for graph, of in known for node in graph.nodes if _stays(node, of)]
-    nodes = [attrs.evolve(node, name=name, order=i) for i, (node, name) in enumerate(own)]
+    nodes = [
+        attrs.evolve(node, name=name, order=i, reason=_why(node, name, edges.values()))
+        for i, (node, name) in enumerate(own)
+    ]
     return GraphRecord(nodes=nodes, edges=list(edges.values()), steps=known[-1][0].steps), names
 
 
@@ -195,6 +200,17 @@ def _ends(node: NodeRecord, ends: Collection[str]) -> bool:
     return node.kind == "loss" or (node.kind == "op" and node.name in ends)
 
 
+def _why(node: NodeRecord, name: str, edges: Iterable[EdgeRecord]) -> str:
+    """Return why no gradient comes to a node: what a stage cannot know where a later one cuts it off."""
+    if node.reachable or node.kind != "layer":
+        return node.reason
+    cuts = [edge for edge in edges if edge.source == name and edge.severed]
+    ends = ", ".join(f"{edge.reason} before {edge.target}" for edge in cuts if edge.reason != NOT_NEEDED)
+    if ends:
+        return f"{GOES_ON}: {ends}"
+    return NEEDS_NONE if cuts and node.reason == LEADS_NOWHERE else node.reason
+
+
 def _losses(nodes: Sequence[NodeRecord]) -> set[str]:
     return {node.name for node in nodes if node.kind == "loss"}
 
@@ -227,11 +243,20 @@ def _put(edges: dict[tuple[str, str], EdgeRecord], edge: EdgeRecord, source: str
 # ---------------------------------------------------------------------------------------- the rest
 
 
-def _reach(accounts: Sequence[ReachAccount], names: Sequence[Names]) -> ReachAccount | None:
+def _reach(
+    accounts: Sequence[ReachAccount], names: Sequence[Names], graph: GraphRecord | None
+) -> ReachAccount | None:
     if not accounts:
         return None
     unreached = [
         _renamed(part, stage, names) for stage, account in enumerate(accounts) for part in account.unreached
+    ]
+    cuts = _cuts(graph)
+    unreached = [
+        attrs.evolve(part, op=cuts[part.layer][0], at=cuts[part.layer][1])
+        if part.reason is Reason.CUT and not part.at and part.layer in cuts
+        else part
+        for part in unreached
     ]
     return attrs.evolve(
         accounts[-1],
@@ -241,6 +266,16 @@ def _reach(accounts: Sequence[ReachAccount], names: Sequence[Names]) -> ReachAcc
         outside=_all(accounts, "outside"),
         step=max(a.step for a in accounts),
     )
+
+
+def _cuts(graph: GraphRecord | None) -> dict[str, tuple[str, str]]:
+    """Return, by the module of a layer, the operation that cuts its output off, and who takes it."""
+    found: dict[str, tuple[str, str]] = {}
+    modules = {node.name: node.layer for node in graph.nodes if node.kind == "layer"} if graph else {}
+    for edge in graph.edges if graph else ():
+        if edge.source in modules and edge.severed and edge.reason not in ("", NOT_NEEDED):
+            found.setdefault(modules[edge.source], (edge.reason, edge.target))
+    return found
 
 
 def _renamed(part: ReachRecord, stage: int, names: Sequence[Names]) -> ReachRecord:
