@@ -26,13 +26,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradflow as gf
 from gradflow.errors import ModelInputError
-from tests.distributed.models import GPT, MODELS, Case, ResNet, part
+from tests.distributed.models import GPT, MODELS, Case, Layer, ResNet, _feed, next_word, part, words
 from tests.distributed.sharded import CASES, held, split
 
 
 def whole(name: str) -> Case:
     """Return a model, batches and a loss; a ResNet with batch norms of its own, not joined over processes."""
     case, _, kind = name.partition("-")
+    if case == "deep":  # of whose four blocks each stage has two, and one has no norm before its feed
+        torch.manual_seed(0)
+        model = GPT(_feed).double()
+        model.layers = nn.Sequential(*(Layer(8, _feed()) for _ in range(4))).double()
+        if kind == "sick":
+            model.layers[1].norm1 = nn.Identity()
+            nn.init.normal_(model.layers[1].attention.out.weight, std=20.0)  # type: ignore[union-attr,arg-type]
+        return model, words(), next_word
     if case != "resnet":
         model, batches, loss_fn = CASES[case](kind or "healthy")
         if kind == "late":  # what makes a NaN is in the last stage
@@ -158,6 +166,8 @@ ON_TWO: dict[tuple[str, str], tuple[bool, dict[str, Any]]] = {
     ("alone", "mixture"): (True, {}),
     ("alone", "mixture-sick"): (False, {}),
     ("alone", "born"): (False, {}),
+    ("alone", "deep"): (False, {}),
+    ("alone", "deep-sick"): (False, {}),
     ("alone", "born-late"): (True, {}),
 }
 ON_FOUR: dict[tuple[str, str], tuple[bool, dict[str, Any]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import attrs
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import gradflow as gf
-from gradflow.records import FlowRecord, Reason
+from gradflow.records import FlowRecord, Provenance, Reason
 from tests.distributed.scenarios import diagnosed
 from tests.distributed.staged import (
     ON_FOUR,
@@ -73,6 +74,44 @@ def test_the_record_is_that_of_the_whole_model(
     for other in others:
         assert other["record"] == first["record"]
         assert other["verdicts"] == first["verdicts"]
+
+
+@pytest.mark.parametrize("name", [name for how, name in ON_TWO if how == "alone"])
+def test_all_else_of_the_record_is_that_of_the_whole_model(
+    name: str, worlds: dict[int, World], alone: dict[Any, Any]
+) -> None:
+    moves, options = ON_TWO["alone", name]
+    expected, _ = alone[name, moves, "detail" in options]
+    a, b = (told(record) for record in (worlds[2].result(f"alone {name}", 0)["record"], expected))
+    assert [key for key in a.keys() | b.keys() if not same(a.get(key, ""), b.get(key, ""))] == []
+
+
+def told(record: FlowRecord) -> dict[str, Any]:
+    """Return every number and word of a record, but for where it comes from, by where it stands.
+
+    Whether the whole model sees what it is to predict is not measured of stages.
+    """
+    sights = [sight for sight in record.parts.sights if not sight.whole]
+    record = attrs.evolve(record, provenance=Provenance(), parts=attrs.evolve(record.parts, sights=sights))
+    found: dict[str, Any] = {}
+
+    def put(value: Any, where: str) -> None:
+        for key, inner in enumerate(value) if isinstance(value, list) else dict(value).items():
+            place = f"{where}.{key}"
+            if isinstance(inner, (list, dict)):
+                named = isinstance(inner, dict) and "source" in inner and "target" in inner
+                put(inner, f"{where}.{inner['source']}>{inner['target']}" if named else place)
+            else:
+                found[place] = inner
+
+    put(json.loads(record.to_json()), "")
+    return found
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two numbers are the same to 1e-5, or to the rounding of what is a root of a difference."""
+    both = isinstance(a, float) and isinstance(b, float)
+    return a == b or (both and a == pytest.approx(b, rel=1e-5, abs=1e-7))
 
 
 @pytest.mark.parametrize("kind", PIECES)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -64,6 +64,7 @@ class Stages:
     # by number of an output, the calls of layers that feed it; None of one of whole numbers
     feeding: tuple[tuple[int, ...] | None, ...] = ()
     reached: tuple[int, ...] = ()  # the outputs to which a path has led, in the pass that runs or ran last
+    beside: Mapping[str, str] = attrs.field(factory=dict)  # the classes of modules of other stages
     tries: bool = False  # a pass that may fail on a stage, which is no failure of the analysis
     _runs: bool = False
     _returns: bool = True
@@ -118,6 +119,20 @@ class Stages:
             )
         group = dist.group.WORLD if beside.axes else self.stage.group
         self.line = Line(Processes((self.axis,), group))
+
+    def meet(self, held: Mapping[str, str]) -> bool:
+        """Tell the other stages what this one has, and return whether their layers have the same names.
+
+        Args:
+            held: by name of a module its class, if it holds others, or "", if it is a layer.
+        """
+        every = dict(self.line.gathered((self.index, dict(held))))
+        layers = [name for of in every.values() for name, kind in of.items() if not kind]
+        alike = len(set(layers)) < len(layers) or "" in layers
+        if not alike:
+            others = [of for index, of in every.items() if index != self.index]
+            self.beside = {name: kind for of in others for name, kind in of.items() if kind}
+        return alike
 
     @property
     def alone(self) -> bool:

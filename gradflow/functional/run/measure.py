@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gradflow.errors import ModelInputError, NoTrainableParametersError
+from gradflow.functional.model.layers import holders, owns_parameters
 from gradflow.functional.model.optimizers import asks_again
 from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
@@ -49,7 +50,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     _check_stage(plan)
     stages.connect(_processes(given, Shards.of(*given.modules), plan))
     with stages.line.opened():
-        if _are_alike(given):
+        if stages.meet(_held_by(given.model)):
             given = attrs.evolve(given, model=Prefixed(f"stage{stages.index}", given.model))
         return _on_processes(given, draw, plan)
 
@@ -113,6 +114,8 @@ def _measured(
     """Run the plan on working copies; nothing that is made here outlives the call but the record."""
     given, state, taps = program.given, program.state, program.taps
     sessions = tuple([m.start(given.model, taps.modules) for m in plan.measurements])
+    for session in sessions:
+        session.beside(given.stages.beside)
     reach = ReachFindings(state.trainable, state.originals, state.shards, line, given.stages)
     history = History(state.parameters, taps, plan.closely)
     run = Run(program, plan, *transform, sessions, history, reach, line=line, facts=facts)
@@ -142,17 +145,11 @@ def _fewest(line: Line, plan: Plan) -> int | None:
     return None if np.isinf(fewest) else int(fewest)
 
 
-def _are_alike(given: Given) -> bool:
-    """Whether stages of a pipeline have layers of the same names."""
-    modules = given.model.named_modules()
-    names = [
-        n
-        for n, m in modules
-        if any(True for _ in m.parameters(recurse=False)) or not any(True for _ in m.children())
-    ]
-    every = dict(given.stages.line.gathered((given.stages.index, tuple(names))))
-    several = [name for of in every.values() for name in of]
-    return len(set(several)) < len(several) or "" in several
+def _held_by(model: nn.Module) -> dict[str, str]:
+    """Return by name of a module its class, if it holds others with parameters, or "", if it is a layer."""
+    modules = dict(model.named_modules())
+    layers = [name for name, m in modules.items() if owns_parameters(m) or not list(m.children())]
+    return {**holders(modules), **dict.fromkeys(layers, "")}
 
 
 def _check_stage(plan: Plan) -> None:
