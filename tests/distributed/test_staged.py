@@ -37,7 +37,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, World]:
     found = {}
     for size, wanted in ((2, ON_TWO), (4, ON_FOUR)):
         names = [f"{how} {name}" for how, name in wanted]
-        names += [*(f"piece {kind}" for kind in PIECES), *OTHERS] if size == 2 else []
+        names += [*(f"piece {kind}" for kind in PIECES), *OTHERS] if size == 2 else ["raises_beside"]
         folder = tmp_path_factory.mktemp("stages")
         found[size] = World.started(size, names, folder, "tests.distributed.staged")
     for world in found.values():
@@ -178,6 +178,15 @@ def test_a_stage_that_raises_ends_the_others(name: str, where: int, worlds: dict
         assert seconds < 30
         assert not changed
         assert losses.tolist() == results[0][3].tolist()  # the same processes go on
+
+
+def test_one_of_several_that_have_a_stage_ends_all(worlds: dict[int, World]) -> None:
+    *others, (own_said, _, _) = worlds[4].results("raises_beside")
+    assert own_said.startswith("ValueError: too large for me")
+    for said, seconds, losses in others:
+        assert said.startswith("ProcessError: process 3 raised ValueError: too large for me; so the analysis")
+        assert seconds < 30
+        assert losses.tolist() == others[0][2].tolist()
 
 
 def test_a_stage_that_is_killed_ends_the_others(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -40,7 +40,6 @@ from gradflow.records import (
 
 _ENTRY = re.compile(rf"{re.escape(ENTRY)}(?:@(\d+))?")
 _HANDED = "handed_on"  # the operation that stands for what comes behind a stage
-_MOST = 64  # tensors that a stage hands on
 Names = Mapping[str, str]
 
 
@@ -70,8 +69,8 @@ def over_stages(run: Run, record: FlowRecord) -> FlowRecord:
     graphs, names = _joined_graph([p.record.graph_record for p in parts], [p.handed for p in parts])
     feeders = _Feeders.of(graphs)
     records = [
-        _fed(part.record, [feeders.layer(of.get(_entry(i), "")) for i in range(_MOST)])
-        for part, of in zip(parts, names, strict=True)
+        _fed(part.record, [feeders.layer(of.get(_entry(i), "")) for i in range(len(before))])
+        for part, of, before in zip(parts, names, [(), *(p.handed for p in parts)], strict=False)
     ]
     first, last = records[0], records[-1]
     return attrs.evolve(
@@ -323,7 +322,7 @@ def _entry(number: int) -> str:
 def _fed(value: Any, layers: Sequence[str]) -> Any:
     """Return a record in which what stands for something handed on is the layer that it came from."""
     if isinstance(value, str) and ENTRY in value:
-        return _ENTRY.sub(lambda found: layers[int(found[1] or 0)], value)
+        return _ENTRY.sub(lambda found: [*layers, found[0]][min(int(found[1] or 0), len(layers))], value)
     if isinstance(value, tuple):
         new = tuple(_fed(entry, layers) for entry in value)
         return value if all(a is b for a, b in zip(new, value, strict=True)) else new
