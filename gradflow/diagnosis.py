@@ -13,6 +13,7 @@ from gradflow.functional.analyze import (
     Detail,
     Mode,
     Optimizers,
+    Staged,
     Transform,
     analyze,
     analyzed,
@@ -27,7 +28,7 @@ from gradflow.report import Report
 
 
 def diagnose(
-    model: nn.Module,
+    model: nn.Module | Staged,
     batches: Any,
     loss_fn: Callable[..., Any] | None = None,
     *,
@@ -53,7 +54,8 @@ def diagnose(
     state are afterwards what they were.
 
     Args:
-        model: the model.
+        model: the model; or, on the process of each, a stage of a pipeline (`PipelineStage`) or its schedule;
+            see `analyze`.
         batches: a zero-argument function that returns the next batch, or an iterable of batches. A batch is
             called as `model(x)` for a tensor, `model(*x)` for a tuple or list, `model(**x)` for a mapping.
         loss_fn: from the model's output to a scalar; one that takes two arguments gets (output, target) from

@@ -27,7 +27,11 @@ GIVEN = {
     "docs/policy.md": "import gradflow as gf\nppo = trained()",
     "docs/distributed.md": "import gradflow as gf\nmodel, loader, loss_fn, optimizer = given()\n"
     "from torch import distributed as dist, nn\n"
-    "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)",
+    "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+    "from torch.distributed.device_mesh import init_device_mesh\n"
+    "from torch.distributed.pipelining import PipelineStage, ScheduleGPipe\n"
+    "module, index, number, device = model, 0, 1, 'cpu'\n"
+    "mesh = init_device_mesh('cpu', (1,), mesh_dim_names=('pp',))",
     "docs/reference/index.md": "",
 }
 

@@ -33,7 +33,7 @@ ORDER = [
 # that stand beside the rooms have a rank too; those not named come last.
 ROOMS: dict[str, list[set[str]]] = {
     "functional": [
-        {"torch_private", "torch_sharded"},
+        {"torch_private", "torch_sharded", "torch_pipelining"},
         {"processes"},
         {"model"},
         {"tap"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,20 +20,23 @@ from gradflow.functional.model.trees import named_tensors, same_device
 from gradflow.functional.parts.chance import chance
 from gradflow.functional.parts.measurement import parts
 from gradflow.functional.parts.sight import sight
+from gradflow.functional.processes.stages import Stages
 from gradflow.functional.run.measure import measure
 from gradflow.functional.run.program import Given
 from gradflow.functional.run.run import Plan, Progress
 from gradflow.functional.run.training.options import Loop, StepFunction
+from gradflow.functional.tap.watch import source_calls
 from gradflow.records import FlowRecord, GraphRecord
 
 Mode = Literal["train", "eval", "keep"]
 Detail = Literal["cheap", "full"]
 Transform = Literal["auto", "fused", "vjp"]
+Staged = Any  # a `PipelineStage`, or a schedule of it; the module is imported by who uses it
 Optimizers = Optimizer | Mapping[str, Optimizer] | Sequence[Optimizer]
 
 
 def analyze(
-    model: nn.Module,
+    model: nn.Module | Staged,
     batches: Any,
     loss_fn: Callable[..., Any] | None = None,
     *,
@@ -63,7 +67,9 @@ def analyze(
     as it is, with a note that tells the step and the batch's shapes.
 
     Args:
-        model: the model.
+        model: the model; or, on the process of each, a stage of a pipeline (a `PipelineStage` of
+            `torch.distributed.pipelining`) or the schedule that runs it. Then the first stage takes the
+            inputs of a batch, and the last its target and the loss.
         batches: a function of no arguments that returns the next batch, or an iterable of batches (a
             DataLoader, a list). A batch is a tensor, called as `model(x)`, a tuple or list, `model(*x)`,
             or a mapping, `model(**x)`. For a loss of two arguments it is the pair (inputs, target).
@@ -93,7 +99,8 @@ def analyze(
             models, and other kernels for some layers, so that dropout inside attention drops other elements.
         processes: which split the batch: `auto` for those that a `DistributedDataParallel` in the model
             averages gradients over, a process group, or `alone` for this process. Where there are several,
-            each must call it, with its own part of every batch; all get the record of the joined batch.
+            each must call it, with its own part of every batch; all get the record of the joined batch. Of a
+            stage, they are those that have the same stage.
         progress: called as `progress(done, steps)` after every step.
         deepen: if it returns True for the cheap record, the last step is run again in full detail.
         measurements: what else to measure, such as `attention()`; see `gradflow.functional.measurement`.
@@ -184,8 +191,13 @@ def analyze_custom(
     return analyzed_custom(model, forward_fn, loss_fn, plan)
 
 
-def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None, plan: Plan) -> FlowRecord:
+def analyzed(
+    model: nn.Module | Staged, batches: Any, loss_fn: Callable[..., Any] | None, plan: Plan
+) -> FlowRecord:
     """Return what a plan shows of a model; see `analyze`."""
+    stages = Stages.of(model)
+    if not stages.alone:
+        return _analyzed_stage(stages, batches, loss_fn, plan)
     check_module(model)
     objective = make_objective(loss_fn)
     source = Source(batches)
@@ -207,6 +219,54 @@ def analyzed(model: nn.Module, batches: Any, loss_fn: Callable[..., Any] | None,
     given = Given(
         model, _module(loss_fn), forward, objective.loss, inputs_of, functions, own_loss=loss_fn is None
     )
+    with contextlib.closing(source):
+        return measure(given, draw, attrs.evolve(_with_standing(plan), num_batches=source.length))
+
+
+def _analyzed_stage(
+    stages: Stages, batches: Any, loss_fn: Callable[..., Any] | None, plan: Plan
+) -> FlowRecord:
+    """Return what a plan shows of a pipeline, called on the process of each of its stages.
+
+    The first takes the inputs of a batch, and the last its target; those between need none.
+    """
+    stage = stages.stage
+    assert stage is not None
+    model = stage.module
+    loss_fn = stage.loss_fn if loss_fn is None else loss_fn
+    objective = make_objective(loss_fn)
+    draws = stages.is_first or (stages.is_last and objective.takes_target) or batches is not None
+    source = Source(batches if draws else itertools.repeat(()))
+    device = same_device(model)
+
+    def draw(step: int) -> Any:
+        batch = source.draw()
+        if batch is None and step == 0:
+            raise no_batches(batches)
+        return None if batch is None else prepared(batch, device)
+
+    def forward(batch: Any, step: int) -> Any:
+        if stages.is_first:
+            output = invoke(model, objective.inputs(batch))
+        else:
+            output = model(*stages.entering())
+        return output if stages.is_last else stages.hand_on(output, source_calls)
+
+    def loss_of(output: Any, batch: Any) -> Any:
+        if not stages.is_last:
+            return stages.behind(output)
+        loss = objective.loss(output, batch)
+        return stages.note(loss if stage.averages else loss * stage.microbatches)
+
+    def inputs_of(batch: Any) -> dict[str, Tensor]:
+        if stages.is_first:
+            return dict(named_tensors(objective.inputs(batch), "input"))
+        return stages.named()
+
+    given = Given(
+        model, _module(loss_fn) if stages.is_last else None, forward, loss_of, inputs_of, _held(loss_fn),
+        own_loss=loss_fn is None or not stages.is_last, stages=stages,
+    )  # fmt: skip
     with contextlib.closing(source):
         return measure(given, draw, attrs.evolve(_with_standing(plan), num_batches=source.length))
 

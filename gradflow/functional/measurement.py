@@ -47,6 +47,13 @@ class Session(Listener):
         """
         return True
 
+    def beside(self, modules: Mapping[str, str]) -> None:
+        """Hear, before the first step, what other stages of a pipeline hold.
+
+        Args:
+            modules: the classes of their modules that hold others with parameters, by qualified name.
+        """
+
     def differentiate(self, loss: Tensor) -> None:
         """Take gradients of the loss: `gradients(loss, tensors)` keeps the graph for the pass to come."""
 

@@ -1,4 +1,4 @@
-"""Private names of PyTorch: used in two files alone, and there in the release that the tests run on."""
+"""Private names of PyTorch: used in three files alone, and there in the release that the tests run on."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradflow.functional import torch_private, torch_sharded
+from gradflow.functional import torch_pipelining, torch_private, torch_sharded
 
 PACKAGE = Path(__file__).parents[2] / "gradflow"
-FILES = [PACKAGE / "functional" / f"{name}.py" for name in ("torch_private", "torch_sharded")]
-DOCS = f"{torch_private.__doc__}\n{torch_sharded.__doc__}"
+FILES = [
+    PACKAGE / "functional" / f"{name}.py" for name in ("torch_private", "torch_sharded", "torch_pipelining")
+]
+DOCS = f"{torch_private.__doc__}\n{torch_sharded.__doc__}\n{torch_pipelining.__doc__}"
 TABLE = [line.split("|")[1] for line in DOCS.splitlines() if line.startswith("| `")]
 NAMES = [name for cell in TABLE for name in re.findall(r"`([\w.]+)`", cell) if not name.startswith(".")]
 
@@ -85,7 +87,18 @@ OWNERS = {
     "tensor._utils": importlib.import_module("torch.distributed.tensor._utils"),
     "DistributedDataParallel": torch.nn.parallel.DistributedDataParallel,
     "ProcessGroup": torch.distributed.ProcessGroup,
+    **{
+        name: getattr(importlib.import_module(f"torch.distributed.pipelining.{module}"), name)
+        for module, name in (
+            ("schedules", "PipelineScheduleSingle"),
+            ("schedules", "PipelineScheduleMulti"),
+            ("schedules", "_PipelineSchedule"),
+            ("stage", "_PipelineStage"),
+        )
+    },
 }
+# attributes of instances, which need a process group
+OF_INSTANCES = ("DistributedDataParallel", "PipelineSchedule", "PipelineStage")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in SET])
@@ -93,7 +106,7 @@ def test_this_release_of_torch_has_the_name(name: str) -> None:
     owner, _, attribute = name.rpartition(".")
     if owner == "Node":  # nodes of C++ have the attribute, the abstract class does not
         assert hasattr(torch.ones(1, requires_grad=True).square().grad_fn, attribute)
-    elif owner == "DistributedDataParallel":  # an attribute of instances, which need a process group
+    elif any(of in owner for of in OF_INSTANCES):
         assert f"self.{attribute}" in inspect.getsource(OWNERS[owner])
     else:
         assert hasattr(OWNERS[owner or name], attribute)

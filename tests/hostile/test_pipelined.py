@@ -13,6 +13,7 @@ from torch.distributed import pipelining
 
 import gradflow as gf
 from gradflow.errors import LossError, ModelInputError
+from gradflow.functional.torch_pipelining import stages_of
 from tests.models import squares
 
 pytestmark = pytest.mark.usefixtures("group")
@@ -68,27 +69,44 @@ class Mine(pipelining.PipelineStage):
 
 
 REFUSED: dict[str, Any] = {
-    "a stage": (lambda: stage(Whole()), r"is a PipelineStage, one of the parts.*Pass the whole model"),
-    "the last stage": (lambda: stage(Whole(), 1), r"is a PipelineStage.*unless it is the last"),
+    "a stage": (lambda: stage(Whole()), r"PipelineStage is of a pipeline of 2 stages on 1 .*the whole model"),
+    "the last stage": (lambda: stage(Whole(), 1), r"PipelineStage is of a pipeline of 2 stages on 1"),
     "a stage of the user's": (
         lambda: Mine(Whole(), 0, 2, CPU, input_args=X, output_args=X),
-        "is a Mine, one of the parts.*Pass the whole model",
+        "the Mine is of a pipeline of 2 stages on 1 processes",
     ),
     "a stage of a traced model": (
         lambda: split().build_stage(0, CPU),
-        "is a _PipelineStage, one of the parts.*Pass the whole model",
+        "the _PipelineStage is of a pipeline of 2 stages on 1 processes",
     ),
     "a schedule": (
         lambda: pipelining.ScheduleGPipe(stage(Whole()), 2, loss_fn=squares),
-        "is a ScheduleGPipe, which calls stages.*Pass the whole model",
+        "the ScheduleGPipe is of a pipeline of 2 stages on 1 processes",
     ),
     "a schedule of several stages": (
         lambda: pipelining.ScheduleInterleaved1F1B([stage(Whole()), stage(Whole(), 1)], 2, loss_fn=squares),
-        "is a ScheduleInterleaved1F1B, which calls stages.*Pass the whole model",
+        "the ScheduleInterleaved1F1B is of a pipeline of 2 stages on 1 processes",
     ),
     "all stages": (lambda: split(), r"'\(model\)' is a Pipe, split into stages.*Pass the whole model"),
     "all stages, inside": (lambda: nn.Sequential(split()), "'0' is a Pipe, split into stages"),
 }
+
+
+def test_calls_that_take_a_module_say_what_a_stage_is() -> None:
+    with pytest.raises(ModelInputError, match=r"is a PipelineStage, one of the parts.*diagnose.*take it"):
+        gf.outline(stage(Whole()), X, squares)
+    with pytest.raises(
+        ModelInputError, match=r"is a ScheduleGPipe, which calls stages.*Pass the whole model"
+    ):
+        gf.Monitor(pipelining.ScheduleGPipe(stage(Whole()), 2, loss_fn=squares), squares)
+
+
+def test_a_pipeline_of_one_stage_is_its_module() -> None:
+    model = Whole()
+    schedule = pipelining.ScheduleGPipe(stage(model, 0, 1), 2, loss_fn=squares)
+    plain, found = gf.analyze(model, [X] * 2, squares), gf.analyze(schedule, [X] * 2)
+    assert found.losses.tolist() == plain.losses.tolist()
+    assert [layer.name for layer in found] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -160,3 +178,21 @@ def test_the_last_stage_and_the_whole_model_have_a_loss() -> None:
     assert not noted(alone.submod, squares, "pipeline")
     assert not noted(model, squares, "pipeline")
     assert not noted(nn.Sequential(first.submod, last.submod), squares, "pipeline")
+
+
+def test_what_is_handed_on_past_the_next_stage_is_seen() -> None:
+    class Skipping(Whole):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).tanh()
+            return self.c(self.b(h).tanh()) + h[:, :2]
+
+    def stages(model: nn.Module, *names: str) -> list[bool]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            spec = dict.fromkeys(names, pipelining.SplitPoint.BEGINNING)
+            pipe = pipelining.pipeline(model, mb_args=(X,), split_spec=spec)
+        return [stages_of(pipe.build_stage(0, CPU))[0].is_chain]
+
+    assert stages(Whole(), "b", "c") == [True]
+    assert stages(Skipping(), "b", "c") == [False]
+    assert stages(Skipping(), "c") == [True]

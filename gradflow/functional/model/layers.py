@@ -292,3 +292,17 @@ class _OwnForward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial, (self._forward,)
+
+
+def holders(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the classes of the modules that hold others with parameters, by name."""
+    return {
+        name: f"{type(module).__module__}.{type(module).__qualname__}"
+        for name, module in modules.items()
+        if any(owns_parameters(child) for child in list(module.modules())[1:])
+    }
+
+
+def owns_parameters(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own, not only those of modules in it."""
+    return next(module.parameters(recurse=False), None) is not None

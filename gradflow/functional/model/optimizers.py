@@ -165,21 +165,38 @@ def learning_rates(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[float, 
     return tuple(float(group["lr"]) for group in groups if "lr" in group)
 
 
-def clip_gradients(gradients: Iterable[Tensor | None], max_norm: float) -> Tensor | None:
+def clip_gradients(
+    gradients: Iterable[Tensor | None], max_norm: float, added: Callable[[float], float] | None = None
+) -> Tensor | None:
     """Scale gradients, in place, so that their norm over all of them is at most `max_norm`.
 
     As `torch.nn.utils.clip_grad_norm_` does: by max_norm / (norm + 1e-6), where that is below 1.
+
+    Args:
+        gradients: they themselves; None where there is none.
+        max_norm: of all of them.
+        added: sums the squared norm over processes that hold others; None where there are none.
 
     Returns:
         What they were multiplied by, of shape (); None where there are none.
     """
     known = [gradient.detach() for gradient in gradients if gradient is not None]
-    if not known:
+    if not known and added is None:
         return None
-    share = (max_norm / (torch.nn.utils.get_total_norm(known) + 1e-6)).clamp(max=1.0)
+    total = torch.nn.utils.get_total_norm(known)
+    if added is not None:
+        whole = float(total.full_tensor() if hasattr(total, "full_tensor") else total)  # type: ignore[operator]
+        total = torch.tensor(added(whole**2) ** 0.5, dtype=torch.float64)
+    share = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for gradient in known:
-        gradient.mul_(share.to(gradient.device))
+        gradient.mul_(share.to(gradient.device, gradient.dtype) if added else share.to(gradient.device))
     return share
+
+
+def asks_again(optimizer: Any) -> bool:
+    """Whether an optimizer cannot step without a closure that evaluates the loss anew."""
+    takes = inspect.signature(optimizer.step).parameters.get("closure")
+    return takes is not None and takes.default is takes.empty
 
 
 def update(

@@ -82,12 +82,11 @@ def check_module(model: Any) -> None:
         kind = type(model).__name__
         if hasattr(model, "submod") and _pipelining(type(model)):
             raise ModelInputError(
-                f"model is a {kind}, one of the parts of a model that run one behind the other. {_UNSPLIT} "
-                "Its `.submod` is a module, but has no loss of its own, unless it is the last."
+                f"model is a {kind}, one of the parts of a model that run one behind the other. {_STAGED}"
             )
         if _pipelining(type(model)):
             raise ModelInputError(
-                f"model is a {kind}, which calls stages and runs their backward passes itself. {_UNSPLIT}"
+                f"model is a {kind}, which calls stages and runs their backward passes itself. {_STAGED}"
             )
         raise ModelInputError(
             f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the module itself, built: "
@@ -166,6 +165,10 @@ _UNSPLIT = (
     "Pass the whole model, as it was before it was split into stages, with the loss of its training and a "
     "batch that one process can hold."
 )
+_STAGED = (
+    "`analyze` and `diagnose` take it, called on the process of every stage; what was called here does not. "
+    f"{_UNSPLIT}"
+)
 _PIPELINING = "torch.distributed.pipelining"
 _QUANTISED = (
     "quantised layers carry no gradient, so there is no flow to measure. Pass the model as it was before it "
@@ -183,13 +186,16 @@ def distributed(model: nn.Module) -> list[DistributedDataParallel]:
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
-def standing_notes(model: nn.Module, optimizers: Iterable[Any], *, alone: bool = True) -> Iterator[str]:
+def standing_notes(
+    model: nn.Module, optimizers: Iterable[Any], *, alone: bool = True, staged: bool = False
+) -> Iterator[str]:
     """Yield what a reader must know of what is not run, not seen or not put back.
 
     Args:
         model: the model.
         optimizers: those that were given.
         alone: whether the analysis is of this process alone.
+        staged: whether it is of all stages of a pipeline, of which the model is one.
     """
     scripted = [name for name, module in model.named_modules() if is_scripted(module)]
     inside = {n for n in scripted for m in scripted if n != m and n.startswith(f"{m}." if m else "")}
@@ -198,7 +204,7 @@ def standing_notes(model: nn.Module, optimizers: Iterable[Any], *, alone: bool =
             f"TorchScript shows nothing of its inside: {_names(outermost)} is taken for one layer. Analyse "
             "the module that it was made from to see the layers in it."
         )
-    for index, number in _stages(model):
+    for index, number in () if staged else _stages(model):
         yield (
             f"The model is stage {index} (from 0) of the {number} of a pipeline, and its output is for the "
             "next. The loss given stands for that of training only if it hands the output the gradient which "

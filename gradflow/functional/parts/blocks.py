@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch import nn
 
+from gradflow.functional.model.layers import holders
+
+NONE: Mapping[str, str] = MappingProxyType({})
 FEWEST = 3  # two that differ do not tell which is right
 
 
-def siblings(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+def siblings(modules: Mapping[str, nn.Module], beside: Mapping[str, str] = NONE) -> dict[str, str]:
     """Return by name of a block the name of the list that holds it and its siblings.
 
     Blocks have modules with parameters inside. Siblings are of one class, and numbered in one parent. They
@@ -17,19 +21,17 @@ def siblings(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
     Args:
         modules: by qualified name.
+        beside: the classes of others that hold modules with parameters, which count as siblings.
 
     >>> block = lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     >>> net = nn.Sequential(nn.Linear(1, 2), *(block() for _ in range(3)))
     >>> siblings(dict(net.named_modules()))
     {'1': '', '2': '', '3': ''}
     """
-    groups: dict[tuple[str, type], list[str]] = {}
-    for name, module in modules.items():
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, kind in {**beside, **holders(modules)}.items():
         parent, _, number = name.rpartition(".")
-        if number.isdigit() and any(_owns(child) for child in list(module.modules())[1:]):
-            groups.setdefault((parent, type(module)), []).append(name)
-    return {name: parent for (parent, _), names in groups.items() if len(names) >= FEWEST for name in names}
-
-
-def _owns(module: nn.Module) -> bool:
-    return next(module.parameters(recurse=False), None) is not None
+        if number.isdigit():
+            groups.setdefault((parent, kind), []).append(name)
+    many = [(parent, name) for (parent, _), of in groups.items() if len(of) >= FEWEST for name in of]
+    return {name: parent for parent, name in many if name in modules}

@@ -66,7 +66,7 @@ class PartsSession(Session):
     """Listens to blocks and norm layers, and looks at the parameters; see `parts`."""
 
     def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-        self._model, self._groups = model, siblings(modules)
+        self._model, self._modules, self._groups = model, modules, siblings(modules)
         self._types = {name: type_name(module) for name, module in modules.items()}
         self._norms = {
             name: (module, epsilon)
@@ -86,6 +86,10 @@ class PartsSession(Session):
     def listens(self, *, end: bool) -> bool:
         """In the first step and the last alone."""
         return end
+
+    def beside(self, modules: Mapping[str, str]) -> None:
+        """Take blocks for siblings of those in other stages."""
+        self._groups = siblings(self._modules, modules)
 
     def hears_alone(self) -> bool:
         """All but the gradients is taken of what is heard."""

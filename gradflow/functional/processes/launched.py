@@ -47,7 +47,7 @@ def launched(options: Any, model: Any) -> Iterator[Any]:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        known = isinstance(model, nn.Module) and processes_of(model).axes
+        known = not isinstance(model, nn.Module) or processes_of(model).axes  # a stage knows its own
         yield "auto" if known else dist.group.WORLD
     finally:
         if own:

@@ -58,10 +58,12 @@ class Line:
 
     Args:
         processes: those that it runs on.
+        above: the line to more processes, of which these are some; what fails there ends this one as well.
     """
 
-    def __init__(self, processes: Processes | None = None) -> None:
+    def __init__(self, processes: Processes | None = None, above: Line | None = None) -> None:
         self.processes = processes or Processes()
+        self._above = None if above is None or above.alone else above
         self.counts = Counts()
         self.alone = not self.processes.axes
         self._thread: threading.Thread | None = None
@@ -129,6 +131,9 @@ class Line:
     def _tell(self, error: BaseException) -> None:
         """Tell the others why this process goes no further; raise what another has said before, if it did."""
         if isinstance(error, ProcessError) and error.told:
+            if self._above is not None:  # which may be where it was told
+                with contextlib.suppress(RuntimeError):
+                    self._fail(f"\n{error}")
             return
         ours = isinstance(error, ProcessError)
         if not ours and _is_broken_line(error):
@@ -147,6 +152,8 @@ class Line:
 
     def _check(self) -> None:
         """Raise if some process has said that it failed."""
+        if self._above is not None:
+            self._above._check()
         if not self._store.check(["failed"]):
             return
         rank, _, text = self._store.get("failed").decode().partition("\n")
@@ -202,7 +209,7 @@ class Line:
             return
         self._number += 1
         number, began = self._number, time.monotonic()
-        try:
+        with self._answering():
             if self._store.add(f"at/{number}", 1) == self.size:
                 for key in (f"at/{number - 1}", f"go/{number - 1}"):
                     self._store.delete_key(key)
@@ -211,13 +218,38 @@ class Line:
                     self._root.add("ended", 1)
                 self._store.set(f"go/{number}", "")
                 return
-            pause = _SHORTEST
-            while not self._store.check([f"go/{number}"]):
-                self._check()
-                if patience is not None and time.monotonic() - began > patience:
-                    self._give_up(patience)
-                time.sleep(pause)
-                pause = min(1.5 * pause, _LONGEST)
+            self._look_for(f"go/{number}", patience, began)
+
+    def post(self, key: str, value: bytes = b"-") -> None:
+        """Leave something for another process."""
+        with self._answering():
+            self._store.set(f"post/{key}", value)  # type: ignore[arg-type]
+
+    def fetch(self, key: str) -> bytes:
+        """Wait for what another process leaves there, however long it takes, and take it.
+
+        Raises:
+            ProcessError: if one of the processes has failed.
+        """
+        with self._answering():
+            self._look_for(f"post/{key}")
+            found = self._store.get(f"post/{key}")
+            self._store.delete_key(f"post/{key}")
+            return found
+
+    def _look_for(self, key: str, patience: float | None = None, began: float = 0.0) -> None:
+        pause = _SHORTEST
+        while not self._store.check([key]):
+            self._check()
+            if patience is not None and time.monotonic() - began > patience:
+                self._give_up(patience)
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST)
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        try:
+            yield
         except ProcessError:
             raise
         except RuntimeError as error:
@@ -253,6 +285,10 @@ class Line:
         if not self.alone:
             self._store.set(f"end/{self._number + 1}", "")
             self.arrive()
+
+    def moved(self, exchange: Callable[[], _T]) -> _T:
+        """Run an exchange between two processes that are both ready for it."""
+        return self._run(exchange)
 
     def _together(self, exchange: Callable[[], _T]) -> _T:
         """Run a collective, once all have arrived at it."""

@@ -45,13 +45,13 @@ class Arrived:
         """The names of those to which a path has led, and that are not reached everywhere."""
         return {*self._masks, *self._left}
 
-    def doubt(self, norms: Mapping[str, float]) -> None:
+    def doubt(self, norms: Mapping[str, float], largest: float) -> None:
         """Hear the norms of the gradients in the first step: what is tiny beside the others may be noise.
 
         Args:
             norms: by name of the parameter.
+            largest: of all parameters, those of other stages of a pipeline included.
         """
-        largest = max(norms.values(), default=0.0)
         self.faint = {name for name, norm in norms.items() if norm <= FAINT * largest}
 
     def doubt_all(self) -> None:

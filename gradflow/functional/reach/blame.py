@@ -70,6 +70,19 @@ class Blamed:
     blames: list[Blame | None]
 
 
+@attrs.frozen(eq=False)
+class Behind:
+    """What the walk through the next stage of a pipeline has found at what this one has handed it.
+
+    Args:
+        parts: for each output to which a path leads, the cotangent and the labels of its zeros.
+        blames: what the labels stand for.
+    """
+
+    parts: Sequence[Part]
+    blames: Sequence[Blame | None]
+
+
 @attrs.define(eq=False)
 class Walk:
     """One walk from the loss back; see NOTE [Labels on zeros].
@@ -90,14 +103,25 @@ class Walk:
     _random: RandomNumbers = attrs.field(factory=RandomNumbers)
     _needed: set[Node] = attrs.field(factory=set)
 
-    def run(self, loss: Tensor) -> Blamed:
-        """Return what made the zeros at the leaves that are asked about."""
+    def run(self, loss: Tensor, behind: Behind | None = None) -> Blamed:
+        """Return what made the zeros at the leaves that are asked about.
+
+        Args:
+            loss: from which the walk begins.
+            behind: what the next stage of a pipeline has found, where the loss stands for it.
+        """
         for node in reversed(self.structure.nodes):
             leaf = self.structure.leaves.get(node)
             wanted = id(leaf) in self.wanted if leaf is not None else False
             if wanted or any(child in self._needed for child, _ in feeds(node)):
                 self._needed.add(node)
-        self._arriving[loss.grad_fn] = {0: [(torch.ones_like(loss), None)]}
+        if behind is None:
+            self._arriving[loss.grad_fn] = {0: [(torch.ones_like(loss), None)]}
+        else:
+            self.blames = [*behind.blames]
+            for (child, number), part in zip(feeds(loss.grad_fn), behind.parts, strict=True):
+                if child is not None:
+                    self._send(child, number, part)
         with torch.no_grad(), self.structure.walk() as ready:
             for node in self.structure.nodes:
                 ready()

@@ -9,14 +9,16 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from gradflow.errors import ProcessError
 from gradflow.functional.model.layers import owner
 from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.shards import Shards, is_distributed, local
+from gradflow.functional.processes.stages import Stages
 from gradflow.functional.reach.arrived import Arrived
-from gradflow.functional.reach.blame import Blamed, Walk
+from gradflow.functional.reach.blame import Behind, Blamed, Walk
 from gradflow.functional.reach.masks import is_label, number_of_each, some
 from gradflow.functional.reach.origins import Origins
-from gradflow.functional.reach.reasons import Blame, Reasons
+from gradflow.functional.reach.reasons import Blame, Reasons, marked
 from gradflow.functional.reach.slices import block, block_names, by_rows, parts
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.torch_private import num_writes
@@ -68,12 +70,14 @@ class ReachFindings:
         originals: names of the user's own parameters by their id.
         shards: those of the parameters that are spread over processes.
         line: to these.
+        stages: the way along the stages of a pipeline, from the last of which zeros are explained.
     """
 
     trainable: Mapping[str, Tensor]
     originals: Mapping[int, str]
     shards: Shards = attrs.field(factory=Shards)
     line: Line = attrs.field(factory=Line)
+    stages: Stages = attrs.field(factory=Stages)
     arrived: Arrived = attrs.field(init=False)
     closely: Closely | None = None
     outside: tuple[OutsideRecord, ...] = ()
@@ -81,6 +85,7 @@ class ReachFindings:
     failed: str = ""  # why no step could be looked at closely
     _writes: dict[str, int] = attrs.field(init=False)
     _partly: set[str] = attrs.field(factory=set)  # to which a path has led
+    _elsewhere: bool = False  # whether something is open on a stage of a pipeline
     _asked: set[str] | None = None  # what is open on any process, where that had to be agreed on
 
     def __attrs_post_init__(self) -> None:
@@ -98,9 +103,9 @@ class ReachFindings:
     @property
     def is_open(self) -> bool:
         """Whether a path has led to some parameter, and gradient has not arrived everywhere in it."""
-        if self.shards and self._asked is not None:
-            return bool(self._asked)
-        return bool(self.arrived.faint or self.arrived.partly)
+        if self._asked is not None and self.shards:
+            return bool(self._asked) or self._elsewhere
+        return bool(self.arrived.faint or self.arrived.partly) or self._elsewhere
 
     def agree(self) -> None:
         """Agree with the other processes on what is open, where each knows of its slices alone."""
@@ -108,11 +113,12 @@ class ReachFindings:
             known = {*self.arrived.faint, *self.arrived.partly}
             found = self.shards.any(self.line, [name in known for name in self.trainable])
             self._asked = {name for name, flag in zip(self.trainable, found, strict=True) if flag}
+        self._elsewhere = not self.stages.alone and self.stages.any(self.is_open)
 
     def look(
         self,
         step: int,
-        structure: Structure,
+        structure: Structure | None,
         origins: Origins,
         inputs: Mapping[str, Tensor],
     ) -> None:
@@ -120,29 +126,65 @@ class ReachFindings:
 
         Args:
             step: its number.
-            structure: the graph, with the loss.
+            structure: the graph, with the loss; None where there is none.
             origins: which heard of the step's functions.
             inputs: the tensors of the batch by name.
         """
+        behind = self._behind()
+        entering, blames = [], []
         try:
-            self._look(step, structure, origins, inputs)
+            if structure is not None and structure.nodes:
+                entering, blames = self._look(step, structure, origins, inputs, behind)
+        except ProcessError:
+            raise
         except Exception as error:  # a backward pass of the user's that cannot be called on its own
             self.fail(f"{type(error).__name__}: {error}"[:200])
+        self._hand_back(entering, blames)
 
-    def _look(self, step: int, structure: Structure, origins: Origins, inputs: Mapping[str, Tensor]) -> None:
+    def _behind(self) -> Behind | None:
+        """Return what the next stage of a pipeline has found at what this one handed it; None of the last."""
+        if self.stages.is_last:
+            return None
+        cotangents, found = self.stages.cotangents(), self.stages.receive(1)
+        tensors, (there, blames) = found if found is not None else ([], ([], [None]))
+        labels = iter(tensors)
+        known = [next(labels) if known else None for known in there] or [None] * len(cotangents)
+        parts = [(c, at) for c, at in zip(cotangents, known, strict=True) if c is not None]
+        return Behind(parts, blames)
+
+    def _hand_back(self, labels: Sequence[Tensor | None], blames: Sequence[Blame | None]) -> None:
+        """Hand the stage before what was found at what it has handed on; nothing where nobody looked."""
+        if not self.stages.is_first:
+            told = [None if blame is None else marked(blame, self.stages.index) for blame in blames]
+            there = [known is not None for known in labels]
+            tensors = [known for known in labels if known is not None]
+            self.stages.send(-1, tensors if labels else None, (there, told))
+
+    def _look(
+        self,
+        step: int,
+        structure: Structure,
+        origins: Origins,
+        inputs: Mapping[str, Tensor],
+        behind: Behind | None,
+    ) -> tuple[list[Tensor | None], list[Blame | None]]:
         assert structure.root is not None
         leaves = {**self.trainable, **self.shards.leaves()}
         names = {**self.originals, **{id(p): name for name, p in leaves.items()}}
         reasons = Reasons(structure, origins, names, {id(t): name for name, t in inputs.items()})
         asked = {*self.arrived.open, *self.arrived.faint, *(self._asked or ())}
         wanted = {key for key, name in names.items() if name in asked}
-        found = Walk(structure, reasons, wanted).run(structure.root)
+        entering = self.stages.inputs
+        wanted |= {id(tensor) for tensor in entering}
+        found = Walk(structure, reasons, wanted).run(structure.root, behind)
+        at_entry = [found.labels.pop(id(tensor), None) for tensor in entering]
         labels = _by_name(found, names)
         few = sum(p.numel() for name, p in self.trainable.items() if name in labels) <= _CHUNK
         for name, leaf in leaves.items():
             if name in labels and name in self.shards.spread:
                 labels[name] = self._at_hand(name, leaf, labels[name], whole=few)
         self.closely = Closely(step, labels, found.blames)
+        return at_entry, found.blames
 
     def _at_hand(self, name: str, leaf: Tensor, labels: Tensor, *, whole: bool) -> Tensor:
         """Return labels of a whole parameter, or, where many are kept, those of the slice of this process."""

@@ -31,6 +31,28 @@ class Blame:
     num_choices: int = 0
 
 
+_MARK = "\x1f"
+
+
+def marked(blame: Blame, stage: int) -> Blame:
+    """Return a blame whose names of nodes tell which stage of a pipeline they are of."""
+
+    def of(name: str) -> str:
+        return name if not name or _MARK in name else f"{name}{_MARK}{stage}"
+
+    return attrs.evolve(blame, at=of(blame.at), whose=of(blame.whose))
+
+
+def unmarked(name: str) -> tuple[str, int | None]:
+    """Return a name, and the stage that it is of, where that is told.
+
+    >>> unmarked(marked(Blame(Reason.OFF, at="relu"), 1).at), unmarked("relu")
+    (('relu', 1), ('relu', None))
+    """
+    plain, _, stage = name.partition(_MARK)
+    return plain, int(stage) if stage else None
+
+
 @attrs.define(eq=False)
 class Reasons:
     """Tells why nodes of one step's graph hand back nothing.

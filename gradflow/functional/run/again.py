@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.errors import ProcessError
 from gradflow.functional.model.layers import owner
 from gradflow.functional.reach.origins import Origins
 from gradflow.functional.reach.terms import constant_terms, outside_records
@@ -21,6 +22,7 @@ from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome, Request, evaluated, run_step
 from gradflow.functional.run.together.gradients import averaged
 from gradflow.functional.run.together.joined import joined_graph
+from gradflow.functional.run.together.over_stages import graph_over_stages
 from gradflow.functional.tap.asked import Asked
 from gradflow.functional.tap.nodes import exchanges
 from gradflow.functional.tap.recorder import Recorder
@@ -40,6 +42,7 @@ def traced(run: Run, request: Request, row: Row) -> Row:
         return row
     with request.before.again(program):
         taps.sum_exactly()
+        run.stages.begin()
         tracer = numerics.Tracer()
         inputs = program.given.inputs_of(request.batch)
         owners = {name: owner(name, taps.modules) for name in program.state.parameters}
@@ -58,8 +61,10 @@ def traced(run: Run, request: Request, row: Row) -> Row:
             batch=request.batch, step=request.step, before=request.before, structural=True, look=True,
             listeners=(tracer,), inspect=certify,
         )  # fmt: skip
-        outcome = averaged(run, run_step(program, closely)).outcome
-        again = run.history.read(outcome, look=True, parameters_moved=bool(run.plan.loop.optimizers))
+        shared = averaged(run, run_step(program, closely))
+        moved = bool(run.plan.loop.optimizers)
+        again = run.history.read(shared.outcome, look=True, parameters_moved=moved)
+        again = attrs.evolve(again, broken=shared.broken)
     return again if _is_same(run, request.step, row.loss, again.loss) else row
 
 
@@ -96,8 +101,9 @@ def unscaled(run: Run, request: Request, row: Row) -> Row:
         plainly = attrs.evolve(
             request, first=False, structural=False, full=False, ranks=False, listeners=(), scale=1.0
         )
-        outcome = averaged(run, run_step(program, plainly)).outcome
-        plain = run.history.read(outcome, look=request.look, parameters_moved=True)
+        shared = averaged(run, run_step(program, plainly))
+        plain = run.history.read(shared.outcome, look=request.look, parameters_moved=True)
+        plain = attrs.evolve(plain, broken=shared.broken)
     return plain if _is_same(run, request.step, row.loss, plain.loss) else row
 
 
@@ -108,22 +114,26 @@ def heard_in_eval(run: Run, request: Request) -> None:
     """
     program, model = run.program, run.program.given.model
     sessions = tuple(session for session in run.sessions if session.wants_eval())
-    if not sessions:
+    if not run.stages.any(bool(sessions)):
         return
     modes = [(module, module.training) for module in model.modules()]
     recorder = Recorder(program.taps, Asked(watched=True, listeners=sessions))
     with request.before.again(program):
+        run.stages.begin(returns=False)
         try:
             model.eval()
             with program.taps.heard_by(recorder), program.state.swapped(), torch.no_grad():
                 for session in sessions:
                     session.begin(request.step, recorder)
                 evaluated(program.given, request, recorder)
+        except ProcessError:
+            raise
         except Exception as error:
             logger.debug("the pass in eval mode ended early: %s", error)
         finally:
             for module, training in modes:
                 module.training = training
+        run.stages.end(0)
 
 
 def deepened(run: Run, request: Request, record: FlowRecord) -> FlowRecord:
@@ -138,6 +148,7 @@ def deepened(run: Run, request: Request, record: FlowRecord) -> FlowRecord:
     graph = run.graph.record_of(step, shared.outcome)
     if not run.line.alone:
         graph = joined_graph(run, run.line.gathered(graph))
+    graph = graph_over_stages(run, graph)
     if graph is None:
         return record
     notes = [
@@ -197,7 +208,11 @@ def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> 
     elif not run.history.rows:  # most parameters are settled by a number that the first step takes anyway
         numbers = list(zip(row.layout.places, row.values.tolist(), strict=True))
         run.reach.arrived.settle({str(name) for (kind, name), n in numbers if kind == "pzeros" and n == 0})
-        run.reach.arrived.doubt({str(name): n for (kind, name), n in numbers if kind == "pgrad"})
+        norms = {str(name): n for (kind, name), n in numbers if kind == "pgrad"}
+        largest = max(norms.values(), default=0.0)
+        if not run.stages.alone:
+            (largest,) = run.stages.largest([0.0 if np.isnan(largest) else largest])
+        run.reach.arrived.doubt(norms, largest)
     run.reach.arrived.add(outcome.gradients.parts, look=look)
 
 
@@ -219,7 +234,7 @@ class Closer:
         """Find out why gradient did not arrive, where it did not; the step's graph is kept for that."""
         structure, program = outcome.structure, run.program
         run.reach.agree()
-        if structure is not None and structure.nodes and run.reach.is_open:
+        if run.reach.is_open:
             inputs = program.given.inputs_of(self.request.batch)
             with program.state.swapped():  # a checkpoint calls the model again
                 run.reach.look(self.request.step, structure, self.origins, inputs)
@@ -246,11 +261,13 @@ def looked_again(run: Run, request: Request) -> None:
     if not run.plan.closely or program.learned.reentrant or request.transform != "fused":
         return
     reach.agree()
-    if reach.closely is not None or reach.failed or not reach.is_open:
+    if not run.stages.any(reach.closely is None and not reach.failed and reach.is_open):
         return
     closer = Closer.of(run, Request(batch=request.batch, step=request.step, before=request.before))
-    with request.before.again(program):
+    with request.before.again(program), run.stages.trying():
         try:
             closer.look(run, run_step(program, closer.request))
+        except ProcessError:
+            raise
         except Exception as error:  # the user's code cannot run the step a second time
             reach.fail(f"{type(error).__name__}: {error}"[:200])

@@ -34,6 +34,7 @@ from gradflow.functional.run.step import Outcome, Request, run_step
 from gradflow.functional.run.together.gradients import averaged
 from gradflow.functional.run.together.joined import joined
 from gradflow.functional.run.together.numbers import combine
+from gradflow.functional.run.together.over_stages import over_stages
 from gradflow.functional.run.together.whole import agreed, agreed_without_batch, without_batch
 from gradflow.functional.run.training.curves import Ends, bent
 from gradflow.functional.run.training.stepper import Stepper
@@ -61,16 +62,16 @@ def run_plan(
             batch = draw(step)
             program.state.keep_buffers()
         if batch is None:
-            run.line.end_batches()
+            run.everyone.end_batches()
             break
         last, request = request, _request(run, step, batch, stepper)
         first = request if first is None and stepper is not None else first
         closer = closer_look(run, request)
         request = request if closer is None else closer.request
-        if program.learned.reentrant or not run.line.alone:
+        if program.learned.reentrant or not run.everyone.alone:
             program.taps.sum_exactly()  # its steps are not run again where a fast sum fails
         try:
-            run.line.go_on()  # a model may exchange something itself
+            run.everyone.go_on()  # a model may exchange something itself
             outcome = _first_step(run, request) if step == 0 else _step(run, request)
             shared = averaged(run, outcome)
         except BatchesEnded:
@@ -113,7 +114,7 @@ def run_plan(
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
     told = combine(run)
     conclude(run)
-    record = joined(run, assembled(run, known), told)
+    record = over_stages(run, joined(run, assembled(run, known), told))
     if request is None:
         return record
     if plan.deepen is not None and plan.detail == "cheap" and plan.deepen(record):
@@ -125,7 +126,7 @@ def run_plan(
 
 def _asks_for_curves(run: Run, record: FlowRecord) -> bool:
     """Whether to measure how the loss bends along an update: a session asks for it, or what was seen does."""
-    asked = any(session.wants_curvature() for session in run.sessions)
+    asked = run.stages.any(any(session.wants_curvature() for session in run.sessions))
     return asked or (run.plan.bend is not None and run.plan.bend(record))
 
 
@@ -143,7 +144,7 @@ def _request(run: Run, step: int, batch: Any, stepper: Stepper | None) -> Reques
         look=look,
         full=plan.detail == "full" and fused,
         scale=stepper.loss_scale if fused and stepper is not None else 1.0,
-        passing=fused and stepper is None and plan.end == 1 and run.line.alone,
+        passing=fused and stepper is None and plan.end == 1 and run.everyone.alone,
         closely=plan.closely,
         ranks=plan.is_end(step),
         listeners=_listening(run, step) if look and fused else (),
@@ -179,7 +180,7 @@ def _first_step(run: Run, request: Request) -> Outcome:
         closer.look(run, shown)
         request.before.restore(program)
     _check_first(run, shown)
-    run.graph.learn(shown, dataflow, program.state.leaves)
+    run.graph.learn(shown, dataflow, program.state.leaves, run.stages)
     if run.graph.summed:
         check_stage_loss(program.given.model)
     if vjp:
@@ -205,7 +206,7 @@ def _shown_whole(run: Run, request: Request) -> tuple[Outcome, DataFlow]:
     whole = agreed_without_batch(line, calls, shown.recorder)
     run.wholes.learn(whole, agreed(line, groups))
     program.taps.keep_whole(whole, run.wholes.groups)
-    if not whole and not (request.full and run.wholes.groups):
+    if not run.stages.any(bool(whole) or (request.full and bool(run.wholes.groups))):
         return shown, dataflow
     request.before.restore(program)
     return structural_step(program, request)
@@ -217,13 +218,15 @@ def structural_step(program: Program, request: Request) -> tuple[Outcome, DataFl
     A parent that uses a child's parameters without calling the child is the layer: then it starts again. So
     it does where outputs are used past their probes.
     """
+    stages = program.given.stages
     while True:
         program.taps.look_for_hooks()
+        stages.begin()
         dataflow = DataFlow(program.given.inputs_of(request.batch))
         outcome = run_step(program, attrs.evolve(request, listeners=(dataflow, *request.listeners)))
         promoted = _promoted(program, outcome, dataflow.leaves)
         new = set() if outcome.structure is None else entered(outcome.structure) - program.taps.entered
-        if not promoted and (not new or program.learned.reentrant):
+        if not stages.any(bool(promoted) or (bool(new) and not program.learned.reentrant)):
             return outcome, dataflow
         program.taps.promote(promoted)
         program.taps.gather_whole(new)

@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from gradflow.errors import ModelInputError, NoTrainableParametersError
+from gradflow.functional.model.layers import holders, owns_parameters
+from gradflow.functional.model.optimizers import asks_again
 from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
 from gradflow.functional.model.threads import exclusive, uncompiled
-from gradflow.functional.processes.group import processes_of
+from gradflow.functional.processes.group import Processes, processes_of
 from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.shards import Shards, processes_over
+from gradflow.functional.processes.stages import Prefixed
 from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
@@ -40,10 +43,28 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
         draw: step → the next batch, on the model's device, or None at the end.
         plan: how many steps, which optimizer, ...
     """
-    model = given.model
-    check_supported(model, spread=True)
+    stages = given.stages
+    check_supported(given.model, spread=True)
+    if stages.alone:
+        return _on_processes(given, draw, plan)
+    _check_stage(plan)
+    stages.connect(_processes(given, Shards.of(*given.modules), plan))
+    with stages.line.opened():
+        if stages.meet(_held_by(given.model)):
+            given = attrs.evolve(given, model=Prefixed(f"stage{stages.index}", given.model))
+        return _on_processes(given, draw, plan)
+
+
+def _processes(given: Given, shards: Shards, plan: Plan) -> Processes:
+    """Return the processes that have the same model, or stage of one."""
+    return processes_over(shards, plan.processes) or processes_of(given.model, plan.processes)
+
+
+def _on_processes(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
+    """Run the plan on all processes that have the same model."""
+    model, stages = given.model, given.stages
     shards = Shards.of(*given.modules)
-    line = Line(processes_over(shards, plan.processes) or processes_of(model, plan.processes))
+    line = Line(_processes(given, shards, plan), stages.line)
     facts = Facts(reducer=reducer_of(model))
     transform = _choose_transform(plan.transform)
     if shards and transform[0] == "vjp":
@@ -66,15 +87,15 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
             part.find_unused_parameters = part.static_graph = False
         if plan.seed is not None:
             seed_all(plan.seed)
-        taps, state = TappedModel.of(model), WorkingState.of(given, copies, shards)
-        if not state.trainable:
+        taps, state = TappedModel.of(model, stages.modules), WorkingState.of(given, copies, shards)
+        if not stages.any(bool(state.trainable)):
             raise NoTrainableParametersError(
                 f"none of the {len(state.parameters)} parameters of {type(model).__name__} requires a "
                 "gradient, so there is no flow to measure. Unfreeze the part that is meant to train: "
                 "`model.requires_grad_(True)`."
             )
         try:
-            plan = attrs.evolve(plan, num_batches=_fewest(line, plan))
+            plan = attrs.evolve(plan, num_batches=_fewest(line if stages.alone else stages.line, plan))
             return _measured(Program(given, state, taps, held=held), plan, draw, transform, line, facts)
         finally:
             shards.rest()
@@ -93,7 +114,9 @@ def _measured(
     """Run the plan on working copies; nothing that is made here outlives the call but the record."""
     given, state, taps = program.given, program.state, program.taps
     sessions = tuple([m.start(given.model, taps.modules) for m in plan.measurements])
-    reach = ReachFindings(state.trainable, state.originals, state.shards, line)
+    for session in sessions:
+        session.beside(given.stages.beside)
+    reach = ReachFindings(state.trainable, state.originals, state.shards, line, given.stages)
     history = History(state.parameters, taps, plan.closely)
     run = Run(program, plan, *transform, sessions, history, reach, line=line, facts=facts)
     if not line.alone:
@@ -120,6 +143,33 @@ def _fewest(line: Line, plan: Plan) -> int | None:
     own = np.inf if plan.num_batches is None else plan.num_batches
     fewest = -float(line.extremes(np.array([-own]))[0])
     return None if np.isinf(fewest) else int(fewest)
+
+
+def _held_by(model: nn.Module) -> dict[str, str]:
+    """Return by name of a module its class, if it holds others with parameters, or "", if it is a layer."""
+    modules = dict(model.named_modules())
+    layers = [name for name, m in modules.items() if owns_parameters(m) or not list(m.children())]
+    return {**holders(modules), **dict.fromkeys(layers, "")}
+
+
+def _check_stage(plan: Plan) -> None:
+    """Raise if a plan asks for what is not to be had of the stages of a pipeline.
+
+    Raises:
+        ModelInputError: if it does.
+    """
+    asked = {
+        "transform='vjp'": _choose_transform(plan.transform)[0] == "vjp",
+        "step_fn": plan.loop.step_fn is not None,
+        "scaler": plan.loop.scaler is not None,
+        "processes='alone'": plan.processes == "alone",
+        "an optimizer that asks for the loss at other parameters": any(map(asks_again, plan.loop.optimizers)),
+    }
+    for what in (name for name, given in asked.items() if given):
+        raise ModelInputError(
+            f"the model is a stage of a pipeline, and {what} was passed, which is for a model that a process "
+            "has all of. Leave it out."
+        )
 
 
 class _Both(nn.Module):

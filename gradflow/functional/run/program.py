@@ -23,6 +23,7 @@ from gradflow.functional.model.state import (
     loss_prefix,
 )
 from gradflow.functional.processes.shards import Shards, local
+from gradflow.functional.processes.stages import Stages
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.tap.calls import ActivationKey
 from gradflow.functional.tap.tapped import TappedModel
@@ -41,6 +42,7 @@ class Given:
         functions: of the user's that `loss_of` calls.
         own_loss: whether the output holds the loss already, since the model computes it.
         draws_itself: whether `forward` draws its own data, and is handed no batch.
+        stages: the way along the stages of a pipeline, if the model is one of them.
     """
 
     model: nn.Module
@@ -51,6 +53,7 @@ class Given:
     functions: tuple[Any, ...] = ()
     own_loss: bool = False
     draws_itself: bool = False
+    stages: Stages = attrs.field(factory=Stages)
 
     @property
     def modules(self) -> list[nn.Module]:

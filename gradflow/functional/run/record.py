@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from gradflow.functional.run.assembly import activation_records, layer_records, 
 from gradflow.functional.run.history import series
 from gradflow.functional.run.run import Run
 from gradflow.functional.tap.calls import type_name
+from gradflow.functional.torch_private import BatchNorm
 from gradflow.records import FlowRecord, KnowledgeRecord, Provenance, UpdatesRecord
 
 
@@ -122,6 +123,19 @@ def _wires(run: Run, idle: Collection[str]) -> Wires:
     return Wires(idle, called, cuts, taps.modules, taps.copied())
 
 
+def _of_stage(run: Run) -> Iterator[str]:
+    """Yield what a reader must know of a stage of a pipeline."""
+    stage = run.stages.stage
+    if stage is None or stage.microbatches < 2:
+        return
+    norms = any(isinstance(m, BatchNorm) and m.training for m in run.program.given.model.modules())
+    if norms:
+        yield (
+            f"Batches went through the stages in one piece, not in {stage.microbatches} microbatches: batch "
+            "norms have taken their statistics of more samples than they do in training."
+        )
+
+
 @functools.cache
 def _version() -> str:
     try:
@@ -133,7 +147,9 @@ def _version() -> str:
 def _provenance(run: Run, said: tuple[str, ...], chosen: tuple[str, ...]) -> Provenance:
     model, plan, steps = run.program.given.model, run.plan, len(run.history.rows)
     parameters = list(run.program.state.parameters.values())
-    notes = [*run.findings.notes, *standing_notes(model, plan.loop.optimizers, alone=run.line.alone)]
+    optimizers, staged = plan.loop.optimizers, not run.stages.alone
+    notes = [*run.findings.notes, *standing_notes(model, optimizers, alone=run.line.alone, staged=staged)]
+    notes += _of_stage(run)
     if run.graph.summed:
         notes.append(
             f"The loss is the plain sum or mean of an output of shape {run.graph.summed}: its elements all "
@@ -165,7 +181,7 @@ def _provenance(run: Run, said: tuple[str, ...], chosen: tuple[str, ...]) -> Pro
         },
         device=str(parameters[0].device),
         dtypes=sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
-        model=type_name(model),
+        model=type_name(model if run.stages.stage is None else run.stages.stage.module),
         num_parameters=sum(p.numel() for p in parameters),
         seed=plan.seed,
         requested_steps=plan.steps,

@@ -96,12 +96,16 @@ def reverse_pass(
     Raises:
         ReentrantCheckpoint: if the step must be run again, with `backward()` for its reverse pass.
     """
+    entering = program.given.stages.inputs
     if program.learned.reentrant:
-        return _accumulated(program, recorder, loss)
+        found = _accumulated(program, recorder, loss)
+        _hand_back(program, [tensor.grad for tensor in entering])
+        return found
     if structure is not None:
         check_walkable(structure)
     if program.state.shards.groups:
         found = _exchanged(program, recorder, loss, scale, keep=keep or full)
+        _hand_back(program, [tensor.grad for tensor in entering])
         if full and structure is not None:
             return attrs.evolve(
                 found, flows=walked(loss, structure, exact=True, ranks=ranks, kept=program.taps.whole_nodes)
@@ -116,30 +120,44 @@ def reverse_pass(
         *(source for site in recorder.sites if (source := site.edge or site.slot) is not None),
     ]
     number = len(trainable) + len(held)
+    num_leaves = len(leaves) - len(held)
+    back = [tensor for tensor in entering if tensor.requires_grad]
     flows = None
     if full and structure is not None:
         hooked = program.taps.hooked
-        found = fused(loss, leaves, retain_graph=True) if hooked else []
+        found = fused(loss, [*back, *leaves], retain_graph=True) if hooked else []
+        found = found[len(back) :]
         kept = program.taps.whole_nodes
         flows = walked(
             loss, structure, exact=True, ranks=ranks, kept=kept
         )  # fast, an underflow goes unnoticed
-        _check_flat(recorder, trainable, len(leaves) - len(held))
+        _check_flat(recorder, trainable, num_leaves)
+        handed = [flows.leaves.get(id(tensor)) for tensor in back]
         if hooked:  # hooks on tensors act in autograd's own pass, not in the walk
             gradients, outputs = found[:number], _outputs(recorder, found[number:])
         else:
             gradients = [flows.leaves.get(id(p)) for p in (*trainable.values(), *held.values())]
             outputs = [flows.probes.get(id(site)) for site in recorder.sites]
     else:
-        found = fused(loss, leaves, cotangent=_cotangent(loss, scale), retain_graph=keep)
-        _check_flat(recorder, trainable, len(leaves) - len(held))
+        found = fused(loss, [*back, *leaves], cotangent=_cotangent(loss, scale), retain_graph=keep)
+        _check_flat(recorder, trainable, num_leaves)
+        handed, found = found[: len(back)], found[len(back) :]
         gradients, outputs = found[:number], _outputs(recorder, found[number:])
         if scale != 1.0:
             gradients = [None if g is None else g / scale for g in gradients]
             outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
+    given = {id(tensor): gradient for tensor, gradient in zip(back, handed, strict=True)}
+    _hand_back(program, [given.get(id(tensor)) for tensor in entering])
     asked = found[number:] if flows is None else [_kept(flows, site) for site in recorder.sites]
     wholes = _wholes(program, recorder, asked)
     return Gradients(_placed(_by_name(trainable, held, gradients), trainable), outputs, flows, wholes)
+
+
+def _hand_back(program: Program, gradients: Sequence[Tensor | None]) -> None:
+    """Keep the gradients at what the stage before has handed on, for it, and leave no `.grad` there."""
+    program.given.stages.hand_back(gradients)
+    for tensor in program.given.stages.inputs:
+        tensor.grad = None
 
 
 def _kept(flows: Flows, site: Site) -> Tensor | None:
@@ -184,7 +202,7 @@ def _accumulated(program: Program, recorder: Recorder, loss: Tensor) -> Gradient
     state = program.state
     trainable, held = state.trainable, program.learned.held
     slots = [site.slot for site in recorder.sites if site.slot is not None]
-    leaves = [*trainable.values(), *held.values(), *slots]
+    leaves = [*trainable.values(), *held.values(), *slots, *program.given.stages.inputs]
     ours = [leaf for leaf in leaves if id(leaf) not in state.originals]
     outside = accumulated(loss, ours, state.originals)
     found = {name: p.grad for name, p in trainable.items()}
@@ -209,7 +227,8 @@ def _exchanged(program: Program, recorder: Recorder, loss: Tensor, scale: float,
     plain = [p for name, p in trainable.items() if name not in shards.gathered]
     whole_at: dict[int, Tensor] = {}
     with shards.handing_out(), _told_at([site for site in recorder.sites if site.edge is not None], whole_at):
-        accumulated(loss, [*plain, *slots, *whole], cotangent=cotangent, retain_graph=keep)
+        theirs = program.given.stages.inputs
+        accumulated(loss, [*plain, *slots, *whole, *theirs], cotangent=cotangent, retain_graph=keep)
         found = {name: p.grad for name, p in trainable.items()}
     asked = [whole_at.get(id(site)) for site in recorder.sites]
     outputs = [

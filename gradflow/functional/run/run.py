@@ -13,6 +13,7 @@ from gradflow.functional.extras import check_names
 from gradflow.functional.measurement import Measurement, Session
 from gradflow.functional.model.purity import checked_seed
 from gradflow.functional.processes.line import Line
+from gradflow.functional.processes.stages import Stages
 from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.graph.findings import GraphFindings
 from gradflow.functional.run.history import History
@@ -179,3 +180,13 @@ class Run:
     line: Line = attrs.field(factory=Line)
     wholes: Wholes = attrs.field(factory=Wholes)
     facts: Facts = attrs.field(factory=Facts)
+
+    @property
+    def stages(self) -> Stages:
+        """The way along the stages of a pipeline, if the model is one of them."""
+        return self.program.given.stages
+
+    @property
+    def everyone(self) -> Line:
+        """The line to all processes of the run, those that have other stages included."""
+        return self.line if self.stages.alone else self.stages.line

@@ -9,10 +9,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from gradflow.errors import GradflowError
+from gradflow.errors import GradflowError, ProcessError
 from gradflow.functional.model.batches import checked_loss
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import map_tensors, shapes
+from gradflow.functional.processes.stages import PassVoid
 from gradflow.functional.reverse.autograd_graph import Structure, build
 from gradflow.functional.reverse.passing import passing
 from gradflow.functional.reverse.reverse import ReentrantCheckpoint
@@ -25,6 +26,7 @@ from gradflow.functional.tap.watch import Watch
 from gradflow.functional.torch_private import gradient_hooks, num_writes
 
 _MAX_RETRIES = 8
+_AGAIN, _REENTRANT, _FAILED = 1, 2, 3  # why a step is run again, or not
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -83,14 +85,31 @@ class Outcome:
 def run_step(program: Program, request: Request) -> Outcome:
     """Run one step and return its outcome; the program's buffers move on."""
     run = _vjp_step if request.transform == "vjp" else _fused_step
+    stages = program.given.stages
     for _ in range(_MAX_RETRIES):
+        stages.begin()
+        outcome: Outcome | None = None
+        failure: Exception = PassVoid("another stage of the pipeline could not run the pass")
         try:
-            return run(program, request)
-        except NeedsRetry:
-            request.before.restore(program)
+            outcome, how = run(program, request), 0
+        except (NeedsRetry, PassVoid):
+            how = _AGAIN
         except ReentrantCheckpoint:
+            how = _REENTRANT
+        except ProcessError:
+            raise
+        except Exception as error:
+            if not stages.tries or stages.alone:
+                raise
+            failure, how = error, _FAILED
+        how = stages.end(how)  # one stage's reason is that of all
+        if how == 0 and outcome is not None:
+            return outcome
+        if how == _REENTRANT:
             program.learned.saw_reentrant()
-            request.before.restore(program)
+        if how == _FAILED:
+            raise failure
+        request.before.restore(program)
     raise RuntimeError("gradflow could not settle on the probes of this model; please report it")
 
 
@@ -130,7 +149,7 @@ def evaluated(given: Given, request: Request, recorder: Recorder | None = None) 
             return _called(given, request)
         with Watch(recorder):
             return _called(given, request)
-    except (NeedsRetry, GradflowError):
+    except (NeedsRetry, PassVoid, GradflowError):
         raise
     except Exception as error:
         seen, where = (recorder.failure if recorder is not None else None) or (None, "")
@@ -197,7 +216,7 @@ def _reverse(
         if not leaves:
             return found
         return attrs.evolve(found, parameters={n: known(n, g) for n, g in found.parameters.items()})
-    except ReentrantCheckpoint:
+    except (ReentrantCheckpoint, PassVoid, ProcessError):
         raise
     except Exception as error:
         where = f"raised at step {request.step} in the backward pass"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import attrs
@@ -67,9 +68,14 @@ class TappedModel:
         self.types = {name: type_name(module) for name, module in self.modules.items()}
 
     @classmethod
-    def of(cls, model: nn.Module) -> TappedModel:
-        """Return the callable modules of a model, and which of them are layers."""
-        modules = callable_modules(model)
+    def of(cls, model: nn.Module, beside: Mapping[str, nn.Module] = MappingProxyType({})) -> TappedModel:
+        """Return the callable modules of a model, and which of them are layers.
+
+        Args:
+            model: the model.
+            beside: modules that are called in its steps and are no part of it, by a name for each.
+        """
+        modules = {**beside, **callable_modules(model)}
         return cls(modules, {name for name, module in modules.items() if is_layer(module)})
 
     @contextlib.contextmanager

@@ -7,12 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 import attrs
 from torch import Tensor
 
+from gradflow.functional.processes.stages import Stages
 from gradflow.functional.reverse.autograd_graph import Structure, bypassed, capturable
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.reverse.plain_sums import plainly_summed
 from gradflow.functional.run.graph.record import Cut, HostFlows, cuts, graph_record, read_flows
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import Call
+from gradflow.functional.tap.nodes import feeds
 from gradflow.records import GraphRecord
 
 
@@ -30,8 +32,15 @@ class GraphFindings:
     flows: list[HostFlows] = attrs.field(factory=list)
     taken: set[str] = attrs.field(factory=set)  # parameters that ran, where none has a gradient
     summed: tuple[int, ...] = ()  # see `plainly_summed`; of the first step
+    handed: tuple[str, ...] = ()  # the nodes that made what a stage hands on, in the first step
 
-    def learn(self, outcome: Outcome, dataflow: DataFlow, parameters: Mapping[str, Tensor]) -> None:
+    def learn(
+        self,
+        outcome: Outcome,
+        dataflow: DataFlow,
+        parameters: Mapping[str, Tensor],
+        stages: Stages | None = None,
+    ) -> None:
         """Keep what the first step showed of the graph and the data flow."""
         if outcome.gradients.are_none:
             self.taken = {name for name, parameter in parameters.items() if id(parameter) in dataflow.leaves}
@@ -39,6 +48,7 @@ class GraphFindings:
         self.dataflow = dataflow
         self.severed = cuts(dataflow, structure, self.calls)
         dataflow.release()
+        self.handed = () if stages is None else _handed(structure, self.calls, stages)
         if structure is not None:
             self.structures, self.summed = [structure], plainly_summed(structure)
             self.bypassed, self.capturable = set(bypassed(structure)), capturable(structure)
@@ -88,3 +98,13 @@ class GraphFindings:
         structures = [*self.structures, structure]
         hosted = [read_flows(step, flows, structure)]
         return graph_record(structures, self.severed, self.calls, self.dataflow, hosted, self.arrived)
+
+
+def _handed(structure: Structure | None, calls: Sequence[Call], stages: Stages) -> tuple[str, ...]:
+    """Return the nodes that made what a stage hands on: those of layers, where no path leads to it."""
+    last = next((call.name for call in reversed(calls) if call.is_layer), "")  # of what carries no gradient
+    names = ["" if of is None else calls[max(of)].name if of else last for of in stages.feeding]
+    if structure is not None and structure.nodes and stages.reached:
+        for number, (node, _) in zip(stages.reached, feeds(structure.nodes[0]), strict=True):
+            names[number] = "" if node is None else structure.group_of.get(node, "")
+    return tuple(names)

@@ -25,6 +25,11 @@ from gradflow.functional.tap.calls import Call
 from gradflow.records import EdgeRecord, GraphRecord, NodeRecord
 
 NAN = float("nan")
+# why an edge carries nothing, and why no gradient comes to a node
+NOT_NEEDED = "no gradient needed"
+GOES_ON = "its output goes on without its gradient"
+NEEDS_NONE = "nothing in it or before it requires a gradient"
+LEADS_NOWHERE = "its output does not lead to the loss"
 
 
 @attrs.frozen(eq=False)
@@ -219,7 +224,7 @@ def _cut_edges(merged: _Merged) -> list[EdgeRecord]:
                 target=cut.target,
                 flow=np.array([0.0 if wanted else NAN for _ in merged.flows]),
                 severed=wanted,
-                reason=cut.reason or ("no gradient needed" if wanted else ""),
+                reason=cut.reason or (NOT_NEEDED if wanted else ""),
             )
         )
     return records
@@ -263,7 +268,7 @@ def _why(group: Group, severed: Sequence[Cut], dataflow: DataFlow) -> str:
     out = [cut for cut in severed if cut.source == group.name and cut.reason]
     if out:
         names = ", ".join(f"{cut.reason} before {cut.target}" for cut in out)
-        return f"its output goes on without its gradient: {names}"
+        return f"{GOES_ON}: {names}"
     read = dataflow.read.get(("layer", call.name)) if call is not None else None
     if read is not None:
         return f"its values were read out with {read}, which ends the gradient"
@@ -274,5 +279,5 @@ def _why(group: Group, severed: Sequence[Cut], dataflow: DataFlow) -> str:
     if ends:
         return f"it goes on without its gradient behind {behind}: {ends}"
     if any(cut.source == group.name for cut in severed):
-        return "nothing in it or before it requires a gradient"
-    return "its output does not lead to the loss"
+        return NEEDS_NONE
+    return LEADS_NOWHERE

@@ -45,10 +45,23 @@ class Shared:
 def averaged(run: Run, outcome: Outcome) -> Shared:
     """Return a step with the mean of the gradients over the processes; see NOTE [One exchange a step].
 
+    Where they have stages of a pipeline, the loss is that of the last.
+
     Args:
         run: the run.
         outcome: of the step, on this process.
     """
+    shared = _averaged(run, outcome)
+    if run.stages.alone:
+        return shared
+    broken = shared.broken or bool(_is_broken(outcome))
+    own, mean, found = run.stages.from_last(float(outcome.loss), float(shared.loss), also=float(broken))
+    like = shared.loss
+    outcome = attrs.evolve(shared.outcome, loss=torch.full_like(like, own))
+    return Shared(outcome, bool(found), torch.full_like(like, mean))
+
+
+def _averaged(run: Run, outcome: Outcome) -> Shared:
     line, gradients = run.line, outcome.gradients
     if line.alone:
         return Shared(outcome, False, outcome.loss)

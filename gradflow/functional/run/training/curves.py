@@ -53,9 +53,10 @@ def bent(run: Run, ends: Ends, record: FlowRecord) -> FlowRecord:
     """
     curves, why = [], ""
     try:
-        end = _curve(run, ends.last, ends.stepper, float(record.losses[-1]))
-        _back_to_start(run, ends.first)
-        start = _curve(run, ends.first, ends.fresh(), float(record.losses[0]))
+        with run.stages.trying():
+            end = _curve(run, ends.last, ends.stepper, float(record.losses[-1]))
+            _back_to_start(run, ends.first)
+            start = _curve(run, ends.first, ends.fresh(), float(record.losses[0]))
         curves = [curve for curve in (start, end) if curve is not None]
         if len(curves) < 2:
             why = "model or loss give another loss when they are run again, or one that is not finite"
@@ -64,8 +65,8 @@ def bent(run: Run, ends: Ends, record: FlowRecord) -> FlowRecord:
     except Exception as error:  # the user's code cannot run the step a second time
         why = f"{type(error).__name__}: {error}"[:200]
         logger.debug("the curvature along the update could not be taken: %s", error)
-    if not run.line.alone:
-        every = run.line.gathered((curves, why))
+    if not run.everyone.alone:
+        every = run.everyone.gathered((curves, why))
         whole = all(len(found) == len(curves) for found, _ in every)
         curves = list(merged([tuple(found) for found, _ in every])) if whole else []
         why = next((said for _, said in every if said), "")
@@ -92,7 +93,7 @@ def _curve(run: Run, request: Request, stepper: Stepper, loss: float) -> Curvatu
     """Return how the loss of a step bends along the update that follows it; None if it is another loss."""
     program = run.program
     state = program.state
-    if state.shards:
+    if state.shards or not run.stages.alone:
         return spread_curve(run, request, stepper, loss)
     before = {name: p.detach().clone() for name, p in state.trainable.items()}
 

@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradflow.errors import ProcessError
 from gradflow.functional.processes.shards import local
+from gradflow.functional.processes.stages import PassVoid
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Request, evaluated, run_step
 from gradflow.functional.run.together.gradients import averaged
@@ -28,6 +30,7 @@ from gradflow.records import CurvatureRecord
 
 Gradients = dict[str, Tensor | None]
 _WHY = "its parameters are spread over processes"
+_OF_STAGES = "its stages are spread over processes"
 
 
 @attrs.frozen(eq=False)
@@ -58,9 +61,8 @@ class Line:
         self.go(factor)
         program, line = self.run.program, self.run.line
         with self.request.before.again(program):
-            line.go_on()
-            with torch.no_grad(), program.state.swapped():
-                loss = float(evaluated(program.given, self.request)[0])
+            self.run.everyone.go_on()
+            loss = _loss_of(self.run, self.request)
             program.state.shards.rest()
         for axis in line.processes.batch_axes:
             loss = float(line.reduced(np.array([loss]), axis)[0]) / axis.size
@@ -81,14 +83,32 @@ class Line:
         found = np.array([total])
         for axis in axes:
             found = self.run.line.reduced(found, axis, dist.ReduceOp.SUM)
-        return float(found[0])
+        return self.run.stages.added(float(found[0]))
+
+
+def _loss_of(run: Run, request: Request) -> float:
+    """Return the loss of a step by a forward pass alone, where the parameters are now."""
+    stages, failure = run.stages, None
+    stages.begin(returns=False)
+    try:
+        with torch.no_grad(), run.program.state.swapped():
+            loss = evaluated(run.program.given, request)[0]
+    except ProcessError:
+        raise
+    except Exception as error:
+        failure, loss = error, torch.tensor(0.0)
+        if stages.alone:
+            raise
+    if stages.end(int(failure is not None)):
+        raise failure or PassVoid("another stage of the pipeline could not run the pass")
+    return stages.from_last(float(loss))[0]
 
 
 def gradients_of(run: Run, request: Request) -> tuple[Gradients, Any]:
     """Return the gradients of a step, and its loss, where the parameters are now."""
     program = run.program
     with request.before.again(program):
-        run.line.go_on()
+        run.everyone.go_on()
         plainly = attrs.evolve(
             request, first=False, structural=False, look=False, full=False, ranks=False, keep=False,
             listeners=(), keep_output=False, scale=1.0,
@@ -119,7 +139,8 @@ def spread_curve(run: Run, request: Request, stepper: Stepper, loss: float) -> C
     try:
         slopes = [line.slope_at(side) for side in (reach, -reach)]
         return CurvatureRecord(
-            step=request.step, how="central difference", why=_WHY, loss=float(again),
+            step=request.step, how="central difference", why=_WHY if run.stages.alone else _OF_STAGES,
+            loss=float(again),
             slope=line.slope(gradients), bend=(slopes[0] - slopes[1]) / (2 * reach),
             actual=line.loss_at(1.0) - float(again), factors=FACTORS,
             changes=[line.loss_at(factor) - float(again) for factor in FACTORS],

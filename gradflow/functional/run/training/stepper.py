@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from gradflow.errors import ModelInputError
 from gradflow.functional.model.optimizers import clip_gradients, copy_training, update
 from gradflow.functional.processes.line import Line
 from gradflow.functional.reverse.reverse import fused
@@ -162,7 +163,8 @@ class Stepper:
         if self.loop.clip is None:
             return None
         ours = [gradients[name] for name in program.state.trainable if name in program.state.parameters]
-        return clip_gradients(ours, self.loop.clip)
+        stages = program.given.stages
+        return clip_gradients(ours, self.loop.clip, None if stages.alone else stages.added)
 
     def _again(self, program: Program, request: Request) -> Any:
         """Return what evaluates the loss anew, at other parameters, for optimizers that ask for it."""
@@ -170,6 +172,11 @@ class Stepper:
         trainable = state.trainable
 
         def again() -> Tensor:
+            if not given.stages.alone:
+                raise ModelInputError(
+                    "the optimizer asks for the loss at other parameters, and the model is a stage of a "
+                    "pipeline, which has no loss of its own. Leave the optimizer out."
+                )
             with state.swapped():
                 loss, _ = evaluated(given, request)
                 found = fused(loss, list(trainable.values()))

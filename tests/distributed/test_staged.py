@@ -1,0 +1,230 @@
+"""The record of the stages of a pipeline is that of the whole model in one process."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from torch import nn
+
+import gradflow as gf
+from gradflow.records import FlowRecord, Provenance, Reason
+from tests.distributed.scenarios import diagnosed
+from tests.distributed.staged import (
+    ON_FOUR,
+    ON_TWO,
+    OTHERS,
+    PIECES,
+    Chain,
+    Straight,
+    Whole,
+    own,
+    pieces,
+    whole,
+)
+from tests.distributed.test_same_record import differences
+from tests.distributed.worlds import World
+
+ILL = ("CRITICAL", "HIGH", "MEDIUM")
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, World]:
+    """All scenarios, on as many processes as each wants."""
+    found = {}
+    for size, wanted in ((2, ON_TWO), (4, ON_FOUR)):
+        names = [f"{how} {name}" for how, name in wanted]
+        names += [*(f"piece {kind}" for kind in PIECES), *OTHERS] if size == 2 else ["raises_beside"]
+        folder = tmp_path_factory.mktemp("stages")
+        found[size] = World.started(size, names, folder, "tests.distributed.staged")
+    for world in found.values():
+        world.joined()
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for (_, name), (moves, options) in {**ON_TWO, **ON_FOUR}.items():
+        key = name, moves, "detail" in options
+        if key not in found:
+            found[key] = diagnosed(*whole(name), moves=moves, **options)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "how", "name"), [(2, *key) for key in ON_TWO] + [(4, *key) for key in ON_FOUR]
+)
+def test_the_record_is_that_of_the_whole_model(
+    size: int, how: str, name: str, worlds: dict[int, World], alone: dict[Any, Any]
+) -> None:
+    moves, options = (ON_TWO if size == 2 else ON_FOUR)[how, name]
+    expected, verdicts = alone[name, moves, "detail" in options]
+    first, *others = worlds[size].results(f"{how} {name}")
+    wrong = differences(first["record"], expected)
+    assert not wrong, "\n".join(wrong[:40])
+    assert sorted(first["verdicts"]) == sorted(verdicts)
+    assert ("sick" in name or "born" in name) == any(severity in ILL for _, _, severity in verdicts)
+    assert same_reasons(first["record"], expected)
+    assert [own(layer.name) for layer in first["record"]] == [layer.name for layer in expected]
+    assert all(result["changed"] == [] for result in (first, *others))
+    for other in others:
+        assert other["record"] == first["record"]
+        assert other["verdicts"] == first["verdicts"]
+
+
+@pytest.mark.parametrize("name", [name for how, name in ON_TWO if how == "alone"])
+def test_all_else_of_the_record_is_that_of_the_whole_model(
+    name: str, worlds: dict[int, World], alone: dict[Any, Any]
+) -> None:
+    moves, options = ON_TWO["alone", name]
+    expected, _ = alone[name, moves, "detail" in options]
+    a, b = (told(record) for record in (worlds[2].result(f"alone {name}", 0)["record"], expected))
+    assert [key for key in a.keys() | b.keys() if not same(a.get(key, ""), b.get(key, ""))] == []
+
+
+def told(record: FlowRecord) -> dict[str, Any]:
+    """Return every number and word of a record, but for where it comes from, by where it stands.
+
+    Whether the whole model sees what it is to predict is not measured of stages.
+    """
+    sights = [sight for sight in record.parts.sights if not sight.whole]
+    record = attrs.evolve(record, provenance=Provenance(), parts=attrs.evolve(record.parts, sights=sights))
+    found: dict[str, Any] = {}
+
+    def put(value: Any, where: str) -> None:
+        for key, inner in enumerate(value) if isinstance(value, list) else dict(value).items():
+            place = f"{where}.{key}"
+            if isinstance(inner, (list, dict)):
+                named = isinstance(inner, dict) and "source" in inner and "target" in inner
+                put(inner, f"{where}.{inner['source']}>{inner['target']}" if named else place)
+            else:
+                found[place] = inner
+
+    put(json.loads(record.to_json()), "")
+    return found
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two numbers are the same to 1e-5, or to the rounding of what is a root of a difference."""
+    both = isinstance(a, float) and isinstance(b, float)
+    return a == b or (both and a == pytest.approx(b, rel=1e-5, abs=1e-7))
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_what_lies_between_two_stages_is_seen_from_both(kind: str, worlds: dict[int, World]) -> None:
+    stages, batches = pieces(kind)
+    options = dict(PIECES[kind])
+    model = (Whole if kind == "skips" else Chain)(stages)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1) if options.pop("moves", False) else None
+    expected = gf.diagnose(
+        model, batches, nn.CrossEntropyLoss(), steps=5, optimizer=optimizer, seed=0, **options
+    )
+    first, second = worlds[2].results(f"piece {kind}")
+    wrong = differences(first["record"], expected.record)
+    assert not wrong, "\n".join(wrong[:40])
+    assert graph_of(first["record"]) == graph_of(expected.record)
+    assert same_reasons(first["record"], expected.record)
+    verdicts = [(i.layer, i.issue_type.value, i.severity.value) for i in expected.issues]
+    assert sorted(first["verdicts"]) == sorted(verdicts)
+    assert second["record"] == first["record"]
+    assert first["changed"] == second["changed"] == []
+
+
+def test_what_ends_the_gradient_in_a_later_stage_is_told_of_an_earlier_one(worlds: dict[int, World]) -> None:
+    record = worlds[2].result("piece dead", 0)["record"]
+    (part,) = record.reach.of("stage0.2.bias")
+    assert (part.reason, part.at, part.layer_at, part.slices) == (
+        Reason.OFF, "stage1.0", "stage1.0", ((0, 5),),
+    )  # fmt: skip
+    nodes = {node.name: node for node in worlds[2].result("piece detached", 0)["record"].graph_record.nodes}
+    assert not nodes["stage0.2"].reachable
+
+
+def test_what_is_not_taken_says_what_to_do(worlds: dict[int, World]) -> None:
+    for said in worlds[2].results("refused"):
+        for what in ("transform='vjp'", "step_fn", "processes='alone'"):
+            name = what.split("=")[-1].strip("'")
+            assert f"the model is a stage of a pipeline, and {what} was passed" in said[name]
+        assert "and an optimizer that asks for the loss at other parameters was passed" in said["lbfgs"]
+        assert "ScheduleInterleaved1F1B is of a pipeline of 4 stages on 2 processes" in said["several"]
+        assert "as ScheduleGPipe and Schedule1F1B run them" in said["several"]
+        assert "model is a PipelineStage" in said["outline"]
+
+
+def test_a_stage_without_a_batch_ends_the_run_on_all(worlds: dict[int, World]) -> None:
+    first, second = worlds[2].results("runs_out")
+    assert first.steps == second.steps == 3
+    assert first == second
+    assert any("ended after 3 of 5 steps" in note for note in first.provenance.notes)
+
+
+def test_losses_are_added_up_where_the_schedule_does(worlds: dict[int, World]) -> None:
+    for measured, trained in worlds[2].results("summed"):
+        assert trained
+        assert all(measured[name] == pytest.approx(norm, rel=1e-9) for name, norm in trained.items())
+
+
+@pytest.mark.parametrize(("name", "where"), [("raises_first", 0), ("raises_last", 1)])
+def test_a_stage_that_raises_ends_the_others(name: str, where: int, worlds: dict[int, World]) -> None:
+    results = worlds[2].results(name)
+    assert results[where][0].startswith("ValueError: too large for me")
+    expected = f"ProcessError: process {where} raised ValueError: too large for me; so the analysis ends"
+    assert results[1 - where][0].startswith(expected)
+    for _, seconds, changed, losses in results:
+        assert seconds < 30
+        assert not changed
+        assert losses.tolist() == results[0][3].tolist()  # the same processes go on
+
+
+def test_one_of_several_that_have_a_stage_ends_all(worlds: dict[int, World]) -> None:
+    *others, (own_said, _, _) = worlds[4].results("raises_beside")
+    assert own_said.startswith("ValueError: too large for me")
+    for said, seconds, losses in others:
+        assert said.startswith("ProcessError: process 3 raised ValueError: too large for me; so the analysis")
+        assert seconds < 30
+        assert losses.tolist() == others[0][2].tolist()
+
+
+def test_a_stage_that_is_killed_ends_the_others(tmp_path_factory: pytest.TempPathFactory) -> None:
+    world = World.started(2, ["killed"], tmp_path_factory.mktemp("killed"), "tests.distributed.staged")
+    said, seconds, changed, _ = world.joined().result("killed", 0)
+    assert said.startswith("ProcessError: process 1 of the analysis is gone")
+    assert seconds < 30
+    assert not changed
+
+
+def test_batch_norms_of_microbatches_are_told(worlds: dict[int, World]) -> None:
+    record = worlds[2].result("alone resnet", 0)["record"]
+    assert any("in one piece, not in 2 microbatches: batch norms" in n for n in record.provenance.notes)
+
+
+def test_a_traced_model_has_the_layers_of_the_whole_one(worlds: dict[int, World]) -> None:
+    expected = gf.analyze(Straight().double(), pieces("plain")[1], nn.CrossEntropyLoss(), seed=0)
+    first, second = worlds[2].results("traced")
+    wrong = [line for line in differences(first, expected) if not line.startswith("ActivationRecord")]
+    assert not wrong, "\n".join(wrong[:40])
+    assert first == second
+
+
+def graph_of(record: FlowRecord) -> set[Any]:
+    """Return the nodes and edges of a graph, and why some carry nothing."""
+    assert record.graph_record is not None
+    nodes = {(n.name, n.kind, n.type, n.reachable, n.reason, n.parameters) for n in record.graph_record.nodes}
+    return nodes | {(e.source, e.target, e.severed, e.reason) for e in record.graph_record.edges}
+
+
+def same_reasons(found: FlowRecord, expected: FlowRecord) -> bool:
+    """Whether two records tell the same of why gradient did not arrive."""
+
+    def told(record: Any) -> list[Any]:
+        parts = [attrs.evolve(part, whose=own(part.whose)) for part in record.reach.unreached]
+        return sorted(
+            (own(p.parameter), p.reason.value, own(p.at), own(p.layer_at), p.op, p.whose, p.slices)
+            for p in parts
+        )
+
+    return told(found) == told(expected)
