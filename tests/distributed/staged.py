@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradflow as gf
 from gradflow.errors import ModelInputError
+from gradflow.functional.updates.curvature import curvature
 from tests.distributed.models import GPT, MODELS, Case, Layer, ResNet, _feed, next_word, part, words
 from tests.distributed.sharded import CASES, held, split
 
@@ -454,4 +455,23 @@ def traced(rank: int, size: int) -> Any:
     return gf.analyze(pipe.build_stage(rank, torch.device("cpu")), batches, nn.CrossEntropyLoss(), seed=0)
 
 
-OTHERS = ("traced", "refused", "runs_out", "summed", "raises_first", "raises_last")
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 1e-9)
+
+
+def bent(rank: int, size: int) -> Any:
+    """How the loss bends along updates, and dropout that the last stage does not switch off."""
+    stages, batches = pieces("plain")
+    stages[1] = nn.Sequential(Dropping(), nn.Tanh(), stages[1][1])  # smooth, for a central difference
+    adam = torch.optim.Adam(stages[rank].parameters(), 1e-2)
+    before = held(stages[rank], adam)
+    record = gf.analyze(
+        staged(rank, size, stages[rank]), batches, nn.CrossEntropyLoss(), optimizer=adam, seed=0,
+        measurements=[curvature()],
+    )  # fmt: skip
+    after = held(stages[rank], adam)
+    return record, [key for key in before if before[key] != after[key]]
+
+
+OTHERS = ("bent", "traced", "refused", "runs_out", "summed", "raises_first", "raises_last")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import gradflow as gf
+from gradflow.functional.updates.curvature import curvature
 from gradflow.records import FlowRecord, Provenance, Reason
 from tests.distributed.scenarios import diagnosed
 from tests.distributed.staged import (
@@ -19,6 +20,7 @@ from tests.distributed.staged import (
     OTHERS,
     PIECES,
     Chain,
+    Dropping,
     Straight,
     Whole,
     own,
@@ -208,6 +210,27 @@ def test_a_traced_model_has_the_layers_of_the_whole_one(worlds: dict[int, World]
     wrong = [line for line in differences(first, expected) if not line.startswith("ActivationRecord")]
     assert not wrong, "\n".join(wrong[:40])
     assert first == second
+
+
+def test_how_the_loss_bends_and_what_drops_in_eval_mode(worlds: dict[int, World]) -> None:
+    stages, batches = pieces("plain")
+    model = Chain([stages[0], nn.Sequential(Dropping(), nn.Tanh(), stages[1][1])])  # type: ignore[index]
+    adam = torch.optim.Adam(model.parameters(), 1e-2)
+    expected = gf.analyze(
+        model, batches, nn.CrossEntropyLoss(), optimizer=adam, seed=0, measurements=[curvature()]
+    )
+    (first, changed), (second, also) = worlds[2].results("bent")
+    assert first == second
+    assert changed == also == []
+    assert len(first.updates.curves) == 2
+    assert expected.updates is not None
+    for found, exact in zip(first.updates.curves, expected.updates.curves, strict=True):
+        assert found.slope == pytest.approx(exact.slope, rel=1e-9)
+        assert found.actual == pytest.approx(exact.actual, rel=1e-9)
+        assert found.bend == pytest.approx(exact.bend, rel=1e-2)
+        assert found.changes == pytest.approx(exact.changes, rel=1e-6, abs=1e-12)
+    (dropout,) = first.parts.dropouts
+    assert (dropout.name, dropout.in_eval) == ("stage1.0", True)
 
 
 def graph_of(record: FlowRecord) -> set[Any]:
