@@ -119,7 +119,7 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
         else:
             lasting = updates >= min_updates or loss_is_empty(flow)
             severity = IssueSeverity.HIGH if lasting else IssueSeverity.INFO
-            if lasting and why == "operation" and is_resting(flow, node):
+            if lasting and why in ("operation", "loss") and is_resting(flow, node):
                 severity = IssueSeverity.LOW
         issues.append(_zero_issue(flow, node, wanted, why, at, severity, updates))
     return issues
@@ -170,9 +170,7 @@ def _zero_issue(
             "does."
         )
     elif severity is IssueSeverity.LOW:
-        after = (
-            "It had some earlier in the run, and most of its alternatives still do: it may be chosen again."
-        )
+        after = "Most of its alternatives get some: it may be chosen again."
     elif updates:
         after = f"It still is after {updates} steps of the optimizer."
     else:

@@ -7,30 +7,29 @@ import re
 import numpy as np
 
 from gradflow.detect.evidence import late
+from gradflow.detect.reach.unreached import sole_reason
 from gradflow.detect.view import Flow
+from gradflow.records import Reason
 
 FEWEST = 3  # alternatives in all: of two, one that nobody takes is half of them
 
 
 def is_resting(flow: Flow, node: str) -> bool:
-    """Whether a layer that gets no gradient at the end of a run did get some in it, while most of its
-    alternatives still do.
+    """Whether a layer that gets no gradient at the end of a run did get some in it, or is left out by the
+    model's own choice, while most of its alternatives get some.
 
     A router that learns drops one of its experts for some steps, and takes it up again as the balance of its
-    loss asks for it. Where half of the alternatives are dropped, it has collapsed; one that nothing ever
-    chose cannot be taken up again.
+    loss asks for it. Where half of the alternatives are dropped, it has collapsed.
     """
-    if not _learned_once(flow, node):
+    part = sole_reason(flow, [p.name for p in flow.trainable(node)])
+    left_out = part is not None and part.reason is Reason.UNCHOSEN_BY_MODEL
+    if not (left_out or any(np.any(p.grad_norm > 0) for p in flow.trainable(node))):
         return False
     for family in _families(flow, node):
         alive = sum(late(flow.grad[other]) > 0 for other in family if other in flow.grad)
         if len(family) + 1 >= FEWEST and 2 * alive > len(family) + 1:
             return True
     return False
-
-
-def _learned_once(flow: Flow, node: str) -> bool:
-    return any(np.any(p.grad_norm > 0) for p in flow.trainable(node))
 
 
 def _families(flow: Flow, node: str) -> list[list[str]]:
