@@ -101,7 +101,7 @@ def shares(flow: Flow, keep: Keep, *, from_peak: bool = False) -> Shares:
             if from_peak and node in flow.grad and not flow.layers[node].composite:
                 expected[node] = np.fmax(expected[node], flow.grad[node])
             via[node] = _largest(offers)
-        elif node in flow.grad and np.any(flow.grad[node] > 0):
+        elif node in flow.grad and np.any(flow.grad[node] > 0) and not _gives_several(flow, node):
             expected[node] = flow.grad[node]
     share = {}
     for node, norm in flow.grad.items():
@@ -110,6 +110,12 @@ def shares(flow: Flow, keep: Keep, *, from_peak: bool = False) -> Shares:
                 ratio = norm / lower_bound.get(node, expected[node])
             share[node] = np.where(np.isfinite(ratio), ratio, np.nan)
     return Shares(share=share, via=via, ahead=_ahead(flow, share, via), flow=flow)
+
+
+def _gives_several(flow: Flow, node: str) -> bool:
+    """Whether a module that holds others hands several tensors to the loss: the gradient of all of them
+    together, a parameter among them that is given out as it is, is not what comes to any one."""
+    return flow.layers[node].composite and len(flow.wiring.preds[node]) > 1
 
 
 def _largest(offers: Sequence[tuple[Floats, str]]) -> str:

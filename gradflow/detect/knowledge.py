@@ -105,6 +105,17 @@ def has_learned(record: FlowRecord, most: float = 0.1) -> bool:
     return known is not None and known.share_left <= most and loss_fell(record)
 
 
+def learns(record: FlowRecord, most: float = 0.6) -> bool:
+    """Whether the run teaches the model: its loss falls by a tenth, and the last outputs fit their own
+    samples, at `most` of what they cost when each is given to another one.
+
+    False where that is not known; see `KnowledgeRecord`.
+    """
+    known = record.knowledge
+    falls = 0 <= late(record.losses) <= 0.9 * early(record.losses)
+    return falls and known is not None and known.share_left <= most
+
+
 def at_level(record: FlowRecord, most: float = 0.02) -> bool:
     """Whether the model came with outputs of the right level: its loss is next to nothing of what zeros cost.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from gradflow.detect.evidence import early, late
-from gradflow.detect.knowledge import excused
+from gradflow.detect.knowledge import excused, learns
 from gradflow.records import (
     AttentionRecord,
     Bools,
@@ -38,8 +38,9 @@ def collapsed_attention(
 
     Looks alike and is not: rows with a single allowed key, such as the first under a causal mask, which do
     not count; windows, for the keys outside are not allowed; heads that rest on the first key (attention
-    sinks), which are left out; attention that became sharp while the loss fell by a fifth (LOW). A high
-    entropy is no illness: queries and keys that are still small give every key the same.
+    sinks), which are left out; attention that became sharp while the loss fell by a fifth, or the model
+    `learns` (LOW). A high entropy is no illness: queries and keys that are still small give every key the
+    same.
 
     Args:
         share: entropy share from which a head has collapsed. Scores of standard deviation 1, as at any usual
@@ -56,7 +57,7 @@ def collapsed_attention(
             if not len(known) or np.mean(known < share) < 0.5:
                 continue
             mean, first = float(np.mean(known)), _first(layer.entropy_share, heads)
-            learned = mean < 0.5 * first and has_learned(record)
+            learned = mean < 0.5 * first and (has_learned(record) or learns(record, most=0.7))
             severity = IssueSeverity.HIGH if mean < severe_share else IssueSeverity.MEDIUM
             yield Issue(
                 layer=layer.name,

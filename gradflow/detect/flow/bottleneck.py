@@ -20,7 +20,7 @@ from gradflow.detect.evidence import (
     shares,
 )
 from gradflow.detect.flow.ends.alike import collapsed, constant
-from gradflow.detect.knowledge import guesses
+from gradflow.detect.knowledge import guesses, learns
 from gradflow.detect.view import Flow, flow_of
 from gradflow.graph.queries.dominators import immediate_dominators
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
@@ -48,7 +48,8 @@ def bottleneck(
        the gradient that arrives behind it is larger than its width by `rank_excess`, or where it is a single
        number and more than two come out at the end.
     2. A rectifier on a waist: from the share of its units that fire, the share of samples for which none
-       does, so that nothing passes in either direction.
+       does, so that nothing passes in either direction; LOW where a quarter of what guesses cost is left,
+       as behind a waist that only turns what goes on beside it.
     3. Over-smoothing: the part of a layer's output that differs between rows (samples, nodes, positions).
        Where rows are mixed again and again (attention, neighbour averages), they become alike, while the
        norm of the gradient stays as it was.
@@ -58,10 +59,10 @@ def bottleneck(
 
     Looks alike and is not: the code of an autoencoder, narrow by design (a model that gives back what has
     the size of its input, or a gradient that needs no more than the width: INFO, but for a single number,
-    unless it gives the input back to a quarter of what guesses cost); what a generator or an actor hands to
-    a critic, as wide as the data (INFO too); a narrow side gate, a low-rank adapter, a narrow block under a
-    skip, which are no dominators; a narrow *last* layer; rows alike because the gradient and the signal die
-    out, which is `vanishing`'s, or because the input is a constant.
+    unless it gives the input back to a quarter of what guesses cost, or is on its way there); what a
+    generator or an actor hands to a critic, as wide as the data (INFO too); a narrow side gate, a low-rank
+    adapter, a narrow block under a skip, which are no dominators; a narrow *last* layer; rows alike because
+    the gradient and the signal die out, which is `vanishing`'s, or because the input is a constant.
 
     Args:
         ratio: how much wider both sides must be. Pooling and the usual encoder steps reduce by 2 to 4.
@@ -183,7 +184,8 @@ def _narrow(flow: Flow, waists: list[_Waist], rank_excess: float, lost_samples: 
     issues = []
     for waist in waists:
         by_design = same_size or _takes_data_too(flow, waist.node, calls)
-        single = waist.width == 1 and most > 2 and not (same_size and _tells(flow))
+        told = same_size and (_tells(flow) or learns(flow.record, most=0.4))
+        single = waist.width == 1 and most > 2 and not told
         issues.append(_waist_issue(flow, waist, rank_excess, lost_samples, by_design, single))
     return issues
 
@@ -202,7 +204,7 @@ def _waist_issue(
     lost, fired = _stopped(flow, waist)
     needs_more = needed > rank_excess * waist.width and not by_design
     if lost >= lost_samples:
-        severity = IssueSeverity.MEDIUM
+        severity = IssueSeverity.LOW if _tells(flow) else IssueSeverity.MEDIUM
         why = (
             f"a rectifier stands on it, of whose units {fired:.0%} fire, so that for about {lost:.0%} of the "
             "samples nothing passes"

@@ -11,6 +11,7 @@ import numpy as np
 from gradflow.detect.actions import rectifier_actions, zero_actions
 from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
 from gradflow.detect.flow.ends.alike import silenced
+from gradflow.detect.flow.readings.alternatives import is_resting
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import came_knowing, has_learned
 from gradflow.detect.reach.unreached import loss_is_empty, sole_reason, unreached_parts
@@ -59,9 +60,10 @@ def dead(
 
     Looks alike and is not: a gradient that has become too small for its format on a long way, which is
     VANISHING; frozen parameters, and those of another optimizer; a head or an expert that other
-    batches use; rows of an embedding that no token asked for; a bias under a softmax or before a batch norm,
-    whose gradient is zero but for rounding; a bounded loss that is met by most samples; a rectifier in the
-    loss (a hinge), which is meant to be off; half of the units off at a time, which is what a rectifier does.
+    batches use; an expert that the router drops within the run while most of the others learn (LOW); rows of
+    an embedding that no token asked for; a bias under a softmax or before a batch norm, whose gradient is
+    zero but for rounding; a bounded loss that is met by most samples; a rectifier in the loss (a hinge),
+    which is meant to be off; half of the units off at a time, which is what a rectifier does.
 
     Args:
         threshold: share of never firing units from which the verdict is HIGH: what is left is no layer.
@@ -117,6 +119,8 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
         else:
             lasting = updates >= min_updates or loss_is_empty(flow)
             severity = IssueSeverity.HIGH if lasting else IssueSeverity.INFO
+            if lasting and why in ("operation", "loss") and is_resting(flow, node):
+                severity = IssueSeverity.LOW
         issues.append(_zero_issue(flow, node, wanted, why, at, severity, updates))
     return issues
 
@@ -165,6 +169,8 @@ def _zero_issue(
             f"That may be by design (a zero initialisation ends with the first steps); {more} whether it "
             "does."
         )
+    elif severity is IssueSeverity.LOW:
+        after = "Most of its alternatives get some: it may be chosen again."
     elif updates:
         after = f"It still is after {updates} steps of the optimizer."
     else:

@@ -30,8 +30,8 @@ from gradflow.detect.flow.ends.loud import (
     off_scale_of,
 )
 from gradflow.detect.flow.readings.recurrent_weights import memory
-from gradflow.detect.flow.repeats import growing_repeats
-from gradflow.detect.knowledge import CAME, calm, came_knowing, lowered
+from gradflow.detect.flow.repeats import LEVELS, growing_repeats, levels_off
+from gradflow.detect.knowledge import CAME, at_level, calm, came_knowing, learns, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
@@ -56,7 +56,8 @@ def exploding(
 
     Looks alike and is not: large gradients everywhere (a summed loss, a large batch); the gradient before a
     norm layer, which undoes the small scale of an embedding; growth of no great extent in a model that came
-    to the run with what it has learned, and keeps it (LOW); one layer of gain 10 by itself; an auxiliary
+    to the run with what it has learned, and keeps it, or that learns in it (LOW), and over the calls of a
+    loop that adds up and does not multiply (LOW); one layer of gain 10 by itself; an auxiliary
     head of small weight, which is outweighed by design, while the outputs of the main one are of the size of
     its targets; large weights before a bounded activation, which `saturation` tells.
 
@@ -129,9 +130,17 @@ def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
     for node in sorted(flow.layers, key=lambda n: flow.layers[n].order):
         first.setdefault(flow.layers[node].module, node)
     found = [_issue(flow, a, first[a.module], path, total, start, severity, part, developed) for a in strong]
-    if severity is IssueSeverity.MEDIUM and came_knowing(flow.record) and calm(flow.record):
+    if severity is not IssueSeverity.MEDIUM:
+        return found
+    if calm(flow.record) and (came_knowing(flow.record) or at_level(flow.record)):
         return [lowered(issue, CAME) for issue in found]
+    if learns(flow.record, most=0.25):
+        return [lowered(issue, _LEARNS) for issue in found]
+    return [lowered(i, LEVELS) if levels_off(flow, i, total) else i for i in found]
     return found
+
+
+_LEARNS = "The loss falls all the same, and is far below that of guesses: the steps cope with it."
 
 
 def _typical(values: np.ndarray) -> float:

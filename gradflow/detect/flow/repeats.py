@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from gradflow.detect.evidence import late
 from gradflow.detect.view import Flow
 from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, LayerRecord
 
@@ -128,3 +129,23 @@ def _repeated(flow: Flow) -> Iterator[list[LayerRecord]]:
 
 def _in_order(calls: Sequence[LayerRecord]) -> bool:
     return all(a.order < b.order for a, b in itertools.pairwise(calls))
+
+
+LEVELS = "Over the earlier half of its calls it hardly grows: it adds up, and does not multiply."
+_MANY_CALLS = 8
+
+
+def levels_off(flow: Flow, issue: Issue, total: float) -> bool:
+    """Whether the gradient at the many calls of a module grows over the last of them alone.
+
+    What a loop over time multiplies at every step grows as much over its first half as over its second. What
+    it adds up, such as the cost of all later positions of a body that a force moves, grows as a power of the
+    number of steps: fast at the end, where next to nothing follows, and then less and less.
+    """
+    module = issue.layer.partition("@")[0]
+    calls = sorted(
+        (n for n in flow.grad if flow.layers[n].module == module), key=lambda n: flow.layers[n].order
+    )
+    norms = [late(flow.grad[n]) for n in calls]
+    middle_call = norms[len(norms) // 2] if len(norms) >= _MANY_CALLS else math.nan
+    return 0 < norms[0] < total**0.25 * middle_call

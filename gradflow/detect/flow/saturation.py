@@ -13,7 +13,7 @@ from gradflow.detect.actions import gate_actions, saturation_actions
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.ends.loud import sharp_scores
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
-from gradflow.detect.knowledge import at_level, came_knowing, guesses, has_learned
+from gradflow.detect.knowledge import at_level, came_knowing, guesses, has_learned, learns
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import MOST_NEIGHBOURS, node_name
 from gradflow.records import (
@@ -184,25 +184,27 @@ def _passes_enough(
     what passes at its edges is multiplied by how steep they are. So the gradient before it is no small part
     of that behind it, few units are at their ends for all samples, and the loss of the run falls by a tenth
     while the outputs come to tell samples apart. A tanh that is at its ends by bad scale hands back an
-    eighth. Of one that comes to its ends within such a run (a choice that becomes sure), what passes must be
-    no less than what passed before. One that no layer feeds, but data and the model's own parameters, starves
+    eighth. Of one that comes to its ends within such a run (a choice that becomes sure), and of a softmax
+    that is sharp by design (a look-up at low temperature) in a model that `learns`, what passes must be no
+    less than what passed before. One that no layer feeds, but data and the model's own parameters, starves
     no layer: there, below `severe_share`, it is enough that the loss falls so, or that no unit is stuck.
     """
     record, stuck = flow.record, activation.always_saturated
     falls = 0 <= late(record.losses) <= 0.9 * early(record.losses) and record.knowledge is not None
     if activation.op in _STRAIGHT or stuck > _FEW_STUCK:
         return False
-    learns = falls and not guesses(record)
+    taught = falls and not guesses(record)
     if activation.functional and not activation.layer:
-        return activation.kind == "bounded" and seen < severe_share and (learns or not stuck)
-    if not learns or feeder not in flow.grad:
+        return activation.kind == "bounded" and seen < severe_share and (taught or not stuck)
+    if not taught or feeder not in flow.grad:
         return False
     behind = _gradient_behind(flow, activation)
     with np.errstate(all="ignore"):
         passed = flow.grad[feeder] / np.where(behind > 0, behind, np.nan)
     if activation.kind == "bounded" and late(passed) >= 0.5:
         return True
-    return seen > first + 0.2 and late(passed) >= early(passed)
+    calm = seen > first + 0.2 or (activation.kind == "softmax" and seen < severe_share and learns(record))
+    return calm and late(passed) >= early(passed)
 
 
 _FEW_STUCK = 1 / 3

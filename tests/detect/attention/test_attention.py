@@ -29,6 +29,7 @@ from gradflow.records import (
     AttentionScores,
     BranchRecord,
     FlowRecord,
+    KnowledgeRecord,
     Provenance,
     TransformerRecord,
 )
@@ -118,6 +119,14 @@ def test_collapse_that_came_with_a_falling_loss_may_be_learning() -> None:
     assert found(collapsed_attention(), sharper, losses=FALLING, optimizer="") == [("attn", "HIGH")]
     assert found(collapsed_attention(), sharper, losses=(2.5, 90.0, 3.0, 2.5)) == [("attn", "HIGH")]
     assert found(collapsed_attention(), layer(entropy_share=0.01), losses=FALLING) == [("attn", "HIGH")]
+
+
+@pytest.mark.parametrize(("left", "severity"), [(0.6, "LOW"), (0.9, "HIGH")])
+def test_collapse_within_a_run_that_teaches_the_model(left: float, severity: str) -> None:
+    known = KnowledgeRecord(step=3, loss=1.7, shuffled=1.7 / left)
+    sharper, losses = layer(entropy_share=[0.9, 0.6, 0.01, 0.01]), (2.0, 1.9, 1.8, 1.7)
+    record = attrs.evolve(record_of(sharper, losses=losses), knowledge=known)
+    assert [issue.severity.value for issue in collapsed_attention()(record)] == [severity]
 
 
 def test_heads_that_rest_on_the_first_key_are_left_out() -> None:

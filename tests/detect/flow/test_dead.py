@@ -277,3 +277,38 @@ def test_a_margin_that_every_sample_keeps_leaves_nothing_to_learn(shuffled: floa
     known = KnowledgeRecord(step=STEPS - 1, loss=0.0, shuffled=shuffled)
     found = seen(attrs.evolve(record, knowledge=known))
     assert any(issue.severity.is_serious for issue in found.values()) is ill
+
+
+@pytest.mark.parametrize(
+    ("dropped", "ever", "severity"),
+    [
+        ((1,), True, IssueSeverity.LOW),
+        ((1,), False, IssueSeverity.HIGH),  # nothing ever chose it
+        ((1, 2), True, IssueSeverity.HIGH),  # half of them: the router has collapsed
+    ],
+)
+def test_an_expert_that_is_dropped_within_the_run(
+    dropped: tuple[int, ...], ever: bool, severity: IssueSeverity
+) -> None:
+    gone = np.zeros(STEPS)
+    gone[:3] = 1.0 if ever else 0.0
+    experts = [Layer(name=f"experts.{i}", op="index", grad=gone if i in dropped else 1.0) for i in range(4)]
+    edges = [("stem", e.name) for e in experts]
+    edges += [(e.name, f"op:{e.name}") for e in experts] + [(f"op:{e.name}", "head") for e in experts]
+    record = flow_record(
+        Layer(name="stem"),
+        *experts,
+        Layer(name="head"),
+        edges=[*edges, ("head", "loss")],
+        optimizer="Adam",
+    )
+    found = {issue.layer: issue.severity for issue in detect(record, dead())}
+    assert found == {f"experts.{i}": severity for i in dropped}
+
+
+def test_layers_in_a_row_are_no_alternatives() -> None:
+    gone = np.zeros(STEPS)
+    gone[:3] = 1.0
+    layers = [Layer(name=f"blocks.{i}", op="mul", grad=gone if i == 0 else 1.0) for i in range(5)]
+    (issue,) = detect(flow_record(*layers, optimizer="Adam"), dead())
+    assert (issue.layer, issue.severity) == ("blocks.0", IssueSeverity.HIGH)

@@ -163,6 +163,30 @@ def test_experts_that_a_router_does_not_pick(size: float, lean: tuple[float, ...
         assert (cause.layer, cause.issue_type) == ("router", IssueType.SATURATION)
 
 
+class Masked(Routed):
+    """The same, where all experts see all rows, and the choice takes one of their answers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.router(x).softmax(1).max(1)
+        answers = torch.stack([expert(x) for expert in self.experts], 1)
+        return weight[:, None] * answers[torch.arange(len(x)), chosen]
+
+
+@pytest.mark.parametrize(("lean", "idle"), [((0.0, 0.0, 0.0, -0.9), 0), ((0.0, 0.0, -0.9, -0.9), 2)])
+def test_experts_of_which_the_answers_are_not_taken(lean: tuple[float, ...], idle: int) -> None:
+    torch.manual_seed(0)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        x = torch.randn(64, 6)
+        return x, (x[:, 0] > 0).long()
+
+    model = Masked(0.1, lean)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    report = gf.diagnose(model, batch, nn.CrossEntropyLoss(), optimizer=optimizer, seed=0)
+    dead = [i for i in report.issues if i.issue_type is IssueType.DEAD and i.severity >= IssueSeverity.MEDIUM]
+    assert len({issue.layer.rpartition(".")[0] for issue in dead}) == idle
+
+
 def test_an_infinite_loss_says_nothing_of_outputs_that_are_alike() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))

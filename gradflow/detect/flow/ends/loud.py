@@ -58,6 +58,10 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
     if known is None or not above <= over < math.inf:
         return []
     losses, found = flow.record.losses, []
+    severity = IssueSeverity.HIGH if over >= 2 * above else IssueSeverity.MEDIUM
+    undone = known.share_left <= 0.25 and late(losses) <= known.silent
+    if undone and severity is IssueSeverity.MEDIUM:
+        severity = IssueSeverity.LOW
     for node in heads(flow):
         layer, ops = flow.layers[node], flow.wiring.ops_after(node)
         size = float(layer.output_rms[0])
@@ -70,11 +74,12 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
                 layer=layer.name,
                 layer_type=layer.type,
                 issue_type=IssueType.EXPLODING,
-                severity=IssueSeverity.HIGH if over >= 2 * above else IssueSeverity.MEDIUM,
+                severity=severity,
                 description=f"The first loss is {over:.3g} times what it costs to know nothing "
                 f"({losses[0]:.3g}; scores of zero cost {known.silent:.3g}): its scores have rms {size:.3g}, "
                 "so the model is sure before it has learned anything, and of the wrong classes. The rms of "
-                f"its rows is {gain:.3g}; a usual initialisation has 0.6 to 1.4.",
+                f"its rows is {gain:.3g}; a usual initialisation has 0.6 to 1.4."
+                + (" The run has undone it: its last outputs tell samples apart." if undone else ""),
                 magnitude=over,
                 recommended_actions=_loud_actions(layer.name, size, gain),
                 metrics={
