@@ -17,6 +17,7 @@ from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
 from gradflow.detect.parts.codes import idle_codes
+from gradflow.detect.parts.draws import drowned_codes
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.quotients import tiny_divisors
@@ -59,6 +60,7 @@ __all__ = [
     "detect",
     "deterministic_policy",
     "dominant_value",
+    "drowned_codes",
     "explain",
     "exploding",
     "fading",

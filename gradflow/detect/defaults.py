@@ -13,6 +13,7 @@ from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
 from gradflow.detect.parts.codes import idle_codes
+from gradflow.detect.parts.draws import drowned_codes
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.quotients import tiny_divisors
@@ -62,6 +63,7 @@ def default_detectors(
         held_at_zero(),
         tiny_divisors(),
         idle_codes(),
+        drowned_codes(),
         slow_updates(),
         unheld_parameters(),
         unequal_processes(),

@@ -46,6 +46,7 @@ from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRe
 from gradflow.records.parts import (
     BlockRecord,
     ChoiceRecord,
+    DrawRecord,
     DropoutRecord,
     MatrixRecord,
     NormRecord,
@@ -109,6 +110,7 @@ __all__ = [
     "ChoiceRecord",
     "CurvatureRecord",
     "DifferenceRecord",
+    "DrawRecord",
     "DropoutRecord",
     "EdgeRecord",
     "EventRecord",

@@ -14,6 +14,7 @@ from gradflow.detect import (
     bottleneck,
     copied_units,
     dead,
+    drowned_codes,
     exploding,
     held_at_zero,
     idle_codes,
@@ -35,6 +36,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text(encoding=
 FACTORIES = [bottleneck, dead, exploding, numerical, saturation, unstable, vanishing]
 PARTS = [
     copied_units,
+    drowned_codes,
     held_at_zero,
     idle_codes,
     leaking_attention,

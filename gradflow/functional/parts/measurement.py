@@ -1,4 +1,4 @@
-"""`parts`: the measurement of blocks, norm layers, matrices, equal slices and divisions, at looks."""
+"""`parts`: the measurement of blocks, norm layers, matrices, equal slices, divisions and draws, at looks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from gradflow.functional.measurement import Session, gradients
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.parts.blocks import siblings
 from gradflow.functional.parts.choices import Choices
+from gradflow.functional.parts.draws import Draws
 from gradflow.functional.parts.matrices import as_drawn, is_fused, thirds
 from gradflow.functional.parts.norms import epsilon_of, variance
 from gradflow.functional.parts.quotients import Quotients
@@ -80,7 +81,7 @@ class PartsSession(Session):
         self._passes: dict[str, bool | None] = {}
         self._quotients: list[QuotientRecord] = []
         self._scans: list[ScanRecord] = []
-        self._choices = Choices()
+        self._choices, self._draws = Choices(), Draws()
         self._forget()
 
     def listens(self, *, end: bool) -> bool:
@@ -106,6 +107,7 @@ class PartsSession(Session):
         self._forget()
         self._step, self._divided, self._scanned = step, Quotients(recorder), Scans(recorder)
         self._choices.begin(recorder)
+        self._draws.begin(recorder)
         for name, parameter in self._model.named_parameters():
             self._look_at(name, parameter)
 
@@ -153,13 +155,16 @@ class PartsSession(Session):
     def function(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Callable[[Any], None] | None:
-        """Hear of divisions, of choices, and of steps that are taken one by one."""
+        """Hear of divisions, of choices, of draws, and of steps that are taken one by one."""
         if self._scanned is not None:
             self._scanned.hear(func, args, kwargs)
-        follow = self._choices.hear(func, args, kwargs)
-        if follow is None and self._divided is not None:
-            return self._divided.hear(func, args, kwargs)
-        return follow
+        heard = [self._choices.hear(func, args, kwargs), self._draws.hear(func, args, kwargs)]
+        if heard[0] is None and self._divided is not None:
+            heard.append(self._divided.hear(func, args, kwargs))
+        follow = [one for one in heard if one is not None]
+        if len(follow) < 2:
+            return follow[0] if follow else None
+        return lambda out: [one(out) for one in follow][-1]
 
     def differentiate(self, loss: Tensor) -> None:
         """Take the gradients of parameters whose slices are equal: does the first step tell them apart? And
@@ -193,6 +198,7 @@ class PartsSession(Session):
         self._drawn |= {name: (value[0], value[1]) for (what, name), value in read.items() if what == "drawn"}
         self._looks.append(read)
         self._choices.end()
+        self._draws.end()
         self._quotients, self._divided = self._divided.read() if self._divided else [], None
         self._scans = [
             ScanRecord(
@@ -237,6 +243,7 @@ class PartsSession(Session):
                 twins=self._twins,
                 quotients=self._quotients,
                 choices=self._choices.read(),
+                draws=self._draws.read(),
                 scans=self._scans,
             )
         }  # fmt: skip
