@@ -23,6 +23,7 @@ from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
+from gradflow.detect.parts.turns import still_sinusoids
 from gradflow.detect.parts.twins import copied_units
 from gradflow.detect.policy.heads import conflicting_heads, dominant_value, starved_policy
 from gradflow.detect.policy.policy import (
@@ -85,6 +86,7 @@ __all__ = [
     "scaler_issues",
     "slow_updates",
     "starved_policy",
+    "still_sinusoids",
     "stray_dropout",
     "stuck_scaler",
     "swallowed_norms",

@@ -19,6 +19,7 @@ from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
+from gradflow.detect.parts.turns import still_sinusoids
 from gradflow.detect.parts.twins import copied_units
 from gradflow.detect.processes.differing import partly_used, unequal_processes
 from gradflow.detect.processes.layers import unfed_experts, unsynchronised_norms
@@ -64,6 +65,7 @@ def default_detectors(
         tiny_divisors(),
         idle_codes(),
         drowned_codes(),
+        still_sinusoids(),
         slow_updates(),
         unheld_parameters(),
         unequal_processes(),

@@ -54,6 +54,7 @@ from gradflow.records.parts import (
     QuotientRecord,
     ScanRecord,
     SightRecord,
+    TurnsRecord,
     TwinsRecord,
 )
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
@@ -162,6 +163,7 @@ __all__ = [
     "TrialRecord",
     "TrialVerdict",
     "TrialsRecord",
+    "TurnsRecord",
     "TwinsRecord",
     "UpdateRecord",
     "UpdatesRecord",
