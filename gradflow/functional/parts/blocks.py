@@ -1,4 +1,4 @@
-"""Which modules of a model repeat one block, alike in class; and whether what enters one goes past its weights."""
+"""Which modules of a model repeat one block, and whether what enters a block goes past its weights."""
 
 from __future__ import annotations
 
