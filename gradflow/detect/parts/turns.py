@@ -48,7 +48,8 @@ def _issue(record: FlowRecord, found: TurnsRecord, severity: IssueSeverity) -> I
         severity=severity,
         description=f"Of its {found.num_features} sinusoids the fastest turns by {found.span:.2g} radians "
         f"over the {found.num_different} different numbers of the batch, where a whole turn is "
-        f"{math.tau:.3g}: they are as good as straight lines, most of them constants, and all they tell is one feature.",
+        f"{math.tau:.3g}: they are as good as straight lines, most of them constants, and all they tell is "
+        "one feature.",
         magnitude=found.span,
         recommended_actions=(
             "Multiply what is embedded by the range that its frequencies are made for: times from 0 to 1 by "
