@@ -17,11 +17,13 @@ from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
 from gradflow.detect.parts.codes import idle_codes
+from gradflow.detect.parts.draws import drowned_codes
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
 from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
+from gradflow.detect.parts.turns import still_sinusoids
 from gradflow.detect.parts.twins import copied_units
 from gradflow.detect.policy.heads import conflicting_heads, dominant_value, starved_policy
 from gradflow.detect.policy.policy import (
@@ -59,6 +61,7 @@ __all__ = [
     "detect",
     "deterministic_policy",
     "dominant_value",
+    "drowned_codes",
     "explain",
     "exploding",
     "fading",
@@ -83,6 +86,7 @@ __all__ = [
     "scaler_issues",
     "slow_updates",
     "starved_policy",
+    "still_sinusoids",
     "stray_dropout",
     "stuck_scaler",
     "swallowed_norms",

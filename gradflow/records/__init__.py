@@ -46,6 +46,7 @@ from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRe
 from gradflow.records.parts import (
     BlockRecord,
     ChoiceRecord,
+    DrawRecord,
     DropoutRecord,
     MatrixRecord,
     NormRecord,
@@ -53,6 +54,7 @@ from gradflow.records.parts import (
     QuotientRecord,
     ScanRecord,
     SightRecord,
+    TurnsRecord,
     TwinsRecord,
 )
 from gradflow.records.policy import ActionDeviation, ActionDistribution, PolicyDistributionStats, PolicyRecord
@@ -109,6 +111,7 @@ __all__ = [
     "ChoiceRecord",
     "CurvatureRecord",
     "DifferenceRecord",
+    "DrawRecord",
     "DropoutRecord",
     "EdgeRecord",
     "EventRecord",
@@ -160,6 +163,7 @@ __all__ = [
     "TrialRecord",
     "TrialVerdict",
     "TrialsRecord",
+    "TurnsRecord",
     "TwinsRecord",
     "UpdateRecord",
     "UpdatesRecord",

@@ -149,6 +149,38 @@ class ChoiceRecord:
 
 
 @attrs.frozen(kw_only=True)
+class DrawRecord:
+    """A code that is drawn: random numbers that are added to what a layer gives. Arrays have shape (looks,).
+
+    Args:
+        layer: the layer call that gives it.
+        signal: root mean square of what it gives less its mean over the samples.
+        noise: root mean square of what is added.
+    """
+
+    layer: str
+    signal: Floats = array_field()
+    noise: Floats = array_field()
+
+
+@attrs.frozen(kw_only=True)
+class TurnsRecord:
+    """Sinusoids of angles without a gradient, in the last step that was looked at.
+
+    Args:
+        layer: qualified name of the module that takes them; "" for the model.
+        num_features: how many frequencies there are.
+        span: largest less smallest angle of the feature where that is most, over samples and positions.
+        num_different: how many different angles that feature has.
+    """
+
+    layer: str
+    num_features: int
+    span: float = float_field()
+    num_different: int
+
+
+@attrs.frozen(kw_only=True)
 class DropoutRecord:
     """A dropout layer, or a module that calls dropout as a function and goes on dropping in eval mode.
 
@@ -203,6 +235,8 @@ class PartsRecord:
         twins: parameters of which at least half of the slices are copies.
         quotients: divisions outside of layers, in the order of execution.
         choices: tables without gradient from which the model picks by itself.
+        draws: codes that the model draws, by where random numbers are added.
+        turns: sinusoids that embed what is given.
         scans: what loops of operations take apart step by step, where no module is called for each.
         sights: which positions each self-attention lets its outputs see.
         dropouts: dropout layers, and what drops in eval mode.
@@ -215,6 +249,8 @@ class PartsRecord:
     twins: tuple[TwinsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     quotients: tuple[QuotientRecord, ...] = attrs.field(default=(), converter=to_tuple)
     choices: tuple[ChoiceRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    draws: tuple[DrawRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    turns: tuple[TurnsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     scans: tuple[ScanRecord, ...] = attrs.field(default=(), converter=to_tuple)
     sights: tuple[SightRecord, ...] = attrs.field(default=(), converter=to_tuple)
     dropouts: tuple[DropoutRecord, ...] = attrs.field(default=(), converter=to_tuple)

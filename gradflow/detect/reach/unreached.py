@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import attrs
 
+from gradflow.detect.reach.cancelled import last_to_cancel
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
@@ -250,6 +251,30 @@ def _zero_factor(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
     return attrs.evolve(issue, evidence=starved) if part.source == "model" else issue
 
 
+def _cancelled(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
+    """Judge a matrix whose whole gradient cancels: what it tells of the data divides out, whatever it says.
+
+    What is only added may cancel in health: a bias before a norm or a softmax, a table of biases. Of layers
+    in a row the last is told.
+    """
+    if part.layer != last_to_cancel(flow, part):
+        return None
+    return _issue(
+        flow,
+        part,
+        IssueSeverity.HIGH,
+        f"its parts cancel where {part.op} at {part.at or part.layer_at} takes what it gives, and what is "
+        "left is rounding. What comes out there is the same whatever the layer says, and no step ends that",
+        (
+            "Look for a number that is normalised by itself: x / x.sum() over the only one that is kept (a "
+            "router's single expert), a softmax over one alternative, a norm over one number (a group of one "
+            "channel on one voxel, LayerNorm(1)).",
+            "Take that normalisation out, or let it go over several numbers.",
+        ),
+        Role.BLOCKING,
+    )
+
+
 def _is_silent_operation(flow: Flow, part: ReachRecord) -> bool:
     """Whether what is zero is made of the model's own numbers by an operation that is no rectifier: spikes,
     gates, masks. Of rectifiers, and of modules that give zeros, `dead` tells."""
@@ -303,6 +328,7 @@ _JUDGES: dict[Reason, _Judge] = {
     Reason.OFF: _off,
     Reason.CUT: _cut,
     Reason.ZERO_FACTOR: _zero_factor,
+    Reason.BY_MATHEMATICS: _cancelled,
 }
 
 

@@ -1,4 +1,4 @@
-"""`parts`: the measurement of blocks, norm layers, matrices, equal slices and divisions, at looks."""
+"""`parts`: the measurement of blocks, norm layers, matrices, equal slices, and operations between layers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from gradflow.functional.measurement import Session, gradients
 from gradflow.functional.model.trees import iter_tensors
-from gradflow.functional.parts.blocks import siblings
+from gradflow.functional.parts.blocks import passes, siblings
 from gradflow.functional.parts.choices import Choices
+from gradflow.functional.parts.draws import Draws
 from gradflow.functional.parts.matrices import as_drawn, is_fused, thirds
 from gradflow.functional.parts.norms import epsilon_of, variance
 from gradflow.functional.parts.quotients import Quotients
-from gradflow.functional.parts.skips import passes
+from gradflow.functional.parts.turns import Turns
 from gradflow.functional.parts.twins import Twins, apart, twins
 from gradflow.functional.processes.shards import is_distributed
 from gradflow.functional.tap.calls import Call, type_name, version
@@ -32,6 +33,7 @@ from gradflow.records import (
     PartsRecord,
     QuotientRecord,
     ScanRecord,
+    TurnsRecord,
     TwinsRecord,
 )
 
@@ -80,7 +82,8 @@ class PartsSession(Session):
         self._passes: dict[str, bool | None] = {}
         self._quotients: list[QuotientRecord] = []
         self._scans: list[ScanRecord] = []
-        self._choices = Choices()
+        self._turns: list[TurnsRecord] = []
+        self._choices, self._draws = Choices(), Draws()
         self._forget()
 
     def listens(self, *, end: bool) -> bool:
@@ -98,6 +101,7 @@ class PartsSession(Session):
     def _forget(self) -> None:
         self._divided: Quotients | None = None
         self._scanned: Scans | None = None
+        self._turned: Turns | None = None
         self._numbers: dict[tuple[str, str], Tensor] = {}
         self._entering: dict[int, tuple[Tensor, int]] = {}
         self._suspects: list[tuple[str, Tensor, Twins]] = []
@@ -109,7 +113,9 @@ class PartsSession(Session):
         """Look at the parameters."""
         self._forget()
         self._step, self._divided, self._scanned = step, Quotients(recorder), Scans(recorder)
+        self._turned = Turns(recorder)
         self._choices.begin(recorder)
+        self._draws.begin(recorder)
         for name, parameter in self._model.named_parameters():
             self._look_at(name, parameter)
 
@@ -157,13 +163,18 @@ class PartsSession(Session):
     def function(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Callable[[Any], None] | None:
-        """Hear of divisions, of choices, and of steps that are taken one by one."""
+        """Hear of divisions, of choices, of draws, of sinusoids, and of steps that are taken one by one."""
         if self._scanned is not None:
             self._scanned.hear(func, args, kwargs)
-        follow = self._choices.hear(func, args, kwargs)
-        if follow is None and self._divided is not None:
-            return self._divided.hear(func, args, kwargs)
-        return follow
+        if self._turned is not None:
+            self._turned.hear(func, args)
+        heard = [self._choices.hear(func, args, kwargs), self._draws.hear(func, args, kwargs)]
+        if heard[0] is None and self._divided is not None:
+            heard.append(self._divided.hear(func, args, kwargs))
+        follow = [one for one in heard if one is not None]
+        if len(follow) < 2:
+            return follow[0] if follow else None
+        return lambda out: [one(out) for one in follow][-1]
 
     def differentiate(self, loss: Tensor) -> None:
         """Take the gradients of parameters whose slices are equal: does the first step tell them apart? And
@@ -197,6 +208,8 @@ class PartsSession(Session):
         self._drawn |= {name: (value[0], value[1]) for (what, name), value in read.items() if what == "drawn"}
         self._looks.append(read)
         self._choices.end()
+        self._draws.end()
+        self._turns = self._turned.read() if self._turned else []
         self._quotients, self._divided = self._divided.read() if self._divided else [], None
         self._scans = [
             ScanRecord(
@@ -241,6 +254,8 @@ class PartsSession(Session):
                 twins=self._twins,
                 quotients=self._quotients,
                 choices=self._choices.read(),
+                draws=self._draws.read(),
+                turns=self._turns,
                 scans=self._scans,
             )
         }  # fmt: skip

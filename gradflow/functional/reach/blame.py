@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.processes.shards import is_distributed, like_parts, local, of_parts, summed
+from gradflow.functional.reach.kinds import is_constant
 from gradflow.functional.reach.masks import is_label, is_zero, labelled, number_of_each, some
 from gradflow.functional.reach.masks import number as number_of
 from gradflow.functional.reach.reasons import Blame, Reasons
@@ -143,6 +144,8 @@ class Walk:
             return
         gradients = {number: gradient for number, (gradient, _) in gathered.items()}
         results = call_node(node, gradients)
+        if is_constant(node):  # what it hands back to what it normalises is rounding alone
+            results = [None, *results[1:]]
         tensors = [*gradients.values(), *(r for r in results if r is not None)]
         if converts(node) or exchanges(node) or any(map(is_distributed, tensors)):
             self._visit_split(node, gathered, results)
@@ -153,7 +156,8 @@ class Walk:
                 continue
             given = results[j] if j < len(results) else None
             if given is None:
-                self._send(child, number, self._nothing(node, j, child, number))
+                how = "own" if j == 0 and is_constant(node) else "nothing"
+                self._send(child, number, self._nothing(node, j, child, number, how))
                 continue
             cotangent, noise = self._fitted(given, child, number)
             zero = is_zero(cotangent)
@@ -326,12 +330,12 @@ class Walk:
             labels += labelled(others, self._number(node, j, "own"))
         return torch.where(noise, torch.zeros_like(cotangent), cotangent), labels
 
-    def _nothing(self, node: Node, j: int, child: Node, number: int) -> Part:
+    def _nothing(self, node: Node, j: int, child: Node, number: int, how: str) -> Part:
         """Return what an input gets to which a node hands back nothing at all."""
         leaf = self.structure.leaves.get(child)
         like = leaf if leaf is not None else input_metadata(child)[number]
         zero = torch.zeros(tuple(like.shape), dtype=like.dtype, device=like.device)
-        label = self._number(node, j, "nothing", whole=True)
+        label = self._number(node, j, how, whole=True)
         return zero, torch.full(zero.shape, label, dtype=torch.int16, device=zero.device)
 
     def _send(self, child: Node, number: int, part: Part) -> None:

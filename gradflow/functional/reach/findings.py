@@ -283,18 +283,21 @@ class ReachFindings:
             whole = torch.ones(self.trainable[name].shape, dtype=torch.bool)
             return self._by_part(name, whole, whole, self._unwired(name, wires), wires)
         noise = self._noise(name)
-        return self._explained(name, mask if noise is None else noise, wires)
+        return self._explained(name, mask if noise is None else mask | noise, wires)
 
     def _noise(self, name: str) -> Tensor | None:
-        """Return a full mask where all of a parameter's gradient is zero or rounding, by mathematics."""
+        """Return where a parameter's gradient is rounding or zero by mathematics, if the rest of it is zero;
+        None if it is not, or if there is no such place."""
         labels = self.closely.labels.get(name) if self.closely is not None else None
         if labels is None or not labels.numel() or some(is_label(labels, 0)):
             return None
         assert self.closely is not None
         blames = [self.closely.blames[label] for label in number_of_each(labels)]
-        if any(blame is None or blame.reason is not Reason.BY_MATHEMATICS for blame in blames):
+        if any(blame is None for blame in blames):
             return None
-        return torch.ones(labels.shape, dtype=torch.bool)
+        cancels = [i for i, b in enumerate(self.closely.blames) if b and b.reason is Reason.BY_MATHEMATICS]
+        noise = torch.isin(labels, torch.tensor(cancels, dtype=labels.dtype))
+        return noise if some(noise) else None
 
     def _explained(self, name: str, mask: Tensor, wires: Wires) -> Iterator[ReachRecord]:
         """Yield the unreached parts of a parameter to which a path led, by what the closer look showed."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gradflow.functional.tap.nodes import Node, operation
+from gradflow.functional.torch_private import input_metadata
 
 
 class Kind(enum.Enum):
@@ -86,9 +87,22 @@ def is_over_one(node: Node, shape: tuple[int, ...]) -> bool:
         node: of a softmax or a norm layer.
         shape: of its output.
     """
+    groups = saved(node, "group")
+    if isinstance(groups, int) and operation(node) == "native_group_norm":
+        return saved(node, "C") * saved(node, "HxW") == groups
+    if "norm" not in operation(node) and "softmax" not in operation(node):
+        return False
     dim = saved(node, "dim")
     if isinstance(dim, int) and shape:
         dim = dim - 2**64 if dim >= 2**63 else dim
         return shape[dim] == 1
     normalized = saved(node, "normalized_shape")
     return normalized is not None and all(length == 1 for length in normalized)
+
+
+def is_constant(node: Node) -> bool:
+    """Whether a node normalises over a single number, so that what it gives does not depend on that."""
+    if kind_of(node) is not Kind.NORMALISED:
+        return False
+    metadata = input_metadata(node)
+    return is_over_one(node, tuple(metadata[0].shape) if metadata else ())

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import gradflow as gf
-from gradflow.functional.parts.blocks import siblings
+from gradflow.functional.parts.blocks import passes, siblings
 from gradflow.functional.parts.matrices import as_drawn, is_fused, thirds
 from gradflow.functional.parts.norms import epsilon_of, variance
-from gradflow.functional.parts.skips import passes
 from gradflow.records import FlowRecord
 
 

@@ -13,6 +13,7 @@ from gradflow.detect.evidence import (
     kept_at_least,
     last_layers,
     late,
+    loss_fell,
     shares,
 )
 from gradflow.detect.knowledge import guesses
@@ -140,8 +141,12 @@ def constant(flow: Flow, same: float) -> list[Issue]:
     if known is None or known.num_samples < 4 or not math.isclose(known.averaged, known.loss, rel_tol=1e-3):
         return []
     outputs = [v for v, size in zip(known.variations, known.scales, strict=True) if size > 0]
-    lost = _first_alike(flow, 10 * same) if outputs and max(outputs) <= same else None
-    if lost is None or _is_another_illness(flow, lost[0]):
+    if not outputs or max(outputs) > same:
+        return []
+    lost = _first_alike(flow, 10 * same)
+    if lost is None:
+        return _same_inputs(flow, known, 10 * same)
+    if _is_another_illness(flow, lost[0]):
         return []
     layer, before = flow.layers[lost[0]], lost[1]
     now = late(layer.output_variation)
@@ -158,6 +163,43 @@ def constant(flow: Flow, same: float) -> list[Issue]:
             magnitude=max(outputs),
             recommended_actions=_constant_actions(flow, lost[0]),
             metrics={"variation": now, "variation_before": before, "constant_loss": known.averaged},
+        )
+    ]
+
+
+def _same_inputs(flow: Flow, known: KnowledgeRecord, alike: float) -> list[Issue]:
+    """The first layer of a model that is given the same sample again and again: black images, one token.
+
+    From the first layers on, which have weights, nothing differs between rows, in no step of the run; and
+    one answer for all is not what is asked for, as the loss does not fall with it.
+    """
+    first = [node for node in flow.layers if flow.wiring.is_first(node)]
+    for node in flow.layers:
+        seen = flow.layers[node].output_variation
+        if not np.isfinite(seen).any() or np.nanmax(seen) > alike:
+            return []
+    weighed = [p for n in first for p in flow.parameters_of(n) if len(p.shape) > 1]
+    if not first or not all(flow.has_matrix(n) or flow.is_table(n) for n in first):
+        return []
+    if any(late(p.norm) == 0 for p in weighed) or loss_fell(flow.record):
+        return []
+    layer = flow.layers[first[0]]
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.BOTTLENECK,
+            severity=IssueSeverity.MEDIUM,
+            description="What enters is the same for every sample of a batch: nothing differs between rows "
+            "from its own output on, in any step, so the model can give one answer for all, which costs "
+            f"{known.averaged:.3g}.",
+            magnitude=late(layer.output_variation),
+            recommended_actions=(
+                "Print two samples of a batch as the model gets them: images that are all black (divided by "
+                "255 twice, cast to integers), texts that are all padding or unknown tokens, an index that "
+                "does not move.",
+            ),
+            metrics={"variation": late(layer.output_variation), "constant_loss": known.averaged},
         )
     ]
 

@@ -42,6 +42,8 @@ _RULES: dict[tuple[str, str], int] = {
     ("ChoiceRecord", "num_choices"): ADDED,
     ("ChoiceRecord", "num_picked"): LARGEST,
     ("QuotientRecord", "smallest"): SMALLEST,
+    ("TurnsRecord", "span"): LARGEST,
+    ("TurnsRecord", "num_different"): LARGEST,
     ("ReachRecord", "num_choices"): LARGEST,
     ("BlockRecord", "passes"): FIRST,
     ("SightRecord", "ordered"): ALL,

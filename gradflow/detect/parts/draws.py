@@ -1,0 +1,77 @@
+"""Codes that are drowned by the noise that is added to them: a collapsed posterior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from gradflow.detect.knowledge import guesses
+from gradflow.detect.parts.peers import type_of
+from gradflow.records import DrawRecord, Evidence, FlowRecord, Issue, IssueSeverity, IssueType
+
+
+def drowned_codes(share: float = 0.03, *, rise: float = 1.5) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of codes that a model draws, and whose means are nothing beside the noise.
+
+    Measured, in the first step and the last: how much what a layer gives differs between samples, beside the
+    random numbers that the model adds to it; and whether the outputs fit other samples as well as their own,
+    and one output for all costs less.
+
+    Why this is evidence: a code with a mean of a thirtieth of its noise tells at most ½ ln(1 + 1/900) nats,
+    a two-thousandth, in each number. Whatever follows hears noise, learns to do without, and so hands back
+    no gradient that would raise the mean: the posterior has collapsed to the prior (Bowman et al., 2016,
+    arXiv:1511.06349; Lucas et al., 2019, arXiv:1911.02469).
+
+    Looks alike and is not: a mean that starts small and rises within the run; single numbers of a code that
+    are not used, beside others that are; a policy's actions, whose mean starts small beside its deviation;
+    outputs that know their samples by another way; a loss that asks nothing of which sample an output is of.
+
+    Args:
+        share: of the noise, below which the means tell nothing. Fresh encoders have 0.1 and more.
+        rise: by which factor the share rises where the model is about to use the code.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        known = record.knowledge
+        if known is None or record.policy is not None or not record.provenance.optimizer:
+            return
+        if not guesses(record, 0.95) or not known.averaged < known.loss:
+            return
+        if math.isclose(known.shuffled, known.loss, rel_tol=1e-6):
+            return
+        for found in record.parts.draws:
+            shares = found.signal / found.noise
+            shares = shares[np.isfinite(shares)]
+            if len(shares) >= 2 and shares.max() < share and shares[-1] <= rise * shares[0]:
+                yield _issue(record, found, float(shares[-1]))
+
+    return detector
+
+
+def _issue(record: FlowRecord, found: DrawRecord, share: float) -> Issue:
+    known = record.knowledge
+    assert known is not None
+    return Issue(
+        layer=found.layer,
+        layer_type=type_of(record, found.layer.partition("@")[0]),
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.HIGH,
+        description=f"Between samples its output differs by {share:.1e} of the random numbers that are added "
+        f"to it, so the code tells nothing of a sample: at most {0.5 * math.log1p(share**2):.1e} nats in a "
+        f"number. What follows hears noise, and the loss is {known.loss:.3g}, where one output for all "
+        f"samples costs {known.averaged:.3g}. The posterior has collapsed to the prior.",
+        magnitude=share,
+        recommended_actions=(
+            "Reduce both terms of the loss in one way: sum over the features and take the mean over the "
+            "samples of the reconstruction and of the KL term alike. A mean over features beside a sum "
+            "weighs the KL term as many times too much as there are features.",
+            "Raise the weight of the KL term from zero over the first epochs, or leave each number of the "
+            "code some free nats: kl.clamp_min(0.1).",
+            "Start the encoder anew, or with a small deviation (log variance at −4): a collapsed one hardly "
+            "gets a gradient that would raise it.",
+        ),
+        metrics={"share": share, "loss": known.loss, "constant_loss": known.averaged},
+        evidence=Evidence(),
+    )

@@ -1,0 +1,100 @@
+"""BOTTLENECK where a code is drowned by its noise; healthy where it tells something, or is about to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+import gradflow as gf
+from gradflow.detect import drowned_codes
+
+BASIS = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+
+
+class Coder(nn.Module):
+    """A variational autoencoder that draws its code by hand or by a distribution."""
+
+    def __init__(self, how: str = "hand") -> None:
+        super().__init__()
+        self.how, self.noise, self.given = how, torch.empty(0), torch.empty(0)
+        self.enc, self.mean, self.log_scale = nn.Linear(20, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+        self.dec = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 20))
+
+    def draw(self, mean: Tensor, scale: Tensor) -> Tensor:
+        if self.how == "distribution":
+            return Normal(mean, scale).rsample()
+        noise = torch.randn_like(mean)
+        return torch.addcmul(mean, noise, scale) if self.how == "addcmul" else mean + noise * scale
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = self.enc(x).tanh()
+        mean, log_scale = self.mean(h), self.log_scale(h)
+        z = self.draw(mean, log_scale.exp())
+        self.noise, self.given = (z - mean).detach(), mean.detach()
+        return self.dec(z), mean, log_scale
+
+
+def trained(weight: float, *, how: str = "hand", before: int = 150) -> gf.Report:
+    """Return the report on an autoencoder whose KL term has a weight, after some steps of training."""
+    torch.manual_seed(0)
+    model = Coder(how)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    held: list[Tensor] = []
+
+    def batch() -> Tensor:
+        held[:] = [torch.randn(64, 3) @ BASIS]
+        return held[0]
+
+    def loss(output: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        again, mean, log_scale = output
+        kl = 0.5 * (mean.square() + (2 * log_scale).exp() - 1 - 2 * log_scale).sum(1).mean()
+        return F.mse_loss(again, held[0]) + weight * kl
+
+    for _ in range(before):
+        optimizer.zero_grad()
+        x = batch()
+        loss(model(x)).backward()
+        optimizer.step()
+    return gf.diagnose(model, batch, loss, steps=10, optimizer=optimizer)
+
+
+def drowned(report: gf.Report) -> list[str]:
+    return [issue.layer for issue in drowned_codes()(report.record)]
+
+
+@pytest.mark.parametrize("how", ["hand", "addcmul", "distribution"])
+def test_a_posterior_that_has_collapsed(how: str) -> None:
+    report = trained(50.0, how=how)
+    assert drowned(report) == ["mean"]
+    assert (report.causes[0].issue_type.value, report.causes[0].layer) == ("BOTTLENECK", "mean")
+
+
+def test_a_code_that_tells_something() -> None:
+    report = trained(0.01)
+    (found,) = report.record.parts.draws
+    assert found.signal[-1] > found.noise[-1]
+    assert not drowned(report)
+
+
+@pytest.mark.parametrize("weight", [0.01, 50.0])
+def test_a_fresh_model(weight: float) -> None:
+    assert not drowned(trained(weight, before=0))
+
+
+def test_signal_and_noise_are_their_root_mean_squares() -> None:
+    torch.manual_seed(0)
+    model = Coder()
+    x = torch.randn(16, 20)
+    record = gf.analyze(model, [x], lambda y: y[0].square().mean())
+    (found,) = record.parts.draws
+    torch.manual_seed(0)
+    model = Coder()
+    torch.randn(16, 20)
+    model(x)
+    assert found.layer == "mean"
+    assert found.signal[0] == pytest.approx(float(model.given.std(0, correction=0).square().mean().sqrt()))
+    assert found.noise.shape == (1,)
+    assert found.noise[0] == pytest.approx(float(model.noise.square().mean().sqrt()), rel=1e-5)
