@@ -21,6 +21,7 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `Tensor._make_subclass` | a copy of a parameter of a class of the user's | an error |
 | `_C.DisableTorchFunction` | operations of ours that our watch need not see | an error |
 | `_C._functorch`, `_functorch.pyfunctorch` | transforms that are active, their tensors | an error |
+| `torch._foreach_norm` | the norms of many tensors in a few calls of a device | one by one |
 | `_C._current_graph_task_id` | a reverse pass inside another | an error |
 | `utils._pytree` | nested values, those of Hugging Face included | an error |
 | `Module._parameters`, `Module._buffers` | swapping copies in | an error |
@@ -40,7 +41,7 @@ import contextlib
 import copy
 import datetime
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ __all__ = [
     "lazy_clone",
     "node_class",
     "node_number",
+    "norms_of",
     "num_writes",
     "outside_transforms",
     "own_memory",
@@ -121,6 +123,14 @@ def in_reverse_pass() -> bool:
 
 
 # ------------------------------------------------------------------------------------------- tensors
+
+
+def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the norms of tensors of one device and dtype in single precision, in a few calls."""
+    together = getattr(torch, "_foreach_norm", None)
+    if together is None:
+        return [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+    return list(together(list(tensors), 2, dtype=torch.float32))
 
 
 def num_writes(tensor: Tensor) -> int:

@@ -68,6 +68,7 @@ SET = (
     "Module._distribute_module_applied",
 )  # which functions set; see tests/distributed
 OWNERS = {
+    "torch": torch,
     "Node": torch.autograd.graph.Node,
     "Tensor": torch.ones(1, requires_grad=True).square(),
     "Module": torch.nn.Linear(1, 1),

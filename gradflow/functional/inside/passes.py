@@ -37,7 +37,8 @@ from gradflow.functional.run.rows import Row
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.asked import Asked
-from gradflow.functional.tap.probes import as_norm, magnitude, probes_of
+from gradflow.functional.tap.probes import probes_of
+from gradflow.functional.tap.sums import as_norm, magnitude
 from gradflow.functional.tap.watch import Watch
 from gradflow.functional.torch_private import (
     has_post_accumulate_hooks,

@@ -28,14 +28,9 @@ from torch import Tensor
 
 from gradflow.functional.model.trees import is_differentiable
 from gradflow.functional.tap.calls import Call
-from gradflow.functional.tap.probes import (
-    Site,
-    careful_magnitude,
-    eager_in_place_probe,
-    mark,
-    statistics_dtype,
-)
+from gradflow.functional.tap.probes import Site, eager_in_place_probe, mark
 from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.tap.sums import careful_magnitude, statistics_dtype
 from gradflow.functional.torch_private import is_view, node_number
 
 

@@ -18,7 +18,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.tap.probes import magnitude, magnitudes, num_nonzero, safe_range
+from gradflow.functional.tap.sums import magnitude, magnitudes, num_nonzero, safe_range
 
 _register_hook = Tensor.register_hook  # taps tell of what others put on tensors
 
@@ -79,7 +79,7 @@ Gradient = Tensor | Passed
 
 
 def size_of(gradient: Gradient, *, exact: bool) -> Tensor:
-    """Return the magnitude of a gradient; see NOTE [Exact and fast] in tap/probes.py."""
+    """Return the magnitude of a gradient; see NOTE [Exact and fast] in tap/sums.py."""
     if isinstance(gradient, Tensor):
         return magnitude(gradient, exact=exact)
     return gradient.size if gradient.exact is None or not exact else gradient.exact

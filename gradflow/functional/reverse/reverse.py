@@ -29,7 +29,8 @@ from torch.autograd.graph import GradientEdge
 from gradflow.functional.reverse.autograd_graph import Structure, stands
 from gradflow.functional.reverse.ranks import effective_rank, gram_matrix
 from gradflow.functional.tap.nodes import Node, Position, feeds, is_leaf, of_parameters, topological
-from gradflow.functional.tap.probes import as_norm, is_probe, magnitude
+from gradflow.functional.tap.probes import is_probe
+from gradflow.functional.tap.sums import as_norm, magnitude
 from gradflow.functional.torch_private import in_reverse_pass, input_metadata
 
 

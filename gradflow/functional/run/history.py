@@ -18,8 +18,8 @@ from gradflow.functional.reverse.passing import Gradient, size_of, sizes_of, zer
 from gradflow.functional.run.rows import LASTING_SUMS, NORMS, SUMS, Layout, Place, Row, to_host
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation
-from gradflow.functional.tap.probes import is_safe, safe_range
 from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.tap.sums import is_safe, safe_range
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.records import Bools, Floats
 
@@ -288,7 +288,7 @@ class History:
         return found
 
     def _choose_precision(self, row: Row) -> None:
-        """Choose how the next step's sums are taken; see NOTE [Exact and fast] in tap/probes.py."""
+        """Choose how the next step's sums are taken; see NOTE [Exact and fast] in tap/sums.py."""
         exact, layout = self.taps.exact, row.layout
         any_exact = not exact or any(exact.values())
         unsafe = layout.sums & ~is_safe(row.values, row.counts)
@@ -335,7 +335,7 @@ def _sums(lasting: list[tuple[str, str, Gradient]], *, exact: bool) -> list[Tens
 
 
 def _norms(scalars: list[Tensor], are_norms: Bools) -> Floats:
-    """Return numbers on the host, magnitudes as norms: see NOTE [Exact and fast] in tap/probes.py."""
+    """Return numbers on the host, magnitudes as norms: see NOTE [Exact and fast] in tap/sums.py."""
     values, single = np.array(to_host(scalars)), torch.float32
     squares = are_norms & np.fromiter((scalar.dtype is single for scalar in scalars), bool, len(scalars))
     with np.errstate(invalid="ignore"):

@@ -24,8 +24,9 @@ from gradflow.functional.reverse.reverse import (
     walked,
 )
 from gradflow.functional.run.program import Program
-from gradflow.functional.tap.probes import Site, magnitude, magnitudes
+from gradflow.functional.tap.probes import Site
 from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.tap.sums import magnitude, magnitudes
 
 
 @attrs.frozen(eq=False)
@@ -178,7 +179,7 @@ def _wholes(
 
 
 def _unscaled(found: Tensor, scale: float) -> Tensor:
-    """Return a magnitude without the loss's scale; see NOTE [Exact and fast] in tap/probes.py."""
+    """Return a magnitude without the loss's scale; see NOTE [Exact and fast] in tap/sums.py."""
     return found / scale if found.dtype == torch.float64 else found / scale / scale
 
 

@@ -15,7 +15,7 @@ from gradflow.records import Bools, Floats
 Place = tuple[str, Hashable]  # what a number is (`grad`, `out`, ...), and of what
 
 # Norms of tensors that are gone after the step are taken fast or exactly, by what earlier steps gave; see
-# NOTE [Exact and fast] in tap/probes.py. Those of parameters and their gradients can be taken again.
+# NOTE [Exact and fast] in tap/sums.py. Those of parameters and their gradients can be taken again.
 SUMS = ("grad", "out", "input")
 LASTING_SUMS = ("norm", "pgrad")
 NORMS = (*SUMS, *LASTING_SUMS, "mean_row")

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from gradflow.functional.tap.recorder import Recorder
 
 
+class NeedsRetry(Exception):
+    """The step must be run again, for a reason that the model's taps have noted; never seen by a user."""
+
+
+class MoreSlots(NeedsRetry):
+    """The step has more probes than it was given slots."""
+
+
 class Listener:
     """Hears of what happens in a step. Here, every method does nothing.
 

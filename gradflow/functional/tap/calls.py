@@ -71,6 +71,10 @@ class Call:
             self.shape = self._whole(tuple(here.shape))
         self.num_elements += here.numel()
 
+    def note_size(self, number: int) -> None:
+        """Note the size of the only output, whose shape is known."""
+        self.num_elements = number
+
     def note_entering(self, split: Mapping[Ranks, int]) -> None:
         """Note over which processes its first input is split."""
         self.entering = split

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.model.trees import is_differentiable, iter_tensors, map_tensors
 from gradflow.functional.processes.shards import Ranks, is_distributed, local, settled, split_of
-from gradflow.functional.tap.asked import Asked
+from gradflow.functional.tap.asked import Asked, MoreSlots, NeedsRetry
 from gradflow.functional.tap.calls import (
     PASSING,
     ActivationKey,
@@ -33,22 +33,13 @@ from gradflow.functional.tap.probes import (
     eager_probe,
     in_place_probe,
     is_custom,
-    magnitude,
-    num_nonzero,
     probe,
     site_of,
-    statistics_dtype,
+    tells_split,
 )
+from gradflow.functional.tap.sums import magnitude, num_nonzero, num_positive, statistics_dtype
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.torch_private import is_view, node_number, num_writes, transform_level, unwatched
-
-
-class NeedsRetry(Exception):
-    """The step must be run again, for a reason that the model's taps have noted; never seen by a user."""
-
-
-class MoreSlots(NeedsRetry):
-    """The step has more probes than it was given slots."""
 
 
 @attrs.define(eq=False)
@@ -250,16 +241,13 @@ class Recorder:
         return map_tensors(lambda t: self._observe_tensor(call, t, args, memo), output)
 
     def _is_captured_again(self, call: Call, y: Any) -> bool:
-        """Capture the gradient of a call's only output, where it is as in the step before; else say no.
-
-        It does what `_observe` and `_capture` do, and is most of what an ordinary step does for a layer.
-        """
+        """Do what `_observe` does where the only output is captured, as in the step before; else say no."""
         if type(y) is not Tensor or call.name not in self.asked.captured or tuple(y.shape) != call.shape:
             return False
         number = y.numel()
         if call.split or not number or y.layout is not torch.strided or not self._capture(call, y):
             return False
-        call.num_elements = number
+        call.note_size(number)
         if call.type not in PASSING:
             self.last_type = call.type
         return True
@@ -296,7 +284,7 @@ class Recorder:
         if is_distributed(y):
             return split_of(y.device_mesh, y.placements)  # type: ignore[attr-defined]
         found: dict[Ranks, int] = {}
-        for node in nodes_under([] if y.grad_fn is None else [y.grad_fn], stops=_tells_split):
+        for node in nodes_under([] if y.grad_fn is None else [y.grad_fn], stops=tells_split):
             if (site := site_of(node)) is not None:
                 found |= self.calls[site.call].split
             elif hasattr(node, "dtensor_spec"):
@@ -372,7 +360,7 @@ class Recorder:
         dims = [d for d in range(y.dim()) if d != axis % y.dim()] if y.dim() > 1 else []
         self.note("peak", key, y.amax(dims) if dims else y.clone(), y.numel())
         if self.asked.look:
-            self.note("fired", key, torch.count_nonzero(y > 0), y.numel())
+            self.note("fired", key, num_positive(y), y.numel())
 
     def note(self, kind: str, key: Any, value: Tensor, number: int) -> None:
         """Keep a number, or a vector of them, that will be read when the step is over."""
@@ -405,8 +393,3 @@ class Recorder:
         if changed:
             self.model.leave_unprobed(changed)
             raise NeedsRetry("an output that shares its storage with an input was changed in place")
-
-
-def _tells_split(node: Any) -> bool:
-    """Whether an autograd node tells how what it made was split: a probe, or the way out of a DTensor."""
-    return site_of(node) is not None or hasattr(node, "dtensor_spec") or hasattr(node, "grad_placements")

@@ -143,7 +143,7 @@ class TappedModel:
         self.exact.clear()
 
     def set_exact(self, call: str, kind: str, exact: bool) -> None:
-        """Choose how a magnitude is measured from now on; see NOTE [Exact and fast] in probes.py."""
+        """Choose how a magnitude is measured from now on; see NOTE [Exact and fast] in sums.py."""
         self.exact[call, kind] = exact
 
     def slot(self, position: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from gradflow.functional.processes.shards import settled
 from gradflow.functional.tap.calls import ActivationKey, unit_axis
 from gradflow.functional.tap.nodes import nodes_under
-from gradflow.functional.tap.probes import magnitude, site_of
+from gradflow.functional.tap.probes import site_of
 from gradflow.functional.tap.recorder import Recorder
+from gradflow.functional.tap.sums import magnitude
 from gradflow.functional.torch_private import transform_level, unwatched
 
 # name of the function -> (op, kind); see ActivationRecord

@@ -13,15 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradflow.functional.tap.probes import (
-    _squares_of,
+from gradflow.functional.tap.probes import eager_probe
+from gradflow.functional.tap.sums import (
     as_norm,
-    eager_probe,
     is_safe,
     magnitude,
     magnitudes,
     num_nonzero,
+    num_positive,
     safe_range,
+    squares_of,
 )
 from tests.functional.tap.sites import site, slot, spread
 
@@ -212,8 +213,16 @@ def test_many_magnitudes_are_those_of_each() -> None:
         alone = magnitude(x, exact=False)
         assert (found.dtype, found.shape) == (alone.dtype, alone.shape)
         torch.testing.assert_close(found, alone, rtol=1e-5, atol=0)
-    together = _squares_of([plain, plain.half().float()])
+    together = squares_of([plain, plain.half().float()])
     torch.testing.assert_close(together[0], plain.square().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_num_positive(dtype: torch.dtype) -> None:
+    x = torch.tensor([[0.0, -0.0, 1.0], [-2.0, float("inf"), float("nan")]]).to(dtype)
+    assert num_positive(x).tolist() == 2
+    assert num_positive(x.mT).tolist() == 2
+    assert torch.func.vmap(num_positive)(x).tolist() == [1, 1]
 
 
 def test_num_nonzero_under_a_transform() -> None:

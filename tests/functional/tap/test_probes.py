@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 from gradflow.functional import probe
-from gradflow.functional.tap.probes import as_norm, eager_probe, is_probe, statistics_dtype
+from gradflow.functional.tap.probes import eager_probe, is_probe
+from gradflow.functional.tap.sums import as_norm, statistics_dtype
 from tests.functional.tap.sites import site, slot
 
 # PyTorch's own, when forward mode is first used

@@ -17,7 +17,7 @@ from gradflow.functional.processes.line import Line
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.ranks import effective_rank, rank_of
 from gradflow.functional.reverse.reverse import Flows
-from gradflow.functional.tap.probes import as_norm, magnitude
+from gradflow.functional.tap.sums import as_norm, magnitude
 
 
 def combined_flows(line: Line, flows: Flows | None, structure: Structure | None) -> Flows | None:

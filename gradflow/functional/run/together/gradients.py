@@ -23,7 +23,7 @@ from gradflow.functional.processes.shards import like_parts, local
 from gradflow.functional.run.run import Run
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.run.together.flows import combined_flows
-from gradflow.functional.tap.probes import magnitude
+from gradflow.functional.tap.sums import magnitude
 from gradflow.functional.torch_private import in_reverse_pass
 
 
