@@ -196,4 +196,26 @@ ROUNDS = (
             "contact7b-llm-stoppenalty": "A head that is loud by its training was taken for one made so.",
         },
     ),
+    Round(
+        name="contact8",
+        date="2026-11-30",
+        sick=22,
+        healthy=12,
+        found=16,
+        cause=17,
+        alarms_healthy=0,
+        alarms_repaired=1,
+        missed={
+            "contact8a-forecast-nbeats": "Named as the cause, but LOW: a last round that nothing reads.",
+            "contact8a-weather-cells": "Named as the cause, but LOW: the loss falls all the same.",
+            "contact8a-graph-hydra": "Told as BOTTLENECK, which it is too.",
+            "contact8b-sentences-positives": "Embeddings that are alike, but not yet one and the same.",
+            "contact8b-detection-yolobox": "Told as UNSTABLE, at that layer; EXPLODING in the backbone.",
+            "contact8b-distillation-temperature": "A loss so small that steps of SGD teach next to nothing: to "
+            "verdicts that must not change with the scale of the loss, a loss like others.",
+        },
+        alarmed={
+            "contact8b-faces-arcface": "Growth at a root that a small number keeps from zero.",
+        },
+    ),
 )
