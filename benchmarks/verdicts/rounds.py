@@ -211,7 +211,7 @@ ROUNDS = (
             "contact8a-graph-hydra": "Told as BOTTLENECK, which it is too.",
             "contact8b-sentences-positives": "Embeddings that are alike, but not yet one and the same.",
             "contact8b-detection-yolobox": "Told as UNSTABLE, at that layer; EXPLODING in the backbone.",
-            "contact8b-distillation-temperature": "A loss so small that steps of SGD teach next to nothing: to "
+            "contact8b-distillation-temperature": "Steps of SGD on a loss so small teach next to nothing: to "
             "verdicts that must not change with the scale of the loss, a loss like others.",
         },
         alarmed={
