@@ -22,7 +22,8 @@ _MODELS: dict[str, str] = {
         finetune-wrapped-layer-not-the-one-called finetune-prompt-hidden-by-mask
         diffusion-condition-always-dropped contact1a-lm-top1gate contact1a-forecast-revin
         contact2b-anomaly-memory contact2b-hetero-source contact4b-meta-inner_loop_by_data
-        timesfm-522-scale-not-guarded-on-the-way-back
+        timesfm-522-scale-not-guarded-on-the-way-back contact5a-moe-topone contact5a-series-quiescent
+        contact5b-detection-same-memory contact6b-views-without-stop
     """,
     LOSS: """
         moe-experts-without-tokens rl-log-probabilities-from-the-buffer rl-ratios-all-clipped
@@ -36,11 +37,14 @@ _MODELS: dict[str, str] = {
         contact4b-tabular-negative_scale so-31880720-one-unit-softmax
         olaf-world-8-codebook-loss-on-wrong-tensor ml-agents-2897-rare-huge-reward
         vjepa2-109-embeddings-collapse rq-vae-65-codebook-collapse
-        aidotnet-1844-penalty-without-a-graph
+        aidotnet-1844-penalty-without-a-graph gan-discriminator-has-won contact5a-speech-selfdistilled
+        contact5a-recsys-semanticid contact5a-tabular-constant contact5b-agent-unsquashed-action
+        contact5b-ranking-own-target contact6b-game-clipped-error
     """,
     DATA: """
         mlp-insurance-claims transformer-loss-mask-all-zero detection-logarithm-of-a-width
         contact4a-speech-crowded_utterances fairseq-3753-every-alignment-impossible
+        contact6b-masks-of-255
     """,
     WIDTH: """
         rnn-summary-of-one-number vae-code-of-one-number graph-readout-of-one-number
@@ -51,6 +55,7 @@ _MODELS: dict[str, str] = {
         cnn-pooled-in-numpy rnn-hard-choice-between-parts detection-peak-by-argmax
         detection-score-only-compared contact1b-medical-nearest_warp contact2a-motion-rounded_forward_warp
         contact4a-segmentation-dice_threshold pytorch-1339-argmax-between-modules
+        contact5b-dream-sampled-action
     """,
 }
 CANNOT = {id: why for why, ids in _MODELS.items() for id in ids.split()}
@@ -89,9 +94,9 @@ python benchmarks/remedies.py write ROWS.jsonl
 ```
 
 A sick model is diagnosed in 20 steps, and for each of the first two causes of its report the fixes that
-`gradflow.try_remedies` chooses are tried: 50 steps, three seeds, a minute a model. *Like its twin* means that
-the loss comes to within ten percent of that of the repaired model after as many steps, of that loss or of how
-far it fell.
+`gradflow.try_remedies` chooses are tried: 50 steps, three seeds, at most 2,000 steps a model. *Like its
+twin* means that the loss comes to within ten percent of that of the repaired model after as many steps, of
+that loss or of how far it fell.
 What the verdicts mean, and how they are reached: [remedies.md](remedies.md).
 """
 

@@ -10,7 +10,7 @@ import math
 from gradflow.detect.evidence import activations_of, late, row_gain
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name, node_name
-from gradflow.records import ActivationRecord, NumericalRecord
+from gradflow.records import ActivationRecord, FlowRecord, NumericalRecord
 
 Actions = tuple[str, ...]
 
@@ -63,7 +63,13 @@ def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float)
             f"Replace the hidden {'/'.join(saturating)} by ReLU or GELU: a {kind} keeps {keeps}, and a "
             "saturated one nothing."
         )
-    if flow.norms and not absorber and flow.record.provenance.optimizer:
+    swallowed = swallowing_norms(flow.record)
+    if swallowed and not absorber:
+        actions.append(
+            f"Give {swallowed[0]} an epsilon of 1e-5: its own is more than what it guards, so it does not "
+            "normalise."
+        )
+    elif flow.norms and not absorber and flow.record.provenance.optimizer:
         rates = ", ".join(f"{r:.3g}" for r in flow.record.provenance.learning_rates)
         actions.append(
             f"If the norms stand on the skip path (post-norm), move them into the branch (pre-norm), or "
@@ -130,13 +136,30 @@ def far_actions(layer: str, rates: tuple[float, ...]) -> Actions:
     )
 
 
+def swallowing_norms(record: FlowRecord, times: float = 30.0, epsilon: float = 0.01) -> list[str]:
+    """Return the norm layers whose epsilon is so many times the variance that enters, and no mere guard."""
+    return [
+        norm.name
+        for norm in record.parts.norms
+        if norm.epsilon >= epsilon and late(norm.variance) > 0 and norm.epsilon >= times * late(norm.variance)
+    ]
+
+
 def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
     """For a layer whose gradient is exactly zero."""
     here = layer_name(at) or layer_name(node)
     if why == "rectifier":
         bias = f"give {here} a bias of zero or a small positive one"
+        fire = f"et some units of {here} fire: {initialisation(flow, at or node)}, and {bias}."
+        if _ends_rectified(flow, at or node):
+            return (
+                "Leave the rectifier out at the output, or use softplus or LeakyReLU there: which of a few "
+                "outputs fire is chance at any start, and one that does not can never learn to.",
+                f"Or l{fire}",
+                *_rate(flow),
+            )
         return (
-            f"Let some units of {here} fire: {initialisation(flow, at or node)}, and {bias}.",
+            f"L{fire}",
             "Or use LeakyReLU, ELU or GELU there, which pass a gradient below zero.",
             *_rate(flow),
         )
@@ -147,19 +170,48 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
         )
     if why == "one feature":
         return (f"Normalise what enters {here}, which has more features, or leave the norm out.",)
-    if why in ("zero weight", "zero input"):
-        return (
-            f"If two factors of a product both start at zero ({here} and its partner), start one of them "
-            f"at random.",
-            "If it is a zero initialisation by design, give it a few steps of the optimizer: pass "
-            "optimizer=.",
-        )
+    factors = (
+        f"If two factors of a product both start at zero ({here} and its partner), start one of them at "
+        "random."
+    )
+    design = (
+        "If it is a zero initialisation by design, give it a few steps of the optimizer: pass optimizer=."
+    )
     name = layer_name(node)
+    if why == "zero input" and not _starts_at_zero(flow, node):
+        return (
+            f"Look at what is made of the weights of {name} before they are used: a round or a sign has a "
+            "derivative of zero: use a straight-through estimate, w + (w.round() - w).detach().",
+            factors,
+        )
+    if why in ("zero weight", "zero input"):
+        return factors, design
+    if late(flow.layers[node].output_rms) == 0:
+        return factors, f"Or look at what stands behind {name}: a comparison has a derivative of zero."
     where = f"between {name} and {here}" if here != name else f"behind {name or 'the model'}"
     return (
         f"Look at what stands {where}: a sign, a round, a comparison or a hard bound has a derivative of "
         "zero.",
     )
+
+
+def _ends_rectified(flow: Flow, node: str) -> bool:
+    """Whether no weights stand behind a layer: its rectifier makes the output of the model."""
+    todo, seen = [node], {node}
+    while todo:
+        for behind in flow.wiring.after(todo.pop()):
+            if flow.parameters_of(behind):
+                return False
+            if behind not in seen:
+                seen.add(behind)
+                todo.append(behind)
+    return flow.wiring.known
+
+
+def _starts_at_zero(flow: Flow, node: str) -> bool:
+    """Whether what enters a layer is zero, or a parameter in it started there."""
+    nothing = late(flow.layers[node].input_rms) == 0 or math.isnan(late(flow.layers[node].input_rms))
+    return nothing or any(len(p.norm) and p.norm[0] == 0 for p in flow.parameters_of(node))
 
 
 def rectifier_actions(flow: Flow, activation: ActivationRecord, share: float) -> Actions:
@@ -215,9 +267,12 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
             drawn = initialisation(flow, node_name(feeder))
             actions.append(f"The weights of {feeder}, which feeds it, are large ({gain:.2g}): {drawn}.")
         if flow.wiring.is_last(node_name(activation.layer)):
-            actions.append(
+            # If neither weights nor what enters them are large, the loss asks for what the bounds forbid.
+            usual = math.isfinite(gain) and gain < 3 and late(flow.layers[node_name(feeder)].input_rms) < 3
+            actions.insert(
+                0 if usual else len(actions),
                 "It is an output: where it stands for a probability, compute the loss on what enters it "
-                "(BCEWithLogitsLoss); where it bounds a value, keep targets inside the bounds."
+                "(BCEWithLogitsLoss); where it bounds a value, keep targets inside the bounds.",
             )
         else:
             actions.append(f"Replace the {activation.op} by ReLU or GELU.")
