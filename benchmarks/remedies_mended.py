@@ -9,7 +9,6 @@ from typing import Any
 WIRE = "its forward pass has to use what it leaves out, or to pass on something else"
 LOSS = "its loss, or a term of it, has to be another one"
 DATA = "its data, targets or masks have to be others"
-WIDTH = "a layer has to be wider"
 CHOICE = "a hard choice, or code outside of PyTorch, has to become another computation"
 
 # Faults that cannot be mended by changing weights, modules, operations, batches or the optimizer: told by
@@ -45,11 +44,6 @@ _MODELS: dict[str, str] = {
         mlp-insurance-claims transformer-loss-mask-all-zero detection-logarithm-of-a-width
         contact4a-speech-crowded_utterances fairseq-3753-every-alignment-impossible
         contact6b-masks-of-255
-    """,
-    WIDTH: """
-        rnn-summary-of-one-number vae-code-of-one-number graph-readout-of-one-number
-        moe-shared-passage-of-one-number metric-projector-of-one-number
-        nmt-fixed-length-context
     """,
     CHOICE: """
         cnn-pooled-in-numpy rnn-hard-choice-between-parts detection-peak-by-argmax

@@ -170,9 +170,10 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
         )
     if why == "one feature":
         return (f"Normalise what enters {here}, which has more features, or leave the norm out.",)
+    silent = why not in ("zero weight", "zero input") and late(flow.layers[node].output_rms) == 0
     factors = (
-        f"If two factors of a product both start at zero ({here} and its partner), start one of them at "
-        "random."
+        f"If two factors of a product both start at zero ({layer_name(node) if silent else here} and its "
+        "partner), start one of them at random."
     )
     design = (
         "If it is a zero initialisation by design, give it a few steps of the optimizer: pass optimizer=."
@@ -186,7 +187,7 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
         )
     if why in ("zero weight", "zero input"):
         return factors, design
-    if late(flow.layers[node].output_rms) == 0:
+    if silent:
         return factors, f"Or look at what stands behind {name}: a comparison has a derivative of zero."
     where = f"between {name} and {here}" if here != name else f"behind {name or 'the model'}"
     return (

@@ -102,8 +102,9 @@ def _against_death(target: Target) -> Iterator[Remedy]:
     if target.rectified() and target.activations(("rectifier",)):
         yield start.kaiming(target.rectified())
     if "exactly zero" in target.description:
-        yield straight_through()
-        yield from inputs_off_scale(target)
+        if "rectifier" not in target.description:
+            yield straight_through()
+            yield from inputs_off_scale(target)
         if target.hidden:
             yield structure.norm_behind(target.hidden)
 

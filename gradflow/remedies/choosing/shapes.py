@@ -37,6 +37,8 @@ def another_activation(target: Target, action: str) -> Iterator[Remedy]:
         found.append(smooth(functions, new=F.gelu if bounded else F.leaky_relu))
     if not found:
         return
+    if "at the output" in action:
+        yield structure.without(modules) if modules else left_out(functions)
     together = found[0] if len(found) == 1 else found[0] + found[1]
     if bounded and all(target.is_output(a) for a in chosen):
         yield structure.without(modules) if modules else left_out(functions)
