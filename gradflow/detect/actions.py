@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 
-from gradflow.detect.evidence import activations_of, late, row_gain
+from gradflow.detect.evidence import activations_of, late, row_gain, swallowing_norms
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name, node_name
-from gradflow.records import ActivationRecord, FlowRecord, NumericalRecord
+from gradflow.records import ActivationRecord, NumericalRecord
 
 Actions = tuple[str, ...]
 
@@ -134,15 +134,6 @@ def far_actions(layer: str, rates: tuple[float, ...]) -> Actions:
         "Use a Huber or an absolute error, whose gradient does not grow with the distance.",
         f"Or a much lower learning rate{rate}, with clipping, until the output has found its scale.",
     )
-
-
-def swallowing_norms(record: FlowRecord, times: float = 30.0, epsilon: float = 0.01) -> list[str]:
-    """Return the norm layers whose epsilon is so many times the variance that enters, and no mere guard."""
-    return [
-        norm.name
-        for norm in record.parts.norms
-        if norm.epsilon >= epsilon and late(norm.variance) > 0 and norm.epsilon >= times * late(norm.variance)
-    ]
 
 
 def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from gradflow.detect.actions import swallowing_norms
-from gradflow.detect.evidence import late
+from gradflow.detect.evidence import late, swallowing_norms
 from gradflow.records import (
     FlowRecord,
     Issue,

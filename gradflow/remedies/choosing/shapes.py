@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from gradflow.detect.evidence import late
+from gradflow.detect.wiring import node_name
 from gradflow.records import IssueType
 from gradflow.remedies.choosing.targets import Target, module_of
 from gradflow.remedies.kinds import data, optimizing, structure
@@ -86,8 +87,9 @@ def post_norm(target: Target, action: str) -> Iterator[Remedy]:
 
 def epsilon(target: Target, action: str) -> Iterator[Remedy]:
     """Give norm layers a usual epsilon."""
-    kind = target.flow.layers[target.node].type if target.node in target.flow.layers else ""
     named = re.search(r"(?:arguments of|Give) (\S+?)(?::| an)", action)
+    node = node_name(named[1]) if named and node_name(named[1]) in target.flow.layers else target.node
+    kind = target.flow.layers[node].type if node in target.flow.layers else ""
     alike = [
         module_of(n)
         for n, layer in target.flow.layers.items()

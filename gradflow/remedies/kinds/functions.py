@@ -193,7 +193,7 @@ def wider_precision(dtype: torch.dtype = torch.float32) -> Remedy:
     Args:
         dtype: float32, or float64, whose smallest number is 1e-308 where float32 has 1e-38.
     """
-    casts = dict.fromkeys(("half", "bfloat16", "float", "to", "type"), _kept_in(dtype))
+    casts: dict[str, Substitute] = dict.fromkeys(("half", "bfloat16", "float", "to", "type"), _kept_in(dtype))
 
     def widened(value: Tensor) -> Tensor:
         return value.to(dtype)

@@ -247,12 +247,12 @@ def bounded_output(names: Sequence[str], low: float, high: float) -> Remedy:
 class _Within(nn.Module):
     """A layer whose output is bounded softly."""
 
-    def __init__(self, layer: nn.Module, middle: float, half: float) -> None:
+    def __init__(self, layer: nn.Module, middle: float, reach: float) -> None:
         super().__init__()
-        self.layer, self.middle, self.half = layer, middle, half
+        self.layer, self.middle, self.reach = layer, middle, reach
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.middle + self.half * torch.tanh((self.layer(*args, **kwargs) - self.middle) / self.half)
+        return self.middle + self.reach * torch.tanh((self.layer(*args, **kwargs) - self.middle) / self.reach)
 
 
 def norm_epsilon(names: Sequence[str], value: float = 1e-5) -> Remedy:
