@@ -14,6 +14,7 @@ from gradflow.records import ActivationRecord, NumericalRecord
 
 Actions = tuple[str, ...]
 
+_RAW = 30.0  # rms of inputs from which they are measured in units of their own, and not standardised
 _BOUNDED = ("sigmoid", "tanh", "hardtanh", "hardsigmoid")
 
 
@@ -96,7 +97,10 @@ def forgetful_actions(layer: str, rate: float) -> Actions:
 def exploding_actions(flow: Flow, node: str, *, calls: int) -> Actions:
     """For a layer that amplifies."""
     actions: list[str] = []
-    gain = row_gain(flow, node)
+    gain = row_gain(flow, node, lambda norms: float(norms[0]))  # what steps enlarge is no start to be mended
+    entry, entering = _largest_input(flow)
+    if entering >= _RAW:
+        actions.append(f"Standardise what enters {entry} (rms {entering:.3g}), column by column.")
     if calls > 1:
         actions.append(
             f"{layer_name(node)} runs {calls} times in a step, and its growth is raised to that power: "
@@ -114,6 +118,15 @@ def exploding_actions(flow: Flow, node: str, *, calls: int) -> Actions:
     lower = f", and lower the learning rate of {flow.record.provenance.optimizer} ({rates})" if rates else ""
     actions.append(f"Until then, clip: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0){lower}.")
     return tuple(actions)
+
+
+def _largest_input(flow: Flow) -> tuple[str, float]:
+    """Return the layer that takes the largest numbers of a batch, and their rms in the first step."""
+    first = [n for n in flow.layers if flow.wiring.is_first(n) and not flow.is_table(n)]
+    known = [
+        (layer_name(n), float(flow.layers[n].input_rms[0])) for n in first if len(flow.layers[n].input_rms)
+    ]
+    return max((k for k in known if math.isfinite(k[1])), key=lambda k: k[1], default=("", 0.0))
 
 
 def dominance_actions(layer: str, rival: str, ratio: float) -> Actions:

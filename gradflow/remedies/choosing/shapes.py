@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -117,9 +118,15 @@ def scores(target: Target, action: str) -> Iterator[Remedy]:
 
 def scaled_inputs(target: Target, action: str) -> Iterator[Remedy]:
     """Standardise what enters."""
+    named = re.search(r"what enters (\S+) \(rms", action)
+    if named and named[1] in target.matrices and named[1] != target.feeder:
+        yield structure.standardised([named[1]])
+        yield from itertools.islice(inputs_off_scale(target), 1)
+        return
     yield structure.standardised([target.feeder])
     if target.entry != target.feeder:
         yield structure.standardised([target.entry])
+    yield from itertools.islice(inputs_off_scale(target), 1)
     yield structure.norm_before([target.feeder])
 
 
