@@ -237,67 +237,6 @@ def _rate(flow: Flow) -> Actions:
     return (f"If it died in training: a learning rate below {max(rates):.3g}, or a warm-up.",)
 
 
-def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) -> Actions:
-    """For a saturated activation."""
-    gain = row_gain(flow, node_name(feeder)) if node_name(feeder) in flow.layers else math.nan
-    entering = late(activation.input_rms)
-    actions: list[str] = []
-    if activation.kind == "softmax":
-        joint = activation.functional and node_name(activation.layer) not in flow.layers
-        last = flow.wiring.is_last(node_name(activation.layer))
-        if joint or (activation.functional and "attn" in activation.layer.lower()):
-            actions.append(
-                "Divide the attention scores by sqrt(head dimension), or normalise queries and keys."
-            )
-        elif last:
-            actions.append(
-                "If a cross-entropy follows, leave the softmax out: it takes scores, and applies its own."
-            )
-            actions.append(
-                "If it is a policy: a stronger entropy bonus, smaller steps, normalised advantages."
-            )
-        if entering > 10:
-            actions.append(
-                f"What enters has rms {entering:.3g}: scale it down (a temperature, smaller weights)."
-            )
-    else:
-        if math.isfinite(gain) and gain < 3:
-            entered = late(flow.layers[node_name(feeder)].input_rms)
-            actions.append(
-                f"The weights of {feeder} are of ordinary size ({gain:.2g}), so it is what enters it that "
-                f"is large (rms {entered:.3g}): standardise it{_pixels(entered)}, or put a norm layer before "
-                f"the {activation.op}."
-            )
-        elif math.isfinite(gain):
-            drawn = initialisation(flow, node_name(feeder))
-            actions.append(f"The weights of {feeder}, which feeds it, are large ({gain:.2g}): {drawn}.")
-        if flow.wiring.is_last(node_name(activation.layer)):
-            # If neither weights nor what enters them are large, the loss asks for what the bounds forbid.
-            usual = math.isfinite(gain) and gain < 3 and late(flow.layers[node_name(feeder)].input_rms) < 3
-            actions.insert(
-                0 if usual else len(actions),
-                "It is an output: where it stands for a probability, compute the loss on what enters it "
-                "(BCEWithLogitsLoss); where it bounds a value, keep targets inside the bounds.",
-            )
-        else:
-            actions.append(f"Replace the {activation.op} by ReLU or GELU.")
-    return tuple(actions) or ("Scale down what enters it.",)
-
-
-def _pixels(rms: float) -> str:
-    """Return the usual cure of inputs that look like bytes."""
-    return " (divide pixels by 255)" if 50 <= rms <= 255 else ""
-
-
-def gate_actions(layer: str, entering: float) -> Actions:
-    """For a recurrent layer whose input shuts or opens all of its gates."""
-    return (
-        f"Standardise what enters {layer or 'it'} (rms {entering:.3g}): subtract the mean, divide by the "
-        "standard deviation, feature by feature.",
-        "Or put a norm layer before it.",
-    )
-
-
 def numerical_actions(birth: NumericalRecord | None) -> Actions:
     """For a NaN or an Inf, by the operation that bore it."""
     if birth is None:
@@ -409,8 +348,8 @@ def narrow_actions(layer: str, width: int, needed: float) -> Actions:
 def rectified_actions(layer: str, width: int) -> Actions:
     """For a rectifier in a narrow passage."""
     return (
-        f"Leave {layer} without an activation (a linear bottleneck), or use tanh or LeakyReLU there.",
-        f"Or widen it: of {width} units all are off at once for a part of the samples.",
+        f"Widen {layer}: of {width} units all are off at once for a part of the samples.",
+        f"Or leave {layer} without an activation (a linear bottleneck), or use tanh or LeakyReLU there.",
     )
 
 
