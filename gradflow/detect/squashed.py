@@ -10,6 +10,9 @@ from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import ActivationRecord
 
+_CROSS_ENTROPIES = {"cross_entropy", "log_softmax", "nll_loss"}
+_CHOICES = {"log", "gather", "index"}  # what makes of probabilities that of an action
+
 
 def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) -> Actions:
     """For a saturated activation."""
@@ -24,12 +27,15 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
                 "Divide the attention scores by sqrt(head dimension), or normalise queries and keys."
             )
         elif last:
-            actions.append(
-                "If a cross-entropy follows, leave the softmax out: it takes scores, and applies its own."
-            )
-            actions.append(
-                "If it is a policy: a stronger entropy bonus, smaller steps, normalised advantages."
-            )
+            ops, unknown = set(flow.wiring.ops_after(node_name(activation.layer))), not flow.wiring.known
+            if unknown or (ops & _CROSS_ENTROPIES and "mul" not in ops):
+                actions.append(
+                    "If a cross-entropy follows, leave the softmax out: it takes scores, and applies its own."
+                )
+            if unknown or ops & _CHOICES:
+                actions.append(
+                    "If it is a policy: a stronger entropy bonus, smaller steps, normalised advantages."
+                )
         if entering > 10:
             actions.append(
                 f"What enters has rms {entering:.3g}: scale it down (a temperature, smaller weights)."
