@@ -291,7 +291,8 @@ _CURES: dict[str, Actions] = {
     "attention": ("A row that is masked throughout has no softmax: keep one key, or drop the row.",),
     "exp": ("Clamp the argument before exp (88 is the limit in float32, 11 in float16).",
             "Bound what produces it: a log-variance by clamp(-20, 8), a log-ratio by a cap."),
-    "div": ("Guard the denominator: / n.clamp(min=1), or / (x + eps).",
+    "div": ("Guard the denominator: / n.clamp(min=1), or / (x + eps); of a length inside the root, "
+        "sqrt(x + eps).",
             "Where a mean runs over a mask: let an empty mask give zero."),
     "mean": ("The mean of nothing is NaN: guard for an empty selection.",),
     "pow": ("A power below 1 has an infinite slope at zero: add a small constant to the base.",),

@@ -27,12 +27,12 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
                 "Divide the attention scores by sqrt(head dimension), or normalise queries and keys."
             )
         elif last:
-            ops, unknown = set(flow.wiring.ops_after(node_name(activation.layer))), not flow.wiring.known
-            if unknown or (ops & _CROSS_ENTROPIES and "mul" not in ops):
+            ops = set(flow.wiring.ops_after(node_name(activation.layer))) - {activation.op}
+            if not ops or (ops & _CROSS_ENTROPIES and "mul" not in ops):
                 actions.append(
                     "If a cross-entropy follows, leave the softmax out: it takes scores, and applies its own."
                 )
-            if unknown or ops & _CHOICES:
+            if not ops or ops & _CHOICES:
                 actions.append(
                     "If it is a policy: a stronger entropy bonus, smaller steps, normalised advantages."
                 )

@@ -99,6 +99,10 @@ def defined(target: Target, action: str) -> Iterator[Remedy]:
         )
         if op:
             yield guarded(op)
+            if (
+                "inside the root" in action and "div" in op
+            ):  # the slope of a length that is zero breaks as well
+                yield guarded(op) + guarded("sqrt")
         elif target.hidden:  # an operation of the user's own: it breaks where its arguments are large
             yield structure.norm_behind(target.hidden)
 
