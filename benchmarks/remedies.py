@@ -3,7 +3,7 @@
     python benchmarks/remedies.py run ROWS.jsonl [--only PART] [--cases FOLDER ...] [--healthy] [--seconds N]
     python benchmarks/remedies.py cost ROWS.jsonl
     python benchmarks/remedies.py print ROWS.jsonl
-    python benchmarks/remedies.py write ROWS.jsonl [FILE]
+    python benchmarks/remedies.py write ROWS.jsonl [FILE] [--cases FOLDER ...]
 
 `run` adds a line to ROWS.jsonl for every model that has none there yet, so it can be stopped and gone on
 with; first come those that can be mended from outside of the code. The models are those of the zoo
@@ -15,7 +15,8 @@ with; first come those that can be mended from outside of the code. The models a
             the trials of its first cause
 
 `cost` adds a line for each of three networks: the processor time of trials of four remedies, over that of as
-many plain steps of training. `write` makes the page docs/remedies_measured.md.
+many plain steps of training. `write` makes the page docs/remedies_measured.md; parts without a row stay as
+they were, and sick models without one are named.
 """
 
 from __future__ import annotations
@@ -253,7 +254,12 @@ def main() -> int:
     if args.what == "cost":
         costs(args)
         return 0
-    text = page(rows_of(args.rows))
+    rows = rows_of(args.rows)
+    order = {model.id: place for place, model in enumerate(models(args.cases)) if not model.healthy}
+    rows.sort(key=lambda row: order.get(row["id"], len(order)))
+    missing = sorted(order.keys() - {row["id"] for row in rows}, key=order.__getitem__)
+    before = args.file.read_text(encoding="utf-8") if args.file.exists() else ""
+    text = page(rows, before, missing)
     if args.what == "write":
         args.file.write_text(text, encoding="utf-8")
     else:

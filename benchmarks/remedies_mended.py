@@ -58,16 +58,23 @@ _ORDER = ("cures", "helps", "no effect", "harms", "not applicable")
 Row = Mapping[str, Any]
 
 
-def page(rows: Sequence[Row]) -> str:
-    """Return the page."""
+def page(rows: Sequence[Row], before: str = "", missing: Sequence[str] = ()) -> str:
+    """Return the page.
+
+    Args:
+        rows: what was measured.
+        before: the page as it is: parts of which no row tells anything stay as they are there.
+        missing: the models that have no row, and are named as such.
+    """
     sick = [row for row in rows if row["kind"] == "sick"]
     healthy = [row for row in rows if row["kind"] == "healthy"]
     mendable = [row for row in sick if row["id"] not in CANNOT]
     parts = [
         _HEAD,
         _figures(sick, mendable),
-        _false(healthy),
-        _costs([row for row in rows if row["kind"] == "cost"]),
+        _missing(missing),
+        _false(healthy) or _kept(before, "## False verdicts"),
+        _costs([row for row in rows if row["kind"] == "cost"]) or _kept(before, "## Cost"),
         _cases(mendable),
         _cannot(sick),
         _failed([row for row in rows if row["kind"] == "failed"]),
@@ -93,6 +100,21 @@ twin* means that the loss comes to within ten percent of that of the repaired mo
 that loss or of how far it fell.
 What the verdicts mean, and how they are reached: [remedies.md](remedies.md).
 """
+
+
+def _kept(before: str, title: str) -> str:
+    """Return a part of the page as it was."""
+    _, found, rest = before.partition(f"{title}\n")
+    return f"{title}\n{rest.partition(chr(10) + '## ')[0]}".rstrip() + "\n" if found else ""
+
+
+def _missing(ids: Sequence[str]) -> str:
+    if not ids:
+        return ""
+    return (
+        f"{len(ids)} sick models have not been run with the remedies as they are now, and are in none of "
+        f"these figures: {', '.join(ids)}.\n"
+    )
 
 
 def best_of(row: Row) -> Mapping[str, Any] | None:
