@@ -14,7 +14,7 @@ from gradflow.records import ActivationRecord, NumericalRecord
 
 Actions = tuple[str, ...]
 
-_RAW = 30.0  # rms of inputs from which they are measured in units of their own, and not standardised
+_RAW = 300.0  # rms of inputs in a unit of their own, beyond bytes: dates, prices, counts
 _BOUNDED = ("sigmoid", "tanh", "hardtanh", "hardsigmoid")
 
 
