@@ -3,11 +3,11 @@
     python benchmarks/remedies.py run ROWS.jsonl [--only PART] [--cases FOLDER ...] [--healthy] [--seconds N]
     python benchmarks/remedies.py cost ROWS.jsonl
     python benchmarks/remedies.py print ROWS.jsonl
-    python benchmarks/remedies.py write ROWS.jsonl [FILE]
+    python benchmarks/remedies.py write ROWS.jsonl [FILE] [--cases FOLDER ...]
 
 `run` adds a line to ROWS.jsonl for every model that has none there yet, so it can be stopped and gone on
-with: of the zoo (`benchmarks/verdicts/zoo`) and of the folders given, each with a `cases.py` of labelled
-models.
+with; first come those that can be mended from outside of the code. The models are those of the zoo
+(`benchmarks/verdicts/zoo`) and of the folders given, each with a `cases.py` of labelled models.
 
   sick      the report of 20 steps, trials of its first two causes, and the loss of the repaired twin after as
             many steps
@@ -15,7 +15,8 @@ models.
             the trials of its first cause
 
 `cost` adds a line for each of three networks: the processor time of trials of four remedies, over that of as
-many plain steps of training. `write` makes the page docs/remedies_measured.md.
+many plain steps of training. `write` makes the page docs/remedies_measured.md; parts without a row stay as
+they were, and sick models without one are named.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import torch
 import workloads
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "verdicts"))
-from remedies_mended import page
+from remedies_mended import CANNOT, page
 from zoo import CASES
 
 import gradflow as gf
@@ -47,7 +48,7 @@ from gradflow.remedies import first_action, rate_times, try_remedies
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SEEDS, MOST_CAUSES = 50, 3, 2
-BUDGET = 60.0  # seconds for the trials of a model
+MOST_STEPS = 2000  # of training, for the trials of a model: what it finds hangs on no clock
 # Thresholds at which healthy models are called sick.
 EXTREME = {
     "vanishing": lambda: gf.vanishing(1.0, share=0.9, local_share=0.95),
@@ -118,7 +119,7 @@ def sick_row(model: Model) -> dict[str, Any]:
     row["first"] = [remedy.name for remedy in first_action(causes[0], report.record)]
     trials = try_remedies(
         report, built.model, built.make_batch, built.loss_fn, optimizer, steps=STEPS, seeds=SEEDS,
-        budget=BUDGET,
+        max_steps=MOST_STEPS,
     )  # fmt: skip
     row["trials"] = [told(trial) for trial in trials.trials]
     if model.twin is not None:
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     """Add a row for every model that has none yet."""
     done = {row["id"] for row in rows_of(args.rows)} if args.rows.exists() else set()
     begun = time.perf_counter()
-    for model in models(args.cases):
+    for model in sorted(models(args.cases), key=lambda model: model.id in CANNOT):  # stable: those last
         if args.only not in model.id or model.healthy is not args.healthy:
             continue
         if args.seconds and time.perf_counter() - begun > args.seconds:
@@ -253,7 +254,12 @@ def main() -> int:
     if args.what == "cost":
         costs(args)
         return 0
-    text = page(rows_of(args.rows))
+    rows = rows_of(args.rows)
+    order = {model.id: place for place, model in enumerate(models(args.cases)) if not model.healthy}
+    rows.sort(key=lambda row: order.get(row["id"], len(order)))
+    missing = sorted(order.keys() - {row["id"] for row in rows}, key=order.__getitem__)
+    before = args.file.read_text(encoding="utf-8") if args.file.exists() else ""
+    text = page(rows, before, missing)
     if args.what == "write":
         args.file.write_text(text, encoding="utf-8")
     else:

@@ -9,7 +9,6 @@ from typing import Any
 WIRE = "its forward pass has to use what it leaves out, or to pass on something else"
 LOSS = "its loss, or a term of it, has to be another one"
 DATA = "its data, targets or masks have to be others"
-WIDTH = "a layer has to be wider"
 CHOICE = "a hard choice, or code outside of PyTorch, has to become another computation"
 
 # Faults that cannot be mended by changing weights, modules, operations, batches or the optimizer: told by
@@ -22,7 +21,8 @@ _MODELS: dict[str, str] = {
         finetune-wrapped-layer-not-the-one-called finetune-prompt-hidden-by-mask
         diffusion-condition-always-dropped contact1a-lm-top1gate contact1a-forecast-revin
         contact2b-anomaly-memory contact2b-hetero-source contact4b-meta-inner_loop_by_data
-        timesfm-522-scale-not-guarded-on-the-way-back
+        timesfm-522-scale-not-guarded-on-the-way-back contact5a-moe-topone contact5a-series-quiescent
+        contact5b-detection-same-memory contact6b-views-without-stop
     """,
     LOSS: """
         moe-experts-without-tokens rl-log-probabilities-from-the-buffer rl-ratios-all-clipped
@@ -36,21 +36,20 @@ _MODELS: dict[str, str] = {
         contact4b-tabular-negative_scale so-31880720-one-unit-softmax
         olaf-world-8-codebook-loss-on-wrong-tensor ml-agents-2897-rare-huge-reward
         vjepa2-109-embeddings-collapse rq-vae-65-codebook-collapse
-        aidotnet-1844-penalty-without-a-graph
+        aidotnet-1844-penalty-without-a-graph gan-discriminator-has-won contact5a-speech-selfdistilled
+        contact5a-recsys-semanticid contact5a-tabular-constant contact5b-agent-unsquashed-action
+        contact5b-ranking-own-target contact6b-game-clipped-error
     """,
     DATA: """
         mlp-insurance-claims transformer-loss-mask-all-zero detection-logarithm-of-a-width
         contact4a-speech-crowded_utterances fairseq-3753-every-alignment-impossible
-    """,
-    WIDTH: """
-        rnn-summary-of-one-number vae-code-of-one-number graph-readout-of-one-number
-        moe-shared-passage-of-one-number metric-projector-of-one-number
-        nmt-fixed-length-context
+        contact6b-masks-of-255
     """,
     CHOICE: """
         cnn-pooled-in-numpy rnn-hard-choice-between-parts detection-peak-by-argmax
         detection-score-only-compared contact1b-medical-nearest_warp contact2a-motion-rounded_forward_warp
         contact4a-segmentation-dice_threshold pytorch-1339-argmax-between-modules
+        contact5b-dream-sampled-action
     """,
 }
 CANNOT = {id: why for why, ids in _MODELS.items() for id in ids.split()}
@@ -59,16 +58,23 @@ _ORDER = ("cures", "helps", "no effect", "harms", "not applicable")
 Row = Mapping[str, Any]
 
 
-def page(rows: Sequence[Row]) -> str:
-    """Return the page."""
+def page(rows: Sequence[Row], before: str = "", missing: Sequence[str] = ()) -> str:
+    """Return the page.
+
+    Args:
+        rows: what was measured.
+        before: the page as it is: parts of which no row tells anything stay as they are there.
+        missing: the models that have no row, and are named as such.
+    """
     sick = [row for row in rows if row["kind"] == "sick"]
     healthy = [row for row in rows if row["kind"] == "healthy"]
     mendable = [row for row in sick if row["id"] not in CANNOT]
     parts = [
         _HEAD,
         _figures(sick, mendable),
-        _false(healthy),
-        _costs([row for row in rows if row["kind"] == "cost"]),
+        _missing(missing),
+        _false(healthy) or _kept(before, "## False verdicts"),
+        _costs([row for row in rows if row["kind"] == "cost"]) or _kept(before, "## Cost"),
         _cases(mendable),
         _cannot(sick),
         _failed([row for row in rows if row["kind"] == "failed"]),
@@ -89,11 +95,26 @@ python benchmarks/remedies.py write ROWS.jsonl
 ```
 
 A sick model is diagnosed in 20 steps, and for each of the first two causes of its report the fixes that
-`gradflow.try_remedies` chooses are tried: 50 steps, three seeds, a minute a model. *Like its twin* means that
-the loss comes to within ten percent of that of the repaired model after as many steps, of that loss or of how
-far it fell.
+`gradflow.try_remedies` chooses are tried: 50 steps, three seeds, at most 2,000 steps a model. *Like its
+twin* means that the loss comes to within ten percent of that of the repaired model after as many steps, of
+that loss or of how far it fell.
 What the verdicts mean, and how they are reached: [remedies.md](remedies.md).
 """
+
+
+def _kept(before: str, title: str) -> str:
+    """Return a part of the page as it was."""
+    _, found, rest = before.partition(f"{title}\n")
+    return f"{title}\n{rest.partition(chr(10) + '## ')[0]}".rstrip() + "\n" if found else ""
+
+
+def _missing(ids: Sequence[str]) -> str:
+    if not ids:
+        return ""
+    return (
+        f"{len(ids)} sick models have not been run with the remedies as they are now, and are in none of "
+        f"these figures: {', '.join(ids)}.\n"
+    )
 
 
 def best_of(row: Row) -> Mapping[str, Any] | None:

@@ -88,6 +88,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"evidence"},
         {"knowledge"},
         {"actions"},
+        {"squashed"},
         {"reach", "updates"},
         {"flow", "causes"},
         {"attention", "recurrent", "policy", "parts", "precision", "time", "processes"},

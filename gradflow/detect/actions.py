@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 
-from gradflow.detect.evidence import activations_of, late, row_gain
+from gradflow.detect.evidence import activations_of, late, row_gain, swallowing_norms
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import ActivationRecord, NumericalRecord
 
 Actions = tuple[str, ...]
 
+_RAW = 300.0  # rms of inputs in a unit of their own, beyond bytes: dates, prices, counts
 _BOUNDED = ("sigmoid", "tanh", "hardtanh", "hardsigmoid")
 
 
@@ -63,7 +64,13 @@ def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float)
             f"Replace the hidden {'/'.join(saturating)} by ReLU or GELU: a {kind} keeps {keeps}, and a "
             "saturated one nothing."
         )
-    if flow.norms and not absorber and flow.record.provenance.optimizer:
+    swallowed = swallowing_norms(flow.record)
+    if swallowed and not absorber:
+        actions.append(
+            f"Give {swallowed[0]} an epsilon of 1e-5: its own is more than what it guards, so it does not "
+            "normalise."
+        )
+    elif flow.norms and not absorber and flow.record.provenance.optimizer:
         rates = ", ".join(f"{r:.3g}" for r in flow.record.provenance.learning_rates)
         actions.append(
             f"If the norms stand on the skip path (post-norm), move them into the branch (pre-norm), or "
@@ -90,7 +97,10 @@ def forgetful_actions(layer: str, rate: float) -> Actions:
 def exploding_actions(flow: Flow, node: str, *, calls: int) -> Actions:
     """For a layer that amplifies."""
     actions: list[str] = []
-    gain = row_gain(flow, node)
+    gain = row_gain(flow, node, lambda norms: float(norms[0]))  # what steps enlarge is no start to be mended
+    entry, entering = _largest_input(flow)
+    if entering >= _RAW:
+        actions.append(f"Standardise what enters {entry} (rms {entering:.3g}), column by column.")
     if calls > 1:
         actions.append(
             f"{layer_name(node)} runs {calls} times in a step, and its growth is raised to that power: "
@@ -108,6 +118,15 @@ def exploding_actions(flow: Flow, node: str, *, calls: int) -> Actions:
     lower = f", and lower the learning rate of {flow.record.provenance.optimizer} ({rates})" if rates else ""
     actions.append(f"Until then, clip: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0){lower}.")
     return tuple(actions)
+
+
+def _largest_input(flow: Flow) -> tuple[str, float]:
+    """Return the layer that takes the largest numbers of a batch, and their rms in the first step."""
+    first = [n for n in flow.layers if flow.wiring.is_first(n) and not flow.is_table(n)]
+    known = [
+        (layer_name(n), float(flow.layers[n].input_rms[0])) for n in first if len(flow.layers[n].input_rms)
+    ]
+    return max((k for k in known if math.isfinite(k[1])), key=lambda k: k[1], default=("", 0.0))
 
 
 def dominance_actions(layer: str, rival: str, ratio: float) -> Actions:
@@ -135,8 +154,16 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
     here = layer_name(at) or layer_name(node)
     if why == "rectifier":
         bias = f"give {here} a bias of zero or a small positive one"
+        fire = f"et some units of {here} fire: {initialisation(flow, at or node)}, and {bias}."
+        if _ends_rectified(flow, at or node):
+            return (
+                "Leave the rectifier out at the output, or use softplus or LeakyReLU there: which of a few "
+                "outputs fire is chance at any start, and one that does not can never learn to.",
+                f"Or l{fire}",
+                *_rate(flow),
+            )
         return (
-            f"Let some units of {here} fire: {initialisation(flow, at or node)}, and {bias}.",
+            f"L{fire}",
             "Or use LeakyReLU, ELU or GELU there, which pass a gradient below zero.",
             *_rate(flow),
         )
@@ -147,20 +174,50 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
         )
     if why == "one feature":
         return (f"Normalise what enters {here}, which has more features, or leave the norm out.",)
-    if why in ("zero weight", "zero input"):
-        given = bool(flow.record.provenance.optimizer)
-        return (
-            f"If two factors of a product both start at zero ({here} and its partner), start one of them "
-            f"at random.",
-            "If it is a zero initialisation by design, give it "
-            + ("more steps of the optimizer." if given else "a few steps of the optimizer: pass optimizer=."),
-        )
+    silent = why not in ("zero weight", "zero input") and late(flow.layers[node].output_rms) == 0
+    factors = (
+        f"If two factors of a product both start at zero ({layer_name(node) if silent else here} and its "
+        "partner), start one of them at random."
+    )
+    given = bool(flow.record.provenance.optimizer)
+    design = "If it is a zero initialisation by design, give it " + (
+        "more steps of the optimizer." if given else "a few steps of the optimizer: pass optimizer=."
+    )
     name = layer_name(node)
+    if why == "zero input" and not _starts_at_zero(flow, node):
+        return (
+            f"Look at what is made of the weights of {name} before they are used: a round or a sign has a "
+            "derivative of zero: use a straight-through estimate, w + (w.round() - w).detach().",
+            factors,
+        )
+    if why in ("zero weight", "zero input"):
+        return factors, design
+    if silent:
+        return factors, f"Or look at what stands behind {name}: a comparison has a derivative of zero."
     where = f"between {name} and {here}" if here != name else f"behind {name or 'the model'}"
     return (
         f"Look at what stands {where}: a sign, a round, a comparison or a hard bound has a derivative of "
         "zero.",
     )
+
+
+def _ends_rectified(flow: Flow, node: str) -> bool:
+    """Whether no weights stand behind a layer: its rectifier makes the output of the model."""
+    todo, seen = [node], {node}
+    while todo:
+        for behind in flow.wiring.after(todo.pop()):
+            if flow.parameters_of(behind):
+                return False
+            if behind not in seen:
+                seen.add(behind)
+                todo.append(behind)
+    return flow.wiring.known
+
+
+def _starts_at_zero(flow: Flow, node: str) -> bool:
+    """Whether what enters a layer is zero, or a parameter in it started there."""
+    nothing = late(flow.layers[node].input_rms) == 0 or math.isnan(late(flow.layers[node].input_rms))
+    return nothing or any(len(p.norm) and p.norm[0] == 0 for p in flow.parameters_of(node))
 
 
 def rectifier_actions(flow: Flow, activation: ActivationRecord, share: float) -> Actions:
@@ -179,64 +236,6 @@ def _rate(flow: Flow) -> Actions:
     if not rates:
         return ("If it died in training: a lower learning rate, or a warm-up.",)
     return (f"If it died in training: a learning rate below {max(rates):.3g}, or a warm-up.",)
-
-
-def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) -> Actions:
-    """For a saturated activation."""
-    gain = row_gain(flow, node_name(feeder)) if node_name(feeder) in flow.layers else math.nan
-    entering = late(activation.input_rms)
-    actions: list[str] = []
-    if activation.kind == "softmax":
-        joint = activation.functional and node_name(activation.layer) not in flow.layers
-        last = flow.wiring.is_last(node_name(activation.layer))
-        if joint or (activation.functional and "attn" in activation.layer.lower()):
-            actions.append(
-                "Divide the attention scores by sqrt(head dimension), or normalise queries and keys."
-            )
-        elif last:
-            actions.append(
-                "If a cross-entropy follows, leave the softmax out: it takes scores, and applies its own."
-            )
-            actions.append(
-                "If it is a policy: a stronger entropy bonus, smaller steps, normalised advantages."
-            )
-        if entering > 10:
-            actions.append(
-                f"What enters has rms {entering:.3g}: scale it down (a temperature, smaller weights)."
-            )
-    else:
-        if math.isfinite(gain) and gain < 3:
-            entered = late(flow.layers[node_name(feeder)].input_rms)
-            actions.append(
-                f"The weights of {feeder} are of ordinary size ({gain:.2g}), so it is what enters it that "
-                f"is large (rms {entered:.3g}): standardise it{_pixels(entered)}, or put a norm layer before "
-                f"the {activation.op}."
-            )
-        elif math.isfinite(gain):
-            drawn = initialisation(flow, node_name(feeder))
-            actions.append(f"The weights of {feeder}, which feeds it, are large ({gain:.2g}): {drawn}.")
-        if flow.wiring.is_last(node_name(activation.layer)):
-            actions.append(
-                "It is an output: where it stands for a probability, compute the loss on what enters it "
-                "(BCEWithLogitsLoss); where it bounds a value, keep targets inside the bounds."
-            )
-        else:
-            actions.append(f"Replace the {activation.op} by ReLU or GELU.")
-    return tuple(actions) or ("Scale down what enters it.",)
-
-
-def _pixels(rms: float) -> str:
-    """Return the usual cure of inputs that look like bytes."""
-    return " (divide pixels by 255)" if 50 <= rms <= 255 else ""
-
-
-def gate_actions(layer: str, entering: float) -> Actions:
-    """For a recurrent layer whose input shuts or opens all of its gates."""
-    return (
-        f"Standardise what enters {layer or 'it'} (rms {entering:.3g}): subtract the mean, divide by the "
-        "standard deviation, feature by feature.",
-        "Or put a norm layer before it.",
-    )
 
 
 def numerical_actions(birth: NumericalRecord | None) -> Actions:
@@ -293,7 +292,8 @@ _CURES: dict[str, Actions] = {
     "attention": ("A row that is masked throughout has no softmax: keep one key, or drop the row.",),
     "exp": ("Clamp the argument before exp (88 is the limit in float32, 11 in float16).",
             "Bound what produces it: a log-variance by clamp(-20, 8), a log-ratio by a cap."),
-    "div": ("Guard the denominator: / n.clamp(min=1), or / (x + eps).",
+    "div": ("Guard the denominator: / n.clamp(min=1), or / (x + eps); of a length inside the root, "
+        "sqrt(x + eps).",
             "Where a mean runs over a mask: let an empty mask give zero."),
     "mean": ("The mean of nothing is NaN: guard for an empty selection.",),
     "pow": ("A power below 1 has an infinite slope at zero: add a small constant to the base.",),
@@ -350,8 +350,8 @@ def narrow_actions(layer: str, width: int, needed: float) -> Actions:
 def rectified_actions(layer: str, width: int) -> Actions:
     """For a rectifier in a narrow passage."""
     return (
-        f"Leave {layer} without an activation (a linear bottleneck), or use tanh or LeakyReLU there.",
-        f"Or widen it: of {width} units all are off at once for a part of the samples.",
+        f"Widen {layer}: of {width} units all are off at once for a part of the samples.",
+        f"Or leave {layer} without an activation (a linear bottleneck), or use tanh or LeakyReLU there.",
     )
 
 

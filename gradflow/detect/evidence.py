@@ -322,6 +322,15 @@ def heads(flow: Flow) -> list[str]:
     return [node for node in last_layers(flow) if np.any(flow.grad[node] > 0)]
 
 
+def swallowing_norms(record: FlowRecord, times: float = 30.0, epsilon: float = 0.01) -> list[str]:
+    """Return the norm layers whose epsilon is so many times the variance that enters, and no mere guard."""
+    return [
+        norm.name
+        for norm in record.parts.norms
+        if norm.epsilon >= epsilon and late(norm.variance) > 0 and norm.epsilon >= times * late(norm.variance)
+    ]
+
+
 def total_gradient(record: FlowRecord) -> Floats:
     """Return the norm of the gradient of all parameters together, shape (steps,)."""
     if not record.parameters:

@@ -6,12 +6,17 @@ stand for, `trials/` runs them. May import everything down to `diagnosis`.
 """
 
 from gradflow.remedies.choosing.choice import first_action, remedies_for
-from gradflow.remedies.kinds.data import larger_batches
-from gradflow.remedies.kinds.domains import guarded
+from gradflow.remedies.kinds.blocks import pre_norm, skip_round, wider
+from gradflow.remedies.kinds.data import inputs_standardised, larger_batches
+from gradflow.remedies.kinds.domains import divisors_bounded, guarded
 from gradflow.remedies.kinds.functions import (
     attached,
+    bounded_exponents,
     cooled,
+    flattened,
     inputs_with_gradient,
+    left_out,
+    loss_of_logits,
     reparametrised,
     smooth,
     straight_through,
@@ -34,11 +39,14 @@ from gradflow.remedies.kinds.optimizing import (
     loss_times,
     no_decay,
     own_rate,
+    plain_adam,
     rate_times,
     warmed_up,
 )
+from gradflow.remedies.kinds.starts import parameters_times, rows_revived, scale_kept, small_steps
 from gradflow.remedies.kinds.structure import (
     activation,
+    bounded_output,
     gated,
     group_norm,
     less_dropout,
@@ -46,7 +54,6 @@ from gradflow.remedies.kinds.structure import (
     norm_behind,
     norm_epsilon,
     output_times,
-    skip_round,
     standardised,
     without,
 )
@@ -59,20 +66,27 @@ __all__ = [
     "activation",
     "attached",
     "biased",
+    "bounded_exponents",
+    "bounded_output",
     "clipped",
     "cooled",
+    "divisors_bounded",
     "epsilon",
     "first_action",
+    "flattened",
     "gated",
     "group_norm",
     "guarded",
     "initialised",
+    "inputs_standardised",
     "inputs_with_gradient",
     "kaiming",
     "keeping",
     "larger_batches",
+    "left_out",
     "less_dropout",
     "like_siblings",
+    "loss_of_logits",
     "loss_times",
     "no_decay",
     "norm_before",
@@ -83,17 +97,24 @@ __all__ = [
     "orthogonal_recurrence",
     "output_times",
     "own_rate",
+    "parameters_times",
+    "plain_adam",
+    "pre_norm",
     "queries_divided",
     "rate_times",
     "remedies_for",
     "reparametrised",
     "rescaled",
+    "rows_revived",
+    "scale_kept",
     "skip_round",
+    "small_steps",
     "smooth",
     "standardised",
     "straight_through",
     "try_remedies",
     "warmed_up",
+    "wider",
     "wider_precision",
     "without",
 ]

@@ -68,10 +68,18 @@ def test_epsilon_and_weight_decay() -> None:
 def test_a_rate_of_its_own() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    _, changed = r.own_rate("2.weight", 0.01).apply(model, optimizer)
+    _, changed = r.own_rate(["2.weight"], 0.01).apply(model, optimizer)
     rates = {id(p): group["lr"] for group in changed.param_groups for p in group["params"]}
     assert rates.pop(id(model[2].weight)) == pytest.approx(1e-3)
     assert list(rates.values()) == [0.1] * 5
+
+
+def test_the_adam_of_pytorch_steps_instead_of_another() -> None:
+    model = net()
+    groups = [{"params": [model[0].weight], "lr": 0.5}, {"params": [model[2].weight], "lr": 0.1}]
+    _, changed = r.plain_adam(0.1).apply(model, torch.optim.SGD(groups))
+    assert type(changed) is torch.optim.Adam
+    assert [group["lr"] for group in changed.param_groups] == pytest.approx([0.05, 0.01])
 
 
 def test_new_parameters_join_the_first_group() -> None:
@@ -108,7 +116,16 @@ def test_batches_are_joined() -> None:
         (r.orthogonal_recurrence("0"), "0 has no recurrent weights"),
         (r.like_siblings(["9.weight"]), "no other block has a parameter like 9.weight"),
         (r.queries_divided("0", 2.0), "cannot be told by its name"),
-        (r.norm_behind(["1"]), "how wide the output of 1 is"),
+        (r.parameters_times(["9.weight"], 2.0), "no parameter '9.weight'"),
+        (r.scale_kept({"1": 2.0}), "1 has no weights"),
+        (r.small_steps("0"), "cannot be told by its name"),
+        (r.rows_revived("0.weight", [999]), "no such rows of '0.weight'"),
+        (
+            r.rows_revived("0.weight", list(range(len(net()[0].weight)))),
+            "no row of '0.weight' gets a gradient",
+        ),
+        (r.wider("1", ["2"], 9), "1 is a ReLU, no linear layer"),
+        (r.wider("0", ["1"], 9), "how a ReLU reads more inputs"),
         (r.norm_epsilon(["0"]), "0 has no epsilon"),
         (r.group_norm(["0"]), "0 is no batch norm"),
         (r.gated("0"), "0 is a Linear, no plain recurrence"),
@@ -132,7 +149,7 @@ def test_more_refusals() -> None:
     with pytest.raises(RemedyError, match="Rateless has no learning rate"):
         r.rate_times(0.1).apply(model, optimizer)
     with pytest.raises(RemedyError, match="holds no parameter 'x' with a learning rate"):
-        applied(r.own_rate("x", 0.1), net())
+        applied(r.own_rate(["x"], 0.1), net())
     with pytest.raises(RemedyError, match="differ in shape, so they cannot be joined"):
         r.larger_batches(2).on_batches([torch.zeros(2, 3), torch.zeros(2, 4)])
     with pytest.raises(RemedyError, match="hold a str cannot be joined"):

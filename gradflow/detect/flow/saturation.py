@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 import attrs
 import numpy as np
 
-from gradflow.detect.actions import gate_actions, saturation_actions
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.ends.loud import sharp_scores
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import at_level, came_knowing, guesses, has_learned, learns
+from gradflow.detect.squashed import gate_actions, saturation_actions
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import MOST_NEIGHBOURS, node_name
 from gradflow.records import (

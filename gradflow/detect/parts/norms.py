@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from gradflow.detect.evidence import late
+from gradflow.detect.evidence import late, swallowing_norms
 from gradflow.records import (
     FlowRecord,
     Issue,
@@ -40,10 +40,10 @@ def swallowed_norms(
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
+        found = set(swallowing_norms(record, times, epsilon))
         for norm in record.parts.norms:
-            variance = late(norm.variance)
-            if norm.epsilon >= epsilon and variance > 0 and norm.epsilon >= times * variance:
-                yield _issue(norm, variance, severe)
+            if norm.name in found:
+                yield _issue(norm, late(norm.variance), severe)
 
     return detector
 

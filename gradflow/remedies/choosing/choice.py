@@ -13,21 +13,26 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 
 import attrs
+import torch
 
 from gradflow.records import Cause, FlowRecord, IssueType
-from gradflow.remedies.choosing.sentences import far_targets, of_action
-from gradflow.remedies.choosing.targets import Target
+from gradflow.remedies.choosing.running import far_targets
+from gradflow.remedies.choosing.sentences import of_action
+from gradflow.remedies.choosing.shapes import inputs_off_scale
+from gradflow.remedies.choosing.targets import Target, module_of
+from gradflow.remedies.choosing.weights import scale_of_outputs
 from gradflow.remedies.kinds import initialisation as start
 from gradflow.remedies.kinds import optimizing, structure
+from gradflow.remedies.kinds.blocks import skip_round
 from gradflow.remedies.kinds.domains import guard_of, guarded
-from gradflow.remedies.kinds.functions import wider_precision
+from gradflow.remedies.kinds.functions import bounded_exponents, flattened, straight_through, wider_precision
 from gradflow.remedies.remedy import Remedy
 
-MOST = 8  # remedies for one cause
+MOST = 10  # remedies for one cause
 
 
 def remedies_for(cause: Cause, record: FlowRecord) -> tuple[Remedy, ...]:
-    """Return the remedies that a cause's recommended actions stand for, the likeliest first, eight at most.
+    """Return the remedies that a cause's recommended actions stand for, the likeliest first, ten at most.
 
     Args:
         cause: of a report.
@@ -71,34 +76,60 @@ def _found(target: Target) -> Iterator[Remedy]:
 def _against_vanishing(target: Target) -> Iterator[Remedy]:
     if target.hidden:
         yield structure.norm_behind(target.hidden)
-        yield start.kaiming(target.rectified() or target.hidden)
+    if target.weighted:
+        yield start.kaiming(target.rectified() or target.weighted)
+    if len(target.blocks()) > 1:
+        yield skip_round(target.blocks(), norm=True)
+    yield from scale_of_outputs(target)
 
 
 def _against_explosion(target: Target) -> Iterator[Remedy]:
+    if len(target.blocks()) > 1:
+        yield skip_round(target.blocks(), norm=True)
     if target.hidden:
         yield structure.norm_behind(target.hidden)
+    yield from scale_of_outputs(target)
     yield structure.standardised([target.entry])
+    yield from inputs_off_scale(target)
     yield optimizing.clipped(1.0) + optimizing.rate_times(1 / 10)
     yield from far_targets(target)
 
 
 def _against_death(target: Target) -> Iterator[Remedy]:
+    drawn = _zeros(target)
+    if drawn:
+        yield start.initialised(drawn)
+    if target.rectified() and target.activations(("rectifier",)):
+        yield start.kaiming(target.rectified())
+    if "exactly zero" in target.description:
+        if "rectifier" not in target.description:
+            yield straight_through()
+            yield from inputs_off_scale(target)
+        if target.hidden:
+            yield structure.norm_behind(target.hidden)
+
+
+def _zeros(target: Target) -> list[start.Init]:
+    """What parameters that start at exactly zero are drawn from; biases may stay there."""
     zeros = [p for p in target.flow.record.parameters if p.trainable and len(p.norm) and p.norm[0] == 0]
-    drawn = [
+    return [
         start.Init("xavier_uniform_", p.name)
         if len(p.shape) >= 2
         else start.Init("normal_", p.name, {"std": 0.1})
         for p in zeros
         if not p.name.endswith("bias")
     ]
-    if drawn:
-        yield start.initialised(drawn)
-    if target.rectified() and target.activations(("rectifier",)):
-        yield start.kaiming(target.rectified())
 
 
 def _against_leaps(target: Target) -> Iterator[Remedy]:
+    stepper = target.flow.record.provenance.optimizer
+    if stepper and not hasattr(torch.optim, stepper):
+        yield optimizing.plain_adam()
+        yield optimizing.plain_adam(0.1)
     yield optimizing.rate_times(1 / 30)
+    yield from inputs_off_scale(target)
+    if "exp" in target.ops():
+        yield bounded_exponents()
     yield optimizing.clipped(1.0)
     yield optimizing.rate_times(1 / 300) + optimizing.clipped(1.0)
     yield structure.standardised([target.entry])
@@ -106,9 +137,15 @@ def _against_leaps(target: Target) -> Iterator[Remedy]:
 
 def _against_saturation(target: Target) -> Iterator[Remedy]:
     yield structure.standardised([target.feeder])
+    yield from inputs_off_scale(target)
     entering = target.entering()
     if math.isfinite(entering) and entering > 2:
         yield start.rescaled([target.feeder], 1 / entering)
+        found = target.activations(("bounded",))
+        modules = [module_of(a.name) for a in found if not a.functional]
+        functions = [a.op for a in found if a.functional]
+        if found:
+            yield flattened(list(dict.fromkeys(modules)), list(dict.fromkeys(functions)), entering)
 
 
 def _against_nan(target: Target) -> Iterator[Remedy]:
@@ -116,11 +153,16 @@ def _against_nan(target: Target) -> Iterator[Remedy]:
         op = guard_of(birth.op)
         if op:
             yield guarded(op)
-    yield wider_precision()
+    drawn = _zeros(target)
+    if drawn:
+        yield start.initialised(drawn)
     every = guarded("log")
-    for op in ("sqrt", "div", "exp", "norm", "pow", "softmax", "mean"):
+    for op in ("sqrt", "div", "exp", "norm", "pow", "softmax", "mean", "mul"):
         every += guarded(op)
     yield attrs.evolve(every, name="every operation inside its domain")
+    yield from inputs_off_scale(target)
+    yield wider_precision()
+    yield wider_precision(torch.float64)
 
 
 _USUAL: dict[IssueType, Callable[[Target], Iterable[Remedy]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 
 import attrs
@@ -59,6 +60,11 @@ class Target:
         return self._matrices(n for n in self.flow.layers if n not in last)
 
     @property
+    def weighted(self) -> list[str]:
+        """Those of the hidden modules whose matrix is called `weight`, as that of attention is not."""
+        return [n for n in self.hidden if f"{n}.weight" in self.flow.parameters]
+
+    @property
     def matrices(self) -> list[str]:
         """All modules with a weight matrix, in order."""
         return self._matrices(self.flow.layers)
@@ -69,12 +75,91 @@ class Target:
         found = self._matrices(n for n in self.flow.layers if not self.flow.is_table(n))
         return found[0] if found else self.module
 
+    @property
+    def actions(self) -> tuple[str, ...]:
+        """All that is recommended for its own issue."""
+        return self.cause.issues[0].recommended_actions if self.cause.issues else ()
+
+    @property
+    def description(self) -> str:
+        """What its own issue says."""
+        return self.cause.issues[0].description if self.cause.issues else ""
+
+    def readers(self) -> list[str]:
+        """Return the modules with parameters that the output of the layer at fault enters next."""
+        found, todo, seen = [], [self.node], {self.node}
+        while todo:
+            for node in self.flow.wiring.after(todo.pop()):
+                if node not in seen:
+                    seen.add(node)
+                    (found if self.flow.layers[node].parameters else todo).append(node)
+        return list(dict.fromkeys(module_of(layer_name(n)) for n in found))
+
+    def blocks(self) -> list[str]:
+        """Return the repeated blocks that the layer at fault stands in, whose names differ in a number:
+        `layers.0` to `layers.9` for `layers.2.fc`; empty where nothing is repeated.
+        """
+        parts = self.module.split(".")
+        for depth in range(len(parts), 0, -1):
+            if parts[depth - 1].isdigit():
+                found = self.alike(".".join(parts[:depth]))
+                return found if len(found) > 1 else []
+        return []
+
+    def alike(self, module: str) -> list[str]:
+        """Return the modules whose names differ from one by numbers alone, itself at least."""
+        pattern = _numberless(module)
+        every = dict.fromkeys(
+            ".".join(parts[:depth])
+            for parts in (layer.module.split(".") for layer in self.flow.record.layers)
+            for depth in range(1, len(parts) + 1)
+        )
+        return [name for name in every if _numberless(name) == pattern] or [module]
+
+    def parameters_alike(self, name: str) -> list[str]:
+        """Return the parameters of as many numbers that have the last name of one."""
+        own = self.flow.parameters.get(name)
+        if own is None:
+            return []
+        last = name.rpartition(".")[2]
+        return [
+            p.name
+            for p in self.flow.record.parameters
+            if p.name.rpartition(".")[2] == last and p.num_elements == own.num_elements and p.trainable
+        ]
+
+    def ops(self) -> frozenset[str]:
+        """Return the types of all operations in the graph, in small letters."""
+        return frozenset(node.type.lower() for node in self.flow.wiring.nodes.values() if node.kind == "op")
+
+    def norms_on_the_path(self) -> tuple[list[str], list[str]]:
+        """Return the norms that stand on the path from block to block, and the layers that read them.
+
+        Such a norm is fed by another one and by the branch that starts there: the nearest layers before it
+        are that norm and the end of the branch.
+        """
+        flow = self.flow
+        every = [n for n in flow.layers if flow.is_norm(n)]
+        linked = [
+            n for n in every if any(flow.is_norm(m) for m in (*flow.wiring.before(n), *flow.wiring.after(n)))
+        ]
+        sources = dict.fromkeys([*linked, *(b for n in linked for b in flow.wiring.before(n))])
+        readers = dict.fromkeys(
+            a
+            for s in sources
+            for a in flow.wiring.after(s)
+            if not flow.is_norm(a) and flow.layers[a].parameters
+        )
+        return [module_of(layer_name(n)) for n in linked], list(
+            dict.fromkeys(module_of(layer_name(n)) for n in readers)
+        )
+
     def rectified(self) -> list[str]:
         """Return the hidden modules with a weight matrix that feed a rectifier or its like."""
         smooth = {"gelu", "silu", "relu", "leakyrelu", "leaky_relu", "elu", "relu6", "mish"}
         return [
             n
-            for n in self.hidden
+            for n in self.weighted
             if any(a.kind == "rectifier" for a in activations_of(self.flow, node_name(n)))
             or {
                 self.flow.layers[b].type.lower()
@@ -132,6 +217,10 @@ class Target:
 
     def _matrices(self, nodes: Iterable[str]) -> list[str]:
         return list(dict.fromkeys(module_of(layer_name(n)) for n in nodes if self.flow.has_matrix(n)))
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 def module_of(call: str) -> str:

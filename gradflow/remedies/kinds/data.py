@@ -1,4 +1,4 @@
-"""Remedies of the data: larger batches."""
+"""Remedies of the data: larger batches, and standardised inputs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradflow.errors import RemedyError
-from gradflow.remedies.remedy import Remedy, unchanged
+from gradflow.remedies.kinds.functions import with_inputs
+from gradflow.remedies.remedy import Remedy, on_model, unchanged
 
 
 def larger_batches(times: int = 8) -> Remedy:
@@ -33,6 +34,35 @@ def larger_batches(times: int = 8) -> Remedy:
         apply=unchanged,
         on_batches=joined,
     )
+
+
+def inputs_standardised() -> Remedy:
+    """Return the remedy that standardises what a model is given, feature by feature over the batch.
+
+    Features are the last axis, of images the second. LeCun et al., "Efficient backprop", 1998.
+    """
+
+    def change(model: nn.Module) -> None:
+        module: Any = model
+        module.forward = with_inputs(module.forward, _standardised)
+
+    return Remedy(
+        name="standardised inputs of the model",
+        words="All quantities that the model is given standardised, feature by feature.",
+        code="x = (x - mean) / std  # of every column, over the training data, where the data is loaded",
+        apply=on_model(change),
+    )
+
+
+def _standardised(x: Tensor) -> Tensor:
+    if x.dim() == 0 or len(x) < 2:
+        return x
+    feature = -1 if x.dim() == 1 else 1 if x.dim() >= 4 else x.dim() - 1
+    axes = [axis for axis in range(x.dim()) if axis != feature]
+    with torch.no_grad():
+        y = x.double()
+        mean, std = y.mean(axes, keepdim=True), y.std(axes, keepdim=True, unbiased=False)
+    return ((x - mean) / (std + 1e-5 + 1e-6 * mean.abs())).to(x.dtype)
 
 
 def _joined(batches: Sequence[Any]) -> Any:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradflow.remedies.kinds.functions import Substitute, in_model, substituted
+from gradflow.remedies.kinds.functions import Substitute, in_loss, in_model
 from gradflow.remedies.remedy import Remedy
 
 _SMALL = 1e-8
@@ -82,7 +82,25 @@ def _attention(function: Any, q: Any, k: Any, v: Any, mask: Any = None, *args: A
 
 def _finite(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     y = function(x, *args, **kwargs)
-    return torch.nan_to_num(y) if isinstance(y, Tensor) and y.is_floating_point() else y
+    # What is NaN before is no mean of nothing, and is not to be hidden here.
+    given = [a for a in (x, *args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()]
+    hidden = isinstance(y, Tensor) and y.is_floating_point() and all(a.isfinite().all() for a in given)
+    return torch.nan_to_num(y) if hidden else y
+
+
+def _product(function: Any, x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
+    """The product, 0 where a factor that is given, and not computed from parameters, is not finite."""
+    factors = [
+        torch.nan_to_num(f, 0.0, 0.0, 0.0)
+        if isinstance(f, Tensor) and f.is_floating_point() and not f.requires_grad
+        else f
+        for f in (x, y)
+    ]
+    return function(*factors, *args, **kwargs)
+
+
+def _scaled_exponential(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    return function(x / max(1, x.shape[-1]), *args, **kwargs)
 
 
 _GUARDS: dict[str, tuple[Substitute, str]] = {
@@ -119,6 +137,10 @@ _GUARDS: dict[str, tuple[Substitute, str]] = {
     "l1_loss": (_finite, "F.l1_loss(x, y, reduction='sum') / max(number, 1)"),
     "smooth_l1_loss": (_finite, "F.smooth_l1_loss(x, y, reduction='sum') / max(number, 1)"),
     "binary_cross_entropy": (_finite, "F.binary_cross_entropy(x, y, reduction='sum') / max(number, 1)"),
+    "mul": (_product, "torch.where(mask, x, 0)  # for x * mask"),
+    "__mul__": (_product, "torch.where(mask, x, 0)  # for x * mask"),
+    "__rmul__": (_product, "torch.where(mask, x, 0)  # for x * mask"),
+    "matrix_exp": (_scaled_exponential, "torch.matrix_exp(x / x.shape[-1])"),
     "kl_div": (_finite, "F.kl_div(input, target.clamp(min=1e-8))"),
 }
 _FAMILIES = {
@@ -129,6 +151,7 @@ _FAMILIES = {
     "norm": ("norm", "vector_norm", "cdist"),
     "pow": ("pow", "__pow__"),
     "acos": ("acos", "asin"),
+    "mul": ("mul", "__mul__", "__rmul__"),
     "softmax": ("softmax", "log_softmax", "masked_fill", "masked_fill_", "scaled_dot_product_attention"),
     "mean": (
         "mean",
@@ -153,18 +176,38 @@ def guarded(op: str) -> Remedy:
     """
     family = next((names for names in _FAMILIES.values() if op in names), (op,))
     substitutes = {name: _GUARDS[name][0] for name in family}
-
-    def on_loss(loss_fn: Any) -> Any:
-        if loss_fn is None or isinstance(loss_fn, nn.Module):
-            return loss_fn
-        return substituted(loss_fn, substitutes)
-
     return Remedy(
         name=f"{op} inside its domain",
         words=f"The arguments of {op} kept inside its domain, in the model and in the loss.",
         code=_GUARDS[op][1],
         apply=in_model("", substitutes),
-        on_loss=on_loss,
+        on_loss=in_loss(substitutes),
+    )
+
+
+def divisors_bounded(share: float = 0.1) -> Remedy:
+    """Return the remedy that keeps divisors away from zero at the scale of the data.
+
+    Where a tensor is divided by another one, element by element, what is below a share of that one's mean
+    size counts as that much; its sign stays.
+
+    Args:
+        share: of the mean of the divisor's absolute values.
+    """
+
+    def bounded(function: Any, x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(y, Tensor) and y.is_floating_point() and y.numel() > 1:
+            least = (share * y.detach().abs().mean()).to(y.dtype)
+            y = torch.where(y.abs() < least, torch.where(y < 0, -least, least), y)
+        return function(x, y, *args, **kwargs)
+
+    substitutes: dict[str, Substitute] = dict.fromkeys(("div", "true_divide", "__truediv__", "div_"), bounded)
+    return Remedy(
+        name=f"divisors of at least {share:g} of their mean",
+        words=f"What divides other tensors kept above {share:g} of its mean absolute value.",
+        code=f"x / y.abs().clamp_min({share:g} * y.abs().mean())  # times y.sign(), where that matters",
+        apply=in_model("", substitutes),
+        on_loss=in_loss(substitutes),
     )
 
 

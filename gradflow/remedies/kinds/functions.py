@@ -9,10 +9,11 @@ what the recommended action says, done in every place of that kind at once.
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +95,21 @@ def in_model(name: str, substitutes: dict[str, Substitute], *, with_gradient: bo
     return on_model(change)
 
 
+def in_loss(substitutes: dict[str, Substitute], *, with_gradient: bool = False) -> Callable[[Any], Any]:
+    """Return the change that has a loss run as `substituted` does; None stays None."""
+
+    def change(loss_fn: Any) -> Any:
+        if loss_fn is None:
+            return None
+        if not isinstance(loss_fn, nn.Module):
+            return substituted(loss_fn, substitutes, with_gradient=with_gradient)
+        changed: Any = copy.copy(loss_fn)  # the user's own may be shared: see `trials/copies.py`
+        changed.forward = substituted(loss_fn.forward, substitutes, with_gradient=with_gradient)
+        return changed
+
+    return change
+
+
 def straight_through() -> Remedy:
     """Return the remedy that lets the gradient through sign, round, floor and the like as it is.
 
@@ -112,6 +128,7 @@ def straight_through() -> Remedy:
         words="sign, round, floor and the like let the gradient through as it is.",
         code="y = x + (torch.round(x) - x).detach()  # for torch.round(x); sign, floor likewise",
         apply=in_model("", dict.fromkeys(names, estimate)),
+        on_loss=in_loss(dict.fromkeys(names, estimate)),
     )
 
 
@@ -130,6 +147,7 @@ def attached(name: str = "") -> Remedy:
         words=f"detach(), .data and no_grad() are ignored in {name or 'the model'}.",
         code="# remove detach(), .data and torch.no_grad() from forward()",
         apply=in_model(name, dict.fromkeys(("detach", "detach_", "data.get"), as_it_is), with_gradient=True),
+        on_loss=in_loss({}, with_gradient=True),
     )
 
 
@@ -152,37 +170,63 @@ def reparametrised() -> Remedy:
     )
 
 
-def _with_inputs(model: Any, change: Callable[[Tensor], Tensor]) -> None:
-    """Have a model's floating-point inputs changed before each forward pass."""
-    forward = model.forward
+def with_inputs(function: Callable[..., Any], change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """Return a function whose floating-point arguments are changed first, those in lists and dicts too."""
 
-    @functools.wraps(forward)
+    @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         def changed(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {key: changed(one) for key, one in value.items()}
+            if type(value) in (tuple, list):
+                return type(value)(map(changed, value))
             return change(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        return forward(*map(changed, args), **{key: changed(value) for key, value in kwargs.items()})
+        return function(*map(changed, args), **{key: changed(value) for key, value in kwargs.items()})
 
-    model.forward = run
+    return run
 
 
-def wider_precision() -> Remedy:
-    """Return the remedy that runs the whole model in float32, casts to half precision included."""
+def wider_precision(dtype: torch.dtype = torch.float32) -> Remedy:
+    """Return the remedy that runs model and loss in another precision, casts to a lower one included.
+
+    Args:
+        dtype: float32, or float64, whose smallest number is 1e-308 where float32 has 1e-38.
+    """
+    casts: dict[str, Substitute] = dict.fromkeys(("half", "bfloat16", "float", "to", "type"), _kept_in(dtype))
+
+    def widened(value: Tensor) -> Tensor:
+        return value.to(dtype)
+
+    def change(model: Any) -> None:
+        model.forward = with_inputs(substituted(model.to(dtype).forward, casts), widened)
+
+    def on_loss(loss_fn: Any) -> Any:
+        changed = in_loss(casts)(loss_fn)
+        if isinstance(changed, nn.Module):
+            changed.forward = with_inputs(changed.forward, widened)  # type: ignore[method-assign]
+            return changed
+        return None if changed is None else with_inputs(changed, widened)
+
+    told = str(dtype).removeprefix("torch.")
+    return Remedy(
+        name=told,
+        words=f"Model and loss in {told}.",
+        code=f"model.to(torch.{told})  # and its inputs and targets, without casts to less in forward()",
+        apply=on_model(change),
+        on_loss=on_loss,
+    )
+
+
+def _kept_in(dtype: torch.dtype) -> Substitute:
+    """Return what stands for a cast, and casts to no lower precision than a dtype."""
 
     def kept(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         y = function(x, *args, **kwargs)
-        return x if isinstance(y, Tensor) and y.dtype in (torch.float16, torch.bfloat16) else y
+        lower = isinstance(y, Tensor) and y.is_floating_point() and y.element_size() < dtype.itemsize
+        return x.to(dtype) if lower and x.is_floating_point() else y
 
-    def change(model: Any) -> None:
-        _with_inputs(model.float(), Tensor.float)
-        model.forward = substituted(model.forward, dict.fromkeys(("half", "bfloat16", "to", "type"), kept))
-
-    return Remedy(
-        name="float32",
-        words="The whole model in float32.",
-        code="model.float()  # and its inputs, without .half() in forward()",
-        apply=on_model(change),
-    )
+    return kept
 
 
 def inputs_with_gradient() -> Remedy:
@@ -197,9 +241,9 @@ def inputs_with_gradient() -> Remedy:
         return y if y.requires_grad else y.requires_grad_()
 
     def change(model: nn.Module) -> None:
-        _with_inputs(model, lambda x: x.detach().requires_grad_())
         module: Any = model
-        module.forward = substituted(module.forward, {"embedding": opened})
+        forward = with_inputs(module.forward, lambda x: x.detach().requires_grad_())
+        module.forward = substituted(forward, {"embedding": opened})
 
     return Remedy(
         name="inputs that require a gradient",
@@ -229,6 +273,91 @@ def cooled(name: str, factor: float) -> Remedy:
     )
 
 
+def flattened(modules: Sequence[str], functions: Sequence[str], factor: float) -> Remedy:
+    """Return the remedy that divides what enters activations, so that they are not at their ends.
+
+    Args:
+        modules: the activation modules.
+        functions: those that the forward pass calls as functions, such as `sigmoid`.
+        factor: what is divided by, such as the rms of what enters.
+    """
+
+    def divided(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(x / factor, *args, **kwargs)
+
+    def change(model: nn.Module) -> None:
+        for name in modules:
+            module: Any = part(model, name)
+            module.forward = with_inputs(module.forward, lambda x: x / factor)
+        if functions:
+            whole: Any = model
+            whole.forward = substituted(whole.forward, dict.fromkeys(functions, divided))
+
+    names = [*modules, *functions]
+    return Remedy(
+        name=f"what enters {listed(names)} / {factor:.3g}",
+        words=f"What enters {listed(names)} divided by {factor:.3g}.",
+        code=f"x = x / {factor:.3g}  # before {listed(names)}",
+        apply=on_model(change),
+    )
+
+
+def left_out(names: Sequence[str]) -> Remedy:
+    """Return the remedy that leaves out functions that a forward pass or a loss calls: a last sigmoid.
+
+    Args:
+        names: of the functions, such as `sigmoid`; they are left out wherever they are called.
+    """
+
+    def as_it_is(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+    variants = {variant: as_it_is for name in names for variant in (name, f"{name}_")}
+    return Remedy(
+        name=f"without {listed(names)}",
+        words=f"The forward pass without {listed(names)}.",
+        code="\n".join(f"x  # for torch.{name}(x)" for name in names),
+        apply=in_model("", variants),
+        on_loss=in_loss(variants),
+    )
+
+
+def loss_of_logits() -> Remedy:
+    """Return the remedy that takes the binary cross entropy of logits, not of probabilities."""
+
+    def of_logits(function: Any, x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
+        return F.binary_cross_entropy_with_logits(x, y, *args, **kwargs)
+
+    return Remedy(
+        name="the loss of logits",
+        words="The binary cross entropy of logits in the place of that of probabilities.",
+        code="F.binary_cross_entropy_with_logits(x, y)  # for F.binary_cross_entropy(torch.sigmoid(x), y)",
+        apply=in_model("", {"binary_cross_entropy": of_logits}),
+        on_loss=in_loss({"binary_cross_entropy": of_logits}),
+    )
+
+
+def bounded_exponents(bound: float = 2.0) -> Remedy:
+    """Return the remedy that bounds softly what enters every exponential: exp(b tanh(x / b)).
+
+    As for the log-scales of a flow: Dinh et al., "Density estimation using Real NVP", 2017.
+
+    Args:
+        bound: b; x itself stays nearly what it is where it is much smaller.
+    """
+
+    def softly(function: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(bound * torch.tanh(x / bound), *args, **kwargs)
+
+    return Remedy(
+        name=f"exponents within ± {bound:g}",
+        words=f"What enters every exponential bounded softly by {bound:g}.",
+        code=f"s = {bound:g} * torch.tanh(s / {bound:g})  # before torch.exp(s)",
+        apply=in_model("", dict.fromkeys(("exp", "exp_"), softly)),
+        on_loss=in_loss(dict.fromkeys(("exp", "exp_"), softly)),
+    )
+
+
 def smooth(names: Sequence[str] = ("sigmoid", "tanh"), *, new: Callable[[Tensor], Tensor] = F.gelu) -> Remedy:
     """Return the remedy that calls another activation where a forward pass calls one as a function.
 
@@ -237,11 +366,11 @@ def smooth(names: Sequence[str] = ("sigmoid", "tanh"), *, new: Callable[[Tensor]
         new: what is called in their place.
     """
     told = getattr(new, "__name__", "another function")
+    variants = {variant: lambda f, x, *a, **k: new(x) for name in names for variant in (name, f"{name}_")}
     return Remedy(
         name=f"F.{told} for {listed(names)}",
         words=f"F.{told} where the forward pass calls {listed(names)}.",
         code="\n".join(f"F.{told}(x)  # for torch.{name}(x)" for name in names),
-        apply=in_model(
-            "", {variant: lambda f, x, *a, **k: new(x) for name in names for variant in (name, f"{name}_")}
-        ),
+        apply=in_model("", variants),
+        on_loss=in_loss(variants),
     )

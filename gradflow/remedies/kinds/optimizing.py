@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from gradflow.errors import RemedyError
 from gradflow.remedies.remedy import Remedy, on_optimizer
+from gradflow.remedies.surgery import listed
 
 
 def rate_times(factor: float) -> Remedy:
@@ -39,28 +41,53 @@ def rate_times(factor: float) -> Remedy:
     )
 
 
-def own_rate(name: str, factor: float) -> Remedy:
-    """Return the remedy that gives one parameter a learning rate of its own, in a group of its own.
+def own_rate(names: Sequence[str], factor: float) -> Remedy:
+    """Return the remedy that gives some parameters a learning rate of their own, in a group of their own.
 
     Args:
-        name: qualified name of the parameter.
-        factor: what the rate of its group is multiplied by.
+        names: qualified names of the parameters.
+        factor: what the rate of their group is multiplied by.
     """
 
     def apply(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        parameter = dict(model.named_parameters()).get(name)
-        group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
-        if group is None or "lr" not in group:
-            raise RemedyError(f"the optimizer holds no parameter {name!r} with a learning rate.")
-        group["params"] = [p for p in group["params"] if p is not parameter]
-        optimizer.param_groups.append({**group, "params": [parameter], "lr": group["lr"] * factor})
+        held = dict(model.named_parameters())
+        for name in names:
+            parameter = held.get(name)
+            group = next(
+                (g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None
+            )
+            if group is None or "lr" not in group:
+                raise RemedyError(f"the optimizer holds no parameter {name!r} with a learning rate.")
+            group["params"] = [p for p in group["params"] if p is not parameter]
+            optimizer.param_groups.append({**group, "params": [parameter], "lr": group["lr"] * factor})
         return model, optimizer
 
     return Remedy(
-        name=f"learning rate of {name} × {factor:g}",
-        words=f"A learning rate of its own for {name}, {factor:g} times that of the others.",
-        code=f'optimizer.add_param_group({{"params": [model.{name}], "lr": {factor:g} * rate}})',
+        name=f"learning rate of {listed(names)} × {factor:g}",
+        words=f"A learning rate of their own for {listed(names)}, {factor:g} times that of the others.",
+        code=f'optimizer.add_param_group({{"params": [{", ".join(f"model.{n}" for n in names)}], '
+        f'"lr": {factor:g} * rate}})',
         apply=apply,
+    )
+
+
+def plain_adam(factor: float = 1.0) -> Remedy:
+    """Return the remedy that lets PyTorch's Adam step instead of an optimizer of one's own.
+
+    Args:
+        factor: what the rates are multiplied by.
+    """
+
+    def change(optimizer: Optimizer) -> Optimizer:
+        groups = optimizer.param_groups
+        return torch.optim.Adam([{"params": g["params"], "lr": g.get("lr", 1e-3) * factor} for g in groups])
+
+    rate = "rate" if factor == 1 else f"{factor:g} * rate"
+    return Remedy(
+        name="torch.optim.Adam" + ("" if factor == 1 else f", learning rate / {1 / factor:.4g}"),
+        words="Adam as PyTorch has it, in the place of the optimizer.",
+        code=f"optimizer = torch.optim.Adam(model.parameters(), lr={rate})",
+        apply=on_optimizer(change),
     )
 
 

@@ -25,7 +25,7 @@ def _takes_images(layer: nn.Module) -> bool:
     return isinstance(layer, tuple(convolution for convolution, _ in _CONVOLUTIONS))
 
 
-def _each_put(names: Sequence[str], make: Callable[[nn.Module, str], nn.Module]) -> Any:
+def each_put(names: Sequence[str], make: Callable[[nn.Module, str], nn.Module]) -> Any:
     """Return a change of a model that puts what is made of each module in its place."""
 
     def change(model: nn.Module) -> nn.Module:
@@ -51,7 +51,8 @@ def norm_behind(names: Sequence[str]) -> Remedy:
                 return nn.Sequential(old, norm(old.out_channels))  # type: ignore[call-arg, arg-type]
         if isinstance(old, nn.RNNBase):
             return NormedOutput(old, nn.LayerNorm(old.hidden_size * (2 if old.bidirectional else 1)))
-        return nn.Sequential(old, nn.LayerNorm(_width(old, name)))
+        width = _width(old)
+        return _Normal(old) if width is None else nn.Sequential(old, nn.LayerNorm(width))
 
     return Remedy(
         name=f"a norm layer behind {listed(names)}",
@@ -62,16 +63,26 @@ def norm_behind(names: Sequence[str]) -> Remedy:
             for name in names[:3]
         )
         + ("\n# and so on" if len(names) > 3 else ""),
-        apply=_each_put(names, make),
+        apply=each_put(names, make),
     )
 
 
-def _width(layer: nn.Module, name: str) -> int:
-    for attribute in ("out_features", "embedding_dim", "nf"):
-        found = getattr(layer, attribute, None)
-        if isinstance(found, int):
-            return found
-    raise RemedyError(f"how wide the output of {name or 'the model'} is cannot be told.")
+def _width(layer: nn.Module) -> int | None:
+    """How wide the output of a layer is; None where it does not tell."""
+    found = (getattr(layer, name, None) for name in ("out_features", "embedding_dim", "nf"))
+    return next((width for width in found if isinstance(width, int)), None)
+
+
+class _Normal(nn.Module):
+    """A layer with a norm without gains over the features of its output, or of the first of its outputs."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        y = self.layer(*args, **kwargs)
+        return (normed(y[0]), *y[1:]) if isinstance(y, tuple) else normed(y, images=y.dim() == 4)
 
 
 class NormedOutput(nn.Module):
@@ -116,22 +127,6 @@ class Standardised(nn.Module):
         return self.layer(((x - mean) / (std + 1e-5 + 1e-6 * mean.abs())).to(x.dtype), *args, **kwargs)
 
 
-class Residual(nn.Module):
-    """x + layer(x), where the shapes are the same."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call the layer, and add its input."""
-        y = self.layer(x, *args, **kwargs)
-        first = y[0] if isinstance(y, tuple) else y
-        if not isinstance(x, Tensor) or x.shape != first.shape:
-            raise RemedyError("input and output differ in shape, so no skip connection fits.")
-        return (x + first, *y[1:]) if isinstance(y, tuple) else x + first
-
-
 class Times(nn.Module):
     """A layer whose output is multiplied by a constant, and shifted by another."""
 
@@ -155,7 +150,7 @@ def standardised(names: Sequence[str]) -> Remedy:
         words=f"What enters {listed(names)} standardised, feature by feature.",
         code="x = (x - x.mean(0)) / (x.std(0) + 1e-6)  # feature by feature, over the training data, before "
         f"{listed(names)}",
-        apply=_each_put(names, make),
+        apply=each_put(names, make),
     )
 
 
@@ -169,33 +164,27 @@ def norm_before(names: Sequence[str]) -> Remedy:
         name=f"a norm layer before {listed(names)}",
         words=f"A norm layer before {listed(names)}.",
         code="\n".join(f"{access(n)} = nn.Sequential(nn.LayerNorm(...), {access(n)})" for n in names[:3]),
-        apply=_each_put(names, make),
+        apply=each_put(names, make),
     )
 
 
 class _Normed(nn.Module):
-    """A layer behind a norm over the features of its input."""
+    """A layer behind a norm over the features of its input; attention normalises keys and values too."""
 
     def __init__(self, layer: nn.Module, *, images: bool) -> None:
         super().__init__()
         self.layer, self.images = layer, images
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        shape = x.shape[1:] if self.images else x.shape[-1:]
-        return self.layer(nn.functional.layer_norm(x, list(shape)), *args, **kwargs)
+        if isinstance(self.layer, nn.MultiheadAttention):
+            rest = [normed(a) if i < 2 and isinstance(a, Tensor) else a for i, a in enumerate(args)]
+            return self.layer(normed(x), *rest, **kwargs)
+        return self.layer(normed(x, images=self.images), *args, **kwargs)
 
 
-def skip_round(names: Sequence[str]) -> Remedy:
-    """Return the remedy that adds the input of modules to their outputs, where the shapes are the same.
-
-    He et al., "Deep residual learning for image recognition", 2016.
-    """
-    return Remedy(
-        name=f"a skip connection round {listed(names)}",
-        words=f"The input of {listed(names)} added to the output.",
-        code="\n".join(f"# in forward(): x = x + {access(name)}(x)" for name in names),
-        apply=_each_put(names, lambda old, name: Residual(old)),
-    )
+def normed(x: Tensor, *, images: bool = False) -> Tensor:
+    """Return a tensor with a norm over its features: the last axis, or all but the first of images."""
+    return nn.functional.layer_norm(x, list(x.shape[1:] if images else x.shape[-1:]))
 
 
 def output_times(names: Sequence[str], factor: float, shift: float = 0.0) -> Remedy:
@@ -211,7 +200,7 @@ def output_times(names: Sequence[str], factor: float, shift: float = 0.0) -> Rem
         words=f"The output of {listed(names)} times {factor:.3g}"
         + (f", plus {shift:.3g}." if shift else "."),
         code=f"output = {factor:.3g} * output" + (f" + {shift:.3g}" if shift else ""),
-        apply=_each_put(names, lambda old, _: Times(old, factor, shift)),
+        apply=each_put(names, lambda old, _: Times(old, factor, shift)),
     )
 
 
@@ -227,7 +216,7 @@ def activation(names: Sequence[str], new: type[nn.Module] = nn.GELU) -> Remedy:
         name=f"{kind} for {listed(names)}",
         words=f"{kind} in the place of {listed(names)}.",
         code="\n".join(f"{access(name)} = nn.{kind}()" for name in names),
-        apply=_each_put(names, lambda old, _: new()),
+        apply=each_put(names, lambda old, _: new()),
     )
 
 
@@ -237,8 +226,33 @@ def without(names: Sequence[str]) -> Remedy:
         name=f"without {listed(names)}",
         words=f"{listed(names)} left out.",
         code="\n".join(f"{access(name)} = nn.Identity()" for name in names),
-        apply=_each_put(names, lambda old, _: nn.Identity()),
+        apply=each_put(names, lambda old, _: nn.Identity()),
     )
+
+
+def bounded_output(names: Sequence[str], low: float, high: float) -> Remedy:
+    """Return the remedy that keeps outputs within bounds softly: middle + half × tanh of what they were.
+
+    As for the logarithm of a standard deviation: Haarnoja et al., "Soft actor-critic", 2018.
+    """
+    middle, half = (low + high) / 2, (high - low) / 2
+    return Remedy(
+        name=f"output of {listed(names)} within [{low:g}, {high:g}]",
+        words=f"The output of {listed(names)} kept softly between {low:g} and {high:g}.",
+        code=f"output = {middle:g} + {half:g} * torch.tanh((output - {middle:g}) / {half:g})",
+        apply=each_put(names, lambda old, _: _Within(old, middle, half)),
+    )
+
+
+class _Within(nn.Module):
+    """A layer whose output is bounded softly."""
+
+    def __init__(self, layer: nn.Module, middle: float, reach: float) -> None:
+        super().__init__()
+        self.layer, self.middle, self.reach = layer, middle, reach
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.middle + self.reach * torch.tanh((self.layer(*args, **kwargs) - self.middle) / self.reach)
 
 
 def norm_epsilon(names: Sequence[str], value: float = 1e-5) -> Remedy:
@@ -276,7 +290,7 @@ def group_norm(names: Sequence[str]) -> Remedy:
         name=f"GroupNorm for {listed(names)}",
         words=f"A group norm in the place of {listed(names)}.",
         code="\n".join(f"{access(n)} = nn.GroupNorm(8, {access(n)}.num_features)" for n in names),
-        apply=_each_put(names, make),
+        apply=each_put(names, make),
     )
 
 
@@ -306,7 +320,7 @@ def gated(name: str) -> Remedy:
         name=f"nn.GRU for {name or 'model'}",
         words=f"A GRU in the place of {name or 'the model'}, whose update gate starts at a bias of 2.",
         code=f"{access(name)} = nn.GRU(...)  # as {name or 'it'} was, the update gate's bias at 2",
-        apply=_each_put([name], make),
+        apply=each_put([name], make),
     )
 
 

@@ -1,0 +1,89 @@
+"""What to do about activations and gates that are at their ends."""
+
+from __future__ import annotations
+
+import math
+
+from gradflow.detect.actions import Actions, initialisation
+from gradflow.detect.evidence import late, row_gain
+from gradflow.detect.view import Flow
+from gradflow.detect.wiring import node_name
+from gradflow.records import ActivationRecord
+
+_CROSS_ENTROPIES = {"cross_entropy", "log_softmax", "nll_loss"}
+_CHOICES = {"log", "gather", "index"}  # what makes of probabilities that of an action
+
+
+def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) -> Actions:
+    """For a saturated activation."""
+    gain = row_gain(flow, node_name(feeder)) if node_name(feeder) in flow.layers else math.nan
+    entering = late(activation.input_rms)
+    actions: list[str] = []
+    if activation.kind == "softmax":
+        joint = activation.functional and node_name(activation.layer) not in flow.layers
+        last = flow.wiring.is_last(node_name(activation.layer))
+        if joint or (activation.functional and "attn" in activation.layer.lower()):
+            actions.append(
+                "Divide the attention scores by sqrt(head dimension), or normalise queries and keys."
+            )
+        elif last:
+            ops = set(flow.wiring.ops_after(node_name(activation.layer))) - {activation.op}
+            if not ops or (ops & _CROSS_ENTROPIES and "mul" not in ops):
+                actions.append(
+                    "If a cross-entropy follows, leave the softmax out: it takes scores, and applies its own."
+                )
+            if not ops or ops & _CHOICES:
+                actions.append(
+                    "If it is a policy: a stronger entropy bonus, smaller steps, normalised advantages."
+                )
+        if entering > 10:
+            actions.append(
+                f"What enters has rms {entering:.3g}: scale it down (a temperature, smaller weights)."
+            )
+    else:
+        entered = late(flow.layers[node_name(feeder)].input_rms) if math.isfinite(gain) else math.nan
+        if (bias := _bias_rms(flow, node_name(feeder))) > 0.7 * entering:
+            actions.append(
+                f"What enters the {activation.op} is the bias of {feeder}, whose rms is {bias:.3g}: start it "
+                f"at zero, nn.init.zeros_({feeder}.bias)."
+            )
+        elif math.isfinite(gain) and gain < 3:
+            actions.append(
+                f"The weights of {feeder} are of ordinary size ({gain:.2g}), so it is what enters it that "
+                f"is large (rms {entered:.3g}): standardise it{_pixels(entered)}, or put a norm layer before "
+                f"the {activation.op}."
+            )
+        elif math.isfinite(gain):
+            drawn = initialisation(flow, node_name(feeder))
+            actions.append(f"The weights of {feeder}, which feeds it, are large ({gain:.2g}): {drawn}.")
+        if flow.wiring.is_last(node_name(activation.layer)):
+            # If neither weights nor what enters them are large, the loss asks for what the bounds forbid.
+            usual = gain < 10 and entered < 10
+            actions.insert(
+                0 if usual else len(actions),
+                "It is an output: where it stands for a probability, compute the loss on what enters it "
+                "(BCEWithLogitsLoss); where it bounds a value, keep targets inside the bounds.",
+            )
+        else:
+            actions.append(f"Replace the {activation.op} by ReLU or GELU.")
+    return tuple(actions) or ("Scale down what enters it.",)
+
+
+def _bias_rms(flow: Flow, node: str) -> float:
+    """Return the rms of a layer's bias; 0 where it has none."""
+    biases = [p for p in flow.parameters_of(node) if p.name.endswith("bias") and len(p.shape) == 1]
+    return max((late(p.norm) / math.sqrt(p.num_elements) for p in biases), default=0.0)
+
+
+def _pixels(rms: float) -> str:
+    """Return the usual cure of inputs that look like bytes."""
+    return " (divide pixels by 255)" if 50 <= rms <= 255 else ""
+
+
+def gate_actions(layer: str, entering: float) -> Actions:
+    """For a recurrent layer whose input shuts or opens all of its gates."""
+    return (
+        f"Standardise what enters {layer or 'it'} (rms {entering:.3g}): subtract the mean, divide by the "
+        "standard deviation, feature by feature.",
+        "Or put a norm layer before it.",
+    )
