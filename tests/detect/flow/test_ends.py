@@ -68,6 +68,44 @@ def test_scores_that_are_large_because_the_model_has_learned() -> None:
     assert told(model, batch, nn.CrossEntropyLoss()) == []
 
 
+class Margin(nn.Module):
+    """Cosines to the centres of the classes, times a scale, with a margin on the one of the label."""
+
+    def __init__(self, width: int, number: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(width, number))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        cosine = F.normalize(x) @ F.normalize(self.kernel, dim=0)
+        return 16.0 * (cosine - 0.3 * F.one_hot(y, cosine.shape[1]))
+
+
+class Face(nn.Module):
+    """An embedder with two numbers to a sample, and a margin head."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+        self.margin = Margin(2, number)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.margin(self.body(x), y)
+
+
+@pytest.mark.parametrize(("rate", "sick"), [(3e-3, False), (1e-6, True)])
+def test_a_scale_by_design_that_the_steps_learn_under(rate: float, sick: bool) -> None:
+    torch.manual_seed(5)
+    draw = classes(6)
+
+    def batch() -> tuple[tuple[Tensor, Tensor], Tensor]:
+        x, y = draw()
+        return (x, y), y
+
+    found = told(Face(6), batch, F.cross_entropy, rate)
+    assert ((IssueType.EXPLODING, "margin") in found) == sick
+    assert sick or not found
+
+
 # ------------------------------------------------------------------------------------- not heard
 
 
