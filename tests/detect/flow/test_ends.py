@@ -197,6 +197,28 @@ def test_views_that_are_pulled_together(loss: Callable[..., Tensor], sick: bool)
     assert found == ([(IssueType.BOTTLENECK, "encoder.2")] if sick else [])
 
 
+class Likeness(Views):
+    """One number for a pair: how alike the embeddings of both are."""
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:  # type: ignore[override]
+        return F.cosine_similarity(self.encoder(one), self.encoder(two))
+
+
+@pytest.mark.parametrize(("apart", "sick"), [(0.0, True), (0.5, False)])
+def test_pairs_that_are_all_to_be_alike(apart: float, sick: bool) -> None:
+    torch.manual_seed(6)
+    centres = torch.randn(6, 16)
+
+    def batch() -> tuple[tuple[Tensor, Tensor], Tensor]:
+        kind = torch.randint(6, (48,))
+        unlike = torch.rand(48) < apart
+        one, two = (centres[k] + 0.5 * torch.randn(48, 16) for k in (kind, (kind + unlike) % 6))
+        return (one, two), (~unlike).float()
+
+    found = told(Likeness(), batch, nn.MSELoss(), 2e-2)
+    assert found == ([(IssueType.BOTTLENECK, "encoder.2")] if sick else [])
+
+
 # ------------------------------------------------------------------------------------- knowing
 
 
