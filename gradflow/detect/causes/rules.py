@@ -310,6 +310,10 @@ RULES: tuple[Rule, ...] = (
         because="nothing comes back through a slope that is gone",
     ),
     Rule(
+        cause=_T.SATURATION, victim=_T.DEAD, where=_ANYWHERE, victim_roles=Role.BLOCKED, when=_named,
+        because="it feeds the very slope that is gone",
+    ),
+    Rule(
         cause=_T.SATURATION, victim=_T.DEAD, where=_ANYWHERE, victim_roles=Role.UNUSED, when=_picks,
         because="what a softmax at its ends picks from never comes to be picked",
     ),

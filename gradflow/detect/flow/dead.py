@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from gradflow.detect.actions import rectifier_actions, zero_actions
-from gradflow.detect.evidence import RECTIFIERS, late, typical_zero
+from gradflow.detect.evidence import RECTIFIERS, activations_of, late, typical_zero
 from gradflow.detect.flow.ends.alike import silenced
 from gradflow.detect.flow.readings.alternatives import is_resting
 from gradflow.detect.flow.readings.zeros import zeros_of
@@ -163,6 +163,8 @@ def _zero_issue(
     known = sole_reason(flow, [p.name for p in wanted])
     if known is not None and known.reason is Reason.OFF and why in ("zero input", "operation"):
         told = f"{known.op} at {known.at} has slope zero there for every sample"
+        if feeder := _saturating(flow, known.at):
+            why, at = "operation", feeder
     if severity is IssueSeverity.INFO:
         more = "more steps tell" if flow.record.provenance.optimizer else "pass optimizer= to see"
         after = (
@@ -195,6 +197,13 @@ def _zero_issue(
             no_input=why == "zero input" or late(layer.input_rms) == 0,
         ),
     )
+
+
+def _saturating(flow: Flow, op: str) -> str:
+    """The layer that drives an operation, such as a tanh, to where it has no slope; "" if none does."""
+    feeders = flow.wiring.before(op) if op in flow.wiring.nodes else ()
+    shut = (n for n in feeders if any(late(a.saturated_share) > 0.5 for a in activations_of(flow, n)))
+    return next(shut, "")
 
 
 def _silent_modules(flow: Flow, zero: Sequence[Issue]) -> list[Issue]:

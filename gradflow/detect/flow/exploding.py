@@ -22,6 +22,7 @@ from gradflow.detect.evidence import (
     shares,
     total_gradient,
 )
+from gradflow.detect.flow.ends.exponential import exponentials
 from gradflow.detect.flow.ends.loud import (
     growing_signal,
     impossible_targets,
@@ -48,7 +49,8 @@ def exploding(
     rows, ‖W‖_F / √rows: by how much a layer blows up the signal. (3) Where two heads share a trunk, the
     norms of the gradients that the heads' outputs receive, and |loss| / (‖gradient‖ ‖output‖) of the stronger
     one: for a squared error that is half of (error / output), so how far its outputs are from its targets,
-    in units of the outputs. (4) The same ratio at the first step of a run that its steps blow up.
+    in units of the outputs. (4) The same ratio at the first step of a run that its steps blow up, and whether
+    what the last layer gives goes through an exponential there.
 
     Why this is evidence: growth is a ratio of norms along one path, free of the scale of the loss. A healthy
     layer at any usual initialisation multiplies the gradient by 0.4 to 1.5; what doubles per layer or per
@@ -72,7 +74,7 @@ def exploding(
             about 1 to 5. Squared, from which far targets explain a run that blows up: a few hundred are
             common, and most optimizers cope.
         loud: how many times what zeros cost the first cross entropy must be. Scores of variance one cost a
-            tenth more; three times takes scores that are sure of wrong classes.
+            tenth more; three times takes scores that are sure of wrong classes. For an exponential likewise.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
@@ -84,7 +86,7 @@ def exploding(
         far = _far_targets(flow, off_scale)
         grown = [issue for issue in issues if not any(issue.layer == other.layer for other in far)]
         found = [*grown, *far, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
-        found += impossible_targets(flow)
+        found += [*impossible_targets(flow), *exponentials(flow, loud)]
         if found and not all(issue.evidence.developed for issue in found):
             return found
         first = growing_signal(flow, threshold**2)  # what the steps have made of it was not there first
@@ -137,7 +139,6 @@ def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
     if learns(flow.record, most=0.25):
         return [lowered(issue, _LEARNS) for issue in found]
     return [lowered(i, LEVELS) if levels_off(flow, i, total) else i for i in found]
-    return found
 
 
 _LEARNS = "The loss falls all the same, and is far below that of guesses: the steps cope with it."

@@ -55,10 +55,10 @@ def vanishing(
 
     Looks alike and is not: the first calls of a cell in a loop, whose last calls get what they should, while
     the first are not lost in their sum (LOW); a branch beside a path that carries the gradient (zero or tiny
-    gates, LayerScale); the modest decay of a stack at PyTorch's default initialisation; the fall behind a
-    pooling; a small last layer (policy heads at gain 0.01); exact zeros, which are `dead`'s, unless they are
-    what a decay comes to where the format of the numbers ends; zeros but for rounding behind a norm over one
-    feature, likewise.
+    gates, LayerScale); the modest decay of a stack at PyTorch's default initialisation, unless the signal has
+    decayed with it, and the model gives the same for every sample; the fall behind a pooling; a small last
+    layer (policy heads at gain 0.01); exact zeros, which are `dead`'s, unless they are what a decay comes to
+    where the format of the numbers ends; zeros but for rounding behind a norm over one feature, likewise.
 
     Args:
         threshold: what arrives, below which the verdict is at least MEDIUM whatever the kinds of layers, and
@@ -91,6 +91,7 @@ def vanishing(
         starved = [_heard_later(s, against, threshold, share) for s in starved]
         found = [*_issues(flow, plain, starved, fed), *forgetful(flow, threshold), *fading(flow, faded)]
         found = found or _uncured(flow, against, plain, threshold, share, local_share, bypass)
+        found = found or _inexcusable(flow, plain, threshold, share, local_share, bypass)
         if at_level(record):
             found = [lowered(issue, AT_LEVEL) for issue in found]
         return [*found, *unheard(flow, leverage, share)]
@@ -340,13 +341,7 @@ def _uncured(
         return []
     first, first_plain = (_at_first(shares) for shares in (against, plain))
     fed = _best_upstream(flow, first)
-    starved = [
-        attrs.evolve(s, severity=IssueSeverity.MEDIUM)
-        for s in _starved(first, first_plain, {}, threshold, share, local_share)
-        if s.severity >= IssueSeverity.HIGH
-        and s.num_starved >= _STACK
-        and not _by_the_way(s, fed[s.node], bypass)
-    ]
+    starved = _stacked(_starved(first, first_plain, {}, threshold, share, local_share), fed, bypass)
     now = {s.node: late(plain.share[s.node]) for s in starved if s.node in plain.share}
     starved = [s for s in starved if now.get(s.node, 1.0) < share]
     return [
@@ -359,6 +354,34 @@ def _uncured(
         for issue in _issues(flow, first_plain, starved, fed)
         if node_name(issue.layer) in now
     ]
+
+
+def _inexcusable(
+    flow: Flow, plain: Shares, threshold: float, share: float, local_share: float, bypass: float
+) -> list[Issue]:
+    """Layers that get next to nothing through a stack whose layers each keep what their kind may, in a model
+    that gives the same for every sample.
+
+    That a stack of the usual initialisation keeps 0.4 a layer is no illness while the steps make up for it.
+    Where the signal has faded on the same way, so that nothing tells samples apart, they cannot: what would
+    have to learn to is what the gradient does not reach.
+    """
+    known = flow.record.knowledge
+    if known is None or not flow.record.provenance.optimizer or not guesses(flow.record):
+        return []
+    outputs = [v for v, size in zip(known.variations, known.scales, strict=True) if size > 0]
+    if not outputs or max(outputs) > 1e-4 or not math.isclose(known.averaged, known.loss, rel_tol=1e-3):
+        return []
+    fed = _best_upstream(flow, plain)
+    gradual = [s for s in _starved(plain, plain, {}, threshold, share, local_share) if not s.absorber]
+    return _issues(flow, plain, _stacked(gradual, fed, bypass), fed)
+
+
+def _stacked(starved: Iterable[_Starved], fed: Mapping[str, float], bypass: float) -> list[_Starved]:
+    """Return, as MEDIUM, those that are starved by far, with others behind them, and not by the way."""
+    far = (s for s in starved if s.severity >= IssueSeverity.HIGH and s.num_starved >= _STACK)
+    kept = (s for s in far if not _by_the_way(s, fed[s.node], bypass))
+    return [attrs.evolve(s, severity=IssueSeverity.MEDIUM) for s in kept]
 
 
 def _at_first(shares: Shares) -> Shares:

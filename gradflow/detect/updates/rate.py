@@ -19,6 +19,7 @@ from gradflow.detect.knowledge import calm, guesses, informed
 from gradflow.detect.updates.readings import (
     has_undone,
     has_worsened,
+    held,
     is_adaptive,
     is_rising,
     largest_ratio,
@@ -147,9 +148,20 @@ def _seems_slow(record: FlowRecord) -> bool:
     ratio = largest_ratio(record)
     if not 0 < ratio < _TINY or is_rising(record) or not guesses(record) or informed(record):
         return False
-    clipped = is_clipped_away(record)
-    slow = is_adaptive(record) or max(rates(record), default=math.inf) < _SLOW or clipped
-    return slow and stands_still(record)
+    slow = is_adaptive(record) or not has_usual_rate(record) or is_clipped_away(record)
+    return (slow or _is_even(record)) and stands_still(record)
+
+
+def has_usual_rate(record: FlowRecord) -> bool:
+    """Whether the rate is one that is usual for plain descent, whose steps are as small as the loss is."""
+    return max(rates(record), default=math.inf) >= _SLOW
+
+
+def _is_even(record: FlowRecord, within: float = 100.0) -> bool:
+    """Whether the updates of all matrices are alike beside their weights, so that it is not on its way back
+    from the loss that the gradient became small, but there: a gradient that vanishes falls layer by layer."""
+    found = [typical(u.ratio) for u, p in held(record) if len(p.shape) >= 2]
+    return len(found) > 1 and 0 < max(found) <= within * min(found)
 
 
 def is_clipped_away(record: FlowRecord) -> bool:

@@ -9,8 +9,8 @@ import numpy as np
 
 from gradflow.detect.evidence import loss_fell
 from gradflow.detect.knowledge import guesses
-from gradflow.detect.updates.rate import Misfit, is_clipped_away, too_low
-from gradflow.detect.updates.readings import held, is_rising, rates, typical, unchanged
+from gradflow.detect.updates.rate import Misfit, has_usual_rate, is_clipped_away, too_low
+from gradflow.detect.updates.readings import held, is_adaptive, is_rising, rates, typical, unchanged
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
 _SHORT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # what a dtype rounds away of a weight, at most
@@ -29,8 +29,9 @@ def slow_updates(swallowed: float = 0.9) -> Callable[[FlowRecord], Iterable[Issu
     add up.
 
     Looks alike and is not: a warm-up (the rate rises, or is set by a scheduler below its own); fine-tuning
-    with a small rate (the model knows already); a gradient that vanishes (plain descent at a usual rate); a
-    trained model (it knows, and an optimizer may stop there); short dtypes that train all the same (the loss
+    with a small rate (the model knows already); a gradient that vanishes (plain descent at a usual rate, and
+    updates that differ from layer to layer: where all are alike, it is the loss that is small); a trained
+    model (it knows, and an optimizer may stop there); short dtypes that train all the same (the loss
     falls: LOW).
 
     Args:
@@ -129,6 +130,16 @@ def _slow(record: FlowRecord, misfit: Misfit) -> Issue:
         share = typical(np.array(record.updates.clipping if record.updates is not None else ()))
         text += f" Clipping leaves {share:.1g} of the gradient."
         actions = (f"Clip to a norm about {misfit.factor:.1g} times as large, or raise the rate by as much.",)
+    elif not is_adaptive(record) and has_usual_rate(record):
+        text += (
+            f" The learning rate, {misfit.rate:.3g}, is a usual one: it is the gradient of the whole model "
+            f"that is too small, by about {misfit.factor:.1g}, as the loss is, and the steps are of its size."
+        )
+        actions = (
+            f"Multiply the loss by about {misfit.factor:.1g}: look for what makes it small (a mean over more "
+            "than the samples, a temperature whose square is left out, a weight of its only term).",
+            f"Or use Adam, whose steps do not depend on it; or a rate of {misfit.rate * misfit.factor:.1g}.",
+        )
     else:
         text += f" The learning rate, {misfit.rate:.3g}, is too low by a factor of about {misfit.factor:.1g}."
         actions = (

@@ -68,6 +68,44 @@ def test_scores_that_are_large_because_the_model_has_learned() -> None:
     assert told(model, batch, nn.CrossEntropyLoss()) == []
 
 
+class Margin(nn.Module):
+    """Cosines to the centres of the classes, times a scale, with a margin on the one of the label."""
+
+    def __init__(self, width: int, number: int) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(width, number))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        cosine = F.normalize(x) @ F.normalize(self.kernel, dim=0)
+        return 16.0 * (cosine - 0.3 * F.one_hot(y, cosine.shape[1]))
+
+
+class Face(nn.Module):
+    """An embedder with two numbers to a sample, and a margin head."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+        self.margin = Margin(2, number)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.margin(self.body(x), y)
+
+
+@pytest.mark.parametrize(("rate", "sick"), [(3e-3, False), (1e-6, True)])
+def test_a_scale_by_design_that_the_steps_learn_under(rate: float, sick: bool) -> None:
+    torch.manual_seed(5)
+    draw = classes(6)
+
+    def batch() -> tuple[tuple[Tensor, Tensor], Tensor]:
+        x, y = draw()
+        return (x, y), y
+
+    found = told(Face(6), batch, F.cross_entropy, rate)
+    assert ((IssueType.EXPLODING, "margin") in found) == sick
+    assert sick or not found
+
+
 # ------------------------------------------------------------------------------------- not heard
 
 
@@ -156,6 +194,28 @@ def test_views_that_are_pulled_together(loss: Callable[..., Tensor], sick: bool)
         loss(model(*views())).backward()
         optimizer.step()
     found = told(model, views, loss, optimizer=optimizer)
+    assert found == ([(IssueType.BOTTLENECK, "encoder.2")] if sick else [])
+
+
+class Likeness(Views):
+    """One number for a pair: how alike the embeddings of both are."""
+
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:  # type: ignore[override]
+        return F.cosine_similarity(self.encoder(one), self.encoder(two))
+
+
+@pytest.mark.parametrize(("apart", "sick"), [(0.0, True), (0.5, False)])
+def test_pairs_that_are_all_to_be_alike(apart: float, sick: bool) -> None:
+    torch.manual_seed(6)
+    centres = torch.randn(6, 16)
+
+    def batch() -> tuple[tuple[Tensor, Tensor], Tensor]:
+        kind = torch.randint(6, (48,))
+        unlike = torch.rand(48) < apart
+        one, two = (centres[k] + 0.5 * torch.randn(48, 16) for k in (kind, (kind + unlike) % 6))
+        return (one, two), (~unlike).float()
+
+    found = told(Likeness(), batch, nn.MSELoss(), 2e-2)
     assert found == ([(IssueType.BOTTLENECK, "encoder.2")] if sick else [])
 
 

@@ -77,6 +77,23 @@ def test_a_rate_that_is_too_low(name: str, rate: float, best: float, scale: floa
     assert "is too low by a factor of about" in issue.description
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "scale", "sick"),
+    [("SGD", 0.05, 1e-5, True), ("SGD", 0.05, 1.0, False), ("Adam", 1e-3, 1e-5, False)],
+)
+def test_a_loss_that_is_too_small_for_plain_descent(name: str, rate: float, scale: float, sick: bool) -> None:
+    """The rate is a usual one, and no layer gets less than its share: it is the loss that is small."""
+    model = net()
+    optimizer = getattr(torch.optim, name)(model.parameters(), rate)
+    found = gf.diagnose(model, clusters(), lambda y, t: scale * LOSS(y, t), optimizer=optimizer)
+    assert found.ok != sick
+    if sick:
+        (issue,) = found.issues
+        assert (issue.issue_type, issue.layer) == (V, "")
+        assert 0.01 < rate * scale * issue.metrics["factor"] < 10
+        assert "Multiply the loss by about" in issue.recommended_actions[0]
+
+
 @pytest.mark.parametrize(("name", "rate", "best"), [("Adam", 10.0, 1e-3), ("SGD", 100.0, 0.3)])
 def test_a_rate_that_is_too_high(name: str, rate: float, best: float) -> None:
     model = net()

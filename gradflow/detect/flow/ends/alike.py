@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -76,7 +77,8 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
     Where a model makes its own targets (two views, a teacher), giving the same for every input meets the loss
     and teaches nothing: the loss of a constant output is no larger than that of the model. Seen in the
     outputs of the last step, and in the first step's layers already; where the variation rises within the
-    run, to more than a tenth of that limit, the model is about to learn.
+    run, to more than a tenth of that limit, the model is about to learn. A model that gives one number for
+    two embeddings compares these.
 
     Args:
         flow: the record along its wiring.
@@ -91,6 +93,8 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
     same = [v for s, v in rows if sum(s == other for other, _ in rows) >= 2]
     if len(known.shapes) == 1 and _compares_samples(known):
         same = [*known.variations] * 2
+    elif not rows and (pulled := _pulled_together(flow, known)):
+        same, alike = pulled, 1.2 * max(pulled)
     elif _in_one_direction(known):
         alike = 1.2 * max(same, default=0.0)
     elif guesses(flow.record) and _agree(known):
@@ -99,7 +103,8 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
         alike = 1.2 * max(same)
     if len(same) < 2 or not max(same) < alike:
         return []
-    last = max(heads(flow), key=lambda node: flow.layers[node].order, default="")
+    ends = sorted(heads(flow), key=lambda node: flow.layers[node].order)
+    last = next((n for n in ends if flow.layers[n].module == flow.layers[ends[-1]].module), "")
     lost = _first_alike(flow, alike) or ((last, 1.0) if last else None)
     if lost is None:
         return []
@@ -241,12 +246,39 @@ def _is_collapsing(flow: Flow, known: KnowledgeRecord) -> bool:
     nothing beside what they cost: the part that differs has fallen to a third in the run, step by step."""
     if not 0 <= known.averaged <= 0.05 * known.loss or known.num_samples < 4:
         return False
-    for node in heads(flow):
+    return _become_alike(flow, heads(flow), 3.0)
+
+
+def _become_alike(flow: Flow, nodes: Iterable[str], times: float) -> bool:
+    """Whether what differs between the rows of each call has become so many times less, but for noise at each
+    look."""
+    for node in nodes:
         seen = flow.layers[node].output_variation
         seen = seen[np.isfinite(seen)]
-        if len(seen) < 3 or not seen[-1] <= seen[0] / 3 or np.any(np.diff(seen) > 0):
+        if len(seen) < 3 or not seen[-1] <= seen[0] / times or np.any(np.diff(seen) > 0.03 * seen[0]):
             return False
     return True
+
+
+def _pulled_together(flow: Flow, known: KnowledgeRecord) -> list[float]:
+    """What differs between samples of embeddings that the run has pulled together, one value to a call; empty
+    where it has not.
+
+    A model that gives one number for a pair, its likeness, compares two calls of one layer. Where the loss is
+    met, to a twentieth of what it was, by numbers that fit any other pair as well, all pairs are asked to be
+    alike; and where the embeddings themselves become so, to half of what differed and ever less, that is all
+    the run teaches. With pairs to be kept apart, others cost more than a sample's own.
+    """
+    losses = flow.record.losses
+    if not guesses(flow.record) or not 0 <= late(losses) <= 0.05 * losses[0]:
+        return []
+    ends = heads(flow)
+    calls = [n for n in ends if len(flow.layers[n].shape) > 1 and flow.layers[n].shape[-1] > 1]
+    if len(calls) < 2 or len(calls) < len(ends) or len({flow.layers[n].module for n in calls}) > 1:
+        return []
+    if not _become_alike(flow, calls, 2.0):
+        return []
+    return [late(flow.layers[n].output_variation) for n in calls]
 
 
 def _agree(known: KnowledgeRecord) -> bool:

@@ -9,10 +9,12 @@ import numpy as np
 
 from gradflow.detect.actions import Actions
 from gradflow.detect.evidence import (
+    early,
     heads,
     late,
     row_gain,
 )
+from gradflow.detect.knowledge import guesses
 from gradflow.detect.view import Flow
 from gradflow.records import (
     Evidence,
@@ -48,7 +50,9 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
     """Heads whose scores are so large at the start that their cross entropy is far above that of silence.
 
     Zeros for all classes cost ln k, or what the loss makes of it (a sum, weights). At the usual scale of
-    initialisation the scores have a variance of about one, and cost half a unit more.
+    initialisation the scores have a variance of about one, and cost half a unit more. Cosines times a scale,
+    with a margin to make them harder, cost more by design, whatever the weights are: LOW where the run
+    teaches the model all the same.
 
     Args:
         flow: the record along its wiring.
@@ -62,9 +66,11 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
     undone = known.share_left <= 0.25 and late(losses) <= known.silent
     if undone and severity is IssueSeverity.MEDIUM:
         severity = IssueSeverity.LOW
+    taught = late(losses) <= 0.9 * early(losses) and not guesses(flow.record)
     for node in heads(flow):
         layer, ops = flow.layers[node], flow.wiring.ops_after(node)
         size = float(layer.output_rms[0])
+        designed = taught and _scales_by_itself(flow, node)
         trained = flow.trainable(node) or flow.is_tied(node)
         if "nll_loss" not in ops or not trained or not size >= 3.0:
             continue
@@ -74,12 +80,13 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
                 layer=layer.name,
                 layer_type=layer.type,
                 issue_type=IssueType.EXPLODING,
-                severity=severity,
+                severity=IssueSeverity.LOW if designed else severity,
                 description=f"The first loss is {over:.3g} times what it costs to know nothing "
                 f"({losses[0]:.3g}; scores of zero cost {known.silent:.3g}): its scores have rms {size:.3g}, "
                 "so the model is sure before it has learned anything, and of the wrong classes. The rms of "
                 f"its rows is {gain:.3g}; a usual initialisation has 0.6 to 1.4."
-                + (" The run has undone it: its last outputs tell samples apart." if undone else ""),
+                + (" The run has undone it: its last outputs tell samples apart." if undone else "")
+                + (" A constant in the layer makes them so, and the loss falls." if designed else ""),
                 magnitude=over,
                 recommended_actions=_loud_actions(layer.name, size, gain),
                 metrics={
@@ -92,6 +99,20 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
             )
         )
     return found
+
+
+def _scales_by_itself(flow: Flow, node: str, times: float = 5.0) -> bool:
+    """Whether a layer's first scores are larger than its weights make them of what enters, by a factor of its
+    own: weights and inputs that have nothing to do with each other yet give the product of their sizes."""
+    layer, entering = flow.layers[node], flow.layers[node].input_rms
+    owned = [p for p in flow.parameters_of(node) if len(p.norm)]
+    matrices = [p for p in owned if len(p.shape) == 2]
+    if len(matrices) != 1 or not layer.shape or not len(entering):
+        return False
+    outputs = max(layer.shape[-1], 1)
+    added = math.hypot(*(float(p.norm[0]) for p in owned if len(p.shape) < 2))
+    made = (float(matrices[0].norm[0]) * float(entering[0]) + added) / math.sqrt(outputs)
+    return float(layer.output_rms[0]) >= times * made > 0
 
 
 def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
