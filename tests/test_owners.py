@@ -12,7 +12,10 @@ PACKAGE = Path(__file__).parent.parent / "gradflow" / "functional"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms in which a field is set by the object's own methods alone. In the others, the file of a class may.
 STRICT = {"tap", "reverse", "run", "measurement", "analyze"}
-TORCH = {"grad"}  # fields of tensors, of whatever name a class of ours may have one too
+TORCH = {
+    "grad",
+    "training",
+}  # fields of tensors and modules, of whatever name a class of ours may have one too
 OWN = {"self", "cls", "ctx"}  # `ctx`: on which an autograd function keeps what its backward needs
 
 

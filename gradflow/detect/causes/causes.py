@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
+from gradflow.detect.causes.conditions import precedence
 from gradflow.detect.causes.explains import gathered, roots
-from gradflow.detect.causes.rules import Rule, precedence
+from gradflow.detect.causes.rules import Rule
 from gradflow.detect.evidence import late
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
-from gradflow.detect.causes.rules import RULES, Rule, Where, is_lent, order, precedence, shown
+from gradflow.detect.causes.conditions import is_lent, order, precedence, shown
+from gradflow.detect.causes.rules import RULES, Rule, Where
 from gradflow.detect.evidence import heads
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name

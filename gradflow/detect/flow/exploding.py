@@ -9,18 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 import attrs
 import numpy as np
 
-from gradflow.detect.actions import dominance_actions, exploding_actions, far_actions
+from gradflow.detect.actions import exploding_actions
 from gradflow.detect.evidence import (
     Shares,
     activations_of,
     early,
-    heads,
     kept_at_most,
     late,
     middle,
     row_gain,
     shares,
-    total_gradient,
 )
 from gradflow.detect.flow.ends.exponential import exponentials
 from gradflow.detect.flow.ends.loud import (
@@ -28,14 +26,14 @@ from gradflow.detect.flow.ends.loud import (
     impossible_targets,
     loud_heads,
     loud_outputs,
-    off_scale_of,
 )
+from gradflow.detect.flow.ends.off_scale import dominating_heads, far_targets
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import LEVELS, growing_repeats, levels_off
 from gradflow.detect.knowledge import CAME, at_level, calm, came_knowing, learns, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name
-from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
 
 
 def exploding(
@@ -82,8 +80,8 @@ def exploding(
         seen = shares(flow, kept_at_most(flow))
         issues = _growth(flow, seen, threshold)
         if not issues:
-            issues = _dominating_heads(flow, dominance, off_scale)
-        far = _far_targets(flow, off_scale)
+            issues = dominating_heads(flow, dominance, off_scale)
+        far = far_targets(flow, off_scale)
         grown = [issue for issue in issues if not any(issue.layer == other.layer for other in far)]
         found = [*grown, *far, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
         found += [*impossible_targets(flow), *exponentials(flow, loud)]
@@ -110,6 +108,18 @@ class _Amplifier:
     largest: float
 
 
+@attrs.frozen
+class _Rise:
+    """How the gradient grows along a path: all in all, at the start, and what that is to be told as."""
+
+    path: Sequence[str]
+    total: float
+    start: float
+    severity: IssueSeverity
+    developed: bool
+    part: str  # the part of the model that alone amplifies; "" for none
+
+
 def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
     grown = {node: _typical(values) for node, values in seen.share.items()}
     peak = max(grown, key=lambda node: (grown[node], node), default="")
@@ -131,7 +141,8 @@ def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
     first: dict[str, str] = {}  # by module
     for node in sorted(flow.layers, key=lambda n: flow.layers[n].order):
         first.setdefault(flow.layers[node].module, node)
-    found = [_issue(flow, a, first[a.module], path, total, start, severity, part, developed) for a in strong]
+    rise = _Rise(path, total, start, severity, developed, part)
+    found = [_issue(flow, a, first[a.module], rise) for a in strong]
     if severity is not IssueSeverity.MEDIUM:
         return found
     if calm(flow.record) and (came_knowing(flow.record) or at_level(flow.record)):
@@ -194,17 +205,8 @@ def _amplifies(flow: Flow, node: str, growth: float) -> bool:
     return flow.is_norm(node) or growth <= 5.0 * max(1.0, gain if math.isfinite(gain) else 1.0)
 
 
-def _issue(
-    flow: Flow,
-    amplifier: _Amplifier,
-    first: str,
-    path: Sequence[str],
-    total: float,
-    start: float,
-    severity: IssueSeverity,
-    part: str,
-    developed: bool,
-) -> Issue:
+def _issue(flow: Flow, amplifier: _Amplifier, first: str, rise: _Rise) -> Issue:
+    path, total = rise.path, rise.total
     calls = len(amplifier.nodes)
     # The growth of a first call has nothing before it to show in; it is still the module that amplifies.
     node = first if calls > 1 else amplifier.nodes[0]
@@ -216,7 +218,7 @@ def _issue(
         layer=layer.name,
         layer_type=layer.type,
         issue_type=IssueType.EXPLODING,
-        severity=severity,
+        severity=rise.severity,
         description=f"The gradient grows {growth:.3g} times {across}, and {total:.3g} times from the loss to "
         f"{path[0]}, beyond what layers of these kinds may.{also}",
         magnitude=total if calls > 1 else amplifier.largest,
@@ -229,13 +231,13 @@ def _issue(
             "peak": layer_name(path[0]),
             "row_gain": row_gain(flow, node),
             "forward_growth": forward,
-            "growth_at_start": start,
+            "growth_at_start": rise.start,
         },
         evidence=Evidence(
             num_calls=calls,
-            developed=developed,
+            developed=rise.developed,
             growth=growth,
-            elsewhere=bool(part) and not layer.module.startswith(f"{part}."),
+            elsewhere=bool(rise.part) and not layer.module.startswith(f"{rise.part}."),
         ),
     )
 
@@ -320,83 +322,3 @@ def _tamed(flow: Flow, node: str) -> bool:
         "norm" in op.lower() for op in flow.wiring.ops_after(node)
     )
     return normed or any(a.kind in ("bounded", "softmax") for a in activations_of(flow, node))
-
-
-def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Issue]:
-    ends = heads(flow)
-    if len(ends) < 2:
-        return []
-    strength = {node: middle(flow.grad[node]) for node in ends}
-    strongest = max(ends, key=lambda node: (strength[node], node))
-    trunk = flow.wiring.upstream(strongest)
-    shared = {n for n in trunk if n in flow.layers and flow.trainable(n)}
-    fed: dict[
-        str, bool
-    ] = {}  # by node, whether something to be trained feeds it that feeds the strongest too
-    for node in flow.wiring.order:
-        fed[node] = any(n in shared or fed[n] for n in flow.wiring.preds[node])
-    rivals = [
-        node
-        for node in ends
-        if flow.layers[node].module != flow.layers[strongest].module and fed[node] and strength[node] > 0
-    ]
-    if not rivals:
-        return []
-    rival = max(rivals, key=lambda node: (strength[node], node))
-    ratio = strength[strongest] / strength[rival]
-    layer = flow.layers[strongest]
-    off = early(off_scale_of(flow, strongest))
-    if not (ratio >= dominance and off >= off_scale):
-        return []
-    return [
-        Issue(
-            layer=layer.name,
-            layer_type=layer.type,
-            issue_type=IssueType.EXPLODING,
-            severity=IssueSeverity.HIGH,
-            description=f"Its gradient is {ratio:.3g} times that of {rival}, with which it shares layers, "
-            f"so it "
-            f"alone steers them; its outputs are far from the scale of its targets (loss over gradient times "
-            f"output: {off:.3g}).",
-            magnitude=ratio,
-            recommended_actions=dominance_actions(layer.name, layer_name(rival), ratio),
-            metrics={"dominance": ratio, "off_scale": off, "rival": layer_name(rival)},
-        )
-    ]
-
-
-def _shut(flow: Flow, node: str) -> bool:
-    """Whether an activation behind a layer is at its ends from the first step on, and lets nothing pass."""
-    ends = [a for a in activations_of(flow, node) if a.kind in ("bounded", "softmax")]
-    return any(len(a.saturated_share) and a.saturated_share[0] >= 0.5 for a in ends)
-
-
-def _far_targets(flow: Flow, off_scale: float) -> list[Issue]:
-    """A head whose targets are so far from its outputs that the first steps blow it up.
-
-    Far targets alone are common, and harmless where the optimizer takes steps of its own size; it takes both.
-    """
-    record, norms = flow.record, total_gradient(flow.record)
-    ends = heads(flow)
-    if not record.provenance.optimizer or not ends or not len(norms) or not norms[0] > 0:
-        return []
-    blown = np.any(~np.isfinite(record.losses)) or np.nanmax(norms) >= 1e3 * norms[0]
-    head = max(ends, key=lambda node: (np.nan_to_num(flow.grad[node][0]), node))
-    off = float(off_scale_of(flow, head)[0])
-    if not blown or not off_scale**2 <= off < math.inf or _shut(flow, head):
-        return []
-    layer = flow.layers[head]
-    return [
-        Issue(
-            layer=layer.name,
-            layer_type=layer.type,
-            issue_type=IssueType.EXPLODING,
-            severity=IssueSeverity.CRITICAL,
-            description="Its targets are far from the scale of its outputs (loss over gradient times output: "
-            f"{off:.3g} at the first step), and the steps that follow blow it up.",
-            magnitude=off,
-            recommended_actions=far_actions(layer.name, record.provenance.learning_rates),
-            metrics={"off_scale": off},
-            evidence=Evidence(roles=Role.OFF_SCALE),
-        )
-    ]

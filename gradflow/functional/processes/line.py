@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from gradflow.errors import ProcessError
+from gradflow.functional.processes.failing import gone, is_broken_line, some
 from gradflow.functional.processes.group import Axis, Processes
 from gradflow.functional.processes.packing import Counts, buckets, device_of
 from gradflow.functional.torch_private import default_store, set_timeout, timeout_of
@@ -136,7 +137,7 @@ class Line:
                     self._fail(f"\n{error}")
             return
         ours = isinstance(error, ProcessError)
-        if not ours and _is_broken_line(error):
+        if not ours and is_broken_line(error):
             self._wait_for_reason(error)
         with contextlib.suppress(RuntimeError):
             said = str(error).strip() or type(error).__name__
@@ -189,7 +190,7 @@ class Line:
                 if now != last or not now:
                     last, since = now, time.monotonic()
                 elif time.monotonic() - since > SILENCE and not store.check(["over"]):
-                    self._fail(f"\n{_gone(self.ranks[other])}", root, store)
+                    self._fail(f"\n{gone(self.ranks[other], SILENCE)}", root, store)
                     return
                 stop.wait(BEAT)
 
@@ -262,7 +263,7 @@ class Line:
     def _give_up(self, patience: float) -> None:
         missing = [r for i, r in enumerate(self.ranks) if not self._store.check([f"here/{i}"])]
         text = (
-            f"of {self.size} processes, {_some(missing)} did not begin the analysis within {patience:.0f} "
+            f"of {self.size} processes, {some(missing)} did not begin the analysis within {patience:.0f} "
             "seconds. Call "
             "it on every process, each with its own part of the batch, as training is; or, to measure this "
             "process alone, pass processes='alone'."
@@ -392,24 +393,3 @@ class Line:
         self._together(lambda: dist.all_reduce(flat, dist.ReduceOp.MAX, group=self.processes.group))
         self.counts.note(flat.numel())
         return flat.cpu()
-
-
-def _is_broken_line(error: BaseException) -> bool:
-    """Whether an error may be that of a collective whose other end is gone."""
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
-        return True
-    words = ("closed by peer", "Timed out", "timed out", "gloo", "NCCL", "Broken pipe", "reset by peer")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-def _gone(rank: int) -> str:
-    return (
-        f"process {rank} of the analysis is gone: it gave no sign of life for {SILENCE:.0f} seconds, as one "
-        "that was "
-        "killed does (by hand, or by the system for lack of memory). The analysis ends on all processes."
-    )
-
-
-def _some(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:4]))
-    return shown + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")

@@ -401,12 +401,3 @@ class HandedOn(torch.autograd.Function):
 
 def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
-
-
-class Prefixed(nn.Module):
-    """A stage's module under a name, where another stage has layers of the same names."""
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        super().__init__()
-        self.add_module(name, module)
-        self.training = module.training

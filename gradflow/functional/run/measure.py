@@ -19,8 +19,8 @@ from gradflow.functional.model.supported import check_supported, distributed
 from gradflow.functional.model.threads import exclusive, uncompiled
 from gradflow.functional.processes.group import Processes, processes_of
 from gradflow.functional.processes.line import Line
+from gradflow.functional.processes.prefixed import Prefixed
 from gradflow.functional.processes.shards import Shards, processes_over
-from gradflow.functional.processes.stages import Prefixed
 from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan

@@ -1,0 +1,172 @@
+"""Conditions on a cause and a victim, in the light of what was measured, that the rules ask for."""
+
+from __future__ import annotations
+
+from gradflow.detect.evidence import activations_of
+from gradflow.detect.view import Flow
+from gradflow.detect.wiring import node_name
+from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType, Role
+
+SILENT = (Role.SILENT, Role.PARTLY_SILENT)
+# Where two types could each explain the other: what is the more basic event. Types not named come last.
+PRECEDENCE: dict[AnyIssueType, int] = {
+    kind: i
+    for i, kind in enumerate(
+        (
+            IssueType.NUMERICAL,
+            IssueType.EXPLODING,
+            IssueType.DEAD,
+            IssueType.SATURATION,
+            IssueType.VANISHING,
+            IssueType.UNSTABLE,
+            IssueType.BOTTLENECK,
+        )
+    )
+}
+
+
+def named(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The victim names the cause's layer as the place where what it lacks is lost."""
+    return victim.evidence.origin == cause.layer
+
+
+def strong(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause is HIGH at least."""
+    return cause.severity >= IssueSeverity.HIGH
+
+
+def developed(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The victim came about in training, of numbers that had grown too large."""
+    return grown_in_training(victim) and victim.issue_type != cause.issue_type
+
+
+def there_before(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause is not what the steps of the optimizer made of the victim."""
+    return not (victim.evidence.plays(Role.JUMPING) and grown_in_training(cause))
+
+
+def as_early(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause was there as early as the victim."""
+    return victim.evidence.developed or not cause.evidence.developed
+
+
+def grown_in_training(issue: Issue) -> bool:
+    """Whether an issue came about within the run, and not by an operation outside its domain."""
+    return issue.evidence.developed and not issue.evidence.plays(Role.UNDEFINED)
+
+
+def overflows(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """What is not finite at the victim may be an overflow."""
+    return not victim.evidence.plays(Role.UNDEFINED, Role.SUBNORMAL)
+
+
+def fed(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """Something enters the cause, which could pass it on; else what is before it is at fault."""
+    return not cause.evidence.no_input
+
+
+def fed_or_silent(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause gets an input, or the victim is silent."""
+    return not cause.evidence.no_input or victim.evidence.plays(*SILENT)
+
+
+def on_the_way(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The gradient has no way round the cause."""
+    return not cause.evidence.side_branch
+
+
+def not_blocked(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """A zero that another layer makes is no cause, unless that very place is named."""
+    return not cause.evidence.plays(Role.BLOCKED)
+
+
+def not_blocking(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """Where all units of a module are silent, it is what feeds it that is at fault."""
+    return not victim.evidence.plays(Role.BLOCKING)
+
+
+def not_constant(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The victim does not give a constant by its make, which an activation behind it only passes on."""
+    return not (victim.evidence.plays(Role.BLOCKING) and victim.severity > cause.severity)
+
+
+def other(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """A part without gradient whose zeros are nothing that a layer or a rectifier makes."""
+    return not cause.evidence.plays(Role.BLOCKED, Role.BLOCKING, *SILENT)
+
+
+def not_silent(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The victim is not silent."""
+    return not victim.evidence.plays(*SILENT)
+
+
+def starved_of_input(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The victim's gradient is lost here, or nothing enters it, or it is not known where it is lost."""
+    return victim.evidence.origin in (None, cause.layer) or victim.evidence.no_input
+
+
+def shows_more(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """No one layer loses the gradient, each a little: it is reported where it shows most."""
+    gradual = cause.evidence.origin is None and victim.evidence.origin is None
+    return gradual and shown(flow, cause) < shown(flow, victim)
+
+
+def behind_the_cut(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The victim runs before the cut, where the graph cannot tell: both are unreachable."""
+    op = victim.evidence.op
+    if node_name(victim.layer) in flow.wiring.fed_by(node_name(cause.layer)):
+        # With an operation of its own that cuts it, mending the other one would not mend the victim.
+        return op in ("", cause.evidence.op)
+    a, b = (flow.layers.get(node_name(issue.layer)) for issue in (cause, victim))
+    same_part = cause.layer.split(".")[0] == victim.layer.split(".")[0]
+    same_part |= not flow.wiring.known or flow.reaches_nothing
+    return bool(a and b and same_part and a.order > b.order and not op)
+
+
+def not_finite(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """Both are of values that are not finite, rather than of a processor that is slow."""
+    return not any(issue.evidence.plays(Role.SUBNORMAL) for issue in (cause, victim))
+
+
+def picks(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """A router that picks several of a numbered list of parts, never this one; one alone is no pick."""
+    parts, _, number = victim.layer.rpartition(".")
+    softmax = any(a.kind == "softmax" for a in activations_of(flow, node_name(cause.layer)))
+    ran = {m[len(parts) :].split(".")[1] for m in flow.modules_below(parts)}
+    beside = f".{cause.layer}".startswith(f".{parts}".rpartition(".")[0])
+    return softmax and beside and number.isdigit() and len(ran) > 1
+
+
+def of_own_type(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The victim is of a type of the user's own."""
+    return victim.issue_type not in PRECEDENCE
+
+
+def is_lent(issue: Issue) -> bool:
+    """Whether an issue plays a role that is another type's own: it stops the gradient, and is neither
+    VANISHING nor DEAD."""
+    own = issue.issue_type in (IssueType.VANISHING, IssueType.DEAD)
+    return not own and issue.evidence.plays(Role.ABSORBING, Role.BLOCKING)
+
+
+def lent(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause only passes on what another one does."""
+    return is_lent(cause)
+
+
+def shown(flow: Flow, issue: Issue) -> tuple[bool, bool, bool, int]:
+    """Smaller where a loss of gradient shows more: further from the loss, but in the part of the model that
+    loses it, and neither at a table, which nothing flows through, nor on a side branch, which gets less than
+    what it branches off from for reasons of its own."""
+    known, node = issue.evidence, node_name(issue.layer)
+    return (flow.is_table(node), known.elsewhere, known.side_branch, order(flow, issue))
+
+
+def order(flow: Flow, issue: Issue) -> int:
+    """Return the place of an issue's layer in the order of execution; -1 if it did not run."""
+    return layer.order if (layer := flow.layers.get(node_name(issue.layer))) else -1
+
+
+def precedence(issue: Issue) -> int:
+    """Return the place of an issue's type in `PRECEDENCE`."""
+    return PRECEDENCE.get(issue.issue_type, len(PRECEDENCE))

@@ -1,0 +1,30 @@
+"""How a process that fails, or is gone, is told of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+
+def is_broken_line(error: BaseException) -> bool:
+    """Whether an error may be that of a collective whose other end is gone."""
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+        return True
+    words = ("closed by peer", "Timed out", "timed out", "gloo", "NCCL", "Broken pipe", "reset by peer")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def gone(rank: int, silence: float) -> str:
+    """Return what is said of a process that has given no sign of life for so many seconds."""
+    return (
+        f"process {rank} of the analysis is gone: it gave no sign of life for {silence:.0f} seconds, as one "
+        "that was killed does (by hand, or by the system for lack of memory). The analysis ends on all "
+        "processes."
+    )
+
+
+def some(ranks: Sequence[int]) -> str:
+    """Return ranks in words, four at most."""
+    shown = ", ".join(map(str, ranks[:4]))
+    return shown + (f" and {len(ranks) - 4} more" if len(ranks) > 4 else "")
