@@ -330,9 +330,8 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
     strongest = max(ends, key=lambda node: (strength[node], node))
     trunk = flow.wiring.upstream(strongest)
     shared = {n for n in trunk if n in flow.layers and flow.trainable(n)}
-    fed: dict[
-        str, bool
-    ] = {}  # by node, whether something to be trained feeds it that feeds the strongest too
+    # By node, whether something to be trained feeds it that feeds the strongest too.
+    fed: dict[str, bool] = {}
     for node in flow.wiring.order:
         fed[node] = any(n in shared or fed[n] for n in flow.wiring.preds[node])
     rivals = [
@@ -355,9 +354,8 @@ def _dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Is
             issue_type=IssueType.EXPLODING,
             severity=IssueSeverity.HIGH,
             description=f"Its gradient is {ratio:.3g} times that of {rival}, with which it shares layers, "
-            f"so it "
-            f"alone steers them; its outputs are far from the scale of its targets (loss over gradient times "
-            f"output: {off:.3g}).",
+            f"so it alone steers them; its outputs are far from the scale of its targets (loss over gradient "
+            f"times output: {off:.3g}).",
             magnitude=ratio,
             recommended_actions=dominance_actions(layer.name, layer_name(rival), ratio),
             metrics={"dominance": ratio, "off_scale": off, "rival": layer_name(rival)},
