@@ -363,8 +363,7 @@ def _inexcusable(
     that gives the same for every sample.
 
     That a stack of the usual initialisation keeps 0.4 a layer is no illness while the steps make up for it.
-    Where the signal has faded on the same way, so that nothing tells samples apart, they cannot: what would
-    have to learn to is what the gradient does not reach.
+    Where the signal has faded on the same way, what would have to tell samples apart is what none reaches.
     """
     known = flow.record.knowledge
     if known is None or not flow.record.provenance.optimizer or not guesses(flow.record):
