@@ -78,14 +78,14 @@ def _against_vanishing(target: Target) -> Iterator[Remedy]:
         yield structure.norm_behind(target.hidden)
     if target.weighted:
         yield start.kaiming(target.rectified() or target.weighted)
-    if len(target.blocks()) > 1:
-        yield skip_round(target.blocks(), norm=True)
+    if target.bare_blocks():
+        yield skip_round(target.bare_blocks(), norm=True)
     yield from scale_of_outputs(target)
 
 
 def _against_explosion(target: Target) -> Iterator[Remedy]:
-    if len(target.blocks()) > 1:
-        yield skip_round(target.blocks(), norm=True)
+    if target.bare_blocks():
+        yield skip_round(target.bare_blocks(), norm=True)
     if target.hidden:
         yield structure.norm_behind(target.hidden)
     yield from scale_of_outputs(target)

@@ -51,7 +51,7 @@ def another_activation(target: Target, action: str) -> Iterator[Remedy]:
 
 def norms(target: Target, action: str) -> Iterator[Remedy]:
     """Put norm layers between, or skips round."""
-    blocks = target.blocks()
+    blocks = target.bare_blocks()
     if target.cause.issue_type is IssueType.EXPLODING and target.group:
         yield structure.norm_behind(target.group)
     if target.hidden:
@@ -81,8 +81,8 @@ def post_norm(target: Target, action: str) -> Iterator[Remedy]:
     norms, entries = target.norms_on_the_path()
     if norms and entries:
         yield pre_norm(norms, entries)
-    if len(target.blocks()) > 1:
-        yield skip_round(target.blocks(), norm=True)
+    if target.bare_blocks():
+        yield skip_round(target.bare_blocks(), norm=True)
     yield optimizing.warmed_up(30) + optimizing.rate_times(1 / 10)
 
 

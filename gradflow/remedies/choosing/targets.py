@@ -106,6 +106,21 @@ class Target:
                 return found if len(found) > 1 else []
         return []
 
+    def bare_blocks(self) -> list[str]:
+        """Return the repeated blocks if no skip connection leads round them already.
+
+        One does where something behind a block is fed by a layer in it and by one before it. In a run a part of
+        the blocks may be dropped, and a skip round them all joins at the last alone: a tenth of them decides.
+        """
+        found, joined = self.blocks(), set()
+        for node in self.flow.layers:
+            before = [module_of(layer_name(b)) for b in self.flow.wiring.before(node)]
+            for block in found:
+                inside = [name == block or name.startswith(f"{block}.") for name in before]
+                if any(inside) and not all(inside):
+                    joined.add(block)
+        return [] if 10 * len(joined) >= len(found) else found
+
     def alike(self, module: str) -> list[str]:
         """Return the modules whose names differ from one by numbers alone, itself at least."""
         pattern = _numberless(module)
