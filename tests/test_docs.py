@@ -83,18 +83,22 @@ def as_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]
             del sys.modules[name]
 
 
+def _is_near(shown: str, printed: str) -> bool:
+    """Whether a number with a fraction is off by one percent, or one in its last digit, at most."""
+    digits = shown.partition("e")[0].partition(".")[2]
+    last = 1.01 * 10.0 ** -len(digits) * 10.0 ** int(shown.partition("e")[2] or 0)
+    return math.isclose(float(shown), float(printed), rel_tol=0.01, abs_tol=last)
+
+
 def difference(shown: str, printed: str) -> str:
     """Return the first line that differs, or nothing.
 
     Words and whole numbers must be equal. Another processor sums in another order, so a number with a
-    fraction may be off by one percent, which is about the last digit shown.
+    fraction may be off by one percent, or by one in the last digit shown.
     """
     for a, b in zip([*shown.splitlines(), ""], [*printed.splitlines(), ""], strict=False):
         numbers = list(zip(_NUMBER.findall(a), _NUMBER.findall(b), strict=False))
-        alike = all(
-            x == y or (x.count(".") == y.count(".") == 1 and math.isclose(float(x), float(y), rel_tol=0.01))
-            for x, y in numbers
-        )
+        alike = all(x == y or (x.count(".") == y.count(".") == 1 and _is_near(x, y)) for x, y in numbers)
         if _NUMBER.sub("#", a) != _NUMBER.sub("#", b) or not alike:
             return f"{a!r} is shown, {b!r} is printed; run python docs/paste_outputs.py"
     return "" if shown.count("\n") == printed.count("\n") else "more lines on one side"

@@ -233,7 +233,7 @@ class Stages:
         """
         cotangents = self.cotangents() if self._returns else [None] * len(outputs)
         self.reached = tuple(i for i, cotangent in enumerate(cotangents) if cotangent is not None)
-        spoilt = not math.isfinite(self._loss) and all(_is_finite(tensor) for tensor in outputs)
+        spoilt = not math.isfinite(self._loss) and all(bool(t.isfinite().all()) for t in outputs)
         loss = 0.0 if spoilt else self._loss  # what is not finite was born behind
         if not self.reached:
             return torch.tensor(loss, device=outputs[0].device)
@@ -397,7 +397,3 @@ class HandedOn(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Return what the next stage hands back, whatever comes in."""
         return None, None, *(cotangent for cotangent in ctx.stages.cotangents() if cotangent is not None)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
