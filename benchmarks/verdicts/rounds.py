@@ -215,7 +215,7 @@ ROUNDS = (
             "verdicts that must not change with the scale of the loss, a loss like others.",
         },
         alarmed={
-            "contact8b-faces-arcface": "Scores that a margin head makes loud by its own scale, and learns under.",
+            "contact8b-faces-arcface": "Scores that a margin head makes loud by its own scale.",
         },
     ),
 )
