@@ -109,8 +109,8 @@ class Target:
     def bare_blocks(self) -> list[str]:
         """Return the repeated blocks if no skip connection leads round them already.
 
-        One does where something behind a block is fed by a layer in it and by one before it. In a run a part of
-        the blocks may be dropped, and a skip round them all joins at the last alone: a tenth of them decides.
+        One does where something behind a block is fed by a layer in it and by one before it. Some blocks of
+        a run may be dropped, and a skip round them all joins at the last alone: a tenth of them decides.
         """
         found, joined = self.blocks(), set()
         for node in self.flow.layers:
