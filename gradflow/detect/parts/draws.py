@@ -44,7 +44,7 @@ def drowned_codes(share: float = 0.03, *, rise: float = 1.5) -> Callable[[FlowRe
         for found in record.parts.draws:
             shares = found.signal / found.noise
             shares = shares[np.isfinite(shares)]
-            if len(shares) >= 2 and shares.max() < share and shares[-1] <= rise * shares[0]:
+            if len(shares) >= 2 and 0 < shares.max() < share and shares[-1] <= rise * shares[0]:
                 yield _issue(record, found, float(shares[-1]))
 
     return detector

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
-from gradflow.records import ReachRecord, Reason
+from gradflow.records import ParameterRecord, ReachRecord, Reason
 
 _FAINT = 1e-4  # of the largest gradient of a step; rounding is below 1e-6 in float32
 
@@ -30,4 +32,21 @@ def _cancels(flow: Flow, part: ReachRecord) -> bool:
         return False
     largest = np.fmax.reduce([p.grad_norm for p in flow.record.parameters])
     whole = sum(p.num_elements for p in account.of(part.parameter)) >= part.size
-    return whole and bool((known.grad_norm <= _FAINT * largest).all())
+    faint = whole and bool((known.grad_norm <= _FAINT * largest).all())
+    if not faint or "norm" in part.op.lower():  # what a norm goes over is no matter of the data
+        return faint
+    return not any((twin.grad_norm > _FAINT * largest).any() for twin in _twins(flow, known))
+
+
+def _twins(flow: Flow, parameter: ParameterRecord) -> Iterator[ParameterRecord]:
+    """Yield the parameters of one shape whose names differ from a parameter's in one part.
+
+    Where one of them learns, it is not the make that cancels but what is given: a softmax over the neighbours
+    of a kind, of which each node of these data has one.
+    """
+    parts = parameter.name.split(".")
+    for other in flow.record.parameters:
+        names = other.name.split(".")
+        alike = other.shape == parameter.shape and len(names) == len(parts) and names[-2:] == parts[-2:]
+        if alike and sum(a != b for a, b in zip(names, parts, strict=True)) == 1:
+            yield other
