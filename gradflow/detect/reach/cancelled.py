@@ -35,11 +35,12 @@ def _cancels(flow: Flow, part: ReachRecord) -> bool:
     faint = whole and bool((known.grad_norm <= _FAINT * largest).all())
     if not faint or "norm" in part.op.lower():  # what a norm goes over is no matter of the data
         return faint
-    return not any((twin.grad_norm > _FAINT * largest).any() for twin in _twins(flow, known))
+    return not any((twin.grad_norm > _FAINT * largest).any() for twin in _twins(flow, known, part.op))
 
 
-def _twins(flow: Flow, parameter: ParameterRecord) -> Iterator[ParameterRecord]:
-    """Yield the parameters of one shape whose names differ from a parameter's in one part.
+def _twins(flow: Flow, parameter: ParameterRecord, op: str) -> Iterator[ParameterRecord]:
+    """Yield the parameters of one shape whose names differ from a parameter's in one part, and whose layers
+    feed the same kind of operation.
 
     Where one of them learns, it is not the make that cancels but what is given: a softmax over the neighbours
     of a kind, of which each node of these data has one.
@@ -47,6 +48,7 @@ def _twins(flow: Flow, parameter: ParameterRecord) -> Iterator[ParameterRecord]:
     parts = parameter.name.split(".")
     for other in flow.record.parameters:
         names = other.name.split(".")
-        alike = other.shape == parameter.shape and len(names) == len(parts) and names[-2:] == parts[-2:]
-        if alike and sum(a != b for a, b in zip(names, parts, strict=True)) == 1:
+        alike = other.shape == parameter.shape and len(names) == len(parts) and names[-1] == parts[-1]
+        alike = alike and sum(a != b for a, b in zip(names, parts, strict=True)) == 1
+        if alike and op in flow.wiring.ops_after(other.layer):
             yield other

@@ -84,6 +84,35 @@ def test_a_fresh_model(weight: float) -> None:
     assert not drowned(trained(weight, before=0))
 
 
+class Slots(nn.Module):
+    """Slots start at random round a mean that is a parameter, and each takes its share of what is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.enc = nn.Parameter(torch.zeros(1, 1, 8)), nn.Linear(20, 8)
+        self.dec = nn.Linear(8, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slots = self.mean + torch.randn(len(x), 4, 8)
+        given = self.enc(x)[:, None]
+        return self.dec((1e-3 * given * slots).sum(1))
+
+
+def test_a_random_start_that_no_sample_enters_is_no_code() -> None:
+    torch.manual_seed(0)
+    model = Slots()
+    held: list[Tensor] = []
+
+    def batch() -> Tensor:
+        held[:] = [torch.randn(32, 20)]
+        return held[0]
+
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    report = gf.diagnose(model, batch, lambda y: F.mse_loss(y, held[0]), steps=10, optimizer=optimizer)
+    assert all(found.signal.max() == 0 for found in report.record.parts.draws)
+    assert not drowned(report)
+
+
 def test_signal_and_noise_are_their_root_mean_squares() -> None:
     torch.manual_seed(0)
     model = Coder()

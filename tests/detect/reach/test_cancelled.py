@@ -67,6 +67,32 @@ def test_several_numbers_or_none_that_is_normalised(weigh: Callable[[Tensor], Te
     assert told(Router(weigh, kept), X) == {}
 
 
+class Neighbours(nn.Module):
+    """Each sample weighs its neighbours of two kinds by a key of each kind."""
+
+    def __init__(self, second: int) -> None:
+        super().__init__()
+        self.numbers = {"near": 3, "far": second}
+        self.key = nn.ModuleDict({kind: nn.Linear(8, 8) for kind in self.numbers})
+        self.value = nn.ModuleDict({kind: nn.Linear(8, 8) for kind in self.numbers})
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x
+        for kind, number in self.numbers.items():
+            beside = torch.stack([x.roll(i, 0) for i in range(number)], 1)
+            scores = ((self.key[kind](beside) * x[:, None]).sum(-1)).exp()
+            weights = scores / scores.sum(1, keepdim=True)
+            found = found + (weights[..., None] * self.value[kind](beside)).sum(1)
+        return found
+
+
+def test_a_kind_of_which_the_data_have_one_each_beside_one_that_learns() -> None:
+    model = Neighbours(1)
+    assert told(model, X) == {}
+    model.numbers["near"] = 1  # there is no kind left that learns, so it is the make
+    assert set(told(model, X)) == {"key.near", "key.far"}
+
+
 class Bottom(nn.Module):
     """A convolution to a single voxel, normalised in groups, beside a way on which gradient arrives."""
 
