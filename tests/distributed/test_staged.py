@@ -13,18 +13,16 @@ from torch import nn
 import gradflow as gf
 from gradflow.functional.updates.curvature import curvature
 from gradflow.records import FlowRecord, Provenance, Reason
+from tests.distributed.pieces import Chain, Whole, pieces
 from tests.distributed.scenarios import diagnosed
 from tests.distributed.staged import (
     ON_FOUR,
     ON_TWO,
     OTHERS,
     PIECES,
-    Chain,
     Dropping,
     Straight,
-    Whole,
     own,
-    pieces,
     whole,
 )
 from tests.distributed.test_same_record import differences
