@@ -67,8 +67,8 @@ def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float)
     swallowed = swallowing_norms(flow.record)
     if swallowed and not absorber:
         actions.append(
-            f"Give {swallowed[0]} an epsilon of 1e-5: its own is more than what it guards, so it does not "
-            "normalise."
+            f"Give {swallowed[0].name} an epsilon of 1e-5: its own is more than what it guards, so it does "
+            "not normalise."
         )
     elif flow.norms and not absorber and flow.record.provenance.optimizer:
         rates = ", ".join(f"{r:.3g}" for r in flow.record.provenance.learning_rates)
@@ -155,7 +155,7 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
     if why == "rectifier":
         bias = f"give {here} a bias of zero or a small positive one"
         fire = f"et some units of {here} fire: {initialisation(flow, at or node)}, and {bias}."
-        if _ends_rectified(flow, at or node):
+        if flow.wiring.known and flow.ends_weightless(at or node):
             return (
                 "Leave the rectifier out at the output, or use softplus or LeakyReLU there: which of a few "
                 "outputs fire is chance at any start, and one that does not can never learn to.",
@@ -199,19 +199,6 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
         f"Look at what stands {where}: a sign, a round, a comparison or a hard bound has a derivative of "
         "zero.",
     )
-
-
-def _ends_rectified(flow: Flow, node: str) -> bool:
-    """Whether no weights stand behind a layer: its rectifier makes the output of the model."""
-    todo, seen = [node], {node}
-    while todo:
-        for behind in flow.wiring.after(todo.pop()):
-            if flow.parameters_of(behind):
-                return False
-            if behind not in seen:
-                seen.add(behind)
-                todo.append(behind)
-    return flow.wiring.known
 
 
 def _starts_at_zero(flow: Flow, node: str) -> bool:

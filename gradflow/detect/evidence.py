@@ -39,7 +39,7 @@ import numpy as np
 
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
-from gradflow.records import ActivationRecord, Floats, FlowRecord
+from gradflow.records import ActivationRecord, Floats, FlowRecord, NormRecord
 
 KEPT_BY_MATRIX = 0.4
 ROUNDING = (
@@ -322,10 +322,10 @@ def heads(flow: Flow) -> list[str]:
     return [node for node in last_layers(flow) if np.any(flow.grad[node] > 0)]
 
 
-def swallowing_norms(record: FlowRecord, times: float = 30.0, epsilon: float = 0.01) -> list[str]:
+def swallowing_norms(record: FlowRecord, times: float = 30.0, epsilon: float = 0.01) -> list[NormRecord]:
     """Return the norm layers whose epsilon is so many times the variance that enters, and no mere guard."""
     return [
-        norm.name
+        norm
         for norm in record.parts.norms
         if norm.epsilon >= epsilon and late(norm.variance) > 0 and norm.epsilon >= times * late(norm.variance)
     ]

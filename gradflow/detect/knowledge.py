@@ -81,6 +81,11 @@ def guesses(record: FlowRecord, least: float = 0.9) -> bool:
     return math.isfinite(known.shuffled) and known.shuffled - known.loss <= (1 - least) * abs(known.shuffled)
 
 
+def knows(record: FlowRecord, most: float = 0.25) -> bool:
+    """Whether `most` of the loss of guesses is left at the end; False where that is not known."""
+    return record.knowledge is not None and record.knowledge.share_left <= most
+
+
 def came_knowing(record: FlowRecord, most: float = 0.25) -> bool:
     """Whether the model came to the run with what it has learned, and still has it at the end.
 
@@ -101,8 +106,7 @@ def has_learned(record: FlowRecord, most: float = 0.1) -> bool:
 
     False where that is not known; see `KnowledgeRecord`.
     """
-    known = record.knowledge
-    return known is not None and known.share_left <= most and loss_fell(record)
+    return knows(record, most) and loss_fell(record)
 
 
 def learns(record: FlowRecord, most: float = 0.6) -> bool:
@@ -111,9 +115,12 @@ def learns(record: FlowRecord, most: float = 0.6) -> bool:
 
     False where that is not known; see `KnowledgeRecord`.
     """
-    known = record.knowledge
-    falls = 0 <= late(record.losses) <= 0.9 * early(record.losses)
-    return falls and known is not None and known.share_left <= most
+    return falls(record) and knows(record, most)
+
+
+def falls(record: FlowRecord) -> bool:
+    """Whether the loss falls by a tenth within the run, to no less than zero."""
+    return bool(0 <= late(record.losses) <= 0.9 * early(record.losses))
 
 
 def at_level(record: FlowRecord, most: float = 0.02) -> bool:

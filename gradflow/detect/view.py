@@ -92,6 +92,18 @@ class Flow:
             n in self.layers and self.layers[n].composite and self.is_last(n) for n in self.wiring.after(node)
         )
 
+    def ends_weightless(self, node: str) -> bool:
+        """Whether no parameters stand downstream of a layer call: it makes the output of the model."""
+        todo, seen = [node], {node}
+        while todo:  # it ends at the first that has some, and is asked of many
+            for behind in self.wiring.after(todo.pop()):
+                if self.parameters_of(behind):
+                    return False
+                if behind not in seen:
+                    seen.add(behind)
+                    todo.append(behind)
+        return True
+
     def is_norm(self, node: str) -> bool:
         """Whether a layer call normalises, by the name of its class."""
         return node in self.norms

@@ -20,7 +20,7 @@ from gradflow.detect.evidence import (
     shares,
 )
 from gradflow.detect.flow.ends.alike import collapsed, constant
-from gradflow.detect.knowledge import guesses, learns
+from gradflow.detect.knowledge import guesses, knows, learns
 from gradflow.detect.view import Flow, flow_of
 from gradflow.graph.queries.dominators import immediate_dominators
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
@@ -184,16 +184,10 @@ def _narrow(flow: Flow, waists: list[_Waist], rank_excess: float, lost_samples: 
     issues = []
     for waist in waists:
         by_design = same_size or _takes_data_too(flow, waist.node, calls)
-        told = same_size and (_tells(flow) or learns(flow.record, most=0.4))
+        told = same_size and (knows(flow.record) or learns(flow.record, most=0.4))
         single = waist.width == 1 and most > 2 and not told
         issues.append(_waist_issue(flow, waist, rank_excess, lost_samples, by_design, single))
     return issues
-
-
-def _tells(flow: Flow, most: float = 0.25) -> bool:
-    """Whether what comes through tells nearly all that is asked for, as one number tells a curve's points."""
-    known = flow.record.knowledge
-    return known is not None and known.share_left <= most
 
 
 def _waist_issue(
@@ -204,7 +198,7 @@ def _waist_issue(
     lost, fired = _stopped(flow, waist)
     needs_more = needed > rank_excess * waist.width and not by_design
     if lost >= lost_samples:
-        severity = IssueSeverity.LOW if _tells(flow) else IssueSeverity.MEDIUM
+        severity = IssueSeverity.LOW if knows(flow.record) else IssueSeverity.MEDIUM
         why = (
             f"a rectifier stands on it, of whose units {fired:.0%} fire, so that for about {lost:.0%} of the "
             "samples nothing passes"

@@ -12,7 +12,7 @@ import numpy as np
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.ends.loud import sharp_scores
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
-from gradflow.detect.knowledge import at_level, came_knowing, guesses, has_learned, learns
+from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns
 from gradflow.detect.squashed import gate_actions, saturation_actions
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import MOST_NEIGHBOURS, node_name
@@ -158,8 +158,7 @@ def _seen(flow: Flow, activation: ActivationRecord) -> float:
     seen, losses = late(activation.saturated_share), flow.record.losses
     if len(shares) < 2 or not shares[-1] > seen or activation.kind != "bounded":
         return seen
-    behind = flow.wiring.downstream(node_name(activation.layer))
-    ends = flow.wiring.known and not any(flow.parameters_of(n) for n in behind if n in flow.layers)
+    ends = flow.wiring.known and flow.ends_weightless(node_name(activation.layer))
     idle = guesses(flow.record) and late(losses) >= 0.9 * early(losses) > 0
     return float(shares[-1]) if ends and idle and np.all(np.diff(shares) >= 0) else seen
 
@@ -190,10 +189,9 @@ def _passes_enough(
     no layer: there, below `severe_share`, it is enough that the loss falls so, or that no unit is stuck.
     """
     record, stuck = flow.record, activation.always_saturated
-    falls = 0 <= late(record.losses) <= 0.9 * early(record.losses) and record.knowledge is not None
     if activation.op in _STRAIGHT or stuck > _FEW_STUCK:
         return False
-    taught = falls and not guesses(record)
+    taught = falls(record) and record.knowledge is not None and not guesses(record)
     if activation.functional and not activation.layer:
         return activation.kind == "bounded" and seen < severe_share and (taught or not stuck)
     if not taught or feeder not in flow.grad:
@@ -272,8 +270,7 @@ def _has_learned(flow: Flow, activation: ActivationRecord, first: float, seen: f
     """Whether an output has become sure within the run while its loss fell by half."""
     if not seen > first + 0.2 or not loss_fell(flow.record):
         return False
-    behind = flow.wiring.downstream(node_name(activation.layer))
-    return not any(flow.parameters_of(n) for n in behind if n in flow.layers)
+    return flow.ends_weightless(node_name(activation.layer))
 
 
 def _feeder(flow: Flow, activation: ActivationRecord) -> str:

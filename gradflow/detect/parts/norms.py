@@ -40,10 +40,8 @@ def swallowed_norms(
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
-        found = set(swallowing_norms(record, times, epsilon))
-        for norm in record.parts.norms:
-            if norm.name in found:
-                yield _issue(norm, late(norm.variance), severe)
+        for norm in swallowing_norms(record, times, epsilon):
+            yield _issue(norm, late(norm.variance), severe)
 
     return detector
 
