@@ -112,13 +112,20 @@ def _cuda_in_use() -> bool:
 
 
 def seed_all(seed: int) -> None:
-    """Seed torch, numpy and Python.
+    """Seed torch on the devices that are in use, numpy and Python.
+
+    `torch.manual_seed` would also seed devices that are not in use yet, when they come to be, long after the
+    states were put back; and it formats a traceback for each of them, which takes a millisecond.
 
     Raises:
         ValueError: if `seed` is no whole number that torch takes.
     """
     seed = checked_seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if _cuda_in_use():
+        torch.cuda.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gradflow.detect import Detector
-from gradflow.diagnosis import detectors_of, judged, wanted
+from gradflow.diagnosis import Judge, detectors_of, judged, wanted
 from gradflow.errors import RecordInputError, RemedyError
 from gradflow.functional.analyze import analyzed
 from gradflow.functional.model.closures import modules_in
@@ -316,7 +316,7 @@ class _Laboratory:
     def _measured(
         self, model: nn.Module, batches: Any, loss_fn: Any, optimizer: Optimizer, seed: int
     ) -> Outcome:
-        begun, done = time.perf_counter(), self.limits.done
+        begun, done, judge = time.perf_counter(), self.limits.done, Judge(self.detectors)
 
         def told(step: int, steps: int) -> None:
             if self._progress is not None:
@@ -324,11 +324,11 @@ class _Laboratory:
 
         plan = Plan(
             steps=self.steps, loop=Loop(optimizer=optimizer, clip=self.clip), seed=seed, mode=self.mode,
-            progress=told, **wanted(self.detectors, "cheap"),
+            progress=told, **wanted(judge, "cheap"),
         )  # fmt: skip
         record = analyzed(model, batches, loss_fn, plan)
         self.limits.done += self.steps
-        issues = serious_issues(judged(record, self.detectors).issues)
+        issues = serious_issues(judged(record, judge).issues)
         return Outcome(np.array(record.losses), issues, time.perf_counter() - begun)
 
 
