@@ -22,7 +22,8 @@ _MODELS: dict[str, str] = {
         diffusion-condition-always-dropped contact1a-lm-top1gate contact1a-forecast-revin
         contact2b-anomaly-memory contact2b-hetero-source contact4b-meta-inner_loop_by_data
         timesfm-522-scale-not-guarded-on-the-way-back contact5a-moe-topone contact5a-series-quiescent
-        contact5b-detection-same-memory contact6b-views-without-stop
+        contact5b-detection-same-memory contact6b-views-without-stop contact7b-rnn-lastframe
+        contact7b-llm-topone contact8a-forecast-nbeats contact8a-weather-cells contact8a-flow-solver
     """,
     LOSS: """
         moe-experts-without-tokens rl-log-probabilities-from-the-buffer rl-ratios-all-clipped
@@ -38,12 +39,13 @@ _MODELS: dict[str, str] = {
         vjepa2-109-embeddings-collapse rq-vae-65-codebook-collapse
         aidotnet-1844-penalty-without-a-graph gan-discriminator-has-won contact5a-speech-selfdistilled
         contact5a-recsys-semanticid contact5a-tabular-constant contact5b-agent-unsquashed-action
-        contact5b-ranking-own-target contact6b-game-clipped-error
+        contact5b-ranking-own-target contact6b-game-clipped-error contact7a-vocoder-mel contact7b-vae-klsum
+        contact8b-sentences-positives contact8b-energy-divergence contact8b-multitask-newtensor
     """,
     DATA: """
         mlp-insurance-claims transformer-loss-mask-all-zero detection-logarithm-of-a-width
         contact4a-speech-crowded_utterances fairseq-3753-every-alignment-impossible
-        contact6b-masks-of-255
+        contact6b-masks-of-255 contact7a-gan-batchstd
     """,
     CHOICE: """
         cnn-pooled-in-numpy rnn-hard-choice-between-parts detection-peak-by-argmax
