@@ -6,6 +6,7 @@ Each function returns the sentences for one situation, the most likely cure firs
 from __future__ import annotations
 
 import math
+import re
 
 from gradflow.detect.evidence import activations_of, late, row_gain, swallowing_norms
 from gradflow.detect.view import Flow
@@ -24,6 +25,8 @@ def initialisation(flow: Flow, node: str) -> str:
     Xavier before a bounded activation or none, Kaiming before a rectifier.
     """
     weight = f"{layer_name(node) or 'model'}.weight"
+    if flow.is_norm(node):
+        return f"nn.init.ones_({weight})"
     ops = {a.op for a in activations_of(flow, node)}
     if ops & set(_BOUNDED):
         op = next(o for o in _BOUNDED if o in ops)
@@ -49,10 +52,12 @@ def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float)
             "a width) or a tiny weight makes a norm layer shrink what it should normalise."
         )
     if math.isfinite(gain) and gain < 0.3:
+        alike = _small_alike(flow, at)
+        more = f" (and of {alike} more layers like it)" if alike else ""
         actions.append(
-            f"The rows of {layer_name(at)}'s weights have rms {gain:.1e}, a usual initialisation has 0.6 "
-            f"to 1.4: "
-            f"{initialisation(flow, at)}."
+            f"The rows of the weights of {layer_name(at)}{more} have rms {gain:.1e}, a usual initialisation "
+            f"has 0.6 to 1.4: {initialisation(flow, at)}{', and so on' if alike else ''}. Where a layer "
+            f"draws its weights by a rule of its own, multiply them by about {1 / gain:.2g}."
         )
     saturating = sorted({a.op for n in (node, at) for a in activations_of(flow, n) if a.op in _BOUNDED})
     if saturating:
@@ -81,6 +86,14 @@ def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float)
     if not flow.norms:
         actions.append("Add a norm layer between the layers, or a skip connection round each pair of them.")
     return tuple(actions) or ("Add skip connections round the layers that lose the gradient.",)
+
+
+def _small_alike(flow: Flow, node: str) -> int:
+    """Return how many other layers stand at the same place of other blocks, with weights as small."""
+    own = re.sub(r"\d+", "#", layer_name(node))
+    others = {flow.layers[n].module for n in flow.layers if re.sub(r"\d+", "#", layer_name(n)) == own}
+    small = [m for m in others if row_gain(flow, node_name(m)) < 0.3]
+    return len(small) - (flow.layers[node].module in small)
 
 
 def forgetful_actions(layer: str, rate: float) -> Actions:
@@ -153,6 +166,8 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
     """For a layer whose gradient is exactly zero."""
     here = layer_name(at) or layer_name(node)
     if why == "rectifier":
+        if flow.is_norm(at or node) and late(flow.layers[at or node].output_rms) == 0:
+            return _nothing_to_normalise(flow, at or node)
         bias = f"give {here} a bias of zero or a small positive one"
         fire = f"et some units of {here} fire: {initialisation(flow, at or node)}, and {bias}."
         if flow.wiring.known and flow.ends_weightless(at or node):
@@ -173,7 +188,11 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
             "BCEWithLogitsLoss, or two outputs with CrossEntropyLoss.",
         )
     if why == "one feature":
-        return (f"Normalise what enters {here}, which has more features, or leave the norm out.",)
+        norm = next((layer_name(n) for n in flow.wiring.after(at) if flow.is_norm(n)), "the norm")
+        return (
+            f"{norm} normalises over one feature, and gives its bias whatever comes in: leave the norm out "
+            "(nn.Identity()), or normalise where there are several features.",
+        )
     silent = why not in ("zero weight", "zero input") and late(flow.layers[node].output_rms) == 0
     factors = (
         f"If two factors of a product both start at zero ({layer_name(node) if silent else here} and its "
@@ -198,6 +217,19 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
     return (
         f"Look at what stands {where}: a sign, a round, a comparison or a hard bound has a derivative of "
         "zero.",
+    )
+
+
+def _nothing_to_normalise(flow: Flow, node: str) -> Actions:
+    """For a norm that gives exactly zero: what enters it is one number, or its own weight is zero."""
+    here = layer_name(node)
+    feeders = [layer_name(n) for n in flow.wiring.before(node) if n in flow.layers and flow.parameters_of(n)]
+    before = feeders[0] if feeders else "the layer before it"
+    return (
+        f"See what {before} hands to {here}: weights that are zero, masked or pruned away give one number "
+        f"all over, and nothing is left of it when its mean is taken off. Give {before} weights again: draw "
+        "them anew, or prune each layer by a share of its own.",
+        f"If it is {here} whose weight is zero: nn.init.ones_({here}.weight).",
     )
 
 
@@ -257,8 +289,11 @@ def _log_actions(birth: NumericalRecord) -> Actions:
     last = "A clamp, log(x.clamp(min=1e-8)), keeps it finite, and gives no gradient below the bound."
     if birth.input_min < 0:
         return (
-            f"What enters the logarithm goes down to {birth.input_min:.3g}: make it positive where it is "
-            "made, F.softplus(x) + 1e-4, or let the layer give the logarithm itself.",
+            f"What enters the logarithm goes down to {birth.input_min:.3g}: see which formula makes it, and "
+            "that its argument is inside the formula's range: 1 - a**2 of an action before it is scaled "
+            "beyond 1, 1 - p of a probability.",
+            "Where it is a layer's output: make it positive where it is made, F.softplus(x) + 1e-4, or let "
+            "the layer give the logarithm itself.",
             last,
         )
     return (
@@ -279,8 +314,8 @@ _CURES: dict[str, Actions] = {
     "attention": ("A row that is masked throughout has no softmax: keep one key, or drop the row.",),
     "exp": ("Clamp the argument before exp (88 is the limit in float32, 11 in float16).",
             "Bound what produces it: a log-variance by clamp(-20, 8), a log-ratio by a cap."),
-    "div": ("Guard the denominator: / n.clamp(min=1), or / (x + eps); of a length inside the root, "
-        "sqrt(x + eps).",
+    "div": ("Guard the denominator: / (x + 1e-8); where it is a length, inside of its root, "
+            "((x * x).sum(dim) + 1e-8).sqrt(); where it is a count, n.clamp(min=1).",
             "Where a mean runs over a mask: let an empty mask give zero."),
     "mean": ("The mean of nothing is NaN: guard for an empty selection.",),
     "pow": ("A power below 1 has an infinite slope at zero: add a small constant to the base.",),
@@ -300,8 +335,8 @@ def unstable_actions(flow: Flow, node: str, ratio: float) -> Actions:
     if provenance.optimizer and provenance.learning_rates:
         rate, clip = max(provenance.learning_rates), "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)"
         return (
-            f"Lower the learning rate of {provenance.optimizer}: {rate:.3g} to about {rate / 30:.1g}, with "
-            f"a warm-up.",
+            f"Lower the learning rate of {provenance.optimizer}: {rate:.3g} to about {rate / 30:.1g}, and "
+            "let it rise to that over the first steps (a warm-up).",
             f"Clip the gradient: {clip}. If your loop does, say so: diagnose(..., clip=1.0); the steps here "
             "were not clipped."
             if provenance.clip is None

@@ -49,9 +49,9 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
             )
         elif math.isfinite(gain) and gain < 3:
             actions.append(
-                f"The weights of {feeder} are of ordinary size ({gain:.2g}), so it is what enters it that "
-                f"is large (rms {entered:.3g}): standardise it{_pixels(entered)}, or put a norm layer before "
-                f"the {activation.op}."
+                f"The rows of the weights of {feeder} have rms {gain:.2g} (0.6 to 1.4 is usual), and what "
+                f"enters it {entered:.3g}, yet the {activation.op} gets {entering:.3g}: standardise what "
+                f"enters {feeder}{_pixels(entered)}, or put a norm layer before the {activation.op}."
             )
         elif math.isfinite(gain):
             drawn = initialisation(flow, node_name(feeder))
@@ -61,8 +61,10 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
             usual = gain < 10 and entered < 10
             actions.insert(
                 0 if usual else len(actions),
-                "It is an output: where it stands for a probability, compute the loss on what enters it "
-                "(BCEWithLogitsLoss); where it bounds a value, keep targets inside the bounds.",
+                "It is an output. Where it stands for a probability, leave it out of the model and compute "
+                "the loss on what enters it (BCEWithLogitsLoss, and other losses that apply a sigmoid of "
+                "their own: after two, no score is below a half). Where it bounds a value, keep targets "
+                "inside the bounds.",
             )
         else:
             actions.append(f"Replace the {activation.op} by ReLU or GELU.")

@@ -129,10 +129,21 @@ def verdict(issues: Sequence[Issue], causes: Sequence[Cause], record: FlowRecord
         remarks = f", {len(issues)} remark(s) of LOW or INFO" if issues else ""
         return f"no illness found{remarks}"
     if causes:
-        first, explained = causes[0], len(causes[0].issues)
-        share = f", which explains {explained} of {len(issues)} issues" if len(issues) > 1 else ""
-        return f"{first.issue_type.value} in {layer_label(first.layer)}{share}"
+        first = causes[0]
+        return f"{first.issue_type.value} in {layer_label(first.layer)}{_share(first, len(issues) - 1)}"
     return f"{serious[0].issue_type.value} in {layer_label(serious[0].layer)}"
+
+
+def _share(cause: Cause, others: int) -> str:
+    """Return how many of the issues beside its own a cause explains."""
+    explained = len(cause.issues) - 1
+    if not others:
+        return ""
+    if not explained:
+        return f", and {others} more issue{'s' if others > 1 else ''}"
+    if explained < others:
+        return f", which explains {explained} of {others} other issues"
+    return f", which explains the other {f'{others} issues' if others > 1 else 'issue'}"
 
 
 def model_line(record: FlowRecord) -> str:

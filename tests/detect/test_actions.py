@@ -8,6 +8,7 @@ import pytest
 from gradflow.detect import default_detectors, detect
 from gradflow.detect.actions import initialisation, vanishing_actions
 from gradflow.detect.reach.actions import cut_actions
+from gradflow.detect.updates.fast import without_rates
 from gradflow.detect.view import flow_of
 from tests.detect.builders import Layer, activation, decaying, flow_record
 
@@ -26,6 +27,21 @@ def test_the_initialisation_goes_by_the_activation(op: str, kind: str, call: str
     )
     assert initialisation(flow_of(record), "fc") == f"nn.init.{call}"
     assert initialisation(flow_of(record), "head") == "nn.init.xavier_uniform_(head.weight)"
+
+
+def test_a_norm_starts_at_ones() -> None:
+    norm = {"type": "BatchNorm1d"}
+    record = flow_record(
+        Layer(name="norm", op="relu", fields=norm),
+        Layer(name="head"),
+        activations=[activation("norm:relu", "norm", "relu", "rectifier")],
+    )
+    assert initialisation(flow_of(record), "norm") == "nn.init.ones_(norm.weight)"
+
+
+def test_rates_that_were_measured_replace_those_that_are_guessed() -> None:
+    kept = without_rates(("Lower the learning rate of Adam: 1 to about 0.03.", "Clip the gradient."))
+    assert kept == ("Clip the gradient.",)
 
 
 def test_a_module_activation_counts_too() -> None:

@@ -21,7 +21,7 @@ def text_of(html: str) -> str:
 def test_a_report_tells_verdict_cause_and_fix() -> None:
     record, issues, causes = sick_chain()
     text = text_of(Report(record=record, issues=issues, causes=causes)._repr_html_())
-    assert text.startswith("VANISHING in fc1, which explains 2 of 3 issues")
+    assert text.startswith("VANISHING in fc1, which explains 1 of 2 other issues")
     for fact in (
         "1 CRITICAL 1 HIGH 1 LOW",
         causes[0].mechanism,

@@ -96,15 +96,16 @@ def _read_alike(record: FlowRecord, apart: float, rounding: float) -> Iterable[I
         issue_type=IssueType.BOTTLENECK,
         severity=IssueSeverity.HIGH,
         description=f"What it reads is the same at all of its {keys:.3g} positions: no query scores one of "
-        f"them above another, though {asked:.0%} of the queries differs within a sample. All get the "
-        "same, and queries and keys get no gradient but rounding."
+        f"them above another, though the queries of a sample do differ (by {asked:.0%} of their size). All "
+        "get the same, and queries and keys get no gradient but rounding."
         + (f" So it is in {', '.join(others)}." if others else ""),
         magnitude=float(np.nanmax(layer.scores.logit_peak)),
         recommended_actions=(
-            f"Print what {layer.name or 'the attention'} takes its keys and values from, for two positions "
-            "of a sample: one vector that is repeated (a pooled feature, expand, repeat), or positions that "
-            "came to be one before, tell it nothing that one position would not.",
-            "Hand it the features by position, as they are before they are pooled, with their places added.",
+            f"Hand {layer.name or 'the attention'} keys and values that differ by position: the features as "
+            "they are before they are pooled (before a mean, max, expand or repeat), with their places "
+            "added.",
+            "To see where they become one: print what it takes its keys and values from at two positions "
+            "of a sample, and go back from there.",
         ),
         metrics={
             "op": layer.op,

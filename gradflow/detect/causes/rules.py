@@ -106,6 +106,10 @@ RULES: tuple[Rule, ...] = (
         because="exact zeros come back from it",
     ),
     Rule(
+        cause=_T.DEAD, victim=_T.DEAD, where="beside", roles=Role.BLOCKING, when=_if.named,
+        because="the victim's gradient is lost at the same place",
+    ),
+    Rule(
         cause=_T.DEAD, victim=_T.DEAD, where="upstream", roles=_SILENT, when=(_if.strong, _if.not_blocking),
         because="nothing comes back through units that do not fire",
     ),

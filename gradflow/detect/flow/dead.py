@@ -140,7 +140,8 @@ def _is_right_at_zero(flow: Flow) -> bool:
 _WHY = {
     "rectifier": "the rectifier behind {at} lets nothing through: no unit of it fires",
     "one alternative": "the softmax behind {at} is over one alternative, so it is the constant 1",
-    "one feature": "the norm layer behind {at} is over one feature, so what it gives does not depend on it",
+    "one feature": "the norm layer behind {at} is over one feature, so what it gives does not depend on its "
+    "input",
     "zero weight": "the weights of {at}, which would hand it back, are zero",
     "zero input": "its own output gets a gradient, but what enters it is zero",
     "operation": "it is lost between here and {at}, in a functional operation",

@@ -49,9 +49,10 @@ def fading(flow: Flow, most: float) -> list[Issue]:
             layer_type="Module" if scan.name else flow.record.provenance.model,
             issue_type=IssueType.VANISHING,
             severity=IssueSeverity.MEDIUM,
-            description=f"Its loop over {scan.num_steps} steps forgets: at {scan.faded_share:.0%} of them "
-            "the gradient is less than a millionth of what it is at the others, so they might as well not be "
-            "there. What each step keeps of its state is too little for so many.",
+            description=f"Its loop over {scan.num_steps} steps forgets: at {scan.faded_share:.0%} of them, "
+            "the farthest from what is read, the gradient is less than a millionth of what it is at the "
+            "others, so they might as well not be there. What each step keeps of its state is too little for "
+            "so many.",
             magnitude=1.0 - scan.faded_share,
             recommended_actions=(
                 f"Start what {scan.name or 'the model'} multiplies its state by nearer to one: small step "

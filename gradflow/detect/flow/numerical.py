@@ -131,7 +131,16 @@ def _born(birth: NumericalRecord) -> str:
         return f"{value} is in the model's input, first seen here"
     if birth.phase == "parameter":
         return f"{value} is in its parameters"
-    return f"{value} is born in {birth.op} in the {birth.phase} pass"
+    return f"{value} is born in {birth.op}{_quotient(birth)} in the {birth.phase} pass"
+
+
+def _quotient(birth: NumericalRecord) -> str:
+    """Return what finite numbers must have been divided by for such a value."""
+    if "div" not in birth.op.lower() or not math.isfinite(birth.input_min + birth.input_max):
+        return ""
+    if birth.phase != "forward" or max(abs(birth.input_min), abs(birth.input_max)) > _HUGE:
+        return ""
+    return " (zero over zero)" if birth.value == "nan" else " (by zero, or next to it)"
 
 
 def _range(birth: NumericalRecord) -> str:

@@ -264,7 +264,7 @@ def _starved_issue(flow: Flow, plain: Shares, s: _Starved, fed: float, origin: s
     else:
         kept = f"about {per_layer:.2g} of it (1 is healthy)"
         how = f"each of the {s.num_layers - 1} layers on its way keeps {kept}"
-    share = f"{s.share:.1e} of what should" if s.arriving else "for it has become too small for its format"
+    share = f"{s.share:.1e} times what should" if s.arriving else "for it has become too small for its format"
     first = early(plain.share[s.node]) if s.node in plain.share else math.nan
     trend = ""
     if _developed(plain, s):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import attrs
 import numpy as np
@@ -35,6 +36,11 @@ def overshooting(record: FlowRecord, misfit: Misfit) -> Issue:
     )
 
 
+def without_rates(actions: Sequence[str]) -> tuple[str, ...]:
+    """Return actions without those that guess at a rate, where it was measured."""
+    return tuple(action for action in actions if not action.startswith("Lower the learning rate"))
+
+
 def with_rate(issue: Issue, misfit: Misfit, record: FlowRecord) -> Issue:
     """Return an issue of an unstable run with what the updates tell of the rate."""
     optimizer, curve = record.provenance.optimizer, misfit.curve
@@ -48,6 +54,7 @@ def with_rate(issue: Issue, misfit: Misfit, record: FlowRecord) -> Issue:
             f"one update is as large as {misfit.ratio:.2g} of the weights."
         )
         actions.append(f"Lower the learning rate of {optimizer}: {misfit.rate:.3g} to about {lower:.1g}.")
+        issue = attrs.evolve(issue, recommended_actions=without_rates(issue.recommended_actions))
     if curve is not None:
         metrics |= {"sharpness": curve.sharpness, "best": curve.best, "actual": curve.actual}
         text += (

@@ -27,7 +27,7 @@ _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
     for pattern, make in (
         (r"policy_head", weights.near_uniform),
         (r"inside its domain|[Cc]lamp the argument|Guard the denom|slope of a square root", running.defined),
-        (r"make it positive where|on the logits|A clamp, log", running.defined),
+        (r"inside the formula|make it positive where|on the logits|A clamp, log", running.defined),
         (r"masked throughout|norm of zeros|mean of nothing|power below 1|where\(\) hides", running.defined),
         (r"Infinity times a mask", running.masked_by_zero),
         (r"See what lets it grow", running.grown),

@@ -66,3 +66,28 @@ def test_a_softmax_over_one_alternative_comes_before_the_clamp_behind_it(sick: b
     assert report.ok is not sick
     if sick:
         assert report.causes[0].issue_type is IssueType.DEAD
+
+
+class _BlockWithNormOverOne(nn.Module):
+    """A residual block whose two ways meet in front of a norm over its one feature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out, self.skip = nn.Linear(8, 8), nn.Linear(8, 1), nn.Linear(8, 1)
+        self.norm = nn.LayerNorm(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.out(self.hidden(x).relu()) + self.skip(x))
+
+
+def test_what_meets_in_front_of_a_norm_over_one_feature_has_one_cause() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), _BlockWithNormOverOne())
+    batches = [(torch.randn(16, 4), torch.randn(16, 1))] * 6
+    report = gf.diagnose(
+        model, batches, nn.MSELoss(), steps=6, optimizer=torch.optim.Adam(model.parameters(), 1e-3)
+    )
+    cause = report.causes[0]
+    assert cause.layer in ("1.skip", "1.out")
+    assert {issue.layer for issue in cause.issues} == {"0", "1.hidden", "1.out", "1.skip"}
+    assert "1.norm normalises over one feature" in cause.issues[0].recommended_actions[0]

@@ -49,7 +49,7 @@ def test_report_tells_the_verdict_then_causes_then_issues() -> None:
     record, issues, causes = sick_chain()
     lines = full_text(record, issues, causes).splitlines()
     assert lines[:8] == [
-        "gradflow: VANISHING in fc1, which explains 2 of 3 issues",
+        "gradflow: VANISHING in fc1, which explains 1 of 2 other issues",
         "  model    Chain: 5 layer calls, 320 parameters",
         "  steps    20 steps, parameters held fixed (no optimizer given: what its steps do is not judged)",
         "  run      train mode, cpu, float32, seed 0",

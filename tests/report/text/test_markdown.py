@@ -26,7 +26,7 @@ def test_a_sick_model_line_by_line() -> None:
     record, issues, causes = sick_chain()
     lines = Report(record=record, issues=issues, causes=causes).markdown().splitlines()
     assert lines[:16] == [
-        "### gradflow: VANISHING in fc1, which explains 2 of 3 issues",
+        "### gradflow: VANISHING in fc1, which explains 1 of 2 other issues",
         "",
         "Issues: 1 CRITICAL, 1 HIGH, 1 LOW. Healthy: 2 of 5 layer calls have no issue.",
         "",

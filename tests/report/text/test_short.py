@@ -30,7 +30,7 @@ def test_a_sick_model_line_by_line() -> None:
     causes = [attrs.evolve(causes[0], issues=issues[:2])]
     lines = short_text(record, issues, causes).splitlines()
     assert lines[:12] == [
-        "gradflow: VANISHING in fc1, which explains 2 of 3 issues",
+        "gradflow: VANISHING in fc1, which explains 1 of 2 other issues",
         "  Chain: 5 layer calls, 320 parameters; loss 2.31 -> 2.3; 20 steps, parameters held fixed (no",
         "  optimizer given: what its steps do is not judged)",
         "",

@@ -22,7 +22,7 @@ class Zeros:
     Args:
         scale: the largest gradient of each step, shape (steps,).
         muted: nodes whose every way to the loss goes through a norm over one feature, which gives its bias
-            whatever comes in, with the node before it.
+            whatever comes in, with the layer before it.
         why: by layer call whose output gradient is exactly zero, the reason, and the layer call that makes it
             so.
     """
@@ -110,7 +110,9 @@ def _muted(flow: Flow) -> dict[str, str]:
         behind = wires.succs[node]
         if behind and all(s in constant or s in found for s in behind):
             found[node] = next((found[s] for s in behind if s in found), node)
-    return found
+    # Where that is an operation, the layer nearest to the loss whose output feeds it stands for it.
+    layers = {place: node for node, place in reversed(found.items()) if node in flow.layers}
+    return {node: layers.get(place, place) for node, place in found.items()}
 
 
 def _silent(flow: Flow, node: str) -> bool:
