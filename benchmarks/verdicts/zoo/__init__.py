@@ -19,6 +19,8 @@ _FAMILIES = """
     contact7b_1 contact7b_2 contact7b_3
     contact8a_1 contact8a_2 contact8a_3
     contact8b_1 contact8b_2 contact8b_3
+    contact9a_1 contact9a_2 contact9a_3
+    contact9b_1 contact9b_2 contact9b_3
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
