@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import attrs
 
-from gradflow.records.fields import NAN, float_field, to_floats, to_tuple
+from gradflow.records.fields import NAN, float_field, mapping_field, to_floats, to_tuple
 
 
 @attrs.frozen(kw_only=True)
@@ -33,6 +34,14 @@ class KnowledgeRecord:
         scales: their root mean squares.
         odds: smallest and largest of the targets that binary cross entropies of PyTorch were given, which are
             probabilities by their meaning; empty where none was called.
+        misgiven: what functions of PyTorch were given in the place of what they take: `probabilities as
+            scores` (a cross entropy), `probabilities as logarithms`, `scores as logarithms`.
+        crossed: shapes of an output and of what the loss set it against crosswise, each element against all,
+            although they are equally many, as (N, 1) and (N,); empty where it did not.
+        by_mean: whether the loss sees no more of the outputs than their mean over the samples, and is not
+            linear in them.
+        floors: the lowest losses found for outputs that are free, under "", and for those from `0 to 1`,
+            `-1 to 1`, `above 0`, where the outputs keep that range; empty where that was not asked.
     """
 
     step: int
@@ -46,6 +55,10 @@ class KnowledgeRecord:
     shapes: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
     scales: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     odds: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
+    misgiven: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
+    crossed: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
+    by_mean: bool = False
+    floors: Mapping[str, float] = mapping_field()
 
     @property
     def ignorance(self) -> float:

@@ -20,6 +20,7 @@ from gradflow.detect.evidence import (
     shares,
 )
 from gradflow.detect.flow.ends.alike import collapsed, constant
+from gradflow.detect.flow.ends.misgiven import blind_losses
 from gradflow.detect.knowledge import guesses, knows, learns
 from gradflow.detect.view import Flow, flow_of
 from gradflow.graph.queries.dominators import immediate_dominators
@@ -53,7 +54,8 @@ def bottleneck(
     3. Over-smoothing: the part of a layer's output that differs between rows (samples, nodes, positions).
        Where rows are mixed again and again (attention, neighbour averages), they become alike, while the
        norm of the gradient stays as it was.
-    4. Outputs: the part of what comes out of the model that differs between samples.
+    4. Outputs: the part of what comes out of the model that differs between samples, and whether the loss
+       holds them against targets of their own.
 
     Why this is evidence: what all gradients pass has no detour, and a rank above the width cannot pass.
 
@@ -86,7 +88,8 @@ def bottleneck(
         waists = _waists(flow, passages, ratio)
         narrow = _narrow(flow, waists, rank_excess, lost_samples)
         smooth = _smoothing(flow, passages, alike, alike_fall)
-        return [*narrow, *(smooth or collapsed(flow, collapse) or constant(flow, same))]
+        found = smooth or blind_losses(flow) or collapsed(flow, collapse) or constant(flow, same)
+        return [*narrow, *found]
 
     return detector
 

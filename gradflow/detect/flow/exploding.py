@@ -27,6 +27,7 @@ from gradflow.detect.flow.ends.loud import (
     loud_heads,
     loud_outputs,
 )
+from gradflow.detect.flow.ends.misgiven import misgiven_losses
 from gradflow.detect.flow.ends.off_scale import dominating_heads, far_targets
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import LEVELS, growing_repeats, levels_off
@@ -84,7 +85,8 @@ def exploding(
         far = far_targets(flow, off_scale)
         grown = [issue for issue in issues if not any(issue.layer == other.layer for other in far)]
         found = [*grown, *far, *_runaway(flow, threshold), *_large_weights(flow, threshold)]
-        found += [*impossible_targets(flow), *exponentials(flow, loud)]
+        found += [*impossible_targets(flow), *misgiven_losses(flow, IssueType.EXPLODING)]
+        found += exponentials(flow, loud)
         if found and not all(issue.evidence.developed for issue in found):
             return found
         first = growing_signal(flow, threshold**2)  # what the steps have made of it was not there first

@@ -11,6 +11,7 @@ import numpy as np
 
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.ends.loud import sharp_scores
+from gradflow.detect.flow.ends.misgiven import misgiven_losses, out_of_reach
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns
 from gradflow.detect.squashed import gate_actions, saturation_actions
@@ -77,7 +78,8 @@ def saturation(
             if issue := _issue(flow, activation, share, severe_share, stuck_share):
                 found.setdefault(name, []).append(issue)
         worst = [_worst(calls, uses[name]) for name, calls in found.items()]
-        return [*worst, *_driven_gates(flow, share), *sharp_scores(flow, sharp)]
+        given = misgiven_losses(flow, IssueType.SATURATION) or out_of_reach(flow, IssueType.SATURATION)
+        return [*worst, *_driven_gates(flow, share), *(given or sharp_scores(flow, sharp))]
 
     return detector
 

@@ -16,6 +16,7 @@ from gradflow.records import OutsideRecord, TermRecord
 
 _LINEAR = frozenset(("add", "sub", "rsub", "neg", "mul", "div", "mean", "sum", "to_copy", "view", "squeeze"))
 _TAKEN_OUT = frozenset(("detach", "data"))  # which somebody wrote down: they mean it
+_REGISTERS = frozenset(vars(nn.Module()))  # attributes that every module has: what they hold is registered
 
 
 def constant_terms(structure: Structure | None, dataflow: DataFlow) -> list[TermRecord]:
@@ -72,7 +73,7 @@ def _names(model: nn.Module) -> Mapping[int, str]:
     found: dict[int, str] = {}
     for path, module in model.named_modules():
         for key, value in vars(module).items():
-            if not key.startswith("_"):
+            if key not in _REGISTERS:
                 _search(value, f"{path}.{key}".lstrip("."), found, 3)
     return found
 

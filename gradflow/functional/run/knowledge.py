@@ -9,8 +9,9 @@ refuse those. Several outputs (two views, an image and its text) are shuffled ea
 are samples where there are enough of them, else samples and positions together. The order is drawn from a
 generator of its own, so that no random state of the user's moves. A loss that needs the graph of its
 outputs (a gradient penalty, a residual of a differential equation) cannot be asked, nor one that the model
-computes. While it is asked, the targets of binary cross entropies are looked at: those are probabilities by
-their meaning, and nothing in PyTorch checks that.
+computes. While it is asked of the outputs as they are, what it does with them is heard; see `heard`. Where a
+mean for all samples costs what the outputs do, although these differ, it is asked of larger ones as well: a
+critic's loss is linear in them and may ask for no more than means, another loss sees nothing else.
 """
 
 from __future__ import annotations
@@ -18,22 +19,24 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from gradflow.functional.model.trees import iter_tensors, map_floats, private_copy
+from gradflow.functional.reverse.floors import floors
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.step import Request
+from gradflow.functional.tap.heard import Heard
 from gradflow.records import KnowledgeRecord
 
 _LOUDER = 4.0
 _FEW = 8  # samples below which positions are shuffled as well
-_OF_ODDS = ("binary_cross_entropy", "binary_cross_entropy_with_logits")
+_VARIED = 0.05  # part of the outputs that must differ, for a mean of them to be something else
+_MUCH_LOUDER = 16.0
 _LOG = logging.getLogger(__name__)
 
 
@@ -65,18 +68,23 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
             return float(given.loss_of(guess, request.batch))
 
     given, before = program.given, Before.of(program)
-    held, odds = program.module_state(), _Odds()
+    held = program.module_state()
+    parts = [t for t in iter_tensors(output) if t.dtype.is_floating_point and rows.fit(t)]
+    variations = [_variation(part.reshape(rows.number, -1)) for part in parts]
     try:
-        with torch.no_grad(), program.state.swapped(), warnings.catch_warnings(), odds:
+        with torch.no_grad(), program.state.swapped(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            own = private_copy(Tensor.clone, output)
+            with before.again(program), Heard(own) as heard:
+                given.loss_of(own, request.batch)
             guesses = [loss_of(change) for change in (shuffled, averaged, torch.zeros_like)]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
+            by_mean = _sees_means(loss_of, (loss, *guesses), max(variations, default=0.0))
     except Exception as error:  # a loss that takes nothing but the model's own outputs
         _LOG.debug("the loss cannot be asked of guesses: %r", error)
         return None
     finally:
         held.restore()
-    parts = [t for t in iter_tensors(output) if t.dtype.is_floating_point and rows.fit(t)]
     return KnowledgeRecord(
         step=request.step,
         loss=loss,
@@ -86,28 +94,61 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         louder=louder,
         num_samples=rows.number,
         shapes=[tuple(part.shape) for part in parts],
-        variations=[_variation(part.reshape(rows.number, -1)) for part in parts],
+        variations=variations,
         scales=[float(part.double().square().mean().sqrt()) for part in parts],
-        odds=odds.seen,
+        odds=heard.odds,
+        misgiven=tuple(heard.misgiven),
+        crossed=heard.crossed,
+        by_mean=by_mean,
+        floors=_floors(program, request, output, heard.scored) if loss > 0.2 * _least(guesses) else {},
     )
 
 
-class _Odds(TorchFunctionMode):
-    """Hears of the targets of binary cross entropies: the smallest and the largest, once there are any."""
+def _least(guesses: Sequence[float]) -> float:
+    return min((guess for guess in guesses if guess > 0), default=math.inf)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: tuple[float, ...] = ()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        given = {**dict(zip(("input", "target"), args, strict=False)), **(kwargs or {})}
-        target = given.get("target")
-        if getattr(func, "__name__", "") in _OF_ODDS and isinstance(target, Tensor) and target.numel():
-            low, high = target.detach().aminmax()
-            self.seen = (min([*self.seen[:1], float(low)]), max([*self.seen[1:], float(high)]))
-        return func(*args, **(kwargs or {}))
+def _floors(program: Program, request: Request, output: Any, scored: bool) -> dict[str, float]:
+    """Return the lowest losses of outputs that are free, and of those in a range; see `floors`."""
+    given, before = program.given, Before.of(program)
+    held = program.module_state()
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return {}
+
+    def loss_of(guess: Tensor) -> Tensor:
+        with before.again(program), torch.enable_grad():
+            return given.loss_of(guess.to(output.dtype), request.batch)
+
+    try:
+        with program.state.swapped(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return floors(loss_of, output, scored=scored)
+    except Exception as error:  # outputs that it does not take, or a loss without a slope
+        _LOG.debug("the loss cannot be followed down: %r", error)
+        return {}
+    finally:
+        held.restore()
+
+
+def _sees_means(loss_of: Callable[..., float], known: Sequence[float], varied: float) -> bool:
+    """Whether a loss sees no more of outputs than their mean over the samples, and is not linear in them.
+
+    Outputs that differ little cost what their mean does wherever the loss is as good as straight: so it is
+    asked of outputs that are many times as large, and of their mean.
+
+    Args:
+        loss_of: of changed outputs.
+        known: of the outputs, of shuffled ones, of their mean, of zeros.
+        varied: the part of the outputs that differs between samples.
+    """
+    loss, silent = known[0], known[3]
+    if varied < _VARIED or not all(math.isclose(guess, loss, rel_tol=1e-5) for guess in known[1:3]):
+        return False
+    more = loss_of(lambda flat: _MUCH_LOUDER * flat)
+    mean = loss_of(lambda flat: _MUCH_LOUDER * flat.mean(0, keepdim=True).expand_as(flat))
+    line = silent + _MUCH_LOUDER * (loss - silent)
+    linear = math.isclose(more, line, rel_tol=1e-2, abs_tol=1e-6 * abs(loss))
+    return math.isfinite(more) and math.isclose(more, mean, rel_tol=1e-5) and not linear
 
 
 @attrs.frozen

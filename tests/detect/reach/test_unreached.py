@@ -191,6 +191,25 @@ def test_layers_in_a_plain_list() -> None:
     assert found(Listed(frozen=True), torch.randn(32, 4)) == []
 
 
+class PrivatelyListed(nn.Module):
+    """Layers in a plain list of a private name; registered as well, or not."""
+
+    def __init__(self, registered: bool) -> None:
+        super().__init__()
+        self.a, self._rest = nn.Linear(4, 4), [nn.Linear(4, 4)]
+        self.also = nn.ModuleList(self._rest if registered else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._rest[0](torch.tanh(self.a(x)))
+
+
+def test_layers_in_a_plain_list_of_a_private_name() -> None:
+    issues = found(PrivatelyListed(registered=False), torch.randn(32, 4))
+    assert serious(issues) == {"": MEDIUM}
+    assert set(issues[0].metrics["names"]) == {"_rest[0].weight", "_rest[0].bias"}
+    assert found(PrivatelyListed(registered=True), torch.randn(32, 4)) == []
+
+
 class Balanced(nn.Module):
     """A bias that a rule moves, and that only takes part in a choice."""
 

@@ -1,0 +1,188 @@
+"""Losses that are given what they do not take, or that look at less than the outputs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from gradflow.detect.actions import Actions
+from gradflow.detect.evidence import heads
+from gradflow.detect.view import Flow
+from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, KnowledgeRecord, Role
+
+
+def blind_losses(flow: Flow) -> list[Issue]:
+    """The last layer of a model whose loss holds no sample against its own target.
+
+    Measured: an operation of the loss in which an output and as many numbers that do not come of it, (N, 1)
+    and (N,), are set against each other crosswise, each against all, while the loss is the same to rounding
+    where samples get one another's outputs. Or a loss that sees nothing but the mean of outputs that differ.
+    Either is met by one answer for all samples.
+
+    Alike and not: losses that compare distributions, or pairs of outputs (both sides come of the outputs); a
+    critic's, linear in what it gives; outputs against a table of another length.
+
+    Args:
+        flow: the record along its wiring.
+    """
+    known, ends = flow.record.knowledge, heads(flow)
+    if known is None or not ends:
+        return []
+    if known.crossed and math.isclose(known.shuffled, known.loss, rel_tol=1e-4):
+        return [_issue(flow, ends[-1], known, _crossed(known), _crossed_actions(known))]
+    if known.by_mean:
+        text = (
+            "Of the outputs, the loss sees nothing but their mean over the samples: the mean for all of them "
+            f"costs the same {known.averaged:.3g}."
+        )
+        return [_issue(flow, ends[-1], known, text, _mean_actions())]
+    return []
+
+
+def _issue(flow: Flow, node: str, known: KnowledgeRecord, text: str, actions: Actions) -> Issue:
+    layer = flow.layers[node]
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.HIGH,
+        description=f"{text} Each sample given another one's output, it is {known.shuffled:.4g}, where it is "
+        f"{known.loss:.4g}: no sample is held against its own target, and one answer for all is learned.",
+        magnitude=1.0,
+        recommended_actions=actions,
+        metrics={"loss": known.loss, "shuffled": known.shuffled, "averaged": known.averaged},
+    )
+
+
+def _crossed(known: KnowledgeRecord) -> str:
+    output, other = known.crossed
+    return (
+        f"The loss sets an output of shape {output} against {other}, which broadcasts: each number of the "
+        "one against every number of the other."
+    )
+
+
+def _crossed_actions(known: KnowledgeRecord) -> Actions:
+    output, other = known.crossed
+    return (
+        f"Bring both to one shape before they are compared: target.view_as(output), or output.squeeze(-1); "
+        f"{output} and {other} are as many numbers, and another shape.",
+        "Let warnings through: PyTorch's own losses warn of it.",
+    )
+
+
+def _mean_actions() -> Actions:
+    return (
+        "Take the error of each sample first, and the mean over the samples of that: "
+        "(output - target).square().mean(), not (output.mean() - target.mean()).square().",
+    )
+
+
+_SAID = {
+    "probabilities as scores": (
+        IssueType.SATURATION,
+        "A cross entropy is given probabilities: it makes some of scores itself, and these lie no further "
+        "apart than 1, so it cannot fall to zero, and what the first softmax hands back is small.",
+        "Give it the scores as they are: leave out the softmax at the end of the model (or use log_softmax "
+        "there, and nll_loss).",
+    ),
+    "probabilities as logarithms": (
+        IssueType.SATURATION,
+        "What takes logarithms of probabilities (nll_loss, kl_div, ctc_loss) is given probabilities: what it "
+        "asks for is not what they should be, and a right answer is worth no more than 1.",
+        "Use log_softmax in the place of softmax at the end of the model.",
+    ),
+    "scores as logarithms": (
+        IssueType.EXPLODING,
+        "What takes logarithms of probabilities (nll_loss, kl_div, ctc_loss) is given numbers above zero, "
+        "which are no such logarithms: the loss has no lower bound, and the scores run away with it.",
+        "Put a log_softmax over the classes at the end of the model; cross_entropy has one of its own.",
+    ),
+}
+
+
+def misgiven_losses(flow: Flow, kind: IssueType) -> list[Issue]:
+    """The last layer of a model whose loss is given what it does not take by its meaning.
+
+    Args:
+        flow: the record along its wiring.
+        kind: of issue.
+    """
+    known, ends = flow.record.knowledge, heads(flow)
+    if known is None or not ends:
+        return []
+    layer = flow.layers[ends[-1]]
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=kind,
+            severity=IssueSeverity.HIGH if kind is IssueType.EXPLODING else IssueSeverity.MEDIUM,
+            description=f"{text} The loss is {known.loss:.3g}; zeros cost {known.silent:.3g}.",
+            magnitude=1.0,
+            recommended_actions=(action,),
+            metrics={"misgiven": name, "loss": known.loss},
+            evidence=Evidence(roles=Role.OFF_SCALE if kind is IssueType.EXPLODING else ()),
+        )
+        for name, (of, text, action) in _SAID.items()
+        if name in known.misgiven and of is kind
+    ]
+
+
+_RANGES = {
+    "sigmoid": "0 to 1",
+    "hardsigmoid": "0 to 1",
+    "tanh": "-1 to 1",
+    "hardtanh": "-1 to 1",
+    "relu": "above 0",
+    "softplus": "above 0",
+    "exp": "above 0",
+}
+
+
+def out_of_reach(flow: Flow, kind: IssueType, left: float = 0.15, met: float = 0.03) -> list[Issue]:
+    """The last layer of a model that ends in an activation within whose range the loss cannot be met.
+
+    Measured: the lowest loss of any outputs, and of those within the range of the activation, found by moving
+    outputs themselves downhill: no weights come into it.
+
+    Args:
+        flow: the record along its wiring.
+        kind: of issue: what a rectifier cannot give leaves it off, DEAD; of others it is a SATURATION.
+        left: of what guesses cost, the least that outputs within the range must leave.
+        met: of the same, the most that free outputs may leave; above it, targets are at odds with each other.
+    """
+    known, ends = flow.record.knowledge, heads(flow)
+    if known is None or not ends or not known.floors or not known.ignorance > 0:
+        return []
+    layer, end = flow.layers[ends[-1]], _end_of(flow, ends[-1])
+    within, free = known.floors.get(_RANGES.get(end, "?"), math.nan), known.floors.get("", math.nan)
+    if kind is not (IssueType.DEAD if end == "relu" else IssueType.SATURATION):
+        return []
+    if not (within >= left * known.ignorance and -1e-6 * known.ignorance <= free <= met * known.ignorance):
+        return []
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=kind,
+            severity=IssueSeverity.HIGH if within >= 2 * left * known.ignorance else IssueSeverity.MEDIUM,
+            description=f"The {end} at the end of the model gives numbers {_RANGES[end]}, and no outputs "
+            f"within that range bring the loss below {within:.3g}; free ones would bring it to {free:.2g}, "
+            f"and to know nothing costs {known.ignorance:.3g}. What is asked for is out of its reach.",
+            magnitude=within / known.ignorance,
+            recommended_actions=(
+                f"Leave out the {end} behind {layer.name}: a cross entropy takes scores as they are, and a "
+                "regression whatever its targets are.",
+                "Or bring the targets into its range.",
+            ),
+            metrics={"floor": within, "free_floor": free, "ignorance": known.ignorance, "op": end},
+        )
+    ]
+
+
+def _end_of(flow: Flow, node: str) -> str:
+    """The function that takes what the last layer gives: an operation, or a module without parameters."""
+    ops = itertools.dropwhile(lambda op: op in ("mul", "div"), flow.wiring.ops_after(node))
+    modules = [flow.layers[n].type.lower() for n in flow.wiring.after(node) if n in flow.layers]
+    return (modules or [*ops, ""])[0].rstrip("_")

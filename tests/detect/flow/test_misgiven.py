@@ -1,0 +1,195 @@
+"""Losses that are given what they do not take, or that hold no sample against its own target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradflow as gf
+from gradflow.records import Issue, IssueSeverity, IssueType
+
+pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
+Loss = Callable[[Tensor, Tensor], Tensor]
+BLIND, SURE, LARGE = IssueType.BOTTLENECK, IssueType.SATURATION, IssueType.EXPLODING
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def serious(model: nn.Module, loss: Loss, sample: Callable[[], tuple[Tensor, Tensor]]) -> list[Issue]:
+    """Return what is serious in a run of a model."""
+    report = gf.diagnose(model, sample, loss, steps=8, optimizer=torch.optim.Adam(model.parameters(), 1e-2))
+    return [issue for issue in report.issues if issue.severity >= IssueSeverity.MEDIUM]
+
+
+def regression(*, flat: bool) -> tuple[Tensor, Tensor]:
+    x = torch.randn(48, 4)
+    y = x[:, :1] - x[:, 1:2]
+    return x, y[:, 0] if flat else y
+
+
+def squared(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
+def of_means(output: Tensor, target: Tensor) -> Tensor:
+    return (output.mean() - 3 * target.mean() - 1).square()
+
+
+def critic(output: Tensor, target: Tensor) -> Tensor:
+    return -output.mean()
+
+
+def energy(output: Tensor, target: Tensor) -> Tensor:
+    """A distance of distributions, which any order of the samples meets as well."""
+    between = (output - target.T).abs().mean()
+    return between - 0.5 * (output - output.T).abs().mean()
+
+
+def layers(outputs: int, *last: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, outputs), *last)
+
+
+@pytest.mark.parametrize(
+    ("loss", "flat", "blind"),
+    [
+        (squared, True, True),
+        (nn.MSELoss(), True, True),
+        (nn.L1Loss(), True, True),
+        (of_means, False, True),
+        (squared, False, False),
+        (nn.MSELoss(), False, False),
+        (critic, False, False),
+    ],
+)
+def test_losses_that_hold_no_sample_against_its_own_target(loss: Loss, flat: bool, blind: bool) -> None:
+    issues = [i for i in serious(layers(1), loss, lambda: regression(flat=flat)) if i.issue_type is BLIND]
+    assert [issue.layer for issue in issues] == (["2"] if blind else [])
+
+
+def test_shapes_that_are_set_against_each_other_are_told() -> None:
+    (issue,) = serious(layers(1), squared, lambda: regression(flat=True))
+    assert "(48, 1)" in issue.description
+    assert "view_as" in issue.recommended_actions[0]
+
+
+def test_images_against_masks_without_a_channel() -> None:
+    def sample() -> tuple[Tensor, Tensor]:
+        x = torch.randn(8, 1, 6, 6)
+        return x, (x[:, 0] > 0).float()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output.sigmoid() - target).square().mean()
+
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 1, 1))
+    assert [(i.issue_type, i.layer) for i in serious(model, loss, sample)] == [(BLIND, "2")]
+
+    def fits() -> tuple[Tensor, Tensor]:
+        x, y = sample()
+        return x, y[:, None]
+
+    assert serious(model, loss, fits) == []
+
+
+def classes() -> tuple[Tensor, Tensor]:
+    x = torch.randn(48, 4)
+    return x, x[:, :3].argmax(1)
+
+
+def teacher() -> tuple[Tensor, Tensor]:
+    x = torch.randn(48, 4)
+    return x, (2 * x[:, :3]).softmax(-1)
+
+
+def to_teacher(output: Tensor, target: Tensor) -> Tensor:
+    return F.kl_div(output, target, reduction="batchmean")
+
+
+SOFT, LOG = nn.Softmax(-1), nn.LogSoftmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("last", "loss", "sample", "expected"),
+    [
+        ([SOFT], F.cross_entropy, classes, SURE),
+        ([SOFT], F.nll_loss, classes, SURE),
+        ([SOFT], to_teacher, teacher, SURE),
+        ([], F.nll_loss, classes, LARGE),
+        ([], to_teacher, teacher, LARGE),
+        ([], F.cross_entropy, classes, None),
+        ([LOG], F.nll_loss, classes, None),
+        ([LOG], F.cross_entropy, classes, None),
+        ([LOG], to_teacher, teacher, None),
+    ],
+)
+def test_losses_that_are_given_something_else(
+    last: list[nn.Module], loss: Loss, sample: Callable[[], tuple[Tensor, Tensor]], expected: IssueType | None
+) -> None:
+    issues = serious(layers(3, *last), loss, sample)
+    if expected is None:
+        assert issues == []
+    else:
+        assert expected in {i.issue_type for i in issues if i.layer == "2"}
+
+
+def shifted() -> tuple[Tensor, Tensor]:
+    x = torch.randn(48, 4)
+    return x, 2 * x[:, :1]
+
+
+def bounded() -> tuple[Tensor, Tensor]:
+    x = torch.randn(48, 4)
+    return x, x[:, :1].sigmoid()
+
+
+class Critic(nn.Module):
+    """A generator and what judges its outputs: the range of the former is by design."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = layers(3, nn.Tanh())
+        self.judge = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 1)).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.made(x)
+
+
+@pytest.mark.parametrize(
+    ("last", "loss", "sample", "expected"),
+    [
+        (nn.Sigmoid(), squared, shifted, SURE),
+        (nn.Tanh(), squared, shifted, SURE),
+        (nn.Tanh(), F.smooth_l1_loss, shifted, SURE),
+        (nn.Softplus(), squared, shifted, SURE),
+        (nn.ReLU(), squared, shifted, IssueType.DEAD),
+        (nn.Sigmoid(), F.cross_entropy, classes, SURE),
+        (nn.Tanh(), F.cross_entropy, classes, SURE),
+        (nn.Sigmoid(), squared, bounded, None),
+        (nn.Tanh(), squared, bounded, None),
+        (nn.ReLU(), squared, bounded, None),
+        (nn.Softplus(), squared, bounded, None),
+        (nn.Sigmoid(), F.binary_cross_entropy, bounded, None),
+        (nn.Identity(), squared, shifted, None),
+    ],
+)
+def test_targets_out_of_the_reach_of_the_last_activation(
+    last: nn.Module, loss: Loss, sample: Callable[[], tuple[Tensor, Tensor]], expected: IssueType | None
+) -> None:
+    outputs = 3 if sample is classes else 1
+    issues = serious(layers(outputs, last), loss, sample)
+    if expected is None:
+        assert issues == []
+    else:
+        assert expected in {i.issue_type for i in issues if i.layer == "2"}
+
+
+def test_what_a_critic_judges_is_not_out_of_reach() -> None:
+    model = Critic()
+    loss = lambda output, _: F.softplus(-model.judge(output)).mean()  # noqa: E731
+    assert serious(model, loss, lambda: (torch.randn(48, 4), torch.zeros(48))) == []
