@@ -58,16 +58,14 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         return flat.mean(0, keepdim=True).expand_as(flat)
 
     def loss_of(change: Callable[[Tensor], Tensor]) -> float:
-        with before.again(program):
-            guess = map_floats(
-                lambda _, tensor: rows.changed(tensor, change), private_copy(Tensor.clone, output)
-            )
-            return float(given.loss_of(guess, request.batch))
+        before.restore(program)
+        guess = map_floats(lambda _, tensor: rows.changed(tensor, change), private_copy(Tensor.clone, output))
+        return float(given.loss_of(guess, request.batch))
 
     given, before = program.given, Before.of(program)
     held, odds = program.module_state(), _Odds()
     try:
-        with torch.no_grad(), program.state.swapped(), warnings.catch_warnings(), odds:
+        with torch.no_grad(), program.state.swapped(), before.again(program), warnings.catch_warnings(), odds:
             warnings.simplefilter("ignore")
             guesses = [loss_of(change) for change in (shuffled, averaged, torch.zeros_like)]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
