@@ -163,7 +163,7 @@ class History:
         self._choose_precision(row)
         self._settle(row)
         if recorder.asked.ordinary and not (noted or risen):
-            sums = layout.sums | np.isin([kind for kind, _ in places], LASTING_SUMS)
+            sums = layout.sums | [kind in LASTING_SUMS for kind, _ in places]
             least, most = safe_range(counts)
             least, most = np.where(sums, least, -np.inf), np.where(sums, most, np.inf)
             norms = layout.norms.tolist()
@@ -322,13 +322,18 @@ def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]
     joined = np.hypot if kind in NORMS else np.add
     steps, found = len(history.rows), {}
     for layout, (at, values, counts) in history.stacked().items():
+        met: set[Hashable] = set()
         for position, key in layout.of_kind.get(kind, ()):
             if key not in found:
                 found[key] = (np.full(steps, np.nan), np.zeros(steps))
             total, number = found[key]
-            both = joined(total[at], values[position])
-            total[at] = np.where(number[at] > 0, both, values[position])
-            number[at] += counts[position]
+            if key in met:
+                both = joined(total[at], values[position])
+                total[at] = np.where(number[at] > 0, both, values[position])
+                number[at] += counts[position]
+            else:
+                total[at], number[at] = values[position], counts[position]
+                met.add(key)
     return found
 
 
