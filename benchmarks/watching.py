@@ -4,10 +4,12 @@
 
 Two copies of a model are trained by Adam, a step of the one and a step of the other by turns, on one
 thread. A *look* is what a call takes that looks, in plain steps (median of those behind the first two,
-which load code); *between* is what one takes that does not. *Long run* is the ratio for a training without
-end, one look every so many steps; *first thousand* counts the looks at the beginning too, and the first one
-with all it loads. Memory is the peak resident size of a process of its own that trains for so many steps,
-over that of the plain training. `--write` puts the table into docs/watching.md.
+which load code); *between* is what one takes that does not, beyond a call of a function that does nothing in
+its place: behind a step that has emptied the processor's caches even that takes some microseconds, which the
+column *empty call* tells, the timer's own included. *Long run* is the ratio for a training without end, one
+look every so many steps, with all that a call takes; *first thousand* counts the looks at the beginning too,
+and the first one with all it loads. Memory is the peak resident size of a process of its own that trains for
+so many steps, over that of the plain training. `--write` puts the table into docs/watching.md.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from overhead import markdown
@@ -35,12 +37,14 @@ THOUSAND = 1000
 
 
 class Cost(NamedTuple):
-    """Seconds of a plain step, of the first look, of a later one, of a call between looks; their number."""
+    """Seconds of a plain step, of the first look, of a later one, of a call between looks, of a call of a
+    function that does nothing in the place of that; the number of looks."""
 
     plain: float
     first: float
     look: float
     between: float
+    empty: float
     looks: int
 
     def ratio(self, every: int) -> float:
@@ -79,11 +83,13 @@ def cost(name: str, every: int, looks: int) -> Cost:
     plain = stepping(work._replace(model=copy.deepcopy(work.model)))
     watched = stepping(work)
     monitor = gf.Monitor(work.model, work.loss_fn, every=8)
-    plains, calls, quiet = [], [], []
+    plains, calls, quiet, empty = [], [], [], []
     while len(calls) < looks + 2:
         start = time.perf_counter()
-        plain()
+        loss = plain()
         middle = time.perf_counter()
+        nothing(work.batch, loss=loss)
+        empty.append(time.perf_counter() - middle)
         loss = watched()
         before = time.perf_counter()
         report = monitor(work.batch, loss=loss)
@@ -100,8 +106,13 @@ def cost(name: str, every: int, looks: int) -> Cost:
         first=calls[0],
         look=statistics.median(calls[2:]),
         between=statistics.median(quiet),
+        empty=statistics.median(empty),
         looks=number,
     )
+
+
+def nothing(batch: Any, *, loss: Any = None, step: int | None = None) -> None:
+    """Do nothing, with the arguments of a monitor's call."""
 
 
 def next_step(step: int, every: int) -> int:
@@ -154,11 +165,14 @@ def main() -> None:
             memory = peak_memory(name, "watched") / peak_memory(name, "plain")
         rows.append([
             name, f"{found.plain * 1e3:.1f}", f"{found.look / found.plain:.2f}",
-            f"{1 + found.between / found.plain:.4f}", f"{found.ratio(args.every):.3f}",
-            f"{found.thousand():.3f}", f"{memory:.2f}",
+            f"{1 + (found.between - found.empty) / found.plain:.4f}", f"{found.empty * 1e6:.1f}",
+            f"{found.ratio(args.every):.3f}", f"{found.thousand():.3f}", f"{memory:.2f}",
         ])  # fmt: skip
         print(rows[-1], flush=True)
-    head = ["", "plain step, ms", "look, plain steps", "between", "long run", "first thousand", "memory"]
+    head = [
+        "", "plain step, ms", "look, plain steps", "between", "empty call, µs", "long run", "first thousand",
+        "memory",
+    ]  # fmt: skip
     table = markdown(head, rows)
     print(table)
     if args.write:

@@ -31,6 +31,7 @@ does not), and a node with more than four consumers by half their number.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -252,6 +253,20 @@ def middle(values: Floats) -> float:
     return _median(known) if known else math.nan
 
 
+def beginnings(values: Floats) -> list[float]:
+    """Return the median of the first value, of the first two, and so on to that of all; all are finite.
+
+    >>> beginnings(np.array([3.0, 1.0, 2.0]))
+    [3.0, 2.0, 2.0]
+    """
+    ranked: list[float] = []
+    found = []
+    for value in values.tolist():
+        bisect.insort(ranked, value)
+        found.append(_median_of_ranked(ranked))
+    return found
+
+
 def _known(values: Floats) -> list[float]:
     """The finite ones of some values: they are few, and lists of few are faster than arrays."""
     return [value for value in values.tolist() if math.isfinite(value)]
@@ -259,7 +274,10 @@ def _known(values: Floats) -> list[float]:
 
 def _median(known: Sequence[float]) -> float:
     """The median of finite values, of which there is one at least."""
-    ranked = sorted(known)
+    return _median_of_ranked(sorted(known))
+
+
+def _median_of_ranked(ranked: Sequence[float]) -> float:
     half = len(ranked) // 2
     return float(ranked[half] if len(ranked) % 2 else (ranked[half - 1] + ranked[half]) / 2)
 

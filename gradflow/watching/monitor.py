@@ -27,6 +27,7 @@ from gradflow.watching.schedule import loss_ceiling
 from gradflow.watching.state import Key, ObserverState, key_of
 
 logger = logging.getLogger("gradflow")
+_INFINITE = math.inf
 
 
 def _resumed(path: Path, model: nn.Module) -> HistoryRecord:
@@ -161,11 +162,15 @@ class Monitor:
         if now < self._due:  # nearly always: nothing may be done here that takes time
             if step is not None and self._is_past(step):
                 self._warn_of_the_past(step)
-            if loss is None or self._limit == math.inf:
+            limit = self._limit
+            if loss is None or limit == _INFINITE:
                 return None
-            plain = type(loss) is Tensor and loss.is_cpu and loss.numel() == 1
-            value = loss.item() if plain else readable(loss)
-            if value is None or value <= self._limit:
+            plain = type(loss) is Tensor and loss.is_cpu
+            try:
+                value = loss.item() if plain else readable(loss)
+            except (RuntimeError, ValueError):  # it is no scalar
+                value = readable(loss)
+            if value is None or value <= limit:
                 return None
         return self._look(batch, loss, now)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from gradflow.detect.actions import unstable_actions
@@ -124,9 +122,10 @@ def _asked(parameter: ParameterRecord, losses: Floats, times: float) -> tuple[fl
 def _throw(parameter: ParameterRecord, jump: float, times: float) -> tuple[float, int] | None:
     """By how much a parameter grew in the one step that threw it, and which; None where none did."""
     size, gradient = parameter.norm, np.nan_to_num(parameter.grad_norm)
-    for step in range(2, len(size) - 1):
+    largest = np.fmax.accumulate(size)[:-1]  # up to each step; NaN as long as nothing is known
+    grown = (largest > 0) & (size[1:] >= times * largest)
+    for step in (np.flatnonzero(grown[2:]) + 2).tolist():
         usual = float(np.median(gradient[:step]))
-        largest = float(np.nanmax(size[: step + 1])) if size[: step + 1].size else math.nan
-        if usual > 0 and gradient[step] >= jump * usual and largest > 0 and size[step + 1] >= times * largest:
+        if usual > 0 and gradient[step] >= jump * usual:
             return float(size[step + 1] / size[step]), step
     return None

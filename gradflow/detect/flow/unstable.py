@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
-from gradflow.detect.evidence import late, middle, total_gradient
+from gradflow.detect.evidence import beginnings, late, middle, total_gradient
 from gradflow.detect.flow.steps import flung, thrown
 from gradflow.detect.knowledge import calm, guesses, has_learned
 from gradflow.detect.updates.fast import overshooting, with_rate
@@ -118,10 +118,13 @@ def rises(values: Floats) -> _Jump | None:
         return None
     x = values[known]
     whole = float(np.median(x))
-    used_to = [float(np.median(x[:i])) for i in range(1, len(x))]
+    used_to = beginnings(x)[:-1]
     # Ten times the run's median caps the ratio: where the first steps were low by chance, nothing has jumped.
     ratios = np.array(
-        [min(y / max(u, math.sqrt(u * whole)), 10 * y / whole) for y, u in zip(x[1:], used_to, strict=True)]
+        [
+            min(y / max(u, math.sqrt(u * whole)), 10 * y / whole)
+            for y, u in zip(x.tolist()[1:], used_to, strict=True)
+        ]
     )
     at = int(np.argmax(ratios))
     over = np.maximum(ratios - 1.0, 0.0)

@@ -10,6 +10,7 @@ from gradflow.detect.time.series import (
     TimeDetector,
     forgot,
     graded,
+    highest_of_each,
     highest_so_far,
     lasting,
     lowest_so_far,
@@ -98,14 +99,12 @@ def collapsing(
     """
 
     def detector(history: HistoryRecord) -> Iterable[Issue]:
+        variations, outputs = history.of("output_variation"), history.of("output_rms")
         alike = {
-            name: (values <= least)
-            & (values * fallen <= highest_so_far(values))
-            & (highest_so_far(values) >= steady)
-            for name, values in history.of("output_variation").items()
+            name: (variations[name] <= least) & (variations[name] * fallen <= highest) & (highest >= steady)
+            for name, highest in highest_of_each(variations).items()
         }
-        outputs = history.of("output_rms")
-        kept = {name: values / highest_so_far(values) for name, values in outputs.items()}
+        kept = {name: outputs[name] / highest for name, highest in highest_of_each(outputs).items()}
         most_kept = np.fmax.reduce(list(kept.values())) if kept else np.empty(0)
         by = np.where(forgot(history), shrunk_if_forgot, shrunk)
         gone = {name: share * by <= np.fmin(most_kept, 1.0) for name, share in kept.items()}

@@ -9,7 +9,7 @@ import numpy as np
 from gradflow.detect.time.series import (
     TimeDetector,
     graded,
-    highest_so_far,
+    highest_of_each,
     lasting,
     lowest_so_far,
     series,
@@ -128,7 +128,7 @@ def starving(*, fallen: float = 1e3, least: float = 1e-4) -> TimeDetector:
             return
         largest = np.fmax.reduce(list(gradients.values()))
         shares = {name: values / largest for name, values in gradients.items()}
-        highest = {name: highest_so_far(share) for name, share in shares.items()}
+        highest = highest_of_each(shares)
         fell = {name: (share <= least) & (share * fallen <= highest[name]) for name, share in shares.items()}
         if (told := longest(history, fell)) is None:
             return

@@ -3,7 +3,7 @@ training goes well all the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -34,15 +34,17 @@ def smooth(values: Floats) -> Floats:
 
     One look that is off, by a hard batch, changes nothing.
 
+    Args:
+        values: one series, or several of shape (series, looks).
+
     >>> smooth(np.array([1.0, 9.0, 1.0, 1.0])).tolist()
     [5.0, 1.0, 1.0, 1.0]
     """
-    padded = np.concatenate([[np.nan], values, [np.nan]])
-    windows = np.stack([padded[:-2], padded[1:-1], padded[2:]])
-    known = ~np.isnan(windows).all(0)
-    found = np.full(len(values), np.nan)
-    found[known] = np.nanmedian(windows[:, known], 0)
-    return found
+    windows = np.full((3, *values.shape), np.nan)
+    windows[0, ..., 1:], windows[1], windows[2, ..., :-1] = values[..., :-1], values, values[..., 1:]
+    ranked, known = np.sort(windows, 0), 3 - np.isnan(windows).sum(0)  # what is not known comes last
+    low, high = np.take_along_axis(ranked, np.stack([(known - 1) // 2, known // 2]), 0)
+    return (low + high) / 2
 
 
 def lasting(beyond: Bools) -> int | None:
@@ -58,9 +60,19 @@ def lasting(beyond: Bools) -> int | None:
 
 
 def highest_so_far(values: Floats) -> Floats:
-    """Return at each look the highest smoothed value of those before it; NaN at the first."""
-    best = np.fmax.accumulate(smooth(values)) if len(values) else values
-    return np.concatenate([[np.nan], best[:-1]]) if len(values) else values
+    """Return at each look the highest smoothed value of those before it; NaN at the first.
+
+    Args:
+        values: one series, or several of shape (series, looks).
+    """
+    found = np.full(values.shape, np.nan)
+    found[..., 1:] = np.fmax.accumulate(smooth(values), -1)[..., :-1]
+    return found
+
+
+def highest_of_each(several: Mapping[str, Floats]) -> dict[str, Floats]:
+    """Return `highest_so_far` of several series by name."""
+    return dict(zip(several, highest_so_far(np.stack([*several.values()])), strict=True)) if several else {}
 
 
 def lowest_so_far(values: Floats) -> Floats:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gradflow.detect.evidence import early, late
+from gradflow.detect.evidence import early, late, middle
 from gradflow.records import Floats, FlowRecord, ParameterRecord, UpdateRecord
 
 
@@ -153,5 +153,4 @@ def layer_of(record: FlowRecord, parameter: str) -> tuple[str, str]:
 
 def typical(values: Floats) -> float:
     """Return the median of the known values; NaN without any."""
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else math.nan
+    return middle(values)

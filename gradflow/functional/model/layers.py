@@ -26,6 +26,8 @@ from typing import Any
 import torch.nn.utils.parametrize as parametrize
 from torch import nn
 
+from gradflow.functional.torch_private import stores
+
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -52,7 +54,7 @@ def is_layer(module: nn.Module) -> bool:
     >>> is_layer(nn.Linear(2, 2)), is_layer(nn.ReLU()), is_layer(nn.Sequential(nn.ReLU()))
     (True, True, False)
     """
-    if any(True for _ in module.parameters(recurse=False)) or parametrize.is_parametrized(module):
+    if owns_parameters(module) or parametrize.is_parametrized(module):
         return True
     children = list(module.children())
     return not children or any(map(_holds_parameters, children))
@@ -305,4 +307,4 @@ def holders(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 def owns_parameters(module: nn.Module) -> bool:
     """Whether a module has parameters of its own, not only those of modules in it."""
-    return next(module.parameters(recurse=False), None) is not None
+    return any(parameter is not None for parameter in stores(module)[0].values())

@@ -199,12 +199,28 @@ def asks_again(optimizer: Any) -> bool:
     return takes is not None and takes.default is takes.empty
 
 
+def is_handed_closure(optimizer: Any) -> bool:
+    """Whether an optimizer's step is handed a closure that evaluates the loss anew.
+
+    An optional one is passed to classes of the user's, since some fail without it after all; those of PyTorch
+    do the same without it.
+    """
+    takes = inspect.signature(optimizer.step).parameters.get("closure")
+    return takes is not None and (_is_the_users(optimizer) or takes.default is takes.empty)
+
+
+def _is_the_users(optimizer: Any) -> bool:
+    return not python_module(type(optimizer)).startswith("torch.optim")
+
+
 def update(
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor | None],
     again: Callable[[], Any],
     loss: Tensor,
+    *,
+    handed: bool | None = None,
 ) -> None:
     """Step the working copies with the gradients of the step that was measured.
 
@@ -217,13 +233,11 @@ def update(
         gradients: their gradients; None where there is none.
         again: evaluates loss and gradients anew, for optimizers that look at other points (LBFGS, SAM).
         loss: the loss that was measured.
+        handed: what `is_handed_closure` says of the optimizer, where that is known.
     """
-    takes = inspect.signature(optimizer.step).parameters.get("closure")
-    own = not python_module(type(optimizer)).startswith("torch.optim")
-    # An optional closure is passed to classes of the user's, since some fail without it after all; those of
-    # PyTorch do the same without it.
-    handed = takes is not None and (own or takes.default is takes.empty)
-    values = {n: p.detach().clone() for n, p in parameters.items()} if handed and own else {}
+    handed = is_handed_closure(optimizer) if handed is None else handed
+    kept = handed and _is_the_users(optimizer)
+    values = {n: p.detach().clone() for n, p in parameters.items()} if kept else {}
     first = True
 
     def hand_gradients() -> None:

@@ -198,14 +198,13 @@ class Swap:
     def __call__(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Put `tensors` in place for the length of the context; names it lacks stay as they are."""
         old = [(store, key, store[key]) for store, key, name in self._places if name in tensors]
+        new = [tensors[name] for _, _, name in self._places if name in tensors]
         placed: list[tuple[Tensor, Tensor]] = []
         try:
-            for store, key, name in self._places:
-                if name in tensors:
-                    store[key] = tensors[name]
-            for store, key, was in old:
-                if type(store[key]) is Tensor and isinstance(was, nn.Parameter):
-                    _copy_as_parameter(store[key], requires_grad=was.requires_grad)
+            for (store, key, was), tensor in zip(old, new, strict=True):
+                store[key] = tensor
+                if type(tensor) is Tensor and isinstance(was, nn.Parameter):
+                    _copy_as_parameter(tensor, requires_grad=was.requires_grad)
             placed = [(tensor, store[key]) for store, key, tensor in old] if self._keyed else []
             for container in self._keyed:
                 rekey(container, {id(was): new for was, new in placed})
@@ -219,7 +218,7 @@ class Swap:
     def current(self, names: Mapping[str, Tensor]) -> Tensors:
         """Return the tensors that the model now holds under `names` (it may have replaced a buffer)."""
         found: Tensors = {}
-        for store, key, name in self._places:
+        for store, key, name in self._places if names else ():
             if name in names and name not in found and store.get(key) is not None:
                 found[name] = store[key]
         return found

@@ -46,10 +46,12 @@ def twins(weight: Tensor) -> list[Twins]:
         slices = weight.detach().movedim(axis, 0)
         if len(slices) < 2 or slices[0].numel() < 2:
             continue
-        peek = slices.flatten(1)[:, :_PEEK]
-        if torch.unique(_codes(peek)).numel() * 2 > len(slices):
+        rows = slices.flatten(1)
+        if torch.unique(rows[:, 0].nan_to_num()).numel() * 2 > len(rows):  # as most: no two begin alike
             continue
-        codes = _codes(slices.flatten(1))
+        if torch.unique(_codes(rows[:, :_PEEK])).numel() * 2 > len(rows):
+            continue
+        codes = _codes(rows)
         kinds, label = torch.unique(codes, return_inverse=True)
         zero = codes == 0
         num_different = int(kinds.numel() - int(zero.any()) + zero.sum())

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import ModelInputError, UnknownLayerError
+from gradflow.functional.model.layers import owns_parameters
 from gradflow.functional.model.trees import named_tensors
 from gradflow.functional.policy.seen import Seer, tensors_in
 from gradflow.functional.processes.shards import local
@@ -170,7 +171,7 @@ class Scene:
     def is_source(self, call: Call) -> bool:
         """Whether a call is of a layer with parameters of its own in which no other layer was called."""
         module = self.recorder.model.modules[call.module]
-        return call.is_layer and not call.has_children and any(True for _ in module.parameters(recurse=False))
+        return call.is_layer and not call.has_children and owns_parameters(module)
 
     def sources(self, tensors: Iterable[Tensor]) -> tuple[set[int], list[Tensor]]:
         """Return the nearest calls whose outputs feed tensors, and the leaves that do so past them.

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,8 +43,17 @@ def num_subnormal(x: Tensor) -> int:
     if x.dtype not in _LAYOUTS or x.layout is not torch.strided:
         return 0
     ints, mantissa = _LAYOUTS[x.dtype]
-    bits = x.detach().contiguous().view(ints) & torch.iinfo(ints).max
-    return int(torch.count_nonzero((bits > 0) & (bits < 1 << mantissa)))
+    bits: Any = x.detach().contiguous().view(ints)
+    bits, count = (bits.numpy(), np.count_nonzero) if bits.is_cpu else (bits, torch.count_nonzero)
+    bits = bits & torch.iinfo(ints).max
+    return int(count((bits > 0) & (bits < 1 << mantissa)))
+
+
+def _some_entries(x: Tensor, stride: int) -> Tensor:
+    """Return every so many entries of a tensor, in its own order; the others are not copied."""
+    if x.is_contiguous():
+        return x.view(-1)[::stride]
+    return x.take(torch.arange(0, x.numel(), stride, device=x.device))
 
 
 def graph_nodes(loss: Tensor) -> list[Node]:
@@ -103,7 +114,7 @@ class Tally:
         def hear(gradient: Tensor) -> None:
             entry = self._found.setdefault((name, gradient.dtype), [0, 0])
             if 0 < self.most < gradient.numel() and gradient.layout is torch.strided:
-                gradient = gradient.reshape(-1)[:: gradient.numel() // self.most]
+                gradient = _some_entries(gradient, gradient.numel() // self.most)
             entry[0] += gradient.numel()
             entry[1] += num_subnormal(gradient)
 

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.reach.masks import number, places, some
+from gradflow.functional.reach.masks import nonzero_at, number, places, some
 from gradflow.functional.reverse.passing import Gradient, Passed
 
 FAINT = 1e-4  # of the largest: rounding noise is below 1e-6 in float32
@@ -86,7 +86,7 @@ class Arrived:
     def _mark(self, name: str, gradient: Gradient) -> None:
         left = self._left.get(name)
         if left is not None and isinstance(gradient, Tensor) and gradient.layout is torch.strided:
-            found = gradient.reshape(-1).index_select(0, left).bool()
+            found = nonzero_at(gradient, left)
             since = self._since.get(name)
             self._since[name] = found if since is None else since.logical_or_(found)
             return

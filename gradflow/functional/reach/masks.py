@@ -62,6 +62,17 @@ def is_zero(x: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(x.numpy() == 0)) if x.is_cpu and x.dtype in _NUMPY else ~x.bool()
 
 
+def nonzero_at(x: Tensor, at: Tensor) -> Tensor:
+    """Return which elements of a dense tensor, at some places in it as a vector, are other than zero.
+
+    >>> nonzero_at(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([1, 3]))
+    tensor([False,  True])
+    """
+    if x.is_cpu and x.dtype in _NUMPY:
+        return torch.from_numpy(np.asarray(x.numpy().reshape(-1).take(at.numpy()) != 0))
+    return x.reshape(-1).index_select(0, at).bool()
+
+
 def is_label(labels: Tensor, label: int) -> Tensor:
     """Return which elements have a label."""
     if labels.is_cpu:

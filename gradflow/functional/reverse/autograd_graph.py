@@ -209,9 +209,10 @@ def build(
         _place_leaf(node, structure, names, input_names, layers)
     if nodes:
         structure.edges[(structure.group_of[loss.grad_fn], end)] = None
-    for source, target, _, _ in boundaries(structure):
+    weights = of_parameters(nodes)
+    for source, target, _, _ in boundaries(structure, weights, stands(structure)):
         structure.edges[(source, target)] = None
-    _attach_parameters(structure, names)
+    _attach_parameters(structure, names, weights)
     if not others:
         structure.remember()
     return structure
@@ -293,12 +294,14 @@ def input_group(name: str, base: str, shape: tuple[int, ...]) -> Group:
     return Group(name, "input", -1, base, type="input", shape=shape)
 
 
-def boundaries(structure: Structure) -> Iterator[tuple[str, str, Node, tuple[Node, int]]]:
+def boundaries(
+    structure: Structure, weights: Container[Node], probed: Container[Position]
+) -> Iterator[tuple[str, str, Node, tuple[Node, int]]]:
     """Yield (source group, target group, node, (next node, output number)) where the groups differ.
 
-    Not where a layer is entered at what it makes of its parameters: see NOTE [Derivatives in a model].
+    Not where a layer is entered at what it makes of its parameters (`weights`, behind no probe): see NOTE
+    [Derivatives in a model].
     """
-    weights, probed = of_parameters(structure.nodes), stands(structure)
     for node in structure.nodes:
         target = structure.group_of.get(node)
         if target is None:
@@ -324,12 +327,12 @@ def stands(structure: Structure) -> dict[Position, Node]:
     }
 
 
-def entered(structure: Structure) -> set[str]:
+def entered(structure: Structure, probed: Mapping[Position, Node] | None = None) -> set[str]:
     """Return the layer calls whose outputs are used past their probes; see NOTE [Derivatives in a model].
 
     Those are left out whose output the call itself goes on with as well.
     """
-    probed, found, inner = stands(structure), set(), set()
+    probed, found, inner = stands(structure) if probed is None else probed, set[str](), set[str]()
     for node in structure.nodes:
         for position in feeds(node):
             if position in probed and not is_probe(node):
@@ -346,8 +349,9 @@ def bypassed(structure: Structure) -> list[str]:
     attribute or used by a derivative, or the like.
     """
     found: dict[str, None] = {}
-    probed, whole = stands(structure), entered(structure)
-    for source, _, _, (child, number) in boundaries(structure):
+    probed = stands(structure)
+    whole = entered(structure, probed)
+    for source, _, _, (child, number) in boundaries(structure, of_parameters(structure.nodes), probed):
         call = structure.groups[source].call
         if call is None or call.has_children or is_probe(child):
             continue
@@ -378,8 +382,7 @@ def capturable(structure: Structure) -> set[str]:
     return found
 
 
-def _attach_parameters(structure: Structure, names: Mapping[int, str]) -> None:
-    weights = of_parameters(structure.nodes)
+def _attach_parameters(structure: Structure, names: Mapping[int, str], weights: Container[Node]) -> None:
     for node in structure.nodes:
         group = structure.group_of.get(node)
         if group is None:

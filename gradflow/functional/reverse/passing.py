@@ -18,7 +18,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.tap.sums import magnitude, magnitudes, num_nonzero, safe_range
+from gradflow.functional.tap.sums import magnitude, magnitudes, num_zero, safe_range
 
 _register_hook = Tensor.register_hook  # taps tell of what others put on tensors
 
@@ -93,7 +93,7 @@ def sizes_of(gradients: Sequence[Gradient]) -> list[Tensor]:
 
 def zeros_in(gradient: Gradient) -> Tensor:
     """Return how many elements of a gradient are zero."""
-    return gradient.numel() - num_nonzero(gradient) if isinstance(gradient, Tensor) else gradient.zeros
+    return num_zero(gradient) if isinstance(gradient, Tensor) else gradient.zeros
 
 
 def _norm(size: Tensor) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -21,7 +22,7 @@ from gradflow.functional.tap.calls import ActivationKey, Call, Observation
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.sums import is_safe, safe_range
 from gradflow.functional.tap.tapped import TappedModel
-from gradflow.records import Bools, Floats
+from gradflow.records import Floats
 
 Mean = tuple[int, str]  # a step, and a layer call
 
@@ -54,6 +55,7 @@ class Form:
         content: what its numbers were taken of.
         layout: the layout of its row.
         counts: element counts of its row.
+        norms: which of its numbers are norms.
         least: a norm must be above this to be safe, and any other number to be finite.
         most: and below this.
     """
@@ -61,8 +63,9 @@ class Form:
     content: Content
     layout: Layout
     counts: Floats
-    least: Floats
-    most: Floats
+    norms: list[bool]
+    least: list[float]
+    most: list[float]
 
 
 @attrs.define(eq=False)
@@ -106,11 +109,11 @@ class History:
         form = self._same_form(outcome.recorder, content)
         if form is None or noted or risen or look:
             return self._read_anew(outcome.recorder, content, scalars, noted, risen, lasting)
-        values = _norms(scalars, form.layout.norms)
-        safe = bool(np.all((form.least < values) & (values < form.most)))
+        values = _norms(scalars, form.norms)
+        safe = all(low < n < high for low, n, high in zip(form.least, values, form.most, strict=True))
         if not safe:
             _repair(values, lasting)
-        row = Row(form.layout, values, form.counts, content.sizes, safe)
+        row = Row(form.layout, np.array(values), form.counts, content.sizes, safe)
         self.in_doubt = self.settling = False
         if not safe:
             self._choose_precision(row)
@@ -156,14 +159,16 @@ class History:
         layout, counts = self._layout(places, calls), np.array(numbers)
         values = _norms(scalars, layout.norms)
         _repair(values, lasting)
-        row = Row(layout, values, counts, content.sizes)
+        row = Row(layout, np.array(values), counts, content.sizes)
         self._choose_precision(row)
         self._settle(row)
         if recorder.asked.ordinary and not (noted or risen):
-            sums = layout.sums | np.isin([kind for kind, _ in places], LASTING_SUMS)
+            sums = layout.sums | [kind in LASTING_SUMS for kind, _ in places]
             least, most = safe_range(counts)
             least, most = np.where(sums, least, -np.inf), np.where(sums, most, np.inf)
-            self._form, self._formed = Form(content, layout, counts, least, most), recorder.calls
+            norms = layout.norms.tolist()
+            self._form = Form(content, layout, counts, norms, least.tolist(), most.tolist())
+            self._formed = recorder.calls
         return row
 
     def _same_form(self, recorder: Recorder, content: Content) -> Form | None:
@@ -317,13 +322,18 @@ def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]
     joined = np.hypot if kind in NORMS else np.add
     steps, found = len(history.rows), {}
     for layout, (at, values, counts) in history.stacked().items():
+        met: set[Hashable] = set()
         for position, key in layout.of_kind.get(kind, ()):
             if key not in found:
                 found[key] = (np.full(steps, np.nan), np.zeros(steps))
             total, number = found[key]
-            both = joined(total[at], values[position])
-            total[at] = np.where(number[at] > 0, both, values[position])
-            number[at] += counts[position]
+            if key in met:
+                both = joined(total[at], values[position])
+                total[at] = np.where(number[at] > 0, both, values[position])
+                number[at] += counts[position]
+            else:
+                total[at], number[at] = values[position], counts[position]
+                met.add(key)
     return found
 
 
@@ -334,15 +344,13 @@ def _sums(lasting: list[tuple[str, str, Gradient]], *, exact: bool) -> list[Tens
     return [zeros_in(tensor) if kind == "pzeros" else next(sizes) for kind, _, tensor in lasting]
 
 
-def _norms(scalars: list[Tensor], are_norms: Bools) -> Floats:
+def _norms(scalars: list[Tensor], are_norms: Iterable[bool]) -> list[float]:
     """Return numbers on the host, magnitudes as norms: see NOTE [Exact and fast] in tap/sums.py."""
-    values, single = np.array(to_host(scalars)), torch.float32
-    squares = are_norms & np.fromiter((scalar.dtype is single for scalar in scalars), bool, len(scalars))
-    with np.errstate(invalid="ignore"):
-        return np.sqrt(values, out=values, where=squares)
+    numbers, single = zip(to_host(scalars), scalars, are_norms, strict=True), torch.float32
+    return [math.sqrt(n) if is_norm and scalar.dtype is single else n for n, scalar, is_norm in numbers]
 
 
-def _repair(values: Floats, lasting: list[tuple[str, str, Gradient]]) -> None:
+def _repair(values: list[float], lasting: list[tuple[str, str, Gradient]]) -> None:
     """Take again, exactly, what may have over- or underflowed of a row's last values, the lasting ones."""
     unsafe = []
     for position, (kind, _, tensor) in enumerate(lasting, len(values) - len(lasting)):
@@ -352,4 +360,5 @@ def _repair(values: Floats, lasting: list[tuple[str, str, Gradient]]) -> None:
                 unsafe.append((position, size_of(tensor, exact=True)))
     if unsafe:
         positions, sizes = zip(*unsafe, strict=True)
-        values[list(positions)] = _norms(list(sizes), np.ones(len(unsafe), bool))
+        for position, size in zip(positions, _norms(list(sizes), [True] * len(sizes)), strict=True):
+            values[position] = size

@@ -61,21 +61,19 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         return flat.mean(0, keepdim=True).expand_as(flat)
 
     def loss_of(change: Callable[[Tensor], Tensor]) -> float:
-        with before.again(program):
-            guess = map_floats(
-                lambda _, tensor: rows.changed(tensor, change), private_copy(Tensor.clone, output)
-            )
-            return float(given.loss_of(guess, request.batch))
+        before.restore(program)
+        guess = map_floats(lambda _, tensor: rows.changed(tensor, change), private_copy(Tensor.clone, output))
+        return float(given.loss_of(guess, request.batch))
 
     given, before = program.given, Before.of(program)
     held = program.module_state()
     parts = [t for t in iter_tensors(output) if t.dtype.is_floating_point and rows.fit(t)]
     variations = [_variation(part.reshape(rows.number, -1)) for part in parts]
     try:
-        with torch.no_grad(), program.state.swapped(), warnings.catch_warnings():
+        with torch.no_grad(), program.state.swapped(), before.again(program), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             own = private_copy(Tensor.clone, output)
-            with before.again(program), Heard(own) as heard:
+            with Heard(own) as heard:
                 given.loss_of(own, request.batch)
             guesses = [loss_of(change) for change in (shuffled, averaged, torch.zeros_like)]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan

@@ -79,7 +79,7 @@ def run_plan(
             break
         outcome = shared.outcome
         row = history.read(outcome, look=request.look, parameters_moved=stepper is not None)
-        row = attrs.evolve(row, broken=shared.broken)
+        row = attrs.evolve(row, broken=True) if shared.broken else row
         overflown = request.scale != 1.0 and not row.finite and not outcome.gradients.finite
         follow_reach(run, outcome, row, look=request.look)
         if closer is not None:
@@ -103,7 +103,8 @@ def run_plan(
             outcome.structure.release()
         _end(run, request)
         if stepper is not None and not plan.is_last(step):
-            outcome = attrs.evolve(outcome, loss=shared.loss)
+            if shared.loss is not outcome.loss:
+                outcome = attrs.evolve(outcome, loss=shared.loss)
             stepper.after(program, request, outcome, finite=row.finite and not overflown, end=plan.end)
         del outcome, shared  # frees its gradients before the next step
         if plan.progress is not None:

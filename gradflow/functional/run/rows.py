@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import attrs
 import numpy as np
@@ -40,13 +40,18 @@ class Layout:
 
     def __attrs_post_init__(self) -> None:
         kinds = [kind for kind, _ in self.places]
-        object.__setattr__(self, "must_be_finite", np.isin(kinds, ("loss", "grad", "pgrad")))
-        object.__setattr__(self, "norms", np.isin(kinds, NORMS))
-        object.__setattr__(self, "sums", np.isin(kinds, SUMS))
+        object.__setattr__(self, "must_be_finite", _among(kinds, ("loss", "grad", "pgrad")))
+        object.__setattr__(self, "norms", _among(kinds, NORMS))
+        object.__setattr__(self, "sums", _among(kinds, SUMS))
         object.__setattr__(self, "least_peaks", tuple(i for i, k in enumerate(kinds) if k == "least_peak"))
         object.__setattr__(self, "of_kind", {})
         for position, (kind, key) in enumerate(self.places):
             self.of_kind.setdefault(kind, []).append((position, key))
+
+
+def _among(kinds: Sequence[str], wanted: Collection[str]) -> Bools:
+    """Return which of some kinds are among others."""
+    return np.array([kind in wanted for kind in kinds], bool)
 
 
 @attrs.frozen(eq=False)

@@ -37,7 +37,7 @@ from gradflow.functional.tap.probes import (
     site_of,
     tells_split,
 )
-from gradflow.functional.tap.sums import magnitude, num_nonzero, num_positive, statistics_dtype
+from gradflow.functional.tap.sums import magnitude, num_positive, num_zero, statistics_dtype
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.torch_private import is_view, node_number, num_writes, transform_level, unwatched
 
@@ -338,7 +338,7 @@ class Recorder:
 
     def _forward_statistics(self, call: Call, y: Tensor) -> None:
         self.note("out", call.index, self._size(call, "out", y), y.numel())
-        self.note("zeros", call.index, y.numel() - num_nonzero(y), y.numel())
+        self.note("zeros", call.index, num_zero(y), y.numel())
         axis = unit_axis(y, call.type)
         mean = y.mean([d for d in range(y.dim()) if d != axis % y.dim()]) if y.dim() > 1 else y
         self.note("mean_row", call.index, magnitude(mean, exact=True), mean.numel())

@@ -123,11 +123,14 @@ def in_dtype(found: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _double_norm(flat: Tensor) -> Tensor:
     """Return the norm of a vector in double precision, of a shorter dtype, whose squares it holds all."""
+    if flat.numel() <= _CACHED:
+        wide = flat.double()
+        return torch.dot(wide, wide).sqrt()
     sums = []
     for piece in flat.split(_CACHED):
         wide = piece.double()
         sums.append(torch.dot(wide, wide))
-    return (sums[0] if len(sums) == 1 else torch.stack(sums).sum()).sqrt()
+    return torch.stack(sums).sum().sqrt()
 
 
 def _scaled_norm(x: Tensor) -> Tensor:
@@ -152,20 +155,21 @@ def _by_pieces(x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
     return norm(torch.stack([norm(piece) for piece in pieces]))
 
 
-def num_nonzero(x: Tensor) -> Tensor:
-    """Return how many elements of a tensor are not zero, as a scalar on its device; a NaN may count as zero.
+def num_zero(x: Tensor) -> Tensor:
+    """Return how many elements of a tensor are zero, as a scalar on its device; a NaN may count as zero.
 
     On a CPU bytes are counted, a piece at a time: of 400 000 elements in a third of the time of
     `count_nonzero`.
     """
     if not _is_plain(x):
-        return torch.count_nonzero(x)
+        return x.numel() - torch.count_nonzero(x)
     x = x.detach()
     if x.numel() <= _PIECE:
-        return torch.tensor(np.count_nonzero(x.bool().numpy()))
+        others = np.count_nonzero(x.numpy() != 0 if x.dtype in _PLAIN else x.bool().numpy())
+        return torch.tensor(x.numel() - others)
     flat = _flat(x)
     pieces = (x.reshape(-1) if flat is None else flat).split(_PIECE)
-    return torch.tensor(sum(np.count_nonzero(piece.bool().numpy()) for piece in pieces))
+    return torch.tensor(x.numel() - sum(np.count_nonzero(piece.bool().numpy()) for piece in pieces))
 
 
 def num_positive(x: Tensor) -> Tensor:

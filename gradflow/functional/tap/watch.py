@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gradflow.functional.model.layers import owns_parameters
 from gradflow.functional.processes.shards import settled
 from gradflow.functional.tap.calls import ActivationKey, unit_axis
 from gradflow.functional.tap.nodes import nodes_under
@@ -133,7 +134,7 @@ class _Before:
     def _key(self, x: Tensor) -> ActivationKey:
         recorder = self.recorder
         leaf = recorder.innermost_leaf()
-        if leaf is not None and not any(True for _ in recorder.model.modules[leaf.module].parameters(False)):
+        if leaf is not None and not owns_parameters(recorder.model.modules[leaf.module]):
             return ActivationKey(leaf.name, self.op, self.bounds.kind, False, leaf.name)
         if leaf is not None:
             layer = leaf.name

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import ModelInputError
-from gradflow.functional.model.optimizers import clip_gradients, copy_training, update
+from gradflow.functional.model.optimizers import clip_gradients, copy_training, is_handed_closure, update
 from gradflow.functional.processes.line import Line
 from gradflow.functional.reverse.reverse import fused
 from gradflow.functional.run.program import Program
@@ -50,6 +50,7 @@ class Stepper:
     _number: int = 0  # of them
     _broken: bool = False  # whether a loss or gradient among them was not finite
     _left: dict[str, Tensor] = attrs.field(factory=dict)  # gradients that a `step_fn` has left behind
+    _handed: list[bool] = attrs.field(factory=list)  # whether each optimizer is handed a closure
 
     @classmethod
     def of(
@@ -97,7 +98,7 @@ class Stepper:
         if not overflown or self.scaler is not None:
             look = not overflown and self._is_look(request.step, end)
             watched = program.state.trainable if look else {}
-            was, aged = remembered(watched), ages(self.optimizers, watched)
+            was, aged = (remembered(watched), ages(self.optimizers, watched)) if look else ({}, {})
             if self.scaler is not None:
                 self.log.scaled(request.step, self.loss_scale)
             gradients = self._step(program, request, outcome, made=not overflown)
@@ -155,8 +156,10 @@ class Stepper:
             return gradients, self._scaled(program, gradients, loss)
         share = self._clipped(program, gradients)
         again = self._again(program, request)
-        for optimizer in self.optimizers:
-            update(optimizer, program.state.trainable, gradients, again, loss)
+        trainable = program.state.trainable
+        self._handed = self._handed or [is_handed_closure(optimizer) for optimizer in self.optimizers]
+        for optimizer, handed in zip(self.optimizers, self._handed, strict=True):
+            update(optimizer, trainable, gradients, again, loss, handed=handed)
         return gradients, share
 
     def _clipped(self, program: Program, gradients: Gradients) -> Tensor | None:
@@ -230,6 +233,8 @@ class Stepper:
         return {name: self._left.get(name, gradient) for name, gradient in measured.items()}
 
     def _schedule(self, loss: Tensor) -> None:
+        if not self.schedulers:
+            return
         with warnings.catch_warnings():  # a copy of an optimizer has no trace of what counts its steps
             warnings.filterwarnings("ignore", message=".*optimizer.step.*", category=UserWarning)
             for scheduler in self.schedulers:
