@@ -17,6 +17,7 @@ from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
 from gradflow.detect.parts.codes import idle_codes
+from gradflow.detect.parts.copies import copied_parts
 from gradflow.detect.parts.draws import drowned_codes
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
@@ -54,6 +55,7 @@ __all__ = [
     "collapsed_policy",
     "collapsed_rank",
     "conflicting_heads",
+    "copied_parts",
     "copied_units",
     "crawling",
     "dead",
