@@ -164,6 +164,23 @@ class DrawRecord:
 
 
 @attrs.frozen(kw_only=True)
+class EndsRecord:
+    """A sigmoid or tanh that is at its ends for the most part, in the last step that was looked at.
+
+    Args:
+        layer: the activation module's layer call, or the one whose output feeds the function.
+        op: `sigmoid` or `tanh`.
+        wanted_share: of the gradient that comes to what is at an end, the share (of its magnitude) by which a
+            step down the loss leads further out: 1 where the end is what is asked for, 0 where all of it is
+            to come back, a half where it is asked for nothing; NaN where no gradient comes.
+    """
+
+    layer: str
+    op: str
+    wanted_share: float = float_field()
+
+
+@attrs.frozen(kw_only=True)
 class TurnsRecord:
     """Sinusoids of angles without a gradient, in the last step that was looked at.
 
@@ -236,6 +253,7 @@ class PartsRecord:
         quotients: divisions outside of layers, in the order of execution.
         choices: tables without gradient from which the model picks by itself.
         draws: codes that the model draws, by where random numbers are added.
+        ends: sigmoids and tanhs at their ends, and whether the loss wants them there.
         turns: sinusoids that embed what is given.
         scans: what loops of operations take apart step by step, where no module is called for each.
         sights: which positions each self-attention lets its outputs see.
@@ -250,6 +268,7 @@ class PartsRecord:
     quotients: tuple[QuotientRecord, ...] = attrs.field(default=(), converter=to_tuple)
     choices: tuple[ChoiceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     draws: tuple[DrawRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    ends: tuple[EndsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     turns: tuple[TurnsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     scans: tuple[ScanRecord, ...] = attrs.field(default=(), converter=to_tuple)
     sights: tuple[SightRecord, ...] = attrs.field(default=(), converter=to_tuple)

@@ -16,17 +16,18 @@ from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.parts.blocks import passes, siblings
 from gradflow.functional.parts.choices import Choices
 from gradflow.functional.parts.draws import Draws
-from gradflow.functional.parts.matrices import as_drawn, is_fused, thirds
-from gradflow.functional.parts.norms import epsilon_of, variance
+from gradflow.functional.parts.ends import Ends
 from gradflow.functional.parts.quotients import Quotients
 from gradflow.functional.parts.turns import Turns
 from gradflow.functional.parts.twins import Twins, apart, twins
+from gradflow.functional.parts.weights import as_drawn, epsilon_of, is_fused, thirds, variance
 from gradflow.functional.processes.shards import is_distributed
 from gradflow.functional.tap.calls import Call, type_name, version
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.scans import Scan, Scans, faded_share
 from gradflow.records import (
     BlockRecord,
+    EndsRecord,
     Floats,
     MatrixRecord,
     NormRecord,
@@ -83,6 +84,7 @@ class PartsSession(Session):
         self._quotients: list[QuotientRecord] = []
         self._scans: list[ScanRecord] = []
         self._turns: list[TurnsRecord] = []
+        self._ends: list[EndsRecord] = []
         self._choices, self._draws = Choices(), Draws()
         self._forget()
 
@@ -102,6 +104,7 @@ class PartsSession(Session):
         self._divided: Quotients | None = None
         self._scanned: Scans | None = None
         self._turned: Turns | None = None
+        self._at_ends: Ends | None = None
         self._numbers: dict[tuple[str, str], Tensor] = {}
         self._entering: dict[int, tuple[Tensor, int]] = {}
         self._suspects: list[tuple[str, Tensor, Twins]] = []
@@ -113,7 +116,7 @@ class PartsSession(Session):
         """Look at the parameters."""
         self._forget()
         self._step, self._divided, self._scanned = step, Quotients(recorder), Scans(recorder)
-        self._turned = Turns(recorder)
+        self._turned, self._at_ends = Turns(recorder), Ends(recorder)
         self._choices.begin(recorder)
         self._draws.begin(recorder)
         for name, parameter in self._model.named_parameters():
@@ -169,6 +172,8 @@ class PartsSession(Session):
         if self._turned is not None:
             self._turned.hear(func, args)
         heard = [self._choices.hear(func, args, kwargs), self._draws.hear(func, args, kwargs)]
+        if self._at_ends is not None:
+            heard.append(self._at_ends.hear(func, args, kwargs))
         if heard[0] is None and self._divided is not None:
             heard.append(self._divided.hear(func, args, kwargs))
         follow = [one for one in heard if one is not None]
@@ -185,6 +190,10 @@ class PartsSession(Session):
             with torch.no_grad():
                 pairs = [(scan, g) for scan, g in zip(scans, found, strict=True) if g is not None]
                 self._faded = [(scan, faded_share(scan, gradient)) for scan, gradient in pairs]
+        if self._at_ends is not None and (outputs := self._at_ends.suspects()):
+            found = gradients(loss, outputs)
+            with torch.no_grad():
+                self._at_ends.weigh(found)
         if self._suspects:
             found = gradients(loss, [parameter for _, parameter, _ in self._suspects])
             with torch.no_grad():
@@ -210,6 +219,7 @@ class PartsSession(Session):
         self._choices.end()
         self._draws.end()
         self._turns = self._turned.read() if self._turned else []
+        self._ends = self._at_ends.read() if self._at_ends else []
         self._quotients, self._divided = self._divided.read() if self._divided else [], None
         self._scans = [
             ScanRecord(
@@ -255,6 +265,7 @@ class PartsSession(Session):
                 quotients=self._quotients,
                 choices=self._choices.read(),
                 draws=self._draws.read(),
+                ends=self._ends,
                 turns=self._turns,
                 scans=self._scans,
             )
