@@ -9,7 +9,7 @@ import attrs
 
 from gradflow.detect.actions import vanishing_actions
 from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
-from gradflow.detect.flow.ends.unheard import unheard
+from gradflow.detect.flow.ends.unheard import flat_scores, unheard
 from gradflow.detect.flow.forgetting import fading, forgetful
 from gradflow.detect.flow.readings.falls import falls_of, known
 from gradflow.detect.flow.readings.zeros import zeros_of
@@ -94,7 +94,7 @@ def vanishing(
         found = found or _inexcusable(flow, plain, threshold, share, local_share, bypass)
         if at_level(record):
             found = [lowered(issue, AT_LEVEL) for issue in found]
-        return [*found, *unheard(flow, leverage, share)]
+        return [*found, *(unheard(flow, leverage, share) or flat_scores(flow))]
 
     return detector
 
