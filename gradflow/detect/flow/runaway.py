@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import attrs
 import numpy as np
@@ -64,6 +65,44 @@ def _endless(flow: Flow, known: KnowledgeRecord, climb: float, grown: float = 5.
     ratio = float(abs(losses[-1]) / max(abs(losses[0]), 1e-300))
     issue = of_the_run(flow, len(losses) - 1, IssueSeverity.HIGH, told, ratio, louder=known.louder)
     return [attrs.evolve(issue, recommended_actions=_HOLD)]
+
+
+def blown_up(flow: Flow, jumping: Iterable[Issue], grown: float = 100.0) -> list[Issue]:
+    """Heads whose own gradient has grown by so many times in a run that jumps or runs away: explained by it.
+
+    Args:
+        flow: the record along its wiring.
+        jumping: the verdicts on the run.
+        grown: how many times its first one the gradient of a head ends at, or comes to before it overflows.
+    """
+    record = flow.record
+    if not record.provenance.optimizer or not any(issue.severity.is_serious for issue in jumping):
+        return []
+    over = not np.isfinite(record.losses).all()
+    found = []
+    for node in heads(flow):
+        norms = flow.grad[node][np.isfinite(flow.grad[node])]
+        if len(norms) < 2 or not norms[0] > 0 or not flow.trainable(node):
+            continue
+        ends = float(norms.max()) if over else late(norms)
+        if not ends >= grown * norms[0]:
+            continue
+        layer = flow.layers[node]
+        found.append(
+            Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.EXPLODING,
+                severity=IssueSeverity.MEDIUM,
+                description=f"The gradient that the loss hands to it grows {ends / norms[0]:.3g} times "
+                f"within the run, from {norms[0]:.3g} to {ends:.3g}{', and overflows' if over else ''}.",
+                magnitude=ends / float(norms[0]),
+                recommended_actions=unstable_actions(flow, node, ends / float(norms[0])),
+                metrics={"growth": ends / float(norms[0])},
+                evidence=Evidence(developed=True, growth=ends / float(norms[0])),
+            )
+        )
+    return found
 
 
 def _times(values: Floats) -> float:

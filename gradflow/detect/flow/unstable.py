@@ -10,7 +10,7 @@ import numpy as np
 
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
 from gradflow.detect.evidence import late, total_gradient
-from gradflow.detect.flow.runaway import drifting, layer_of_jump, of_the_run, paid_for_errors
+from gradflow.detect.flow.runaway import blown_up, drifting, layer_of_jump, of_the_run, paid_for_errors
 from gradflow.detect.flow.steps import flung, thrown
 from gradflow.detect.knowledge import calm, guesses, has_learned
 from gradflow.detect.updates.fast import overshooting, with_rate
@@ -94,7 +94,7 @@ def unstable(
         if misfit is not None:
             found = [with_rate(issue, misfit, record) for issue in found] or [overshooting(record, misfit)]
         found = found or drifting(flow)
-        return [*found, *_small_batch_norms(flow, few_values)]
+        return [*found, *blown_up(flow, found), *_small_batch_norms(flow, few_values)]
 
     return detector
 

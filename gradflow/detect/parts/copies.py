@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from gradflow.detect.parts.peers import type_of
+from gradflow.detect.view import Flow, flow_of
 from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType, ParameterRecord
 
 _EXACT = 1e-7  # what rounding leaves of a norm between two equal parameters
@@ -37,8 +38,11 @@ def copied_parts(
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
+        flow = flow_of(record)
         for group in _outermost(_copies(record, alike, apart)):
-            yield _issue(record, group, severe)
+            beside = _side_by_side(flow, group)
+            if len(beside) > 1:
+                yield _issue(record, beside, severe)
 
     return detector
 
@@ -81,6 +85,25 @@ def _stay_equal(
         and _near(p.grad_norm[:1], q.grad_norm[:1], alike)
         for p, q in zip(one, other, strict=True)
     )
+
+
+def _side_by_side(flow: Flow, group: Sequence[str]) -> list[str]:
+    """Leave out modules of a group that another one of it feeds."""
+    member = {name: name for name in group}
+    own: dict[str, str] = {}  # by node, the module of the group that it is in
+    for node, layer in flow.layers.items():
+        parts = layer.module.split(".")
+        inside = (member.get(".".join(parts[:depth])) for depth in range(1, len(parts) + 1))
+        own[node] = next(filter(None, inside), "")
+    fed: set[str] = set()
+    before: dict[str, tuple[str, ...]] = {}  # by node, two of those up to it: enough to find another one
+    for node in flow.wiring.order:
+        found = dict.fromkeys(name for p in flow.wiring.preds[node] for name in before[p])
+        here = own.get(node, "")
+        if here and any(name != here for name in found):
+            fed.add(here)
+        before[node] = tuple(found | ({here: None} if here else {}))[:2]
+    return [name for name in group if name not in fed]
 
 
 def _near(a: Floats, b: Floats, within: float) -> bool:

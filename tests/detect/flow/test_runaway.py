@@ -108,6 +108,24 @@ def test_targets_that_run_away_from_the_values_that_make_them(own: bool) -> None
     assert bool(found) == own
 
 
+# ------------------------------------------------------------------------- what comes with it
+
+
+@pytest.mark.parametrize(("rate", "told"), [(3.0, True), (0.05, False)])
+def test_a_head_whose_gradient_grows_while_its_loss_runs_away_explodes_too(rate: float, told: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+    batches = lambda: (torch.randn(32, 8), torch.randn(32, 1))  # noqa: E731
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    report = gf.diagnose(model, batches, F.mse_loss, optimizer=optimizer, steps=12, seed=0)
+    kinds = {(i.issue_type, i.layer) for i in report.issues if i.severity.is_serious}
+    assert ((IssueType.EXPLODING, "2") in kinds) == told
+    assert any(kind is IssueType.UNSTABLE for kind, _ in kinds) == told
+    if told:
+        assert report.causes[0].issue_type is IssueType.UNSTABLE
+        assert IssueType.EXPLODING in {i.issue_type for i in report.causes[0].issues}
+
+
 # ----------------------------------------------------------------------------------- a number thrown
 
 
