@@ -25,7 +25,7 @@ from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.turns import still_sinusoids
-from gradflow.detect.parts.twins import copied_units
+from gradflow.detect.parts.twins import copied_rows, copied_units
 from gradflow.detect.policy.heads import conflicting_heads, dominant_value, starved_policy
 from gradflow.detect.policy.policy import (
     collapsed_policy,
@@ -56,6 +56,7 @@ __all__ = [
     "collapsed_rank",
     "conflicting_heads",
     "copied_parts",
+    "copied_rows",
     "copied_units",
     "crawling",
     "dead",

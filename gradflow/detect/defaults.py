@@ -21,7 +21,7 @@ from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.turns import still_sinusoids
-from gradflow.detect.parts.twins import copied_units
+from gradflow.detect.parts.twins import copied_rows, copied_units
 from gradflow.detect.processes.differing import partly_used, unequal_processes
 from gradflow.detect.processes.layers import unfed_experts, unsynchronised_norms
 from gradflow.detect.processes.odd import odd_process, same_data
@@ -59,6 +59,7 @@ def default_detectors(
         uneven_siblings(),
         copied_units(),
         copied_parts(),
+        copied_rows(),
         swallowed_norms(),
         misscaled_norms(),
         leaking_attention(),

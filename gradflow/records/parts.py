@@ -95,6 +95,25 @@ class TwinsRecord:
 
 
 @attrs.frozen(kw_only=True)
+class RowsRecord:
+    """Rows of one sample that the last layer gives the same for, though what enters the model differs.
+
+    Of the last step that was looked at.
+
+    Args:
+        layer: the layer call.
+        num_rows: rows of a sample.
+        num_different: how many of them differ, as a mean over the samples.
+        torn_share: part of the gradient, in squares, that cancels between equal rows.
+    """
+
+    layer: str
+    num_rows: int
+    num_different: float = float_field()
+    torn_share: float = float_field()
+
+
+@attrs.frozen(kw_only=True)
 class QuotientRecord:
     """A division of the last step that was looked at, by numbers that carry no gradient.
 
@@ -250,6 +269,7 @@ class PartsRecord:
         norms: its norm layers.
         matrices: weight matrices inside blocks, and frozen ones.
         twins: parameters of which at least half of the slices are copies.
+        rows: rows of the last layer that are equal, though what enters the model differs.
         quotients: divisions outside of layers, in the order of execution.
         choices: tables without gradient from which the model picks by itself.
         draws: codes that the model draws, by where random numbers are added.
@@ -265,6 +285,7 @@ class PartsRecord:
     norms: tuple[NormRecord, ...] = attrs.field(default=(), converter=to_tuple)
     matrices: tuple[MatrixRecord, ...] = attrs.field(default=(), converter=to_tuple)
     twins: tuple[TwinsRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    rows: tuple[RowsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     quotients: tuple[QuotientRecord, ...] = attrs.field(default=(), converter=to_tuple)
     choices: tuple[ChoiceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     draws: tuple[DrawRecord, ...] = attrs.field(default=(), converter=to_tuple)

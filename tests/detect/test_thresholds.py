@@ -13,6 +13,7 @@ import pytest
 from gradflow.detect import (
     bottleneck,
     copied_parts,
+    copied_rows,
     copied_units,
     dead,
     drowned_codes,
@@ -38,6 +39,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text(encoding=
 FACTORIES = [bottleneck, dead, exploding, numerical, saturation, unstable, vanishing]
 PARTS = [
     copied_parts,
+    copied_rows,
     copied_units,
     drowned_codes,
     held_at_zero,

@@ -1,4 +1,4 @@
-"""Units that are copies of one another, and that no step tells apart."""
+"""Units that are copies of one another, and rows that a model gives one answer for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ import numpy as np
 
 from gradflow.detect.evidence import total_gradient
 from gradflow.detect.parts.peers import type_of
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, ParameterRecord, TwinsRecord
+from gradflow.records import (
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    ParameterRecord,
+    RowsRecord,
+    TwinsRecord,
+)
 
 
 def copied_units(alike: float = 1e-4, *, severe: float = 0.25) -> Callable[[FlowRecord], Iterable[Issue]]:
@@ -85,4 +93,47 @@ def _issue(parameter: ParameterRecord, twins: TwinsRecord, kind: str, severe: fl
             "slices": twins.num_slices,
             "different": twins.num_different,
         },
+    )
+
+
+def copied_rows(torn: float = 0.3) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of rows that a model gives one answer for, and the loss pulls apart.
+
+    Measured, at the end of a run: rows of a sample (nodes, cells, positions, queries) that the last layer
+    gives the same for, but for rounding, where at least half are copies; and the part of the gradient that
+    cancels between equal rows.
+
+    Why this is evidence: what is the same for different inputs has not been told them apart by: no
+    position, no features of their own come to it. The loss asks for different answers, which no weights give.
+
+    Looks alike and is not: rows of which the inputs are equal too, as repeated tokens are; rows that are to
+    get one answer; heads that start at zero, which the first step ends.
+
+    Args:
+        torn: part of the gradient, in squares, that cancels between equal rows.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        for rows in record.parts.rows:
+            if rows.torn_share >= torn and record.provenance.optimizer:
+                yield _rows_issue(record, rows)
+
+    return detector
+
+
+def _rows_issue(record: FlowRecord, rows: RowsRecord) -> Issue:
+    return Issue(
+        layer=rows.layer,
+        layer_type=type_of(record, rows.layer.partition("@")[0]),
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.MEDIUM,
+        description=f"Of the {rows.num_rows} rows of a sample only {rows.num_different:.3g} differ in its "
+        f"output, but for rounding, though what enters the model differs in all. The loss pulls equal rows "
+        f"apart: {rows.torn_share:.0%} of its gradient cancels between them, and no weights can follow it.",
+        magnitude=rows.num_different / rows.num_rows,
+        recommended_actions=(
+            f"Give what comes to {rows.layer or 'the last layer'} what tells the rows apart: their own "
+            "features (a skip connection from the encoder), a position, queries that are drawn, not zeros.",
+        ),
+        metrics={"rows": rows.num_rows, "different": rows.num_different, "torn": rows.torn_share},
     )
