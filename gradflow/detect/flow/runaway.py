@@ -10,6 +10,7 @@ import numpy as np
 
 from gradflow.detect.actions import unstable_actions
 from gradflow.detect.evidence import early, heads, late, middle, total_gradient
+from gradflow.detect.flow.ends.loud import off_scale_of
 from gradflow.detect.knowledge import calm, knows
 from gradflow.detect.view import Flow
 from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, KnowledgeRecord, Role
@@ -83,6 +84,8 @@ def blown_up(flow: Flow, jumping: Iterable[Issue], grown: float = 100.0) -> list
     for node in heads(flow):
         norms = flow.grad[node][np.isfinite(flow.grad[node])]
         if len(norms) < 2 or not norms[0] > 0 or not flow.trainable(node):
+            continue
+        if not off_scale_of(flow, node)[0] <= 1e4:  # not heard at first: a start from nothing
             continue
         ends = float(norms.max()) if over else late(norms)
         if not ends >= grown * norms[0]:
