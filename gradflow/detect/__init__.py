@@ -17,6 +17,7 @@ from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
 from gradflow.detect.parts.codes import idle_codes
+from gradflow.detect.parts.copies import copied_parts
 from gradflow.detect.parts.draws import drowned_codes
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
@@ -24,7 +25,7 @@ from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.turns import still_sinusoids
-from gradflow.detect.parts.twins import copied_units
+from gradflow.detect.parts.twins import copied_rows, copied_units
 from gradflow.detect.policy.heads import conflicting_heads, dominant_value, starved_policy
 from gradflow.detect.policy.policy import (
     collapsed_policy,
@@ -54,6 +55,8 @@ __all__ = [
     "collapsed_policy",
     "collapsed_rank",
     "conflicting_heads",
+    "copied_parts",
+    "copied_rows",
     "copied_units",
     "crawling",
     "dead",

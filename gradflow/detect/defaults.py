@@ -13,6 +13,7 @@ from gradflow.detect.flow.unstable import unstable
 from gradflow.detect.flow.vanishing import vanishing
 from gradflow.detect.parts.chance import stray_dropout
 from gradflow.detect.parts.codes import idle_codes
+from gradflow.detect.parts.copies import copied_parts
 from gradflow.detect.parts.draws import drowned_codes
 from gradflow.detect.parts.held import held_at_zero
 from gradflow.detect.parts.norms import misscaled_norms, swallowed_norms
@@ -20,7 +21,7 @@ from gradflow.detect.parts.quotients import tiny_divisors
 from gradflow.detect.parts.siblings import uneven_siblings
 from gradflow.detect.parts.sight import leaking_attention
 from gradflow.detect.parts.turns import still_sinusoids
-from gradflow.detect.parts.twins import copied_units
+from gradflow.detect.parts.twins import copied_rows, copied_units
 from gradflow.detect.processes.differing import partly_used, unequal_processes
 from gradflow.detect.processes.layers import unfed_experts, unsynchronised_norms
 from gradflow.detect.processes.odd import odd_process, same_data
@@ -57,6 +58,8 @@ def default_detectors(
         bottleneck(),
         uneven_siblings(),
         copied_units(),
+        copied_parts(),
+        copied_rows(),
         swallowed_norms(),
         misscaled_norms(),
         leaking_attention(),

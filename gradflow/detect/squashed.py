@@ -6,12 +6,42 @@ import math
 
 from gradflow.detect.actions import Actions, initialisation
 from gradflow.detect.evidence import late, row_gain
+from gradflow.detect.knowledge import guesses
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import ActivationRecord
 
 _CROSS_ENTROPIES = {"cross_entropy", "log_softmax", "nll_loss"}
 _CHOICES = {"log", "gather", "index"}  # what makes of probabilities that of an action
+
+_TAKE_SCORES = (
+    "softmax",
+    "nll_loss",
+    "cross_entropy_loss",
+    "with_logits",
+    "log_sigmoid",
+    "softplus",
+    "sigmoid",
+)
+WANTED = (
+    " The loss asks for these ends: what is at them is pulled further out, and no other squashing follows."
+)
+
+
+def is_wanted(flow: Flow, activation: ActivationRecord, share: float = 0.9) -> bool:
+    """Whether the loss wants a sigmoid or tanh at its ends, by `share` of its pull, and is given them as they
+    are: what takes scores would ask for more than any end."""
+    ends = [e for e in flow.record.parts.ends if (e.layer, e.op) == (activation.layer, activation.op)]
+    if not flow.wiring.known or not ends or not all(e.wanted_share >= share for e in ends):
+        return False
+    missed = late(flow.record.losses) >= 0 and guesses(flow.record)
+    if missed and flow.ends_weightless(node_name(activation.layer)):
+        return False  # what is asked for may be out of its reach
+    behind = [flow.wiring.nodes[n].type for n in flow.wiring.downstream(node_name(activation.layer))]
+    taking = [kind for kind in behind if any(word in kind.lower() for word in _TAKE_SCORES)]
+    if activation.functional and activation.op in taking:
+        taking.remove(activation.op)
+    return not taking
 
 
 def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) -> Actions:

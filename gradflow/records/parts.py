@@ -95,6 +95,25 @@ class TwinsRecord:
 
 
 @attrs.frozen(kw_only=True)
+class RowsRecord:
+    """Rows of one sample that the last layer gives the same for, though what enters the model differs.
+
+    Of the last step that was looked at.
+
+    Args:
+        layer: the layer call.
+        num_rows: rows of a sample.
+        num_different: how many of them differ, as a mean over the samples.
+        torn_share: part of the gradient, in squares, that cancels between equal rows.
+    """
+
+    layer: str
+    num_rows: int
+    num_different: float = float_field()
+    torn_share: float = float_field()
+
+
+@attrs.frozen(kw_only=True)
 class QuotientRecord:
     """A division of the last step that was looked at, by numbers that carry no gradient.
 
@@ -161,6 +180,23 @@ class DrawRecord:
     layer: str
     signal: Floats = array_field()
     noise: Floats = array_field()
+
+
+@attrs.frozen(kw_only=True)
+class EndsRecord:
+    """A sigmoid or tanh that is at its ends for the most part, in the last step that was looked at.
+
+    Args:
+        layer: the activation module's layer call, or the one whose output feeds the function.
+        op: `sigmoid` or `tanh`.
+        wanted_share: of the gradient that comes to what is at an end, the share (of its magnitude) by which a
+            step down the loss leads further out: 1 where the end is what is asked for, 0 where all of it is
+            to come back, a half where it is asked for nothing; NaN where no gradient comes.
+    """
+
+    layer: str
+    op: str
+    wanted_share: float = float_field()
 
 
 @attrs.frozen(kw_only=True)
@@ -233,9 +269,11 @@ class PartsRecord:
         norms: its norm layers.
         matrices: weight matrices inside blocks, and frozen ones.
         twins: parameters of which at least half of the slices are copies.
+        rows: rows of the last layer that are equal, though what enters the model differs.
         quotients: divisions outside of layers, in the order of execution.
         choices: tables without gradient from which the model picks by itself.
         draws: codes that the model draws, by where random numbers are added.
+        ends: sigmoids and tanhs at their ends, and whether the loss wants them there.
         turns: sinusoids that embed what is given.
         scans: what loops of operations take apart step by step, where no module is called for each.
         sights: which positions each self-attention lets its outputs see.
@@ -247,9 +285,11 @@ class PartsRecord:
     norms: tuple[NormRecord, ...] = attrs.field(default=(), converter=to_tuple)
     matrices: tuple[MatrixRecord, ...] = attrs.field(default=(), converter=to_tuple)
     twins: tuple[TwinsRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    rows: tuple[RowsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     quotients: tuple[QuotientRecord, ...] = attrs.field(default=(), converter=to_tuple)
     choices: tuple[ChoiceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     draws: tuple[DrawRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    ends: tuple[EndsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     turns: tuple[TurnsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     scans: tuple[ScanRecord, ...] = attrs.field(default=(), converter=to_tuple)
     sights: tuple[SightRecord, ...] = attrs.field(default=(), converter=to_tuple)

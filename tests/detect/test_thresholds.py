@@ -12,6 +12,8 @@ import pytest
 
 from gradflow.detect import (
     bottleneck,
+    copied_parts,
+    copied_rows,
     copied_units,
     dead,
     drowned_codes,
@@ -36,6 +38,8 @@ from gradflow.detect import (
 PAGE = (Path(__file__).parents[2] / "docs" / "detectors.md").read_text(encoding="utf-8")
 FACTORIES = [bottleneck, dead, exploding, numerical, saturation, unstable, vanishing]
 PARTS = [
+    copied_parts,
+    copied_rows,
     copied_units,
     drowned_codes,
     held_at_zero,

@@ -23,8 +23,9 @@ from gradflow.detect.flow.ends.alike import collapsed, constant
 from gradflow.detect.flow.ends.misgiven import blind_losses
 from gradflow.detect.knowledge import guesses, knows, learns
 from gradflow.detect.view import Flow, flow_of
+from gradflow.detect.wiring import node_name
 from gradflow.graph.queries.dominators import immediate_dominators
-from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum", "mean")
 
@@ -88,8 +89,9 @@ def bottleneck(
         waists = _waists(flow, passages, ratio)
         narrow = _narrow(flow, waists, rank_excess, lost_samples)
         smooth = _smoothing(flow, passages, alike, alike_fall)
+        starved = _starved_too(flow, smooth)
         found = smooth or blind_losses(flow) or collapsed(flow, collapse) or constant(flow, same)
-        return [*narrow, *found]
+        return [*narrow, *starved, *found]
 
     return detector
 
@@ -325,7 +327,41 @@ def _smoothing(flow: Flow, passages: list[str], alike: float, fall: float) -> li
         told_apart = most[node] >= fall * max(variation, alike) and variation <= alike
         if not told_apart and not _fades(flow, node, variation, most[node], mixed[node], alike):
             continue
-        return [] if starved[node] else [_smoothing_issue(flow, node, variation, most[node], mixed[node])]
+        issue = _smoothing_issue(flow, node, variation, most[node], mixed[node])
+        if starved[node]:  # what dies out is told by `vanishing`; that rows are alike by mixing, too
+            return [attrs.evolve(issue, severity=IssueSeverity.MEDIUM)] if guesses(flow.record) else []
+        return [issue]
+    return []
+
+
+def _starved_too(flow: Flow, smooth: Sequence[Issue], least: float = 1e-6) -> list[Issue]:
+    """The first layer before rows that have become alike, where next to none of the gradient arrives, in the
+    first step or at the end: what does not differ between rows cancels on its way back, too."""
+    record = flow.record
+    if not smooth or not record.provenance.optimizer or not guesses(record):
+        return []
+    kept = shares(flow, kept_at_least(flow, by_matrix=1.0)).share
+    before = flow.wiring.upstream(node_name(smooth[0].layer))
+    trained = (n for n in kept if n in before and flow.has_matrix(n) and flow.trainable(n))
+    for node in sorted(trained, key=lambda n: flow.layers[n].order):
+        arrives = float(np.nanmin([kept[node][0], late(kept[node])]))
+        if not 0 < arrives < least:
+            return []
+        layer = flow.layers[node]
+        return [
+            Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.VANISHING,
+                severity=IssueSeverity.MEDIUM,
+                description=f"Only {arrives:.1e} of the gradient that enters the model at the loss arrives "
+                f"here, through {smooth[0].layer or 'the model'}, whose rows are all alike.",
+                magnitude=arrives,
+                recommended_actions=smooth[0].recommended_actions,
+                metrics={"arriving": arrives},
+                evidence=Evidence(roles=Role.STARVED, origin=smooth[0].layer),
+            )
+        ]
     return []
 
 

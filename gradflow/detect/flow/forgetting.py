@@ -1,12 +1,17 @@
-"""VANISHING along a sequence: layers and loops of operations that forget what came first."""
+"""VANISHING along a sequence: layers and loops that forget what came first, and stacks of such layers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
+
 from gradflow.detect.actions import forgetful_actions
+from gradflow.detect.evidence import early, late, middle
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.view import Flow
-from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, Role, ScanRecord
+from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, ParameterRecord, Role, ScanRecord
 
 
 def forgetful(flow: Flow, threshold: float) -> list[Issue]:
@@ -65,3 +70,64 @@ def fading(flow: Flow, most: float) -> list[Issue]:
         )
         for scan in worst.values()
     ]
+
+
+def deep(flow: Flow, fall: float = 12.0, *, few: int = 4, alike: float = 0.06) -> list[Issue]:
+    """A stack of recurrent layers that does not learn: signal and gradient fall together from layer to layer.
+
+    Each gate halves what passes, so a stack of usual initialisation hands on a third a layer, both ways. That
+    alone steps may make up for. Where the first layer gets next to nothing of what the last one gets, the
+    outputs hardly differ between samples, and the loss stays where it was, they do not.
+
+    Args:
+        flow: the record along its wiring.
+        fall: by how much the gradient of the weights falls from the last layer to the first.
+        few: fewer layers than that are no stack.
+        alike: part of the outputs that differs between samples, below which they tell none apart.
+    """
+    record, known = flow.record, flow.record.knowledge
+    if known is None or not record.provenance.optimizer or not guesses(record, 0.98):
+        return []
+    if not late(record.losses) >= 0.97 * early(record.losses) > 0:
+        return []
+    outputs = [v for v, size in zip(known.variations, known.scales, strict=True) if size > 0]
+    levels = list(_levels(flow))
+    if not outputs or max(outputs) > alike or len(levels) < few:
+        return []
+    (first, lowest), (last, highest) = levels[0], levels[-1]
+    if first != last and first not in flow.wiring.upstream(last):
+        return []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fallen = middle(highest.grad_norm / lowest.grad_norm)
+    if not fallen >= fall:
+        return []
+    layer = flow.layers[first]
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.VANISHING,
+            severity=IssueSeverity.MEDIUM,
+            description=f"It is the first of {len(levels)} recurrent layers, and gets {1 / fallen:.1e} of "
+            f"the gradient that the last one gets; only {max(outputs):.1e} of the outputs differs between "
+            "samples, and the loss stays where it was. Each layer hands on but a part of both.",
+            magnitude=1.0 / fallen,
+            recommended_actions=(
+                "Use one or two layers: more seldom help.",
+                "Or give each layer a way past it (x = x + layer(x)) and a norm layer before it.",
+            ),
+            metrics={"num_layers": len(levels), "share_of_last": 1.0 / fallen, "variation": max(outputs)},
+            evidence=Evidence(roles=Role.ABSORBING),
+        )
+    ]
+
+
+def _levels(flow: Flow) -> Iterator[tuple[str, ParameterRecord]]:
+    """Yield the input weights of recurrent layers, one after the other, and the first call of each layer."""
+    seen = set[str]()
+    for node in sorted(flow.layers, key=lambda n: flow.layers[n].order):
+        for p in () if flow.layers[node].composite else flow.trainable(node):
+            short = p.name.rpartition(".")[2]
+            if "weight_ih" in short and not short.endswith("_reverse") and p.name not in seen:
+                seen.add(p.name)
+                yield node, p

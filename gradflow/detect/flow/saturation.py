@@ -14,7 +14,7 @@ from gradflow.detect.flow.ends.loud import sharp_scores
 from gradflow.detect.flow.ends.misgiven import misgiven_losses, out_of_reach
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns
-from gradflow.detect.squashed import gate_actions, saturation_actions
+from gradflow.detect.squashed import WANTED, gate_actions, is_wanted, saturation_actions
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import MOST_NEIGHBOURS, node_name
 from gradflow.records import (
@@ -54,7 +54,9 @@ def saturation(
     fall (LOW); a clamp that keeps probabilities off 0 and 1, which follows what they come from; a few of
     many calls; gates that are closed for part of their units; a softmax over many alternatives that gives
     each of them little; an output that is confident because it has learned to be (its loss has fallen by
-    more than half within the run: LOW); a softmax over one alternative, which is `dead`'s; a sigmoid of
+    more than half within the run: LOW); ends that the loss asks for, as nine tenths of its pull lead further
+    out (an action whose best value is the bound, a mask: LOW), but before another sigmoid or softmax, which
+    asks for scores without bound; a softmax over one alternative, which is `dead`'s; a sigmoid of
     scores of which those not chosen were set to minus infinity, which is off for them by intent (an
     infinity that was not meant is `numerical`'s).
 
@@ -129,6 +131,8 @@ def _issue(
     fed_by = node_name(feeder)
     if severity.is_serious and _passes_enough(flow, activation, fed_by, seen, first, severe_share):
         severity, calm = IssueSeverity.LOW, _PASSES
+    if severity.is_serious and is_wanted(flow, activation):
+        severity, calm = IssueSeverity.LOW, WANTED
     return Issue(
         layer=activation.layer,
         layer_type=layer.type if layer else activation.op,

@@ -65,7 +65,9 @@ def flung(flow: Flow, times: float) -> list[Issue]:
     positive loss cannot fall by more than it is, so where that reaches the loss (the first one, if that is
     larger: a run may be nearly solved), what the gradient says holds for no such step. That the number
     becomes several times as large or passes zero with it is the other half: an offset moves far beside its
-    own size as well, but changes the loss by little. A run that has learned nonetheless was not thrown about:
+    own size as well, but changes the loss by little. A step of Adam's has the size of its rate whatever the
+    gradient is, so where it led to counts too: a loss that is several times as large behind it, and a slope
+    there along the step that accounts for the rise. A run that has learned nonetheless was not thrown about:
     of a model of one or two numbers the first step is the whole way.
 
     Args:
@@ -79,7 +81,7 @@ def flung(flow: Flow, times: float) -> list[Issue]:
     if calm(record) or has_learned(record):
         return []
     numbers = [p for p in record.parameters if p.num_elements == 1 and p.trainable and p.optimized]
-    found = [(*_asked(p, np.maximum(losses, losses[0]), times), p) for p in numbers]
+    found = [(*_asked(flow, p, times), p) for p in numbers]
     asked_for, step, parameter = max(found, key=lambda f: f[0], default=(0.0, 0, None))
     if parameter is None or asked_for < 1:
         return []
@@ -92,9 +94,8 @@ def flung(flow: Flow, times: float) -> list[Issue]:
             issue_type=IssueType.UNSTABLE,
             severity=IssueSeverity.HIGH if guesses(record) else IssueSeverity.MEDIUM,
             description=f"Its steps throw its {name}, one number, about: that of step {step} took it from "
-            f"size {parameter.norm[step]:.3g} to {parameter.norm[step + 1]:.3g}, by which its gradient would "
-            f"have the loss fall by {asked_for:.3g} times what it is. So steps of this size follow no "
-            "gradient.",
+            f"size {parameter.norm[step]:.3g} to {parameter.norm[step + 1]:.3g}, {_followed(losses, step)}. "
+            f"The slope of the loss along it makes that {asked_for:.3g} times what such a step can follow.",
             magnitude=asked_for,
             recommended_actions=(
                 f"Scale the gradient of {parameter.name} down by the root of how many numbers it serves, or "
@@ -107,16 +108,38 @@ def flung(flow: Flow, times: float) -> list[Issue]:
     ]
 
 
-def _asked(parameter: ParameterRecord, losses: Floats, times: float) -> tuple[float, int]:
-    """By how much of the loss the furthest step of a number should change it, and which step; 0 for none."""
-    size, gradient = parameter.norm, np.nan_to_num(parameter.grad_norm)
-    moved = np.abs(np.diff(size))  # of what may have passed zero, the least that it moved
+def _followed(losses: Floats, step: int) -> str:
+    return f"and the loss from {losses[step]:.3g} to {losses[step + 1]:.3g}"
+
+
+def _asked(flow: Flow, parameter: ParameterRecord, times: float) -> tuple[float, int]:
+    """How far beyond what the loss can follow the furthest step of a number went, and which step; 0 for none.
+
+    By its gradient before the step, over the loss; or, where the loss is `times` as large behind it, by that
+    behind the step, over half of the rise.
+    """
+    losses, size, gradient = np.abs(flow.record.losses), parameter.norm, np.nan_to_num(parameter.grad_norm)
+    moved = _moved(flow, parameter)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        asked = gradient[:-1] * moved / losses[:-1]
-    far = (size[:-1] > 0) & (moved >= times * size[:-1])
-    asked = np.where(far, np.nan_to_num(asked), 0.0)
+        asked = gradient[:-1] * moved / np.maximum(losses, losses[0])[:-1]
+        rise = np.diff(losses)
+        risen = losses[1:] >= times * np.maximum(losses[:-1], losses[0])
+        led = np.where(risen, gradient[1:] * moved / (0.5 * rise), 0.0)
+    far = (size[:-1] > 0) & (moved >= size[:-1] * np.where(risen, 1.0, times))
+    asked = np.where(far, np.nan_to_num(np.fmax(asked, led)), 0.0)
     step = int(np.argmax(asked))
     return float(asked[step]), step
+
+
+def _moved(flow: Flow, parameter: ParameterRecord) -> Floats:
+    """How far a number moved with each step: what was seen, else the least, as it may have passed zero."""
+    moved, updates = np.abs(np.diff(parameter.norm)), flow.record.updates
+    seen = [u for u in updates.parameters if u.name == parameter.name] if updates is not None else []
+    for update in seen:
+        for at, far in zip(updates.steps if updates else (), update.rms, strict=False):
+            if at < len(moved) and far > moved[at]:
+                moved[at] = far
+    return moved
 
 
 def _throw(parameter: ParameterRecord, jump: float, times: float) -> tuple[float, int] | None:

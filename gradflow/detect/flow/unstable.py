@@ -9,7 +9,8 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
-from gradflow.detect.evidence import beginnings, late, middle, total_gradient
+from gradflow.detect.evidence import beginnings, late, total_gradient
+from gradflow.detect.flow.runaway import blown_up, drifting, layer_of_jump, of_the_run, paid_for_errors
 from gradflow.detect.flow.steps import flung, thrown
 from gradflow.detect.knowledge import calm, guesses, has_learned
 from gradflow.detect.updates.fast import overshooting, with_rate
@@ -86,14 +87,22 @@ def unstable(
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
         found = _jumps(flow, cv_threshold, jump, restless, restless_jump) or _risen(flow, risen)
-        found = found or _leaving(flow) or thrown(flow, jump, restless_jump) or flung(flow, risen)
-        found = found or _climbing(flow, climb, steep) or _paid_for_errors(flow, climb)
+        found = found or _leaving(flow) or thrown(flow, jump, restless_jump)
+        found = _at_the_number(found, flung(flow, risen))
+        found = found or _climbing(flow, climb, steep) or paid_for_errors(flow, climb)
         misfit = too_high(record, jumps=bool(found))
         if misfit is not None:
             found = [with_rate(issue, misfit, record) for issue in found] or [overshooting(record, misfit)]
-        return [*found, *_small_batch_norms(flow, few_values)]
+        found = found or drifting(flow)
+        return [*found, *blown_up(flow, found), *_small_batch_norms(flow, few_values)]
 
     return detector
+
+
+def _at_the_number(found: list[Issue], flung: list[Issue]) -> list[Issue]:
+    """What jumps is told at the number whose steps bring it about, where that is known."""
+    gravest = max((issue.severity for issue in found), default=IssueSeverity.INFO)
+    return [attrs.evolve(one, severity=max(one.severity, gravest)) for one in flung] or found
 
 
 @attrs.frozen(kw_only=True)
@@ -156,7 +165,7 @@ def _jumps(
     below = has_learned(record) and _below_the_start(record, name, found.step)
     if settled or below or _slope(flow, found.step) <= _LEVEL:
         severity = IssueSeverity.LOW
-    node = _layer_of_jump(flow, found.step)
+    node = layer_of_jump(flow, found.step)
     layer = flow.layers[node] if node else None
     stepped = bool(record.provenance.optimizer)
     return [
@@ -223,7 +232,7 @@ def _risen(flow: Flow, risen: float) -> list[Issue]:
         f"The loss ends {ratio:.3g} times above where it started, and the gradient "
         f"{late(norms) / norms[0]:.3g} times: the steps of the optimizer are too large."
     )
-    issue = _of_the_run(flow, int(np.flatnonzero(known)[-1]), IssueSeverity.MEDIUM, told, ratio)
+    issue = of_the_run(flow, int(np.flatnonzero(known)[-1]), IssueSeverity.MEDIUM, told, ratio)
     return [attrs.evolve(issue, metrics={**issue.metrics, "series": "loss", "step": 1})]
 
 
@@ -240,7 +249,7 @@ def _leaving(flow: Flow) -> list[Issue]:
         f"{losses[-2]:.3g} to {losses[-1]:.3g}, {ratio:.3g} times where it started; to know nothing costs "
         f"{known.ignorance:.3g}. The steps of the optimizer are too large, or grow."
     )
-    issue = _of_the_run(flow, step, IssueSeverity.HIGH, told, ratio)
+    issue = of_the_run(flow, step, IssueSeverity.HIGH, told, ratio)
     return [attrs.evolve(issue, metrics={**issue.metrics, "series": "loss"})]
 
 
@@ -259,69 +268,7 @@ def _climbing(flow: Flow, climb: float, steep: float) -> list[Issue]:
         f"loss is so steep that parameters which change by {1 / slope:.0e} of their size change it by as "
         "much as it is. The steps of the optimizer pass over what they are to find."
     )
-    return [_of_the_run(flow, len(gradient) - 1, IssueSeverity.MEDIUM, told, ratio, slope=slope)]
-
-
-def _paid_for_errors(flow: Flow, climb: float) -> list[Issue]:
-    """A run whose loss falls below zero without end, as it is the lower the more wrong its outputs are."""
-    record, known, gradient = flow.record, flow.record.knowledge, total_gradient(flow.record)
-    losses = record.losses
-    if known is None or not record.provenance.optimizer or not np.isfinite(losses).all() or len(losses) < 5:
-        return []
-    end = late(losses)
-    falls = end < 0 and -end >= climb * abs(losses[0]) and late(gradient) >= climb / 2 * gradient[0]
-    if not (falls and known.louder <= _FASTER * known.loss):
-        return []
-    told = (
-        f"The loss falls below zero without end, from {losses[0]:.3g} to {end:.3g}, and four times the "
-        f"outputs would bring it to {known.louder:.3g}: it is the lower the more wrong they are, and the "
-        "faster the further it has come."
-    )
-    ratio = abs(end) / max(abs(float(losses[0])), 1e-300)
-    issue = _of_the_run(flow, len(losses) - 1, IssueSeverity.HIGH, told, ratio, louder=known.louder)
-    return [attrs.evolve(issue, recommended_actions=_SIGNS)]
-
-
-_FASTER = 8.0  # four times the outputs make 4 of a loss that falls with them, 16 of one with their square
-_SIGNS = (
-    "Look for a sign in the loss: a square or a distance with a negative factor, divided by a mean that may "
-    "be negative (take .abs(), and a bound from below), or subtracted where it is to be added.",
-    "A term that may fall without end needs a bound: a margin, a clamp, or a weight that keeps it small.",
-)
-
-
-def _of_the_run(
-    flow: Flow, step: int, severity: IssueSeverity, told: str, ratio: float, **metrics: float
-) -> Issue:
-    """Return a verdict on a run as a whole, at the layer whose gradient is most out of its ordinary then."""
-    record, node = flow.record, _layer_of_jump(flow, step)
-    layer = flow.layers[node] if node else None
-    return Issue(
-        layer=layer.name if layer else "",
-        layer_type=layer.type if layer else record.provenance.model or "model",
-        issue_type=IssueType.UNSTABLE,
-        severity=severity,
-        description=told,
-        magnitude=ratio,
-        recommended_actions=unstable_actions(flow, node, ratio),
-        metrics={"ratio": ratio, "step": step, "optimizer": record.provenance.optimizer, **metrics},
-        evidence=Evidence(roles=Role.JUMPING),
-    )
-
-
-def _layer_of_jump(flow: Flow, step: int) -> str:
-    """The layer whose gradient jumps most at that step; where several do alike, the one nearest the loss."""
-    ratios = {}
-    for node, layer in flow.layers.items():
-        norms = [p.grad_norm for p in flow.trainable(node)]
-        if norms and not layer.composite:
-            total = np.sqrt(np.nansum(np.square(norms), axis=0))
-            usual = middle(total)
-            ratios[node] = total[step] / usual if usual > 0 and np.isfinite(total[step]) else 0.0
-    if not ratios:
-        return ""
-    most = max(ratios.values())
-    return max((n for n in ratios if ratios[n] >= most / 3), key=lambda n: flow.layers[n].order)
+    return [of_the_run(flow, len(gradient) - 1, IssueSeverity.MEDIUM, told, ratio, slope=slope)]
 
 
 def _small_batch_norms(flow: Flow, few_values: int) -> list[Issue]:

@@ -9,8 +9,8 @@ import attrs
 
 from gradflow.detect.actions import vanishing_actions
 from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
-from gradflow.detect.flow.ends.unheard import unheard
-from gradflow.detect.flow.forgetting import fading, forgetful
+from gradflow.detect.flow.ends.unheard import flat_scores, unheard
+from gradflow.detect.flow.forgetting import deep, fading, forgetful
 from gradflow.detect.flow.readings.falls import falls_of, known
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import AT_LEVEL, at_level, guesses, lowered
@@ -83,18 +83,18 @@ def vanishing(
         against = shares(flow, kept_at_least(flow), from_peak=True)
         plain = shares(flow, kept_at_least(flow, by_matrix=1.0))
         zeros = zeros_of(flow)
-        gone = zeros.underflown()
+        gone, fed = zeros.underflown(), _best_upstream(flow, against)
         starved = _starved(against, plain, gone, threshold, share, local_share)
-        fed = _best_upstream(flow, against)
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
         starved = [s for s in starved if s.node not in zeros.muted]  # what comes there is rounding
         starved = [_heard_later(s, against, threshold, share) for s in starved]
         found = [*_issues(flow, plain, starved, fed), *forgetful(flow, threshold), *fading(flow, faded)]
+        found = found or deep(flow)
         found = found or _uncured(flow, against, plain, threshold, share, local_share, bypass)
         found = found or _inexcusable(flow, plain, threshold, share, local_share, bypass)
         if at_level(record):
             found = [lowered(issue, AT_LEVEL) for issue in found]
-        return [*found, *unheard(flow, leverage, share)]
+        return [*found, *(unheard(flow, leverage, share) or flat_scores(flow))]
 
     return detector
 

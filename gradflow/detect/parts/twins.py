@@ -1,11 +1,22 @@
-"""Units that are copies of one another, and that no step tells apart."""
+"""Units that are copies of one another, and rows that a model gives one answer for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
+
+from gradflow.detect.evidence import total_gradient
 from gradflow.detect.parts.peers import type_of
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, ParameterRecord, TwinsRecord
+from gradflow.records import (
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    ParameterRecord,
+    RowsRecord,
+    TwinsRecord,
+)
 
 
 def copied_units(alike: float = 1e-4, *, severe: float = 0.25) -> Callable[[FlowRecord], Iterable[Issue]]:
@@ -19,8 +30,9 @@ def copied_units(alike: float = 1e-4, *, severe: float = 0.25) -> Callable[[Flow
     which an adaptive optimizer blows up to something that only looks like learning.
 
     Looks alike and is not: copies whose gradients differ, since what reads them tells them apart: one step
-    ends that, so it is not told; slices of zeros, and those that no gradient reaches, which are other
-    detectors' matter.
+    ends that, so it is not told; slices of zeros, and those that no gradient reaches in the first step, but
+    for a layer whose slices are copies nearly all, and to which none ever comes: a norm layer behind it gives
+    zeros.
 
     Args:
         alike: distance of two gradients over the larger, below which they are the same but for rounding.
@@ -32,7 +44,10 @@ def copied_units(alike: float = 1e-4, *, severe: float = 0.25) -> Callable[[Flow
         told: set[str] = set()
         for twins in sorted(record.parts.twins, key=lambda t: t.axis):
             parameter = by_name.get(twins.name)
-            if parameter is None or parameter.layer in told or not twins.gradient_apart <= alike:
+            if parameter is None or parameter.layer in told:
+                continue
+            starved = twins.num_different <= severe * twins.num_slices and _gets_rounding(record, parameter)
+            if not (twins.gradient_apart <= alike or starved):
                 continue
             if parameter.trainable and parameter.optimized:
                 told.add(parameter.layer)
@@ -41,19 +56,31 @@ def copied_units(alike: float = 1e-4, *, severe: float = 0.25) -> Callable[[Flow
     return detector
 
 
+def _gets_rounding(record: FlowRecord, parameter: ParameterRecord, most: float = 1e-6) -> bool:
+    """Whether no more than rounding reaches a parameter, in any step: a norm layer over units that are all
+    copies gives zeros, and hands nothing back that could tell them apart."""
+    own, whole = parameter.grad_norm, total_gradient(record)
+    known = np.isfinite(own) & np.isfinite(whole) & (whole > 0)
+    return bool(known.any()) and bool(np.all(own[known] <= most * whole[known]))
+
+
 def _issue(parameter: ParameterRecord, twins: TwinsRecord, kind: str, severe: float) -> Issue:
     share = twins.num_different / twins.num_slices
     slices = "rows" if twins.axis == 0 else "columns"
     short = parameter.name.rpartition(".")[2]
+    gets = (
+        f"their gradients are the same to {twins.gradient_apart:.0e}"
+        if twins.gradient_apart == twins.gradient_apart
+        else "no gradient but rounding comes to them"
+    )
     return Issue(
         layer=parameter.layer,
         layer_type=kind,
         issue_type=IssueType.BOTTLENECK,
         severity=IssueSeverity.HIGH if share <= severe else IssueSeverity.MEDIUM,
         description=f"Of the {twins.num_slices} {slices} of its {short} only {twins.num_different} "
-        f"differ: the others are copies, equal to the bit, and their gradients are the same to "
-        f"{twins.gradient_apart:.0e}. Every step leaves them copies, and they do the work of "
-        f"{twins.num_different}.",
+        f"differ: the others are copies, equal to the bit, and {gets}. Every step leaves them copies, "
+        f"and they do the work of {twins.num_different}.",
         magnitude=share,
         recommended_actions=(
             f"Draw {parameter.name} at random (nn.init.xavier_uniform_, kaiming_normal_): constant or "
@@ -66,4 +93,47 @@ def _issue(parameter: ParameterRecord, twins: TwinsRecord, kind: str, severe: fl
             "slices": twins.num_slices,
             "different": twins.num_different,
         },
+    )
+
+
+def copied_rows(torn: float = 0.3) -> Callable[[FlowRecord], Iterable[Issue]]:
+    """Return the detector of rows that a model gives one answer for, and the loss pulls apart.
+
+    Measured, at the end of a run: rows of a sample (nodes, cells, positions, queries) that the last layer
+    gives the same for, but for rounding, where at least half are copies; and the part of the gradient that
+    cancels between equal rows.
+
+    Why this is evidence: what is the same for different inputs has not been told them apart by: no
+    position, no features of their own come to it. The loss asks for different answers, which no weights give.
+
+    Looks alike and is not: rows of which the inputs are equal too, as repeated tokens are; rows that are to
+    get one answer; heads that start at zero, which the first step ends.
+
+    Args:
+        torn: part of the gradient, in squares, that cancels between equal rows.
+    """
+
+    def detector(record: FlowRecord) -> Iterable[Issue]:
+        for rows in record.parts.rows:
+            if rows.torn_share >= torn and record.provenance.optimizer:
+                yield _rows_issue(record, rows)
+
+    return detector
+
+
+def _rows_issue(record: FlowRecord, rows: RowsRecord) -> Issue:
+    return Issue(
+        layer=rows.layer,
+        layer_type=type_of(record, rows.layer.partition("@")[0]),
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.MEDIUM,
+        description=f"Of the {rows.num_rows} rows of a sample only {rows.num_different:.3g} differ in its "
+        f"output, but for rounding, though what enters the model differs in all. The loss pulls equal rows "
+        f"apart: {rows.torn_share:.0%} of its gradient cancels between them, and no weights can follow it.",
+        magnitude=rows.num_different / rows.num_rows,
+        recommended_actions=(
+            f"Give what comes to {rows.layer or 'the last layer'} what tells the rows apart: their own "
+            "features (a skip connection from the encoder), a position, queries that are drawn, not zeros.",
+        ),
+        metrics={"rows": rows.num_rows, "different": rows.num_different, "torn": rows.torn_share},
     )

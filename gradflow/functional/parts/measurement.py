@@ -16,22 +16,24 @@ from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.parts.blocks import passes, siblings
 from gradflow.functional.parts.choices import Choices
 from gradflow.functional.parts.draws import Draws
-from gradflow.functional.parts.matrices import as_drawn, is_fused, thirds
-from gradflow.functional.parts.norms import epsilon_of, variance
+from gradflow.functional.parts.ends import Ends
 from gradflow.functional.parts.quotients import Quotients
 from gradflow.functional.parts.turns import Turns
-from gradflow.functional.parts.twins import Twins, apart, twins
+from gradflow.functional.parts.twins import Twins, apart, equal_rows, torn_share, twins
+from gradflow.functional.parts.weights import as_drawn, epsilon_of, is_fused, thirds, variance
 from gradflow.functional.processes.shards import is_distributed
 from gradflow.functional.tap.calls import Call, type_name, version
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.scans import Scan, Scans, faded_share
 from gradflow.records import (
     BlockRecord,
+    EndsRecord,
     Floats,
     MatrixRecord,
     NormRecord,
     PartsRecord,
     QuotientRecord,
+    RowsRecord,
     ScanRecord,
     TurnsRecord,
     TwinsRecord,
@@ -83,6 +85,8 @@ class PartsSession(Session):
         self._quotients: list[QuotientRecord] = []
         self._scans: list[ScanRecord] = []
         self._turns: list[TurnsRecord] = []
+        self._ends: list[EndsRecord] = []
+        self._rows: list[RowsRecord] = []
         self._choices, self._draws = Choices(), Draws()
         self._forget()
 
@@ -102,6 +106,10 @@ class PartsSession(Session):
         self._divided: Quotients | None = None
         self._scanned: Scans | None = None
         self._turned: Turns | None = None
+        self._at_ends: Ends | None = None
+        self._given: tuple[Any, ...] = ()
+        self._last: tuple[str, Tensor] | None = None
+        self._torn: tuple[str, Tensor, Tensor, Tensor] | None = None
         self._numbers: dict[tuple[str, str], Tensor] = {}
         self._entering: dict[int, tuple[Tensor, int]] = {}
         self._suspects: list[tuple[str, Tensor, Twins]] = []
@@ -113,7 +121,7 @@ class PartsSession(Session):
         """Look at the parameters."""
         self._forget()
         self._step, self._divided, self._scanned = step, Quotients(recorder), Scans(recorder)
-        self._turned = Turns(recorder)
+        self._turned, self._at_ends = Turns(recorder), Ends(recorder)
         self._choices.begin(recorder)
         self._draws.begin(recorder)
         for name, parameter in self._model.named_parameters():
@@ -139,6 +147,8 @@ class PartsSession(Session):
 
     def entered(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keep what enters a block while it runs; take the variance of what enters a norm layer."""
+        if not call.module:
+            self._given = (args, dict(kwargs))
         waiting, self._sharded = self._sharded, []
         for name, module, key in waiting:
             self._look_at(name, getattr(module, key))
@@ -151,6 +161,10 @@ class PartsSession(Session):
         """Hold what leaves a block against what entered it."""
         x, before = self._entering.pop(call.index, (None, 0))
         y = _first(output)
+        if y is not None and y.dim() == 3 and call.is_layer and _is_plain(self._modules.get(call.module)):
+            self._last = (call.name, y)
+        elif call.is_layer:
+            self._last = None
         if x is None or y is None or x.shape != y.shape or version(x) != before:
             return
         if not self._steps:
@@ -169,6 +183,8 @@ class PartsSession(Session):
         if self._turned is not None:
             self._turned.hear(func, args)
         heard = [self._choices.hear(func, args, kwargs), self._draws.hear(func, args, kwargs)]
+        if self._at_ends is not None:
+            heard.append(self._at_ends.hear(func, args, kwargs))
         if heard[0] is None and self._divided is not None:
             heard.append(self._divided.hear(func, args, kwargs))
         follow = [one for one in heard if one is not None]
@@ -185,6 +201,17 @@ class PartsSession(Session):
             with torch.no_grad():
                 pairs = [(scan, g) for scan, g in zip(scans, found, strict=True) if g is not None]
                 self._faded = [(scan, faded_share(scan, gradient)) for scan, gradient in pairs]
+        if self._at_ends is not None and (outputs := self._at_ends.suspects()):
+            found = gradients(loss, outputs)
+            with torch.no_grad():
+                self._at_ends.weigh(found)
+        if self._last is not None and min(self._last[1].shape) > 1:
+            layer, y = self._last
+            label = equal_rows(y) if _differ(self._given, y.shape[:2]) else None
+            gradient = gradients(loss, [y])[0] if label is not None else None
+            if label is not None and gradient is not None:
+                with torch.no_grad():
+                    self._torn = (layer, y, label, torn_share(label, gradient))
         if self._suspects:
             found = gradients(loss, [parameter for _, parameter, _ in self._suspects])
             with torch.no_grad():
@@ -196,6 +223,7 @@ class PartsSession(Session):
     def end(self) -> None:
         """Read the numbers of the step, and let go of its tensors."""
         self._steps.append(self._step)
+        self._rows = [] if self._torn is None else [_rows_record(*self._torn)]
         for (name, parameter, found), distance in zip(self._suspects, self._apart, strict=False):
             number = parameter.shape[found.axis]
             self._twins.append(
@@ -210,6 +238,7 @@ class PartsSession(Session):
         self._choices.end()
         self._draws.end()
         self._turns = self._turned.read() if self._turned else []
+        self._ends = self._at_ends.read() if self._at_ends else []
         self._quotients, self._divided = self._divided.read() if self._divided else [], None
         self._scans = [
             ScanRecord(
@@ -252,9 +281,11 @@ class PartsSession(Session):
                 ],
                 matrices=matrices,
                 twins=self._twins,
+                rows=self._rows,
                 quotients=self._quotients,
                 choices=self._choices.read(),
                 draws=self._draws.read(),
+                ends=self._ends,
                 turns=self._turns,
                 scans=self._scans,
             )
@@ -272,6 +303,24 @@ class PartsSession(Session):
 
     def _series(self, what: str, name: str) -> Floats:
         return np.array([self._of(look, what, name, 1)[0] for look in self._range])
+
+
+def _is_plain(module: nn.Module | None) -> bool:
+    """Whether a layer applies a matrix to each row of what enters."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+
+
+def _differ(given: Any, shape: Sequence[int]) -> bool:
+    """Whether no rows of what enters the model, for as many samples and rows, are equal: tokens may be."""
+    rows = [t for t in iter_tensors(given) if t.dim() >= 2 and tuple(t.shape[:2]) == tuple(shape)]
+    flat = [t.reshape(*shape, -1) for t in rows if t.is_floating_point()]
+    return len(flat) == len(rows) and all(equal_rows(t) is None for t in flat)
+
+
+def _rows_record(layer: str, output: Tensor, label: Tensor, torn: Tensor) -> RowsRecord:
+    different = (int(label.max()) + 1) / len(output)
+    return RowsRecord(layer=layer, num_rows=output.shape[1], num_different=different, torn_share=float(torn))
 
 
 def _first(value: Any) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Slices of a parameter that are equal to the bit, and whether their gradients are equal too.
+"""Slices of a parameter, or rows of an output, that are equal to the bit, and whether gradients are too.
 
 NOTE [Equal to the bit]
 Rows are first compared by a few of their elements, which tells nearly all of them apart at next to no cost.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _PEEK = 8  # elements that rows are compared by at first
+_ROUNDING = 1e-5  # of the root mean square, to which rows of an output are compared
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -93,3 +94,31 @@ def apart(found: Twins, gradient: Tensor) -> Tensor:
     if not bool((size > 0).any()):
         return torch.full((), torch.nan, device=rows.device)
     return torch.where(size > 0, distance / size, 0.0).max()
+
+
+def equal_rows(output: Tensor) -> Tensor | None:
+    """Return by row of an output the number of the kind that it is of within its sample, shape
+    (samples · rows,); None where more than half of the rows differ. Rounding, which products over several
+    rows leave, does not count.
+
+    Args:
+        output: shape (samples, rows, features).
+    """
+    rows = output.detach().flatten(0, 1).float()
+    rows = (rows / (_ROUNDING * rows.square().mean().sqrt().clamp_min(1e-30))).round()
+    codes = _codes(rows)
+    sample = torch.arange(len(output), device=codes.device).repeat_interleave(output.shape[1])
+    pairs = torch.stack([sample, codes], 1)
+    kinds, label = torch.unique(pairs, dim=0, return_inverse=True)
+    return label if 2 * len(kinds) <= len(codes) else None
+
+
+def torn_share(label: Tensor, gradient: Tensor) -> Tensor:
+    """Return the part of the gradient, in squares, that cancels between rows of one kind; a scalar.
+
+    1 − (Σ over kinds ‖Σ g‖² / n) / Σ ‖g‖²: 0 where equal rows are pulled alike, 1 where pulled apart.
+    """
+    rows = gradient.flatten(0, 1).float()
+    count = torch.bincount(label).float()
+    sums = torch.zeros(len(count), rows.shape[1], device=rows.device).index_add_(0, label, rows)
+    return 1.0 - (sums.square().sum(1) / count).sum() / rows.square().sum()

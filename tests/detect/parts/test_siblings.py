@@ -203,6 +203,20 @@ def test_units_that_start_alike_and_stay_so_are_told() -> None:
     assert all(i.severity is IssueSeverity.HIGH for i in found)
 
 
+def test_copies_that_a_norm_layer_behind_them_turns_to_zeros() -> None:
+    for copied in (True, False):
+        torch.manual_seed(0)
+        first = nn.Linear(8, 16)
+        if copied:
+            nn.init.constant_(first.weight, 0.1)
+            nn.init.zeros_(first.bias)
+        model = nn.Sequential(first, nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 1))
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+        record = gf.analyze(model, lambda: torch.randn(16, 8), lambda y: (y - 1).square().mean(), steps=6,
+                            optimizer=optimizer, seed=0)  # fmt: skip
+        assert [i.layer for i in gf.detect(record, copied_units())] == (["0"] if copied else [])
+
+
 def test_units_that_the_first_step_tells_apart_are_left_alone() -> None:
     def apply(blocks: nn.ModuleList) -> None:
         weight = blocks[2].get_parameter("up.weight")

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import gradflow as gf
 from gradflow.functional.parts.blocks import passes, siblings
-from gradflow.functional.parts.matrices import as_drawn, is_fused, thirds
-from gradflow.functional.parts.norms import epsilon_of, variance
+from gradflow.functional.parts.weights import as_drawn, epsilon_of, is_fused, thirds, variance
 from gradflow.records import FlowRecord
 
 

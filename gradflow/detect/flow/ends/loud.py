@@ -38,6 +38,12 @@ def off_scale_of(flow: Flow, node: str) -> Floats:
         return np.abs(flow.record.losses) / (flow.grad[node] * size)
 
 
+def takes_scores(flow: Flow) -> bool:
+    """Whether the loss is a cross entropy, of one kind or another."""
+    kinds = (node.type.lower() for node in flow.wiring.nodes.values())
+    return any("nll_loss" in kind or "cross_entropy" in kind or "log_softmax" in kind for kind in kinds)
+
+
 def over_silence(flow: Flow) -> float:
     """Return how many times what zeros cost the first loss is; NaN where that is not known."""
     known, losses = flow.record.knowledge, flow.record.losses
@@ -135,7 +141,7 @@ def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
     found = []
     for node in heads(flow):
         layer, ops = flow.layers[node], flow.wiring.ops_after(node)
-        entropy = any("nll_loss" in op or "binary_cross_entropy" in op for op in ops)
+        entropy = any("nll_loss" in op or "binary_cross_entropy" in op for op in ops) or takes_scores(flow)
         if not entropy or not (flow.trainable(node) or flow.is_tied(node)):
             continue
         given = bool(layer.output_rms[0] >= 3.0)
@@ -164,10 +170,11 @@ def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
 
 
 def _makes_scores(ops: Sequence[str]) -> bool:
-    """Whether scores are made by a product behind the layer, in front of the softmax or sigmoid: outputs that
-    are small, and are the scores, put neither at its ends, whatever the loss costs beside zeros."""
+    """Whether scores are made by a product or a quotient between a layer and the softmax or sigmoid: outputs
+    that are small, and are the scores, put neither at its ends, whatever the loss costs beside zeros."""
     ends = (i for i, op in enumerate(ops) if "softmax" in op or "nll_loss" in op or "entropy" in op)
-    return any("mul" in op or "mm" in op or "einsum" in op for op in ops[: next(ends, len(ops))])
+    made = ops[: next(ends, len(ops))]
+    return any(word in op for op in made for word in ("mul", "mm", "einsum", "div"))
 
 
 def growing_signal(flow: Flow, above: float, times: float = 3.0) -> list[Issue]:

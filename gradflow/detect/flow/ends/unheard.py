@@ -13,7 +13,7 @@ from gradflow.detect.evidence import (
     late,
     loss_fell,
 )
-from gradflow.detect.flow.ends.loud import off_scale_of
+from gradflow.detect.flow.ends.loud import off_scale_of, takes_scores
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.view import Flow
 from gradflow.records import (
@@ -51,6 +51,62 @@ def unheard(flow: Flow, leverage: float, kept: float) -> list[Issue]:
             continue
         found.append(_unheard_issue(flow, node, part, share, op))
     return found
+
+
+def flat_scores(flow: Flow, leverage: float = 0.03, *, own: float = 0.1, moved: float = 0.01) -> list[Issue]:
+    """Heads of a model whose scores stay next to zero for a softmax, though what they give is of usual size.
+
+    A quotient by a temperature, or a factor, stands between. The cross entropy is what zeros cost from the
+    first step to the last, and as the outputs are of a size, it is no start from small weights, which steps
+    enlarge.
+
+    Args:
+        flow: the record along its wiring.
+        leverage: largest part of the loss that the outputs can change by changing as much as they are large,
+            at the start and at the end. Scores of rms 0.1 have 0.1 and more.
+        own: least rms of what the heads give.
+        moved: largest part of what zeros cost by which the losses may differ from it.
+    """
+    record, known = flow.record, flow.record.knowledge
+    if known is None or not 0 < known.silent < math.inf:
+        return []
+    if not record.provenance.optimizer or len(record.losses) < 5:
+        return []
+    if not takes_scores(flow) or not guesses(record):
+        return []
+    at = (float(record.losses[0]), late(record.losses))
+    if not all(abs(loss - known.silent) <= moved * known.silent for loss in at):
+        return []
+    ends, found = heads(flow), []
+    for node in ends:
+        size, off = flow.layers[node].output_rms, off_scale_of(flow, node)
+        parts = [1.0 / x if x > 0 else math.inf for x in (float(off[0]), late(off))]
+        if not (max(parts) < leverage and min(float(size[0]), late(size)) >= own):
+            return []
+        found.append(_flat_issue(flow, node, max(parts), late(size), at[1] / known.silent))
+    return found
+
+
+def _flat_issue(flow: Flow, node: str, part: float, size: float, left: float) -> Issue:
+    layer = flow.layers[node]
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.VANISHING,
+        severity=IssueSeverity.HIGH if part < 0.003 else IssueSeverity.MEDIUM,
+        description=f"The scores made of its output are next to zero, though it has rms {size:.3g} itself: "
+        f"the softmax is flat, so the loss stays at what zeros cost ({left:.3g} times it), and if the output "
+        f"changed by as much as it is large, the loss would change by {part:.1e} of itself. What stands "
+        "between divides by too much.",
+        magnitude=part,
+        recommended_actions=(
+            f"Give the scores made of {layer.name or 'the output'} rms 1: a temperature of 1 for what a "
+            "layer gives, of 0.05 to 0.1 for similarities of unit vectors. See whether it divides where it "
+            "should multiply.",
+        ),
+        metrics={"leverage": part, "output_rms": size},
+        evidence=Evidence(roles=Role.ABSORBING),
+    )
 
 
 def _kept_behind(flow: Flow, node: str) -> tuple[float, str]:

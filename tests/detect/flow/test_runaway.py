@@ -1,0 +1,155 @@
+"""Losses that leave where they began, numbers thrown by one step; and healthy runs that look alike."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradflow as gf
+from gradflow.records import Issue, IssueType
+
+
+def unstable(
+    model: nn.Module, batches: Any, loss: Callable[..., Tensor], optimizer: torch.optim.Optimizer
+) -> list[Issue]:
+    report = gf.diagnose(model, batches, loss, optimizer=optimizer, steps=20, seed=0)
+    return [i for i in report.issues if i.issue_type is IssueType.UNSTABLE and i.severity.is_serious]
+
+
+# ----------------------------------------------------------------------------- below zero, without end
+
+
+class Agent(nn.Module):
+    """An actor, and a critic of its actions, which may learn from the actor's loss too."""
+
+    def __init__(self, leaks: bool) -> None:
+        super().__init__()
+        self.actor = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2), nn.Tanh())
+        self.critic = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.leaks = leaks
+
+    def forward(self, s: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        own = torch.cat([s, self.actor(s)], 1)
+        fixed = {n: p if self.leaks else p.detach() for n, p in self.critic.named_parameters()}
+        return self.critic(torch.cat([s, a], 1)), torch.func.functional_call(self.critic, fixed, own)
+
+
+def moves() -> tuple[tuple[Tensor, Tensor], Tensor]:
+    s, a = torch.randn(64, 4), 2 * torch.rand(64, 2) - 1
+    return (s, a), torch.exp(-(a - s[:, :2].tanh()).square().sum(1, keepdim=True))
+
+
+def agent_loss(out: tuple[Tensor, Tensor], reward: Tensor) -> Tensor:
+    return F.smooth_l1_loss(out[0], reward) - out[1].mean()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("leaks", [True, False])
+def test_a_critic_that_may_raise_its_own_value(leaks: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Agent(leaks)
+    found = unstable(model, moves, agent_loss, torch.optim.Adam(model.parameters(), 1e-2))
+    assert bool(found) == leaks
+
+
+class Told(nn.Module):
+    """A critic of what is real and what is made: its loss falls below zero, and may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def forward(self, real: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+        return self.critic(real), self.critic(made)
+
+
+def test_a_critic_that_tells_real_from_made_may_fall_below_zero() -> None:
+    torch.manual_seed(0)
+    model = Told()
+    batches = lambda: (1 + torch.randn(64, 4), torch.randn(64, 4) - 1)  # noqa: E731
+    loss = lambda out: out[1].mean() - out[0].mean()  # noqa: E731
+    assert unstable(model, batches, loss, torch.optim.Adam(model.parameters(), 1e-2)) == []
+
+
+# ------------------------------------------------------------------------------ upwards, step by step
+
+
+class Chasing(nn.Module):
+    """Values whose targets are its own at the next state, or those of a copy that stays behind."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.value = nn.Sequential(nn.Linear(5, 32), nn.ReLU(), nn.Linear(32, 1))
+        self.behind = None if own else copy.deepcopy(self.value).requires_grad_(False)
+
+    def forward(self, now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            ahead = (self.behind or self.value)(then)
+        return self.value(now), ahead
+
+
+def chase() -> tuple[tuple[Tensor, Tensor], Tensor]:
+    x, at = torch.randn(128, 4), 1 + 3 * torch.rand(128, 1)
+    return (torch.cat([x, at], 1), torch.cat([x, 2 * at], 1)), torch.ones(128, 1)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_targets_that_run_away_from_the_values_that_make_them(own: bool) -> None:
+    torch.manual_seed(0)
+    model = Chasing(own)
+    loss = lambda out, gain: F.mse_loss(out[0], gain + out[1])  # noqa: E731
+    found = unstable(model, chase, loss, torch.optim.SGD(model.parameters(), 3e-3))
+    assert bool(found) == own
+
+
+# ------------------------------------------------------------------------- what comes with it
+
+
+@pytest.mark.parametrize(("rate", "told"), [(3.0, True), (0.05, False)])
+def test_a_head_whose_gradient_grows_while_its_loss_runs_away_explodes_too(rate: float, told: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+    batches = lambda: (torch.randn(32, 8), torch.randn(32, 1))  # noqa: E731
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    report = gf.diagnose(model, batches, F.mse_loss, optimizer=optimizer, steps=12, seed=0)
+    kinds = {(i.issue_type, i.layer) for i in report.issues if i.severity.is_serious}
+    assert ((IssueType.EXPLODING, "2") in kinds) == told
+    assert any(kind is IssueType.UNSTABLE for kind, _ in kinds) == told
+    if told:
+        assert report.causes[0].issue_type is IssueType.UNSTABLE
+        assert IssueType.EXPLODING in {i.issue_type for i in report.causes[0].issues}
+
+
+# ----------------------------------------------------------------------------------- a number thrown
+
+
+class Scaled(nn.Module):
+    """Raw inputs times a number that makes them small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1e-3))
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.scale * x)
+
+
+def raw() -> tuple[Tensor, Tensor]:
+    x = torch.randn(64, 8)
+    return 1000 * x, (x[:, :3] * x[:, 3:6]).argmax(1)
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize("rate", [0.1, 1e-4])
+def test_a_scale_that_the_first_step_throws(rate: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Scaled()
+    found = unstable(model, raw, F.cross_entropy, torch.optim.Adam(model.parameters(), rate))
+    assert [(i.layer, i.metrics.get("parameter")) for i in found] == ([("", "scale")] if rate == 0.1 else [])
