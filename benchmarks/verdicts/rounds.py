@@ -218,4 +218,24 @@ ROUNDS = (
             "contact8b-faces-arcface": "Scores that a margin head makes loud by its own scale.",
         },
     ),
+    Round(
+        name="contact9",
+        date="2026-11-30",
+        sick=22,
+        healthy=12,
+        found=19,
+        cause=16,
+        alarms_healthy=1,
+        alarms_repaired=2,
+        missed={
+            "contact9a-worldmodel-latents": "A clamp at its bounds for most elements, in a loss that falls.",
+            "contact9b-lm-draftmodel": "Updates of norm weights that bfloat16 rounds away are few beside all.",
+            "contact9b-anomaly-ocnn": "A loss that falls in a straight line, for want of a floor.",
+        },
+        alarmed={
+            "contact9a-healthy-perturbation": "A tanh that is driven to the bound it is there for.",
+            "contact9b-lora-mtpblock": "A frozen part of zeros that nothing trainable depends on.",
+            "contact9b-diffusion-adaln": "Rows that are large, and that nothing reads.",
+        },
+    ),
 )
