@@ -229,7 +229,7 @@ ROUNDS = (
         alarms_repaired=2,
         missed={
             "contact9a-worldmodel-latents": "A clamp at its bounds for most elements, in a loss that falls.",
-            "contact9b-lm-draftmodel": "Updates of norm weights that bfloat16 rounds away are few beside all.",
+            "contact9b-lm-draftmodel": "Updates of norm weights that bfloat16 rounds away are few.",
             "contact9b-anomaly-ocnn": "A loss that falls in a straight line, for want of a floor.",
         },
         alarmed={
