@@ -52,36 +52,40 @@ class Ends:
 
         return note
 
-    def suspects(self, share: float = 0.5) -> list[Tensor]:
-        """Return the outputs that are at their ends for the most part, whose gradients are wanted."""
-        shares = [_at_end(op, y.detach()).float().mean() for _, op, y in self._heard]
-        if not shares:
-            return []
-        seen = torch.stack([s.cpu() for s in shares]).tolist()
-        self._heard = [one for one, s in zip(self._heard, seen, strict=True) if s >= share]
+    def outputs(self, *, read: bool, share: float = 0.5) -> list[Tensor]:
+        """Return the outputs whose gradients are wanted.
+
+        Args:
+            read: whether values may be read from the device: then only those at their ends.
+            share: of the elements that are at an end, from which an output is.
+        """
+        if read and self._heard:
+            shares = torch.stack([_at_end(op, y.detach()).float().mean().cpu() for _, op, y in self._heard])
+            self._heard = [one for one, s in zip(self._heard, shares.tolist(), strict=True) if s >= share]
         return [y for *_, y in self._heard]
 
     def weigh(self, found: Sequence[Tensor | None]) -> None:
-        """Take what the gradients of the suspects say."""
+        """Take what the gradients of the outputs say."""
         for (layer, op, y), gradient in zip(self._heard, found, strict=True):
             if gradient is not None:
-                pull = torch.where(
-                    _at_end(op, y.detach()), -gradient * (y.detach() - _MIDDLE[op]).sign(), 0.0
-                )
+                at_end = _at_end(op, y.detach())
+                pull = torch.where(at_end, -gradient * (y.detach() - _MIDDLE[op]).sign(), 0.0)
                 pull = pull.double() if pull.device.type != "mps" else pull.float()
-                self._numbers.append((layer, op, torch.stack([pull.clamp_min(0).sum(), pull.abs().sum()])))
+                sums = [pull.clamp_min(0).sum(), pull.abs().sum(), at_end.to(pull.dtype).mean()]
+                self._numbers.append((layer, op, torch.stack(sums)))
         self._heard = []
 
-    def read(self) -> list[EndsRecord]:
-        """Return one record for every place and kind."""
+    def read(self, share: float = 0.5) -> list[EndsRecord]:
+        """Return one record for every place and kind whose outputs are at their ends."""
         sums: dict[tuple[str, str], list[float]] = {}
         for layer, op, numbers in self._numbers:
-            kept = sums.setdefault((layer, op), [0.0, 0.0])
-            for i, value in enumerate(numbers.tolist()):
-                kept[i] += value
+            out, pull, at_end = numbers.tolist()
+            if at_end >= share:
+                kept = sums.setdefault((layer, op), [0.0, 0.0])
+                kept[0], kept[1] = kept[0] + out, kept[1] + pull
         return [
-            EndsRecord(layer=layer, op=op, wanted_share=out / all_of_it if all_of_it > 0 else float("nan"))
-            for (layer, op), (out, all_of_it) in sums.items()
+            EndsRecord(layer=layer, op=op, wanted_share=out / pull if pull > 0 else float("nan"))
+            for (layer, op), (out, pull) in sums.items()
         ]
 
 

@@ -19,7 +19,7 @@ from gradflow.functional.parts.draws import Draws
 from gradflow.functional.parts.ends import Ends
 from gradflow.functional.parts.quotients import Quotients
 from gradflow.functional.parts.turns import Turns
-from gradflow.functional.parts.twins import Twins, apart, equal_rows, torn_share, twins
+from gradflow.functional.parts.twins import Rows, Twins, apart, equal_rows, twins
 from gradflow.functional.parts.weights import as_drawn, epsilon_of, is_fused, thirds, variance
 from gradflow.functional.processes.shards import is_distributed
 from gradflow.functional.tap.calls import Call, type_name, version
@@ -87,6 +87,7 @@ class PartsSession(Session):
         self._turns: list[TurnsRecord] = []
         self._ends: list[EndsRecord] = []
         self._rows: list[RowsRecord] = []
+        self._kinds: Rows | None = None
         self._choices, self._draws = Choices(), Draws()
         self._forget()
 
@@ -109,7 +110,7 @@ class PartsSession(Session):
         self._at_ends: Ends | None = None
         self._given: tuple[Any, ...] = ()
         self._last: tuple[str, Tensor] | None = None
-        self._torn: tuple[str, Tensor, Tensor, Tensor] | None = None
+        self._torn: tuple[str, Tensor] | None = None
         self._numbers: dict[tuple[str, str], Tensor] = {}
         self._entering: dict[int, tuple[Tensor, int]] = {}
         self._suspects: list[tuple[str, Tensor, Twins]] = []
@@ -201,17 +202,12 @@ class PartsSession(Session):
             with torch.no_grad():
                 pairs = [(scan, g) for scan, g in zip(scans, found, strict=True) if g is not None]
                 self._faded = [(scan, faded_share(scan, gradient)) for scan, gradient in pairs]
-        if self._at_ends is not None and (outputs := self._at_ends.suspects()):
+        if self._at_ends is not None and (outputs := self._at_ends.outputs(read=not self._steps)):
             found = gradients(loss, outputs)
             with torch.no_grad():
                 self._at_ends.weigh(found)
-        if self._last is not None and min(self._last[1].shape) > 1:
-            layer, y = self._last
-            label = equal_rows(y) if _differ(self._given, y.shape[:2]) else None
-            gradient = gradients(loss, [y])[0] if label is not None else None
-            if label is not None and gradient is not None:
-                with torch.no_grad():
-                    self._torn = (layer, y, label, torn_share(label, gradient))
+        if self._last is not None:
+            self._hold_rows(loss, *self._last)
         if self._suspects:
             found = gradients(loss, [parameter for _, parameter, _ in self._suspects])
             with torch.no_grad():
@@ -220,10 +216,22 @@ class PartsSession(Session):
                     for (_, _, equal), gradient in zip(self._suspects, found, strict=True)
                 ]
 
+    def _hold_rows(self, loss: Tensor, layer: str, output: Tensor) -> None:
+        """Look for equal rows in the first step, and at what becomes of them in the last."""
+        if not self._steps and min(output.shape) > 1 and _differ(self._given, output.shape[:2]):
+            self._kinds = equal_rows(output)
+        if self._kinds is None or self._kinds.shape != tuple(output.shape):
+            return
+        gradient = gradients(loss, [output])[0]
+        if gradient is not None:
+            with torch.no_grad():
+                self._torn = (layer, self._kinds.torn_share(output, gradient))
+
     def end(self) -> None:
         """Read the numbers of the step, and let go of its tensors."""
         self._steps.append(self._step)
-        self._rows = [] if self._torn is None else [_rows_record(*self._torn)]
+        if self._torn is not None and self._kinds is not None:
+            self._rows = [_rows_record(self._kinds, *self._torn)]
         for (name, parameter, found), distance in zip(self._suspects, self._apart, strict=False):
             number = parameter.shape[found.axis]
             self._twins.append(
@@ -318,9 +326,9 @@ def _differ(given: Any, shape: Sequence[int]) -> bool:
     return len(flat) == len(rows) and all(equal_rows(t) is None for t in flat)
 
 
-def _rows_record(layer: str, output: Tensor, label: Tensor, torn: Tensor) -> RowsRecord:
-    different = (int(label.max()) + 1) / len(output)
-    return RowsRecord(layer=layer, num_rows=output.shape[1], num_different=different, torn_share=float(torn))
+def _rows_record(kinds: Rows, layer: str, torn: Tensor) -> RowsRecord:
+    number, different = kinds.shape[1], kinds.num_kinds / kinds.shape[0]
+    return RowsRecord(layer=layer, num_rows=number, num_different=different, torn_share=float(torn))
 
 
 def _first(value: Any) -> Tensor | None:

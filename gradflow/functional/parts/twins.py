@@ -96,29 +96,44 @@ def apart(found: Twins, gradient: Tensor) -> Tensor:
     return torch.where(size > 0, distance / size, 0.0).max()
 
 
-def equal_rows(output: Tensor) -> Tensor | None:
-    """Return by row of an output the number of the kind that it is of within its sample, shape
-    (samples · rows,); None where more than half of the rows differ. Rounding, which products over several
-    rows leave, does not count.
+@attrs.frozen(eq=False)
+class Rows:
+    """Which rows of an output, shape (samples, rows, features), are equal within their sample.
 
     Args:
-        output: shape (samples, rows, features).
+        shape: of the output.
+        label: by row the number of its kind, shape (samples · rows,).
+        num_kinds: how many kinds there are, over all samples.
     """
+
+    shape: tuple[int, ...]
+    label: Tensor
+    num_kinds: int
+
+    def torn_share(self, output: Tensor, gradient: Tensor) -> Tensor:
+        """Return the part of the gradient, in squares, that cancels between rows of one kind; a scalar.
+
+        1 − (Σ over kinds ‖Σ g‖² / n) / Σ ‖g‖²: 0 where equal rows are pulled alike, 1 where pulled apart. NaN
+        where the rows of one kind are not equal in this output. Nothing is read from the device.
+        """
+        apart = self._lost(output.detach())
+        return torch.where(apart <= 1e-8, self._lost(gradient), torch.nan)
+
+    def _lost(self, values: Tensor) -> Tensor:
+        """Return the part of the squares that is lost in the means over rows of one kind."""
+        rows = values.flatten(0, 1).float()
+        count = rows.new_zeros(self.num_kinds).index_add_(0, self.label, rows.new_ones(len(rows)))
+        sums = rows.new_zeros(self.num_kinds, rows.shape[1]).index_add_(0, self.label, rows)
+        left = rows - (sums / count[:, None])[self.label]
+        return left.square().sum() / rows.square().sum()
+
+
+def equal_rows(output: Tensor) -> Rows | None:
+    """Return which rows of an output, shape (samples, rows, features), are equal; None where more than half
+    of them differ. Rounding, which products over several rows leave, does not count."""
     rows = output.detach().flatten(0, 1).float()
     rows = (rows / (_ROUNDING * rows.square().mean().sqrt().clamp_min(1e-30))).round()
     codes = _codes(rows)
     sample = torch.arange(len(output), device=codes.device).repeat_interleave(output.shape[1])
-    pairs = torch.stack([sample, codes], 1)
-    kinds, label = torch.unique(pairs, dim=0, return_inverse=True)
-    return label if 2 * len(kinds) <= len(codes) else None
-
-
-def torn_share(label: Tensor, gradient: Tensor) -> Tensor:
-    """Return the part of the gradient, in squares, that cancels between rows of one kind; a scalar.
-
-    1 − (Σ over kinds ‖Σ g‖² / n) / Σ ‖g‖²: 0 where equal rows are pulled alike, 1 where pulled apart.
-    """
-    rows = gradient.flatten(0, 1).float()
-    count = torch.bincount(label).float()
-    sums = torch.zeros(len(count), rows.shape[1], device=rows.device).index_add_(0, label, rows)
-    return 1.0 - (sums.square().sum(1) / count).sum() / rows.square().sum()
+    kinds, label = torch.unique(torch.stack([sample, codes], 1), dim=0, return_inverse=True)
+    return Rows(tuple(output.shape), label, len(kinds)) if 2 * len(kinds) <= len(codes) else None

@@ -94,7 +94,7 @@ def test_a_head_that_starts_at_zero() -> None:
 def test_what_cancels_between_equal_rows() -> None:
     model = nn.Linear(2, 2)
     nn.init.zeros_(model.weight)
-    nn.init.zeros_(model.bias)
+    nn.init.ones_(model.bias)
     pull = torch.tensor([[[1.0, 0.0], [1.0, 2.0]], [[3.0, 0.0], [3.0, 0.0]]])
     record = gf.analyze(model, [torch.randn(2, 2, 2)], lambda y: (y * pull).sum())
     kept = (4 + 4) / 2 + 36 / 2  # the sums are (2, 2) and (6, 0)
