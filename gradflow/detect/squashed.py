@@ -6,7 +6,7 @@ import math
 
 from gradflow.detect.actions import Actions, initialisation
 from gradflow.detect.evidence import late, row_gain
-from gradflow.detect.knowledge import guesses
+from gradflow.detect.knowledge import falls, guesses
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import ActivationRecord
@@ -30,13 +30,21 @@ WANTED = (
 
 def is_wanted(flow: Flow, activation: ActivationRecord, share: float = 0.9) -> bool:
     """Whether the loss wants a sigmoid or tanh at its ends, by `share` of its pull, and is given them as they
-    are: what takes scores would ask for more than any end."""
+    are: what takes scores would ask for more than any end.
+
+    Of one that weights take, half of the pull leads outwards by chance: there half of the excess is enough,
+    in a run whose loss falls.
+    """
     ends = [e for e in flow.record.parts.ends if (e.layer, e.op) == (activation.layer, activation.op)]
-    if not flow.wiring.known or not ends or not all(e.wanted_share >= share for e in ends):
+    hidden = flow.wiring.known and not flow.ends_weightless(node_name(activation.layer))
+    least = 0.5 + (share - 0.5) / 2 if hidden else share
+    if not flow.wiring.known or not ends or not all(e.wanted_share >= least for e in ends):
         return False
     missed = late(flow.record.losses) >= 0 and guesses(flow.record)
     if missed and flow.ends_weightless(node_name(activation.layer)):
         return False  # what is asked for may be out of its reach
+    if hidden:
+        return falls(flow.record)
     behind = [flow.wiring.nodes[n].type for n in flow.wiring.downstream(node_name(activation.layer))]
     taking = [kind for kind in behind if any(word in kind.lower() for word in _TAKE_SCORES)]
     if activation.functional and activation.op in taking:

@@ -171,6 +171,9 @@ def _prior(flow: Flow, a: Issue, b: Issue) -> bool:
     if a.issue_type == b.issue_type:
         if a.issue_type is IssueType.EXPLODING:
             return _grows(flow, a) > _grows(flow, b)
+        made = [i.issue_type is IssueType.BOTTLENECK and i.evidence.origin == i.layer for i in (a, b)]
+        if made[0] is not made[1]:  # what a layer is made with is alike behind it too, and not the reverse
+            return made[0]
         return (a.severity.rank, order(flow, a)) > (b.severity.rank, order(flow, b))
     if is_lent(a) is not is_lent(b):
         return is_lent(a)

@@ -39,6 +39,9 @@ def paid_for_errors(flow: Flow, climb: float) -> list[Issue]:
 def _endless(flow: Flow, known: KnowledgeRecord, climb: float, grown: float = 5.0) -> list[Issue]:
     """A run whose loss falls below zero in proportion to its outputs, no slower at its end, while they grow.
 
+    Or along a parameter of the head that gets one and the same gradient in every step, wherever it has come
+    to: the loss is a straight line in it, which has no end.
+
     A value that is to be made large, and that may make itself so: a head that is trained itself, whose
     outputs have become several times as large as they were. Two calls of one head that get the same gradient
     pull against each other: such a critic tells real from made, and may.
@@ -47,7 +50,9 @@ def _endless(flow: Flow, known: KnowledgeRecord, climb: float, grown: float = 5.
     third = len(losses) // 3
     fall = losses[0] - losses[-1]
     noise = float(np.median(np.abs(np.diff(losses, 2))))
-    if not (losses[-1] < 0 and third >= 2 and fall >= max(climb * noise, 3 * abs(float(losses[0])))):
+    straight = _straight(flow)
+    least = 0.0 if straight else 3 * abs(float(losses[0]))
+    if not (losses[-1] < 0 and third >= 2 and fall >= max(climb * noise, least)):
         return []
     at_first, at_last = ((losses[a] - losses[b]) / third for a, b in ((0, third), (-1 - third, -1)))
     if not (at_last >= 0.8 * abs(at_first) and known.louder <= 2 * known.loss):
@@ -55,6 +60,7 @@ def _endless(flow: Flow, known: KnowledgeRecord, climb: float, grown: float = 5.
     if not late(gradient) >= 0.5 * gradient[0] > 0:
         return []
     grow = [n for n in heads(flow) if flow.trainable(n) and _times(flow.layers[n].output_rms) >= grown]
+    grow = grow or straight
     if not grow or _against_each_other(flow, grow):
         return []
     layer = flow.layers[grow[0]]
@@ -66,6 +72,19 @@ def _endless(flow: Flow, known: KnowledgeRecord, climb: float, grown: float = 5.
     ratio = float(abs(losses[-1]) / max(abs(losses[0]), 1e-300))
     issue = of_the_run(flow, len(losses) - 1, IssueSeverity.HIGH, told, ratio, louder=known.louder)
     return [attrs.evolve(issue, recommended_actions=_HOLD)]
+
+
+def _straight(flow: Flow) -> list[str]:
+    """Return the heads with a parameter whose gradient is the same in every step, while steps move it."""
+    found = []
+    for node in heads(flow):
+        for parameter in flow.trainable(node):
+            size = parameter.grad_norm
+            same = len(size) >= 5 and np.isfinite(size).all() and np.ptp(size) <= 1e-5 * size.max()
+            if same and size.max() > 0 and np.ptp(parameter.norm) > 0:
+                found.append(node)
+                break
+    return found
 
 
 def blown_up(flow: Flow, jumping: Iterable[Issue], grown: float = 100.0) -> list[Issue]:

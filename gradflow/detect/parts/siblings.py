@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import attrs
 import numpy as np
 
+from gradflow.detect.evidence import late
 from gradflow.detect.parts.peers import FEWEST, Odd, standing_apart, type_of
 from gradflow.records import (
     BlockRecord,
@@ -40,7 +41,8 @@ def uneven_siblings(
 
     Looks alike and is not: trained blocks, which differ from each other, first and last ones most: so the
     factor counts in terms of how much the others differ; initialisations that shrink with depth, likewise;
-    layers that differ in shape; differences that training takes away within the run.
+    layers that differ in shape; differences that training takes away within the run; what
+    no gradient comes back to.
 
     Args:
         factor: by which a matrix is off. Trained models stay within 3.
@@ -57,7 +59,7 @@ def uneven_siblings(
         for blocks in groups.values():
             if len(blocks) >= FEWEST:
                 yield from _parameters(record, blocks, factor, gain, severe)
-                yield from _streams(blocks, added, lost, severe)
+                yield from _streams(record, blocks, added, lost, severe)
 
     return detector
 
@@ -155,7 +157,9 @@ def _parameter_issue(
 # --------------------------------------------------------------------------------------- streams
 
 
-def _streams(blocks: Sequence[BlockRecord], factor: float, lost: float, severe: float) -> Iterator[Issue]:
+def _streams(
+    record: FlowRecord, blocks: Sequence[BlockRecord], factor: float, lost: float, severe: float
+) -> Iterator[Issue]:
     """Judge what blocks keep of their input and add to it."""
     without = {block.name for block in blocks if _is_lost(block, blocks, lost)}
     for block in blocks:
@@ -164,7 +168,16 @@ def _streams(blocks: Sequence[BlockRecord], factor: float, lost: float, severe: 
     added = [{b.name: _end(b.added, i) for b in blocks if b.name not in without} for i in (0, -1)]
     types = {b.name: b.type for b in blocks}
     for name, odd in _both(added[0], added[1], factor).items():
-        yield _added_issue(name, types[name], odd, factor, severe, len(blocks) - 1)
+        if not _is_unread(record, name, odd):
+            yield _added_issue(name, types[name], odd, factor, severe, len(blocks) - 1)
+
+
+def _is_unread(record: FlowRecord, block: str, odd: Odd) -> bool:
+    """Whether what is large in a block is what no gradient comes back to: rows that nothing reads."""
+    inside = (layer for layer in record.layers if layer.module.startswith(f"{block}."))
+    return any(
+        late(layer.output_rms) >= odd.value / 2 and not np.any(layer.grad_norm > 0) for layer in inside
+    )
 
 
 def _end(values: Floats, at: int) -> float:

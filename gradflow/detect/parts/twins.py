@@ -9,6 +9,7 @@ import numpy as np
 from gradflow.detect.evidence import total_gradient
 from gradflow.detect.parts.peers import type_of
 from gradflow.records import (
+    Evidence,
     FlowRecord,
     Issue,
     IssueSeverity,
@@ -93,6 +94,7 @@ def _issue(parameter: ParameterRecord, twins: TwinsRecord, kind: str, severe: fl
             "slices": twins.num_slices,
             "different": twins.num_different,
         },
+        evidence=Evidence(origin=parameter.layer),
     )
 
 
