@@ -112,6 +112,7 @@ class _Places:
 
     def __init__(self, flow: Flow, suspects: Sequence[Suspect]) -> None:
         wires = flow.wiring
+        self.flow = flow
         self.bit = {s.index: 1 << i for i, s in enumerate(suspects)}
         marked: dict[str, int] = {}
         for s in suspects:
@@ -129,9 +130,11 @@ class _Places:
         bit = self.bit[cause.index]
         if cause.node == victim.node or _same_module(cause, victim):
             return "same"
-        if self.feeds.get(victim.node, 0) & bit:
+        parts = [victim.node] if victim.node in self.feeds else _nodes(self.flow, victim)
+        parts = [] if cause.node in parts else parts  # a layer is neither before nor behind a part of it
+        if any(self.feeds.get(node, 0) & bit for node in parts):
             return "upstream"
-        if self.fed_by.get(victim.node, 0) & bit:
+        if any(self.fed_by.get(node, 0) & bit for node in parts):
             return "downstream"
         return "beside" if self.ends.get(cause.node, 0) & self.ends.get(victim.node, 0) else "apart"
 
