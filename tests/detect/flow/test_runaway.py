@@ -153,3 +153,32 @@ def test_a_scale_that_the_first_step_throws(rate: float, seed: int) -> None:
     model = Scaled()
     found = unstable(model, raw, F.cross_entropy, torch.optim.Adam(model.parameters(), rate))
     assert [(i.layer, i.metrics.get("parameter")) for i in found] == ([("", "scale")] if rate == 0.1 else [])
+
+
+# ------------------------------------------------------------------------------- in a straight line
+
+
+class Centre(nn.Module):
+    """One-class scores of features; with a bias behind them, all scores can be raised at no cost."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.hidden, self.score = nn.Linear(4, 16), nn.Linear(16, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(torch.sigmoid(self.hidden(x)))[:, 0]
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_loss_that_is_a_straight_line_in_a_parameter(bounded: bool) -> None:
+    torch.manual_seed(0)
+    model = Centre(bias=True)
+
+    def loss(scores: Tensor) -> Tensor:
+        weights = model.hidden.weight.square().sum() + model.score.weight.square().sum()
+        bias = 0.5 * model.score.bias.square().sum() if bounded else 0.0
+        return 0.01 * weights + bias - scores.mean() - 0.1
+
+    optimizer = torch.optim.Adam(model.parameters(), 5e-2)
+    found = unstable(model, lambda: torch.randn(32, 4), loss, optimizer)
+    assert bool(found) is not bounded

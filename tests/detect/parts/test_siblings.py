@@ -124,6 +124,48 @@ def test_zeros_that_are_not_trained_are_told_and_those_of_a_start_are_not() -> N
     assert not [i for i in issues(start, uneven_siblings()) if i.issue_type is IssueType.DEAD]
 
 
+@pytest.mark.parametrize(("frozen", "severity"), [(False, IssueSeverity.HIGH), (True, IssueSeverity.LOW)])
+def test_zeros_in_a_part_that_is_frozen_whole_keep_nothing_from_learning(
+    frozen: bool, severity: IssueSeverity
+) -> None:
+    """With the norm, the map before it and its bias trained, these get nothing; frozen, they need nothing."""
+
+    def held(blocks: nn.ModuleList) -> None:
+        nn.init.zeros_(blocks[1].get_parameter("down.weight")).requires_grad_(False)
+        for name in ("up", "norm2") if frozen else ():
+            blocks[1].get_submodule(name).requires_grad_(False)
+
+    (issue,) = issues(held, held_at_zero())
+    assert (issue.layer, issue.severity) == ("blocks.1.down", severity)
+
+
+class Rows(nn.Module):
+    """A block that adds to two rows of a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.share = nn.Linear(16, 16), nn.Linear(16, 16), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.stack([self.first(x[:, 0]), self.share * self.second(x[:, 1])], 1)
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_rows_that_nothing_reads_may_be_large(is_read: bool) -> None:
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(Rows() for _ in range(4)))
+    with torch.no_grad():
+        blocks[3].get_parameter("second.weight").mul_(300)
+        blocks[3].get_parameter("second.weight").requires_grad_(False)
+
+    def read(out: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(out.mean(1) if is_read else out[:, 0], y)
+
+    record = gf.analyze(blocks, [(torch.randn(8, 2, 16), torch.randn(8, 16))] * 4, read)
+    found = [i for i in gf.detect(record, uneven_siblings()) if i.layer == "3"]
+    assert bool(found) == is_read
+
+
 def test_a_missing_skip_connection_is_told() -> None:
     def apply(blocks: nn.ModuleList) -> None:
         blocks[2].skip = False  # type: ignore[assignment]
