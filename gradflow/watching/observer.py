@@ -13,6 +13,7 @@ from gradflow.detect import Detector
 from gradflow.detect.time import TimeDetector, time_detectors
 from gradflow.diagnosis import detectors_of
 from gradflow.errors import GradflowError, ModelInputError, NotRestoredError
+from gradflow.functional.processes.group import OnRank
 from gradflow.functional.weights import WeightSample
 from gradflow.records import Issue, IssueSeverity, IssueType, every_scalar
 from gradflow.report import Report
@@ -92,7 +93,7 @@ def observer(
     Raises:
         ValueError: if `every`, `batches` or `most` is too small a number.
         PipelineError: if `pipeline` cannot be used as one.
-        ModelInputError: if `forward_fn` cannot be called.
+        ModelInputError: if `forward_fn` cannot be called, or one process alone is to be told.
 
     >>> import torch
     >>> from torch import nn
@@ -133,6 +134,12 @@ def watching(
     for name, value, least in (("every", every, 1), ("batches", batches, 1), ("most", most, 4)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    if isinstance(processes, OnRank):
+        raise ModelInputError(
+            f"processes={processes!r}, and what was seen of a training decides on every process when it is "
+            "looked at again: all that watch have the history. Pass processes='auto' or a process group, and "
+            "write or print on one of them: `if torch.distributed.get_rank() == 0: ...`."
+        )
     judging = time_detectors() if in_time is None else tuple(in_time)
     if forward_fn is not None and not callable(forward_fn):
         raise ModelInputError(

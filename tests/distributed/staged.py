@@ -288,25 +288,6 @@ def _failing(how: str, where: int, rank: int, size: int) -> Any:
     return said, seconds, changed, again.losses
 
 
-def raises_beside(rank: int, size: int) -> Any:
-    """One of two processes that have the last stage raises; the same four go on afterwards."""
-    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("pp", "dp"))
-    stages, batches = pieces("plain")
-    index, own_part = mesh["pp"].get_local_rank(), mesh["dp"].get_local_rank()
-    mine, began, said = part(batches, own_part, size // 2), time.monotonic(), ""
-
-    def found(module: nn.Module) -> Any:
-        module = DistributedDataParallel(module, process_group=mesh["dp"].get_group())
-        stage = PipelineStage(module, index, 2, torch.device("cpu"), group=mesh["pp"].get_group())
-        return gf.analyze(stage, mine, nn.CrossEntropyLoss(), steps=4)
-
-    try:
-        found(nn.Sequential(Picky("raises" if rank == size - 1 else "never"), stages[index]))
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-    return said, time.monotonic() - began, found(stages[index]).losses
-
-
 def raises_first(rank: int, size: int) -> Any:
     return _failing("raises", 0, rank, size)
 

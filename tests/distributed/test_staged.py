@@ -26,6 +26,7 @@ from tests.distributed.staged import (
     whole,
 )
 from tests.distributed.test_same_record import differences
+from tests.distributed.test_told import same as same_but_counts
 from tests.distributed.worlds import World
 
 ILL = ("CRITICAL", "HIGH", "MEDIUM")
@@ -37,12 +38,20 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, World]:
     found = {}
     for size, wanted in ((2, ON_TWO), (4, ON_FOUR)):
         names = [f"{how} {name}" for how, name in wanted]
-        names += [*(f"piece {kind}" for kind in PIECES), *OTHERS] if size == 2 else ["raises_beside"]
+        names += [*(f"piece {kind}" for kind in PIECES), *OTHERS] if size == 2 else []
         folder = tmp_path_factory.mktemp("stages")
         found[size] = World.started(size, names, folder, "tests.distributed.staged")
     for world in found.values():
         world.joined()
     return found
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Two stages, each on two of four processes."""
+    folder = tmp_path_factory.mktemp("beside")
+    names = ["told_on_one", "raises_beside"]
+    return World.started(4, names, folder, "tests.distributed.staged_beside").joined()
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +189,22 @@ def test_a_stage_that_raises_ends_the_others(name: str, where: int, worlds: dict
         assert losses.tolist() == results[0][3].tolist()  # the same processes go on
 
 
-def test_one_of_several_that_have_a_stage_ends_all(worlds: dict[int, World]) -> None:
-    *others, (own_said, _, _) = worlds[4].results("raises_beside")
+def test_one_of_several_that_have_a_stage_ends_all(beside: World) -> None:
+    *others, (own_said, _, _) = beside.results("raises_beside")
     assert own_said.startswith("ValueError: too large for me")
     for said, seconds, losses in others:
         assert said.startswith("ProcessError: process 3 raised ValueError: too large for me; so the analysis")
         assert seconds < 30
         assert losses.tolist() == others[0][2].tolist()
+
+
+def test_one_process_of_one_stage_has_the_record_of_all(beside: World) -> None:
+    results = beside.results("told_on_one")
+    everywhere, record = results[1]
+    assert same_but_counts(record, everywhere)
+    assert len(record.updates.curves) == 2
+    assert any("flow on every edge was measured at step 3" in note for note in record.provenance.notes)
+    assert [told for _, told in (results[0], *results[2:])] == [None] * 3
 
 
 def test_a_stage_that_is_killed_ends_the_others(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -117,7 +117,8 @@ def run_plan(
     record = over_stages(run, joined(run, assembled(run, known), told))
     if request is None:
         return record
-    if plan.deepen is not None and plan.detail == "cheap" and plan.deepen(record):
+    deepens = plan.deepen
+    if deepens is not None and plan.detail == "cheap" and run.decides(lambda: deepens(record)):
         record = deepened(run, request, record)
     if first is None or stepper is None or make_stepper is None or not _asks_for_curves(run, record):
         return record
@@ -127,7 +128,8 @@ def run_plan(
 def _asks_for_curves(run: Run, record: FlowRecord) -> bool:
     """Whether to measure how the loss bends along an update: a session asks for it, or what was seen does."""
     asked = run.stages.any(any(session.wants_curvature() for session in run.sessions))
-    return asked or (run.plan.bend is not None and run.plan.bend(record))
+    bends = run.plan.bend
+    return asked or (bends is not None and run.decides(lambda: bends(record)))
 
 
 def _request(run: Run, step: int, batch: Any, stepper: Stepper | None) -> Request:

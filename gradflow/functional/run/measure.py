@@ -17,7 +17,7 @@ from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
 from gradflow.functional.model.threads import exclusive, uncompiled
-from gradflow.functional.processes.group import Processes, processes_of
+from gradflow.functional.processes.group import Processes, check_told, processes_of
 from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.prefixed import Prefixed
 from gradflow.functional.processes.shards import Shards, processes_over
@@ -49,6 +49,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
         return _on_processes(given, draw, plan)
     _check_stage(plan)
     stages.connect(_processes(given, Shards.of(*given.modules), plan))
+    check_told(plan.processes, stages.line.processes)
     with stages.line.opened():
         if stages.meet(_held_by(given.model)):
             given = attrs.evolve(given, model=Prefixed(f"stage{stages.index}", given.model))
@@ -57,7 +58,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
 
 def _processes(given: Given, shards: Shards, plan: Plan) -> Processes:
     """Return the processes that have the same model, or stage of one."""
-    return processes_over(shards, plan.processes) or processes_of(given.model, plan.processes)
+    return processes_over(shards, plan.among) or processes_of(given.model, plan.among)
 
 
 def _on_processes(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
@@ -65,6 +66,8 @@ def _on_processes(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowR
     model, stages = given.model, given.stages
     shards = Shards.of(*given.modules)
     line = Line(_processes(given, shards, plan), stages.line)
+    if stages.alone:
+        check_told(plan.processes, line.processes)
     facts = Facts(reducer=reducer_of(model))
     transform = _choose_transform(plan.transform)
     if shards and transform[0] == "vjp":
@@ -162,7 +165,7 @@ def _check_stage(plan: Plan) -> None:
         "transform='vjp'": _choose_transform(plan.transform)[0] == "vjp",
         "step_fn": plan.loop.step_fn is not None,
         "scaler": plan.loop.scaler is not None,
-        "processes='alone'": plan.processes == "alone",
+        "processes='alone'": plan.among == "alone",
         "an optimizer that asks for the loss at other parameters": any(map(asks_again, plan.loop.optimizers)),
     }
     for what in (name for name, given in asked.items() if given):

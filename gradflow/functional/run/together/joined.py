@@ -31,7 +31,8 @@ _MERGED = (
 def joined(run: Run, record: FlowRecord, processes: ProcessesRecord | None) -> FlowRecord:
     """Return the record of all processes of a run, of those that each of them has.
 
-    What `numbers.combine` has combined is the same in all of them.
+    What `numbers.combine` has combined is the same in all of them. Where one process alone joins them, the
+    others have their own.
 
     Args:
         run: the run.
@@ -45,7 +46,9 @@ def joined(run: Run, record: FlowRecord, processes: ProcessesRecord | None) -> F
     alike = record.graph_record is None or not record.graph_record.measured
     if not run.line.any(not alike) and run.line.agreed(record.graph_record) is None:
         told = attrs.evolve(told, graph_record=None)  # all have the same, and no flows
-    every: list[FlowRecord] = run.line.gathered(told)
+    every: list[FlowRecord] = run.line.gathered(told, run.speaker)
+    if not every:
+        return record
     if any(r.graph_record is not None for r in every):
         graphs = [r.graph_record for r in every]
     fields: dict[str, Any] = {name: merged([getattr(r, name) for r in every]) for name in _MERGED}

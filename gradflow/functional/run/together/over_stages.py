@@ -66,6 +66,8 @@ def over_stages(run: Run, record: FlowRecord) -> FlowRecord:
     if run.stages.alone:
         return record
     parts = _of_stages(run, _Part(record, _handed(run)))
+    if not parts:  # another process has the record
+        return record
     graphs, names = _joined_graph([p.record.graph_record for p in parts], [p.handed for p in parts])
     feeders = _Feeders.of(graphs)
     records = [
@@ -100,13 +102,15 @@ def graph_over_stages(run: Run, graph: GraphRecord | None) -> GraphRecord | None
     if run.stages.alone:
         return graph
     parts = _of_stages(run, (graph, _handed(run)))
+    if not parts:
+        return graph
     return _joined_graph([own for own, _ in parts], [handed for _, handed in parts])[0]
 
 
 def _of_stages(run: Run, mine: Any) -> list[Any]:
     """Return what each stage has to tell, of whose processes the first speaks."""
     speaks = run.line.alone or run.line.rank == 0
-    every = run.stages.line.gathered((run.stages.index, mine) if speaks else None)
+    every = run.stages.line.gathered((run.stages.index, mine) if speaks else None, run.plan.teller)
     return [told for _, told in sorted((e for e in every if e is not None), key=lambda entry: entry[0])]
 
 
