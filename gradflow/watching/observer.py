@@ -84,8 +84,8 @@ def observer(
         batches: how many batches a closer look is taken on.
         most: how many looks the history keeps; older ones lie further apart. See `HistoryRecord.thinned`.
         processes: `alone` to look at this process; `auto` or a process group, as for `gradflow.analyze`, to
-            look at all of them together. Then every process must watch, and a look is due at the same steps
-            on all: a jump of one process's loss makes none.
+            look at all of them together, as models that are spread over processes ask for. Then every process
+            must watch, and a look is due at the same steps on all: a jump of one process's loss makes none.
 
     Returns:
         `init`, which returns the state of a training that was not looked at yet, and `update`.
@@ -220,7 +220,7 @@ class Watch:
             return state
         history = state.history
         if sample.step < seen.step:
-            history = history.with_numbers(sample.step, sample.changes(seen.model))
+            history = history.with_numbers(sample.step, sample.changes(seen.model, seen.processes))
         due = next_look(sample.step, self.every, state.since)
         return attrs.evolve(state, history=history, sample=None, due=due)
 
@@ -238,7 +238,8 @@ class Watch:
         """
         step = seen.step
         types = {layer.name: layer.type for layer in look.record}
-        numbers = {**every_scalar(look.record), "weight_checksum": sample.checksum()}
+        checksum = sample.checksum(seen.model, seen.processes)
+        numbers = {**every_scalar(look.record), "weight_checksum": checksum}
         history = state.history.with_types(types).with_look(step, numbers)
         lines = list(look.lines)
         loss = float(look.record.losses[-1])

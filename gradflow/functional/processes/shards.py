@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradflow.errors import ModelInputError
-from gradflow.functional.processes.group import Axis, Processes, Ranks
+from gradflow.functional.processes.group import Axis, Processes, Ranks, processes_of
 from gradflow.functional.processes.line import Line
 from gradflow.functional.torch_private import preserved_writes
 from gradflow.functional.torch_sharded import ShardedGroup, place_of, replicated, sharded_groups
@@ -261,6 +261,24 @@ class Shards:
         return [bool(flag) for flag in self.largest(line, flags)]
 
 
+def processes_with(asked: Any, *models: nn.Module) -> Processes:
+    """Return the processes that have the same model; none but this one, where there are no axes.
+
+    Args:
+        asked: which, as `processes_of` and `processes_over` take it.
+        models: the model, and the module that is the loss, if it is one.
+    """
+    return processes_over(Shards.of(*models), asked) or processes_of(models[0], asked)
+
+
+def is_first(asked: Any, model: nn.Module) -> bool:
+    """Whether this process is the first of those that have the same model."""
+    if isinstance(asked, str) and asked == "alone":
+        return True
+    processes = processes_with(asked, model)
+    return not processes.axes or dist.get_rank(processes.group) == 0
+
+
 def processes_over(shards: Shards, asked: Any) -> Processes | None:
     """Return the processes over which parameters are spread; None if none are.
 
@@ -278,7 +296,7 @@ def processes_over(shards: Shards, asked: Any) -> Processes | None:
     if asked == "alone" and any(p.device_mesh.size() > 1 for p in shards.spread.values()):  # type: ignore[attr-defined]
         raise ModelInputError(
             f"processes='alone', but {next(iter(shards.spread))!r} is spread over processes, and no process "
-            "has a model of its own. Leave `processes` out, and call gradflow on every process, each with "
+            "has a model of its own. Pass processes='auto', and call gradflow on every process, each with "
             "its own part of the batch, as training is."
         )
     axes: dict[Ranks, Axis] = {}

@@ -17,10 +17,10 @@ from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
 from gradflow.functional.model.threads import exclusive, uncompiled
-from gradflow.functional.processes.group import Processes, check_told, processes_of
+from gradflow.functional.processes.group import check_told
 from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.prefixed import Prefixed
-from gradflow.functional.processes.shards import Shards, processes_over
+from gradflow.functional.processes.shards import Shards, processes_with
 from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
@@ -48,7 +48,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     if stages.alone:
         return _on_processes(given, draw, plan)
     _check_stage(plan)
-    stages.connect(_processes(given, Shards.of(*given.modules), plan))
+    stages.connect(processes_with(plan.among, *given.modules))
     check_told(plan.processes, stages.line.processes)
     with stages.line.opened():
         if stages.meet(_held_by(given.model)):
@@ -56,16 +56,11 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
         return _on_processes(given, draw, plan)
 
 
-def _processes(given: Given, shards: Shards, plan: Plan) -> Processes:
-    """Return the processes that have the same model, or stage of one."""
-    return processes_over(shards, plan.among) or processes_of(given.model, plan.among)
-
-
 def _on_processes(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     """Run the plan on all processes that have the same model."""
     model, stages = given.model, given.stages
     shards = Shards.of(*given.modules)
-    line = Line(_processes(given, shards, plan), stages.line)
+    line = Line(processes_with(plan.among, *given.modules), stages.line)
     if stages.alone:
         check_told(plan.processes, line.processes)
     facts = Facts(reducer=reducer_of(model))
