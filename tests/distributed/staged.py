@@ -243,6 +243,9 @@ def refused(rank: int, size: int) -> dict[str, str]:
         "vjp": lambda: gf.analyze(stage, batches, loss_fn, transform="vjp"),
         "alone": lambda: gf.analyze(stage, batches, loss_fn, processes="alone"),
         "step_fn": lambda: gf.analyze(stage, batches, loss_fn, optimizer=adam, step_fn=lambda *_: None),
+        "scaler": lambda: gf.analyze(
+            stage, batches, loss_fn, optimizer=adam, scaler=torch.amp.GradScaler("cpu")
+        ),
         "lbfgs": lambda: gf.analyze(
             stage, batches, loss_fn, optimizer=torch.optim.LBFGS(stages[rank].parameters())
         ),
@@ -362,4 +365,11 @@ def bent(rank: int, size: int) -> Any:
     return record, [key for key in before if before[key] != after[key]]
 
 
-OTHERS = ("bent", "traced", "refused", "runs_out", "summed", "raises_first", "raises_last")
+def counted(rank: int, size: int) -> Any:
+    """What runs of eight steps and of nine have exchanged; the one more is no look."""
+    stages, batches = pieces("plain")
+    stage = staged(rank, size, stages[rank])
+    return [gf.analyze(stage, batches * 2, nn.CrossEntropyLoss(), steps=steps) for steps in (8, 9)]
+
+
+OTHERS = ("counted", "bent", "traced", "refused", "runs_out", "summed", "raises_first", "raises_last")

@@ -12,10 +12,12 @@ from torch.distributed.pipelining import PipelineStage
 from torch.nn.parallel import DistributedDataParallel
 
 import gradflow as gf
+from gradflow.errors import ModelInputError
 from gradflow.functional.updates.curvature import curvature
 from tests.distributed.models import part
 from tests.distributed.pieces import pieces
-from tests.distributed.staged import Picky
+from tests.distributed.sharded import gathered, held, split
+from tests.distributed.staged import Picky, cut, whole
 
 
 def raises_beside(rank: int, size: int) -> Any:
@@ -35,6 +37,31 @@ def raises_beside(rank: int, size: int) -> Any:
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
     return said, time.monotonic() - began, found(stages[index]).losses
+
+
+def spread_twice(rank: int, size: int) -> dict[str, Any]:
+    """Two stages, each sharded over two processes along one dimension and split over two along another."""
+    mesh = init_device_mesh("cpu", (2, size // 4, 2), mesh_dim_names=("pp", "dp", "tp"))
+    model, batches, loss_fn = whole("heads-sick")
+    index = mesh["pp"].get_local_rank()
+    module = gathered(split(cut(model, index, 2), mesh["tp"]), mesh["dp"])
+    stage = PipelineStage(module, index, 2, torch.device("cpu"), group=mesh["pp"].get_group())
+    mine = part(batches, mesh["dp"].get_local_rank(), size // 4)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    before = held(module, optimizer)
+    report = gf.diagnose(stage, mine, loss_fn, steps=3, optimizer=optimizer, seed=0)
+    after = held(module, optimizer)
+    said = ""
+    try:  # as a model of its own, beside which nobody knows what the other four processes have
+        gf.analyze(module, mine, loss_fn)
+    except ModelInputError as error:
+        said = str(error)
+    return {
+        "said": said,
+        "record": report.record,
+        "verdicts": [(i.layer, i.issue_type.value, i.severity.value) for i in report.issues],
+        "changed": [key for key in before if before[key] != after.get(key)],
+    }
 
 
 def told_on_one(rank: int, size: int) -> Any:

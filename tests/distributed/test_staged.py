@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import gradflow as gf
+from gradflow.errors import ModelInputError
+from gradflow.functional.processes.shards import _spanned
 from gradflow.functional.updates.curvature import curvature
 from gradflow.records import FlowRecord, Provenance, Reason
 from tests.distributed.pieces import Chain, Whole, pieces
@@ -101,7 +103,8 @@ def told(record: FlowRecord) -> dict[str, Any]:
     Whether the whole model sees what it is to predict is not measured of stages.
     """
     sights = [sight for sight in record.parts.sights if not sight.whole]
-    record = attrs.evolve(record, provenance=Provenance(), parts=attrs.evolve(record.parts, sights=sights))
+    parts = attrs.evolve(record.parts, sights=sights)
+    record = attrs.evolve(record, provenance=Provenance(), parts=parts, processes=None)
     found: dict[str, Any] = {}
 
     def put(value: Any, where: str) -> None:
@@ -161,6 +164,13 @@ def test_what_is_not_taken_says_what_to_do(worlds: dict[int, World]) -> None:
         assert "and an optimizer that asks for the loss at other parameters was passed" in said["lbfgs"]
         assert "ScheduleInterleaved1F1B is of a pipeline of 4 stages on 2 processes" in said["several"]
         assert "as ScheduleGPipe and Schedule1F1B run them" in said["several"]
+        assert "cut it into 2, and pass `PipelineStage(part, rank, 2, device)`" in said["several"]
+        assert said["vjp"].endswith("Pass transform='fused', outside of any transform of torch.func.")
+        assert said["step_fn"].endswith("clip=, accumulate= and scheduler=, on every stage.")
+        assert "the model is a stage of a pipeline, and scaler was passed" in said["scaler"]
+        assert "Leave it out: gradients are then those of the loss itself" in said["scaler"]
+        assert said["alone"].endswith("call gradflow on the process of every stage.")
+        assert "or pass one that steps once a batch" in said["lbfgs"]
         assert "model is a PipelineStage" in said["outline"]
 
 
@@ -169,6 +179,22 @@ def test_a_stage_without_a_batch_ends_the_run_on_all(worlds: dict[int, World]) -
     assert first.steps == second.steps == 3
     assert first == second
     assert any("ended after 3 of 5 steps" in note for note in first.provenance.notes)
+
+
+def test_what_stages_send_one_another_is_counted(worlds: dict[int, World]) -> None:
+    records, other = worlds[2].results("counted")
+    assert other == records
+    assert FlowRecord.from_json(records[0].to_json()) == records[0]
+    assert not [i for i in gf.detect(records[0]) if "process" in i.description]
+    eight, nine = (record.processes for record in records)
+    fewer, more = eight.exchanged, nine.exchanged
+    assert more.messages - fewer.messages == 2  # a batch forward, its gradient back
+    assert more.message_bytes - fewer.message_bytes == 2 * 16 * 16 * 8
+    assert fewer.messages >= 16
+    assert fewer.gradients == 0
+    assert 0 < fewer.gathered_bytes < fewer.other_bytes
+    assert eight.ranks == (0,)
+    assert eight.losses.shape == (8, 1)
 
 
 def test_losses_are_added_up_where_the_schedule_does(worlds: dict[int, World]) -> None:
@@ -187,6 +213,36 @@ def test_a_stage_that_raises_ends_the_others(name: str, where: int, worlds: dict
         assert seconds < 30
         assert not changed
         assert losses.tolist() == results[0][3].tolist()  # the same processes go on
+
+
+def test_a_stage_may_be_sharded_and_split(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("twice")
+    world = World.started(8, ["spread_twice"], folder, "tests.distributed.staged_beside").joined()
+    model, batches, loss_fn = whole("heads-sick")
+    expected, verdicts = diagnosed(model, batches[:3], loss_fn, moves=True)
+    first, *others = world.results("spread_twice")
+    wrong = differences(first["record"], expected)
+    assert not wrong, "\n".join(wrong[:40])
+    assert sorted(first["verdicts"]) == sorted(verdicts)
+    assert all(other["record"] == first["record"] for other in others)
+    assert all(result["changed"] == [] for result in (first, *others))
+    expected_words = (
+        "the parameters of the model are spread over 4 processes each (dp: 2, tp: 2), of 8 in all"
+    )
+    assert all(result["said"].startswith(expected_words) for result in (first, *others))
+
+
+def test_meshes_that_nobody_has_put_together_do_not_tell_who_shares_a_stage() -> None:
+    class Mesh:
+        def __init__(self, *ranks: int) -> None:
+            self.mesh = torch.tensor(ranks)
+
+        def size(self) -> int:
+            return self.mesh.numel()
+
+    assert _spanned([Mesh(0, 2), Mesh(3, 1, 0, 2)], 4) == (0, 1, 2, 3)
+    with pytest.raises(ModelInputError, match="meshes that are not of one DeviceMesh"):
+        _spanned([Mesh(0, 2), Mesh(0, 1)], 4)
 
 
 def test_one_of_several_that_have_a_stage_ends_all(beside: World) -> None:

@@ -12,6 +12,7 @@ the mean of theirs, like that of a parameter.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradflow.errors import ModelInputError
 
 Ranks = tuple[int, ...]
+_PATIENCE = datetime.timedelta(seconds=60)  # in which all must have asked for a group
 
 
 @attrs.frozen(eq=False)
@@ -142,6 +144,18 @@ class OnRank:
 
     rank: int = attrs.field(default=0, validator=_checked_rank)
     processes: Any = attrs.field(default="auto", validator=_several)
+
+
+_MADE: dict[Ranks, tuple[Any, Any]] = {}  # groups of our own, each with the default group of its time
+
+
+def group_of(ranks: Ranks) -> Any:
+    """Return a process group of some ranks, made once; each of them must ask for it, and no other."""
+    default, made = _MADE.get(ranks, (None, None))
+    if default is not dist.group.WORLD:
+        made = dist.new_group(list(ranks), timeout=_PATIENCE, use_local_synchronization=True)
+        _MADE[ranks] = dist.group.WORLD, made
+    return made
 
 
 def is_told(asked: Any) -> bool:

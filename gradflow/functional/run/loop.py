@@ -210,8 +210,16 @@ def _shown_whole(run: Run, request: Request) -> tuple[Outcome, DataFlow]:
     program.taps.keep_whole(whole, run.wholes.groups)
     if not run.stages.any(bool(whole) or (request.full and bool(run.wholes.groups))):
         return shown, dataflow
+    shown = _let_go(shown, dataflow)
     request.before.restore(program)
     return structural_step(program, request)
+
+
+def _let_go(outcome: Outcome, dataflow: DataFlow) -> None:
+    """Let go of a step that is run again, which would hold its activations beside those of the next."""
+    if outcome.structure is not None:
+        outcome.structure.release()
+    dataflow.release()
 
 
 def structural_step(program: Program, request: Request) -> tuple[Outcome, DataFlow]:
@@ -230,6 +238,7 @@ def structural_step(program: Program, request: Request) -> tuple[Outcome, DataFl
         new = set() if outcome.structure is None else entered(outcome.structure) - program.taps.entered
         if not stages.any(bool(promoted) or (bool(new) and not program.learned.reentrant)):
             return outcome, dataflow
+        outcome = _let_go(outcome, dataflow)
         program.taps.promote(promoted)
         program.taps.gather_whole(new)
         request.before.restore(program)

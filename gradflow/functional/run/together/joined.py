@@ -10,12 +10,11 @@ import attrs
 import numpy as np
 
 from gradflow.functional.processes.group import Ranks
-from gradflow.functional.processes.line import Line
 from gradflow.functional.run.run import Run
+from gradflow.functional.run.together.exchanged import exchanged
 from gradflow.functional.run.together.merging import merged
 from gradflow.records import (
     EdgeRecord,
-    ExchangeRecord,
     FlowRecord,
     GraphRecord,
     NodeRecord,
@@ -62,18 +61,7 @@ def joined(run: Run, record: FlowRecord, processes: ProcessesRecord | None) -> F
         graph_record=joined_graph(run, graphs),
         reach=every[0].reach,
         provenance=_provenance(every),
-        processes=None if processes is None else attrs.evolve(processes, exchanged=_exchanged(run.line)),
-    )
-
-
-def _exchanged(line: Line) -> ExchangeRecord:
-    counts = line.counts
-    return ExchangeRecord(
-        gradients=counts.gradients,
-        gradient_bytes=counts.gradient_bytes,
-        others=counts.others,
-        other_bytes=counts.num_bytes,
-        gathered_bytes=counts.gathered_bytes,
+        processes=None if processes is None else attrs.evolve(processes, exchanged=exchanged(run.line)),
     )
 
 
