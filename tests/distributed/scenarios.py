@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+import weakref
 from typing import Any
 
 import torch
@@ -165,6 +166,42 @@ def absent(rank: int, size: int) -> Any:
         line.PATIENCE = patience
 
 
+class Token:
+    """Lives as long as the graph of a pass."""
+
+
+class Marked(torch.autograd.Function):
+    """The identity, whose node holds a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alive: Any) -> Tensor:  # type: ignore[override]
+        ctx.token = Token()
+        alive.add(ctx.token)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
+
+
+def lets_go(rank: int, size: int) -> list[int]:
+    """How many graphs of earlier passes are alive when one begins."""
+    alive, found = weakref.WeakSet[Token](), []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found.append(len(alive))
+            return self.last(Marked.apply(self.first(x), alive))  # type: ignore[arg-type]
+
+    batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(3)]
+    gf.analyze(DistributedDataParallel(Net()), batches, nn.MSELoss(), steps=3, detail="full")
+    return found
+
+
 def told_on_one(rank: int, size: int) -> Any:
     """What each process gets where the last alone is told, what all get without that, and who judged."""
     model, batches, loss_fn = MODELS["mlp"]("sick")
@@ -207,6 +244,7 @@ OTHERS = (
     "zeros_of_one",
     "raises",
     "absent",
+    "lets_go",
     "told_on_one",
     "told_on_none",
     "watched",
