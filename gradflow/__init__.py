@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from gradflow.functional.outline import outline
     from gradflow.functional.policy.gradients import head_gradients
     from gradflow.functional.policy.statistics import action_entropy
+    from gradflow.functional.processes.group import OnRank
     from gradflow.functional.recurrent.unroll import hidden_gradients
     from gradflow.functional.scale import GradientScale, gradient_scale
     from gradflow.pipelines import Pipeline, automatic, flow
@@ -149,6 +150,7 @@ _PLACES = {
     "gradflow.functional.outline": ("outline",),
     "gradflow.functional.policy.gradients": ("head_gradients",),
     "gradflow.functional.policy.statistics": ("action_entropy",),
+    "gradflow.functional.processes.group": ("OnRank",),
     "gradflow.functional.scale": ("GradientScale", "gradient_scale"),
     "gradflow.functional.recurrent.unroll": ("hidden_gradients",),
     "gradflow.pipelines": ("Pipeline", "automatic", "flow"),
@@ -237,6 +239,7 @@ __all__ = [
     "Monitor",
     "Observer",
     "ObserverState",
+    "OnRank",
     "OwnIssueType",
     "Pipeline",
     "PolicyDistributionStats",

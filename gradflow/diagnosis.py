@@ -19,6 +19,7 @@ from gradflow.functional.analyze import (
     analyzed,
     analyzed_custom,
 )
+from gradflow.functional.processes.group import is_told
 from gradflow.functional.run.run import Plan
 from gradflow.functional.run.training.options import Loop, StepFunction
 from gradflow.graph import LayerGraph
@@ -78,11 +79,12 @@ def diagnose(
             the pipeline needs it.
         transform: the reverse pass: `auto`, `fused` or `vjp`.
         processes: those that split the batch, of which each must call it: `auto`, a process group, or
-            `alone`; see `analyze`.
+            `alone`; `OnRank(0)` has the report on that process alone; see `analyze`.
         progress: called with (steps done, steps) after every step.
 
     Returns:
-        A `Report`; `print(report)` tells it in words, `report.ok` in one.
+        A `Report`; `print(report)` tells it in words, `report.ok` in one. None where another process is to
+        have it.
 
     Raises:
         GradflowError: those that `analyze` raises, where the model cannot be run as it was passed; what
@@ -108,7 +110,7 @@ def diagnose(
         progress=progress,         **wanted(judge, detail),
     )  # fmt: skip
     record = analyzed(model, batches, loss_fn, plan)
-    return judged(record, judge)
+    return _told(record, judge, plan)
 
 
 def diagnose_custom(
@@ -161,7 +163,7 @@ def diagnose_custom(
         progress=progress,         **wanted(judge, detail),
     )  # fmt: skip
     record = analyzed_custom(model, forward_fn, loss_fn, plan)
-    return judged(record, judge)
+    return _told(record, judge, plan)
 
 
 def detectors_of(pipeline: Any, call: str) -> tuple[Detector, ...]:
@@ -204,6 +206,11 @@ def judged(record: FlowRecord, detectors: Sequence[Detector] | Judge) -> Report:
     judge = detectors if isinstance(detectors, Judge) else Judge(detectors)
     found, known = judge.issues(record), judge.detectors
     return report_of(record, found, known, lines=summaries(record, known))
+
+
+def _told(record: FlowRecord, judge: Judge, plan: Plan) -> Report:
+    """Return a record as a report; None where another process is to have it, as who calls has asked for."""
+    return judged(record, judge) if is_told(plan.processes) else None  # type: ignore[return-value]
 
 
 def summaries(record: FlowRecord, detectors: Sequence[Detector]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from gradflow.functional.model.trees import named_tensors, same_device
 from gradflow.functional.parts.chance import chance
 from gradflow.functional.parts.measurement import parts
 from gradflow.functional.parts.sight import sight
+from gradflow.functional.processes.group import is_told
 from gradflow.functional.processes.stages import Stages
 from gradflow.functional.run.measure import measure
 from gradflow.functional.run.program import Given
@@ -100,13 +101,14 @@ def analyze(
         processes: which split the batch: `auto` for those that a `DistributedDataParallel` in the model
             averages gradients over, a process group, or `alone` for this process. Where there are several,
             each must call it, with its own part of every batch; all get the record of the joined batch. Of a
-            stage, they are those that have the same stage.
+            stage, they are those that have the same stage. With `gradflow.OnRank(0)` one of them gets the
+            record, and the others None.
         progress: called as `progress(done, steps)` after every step.
         deepen: if it returns True for the cheap record, the last step is run again in full detail.
         measurements: what else to measure, such as `attention()`; see `gradflow.functional.measurement`.
 
     Returns:
-        The record; its arrays have one entry per step.
+        The record; its arrays have one entry per step. None where another process is to have it.
 
     Raises:
         ModelInputError: if the model, batches, a batch or the loss cannot be used as such.
@@ -137,7 +139,7 @@ def analyze(
         steps=steps, loop=loop, seed=seed, mode=mode, detail=detail, transform=transform,
         processes=processes, progress=progress, deepen=deepen, measurements=measurements,
     )  # fmt: skip
-    return analyzed(model, batches, loss_fn, plan)
+    return _told(analyzed(model, batches, loss_fn, plan), plan)
 
 
 def analyze_custom(
@@ -188,13 +190,21 @@ def analyze_custom(
         steps=steps, loop=loop, seed=seed, mode=mode, detail=detail, transform=transform,
         processes=processes, progress=progress, deepen=deepen, measurements=measurements,
     )  # fmt: skip
-    return analyzed_custom(model, forward_fn, loss_fn, plan)
+    return _told(analyzed_custom(model, forward_fn, loss_fn, plan), plan)
+
+
+def _told(record: FlowRecord, plan: Plan) -> FlowRecord:
+    """Return a record; None where another process is to have it, which only who asks for that is handed."""
+    return record if is_told(plan.processes) else None  # type: ignore[return-value]
 
 
 def analyzed(
     model: nn.Module | Staged, batches: Any, loss_fn: Callable[..., Any] | None, plan: Plan
 ) -> FlowRecord:
-    """Return what a plan shows of a model; see `analyze`."""
+    """Return what a plan shows of a model; see `analyze`.
+
+    Where another process is to have the record, it is that of this process's part.
+    """
     stages = Stages.of(model)
     if not stages.alone:
         return _analyzed_stage(stages, batches, loss_fn, plan)

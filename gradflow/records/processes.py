@@ -34,7 +34,7 @@ class DifferenceRecord:
 
 @attrs.frozen(kw_only=True)
 class ExchangeRecord:
-    """What a run exchanged between processes, counted on each of them.
+    """What a run exchanged between processes, counted on each of them, and over the stages of a pipeline.
 
     Args:
         gradients: all-reduces of gradients, in buckets, as training makes them.
@@ -42,6 +42,9 @@ class ExchangeRecord:
         others: all other exchanges of the whole run.
         other_bytes: put into those.
         gathered_bytes: of these, what every process gets from every other; the rest is reduced.
+        messages: from one stage of a pipeline to the next or the one before, of all its stages; what has no
+            tensor is left out.
+        message_bytes: of the tensors in them: activations, and their gradients.
     """
 
     gradients: int = 0
@@ -49,6 +52,8 @@ class ExchangeRecord:
     others: int = 0
     other_bytes: int = 0
     gathered_bytes: int = 0
+    messages: int = 0
+    message_bytes: int = 0
 
 
 @attrs.frozen(kw_only=True)
@@ -76,7 +81,7 @@ class ProcessesRecord:
     """The processes that a run was on, where there are several. The last axis of arrays is theirs, by rank.
 
     Args:
-        ranks: of the processes that split the batch.
+        ranks: of the processes that split the batch; one alone, where they only are stages of a pipeline.
         losses: of each process, shape (steps, processes).
         gradients: root of the sum of squares of the gradients at all layer outputs, of each process's own
             loss, shape (steps, processes).

@@ -199,7 +199,7 @@ class LookedStep:
     def _with_changes(self, state: ObserverState) -> ObserverState:
         """Take down what the update in the step has done; one that comes after it, the next call sees."""
         step, watch = self._seen.step, self._watch
-        changes = self._sample.changes(self._seen.model)
+        changes = self._sample.changes(self._seen.model, self._seen.processes)
         if not any(value for name, value in changes.items() if name.startswith("update_ratio/")):
             return attrs.evolve(state, sample=self._sample)
         history = state.history.with_numbers(step, changes)

@@ -9,16 +9,19 @@ from typing import Any
 import attrs
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradflow.detect import Detector, detect
 from gradflow.diagnosis import summaries, wanted
 from gradflow.functional.analyze import analyzed, analyzed_custom
 from gradflow.functional.jacobian.sample_losses import sample_losses
 from gradflow.functional.model.trees import map_tensors
+from gradflow.functional.processes.line import Line
+from gradflow.functional.processes.shards import processes_with
 from gradflow.functional.recurrent.automatic import AutomaticRecurrence
 from gradflow.functional.recurrent.measurement import Recurrence
 from gradflow.functional.run.run import Plan
-from gradflow.records import FlowRecord, Issue
+from gradflow.records import Floats, FlowRecord, Issue
 
 _LONG = (AutomaticRecurrence, Recurrence)
 _CARRIED = 0.8  # of what a loss has in excess: samples that have so much together carry it
@@ -107,13 +110,16 @@ def no_record(note: str) -> FlowRecord:
 
 
 def carriers(seen: Seen, batch: Any) -> str:
-    """Return in words which samples of a batch carry its loss; "" where that cannot be told."""
-    if seen.forward_fn is not None:
-        return ""
-    try:
-        losses = sample_losses(seen.model, batch, seen.loss_fn)
-    except Exception:  # a model or loss that takes no single sample, or needs the others
-        return ""
+    """Return in words which samples of a batch carry its loss; "" where that cannot be told.
+
+    Of several processes it is that of the joined batch, in the order of their ranks.
+    """
+    losses = _sample_losses(seen, batch)
+    line = Line(processes_with(seen.processes, seen.model))
+    if not line.alone:
+        with line.opened():
+            every = line.gathered(losses)
+        losses = np.concatenate(every) if all(map(len, every)) else np.empty(0)
     if len(losses) < 2:
         return ""
     if lost := np.flatnonzero(~np.isfinite(losses)).tolist():
@@ -130,6 +136,18 @@ def carriers(seen: Seen, batch: Any) -> str:
     named = _numbered(sorted(order[:needed].tolist())).capitalize()
     carry = "carries" if needed == 1 else "carry"
     return f"{named} of the batch's {len(losses)} {carry} {share:.0%} of what its loss has in excess."
+
+
+def _sample_losses(seen: Seen, batch: Any) -> Floats:
+    """Return the loss of every sample of this process's batch; none where they cannot be had."""
+    if seen.forward_fn is not None:
+        return np.empty(0)
+    model = seen.model  # without the wrapper, which would wait for other processes at every sample
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    try:
+        return sample_losses(inner, batch, seen.loss_fn)
+    except Exception:  # a model or loss that takes no single sample, or needs the others
+        return np.empty(0)
 
 
 def _numbered(samples: Sequence[int]) -> str:

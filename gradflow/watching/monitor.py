@@ -16,6 +16,7 @@ from gradflow.detect.time import TimeDetector
 from gradflow.errors import ModelInputError
 from gradflow.functional.model.optimizers import check_optimizers
 from gradflow.functional.model.supported import check_module
+from gradflow.functional.processes.shards import is_first
 from gradflow.functional.run.training.options import Loop
 from gradflow.records import HistoryRecord, Issue, IssueSeverity
 from gradflow.report import Report
@@ -75,8 +76,8 @@ class Monitor:
         pipeline: judges a look; as for `gradflow.diagnose`.
         in_time: judge the history; as for `gradflow.observer`.
         forward_fn: for a training step that is not `model(batch)`; as for `gradflow.observer`.
-        path: a file that the history is written to as it grows. If it is there, the training is taken up
-            where it ends.
+        path: a file that the history is written to as it grows, of several processes by the first. If it is
+            there, the training is taken up where it ends: all of them must see it.
         batches: how many batches a closer look is taken on.
         most: how many looks are kept in memory; the file keeps all.
         processes: whether to look at this process `alone`, or at all that split the batch; as for
@@ -217,7 +218,12 @@ class Monitor:
             )  # fmt: skip
 
     def _write(self, path: Path, history: HistoryRecord) -> HistoryRecord:
-        """Write what is new to the file, and return what it holds then; a full disk ends no training."""
+        """Write what is new to the file, and return what it holds then; a full disk ends no training.
+
+        Of several processes that look together, the first does.
+        """
+        if not is_first(self._watch.processes, self.model):
+            return history
         try:
             if self._torn:
                 mend(path)

@@ -13,6 +13,7 @@ from gradflow.detect import Detector
 from gradflow.detect.time import TimeDetector, time_detectors
 from gradflow.diagnosis import detectors_of
 from gradflow.errors import GradflowError, ModelInputError, NotRestoredError
+from gradflow.functional.processes.group import OnRank
 from gradflow.functional.weights import WeightSample
 from gradflow.records import Issue, IssueSeverity, IssueType, every_scalar
 from gradflow.report import Report
@@ -83,8 +84,8 @@ def observer(
         batches: how many batches a closer look is taken on.
         most: how many looks the history keeps; older ones lie further apart. See `HistoryRecord.thinned`.
         processes: `alone` to look at this process; `auto` or a process group, as for `gradflow.analyze`, to
-            look at all of them together. Then every process must watch, and a look is due at the same steps
-            on all: a jump of one process's loss makes none.
+            look at all of them together, as models that are spread over processes ask for. Then every process
+            must watch, and a look is due at the same steps on all: a jump of one process's loss makes none.
 
     Returns:
         `init`, which returns the state of a training that was not looked at yet, and `update`.
@@ -92,7 +93,7 @@ def observer(
     Raises:
         ValueError: if `every`, `batches` or `most` is too small a number.
         PipelineError: if `pipeline` cannot be used as one.
-        ModelInputError: if `forward_fn` cannot be called.
+        ModelInputError: if `forward_fn` cannot be called, or one process alone is to be told.
 
     >>> import torch
     >>> from torch import nn
@@ -133,6 +134,12 @@ def watching(
     for name, value, least in (("every", every, 1), ("batches", batches, 1), ("most", most, 4)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    if isinstance(processes, OnRank):
+        raise ModelInputError(
+            f"processes={processes!r}, and what was seen of a training decides on every process when it is "
+            "looked at again: all that watch have the history. Pass processes='auto' or a process group, and "
+            "write or print on one of them: `if torch.distributed.get_rank() == 0: ...`."
+        )
     judging = time_detectors() if in_time is None else tuple(in_time)
     if forward_fn is not None and not callable(forward_fn):
         raise ModelInputError(
@@ -213,7 +220,7 @@ class Watch:
             return state
         history = state.history
         if sample.step < seen.step:
-            history = history.with_numbers(sample.step, sample.changes(seen.model))
+            history = history.with_numbers(sample.step, sample.changes(seen.model, seen.processes))
         due = next_look(sample.step, self.every, state.since)
         return attrs.evolve(state, history=history, sample=None, due=due)
 
@@ -231,7 +238,8 @@ class Watch:
         """
         step = seen.step
         types = {layer.name: layer.type for layer in look.record}
-        numbers = {**every_scalar(look.record), "weight_checksum": sample.checksum()}
+        checksum = sample.checksum(seen.model, seen.processes)
+        numbers = {**every_scalar(look.record), "weight_checksum": checksum}
         history = state.history.with_types(types).with_look(step, numbers)
         lines = list(look.lines)
         loss = float(look.record.losses[-1])

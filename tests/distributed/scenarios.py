@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import time
+import weakref
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import gradflow as gf
-from gradflow.errors import ProcessError
+from gradflow.errors import ModelInputError, ProcessError
 from gradflow.functional.processes import line
 from tests.distributed import findings
 from tests.distributed.models import MODELS, part
@@ -165,6 +166,76 @@ def absent(rank: int, size: int) -> Any:
         line.PATIENCE = patience
 
 
+class Token:
+    """Lives as long as the graph of a pass."""
+
+
+class Marked(torch.autograd.Function):
+    """The identity, whose node holds a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alive: Any) -> Tensor:  # type: ignore[override]
+        ctx.token = Token()
+        alive.add(ctx.token)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
+
+
+def lets_go(rank: int, size: int) -> list[int]:
+    """How many graphs of earlier passes are alive when one begins."""
+    alive, found = weakref.WeakSet[Token](), []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found.append(len(alive))
+            return self.last(Marked.apply(self.first(x), alive))  # type: ignore[arg-type]
+
+    batches = [(torch.randn(4, 3), torch.randn(4, 1)) for _ in range(3)]
+    gf.analyze(DistributedDataParallel(Net()), batches, nn.MSELoss(), steps=3, detail="full")
+    return found
+
+
+def told_on_one(rank: int, size: int) -> Any:
+    """What each process gets where the last alone is told, what all get without that, and who judged."""
+    model, batches, loss_fn = MODELS["mlp"]("sick")
+    model, mine = DistributedDataParallel(model), part(batches, rank, size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    judged: list[int] = []
+
+    def seen(record: Any) -> Any:
+        judged.append(0)
+        return gf.flow()(record)
+
+    given: dict[str, Any] = {"optimizer": optimizer, "steps": len(mine), "seed": 0}
+    everywhere = gf.diagnose(model, mine, loss_fn, pipeline=gf.flow(), **given)
+    before = snapshot(model)
+    report = gf.diagnose(
+        model, mine, loss_fn, pipeline=[gf.flow(), seen], processes=gf.OnRank(size - 1), **given
+    )
+    pure = before == snapshot(model)
+    again = gf.analyze(model, mine, loss_fn, processes=gf.OnRank(0, dist.group.WORLD))
+    return everywhere.record, report and report.record, len(judged), pure, again is None
+
+
+def told_on_none(rank: int, size: int) -> list[str]:
+    """What is said where the process that is to be told takes no part."""
+    model, batches, loss_fn = MODELS["mlp"]("healthy")
+    spread, said = DistributedDataParallel(model), []
+    for given, asked in ((model, gf.OnRank(0)), (spread, gf.OnRank(size))):
+        try:
+            gf.analyze(given, part(batches, rank, size), loss_fn, processes=asked)
+        except ModelInputError as error:
+            said.append(str(error))
+    return said
+
+
 OTHERS = (
     "plain_norm",
     "clipped",
@@ -173,6 +244,9 @@ OTHERS = (
     "zeros_of_one",
     "raises",
     "absent",
+    "lets_go",
+    "told_on_one",
+    "told_on_none",
     "watched",
     "watched_inside",
     "trains_on",

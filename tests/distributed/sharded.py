@@ -117,7 +117,7 @@ def held(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str,
         if not isinstance(value, Tensor):
             return repr(value)
         here = value.to_local() if isinstance(value, DTensor) else value
-        return type(value).__name__, here.dtype, tuple(here.shape), here.detach().numpy().tobytes()
+        return type(value).__name__, here.dtype, tuple(here.shape), here.detach().clone().numpy().tobytes()
 
     found: dict[str, Any] = {}
     for name, p in model.named_parameters():

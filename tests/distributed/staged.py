@@ -243,6 +243,9 @@ def refused(rank: int, size: int) -> dict[str, str]:
         "vjp": lambda: gf.analyze(stage, batches, loss_fn, transform="vjp"),
         "alone": lambda: gf.analyze(stage, batches, loss_fn, processes="alone"),
         "step_fn": lambda: gf.analyze(stage, batches, loss_fn, optimizer=adam, step_fn=lambda *_: None),
+        "scaler": lambda: gf.analyze(
+            stage, batches, loss_fn, optimizer=adam, scaler=torch.amp.GradScaler("cpu")
+        ),
         "lbfgs": lambda: gf.analyze(
             stage, batches, loss_fn, optimizer=torch.optim.LBFGS(stages[rank].parameters())
         ),
@@ -286,25 +289,6 @@ def _failing(how: str, where: int, rank: int, size: int) -> Any:
         return said, seconds, changed, None
     again = gf.analyze(staged(rank, size, stages[rank]), batches, nn.CrossEntropyLoss(), steps=2)
     return said, seconds, changed, again.losses
-
-
-def raises_beside(rank: int, size: int) -> Any:
-    """One of two processes that have the last stage raises; the same four go on afterwards."""
-    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("pp", "dp"))
-    stages, batches = pieces("plain")
-    index, own_part = mesh["pp"].get_local_rank(), mesh["dp"].get_local_rank()
-    mine, began, said = part(batches, own_part, size // 2), time.monotonic(), ""
-
-    def found(module: nn.Module) -> Any:
-        module = DistributedDataParallel(module, process_group=mesh["dp"].get_group())
-        stage = PipelineStage(module, index, 2, torch.device("cpu"), group=mesh["pp"].get_group())
-        return gf.analyze(stage, mine, nn.CrossEntropyLoss(), steps=4)
-
-    try:
-        found(nn.Sequential(Picky("raises" if rank == size - 1 else "never"), stages[index]))
-    except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-    return said, time.monotonic() - began, found(stages[index]).losses
 
 
 def raises_first(rank: int, size: int) -> Any:
@@ -381,4 +365,11 @@ def bent(rank: int, size: int) -> Any:
     return record, [key for key in before if before[key] != after[key]]
 
 
-OTHERS = ("bent", "traced", "refused", "runs_out", "summed", "raises_first", "raises_last")
+def counted(rank: int, size: int) -> Any:
+    """What runs of eight steps and of nine have exchanged; the one more is no look."""
+    stages, batches = pieces("plain")
+    stage = staged(rank, size, stages[rank])
+    return [gf.analyze(stage, batches * 2, nn.CrossEntropyLoss(), steps=steps) for steps in (8, 9)]
+
+
+OTHERS = ("counted", "bent", "traced", "refused", "runs_out", "summed", "raises_first", "raises_last")

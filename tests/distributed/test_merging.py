@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradflow.functional import effective_rank
-from gradflow.functional.reverse.ranks import gram_matrix, rank_of
+from gradflow.functional.reverse.ranks import gram_matrix, packed, rank_of, rank_of_packed
 from gradflow.functional.run.together.facts import fingerprint
 from gradflow.functional.run.together.merging import merged
 from gradflow.records import AttentionGradients, ExponentHistogram, KnowledgeRecord, SubnormalRecord
@@ -67,6 +67,8 @@ def test_the_rank_of_a_joined_batch_is_that_of_its_gram_matrices() -> None:
     shares = singular / singular.sum()
     assert rank_of(parts) == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-9)
     assert np.isnan(rank_of(torch.zeros(3, 3)))
+    assert packed(parts).numel() == 15
+    assert rank_of_packed(packed(parts)) == rank_of(parts)
 
 
 def test_of_many_features_random_combinations_tell_the_rank() -> None:

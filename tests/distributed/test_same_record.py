@@ -149,6 +149,12 @@ def test_a_process_without_a_batch_ends_the_run_on_all(world: World) -> None:
     assert all(other == first for other in others)
 
 
+def test_a_pass_that_is_run_again_lets_go_of_the_graph_before(world: World) -> None:
+    for found in world.results("lets_go"):
+        assert len(found) > 3  # the first step is run again
+        assert set(found) == {0}
+
+
 def test_the_reducer_and_its_hook_go_on_as_before(world: World) -> None:
     for same, num_calls, notes in world.results("trains_on"):
         assert same

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import gradflow as gf
+from gradflow.errors import ModelInputError
+from gradflow.functional.processes.shards import _spanned
 from gradflow.functional.updates.curvature import curvature
 from gradflow.records import FlowRecord, Provenance, Reason
 from tests.distributed.pieces import Chain, Whole, pieces
@@ -26,6 +28,7 @@ from tests.distributed.staged import (
     whole,
 )
 from tests.distributed.test_same_record import differences
+from tests.distributed.test_told import same as same_but_counts
 from tests.distributed.worlds import World
 
 ILL = ("CRITICAL", "HIGH", "MEDIUM")
@@ -37,12 +40,20 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, World]:
     found = {}
     for size, wanted in ((2, ON_TWO), (4, ON_FOUR)):
         names = [f"{how} {name}" for how, name in wanted]
-        names += [*(f"piece {kind}" for kind in PIECES), *OTHERS] if size == 2 else ["raises_beside"]
+        names += [*(f"piece {kind}" for kind in PIECES), *OTHERS] if size == 2 else []
         folder = tmp_path_factory.mktemp("stages")
         found[size] = World.started(size, names, folder, "tests.distributed.staged")
     for world in found.values():
         world.joined()
     return found
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Two stages, each on two of four processes."""
+    folder = tmp_path_factory.mktemp("beside")
+    names = ["told_on_one", "raises_beside"]
+    return World.started(4, names, folder, "tests.distributed.staged_beside").joined()
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +103,8 @@ def told(record: FlowRecord) -> dict[str, Any]:
     Whether the whole model sees what it is to predict is not measured of stages.
     """
     sights = [sight for sight in record.parts.sights if not sight.whole]
-    record = attrs.evolve(record, provenance=Provenance(), parts=attrs.evolve(record.parts, sights=sights))
+    parts = attrs.evolve(record.parts, sights=sights)
+    record = attrs.evolve(record, provenance=Provenance(), parts=parts, processes=None)
     found: dict[str, Any] = {}
 
     def put(value: Any, where: str) -> None:
@@ -152,6 +164,13 @@ def test_what_is_not_taken_says_what_to_do(worlds: dict[int, World]) -> None:
         assert "and an optimizer that asks for the loss at other parameters was passed" in said["lbfgs"]
         assert "ScheduleInterleaved1F1B is of a pipeline of 4 stages on 2 processes" in said["several"]
         assert "as ScheduleGPipe and Schedule1F1B run them" in said["several"]
+        assert "cut it into 2, and pass `PipelineStage(part, rank, 2, device)`" in said["several"]
+        assert said["vjp"].endswith("Pass transform='fused', outside of any transform of torch.func.")
+        assert said["step_fn"].endswith("clip=, accumulate= and scheduler=, on every stage.")
+        assert "the model is a stage of a pipeline, and scaler was passed" in said["scaler"]
+        assert "Leave it out: gradients are then those of the loss itself" in said["scaler"]
+        assert said["alone"].endswith("call gradflow on the process of every stage.")
+        assert "or pass one that steps once a batch" in said["lbfgs"]
         assert "model is a PipelineStage" in said["outline"]
 
 
@@ -160,6 +179,22 @@ def test_a_stage_without_a_batch_ends_the_run_on_all(worlds: dict[int, World]) -
     assert first.steps == second.steps == 3
     assert first == second
     assert any("ended after 3 of 5 steps" in note for note in first.provenance.notes)
+
+
+def test_what_stages_send_one_another_is_counted(worlds: dict[int, World]) -> None:
+    records, other = worlds[2].results("counted")
+    assert other == records
+    assert FlowRecord.from_json(records[0].to_json()) == records[0]
+    assert not [i for i in gf.detect(records[0]) if "process" in i.description]
+    eight, nine = (record.processes for record in records)
+    fewer, more = eight.exchanged, nine.exchanged
+    assert more.messages - fewer.messages == 2  # a batch forward, its gradient back
+    assert more.message_bytes - fewer.message_bytes == 2 * 16 * 16 * 8
+    assert fewer.messages >= 16
+    assert fewer.gradients == 0
+    assert 0 < fewer.gathered_bytes < fewer.other_bytes
+    assert eight.ranks == (0,)
+    assert eight.losses.shape == (8, 1)
 
 
 def test_losses_are_added_up_where_the_schedule_does(worlds: dict[int, World]) -> None:
@@ -180,13 +215,52 @@ def test_a_stage_that_raises_ends_the_others(name: str, where: int, worlds: dict
         assert losses.tolist() == results[0][3].tolist()  # the same processes go on
 
 
-def test_one_of_several_that_have_a_stage_ends_all(worlds: dict[int, World]) -> None:
-    *others, (own_said, _, _) = worlds[4].results("raises_beside")
+def test_a_stage_may_be_sharded_and_split(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("twice")
+    world = World.started(8, ["spread_twice"], folder, "tests.distributed.staged_beside").joined()
+    model, batches, loss_fn = whole("heads-sick")
+    expected, verdicts = diagnosed(model, batches[:3], loss_fn, moves=True)
+    first, *others = world.results("spread_twice")
+    wrong = differences(first["record"], expected)
+    assert not wrong, "\n".join(wrong[:40])
+    assert sorted(first["verdicts"]) == sorted(verdicts)
+    assert all(other["record"] == first["record"] for other in others)
+    assert all(result["changed"] == [] for result in (first, *others))
+    expected_words = (
+        "the parameters of the model are spread over 4 processes each (dp: 2, tp: 2), of 8 in all"
+    )
+    assert all(result["said"].startswith(expected_words) for result in (first, *others))
+
+
+def test_meshes_that_nobody_has_put_together_do_not_tell_who_shares_a_stage() -> None:
+    class Mesh:
+        def __init__(self, *ranks: int) -> None:
+            self.mesh = torch.tensor(ranks)
+
+        def size(self) -> int:
+            return self.mesh.numel()
+
+    assert _spanned([Mesh(0, 2), Mesh(3, 1, 0, 2)], 4) == (0, 1, 2, 3)
+    with pytest.raises(ModelInputError, match="meshes that are not of one DeviceMesh"):
+        _spanned([Mesh(0, 2), Mesh(0, 1)], 4)
+
+
+def test_one_of_several_that_have_a_stage_ends_all(beside: World) -> None:
+    *others, (own_said, _, _) = beside.results("raises_beside")
     assert own_said.startswith("ValueError: too large for me")
     for said, seconds, losses in others:
         assert said.startswith("ProcessError: process 3 raised ValueError: too large for me; so the analysis")
         assert seconds < 30
         assert losses.tolist() == others[0][2].tolist()
+
+
+def test_one_process_of_one_stage_has_the_record_of_all(beside: World) -> None:
+    results = beside.results("told_on_one")
+    everywhere, record = results[1]
+    assert same_but_counts(record, everywhere)
+    assert len(record.updates.curves) == 2
+    assert any("flow on every edge was measured at step 3" in note for note in record.provenance.notes)
+    assert [told for _, told in (results[0], *results[2:])] == [None] * 3
 
 
 def test_a_stage_that_is_killed_ends_the_others(tmp_path_factory: pytest.TempPathFactory) -> None:

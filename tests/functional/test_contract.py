@@ -24,7 +24,8 @@ from tests.functional.snapshots import content, difference, process, snapshot
 # Names whose code runs none of the user's: records, judgements on records, numbers of tensors, names.
 WITHOUT = {
     *("Cause", "FlowRecord", "GradflowError", "GradientIssue", "GradientScale", "Issue", "IssueSeverity"),
-    *("IssueType", "Report", "__version__", "action_entropy", "all_of", "bottleneck", "dead", "detect"),
+    *("IssueType", "OnRank", "Report", "__version__", "action_entropy", "all_of", "bottleneck", "dead"),
+    *("detect",),
     *("default_detectors", "exploding", "find_causes", "gradient_scale", "numerical", "only", "remap"),
     *("saturation", "unstable", "vanishing", "without", "ActionStatistics", "Cell", "Gain", "GradientNoise"),
     *("HeadGradients", "HeadStatistics", "LayerFunction", "LayerNoise", "Level", "Spectrum", "VectorField"),

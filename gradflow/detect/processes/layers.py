@@ -74,7 +74,7 @@ def unfed_experts(chance: float = 1e-6) -> Callable[[FlowRecord], Iterable[Issue
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
-        if record.processes is None:
+        if record.processes is None or len(record.processes.ranks) < 2:
             return
         mixtures: dict[str, dict[str, float]] = {}
         for layer in record.layers:

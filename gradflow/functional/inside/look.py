@@ -21,6 +21,7 @@ from gradflow.functional.parts.chance import chance
 from gradflow.functional.parts.measurement import parts
 from gradflow.functional.processes.group import processes_of
 from gradflow.functional.processes.line import Line
+from gradflow.functional.processes.shards import is_distributed
 from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.history import History, series
 from gradflow.functional.run.program import Given, Program, WorkingState
@@ -184,6 +185,12 @@ def check_open(model: nn.Module) -> None:
     Raises:
         ModelInputError: if it is.
     """
+    if spread := [name for name, p in model.named_parameters() if is_distributed(p)]:
+        raise ModelInputError(
+            f"{spread[0]!r} is spread over processes, and passes in which these gather or compute with parts "
+            "of it are not listened to. Look beside them, on every process: `report = monitor(batch)`, of a "
+            "monitor with processes='auto'."
+        )
     check_model(model)
     if transforms():
         raise ModelInputError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,6 +16,31 @@ def is_broken_line(error: BaseException) -> bool:
         return True
     words = ("closed by peer", "Timed out", "timed out", "gloo", "NCCL", "Broken pipe", "reset by peer")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def falls_silent(
+    store: Any, rank: int, other: int, stop: threading.Event, *, silence: float, beat: float
+) -> bool:
+    """Give signs of life and watch those of another process; return whether these have stayed away.
+
+    Args:
+        store: of the analysis, which both write to.
+        rank: of this process among those of the analysis.
+        other: of the one that is watched.
+        stop: set when the analysis is over.
+        silence: seconds without a sign after which a process is taken for dead.
+        beat: seconds between two signs.
+    """
+    last, since = 0, time.monotonic()
+    while not stop.is_set():
+        store.add(f"life/{rank}", 1)
+        now = store.add(f"life/{other}", 0)
+        if now != last or not now:
+            last, since = now, time.monotonic()
+        elif time.monotonic() - since > silence and not store.check(["over"]):
+            return True
+        stop.wait(beat)
+    return False
 
 
 def gone(rank: int, silence: float) -> str:

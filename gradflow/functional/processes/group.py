@@ -12,7 +12,8 @@ the mean of theirs, like that of a parameter.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import datetime
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -23,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradflow.errors import ModelInputError
 
 Ranks = tuple[int, ...]
+_PATIENCE = datetime.timedelta(seconds=60)  # in which all must have asked for a group
 
 
 @attrs.frozen(eq=False)
@@ -104,6 +106,95 @@ class Processes:
             split: those along which the model splits the output; see `shards.split_of`.
         """
         return (*self.batch_axes, *(axis for axis in self.model_axes if axis.ranks in split))
+
+
+def _checked_rank(told: OnRank, field: attrs.Attribute[int], value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ModelInputError(
+            f"OnRank takes the rank of a process, a whole number from 0 on, got {value!r:.100}: "
+            "`processes=gradflow.OnRank(0)`."
+        )
+
+
+def _several(told: OnRank, field: attrs.Attribute[Any], value: Any) -> None:
+    if isinstance(value, OnRank) or (isinstance(value, str) and value == "alone"):
+        raise ModelInputError(
+            f"OnRank says which of several processes has what they show together, and was given {value!r}. "
+            "Pass 'auto' or a process group; what a process measures alone, it has itself."
+        )
+
+
+@attrs.frozen
+class OnRank:
+    """One process that is to have what several show together: may be passed as `processes`.
+
+    All of them call and take part, as without it. That one gets the record or the report, the others get
+    None: they send their part of the record to it alone, and neither join the parts nor judge.
+
+    Args:
+        rank: of that process, as `torch.distributed.get_rank()` has it.
+        processes: which take part: `auto` or a process group, as they may be passed without it.
+
+    Raises:
+        ModelInputError: if `rank` is none, or `processes` is `alone`.
+
+    >>> OnRank(0)
+    OnRank(rank=0, processes='auto')
+    """
+
+    rank: int = attrs.field(default=0, validator=_checked_rank)
+    processes: Any = attrs.field(default="auto", validator=_several)
+
+
+_MADE: dict[Ranks, tuple[Any, Any]] = {}  # groups of our own, each with the default group of its time
+
+
+def group_of(ranks: Ranks) -> Any:
+    """Return a process group of some ranks, made once; each of them must ask for it, and no other."""
+    default, made = _MADE.get(ranks, (None, None))
+    if default is not dist.group.WORLD:
+        made = dist.new_group(list(ranks), timeout=_PATIENCE, use_local_synchronization=True)
+        _MADE[ranks] = dist.group.WORLD, made
+    return made
+
+
+def is_told(asked: Any) -> bool:
+    """Whether this process is to have what an analysis shows.
+
+    Args:
+        asked: what was passed as `processes`.
+    """
+    return not isinstance(asked, OnRank) or asked.rank == _own_rank()
+
+
+def check_told(asked: Any, processes: Processes) -> None:
+    """Raise if the one process that is to have what an analysis shows takes no part in it.
+
+    Args:
+        asked: what was passed as `processes`.
+        processes: that take part.
+
+    Raises:
+        ModelInputError: if it does not.
+    """
+    if not isinstance(asked, OnRank):
+        return
+    alone = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    ranks: Sequence[int] = () if alone else (0,)
+    if processes.axes:
+        ranks = dist.get_process_group_ranks(processes.group)
+    if asked.rank in ranks:
+        return
+    raise ModelInputError(
+        f"process {asked.rank} is to have the report, and takes no part in the analysis, which runs on "
+        + (f"{', '.join(map(str, ranks))}." if ranks else "each process by itself.")
+        + f" Pass the processes that do, as in `processes=gradflow.OnRank({asked.rank}, "
+        "torch.distributed.group.WORLD)`."
+    )
+
+
+def _own_rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def processes_of(model: nn.Module, asked: Any = "auto") -> Processes:

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from gradflow.errors import ProcessError
-from gradflow.functional.processes.failing import gone, is_broken_line, some
+from gradflow.functional.processes.failing import falls_silent, gone, is_broken_line, some
 from gradflow.functional.processes.group import Axis, Processes
 from gradflow.functional.processes.packing import Counts, buckets, device_of
 from gradflow.functional.torch_private import default_store, set_timeout, timeout_of
@@ -182,17 +182,9 @@ class Line:
         root = PrefixStore(f"gradflow/{names}", base)
         store = PrefixStore(f"{self._epoch}", root)
         other = (self.rank + 1) % self.size
-        last, since = 0, time.monotonic()
         with contextlib.suppress(RuntimeError):  # the store itself is gone: whoever waits will see that
-            while not stop.is_set():
-                store.add(f"life/{self.rank}", 1)
-                now = store.add(f"life/{other}", 0)
-                if now != last or not now:
-                    last, since = now, time.monotonic()
-                elif time.monotonic() - since > SILENCE and not store.check(["over"]):
-                    self._fail(f"\n{gone(self.ranks[other], SILENCE)}", root, store)
-                    return
-                stop.wait(BEAT)
+            if falls_silent(store, self.rank, other, stop, silence=SILENCE, beat=BEAT):
+                self._fail(f"\n{gone(self.ranks[other], SILENCE)}", root, store)
 
     # --------------------------------------------------------------------------------- exchanges
 
@@ -346,14 +338,23 @@ class Line:
         self.counts.note(flat.numel() * 8)
         return flat.cpu().numpy()
 
-    def gathered(self, value: Any) -> list[Any]:
-        """Return what every process has given, in the order of their ranks."""
+    def gathered(self, value: Any, to: int | None = None) -> list[Any]:
+        """Return what every process has given, in the order of their ranks.
+
+        Args:
+            value: what this one gives.
+            to: the rank of the only process that gets it, the others get an empty list; None for all.
+        """
         if self.alone:
             return [value]
-        found: list[Any] = [None] * self.size
-        self._together(lambda: dist.all_gather_object(found, value, group=self.processes.group))
-        longest = max(len(pickle.dumps(other)) for other in found)  # to which all are padded
-        self.counts.note(longest, gathered=True)
+        group, mine = self.processes.group, to in (None, dist.get_rank())
+        found: list[Any] = [None] * (self.size if mine else 0)
+        if to is None:
+            self._together(lambda: dist.all_gather_object(found, value, group=group))
+        else:
+            self._together(lambda: dist.gather_object(value, found if mine else None, to, group))
+        longest = max(len(pickle.dumps(other)) for other in found or [value])  # to which all are padded
+        self.counts.note(longest, gathered=to is None)
         return found
 
     def agreed(self, value: Any) -> list[Any] | None:

@@ -23,6 +23,8 @@ class Counts:
         num_bytes: that this process has put into the others.
         gradient_bytes: that it has put into those of gradients.
         gathered_bytes: of `num_bytes`, those that every process gets from every other.
+        messages: to another process alone, those without a tensor left out.
+        message_bytes: of their tensors.
     """
 
     gradients: int = 0
@@ -30,6 +32,13 @@ class Counts:
     num_bytes: int = 0
     gradient_bytes: int = 0
     gathered_bytes: int = 0
+    messages: int = 0
+    message_bytes: int = 0
+
+    def sent(self, num_bytes: int) -> None:
+        """Count a message."""
+        self.messages += 1
+        self.message_bytes += num_bytes
 
     def note(self, num_bytes: int, *, gradients: bool = False, gathered: bool = False) -> None:
         """Count an exchange into which this process puts so many bytes."""

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradflow.errors import ModelInputError
-from gradflow.functional.processes.group import Axis, Processes, Ranks
+from gradflow.functional.processes.group import Axis, Processes, Ranks, group_of, processes_of
 from gradflow.functional.processes.line import Line
 from gradflow.functional.torch_private import preserved_writes
 from gradflow.functional.torch_sharded import ShardedGroup, place_of, replicated, sharded_groups
@@ -261,7 +261,26 @@ class Shards:
         return [bool(flag) for flag in self.largest(line, flags)]
 
 
-def processes_over(shards: Shards, asked: Any) -> Processes | None:
+def processes_with(asked: Any, *models: nn.Module, stages: int = 1) -> Processes:
+    """Return the processes that have the same model; none but this one, where there are no axes.
+
+    Args:
+        asked: which, as `processes_of` and `processes_over` take it.
+        models: the model, and the module that is the loss, if it is one.
+        stages: of how many stages of a pipeline the model is one.
+    """
+    return processes_over(Shards.of(*models), asked, stages) or processes_of(models[0], asked)
+
+
+def is_first(asked: Any, model: nn.Module) -> bool:
+    """Whether this process is the first of those that have the same model."""
+    if isinstance(asked, str) and asked == "alone":
+        return True
+    processes = processes_with(asked, model)
+    return not processes.axes or dist.get_rank(processes.group) == 0
+
+
+def processes_over(shards: Shards, asked: Any, stages: int = 1) -> Processes | None:
     """Return the processes over which parameters are spread; None if none are.
 
     Those that gather a module's parameters split the batch, those that compute with parts of them do not.
@@ -269,6 +288,7 @@ def processes_over(shards: Shards, asked: Any) -> Processes | None:
     Args:
         shards: the model's.
         asked: `auto`, or a process group that splits the batch, if the meshes do not; see `processes_of`.
+        stages: of how many stages of a pipeline the model is one.
 
     Raises:
         ModelInputError: if this process is asked for alone, or the meshes do not span all processes.
@@ -278,7 +298,7 @@ def processes_over(shards: Shards, asked: Any) -> Processes | None:
     if asked == "alone" and any(p.device_mesh.size() > 1 for p in shards.spread.values()):  # type: ignore[attr-defined]
         raise ModelInputError(
             f"processes='alone', but {next(iter(shards.spread))!r} is spread over processes, and no process "
-            "has a model of its own. Leave `processes` out, and call gradflow on every process, each with "
+            "has a model of its own. Pass processes='auto', and call gradflow on every process, each with "
             "its own part of the batch, as training is."
         )
     axes: dict[Ranks, Axis] = {}
@@ -297,15 +317,35 @@ def processes_over(shards: Shards, asked: Any) -> Processes | None:
     if not ordered:  # of one process each
         return Processes()
     number = math.prod(axis.size for axis in ordered)
-    if len(ordered) > 1 and number != dist.get_world_size():
+    if len(ordered) > 1 and number * stages != dist.get_world_size():
+        of = f"the {stages} stages" if stages > 1 else "the model"
         raise ModelInputError(
-            f"the parameters are spread over {number} processes ({_sizes(ordered)}), of "
+            f"the parameters of {of} are spread over {number} processes each ({_sizes(ordered)}), of "
             f"{dist.get_world_size()} in all. Pass processes=GROUP, the process group over which the batch "
             "is split beside, so that the axes span all processes."
         )
     names = {name: frozenset(split_of(p.device_mesh, p.placements)) for name, p in shards.spread.items()}  # type: ignore[attr-defined]
-    group = ordered[0].group if len(ordered) == 1 else dist.group.WORLD
+    if len(ordered) == 1:
+        group = ordered[0].group
+    else:
+        group = dist.group.WORLD if stages == 1 else group_of(_spanned([m for m, _ in found], number))
     return Processes(ordered, group, names, frozenset(shards.gathered))
+
+
+def _spanned(meshes: Sequence[Any], number: int) -> Ranks:
+    """Return the ranks of the processes that have the same stage of a pipeline, which one mesh spans.
+
+    Raises:
+        ModelInputError: if none does.
+    """
+    ranks = next((tuple(sorted(m.mesh.flatten().tolist())) for m in meshes if m.size() == number), None)
+    if ranks is None:
+        raise ModelInputError(
+            "a stage of a pipeline is sharded and split over meshes that are not of one DeviceMesh, so it is "
+            "not known which processes share it. Make one, as in `init_device_mesh(device, (2, 2, 2), "
+            "mesh_dim_names=('pp', 'dp', 'tp'))`, and take its dimensions: `mesh['pp']`, `mesh['dp']`."
+        )
+    return ranks
 
 
 def _sizes(axes: Sequence[Axis]) -> str:

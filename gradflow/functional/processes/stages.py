@@ -11,16 +11,12 @@ over the microbatches of a schedule is that over the batch.
 A pass has the same course on all stages: one message forward and one back between each two, whatever comes of
 it. A stage that must run its pass again (a probe did not fit) sends that there is nothing, and at the end of
 a pass all learn whether any of them has to. So no stage is a pass ahead of another.
-
-A message is announced through the store, and its tensors are sent when both sides are ready: a stage may
-compute as long as it likes, and one that fails is known to those who wait for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,14 +29,13 @@ from torch import Tensor, nn
 from gradflow.errors import ModelInputError
 from gradflow.functional.processes.group import Axis, Processes
 from gradflow.functional.processes.line import Line
-from gradflow.functional.processes.packing import device_of
+from gradflow.functional.processes.messages import Message, Messages
 from gradflow.functional.torch_pipelining import Stage, stages_of
 
 _OR_WHOLE = (
     "Or pass the whole model, as it was before it was split into stages, with a batch that one process can "
     "hold."
 )
-Message = tuple[list[Tensor], Any]
 
 
 class PassVoid(Exception):
@@ -74,7 +69,7 @@ class Stages:
     _loss: float = 0.0  # of the pass, once the next stage has told it
     _last: Tensor | None = None  # the loss, of the last stage
     _cotangents: list[Tensor | None] | None = None  # what the next one has handed back
-    _sent: dict[str, int] = attrs.field(factory=dict)  # number of messages by where they go
+    _messages: Messages = attrs.field(factory=Messages)
 
     @classmethod
     def of(cls, model: Any) -> Stages:
@@ -89,7 +84,9 @@ class Stages:
             raise ModelInputError(
                 f"the {type(model).__name__} is of a pipeline of {found[0].number} stages on {processes} "
                 "processes, so that a process has several of them, with others in between. One stage a "
-                f"process is taken, as ScheduleGPipe and Schedule1F1B run them. {_OR_WHOLE}"
+                "process is taken, as ScheduleGPipe and Schedule1F1B run them. The record is that of the "
+                f"whole model, however it is cut: for the analysis cut it into {processes}, and pass "
+                f"`PipelineStage(part, rank, {processes}, device)` on every process. {_OR_WHOLE}"
             )
         if found and not found[0].is_chain:
             raise ModelInputError(
@@ -115,10 +112,11 @@ class Stages:
             raise ModelInputError(
                 f"the {self.stage.number} stages and the processes that share a stage make {number} of the "
                 f"{dist.get_world_size()} processes. Lay the stages out along one dimension of a DeviceMesh, "
-                "and what shares a stage along the other."
+                "and what shares a stage along the others."
             )
         group = dist.group.WORLD if beside.axes else self.stage.group
         self.line = Line(Processes((self.axis,), group))
+        self._messages = Messages(self.line, self.stage.group)
 
     def meet(self, held: Mapping[str, str]) -> bool:
         """Tell the other stages what this one has, and return whether their layers have the same names.
@@ -293,49 +291,20 @@ class Stages:
 
     def send(self, where: int, tensors: Sequence[Tensor] | None, more: Any = None) -> None:
         """Send something to the next stage (1) or the one before (−1); None says that there is nothing."""
-        to, key = self._other(where), self._key(where, out=True)
-        if tensors is None:
-            self.line.post(key, pickle.dumps(None))
-            return
-        dense = [t.to_dense() if t.layout is not torch.strided else t for t in tensors]
-        dense = [tensor.to(device_of(self._group)) for tensor in dense]  # gloo exchanges what is on the CPU
-        self.line.post(key, pickle.dumps(([(tuple(t.shape), t.dtype) for t in dense], more)))
-        if dense:
-            self.line.fetch(f"{key}/ready")
-        for tensor in dense:
-            whole = tensor.contiguous()
-            self.line.moved(lambda whole=whole: dist.send(whole, to, group=self._group))
+        self._messages.send(self._place(where), tensors, more)
 
     def receive(self, where: int) -> Message | None:
         """Return what the next stage (1) or the one before (−1) has sent; None where there is nothing."""
-        source, key = self._other(where), self._key(where, out=False)
-        found = pickle.loads(self.line.fetch(key))
+        assert self.stage is not None
+        found = self._messages.receive(self._place(where))
         if found is None:
             return None
-        forms, more = found
-        if forms:
-            self.line.post(f"{key}/ready")
-        device = device_of(self._group)
-        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in forms]
-        for tensor in tensors:
-            self.line.moved(lambda tensor=tensor: dist.recv(tensor, source, group=self._group))
-        own = next(self.stage.module.parameters(), torch.empty(0)).device if self.stage else device
-        return [tensor.to(own) for tensor in tensors], more
+        own = next((p.device for p in self.stage.module.parameters()), None)
+        return [tensor if own is None else tensor.to(own) for tensor in found[0]], found[1]
 
-    @property
-    def _group(self) -> Any:
-        assert self.stage is not None
-        return self.stage.group
-
-    def _other(self, where: int) -> int:
+    def _place(self, where: int) -> int:
         assert self.stage is not None
         return self.stage.ranks[self.stage.index + where]
-
-    def _key(self, where: int, *, out: bool) -> str:
-        own, other = dist.get_rank(), self._other(where)
-        way = f"{own}-{other}" if out else f"{other}-{own}"
-        self._sent[way] = self._sent.get(way, -1) + 1
-        return f"{way}/{self._sent[way]}"
 
     # --------------------------------------------------------------------- beside the passes
 

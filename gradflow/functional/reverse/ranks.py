@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,8 +57,27 @@ def gram_matrix(gradient: Tensor, layer_type: str, most: int = 256) -> Tensor:
     return matrix.mH @ matrix
 
 
+def packed(gram: Tensor) -> Tensor:
+    """Return the lower triangle of a Gram matrix as a vector, which is half of it and tells all.
+
+    >>> packed(torch.tensor([[1.0, 2.0], [2.0, 5.0]]))
+    tensor([1., 2., 5.])
+    """
+    rows, columns = torch.tril_indices(*gram.shape)
+    return gram[rows, columns]
+
+
+def rank_of_packed(triangle: Tensor) -> float:
+    """Return the effective rank of a matrix by its packed Gram matrix; see `packed`."""
+    size = math.isqrt(2 * triangle.numel())
+    gram = triangle.new_zeros(size, size)
+    rows, columns = torch.tril_indices(size, size)
+    gram[rows, columns] = triangle
+    return rank_of(gram)
+
+
 def rank_of(gram: Tensor) -> float:
-    """Return the effective rank of a matrix by its Gram matrix; see `effective_rank`."""
+    """Return the effective rank of a matrix by its Gram matrix, of which the lower triangle is read."""
     top = gram.abs().max()
     if not torch.isfinite(top) or top == 0:
         return float("nan")

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.reverse.autograd_graph import Structure, stands
-from gradflow.functional.reverse.ranks import effective_rank, gram_matrix
+from gradflow.functional.reverse.ranks import effective_rank, gram_matrix, packed
 from gradflow.functional.tap.nodes import Node, Position, feeds, is_leaf, of_parameters, topological
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.sums import as_norm, magnitude
@@ -307,7 +307,7 @@ class _Walk:
             if self.kept is None or gradient.dim() < 2:
                 self.flows.ranks[group] = effective_rank(gradient, kind)
             else:
-                self.flows.grams[group] = gram_matrix(gradient, kind)
+                self.flows.grams[group] = packed(gram_matrix(gradient, kind))
 
     def _is_probed(self, group: str) -> bool:
         call = self.structure.groups[group].call

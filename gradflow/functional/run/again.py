@@ -147,7 +147,7 @@ def deepened(run: Run, request: Request, record: FlowRecord) -> FlowRecord:
         shared = averaged(run, run_step(program, deeply))
     graph = run.graph.record_of(step, shared.outcome)
     if not run.line.alone:
-        graph = joined_graph(run, run.line.gathered(graph))
+        graph = joined_graph(run, run.line.gathered(graph, run.speaker))
     graph = graph_over_stages(run, graph)
     if graph is None:
         return record

@@ -118,7 +118,8 @@ def run_plan(
     record = over_stages(run, joined(run, assembled(run, known), told))
     if request is None:
         return record
-    if plan.deepen is not None and plan.detail == "cheap" and plan.deepen(record):
+    deepens = plan.deepen
+    if deepens is not None and plan.detail == "cheap" and run.decides(lambda: deepens(record)):
         record = deepened(run, request, record)
     if first is None or stepper is None or make_stepper is None or not _asks_for_curves(run, record):
         return record
@@ -128,7 +129,8 @@ def run_plan(
 def _asks_for_curves(run: Run, record: FlowRecord) -> bool:
     """Whether to measure how the loss bends along an update: a session asks for it, or what was seen does."""
     asked = run.stages.any(any(session.wants_curvature() for session in run.sessions))
-    return asked or (run.plan.bend is not None and run.plan.bend(record))
+    bends = run.plan.bend
+    return asked or (bends is not None and run.decides(lambda: bends(record)))
 
 
 def _request(run: Run, step: int, batch: Any, stepper: Stepper | None) -> Request:
@@ -209,8 +211,16 @@ def _shown_whole(run: Run, request: Request) -> tuple[Outcome, DataFlow]:
     program.taps.keep_whole(whole, run.wholes.groups)
     if not run.stages.any(bool(whole) or (request.full and bool(run.wholes.groups))):
         return shown, dataflow
+    shown = _let_go(shown, dataflow)
     request.before.restore(program)
     return structural_step(program, request)
+
+
+def _let_go(outcome: Outcome, dataflow: DataFlow) -> None:
+    """Let go of a step that is run again, which would hold its activations beside those of the next."""
+    if outcome.structure is not None:
+        outcome.structure.release()
+    dataflow.release()
 
 
 def structural_step(program: Program, request: Request) -> tuple[Outcome, DataFlow]:
@@ -229,6 +239,7 @@ def structural_step(program: Program, request: Request) -> tuple[Outcome, DataFl
         new = set() if outcome.structure is None else entered(outcome.structure) - program.taps.entered
         if not stages.any(bool(promoted) or (bool(new) and not program.learned.reentrant)):
             return outcome, dataflow
+        outcome = _let_go(outcome, dataflow)
         program.taps.promote(promoted)
         program.taps.gather_whole(new)
         request.before.restore(program)

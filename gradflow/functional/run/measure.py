@@ -17,10 +17,10 @@ from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
 from gradflow.functional.model.supported import check_supported, distributed
 from gradflow.functional.model.threads import exclusive, uncompiled
-from gradflow.functional.processes.group import Processes, processes_of
+from gradflow.functional.processes.group import Processes, check_told
 from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.prefixed import Prefixed
-from gradflow.functional.processes.shards import Shards, processes_over
+from gradflow.functional.processes.shards import Shards, processes_with
 from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
@@ -64,23 +64,27 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     if stages.alone:
         return _on_processes(given, draw, plan)
     _check_stage(plan)
-    stages.connect(_processes(given, Shards.of(*given.modules), plan))
+    stages.connect(_processes(given, plan))
+    check_told(plan.processes, stages.line.processes)
     with stages.line.opened():
         if stages.meet(_held_by(given.model)):
             given = attrs.evolve(given, model=Prefixed(f"stage{stages.index}", given.model))
         return _on_processes(given, draw, plan)
 
 
-def _processes(given: Given, shards: Shards, plan: Plan) -> Processes:
+def _processes(given: Given, plan: Plan) -> Processes:
     """Return the processes that have the same model, or stage of one."""
-    return processes_over(shards, plan.processes) or processes_of(given.model, plan.processes)
+    stage = given.stages.stage
+    return processes_with(plan.among, *given.modules, stages=1 if stage is None else stage.number)
 
 
 def _on_processes(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     """Run the plan on all processes that have the same model."""
     model, stages = given.model, given.stages
     shards = Shards.of(*given.modules)
-    line = Line(_processes(given, shards, plan), stages.line)
+    line = Line(_processes(given, plan), stages.line)
+    if stages.alone:
+        check_told(plan.processes, line.processes)
     facts = Facts(reducer=reducer_of(model))
     transform = _choose_transform(plan.transform)
     if shards and transform[0] == "vjp":
@@ -178,14 +182,25 @@ def _check_stage(plan: Plan) -> None:
         "transform='vjp'": _choose_transform(plan.transform)[0] == "vjp",
         "step_fn": plan.loop.step_fn is not None,
         "scaler": plan.loop.scaler is not None,
-        "processes='alone'": plan.processes == "alone",
+        "processes='alone'": plan.among == "alone",
         "an optimizer that asks for the loss at other parameters": any(map(asks_again, plan.loop.optimizers)),
     }
     for what in (name for name, given in asked.items() if given):
         raise ModelInputError(
             f"the model is a stage of a pipeline, and {what} was passed, which is for a model that a process "
-            "has all of. Leave it out."
+            f"has all of. {_INSTEAD[what.partition('=')[0]]}"
         )
+
+
+_INSTEAD = {
+    "transform": "Pass transform='fused', outside of any transform of torch.func.",
+    "step_fn": "Say what the step does by optimizer=, clip=, accumulate= and scheduler=, on every stage.",
+    "scaler": "Leave it out: gradients are then those of the loss itself, which a scaler's are told as too. "
+    "Whether they overflow under a scale, one process with the whole model tells.",
+    "processes": "Leave it out, and call gradflow on the process of every stage.",
+    "an optimizer that asks for the loss at other parameters": "Leave it out, which holds the parameters "
+    "fixed, or pass one that steps once a batch, such as `torch.optim.SGD`.",
+}
 
 
 class _Both(nn.Module):

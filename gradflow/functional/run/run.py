@@ -12,6 +12,7 @@ from gradflow.errors import ModelInputError
 from gradflow.functional.extras import check_names
 from gradflow.functional.measurement import Measurement, Session
 from gradflow.functional.model.purity import checked_seed
+from gradflow.functional.processes.group import OnRank, is_told
 from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.stages import Stages
 from gradflow.functional.reach.findings import ReachFindings
@@ -104,6 +105,16 @@ class Plan:
     closely: bool = True
     processes: Any = "alone"
 
+    @property
+    def among(self) -> Any:
+        """Which processes take part: `auto`, `alone` or a process group."""
+        return self.processes.processes if isinstance(self.processes, OnRank) else self.processes
+
+    @property
+    def teller(self) -> int | None:
+        """The rank of the one process that is to have the record; None where all are."""
+        return self.processes.rank if isinstance(self.processes, OnRank) else None
+
     def is_look(self, step: int) -> bool:
         """Whether the costlier statistics are taken at a step: the first, each power of four, the last."""
         return self.is_end(step) or (step & (step - 1) == 0 and step % 3 == 1)
@@ -190,3 +201,19 @@ class Run:
     def everyone(self) -> Line:
         """The line to all processes of the run, those that have other stages included."""
         return self.line if self.stages.alone else self.stages.line
+
+    @property
+    def speaker(self) -> int | None:
+        """The rank of the process that joins the parts of those which have the same model; None for all.
+
+        Of a stage it is the first of them, which speaks for the stage.
+        """
+        if self.plan.teller is None or self.line.alone:
+            return None
+        return self.plan.teller if self.stages.alone else self.line.ranks[0]
+
+    def decides(self, question: Callable[[], bool]) -> bool:
+        """Return the answer to a question that is asked of the record, the same on all processes."""
+        if self.plan.teller is None:
+            return question()
+        return self.everyone.any(is_told(self.plan.processes) and question())

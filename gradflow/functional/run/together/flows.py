@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradflow.functional.processes.line import Line
 from gradflow.functional.reverse.autograd_graph import Structure
-from gradflow.functional.reverse.ranks import effective_rank, rank_of
+from gradflow.functional.reverse.ranks import effective_rank, rank_of_packed
 from gradflow.functional.reverse.reverse import Flows
 from gradflow.functional.tap.sums import as_norm, magnitude
 
@@ -33,8 +33,8 @@ def combined_flows(line: Line, flows: Flows | None, structure: Structure | None)
     kept = {key: parts for key, parts in flows.kept.items() if key[0] != "probe"}
     shapes = [(*key, [tuple(part.shape) for part in parts]) for key, parts in kept.items()]
     shapes += [("gram", name, tuple(gram.shape)) for name, gram in flows.grams.items()]
-    mine = {name: rank_of(gram) for name, gram in flows.grams.items()}
     if line.agreed(shapes) is not None:  # processes that have run other layers: each keeps its own
+        mine = {name: rank_of_packed(gram) for name, gram in flows.grams.items()}
         return attrs.evolve(flows, ranks={**flows.ranks, **mine}, grams={}, kept={})
     found = [*(part for parts in kept.values() for part in parts), *flows.grams.values()]
     for axis in line.processes.batch_axes:
@@ -53,7 +53,7 @@ def combined_flows(line: Line, flows: Flows | None, structure: Structure | None)
     for name in flows.grams:
         gram, call = next(means), structure.groups[name].call
         # Of features that are split over processes, each has a matrix of its own.
-        ranks.setdefault(name, math.nan if call is not None and call.split else rank_of(gram))
+        ranks.setdefault(name, math.nan if call is not None and call.split else rank_of_packed(gram))
     return attrs.evolve(flows, edges=edges, groups=groups, ranks=ranks, grams={}, kept={})
 
 

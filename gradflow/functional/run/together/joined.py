@@ -10,12 +10,11 @@ import attrs
 import numpy as np
 
 from gradflow.functional.processes.group import Ranks
-from gradflow.functional.processes.line import Line
 from gradflow.functional.run.run import Run
+from gradflow.functional.run.together.exchanged import exchanged
 from gradflow.functional.run.together.merging import merged
 from gradflow.records import (
     EdgeRecord,
-    ExchangeRecord,
     FlowRecord,
     GraphRecord,
     NodeRecord,
@@ -31,7 +30,8 @@ _MERGED = (
 def joined(run: Run, record: FlowRecord, processes: ProcessesRecord | None) -> FlowRecord:
     """Return the record of all processes of a run, of those that each of them has.
 
-    What `numbers.combine` has combined is the same in all of them.
+    What `numbers.combine` has combined is the same in all of them. Where one process alone joins them, the
+    others have their own.
 
     Args:
         run: the run.
@@ -45,7 +45,9 @@ def joined(run: Run, record: FlowRecord, processes: ProcessesRecord | None) -> F
     alike = record.graph_record is None or not record.graph_record.measured
     if not run.line.any(not alike) and run.line.agreed(record.graph_record) is None:
         told = attrs.evolve(told, graph_record=None)  # all have the same, and no flows
-    every: list[FlowRecord] = run.line.gathered(told)
+    every: list[FlowRecord] = run.line.gathered(told, run.speaker)
+    if not every:
+        return record
     if any(r.graph_record is not None for r in every):
         graphs = [r.graph_record for r in every]
     fields: dict[str, Any] = {name: merged([getattr(r, name) for r in every]) for name in _MERGED}
@@ -59,18 +61,7 @@ def joined(run: Run, record: FlowRecord, processes: ProcessesRecord | None) -> F
         graph_record=joined_graph(run, graphs),
         reach=every[0].reach,
         provenance=_provenance(every),
-        processes=None if processes is None else attrs.evolve(processes, exchanged=_exchanged(run.line)),
-    )
-
-
-def _exchanged(line: Line) -> ExchangeRecord:
-    counts = line.counts
-    return ExchangeRecord(
-        gradients=counts.gradients,
-        gradient_bytes=counts.gradient_bytes,
-        others=counts.others,
-        other_bytes=counts.num_bytes,
-        gathered_bytes=counts.gathered_bytes,
+        processes=None if processes is None else attrs.evolve(processes, exchanged=exchanged(run.line)),
     )
 
 

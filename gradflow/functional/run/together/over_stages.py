@@ -21,15 +21,16 @@ from gradflow.functional.processes.stages import ENTRY
 from gradflow.functional.reach.reasons import unmarked
 from gradflow.functional.run.graph.record import GOES_ON, LEADS_NOWHERE, NEEDS_NONE, NOT_NEEDED
 from gradflow.functional.run.run import Run
+from gradflow.functional.run.together.exchanged import exchanged, processes_of_stages
 from gradflow.records import (
     EdgeRecord,
+    ExchangeRecord,
     FlowRecord,
     GraphRecord,
     LayerRecord,
     NodeRecord,
     NumericalRecord,
     PartsRecord,
-    ProcessesRecord,
     Provenance,
     ReachAccount,
     ReachRecord,
@@ -50,10 +51,12 @@ class _Part:
     Args:
         record: of the stage.
         handed: by number of an output, the node that made it; "" where none is known.
+        exchanged: with the other stages.
     """
 
     record: FlowRecord
     handed: tuple[str, ...]
+    exchanged: ExchangeRecord
 
 
 def over_stages(run: Run, record: FlowRecord) -> FlowRecord:
@@ -65,16 +68,18 @@ def over_stages(run: Run, record: FlowRecord) -> FlowRecord:
     """
     if run.stages.alone:
         return record
-    parts = _of_stages(run, _Part(record, _handed(run)))
+    parts = _of_stages(run, _Part(record, _handed(run), exchanged(run.stages.line)))
+    if not parts:  # another process has the record
+        return record
     graphs, names = _joined_graph([p.record.graph_record for p in parts], [p.handed for p in parts])
     feeders = _Feeders.of(graphs)
+    counts = [part.exchanged for part in parts]
     records = [
         _fed(part.record, [feeders.layer(of.get(_entry(i), "")) for i in range(len(before))])
         for part, of, before in zip(parts, names, [(), *(p.handed for p in parts)], strict=False)
     ]
-    first, last = records[0], records[-1]
     return attrs.evolve(
-        last,
+        records[-1],
         layers=_layers(records),
         parameters=_all(records, "parameters"),
         activations=_all(records, "activations"),
@@ -91,7 +96,7 @@ def over_stages(run: Run, record: FlowRecord) -> FlowRecord:
         extras={key: value for r in records for key, value in r.extras.items()},
         updates=_updates([r.updates for r in records if r.updates is not None]),
         precision=_precision([r.precision for r in records if r.precision is not None]),
-        processes=_processes([r.processes for r in records if r.processes is not None], first),
+        processes=processes_of_stages(run, records, counts),
     )
 
 
@@ -100,13 +105,15 @@ def graph_over_stages(run: Run, graph: GraphRecord | None) -> GraphRecord | None
     if run.stages.alone:
         return graph
     parts = _of_stages(run, (graph, _handed(run)))
+    if not parts:
+        return graph
     return _joined_graph([own for own, _ in parts], [handed for _, handed in parts])[0]
 
 
 def _of_stages(run: Run, mine: Any) -> list[Any]:
     """Return what each stage has to tell, of whose processes the first speaks."""
     speaks = run.line.alone or run.line.rank == 0
-    every = run.stages.line.gathered((run.stages.index, mine) if speaks else None)
+    every = run.stages.line.gathered((run.stages.index, mine) if speaks else None, run.plan.teller)
     return [told for _, told in sorted((e for e in every if e is not None), key=lambda entry: entry[0])]
 
 
@@ -358,17 +365,6 @@ def _precision(found: Sequence[Any]) -> Any:
         return None
     fields = ("layers", "parameters", "subnormals")
     return attrs.evolve(found[-1], **{name: tuple(_all(found, name)) for name in fields})
-
-
-def _processes(found: Sequence[ProcessesRecord], first: FlowRecord) -> ProcessesRecord | None:
-    """Return what differs between processes that have the same stage: their data are those of the first."""
-    if not found or first.processes is None:
-        return None
-    return attrs.evolve(
-        first.processes,
-        differences=_all(found, "differences"),
-        unsynchronised=_all(found, "unsynchronised"),
-    )
 
 
 def _provenance(found: Sequence[Provenance], run: Run) -> Provenance:

@@ -66,7 +66,9 @@ def bent(run: Run, ends: Ends, record: FlowRecord) -> FlowRecord:
         why = f"{type(error).__name__}: {error}"[:200]
         logger.debug("the curvature along the update could not be taken: %s", error)
     if not run.everyone.alone:
-        every = run.everyone.gathered((curves, why))
+        every = run.everyone.gathered((curves, why), run.plan.teller)
+        if not every:  # another process has the record
+            return record
         whole = all(len(found) == len(curves) for found, _ in every)
         curves = list(merged([tuple(found) for found, _ in every])) if whole else []
         why = next((said for _, said in every if said), "")
