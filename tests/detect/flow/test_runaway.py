@@ -176,8 +176,8 @@ def test_a_loss_that_is_a_straight_line_in_a_parameter(bounded: bool) -> None:
 
     def loss(scores: Tensor) -> Tensor:
         weights = model.hidden.weight.square().sum() + model.score.weight.square().sum()
-        bias = 0.5 * model.score.bias.square().sum() if bounded else 0.0
-        return 0.01 * weights + bias - scores.mean() - 0.1
+        reward = -(scores - 2).square().mean() if bounded else scores.mean()
+        return 0.01 * weights - reward - (4.0 if bounded else 0.1)
 
     optimizer = torch.optim.Adam(model.parameters(), 5e-2)
     found = unstable(model, lambda: torch.randn(32, 4), loss, optimizer)
