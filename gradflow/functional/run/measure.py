@@ -101,7 +101,7 @@ def _on_processes(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowR
         preserved(*given.modules, also=given.functions) as held, outside, uncompiled(),
         torch.inference_mode(False), grad,
     ):  # fmt: skip
-        _set_mode(model, plan.mode)
+        set_mode(model, plan.mode)
         for part in distributed(model):  # waits for no other process; `preserved` puts the attributes back
             part.require_backward_grad_sync = part.require_forward_param_sync = False
             part.find_unused_parameters = part.static_graph = False
@@ -223,7 +223,7 @@ class _Both(nn.Module):
                 yield f"{prefix}{name}", parameter
 
 
-def _set_mode(model: nn.Module, mode: str) -> None:
+def set_mode(model: nn.Module, mode: str) -> None:
     """Switch to train or eval; a model that is in that mode already keeps the modes of its parts."""
     if mode != "keep" and model.training != (mode == "train"):
         model.train(mode == "train")

@@ -19,6 +19,7 @@ from gradflow.diagnosis import Judge, detectors_of, judged, wanted
 from gradflow.errors import RecordInputError, RemedyError
 from gradflow.functional.analyze import analyzed
 from gradflow.functional.model.closures import modules_in
+from gradflow.functional.model.optimizers import asks_again
 from gradflow.functional.model.purity import checked_seed, preserved, seed_all
 from gradflow.functional.run.run import Plan
 from gradflow.functional.run.training.options import Loop
@@ -27,6 +28,7 @@ from gradflow.remedies.choosing.choice import remedies_for
 from gradflow.remedies.remedy import Remedy, unchanged
 from gradflow.remedies.surgery import adopted
 from gradflow.remedies.trials.copies import Copies, copies_of
+from gradflow.remedies.trials.plain import plain_losses
 from gradflow.remedies.trials.replay import Drawn, Recorder, replayed
 from gradflow.remedies.trials.verdict import CLEAR, CLEAR_IF_GONE, Outcome, effect, gain
 from gradflow.report import Report
@@ -35,6 +37,7 @@ from gradflow.report.wording import serious_issues
 logger = logging.getLogger("gradflow")
 
 RATE = 1e-3  # of the Adam that stands in where there is no optimizer
+MEASURED = 2  # seeds; of those behind them the loss alone is looked at
 MORE = 2  # remedies that are tried after one that cures: the first cure need not be the best
 
 _NOTHING = Remedy(name="nothing", words="Nothing.", code="pass", apply=unchanged)
@@ -66,6 +69,9 @@ def try_remedies(
 
     The model, the optimizer, the loss and all random states are afterwards what they were, bit for bit; the
     source of the batches stays advanced by the `steps` batches drawn.
+
+    Whether the issue is gone, and whether another is new, is measured with the first two seeds; the loss with
+    all of them.
 
     Args:
         report: what `gradflow.diagnose` said of this model.
@@ -308,28 +314,37 @@ class _Laboratory:
             seed_all(checked_seed(seed))
             changed = _applied(remedy, made)
             drawn = remedy.on_batches([one.batch for one in self.drawn])
-        batches = _kept_in_step(self.drawn, drawn)
-        return self._measured(
-            changed.model, replayed(batches, seed, made.memo), changed.loss_fn, changed.optimizer, seed
-        )
+        batches = replayed(_kept_in_step(self.drawn, drawn), seed, made.memo)
+        run = changed.model, batches, changed.loss_fn, changed.optimizer
+        if seed < MEASURED or asks_again(changed.optimizer):
+            return self._measured(*run, seed)
+        begun = time.perf_counter()
+        losses = plain_losses(*run, self._plan(changed.optimizer, seed))
+        self.limits.done += self.steps
+        return Outcome(losses, None, time.perf_counter() - begun)
 
     def _measured(
         self, model: nn.Module, batches: Any, loss_fn: Any, optimizer: Optimizer, seed: int
     ) -> Outcome:
-        begun, done, judge = time.perf_counter(), self.limits.done, Judge(self.detectors)
+        begun, judge = time.perf_counter(), Judge(self.detectors)
+        plan = attrs.evolve(self._plan(optimizer, seed), **wanted(judge, "cheap"))
+        record = analyzed(model, batches, loss_fn, plan)
+        self.limits.done += self.steps
+        issues = serious_issues(judged(record, judge).issues)
+        return Outcome(np.array(record.losses), issues, time.perf_counter() - begun)
+
+    def _plan(self, optimizer: Optimizer, seed: int) -> Plan:
+        """Return the plan of a run, without what is measured in it."""
+        done = self.limits.done
 
         def told(step: int, steps: int) -> None:
             if self._progress is not None:
                 self._progress(min(done + step, self._most), self._most)
 
-        plan = Plan(
+        return Plan(
             steps=self.steps, loop=Loop(optimizer=optimizer, clip=self.clip), seed=seed, mode=self.mode,
-            progress=told, **wanted(judge, "cheap"),
+            progress=told,
         )  # fmt: skip
-        record = analyzed(model, batches, loss_fn, plan)
-        self.limits.done += self.steps
-        issues = serious_issues(judged(record, judge).issues)
-        return Outcome(np.array(record.losses), issues, time.perf_counter() - begun)
 
 
 def _applied(remedy: Remedy, made: Copies) -> Copies:

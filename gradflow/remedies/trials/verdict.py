@@ -51,12 +51,13 @@ class Outcome:
 
     Args:
         losses: shape (steps,).
-        issues: those of severity MEDIUM and above that the detectors saw in it.
+        issues: those of severity MEDIUM and above that the detectors saw in it; None where it was not
+            measured.
         seconds: that it took.
     """
 
     losses: Floats
-    issues: tuple[Issue, ...]
+    issues: tuple[Issue, ...] | None
     seconds: float
 
 
@@ -90,9 +91,10 @@ def effect(without: Sequence[Outcome], treated: Sequence[Outcome], cause: Cause)
     pairs = list(zip(without, treated, strict=False))
     gains = np.array([gain(a.losses, b.losses) for a, b in pairs])
     spread = float(np.std(gains, ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else 0.0
-    present = float(np.mean([bool(_left(a.issues, cause)) for a, _ in pairs]))
-    gone = float(np.mean([not _left(b.issues, cause) for _, b in pairs]))
-    new = _new(pairs, cause)
+    seen = [(a.issues, b.issues) for a, b in pairs if a.issues is not None and b.issues is not None]
+    present = float(np.mean([bool(_left(before, cause)) for before, _ in seen]))
+    gone = float(np.mean([not _left(after, cause) for _, after in seen]))
+    new = _new(seen, cause)
     mean = float(np.mean(gains))
     verdict = _verdict(mean, spread, gone, new)
     return Effect(
@@ -170,16 +172,16 @@ def _left(issues: Sequence[Issue], cause: Cause) -> list[Issue]:
     ]
 
 
-def _new(pairs: Sequence[tuple[Outcome, Outcome]], cause: Cause) -> tuple[str, ...]:
+def _new(pairs: Sequence[tuple[Sequence[Issue], Sequence[Issue]]], cause: Cause) -> tuple[str, ...]:
     """Return the kinds of issue that most runs with the remedy have, and none without it."""
     known: set[AnyIssueType] = {issue.issue_type for issue in cause.issues}
-    known |= {issue.issue_type for a, _ in pairs for issue in a.issues}
+    known |= {issue.issue_type for before, _ in pairs for issue in before}
     counts: dict[AnyIssueType, int] = {}
     places: dict[AnyIssueType, str] = {}
-    for _, b in pairs:
-        for kind in {issue.issue_type for issue in b.issues} - known:
+    for _, after in pairs:
+        for kind in {issue.issue_type for issue in after} - known:
             counts[kind] = counts.get(kind, 0) + 1
-            places.setdefault(kind, next(i.layer for i in b.issues if i.issue_type == kind))
+            places.setdefault(kind, next(i.layer for i in after if i.issue_type == kind))
     return tuple(
         f"{kind.value} in {places[kind] or '(model)'}"
         for kind, count in sorted(counts.items(), key=lambda item: item[0].value)
