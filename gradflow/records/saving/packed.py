@@ -10,6 +10,7 @@ pickled. When it is read, the arrays are put back, and everything is checked as 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import zipfile
@@ -33,7 +34,9 @@ from gradflow.records.saving.plain import (
 _T = TypeVar("_T")
 _Arrays = list[np.ndarray[Any, Any]]
 # Another file of NumPy's, one that is cut off, damaged, encrypted, or packed as NumPy packs none.
-_UNREADABLE = (ValueError, EOFError, TypeError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (
+    ValueError, OSError, TypeError, MemoryError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _NEITHER = AS_THEY_ARE | {float}  # lists nor objects
 
 
@@ -59,8 +62,12 @@ def from_npz(cls: type[_T], path: str | os.PathLike[str]) -> _T:
         RecordFormatError: if the file is no such archive, or anything in it is not what `to_npz` writes.
         FileNotFoundError: if there is no such file.
     """
+    with Path(path).open("rb") as file:
+        content = io.BytesIO(
+            file.read()
+        )  # what cannot be read is refused as it is; the rest is the archive's
     try:
-        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with np.load(content, allow_pickle=False) as archive:
             entries = {name: archive[name] for name in archive.files}
     except _UNREADABLE as error:
         raise RecordFormatError.at(f"expected a NumPy archive without pickled objects: {error}") from error
