@@ -26,6 +26,7 @@ from gradflow.detect.view import Flow, flow_of
 from gradflow.graph.queries.dominators import immediate_dominators
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
 
+_COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "logical_not", "isnan"})  # what makes masks
 MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum", "mean")
 
 
@@ -63,8 +64,9 @@ def bottleneck(
     the size of its input, or a gradient that needs no more than the width: INFO, but for a single number,
     unless it gives the input back to a quarter of what guesses cost, or is on its way there); what a
     generator or an actor hands to a critic, as wide as the data (INFO too); a narrow side gate, a low-rank
-    adapter, a narrow block under a skip, which are no dominators; a narrow *last* layer; rows alike because
-    the gradient and the signal die out, which is `vanishing`'s, or because the input is a constant.
+    adapter, a narrow block under a skip, which are no dominators; a net that all data pass by as well, as in
+    a coupling layer (INFO); a narrow *last* layer; rows alike because the gradient and the signal die out,
+    which is `vanishing`'s, or because the input is a constant.
 
     Args:
         ratio: how much wider both sides must be. Pooling and the usual encoder steps reduce by 2 to 4.
@@ -186,7 +188,7 @@ def _narrow(flow: Flow, waists: list[_Waist], rank_excess: float, lost_samples: 
         calls.setdefault(layer.module, []).append(node)
     issues = []
     for waist in waists:
-        by_design = same_size or _takes_data_too(flow, waist.node, calls)
+        by_design = same_size or _takes_data_too(flow, waist.node, calls) or _has_detour(flow, waist.node)
         told = same_size and (knows(flow.record) or learns(flow.record, most=0.4))
         single = waist.width == 1 and most > 2 and not told
         issues.append(_waist_issue(flow, waist, rank_excess, lost_samples, by_design, single))
@@ -267,6 +269,27 @@ def _takes_data_too(flow: Flow, node: str, calls: Mapping[str, Sequence[str]]) -
     others = {n for b in behind for n in calls[flow.layers[b].module]}.difference(behind)
     same = set(calls[flow.layers[node].module])
     return any(not (same & flow.wiring.upstream(n)) for n in others)
+
+
+def _has_detour(flow: Flow, node: str) -> bool:
+    """Whether all data that come to a waist also reach a weight matrix behind it by a way that leaves it out,
+    as in a coupling layer, which gives half of its input on as it is."""
+    wires, upstream = flow.wiring, flow.wiring.upstream(node)
+    inputs = [n for n in upstream if wires.nodes[n].kind == "input"]
+    behind = {n for n in wires.downstream(node) if n in flow.layers and flow.has_matrix(n)}
+
+    def passes_by(start: str) -> bool:
+        seen, todo = {node, start}, [start]
+        while todo:
+            for after in wires.succs.get(todo.pop(), ()):
+                if after in behind:
+                    return True
+                if after not in seen and wires.nodes[after].type not in _COMPARISONS:
+                    seen.add(after)
+                    todo.append(after)
+        return False
+
+    return bool(inputs) and all(passes_by(n) for n in inputs)
 
 
 def _gives_back_its_input(flow: Flow) -> bool:

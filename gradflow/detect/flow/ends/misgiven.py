@@ -184,5 +184,6 @@ def out_of_reach(flow: Flow, kind: IssueType, left: float = 0.15, met: float = 0
 def _end_of(flow: Flow, node: str) -> str:
     """The function that takes what the last layer gives: an operation, or a module without parameters."""
     ops = itertools.dropwhile(lambda op: op in ("mul", "div"), flow.wiring.ops_after(node))
-    modules = [flow.layers[n].type.lower() for n in flow.wiring.after(node) if n in flow.layers]
+    behind = [flow.layers[n] for n in flow.wiring.after(node) if n in flow.layers]
+    modules = [layer.type.lower() for layer in behind if not layer.composite]
     return (modules or [*ops, ""])[0].rstrip("_")
