@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradflow.detect.actions import Actions
+from gradflow.detect.actions import Actions, far_actions
 from gradflow.detect.evidence import (
     heads,
     late,
@@ -15,6 +15,7 @@ from gradflow.detect.evidence import (
 )
 from gradflow.detect.flow.ends.loud import off_scale_of
 from gradflow.detect.knowledge import guesses
+from gradflow.detect.updates.readings import held, is_unmoved, layer_of, response, typical, whole_ratio
 from gradflow.detect.view import Flow
 from gradflow.records import (
     Evidence,
@@ -25,32 +26,109 @@ from gradflow.records import (
     Role,
 )
 
+_SMALL = 0.02  # part of the loss that outputs change by changing as much as they are large: usual is a tenth
+_LOST = 0.05  # part of the gradient, of which operations that keep less are at fault for that
+_WHOLE = 0.3  # and those that keep as much are not
+
 
 def unheard(flow: Flow, leverage: float, kept: float) -> list[Issue]:
     """Heads of a model that guesses, whose outputs the loss hardly depends on since operations behind them
     hand back next to nothing.
 
-    Undecided (INFO) until the flow through those operations has been measured.
+    Undecided (INFO) until the flow through those operations has been measured. Where steps of a usual size
+    leave the loss where it is (see `is_unmoved`), it takes less to be told; and where such a loss depends on
+    the outputs all the same, it is what is trained that hardly touches them.
 
     Args:
         flow: the record along its wiring.
         leverage: largest part of the loss that the outputs can change by changing as much as they are large.
         kept: largest part of the gradient that the operations keep.
     """
-    ends = heads(flow)
-    moved = [1.0 / late(off_scale_of(flow, node)) for node in ends if late(off_scale_of(flow, node)) > 0]
-    if not moved or len(moved) < len(ends) or not max(moved) < leverage:
-        return []
     if not guesses(flow.record) or loss_fell(flow.record):
+        return []
+    moved = _moved(flow)
+    if is_unmoved(flow.record):
+        leverage, kept = max(leverage, _SMALL), max(kept, _LOST)
+        if not max(moved.values(), default=0.0) < _SMALL:
+            return _untouched(flow)
+    if not max(moved.values(), default=math.inf) < leverage:
         return []
     measured = flow.record.graph_record is not None and flow.record.graph_record.measured
     found = []
-    for node, part in zip(ends, moved, strict=True):
+    for node, part in moved.items():
         share, op = _kept_behind(flow, node) if measured else (math.nan, "")
         if measured and not share < kept:
             continue
         found.append(_unheard_issue(flow, node, part, share, op))
     return found
+
+
+def _moved(flow: Flow) -> dict[str, float]:
+    """The part of the loss that the outputs of each head change by changing as much as they are large; none
+    where it is not known of all."""
+    off = {node: late(off_scale_of(flow, node)) for node in heads(flow)}
+    return {node: 1.0 / value for node, value in off.items()} if all(v > 0 for v in off.values()) else {}
+
+
+def _untouched(flow: Flow) -> list[Issue]:
+    """What is trained hardly touches the loss, which hears the outputs all the same."""
+    record = flow.record
+    pairs = [(u, p) for u, p in held(record) if np.nanmax(np.nan_to_num(u.gradient_rms)) > 0]
+    heard, ratio = late(response(record)), typical(whole_ratio(record))
+    name, kind = layer_of(record, pairs[-1][1].name)
+    return [
+        Issue(
+            layer=name,
+            layer_type=kind,
+            issue_type=IssueType.VANISHING,
+            severity=IssueSeverity.HIGH if heard < 0.01 else IssueSeverity.MEDIUM,
+            description="The loss hardly depends on what is trained: as all of it moves by its own size, "
+            f"the loss changes by {heard:.1e} of itself at most, where 0.3 and more is usual. The steps are "
+            f"of a usual size ({ratio:.1e} of the weights), and the loss stands still.",
+            magnitude=heard,
+            recommended_actions=(
+                f"Look for a factor that makes what {name or 'the trained part'} gives next to nothing "
+                "beside what is added to it: the scale of an adapter (alpha over rank), of a branch, a gate.",
+                "Or train more than this part.",
+            ),
+            metrics={"response": heard, "ratio": ratio},
+        )
+    ]
+
+
+def unmet_targets(flow: Flow) -> list[Issue]:
+    """Heads of a model that guesses, whose targets are so far off that steps of a usual size change nothing.
+
+    Measured: the response of the loss to the steps, the part of it that the outputs can change, and that the
+    operations behind them hand back what reaches them: so the outputs are small beside what is asked for.
+
+    Args:
+        flow: the record along its wiring.
+    """
+    graph, moved = flow.record.graph_record, _moved(flow)
+    if graph is None or not graph.measured or not max(moved.values(), default=math.inf) < _SMALL:
+        return []
+    if not is_unmoved(flow.record) or min(_kept_behind(flow, node)[0] for node in moved) < _WHOLE:
+        return []
+    heard = late(response(flow.record))
+    return [
+        Issue(
+            layer=flow.layers[node].name,
+            layer_type=flow.layers[node].type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.MEDIUM,
+            description=f"Its targets are far from the scale of its outputs: if those changed by as much as "
+            f"they are large, the loss would change by {part:.1e} of itself, and by {heard:.1e} as all "
+            "weights did. The steps are of a usual size, and the loss stands still: what it costs is the "
+            "distance to the targets.",
+            magnitude=1.0 / part,
+            recommended_actions=far_actions(flow.layers[node].name, flow.record.provenance.learning_rates),
+            metrics={"leverage": part, "response": heard},
+            evidence=Evidence(roles=Role.OFF_SCALE),
+        )
+        for node, part in moved.items()
+        if part == max(moved.values())
+    ]
 
 
 def _kept_behind(flow: Flow, node: str) -> tuple[float, str]:
