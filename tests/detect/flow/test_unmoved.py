@@ -13,8 +13,6 @@ import gradflow as gf
 from gradflow.records import IssueSeverity, IssueType
 
 Loss = Callable[..., Tensor]
-Sample = Callable[[], tuple[Tensor, Tensor]]
-Found = set[tuple[IssueType, str]]
 MEDIUM = IssueSeverity.MEDIUM
 FAINT, LARGE = IssueType.VANISHING, IssueType.EXPLODING
 
@@ -26,7 +24,7 @@ def _seeded() -> None:
 
 def serious(
     model: nn.Module, sample: Callable[[], tuple[Tensor, Tensor]], loss: Loss, rate: float = 3e-3
-) -> set[object]:
+) -> set[tuple[IssueType, str]]:
     """Return types and layers of what is serious in a run of a model."""
     trained = [p for p in model.parameters() if p.requires_grad]
     report = gf.diagnose(model, sample, loss, steps=20, optimizer=torch.optim.Adam(trained, rate))
