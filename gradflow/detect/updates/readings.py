@@ -134,15 +134,20 @@ def response(record: FlowRecord) -> Floats:
         return most[:size] / np.abs(record.losses[looks[:size]]) / whole_ratio(record)[:size]
 
 
-def is_unmoved(record: FlowRecord, least: float = 0.1, usual: float = 1e-4) -> bool:
+def is_unmoved(record: FlowRecord, least: float = 0.1, usual: float = 1e-4, apart: float = 0.1) -> bool:
     """Whether a model guesses and its loss stands still, as the loss hardly hears steps of a usual size.
+
+    Not where its outputs are alike for all samples, so that a loss that compares them has no slope there.
 
     Args:
         record: the record.
         least: the response of the loss, in all looks, from which it hears them; see `response`.
         usual: the least size of an update beside the weights that is a usual one.
+        apart: part of the outputs that must differ between samples.
     """
-    heard = response(record)
+    heard, known = response(record), record.knowledge
+    if known is None or not max(known.variations, default=math.nan) >= apart:
+        return False
     if not len(heard) or not np.isfinite(heard).all() or not 0 < heard.max() < least:
         return False
     return typical(whole_ratio(record)) >= usual and guesses(record) and stands_still(record)

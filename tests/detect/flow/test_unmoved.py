@@ -28,7 +28,7 @@ def serious(
     """Return types and layers of what is serious in a run of a model."""
     trained = [p for p in model.parameters() if p.requires_grad]
     report = gf.diagnose(model, sample, loss, steps=20, optimizer=torch.optim.Adam(trained, rate))
-    return {(issue.issue_type, issue.layer) for issue in report.issues if issue.severity >= MEDIUM}
+    return {(IssueType(i.issue_type), i.layer) for i in report.issues if i.severity >= MEDIUM}
 
 
 class Scaled(nn.Module):

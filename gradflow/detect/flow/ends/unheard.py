@@ -29,6 +29,7 @@ from gradflow.records import (
 _SMALL = 0.02  # part of the loss that outputs change by changing as much as they are large: usual is a tenth
 _LOST = 0.05  # part of the gradient, of which operations that keep less are at fault for that
 _WHOLE = 0.3  # and those that keep as much are not
+_NEAR = 0.05  # of what zeros cost, by which outputs that are small beside their targets cost less or more
 
 
 def unheard(flow: Flow, leverage: float, kept: float) -> list[Issue]:
@@ -100,13 +101,17 @@ def unmet_targets(flow: Flow) -> list[Issue]:
     """Heads of a model that guesses, whose targets are so far off that steps of a usual size change nothing.
 
     Measured: the response of the loss to the steps, the part of it that the outputs can change, and that the
-    operations behind them hand back what reaches them: so the outputs are small beside what is asked for.
+    operations behind them hand back what reaches them, and it costs what zeros do: so the outputs are small
+    beside what is asked for.
 
     Args:
         flow: the record along its wiring.
     """
     graph, moved = flow.record.graph_record, _moved(flow)
     if graph is None or not graph.measured or not max(moved.values(), default=math.inf) < _SMALL:
+        return []
+    known = flow.record.knowledge
+    if known is None or not abs(known.loss - known.silent) <= _NEAR * abs(known.silent):
         return []
     if not is_unmoved(flow.record) or min(_kept_behind(flow, node)[0] for node in moved) < _WHOLE:
         return []
