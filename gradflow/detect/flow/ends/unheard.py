@@ -13,6 +13,7 @@ from gradflow.detect.evidence import (
     late,
     loss_fell,
 )
+from gradflow.detect.flow.ends.drowned import drowned_terms
 from gradflow.detect.flow.ends.loud import off_scale_of
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.updates.readings import held, is_unmoved, layer_of, response, typical, whole_ratio
@@ -38,13 +39,16 @@ def unheard(flow: Flow, leverage: float, kept: float) -> list[Issue]:
 
     Undecided (INFO) until the flow through those operations has been measured. Where steps of a usual size
     leave the loss where it is (see `is_unmoved`), it takes less to be told; and where such a loss depends on
-    the outputs all the same, it is what is trained that hardly touches them.
+    the outputs all the same, it is what is trained that hardly touches them. Of several terms of a loss,
+    those that another drowns; see `drowned_terms`.
 
     Args:
         flow: the record along its wiring.
         leverage: largest part of the loss that the outputs can change by changing as much as they are large.
         kept: largest part of the gradient that the operations keep.
     """
+    if drowned := drowned_terms(flow):
+        return drowned
     if not guesses(flow.record) or loss_fell(flow.record):
         return []
     moved = _moved(flow)
