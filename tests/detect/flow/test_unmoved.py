@@ -75,6 +75,59 @@ def test_adapters_of_next_to_no_weight(factor: float, sick: bool) -> None:
     assert serious(model, classes, F.cross_entropy) == ({(FAINT, "2")} if sick else set())
 
 
+class Gated(nn.Module):
+    """A residual stream that blocks add to, each through a gate."""
+
+    def __init__(self, gate: float, *, learned: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 6)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 128), nn.ReLU(), nn.Linear(128, 32)) for _ in range(4)
+        )
+        self.gates = nn.Parameter(torch.full((4,), gate), requires_grad=learned)
+        self.first.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = 0.1 * self.first(x)
+        for gate, block in zip(self.gates, self.blocks, strict=True):
+            h = h + gate * block(F.layer_norm(h, (32,)))
+        return self.last(h)
+
+
+@pytest.mark.parametrize(
+    ("gate", "learned", "sick"), [(1.0, False, False), (1e-4, True, False), (1e-5, False, True)]
+)
+def test_blocks_behind_gates_that_are_held_shut(gate: float, learned: bool, sick: bool) -> None:
+    found = serious(Gated(gate, learned=learned), classes, F.cross_entropy)
+    assert ((FAINT, "blocks.3.2") in found) is sick
+    assert all(kind is FAINT and layer.startswith("blocks.") for kind, layer in found)
+
+
+class Towers(nn.Module):
+    """Cosines of what two towers give, over a temperature or times it."""
+
+    def __init__(self, times: float) -> None:
+        super().__init__()
+        self.times = times
+        self.one = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 16))
+        self.other = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = self.one(x[:, :8]), self.other(x[:, 8:])
+        return self.times * F.normalize(one, dim=-1) @ F.normalize(other, dim=-1).T
+
+
+@pytest.mark.parametrize(("times", "sick"), [(1 / 0.07, False), (0.07, True)])
+def test_a_temperature_on_the_wrong_side(times: float, sick: bool) -> None:
+    def pairs() -> tuple[Tensor, Tensor]:
+        x = torch.randn(48, 8)
+        return torch.cat([x, x + 0.3 * torch.randn(48, 8)], 1), torch.arange(48)
+
+    found = serious(Towers(times), pairs, F.cross_entropy)
+    assert {kind for kind, _ in found} == ({FAINT} if sick else set())
+    assert {layer for _, layer in found} <= {"one.2", "other.2"}
+
+
 @pytest.mark.parametrize(("factor", "sick"), [(1.0, False), (3e3, True)])
 def test_targets_a_thousand_times_as_large_as_outputs(factor: float, sick: bool) -> None:
     def sample() -> tuple[Tensor, Tensor]:

@@ -28,8 +28,8 @@ from gradflow.records import (
 )
 
 _SMALL = 0.02  # part of the loss that outputs change by changing as much as they are large: usual is a tenth
-_LOST = 0.05  # part of the gradient, of which operations that keep less are at fault for that
-_WHOLE = 0.3  # and those that keep as much are not
+_WHOLE = 0.3  # part of the gradient: operations that keep less are at fault for that, others are not
+_FAINT = 0.01  # of the loss, that a parameter could change at most by changing as much as it is large
 _NEAR = 0.05  # of what zeros cost, by which outputs that are small beside their targets cost less or more
 
 
@@ -53,7 +53,7 @@ def unheard(flow: Flow, leverage: float, kept: float) -> list[Issue]:
         return []
     moved = _moved(flow)
     if is_unmoved(flow.record):
-        leverage, kept = max(leverage, _SMALL), max(kept, _LOST)
+        leverage, kept = max(leverage, _SMALL), max(kept, _WHOLE)
         if not max(moved.values(), default=0.0) < _SMALL:
             return _untouched(flow)
     if not max(moved.values(), default=math.inf) < leverage:
@@ -80,7 +80,9 @@ def _untouched(flow: Flow) -> list[Issue]:
     record = flow.record
     pairs = [(u, p) for u, p in held(record) if np.nanmax(np.nan_to_num(u.gradient_rms)) > 0]
     heard, ratio = late(response(record)), typical(whole_ratio(record))
-    name, kind = layer_of(record, pairs[-1][1].name)
+    loss = abs(late(record.losses))
+    faint = [p.name for u, p in pairs if late(u.gradient_rms * u.weight_rms) * p.num_elements < _FAINT * loss]
+    name, kind = layer_of(record, (faint or [p.name for _, p in pairs])[-1])
     return [
         Issue(
             layer=name,
@@ -88,7 +90,7 @@ def _untouched(flow: Flow) -> list[Issue]:
             issue_type=IssueType.VANISHING,
             severity=IssueSeverity.HIGH if heard < 0.01 else IssueSeverity.MEDIUM,
             description="The loss hardly depends on what is trained: as all of it moves by its own size, "
-            f"the loss changes by {heard:.1e} of itself at most, where 0.3 and more is usual. The steps are "
+            f"the loss changes by {heard:.1e} of itself at most, where 0.7 and more is usual. The steps are "
             f"of a usual size ({ratio:.1e} of the weights), and the loss stands still.",
             magnitude=heard,
             recommended_actions=(
