@@ -20,6 +20,7 @@ from gradflow.detect.evidence import (
     shares,
 )
 from gradflow.detect.flow.ends.alike import collapsed, constant
+from gradflow.detect.flow.ends.drowned import alike_outputs
 from gradflow.detect.flow.ends.misgiven import blind_losses
 from gradflow.detect.knowledge import guesses, knows, learns
 from gradflow.detect.view import Flow, flow_of
@@ -91,7 +92,7 @@ def bottleneck(
         narrow = _narrow(flow, waists, rank_excess, lost_samples)
         smooth = _smoothing(flow, passages, alike, alike_fall)
         found = smooth or blind_losses(flow) or collapsed(flow, collapse) or constant(flow, same)
-        return [*narrow, *found]
+        return [*narrow, *(found or alike_outputs(flow))]
 
     return detector
 

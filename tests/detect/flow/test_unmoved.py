@@ -183,3 +183,29 @@ def test_a_small_last_layer_is_heard() -> None:
         model.last.weight.mul_(0.01)
         model.last.bias.zero_()
     assert serious(model, classes, F.cross_entropy) == set()
+
+
+@pytest.mark.parametrize(("size", "sick"), [(1.0, False), (0.03, False), (1e-5, True)])
+def test_targets_that_are_next_to_nothing_beside_outputs(size: float, sick: bool) -> None:
+    def sample() -> tuple[Tensor, Tensor]:
+        x = torch.randn(48, 8)
+        return x, size * torch.stack([x[:, i] * x[:, i + 1] for i in range(6)], 1)
+
+    assert serious(Scaled(1.0), sample, F.mse_loss) == ({(LARGE, "last")} if sick else set())
+
+
+@pytest.mark.parametrize(("bias", "sick"), [(0.0, False), (50.0, True)])
+def test_outputs_of_which_a_bias_is_nearly_all(bias: float, sick: bool) -> None:
+    model = Towers(1.0)
+    for tower in (model.one, model.other):
+        nn.init.constant_(tower.get_parameter("2.bias"), bias)
+
+    def pairs() -> tuple[Tensor, Tensor]:
+        x = torch.randn(48, 8)
+        return torch.cat([x, x + 0.3 * torch.randn(48, 8)], 1), torch.arange(48)
+
+    def loss(scores: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(scores / 0.1, target)
+
+    kinds = {kind for kind, _ in serious(model, pairs, loss)}
+    assert (IssueType.BOTTLENECK in kinds) is sick

@@ -1,4 +1,4 @@
-"""Terms of a loss that are next to nothing beside another, at weights that both of them train."""
+"""What drowns: a term of a loss beside another one, and what differs between outputs beside what does not."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 
-from gradflow.detect.evidence import heads
+from gradflow.detect.evidence import heads, late
 from gradflow.detect.knowledge import knows
+from gradflow.detect.updates.readings import is_unmoved, response
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
 from gradflow.records import Floats, Issue, IssueSeverity, IssueType
@@ -38,6 +39,41 @@ def drowned_terms(flow: Flow, times: float = 1e4) -> list[Issue]:
         if times <= ratio < math.inf and ratio > found.get(weak, (0.0, ""))[0] and _apart(flow, strong, weak):
             found[weak] = (ratio, strong)
     return [_issue(flow, weak, strong, ratio) for weak, (ratio, strong) in found.items()]
+
+
+def alike_outputs(flow: Flow, apart: float = 0.1) -> list[Issue]:
+    """The last layer of a model that guesses, whose outputs differ so little that no usual step is heard.
+
+    Measured: the part of the outputs that differs between samples, and the response of a loss that compares
+    them; see `is_unmoved`.
+
+    Args:
+        flow: the record along its wiring.
+        apart: part of the outputs that must differ.
+    """
+    known, ends = flow.record.knowledge, heads(flow)
+    differs = math.nan if known is None else max(known.variations, default=math.nan)
+    if not ends or not 0 < differs < apart or not is_unmoved(flow.record, apart=0.0):
+        return []
+    layer, heard = flow.layers[ends[-1]], late(response(flow.record))
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.BOTTLENECK,
+            severity=IssueSeverity.MEDIUM,
+            description=f"Its outputs are nearly the same for all samples: {differs:.1e} of them differs. "
+            "The loss, which goes by what differs, hardly hears the steps, and stands still: it changes by "
+            f"{heard:.1e} of itself as all weights move by their own size, where 0.7 and more is usual.",
+            magnitude=differs,
+            recommended_actions=(
+                f"Look for what all samples have in common in {layer.name}: a bias much larger than the "
+                "rest, inputs far from zero. Start the bias at zero, and standardise what enters.",
+                "Or put a norm over the batch before the loss, which takes away what is common.",
+            ),
+            metrics={"variation": differs, "response": heard},
+        )
+    ]
 
 
 def _measures(flow: Flow, node: str) -> Floats:

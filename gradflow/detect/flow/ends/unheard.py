@@ -14,7 +14,7 @@ from gradflow.detect.evidence import (
     loss_fell,
 )
 from gradflow.detect.flow.ends.drowned import drowned_terms
-from gradflow.detect.flow.ends.loud import off_scale_of
+from gradflow.detect.flow.ends.loud import off_scale_of, over_silence
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.updates.readings import held, is_unmoved, layer_of, response, typical, whole_ratio
 from gradflow.detect.view import Flow
@@ -99,6 +99,45 @@ def _untouched(flow: Flow) -> list[Issue]:
                 "Or train more than this part.",
             ),
             metrics={"response": heard, "ratio": ratio},
+        )
+    ]
+
+
+def tiny_targets(flow: Flow, above: float) -> list[Issue]:
+    """Heads of a model that guesses, beside whose outputs the targets are next to nothing.
+
+    Measured: the first and the last loss over that of zeros. Steps of a usual size move such outputs by more
+    than they should be, so the loss stays where the noise of the steps is. Alike and not: small targets that
+    a run comes near.
+
+    Args:
+        flow: the record along its wiring.
+        above: how many times the cost of zeros the first loss must be, and a tenth of it the last.
+    """
+    over, known = over_silence(flow), flow.record.knowledge
+    if known is None or not above <= over < math.inf or not guesses(flow.record):
+        return []
+    still = late(flow.record.losses) / known.silent
+    ends = [node for node in heads(flow) if flow.trainable(node)]
+    if not still >= above / 10 or not ends:
+        return []
+    layer = flow.layers[ends[-1]]
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.MEDIUM,
+            description=f"Beside its outputs, of rms {max(known.scales, default=math.nan):.2g}, targets are "
+            f"next to nothing: the first loss is {over:.3g} times what outputs of zero would cost, the last "
+            f"{still:.3g} times, and the model guesses. Every step moves outputs by more than targets are.",
+            magnitude=over,
+            recommended_actions=(
+                "Scale the targets to a standard deviation of one, and what comes out back.",
+                f"Or multiply what {layer.name or 'the model'} gives by their scale.",
+            ),
+            metrics={"over_silence": over, "late_over_silence": still},
+            evidence=Evidence(roles=Role.OFF_SCALE, growth=over),
         )
     ]
 
