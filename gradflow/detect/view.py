@@ -93,11 +93,14 @@ class Flow:
         )
 
     def ends_weightless(self, node: str) -> bool:
-        """Whether no parameters stand downstream of a layer call: it makes the output of the model."""
+        """Whether no parameters stand downstream of a layer call: it makes the output of the model.
+
+        Those of layers that hold others, a table of positions, are taken to be used inside of them.
+        """
         todo, seen = [node], {node}
         while todo:  # it ends at the first that has some, and is asked of many
             for behind in self.wiring.after(todo.pop()):
-                if self.parameters_of(behind):
+                if self.parameters_of(behind) and not self.layers[behind].composite:
                     return False
                 if behind not in seen:
                     seen.add(behind)

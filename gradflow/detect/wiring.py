@@ -35,6 +35,7 @@ class Wiring:
         sources: by name, the nodes whose data it takes, along edges that cut the gradient too.
         known: whether this is the graph, and not the order of execution.
         loss: the name of the loss's node: `loss`, unless a layer has that name.
+        holders: the layer calls that hold others: each stands where its output is, behind what it holds.
 
     What is called nearest here is at most `MOST_NEIGHBOURS`, those with the fewest operations between first.
     """
@@ -47,6 +48,7 @@ class Wiring:
     sources: Mapping[str, tuple[str, ...]]
     known: bool
     loss: str = LOSS
+    holders: frozenset[str] = frozenset()
     _fed_by: dict[str, frozenset[str]] = attrs.field(factory=dict, init=False, eq=False, repr=False)
 
     def is_layer(self, name: str) -> bool:
@@ -62,15 +64,20 @@ class Wiring:
         return next(self._nearest(name, self.preds), None) is None
 
     def is_last(self, name: str) -> bool:
-        """Whether no layer call stands downstream of a node."""
-        return next(self._nearest(name, self.succs), None) is None
+        """Whether no layer call stands downstream of a node, but for those that hold others."""
+        behind = self._nearest(name, self.succs)
+        return all(node in self.holders and self.is_last(node) for node in behind)
 
     def after(self, name: str) -> tuple[str, ...]:
         """Return the nearest layer calls downstream, across the functional ops between."""
         return tuple(itertools.islice(self._nearest(name, self.succs), MOST_NEIGHBOURS))
 
     def ops_after(self, name: str) -> tuple[str, ...]:
-        """Return the types of the functional ops between a layer call and the next ones downstream."""
+        """Return the types of the functional ops between a layer call and the next ones downstream.
+
+        Those that hold others are passed by: a model with parameters of its own gives what its last layer
+        gives, and the operations of the loss stand behind it.
+        """
         return tuple(itertools.islice(self._ops(name, self.succs), MOST_NEIGHBOURS))
 
     def feeds_op(self, name: str) -> bool:
@@ -107,10 +114,11 @@ class Wiring:
         seen, todo = {name}, deque(step.get(name, ()))
         while todo:
             node = todo.popleft()
-            if node in seen or self.is_layer(node) or self.nodes[node].kind != "op":
+            if node in seen or (self.nodes[node].kind != "op" and node not in self.holders):
                 continue
             seen.add(node)
-            yield self.nodes[node].type
+            if node not in self.holders:
+                yield self.nodes[node].type
             todo.extend(step.get(node, ()))
 
 
@@ -161,7 +169,8 @@ def wiring(record: FlowRecord) -> Wiring:
         # An edge that merely carried exact zeros is still a way the gradient can take.
         live = [(edge.source, edge.target) for edge in graph.edges if not (edge.severed and edge.reason)]
         cut = [edge for edge in graph.edges if edge.severed and edge.reason]
-        return _assembled(graph.nodes, live, cut, known=True)
+        holders = frozenset(node_name(layer.name) for layer in record.layers if layer.composite)
+        return attrs.evolve(_assembled(graph.nodes, live, cut, known=True), holders=holders)
     return _chain(record)
 
 

@@ -139,7 +139,8 @@ class ScanRecord:
         name: qualified name of the module in which it did so; "" for the model, or the loss.
         num_steps: steps of the loop.
         shape: of the tensor.
-        faded_share: share of the steps whose gradient is not zero, and below 1e-6 of the largest.
+        faded_share: share of the steps whose gradient is below 1e-6 of the largest, and not zero, or zero
+            only as the decay has come to the end of float32.
     """
 
     name: str

@@ -8,26 +8,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import attrs
 import numpy as np
 
-from gradflow.detect.actions import narrow_actions, rectified_actions, smoothing_actions
+from gradflow.detect.actions import narrow_actions, rectified_actions
 from gradflow.detect.evidence import (
     RECTIFIERS,
     activations_of,
-    early,
     heads,
-    kept_at_least,
     late,
     middle,
-    shares,
 )
 from gradflow.detect.flow.ends.alike import collapsed, constant
+from gradflow.detect.flow.ends.drowned import alike_outputs
 from gradflow.detect.flow.ends.misgiven import blind_losses
-from gradflow.detect.knowledge import guesses, knows, learns
+from gradflow.detect.flow.ends.smoothed import smoothed, starved_before
+from gradflow.detect.knowledge import knows, learns
 from gradflow.detect.view import Flow, flow_of
-from gradflow.detect.wiring import node_name
 from gradflow.graph.queries.dominators import immediate_dominators
-from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
 
-MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum", "mean")
+_COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "logical_not", "isnan"})  # what makes masks
 
 
 def bottleneck(
@@ -64,8 +62,9 @@ def bottleneck(
     the size of its input, or a gradient that needs no more than the width: INFO, but for a single number,
     unless it gives the input back to a quarter of what guesses cost, or is on its way there); what a
     generator or an actor hands to a critic, as wide as the data (INFO too); a narrow side gate, a low-rank
-    adapter, a narrow block under a skip, which are no dominators; a narrow *last* layer; rows alike because
-    the gradient and the signal die out, which is `vanishing`'s, or because the input is a constant.
+    adapter, a narrow block under a skip, which are no dominators; a net that all data pass by as well, as in
+    a coupling layer (INFO); a narrow *last* layer; rows alike because the gradient and the signal die out,
+    which is `vanishing`'s, or because the input is a constant.
 
     Args:
         ratio: how much wider both sides must be. Pooling and the usual encoder steps reduce by 2 to 4.
@@ -88,10 +87,10 @@ def bottleneck(
         passages = _passages(flow)
         waists = _waists(flow, passages, ratio)
         narrow = _narrow(flow, waists, rank_excess, lost_samples)
-        smooth = _smoothing(flow, passages, alike, alike_fall)
-        starved = _starved_too(flow, smooth)
+        smooth = smoothed(flow, passages, alike, alike_fall)
+        starved = starved_before(flow, smooth)
         found = smooth or blind_losses(flow) or collapsed(flow, collapse) or constant(flow, same)
-        return [*narrow, *starved, *found]
+        return [*narrow, *starved, *(found or alike_outputs(flow))]
 
     return detector
 
@@ -188,7 +187,7 @@ def _narrow(flow: Flow, waists: list[_Waist], rank_excess: float, lost_samples: 
         calls.setdefault(layer.module, []).append(node)
     issues = []
     for waist in waists:
-        by_design = same_size or _takes_data_too(flow, waist.node, calls)
+        by_design = same_size or _takes_data_too(flow, waist.node, calls) or _has_detour(flow, waist.node)
         told = same_size and (knows(flow.record) or learns(flow.record, most=0.4))
         single = waist.width == 1 and most > 2 and not told
         issues.append(_waist_issue(flow, waist, rank_excess, lost_samples, by_design, single))
@@ -271,6 +270,27 @@ def _takes_data_too(flow: Flow, node: str, calls: Mapping[str, Sequence[str]]) -
     return any(not (same & flow.wiring.upstream(n)) for n in others)
 
 
+def _has_detour(flow: Flow, node: str) -> bool:
+    """Whether all data that come to a waist also reach a weight matrix behind it by a way that leaves it out,
+    as in a coupling layer, which gives half of its input on as it is."""
+    wires, upstream = flow.wiring, flow.wiring.upstream(node)
+    inputs = [n for n in upstream if wires.nodes[n].kind == "input"]
+    behind = {n for n in wires.downstream(node) if n in flow.layers and flow.has_matrix(n)}
+
+    def passes_by(start: str) -> bool:
+        seen, todo = {node, start}, [start]
+        while todo:
+            for after in wires.succs.get(todo.pop(), ()):
+                if after in behind:
+                    return True
+                if after not in seen and wires.nodes[after].type not in _COMPARISONS:
+                    seen.add(after)
+                    todo.append(after)
+        return False
+
+    return bool(inputs) and all(passes_by(n) for n in inputs)
+
+
 def _gives_back_its_input(flow: Flow) -> bool:
     """Whether some first layer takes as many features as some last layer gives: an autoencoder."""
     taken = {
@@ -302,101 +322,3 @@ def _stopped(flow: Flow, waist: _Waist) -> tuple[float, float]:
 def _channels(shape: Sequence[int]) -> int:
     """The number of units of an output: axis 1 behind a convolution, else the last."""
     return shape[1 if len(shape) > 3 else -1] if len(shape) > 1 else 1
-
-
-def _smoothing(flow: Flow, passages: list[str], alike: float, fall: float) -> list[Issue]:
-    """The first passage at which the rows have become alike by mixing."""
-    wires = flow.wiring
-    kept = shares(flow, kept_at_least(flow)).share
-    mixed: dict[str, int] = {}  # how often rows are mixed on the way to a node
-    most: dict[str, float] = {}  # the largest variation before a node
-    starved: dict[str, bool] = {}  # whether a layer up to a node gets too little, which is another illness
-    for node in wires.order:
-        preds = wires.preds[node]
-        mixes = wires.nodes[node].kind == "op" and _mixes(wires.nodes[node].type)
-        mixed[node] = max((mixed[p] for p in preds), default=0) + int(mixes)
-        most[node] = max((max(most[p], _variation(flow, p)) for p in preds), default=0.0)
-        starved[node] = any(starved[p] for p in preds) or (node in kept and late(kept[node]) < 1e-3)
-    for node in passages:
-        layer = flow.layers[node]
-        variation = late(layer.output_variation)
-        if not math.isfinite(variation) or len(layer.shape) < 2 or layer.shape[0] < 2:
-            continue
-        if flow.is_last(node) or mixed[node] < 2:
-            continue
-        told_apart = most[node] >= fall * max(variation, alike) and variation <= alike
-        if not told_apart and not _fades(flow, node, variation, most[node], mixed[node], alike):
-            continue
-        issue = _smoothing_issue(flow, node, variation, most[node], mixed[node])
-        if starved[node]:  # what dies out is told by `vanishing`; that rows are alike by mixing, too
-            return [attrs.evolve(issue, severity=IssueSeverity.MEDIUM)] if guesses(flow.record) else []
-        return [issue]
-    return []
-
-
-def _starved_too(flow: Flow, smooth: Sequence[Issue], least: float = 1e-6) -> list[Issue]:
-    """The first layer before rows that have become alike, where next to none of the gradient arrives, in the
-    first step or at the end: what does not differ between rows cancels on its way back, too."""
-    record = flow.record
-    if not smooth or not record.provenance.optimizer or not guesses(record):
-        return []
-    kept = shares(flow, kept_at_least(flow, by_matrix=1.0)).share
-    before = flow.wiring.upstream(node_name(smooth[0].layer))
-    trained = (n for n in kept if n in before and flow.has_matrix(n) and flow.trainable(n))
-    for node in sorted(trained, key=lambda n: flow.layers[n].order):
-        arrives = float(np.nanmin([kept[node][0], late(kept[node])]))
-        if not 0 < arrives < least:
-            return []
-        layer = flow.layers[node]
-        return [
-            Issue(
-                layer=layer.name,
-                layer_type=layer.type,
-                issue_type=IssueType.VANISHING,
-                severity=IssueSeverity.MEDIUM,
-                description=f"Only {arrives:.1e} of the gradient that enters the model at the loss arrives "
-                f"here, through {smooth[0].layer or 'the model'}, whose rows are all alike.",
-                magnitude=arrives,
-                recommended_actions=smooth[0].recommended_actions,
-                metrics={"arriving": arrives},
-                evidence=Evidence(roles=Role.STARVED, origin=smooth[0].layer),
-            )
-        ]
-    return []
-
-
-def _fades(flow: Flow, node: str, variation: float, most: float, times: int, alike: float) -> bool:
-    """Whether rows that many mixings have made alike but for some percent are too alike to learn by: the
-    model guesses, as one answer for all would, and they do not come apart within the run."""
-    known, first = flow.record.knowledge, early(flow.layers[node].output_variation)
-    if known is None or times < 4 or not guesses(flow.record) or not variation <= 1.2 * first:
-        return False
-    useless = math.isclose(known.loss, known.averaged, rel_tol=1e-2)
-    return useless and variation <= 5 * alike and most >= 10 * max(variation, alike)
-
-
-def _mixes(op: str) -> bool:
-    return any(word in op.lower() for word in MIXING)
-
-
-def _variation(flow: Flow, node: str) -> float:
-    value = late(flow.layers[node].output_variation) if node in flow.layers else math.nan
-    return value if math.isfinite(value) else 0.0
-
-
-def _smoothing_issue(flow: Flow, node: str, variation: float, most: float, times: int) -> Issue:
-    layer = flow.layers[node]
-    return Issue(
-        layer=layer.name,
-        layer_type=layer.type,
-        issue_type=IssueType.BOTTLENECK,
-        severity=IssueSeverity.HIGH if variation < 1e-3 else IssueSeverity.MEDIUM,
-        description=f"All rows of its output are alike: only {variation:.1e} of it differs between them, "
-        f"after "
-        f"{most:.2g} before. They have been mixed {times} times on the way, so what tells them apart is "
-        f"lost, "
-        "and no gradient can bring it back.",
-        magnitude=variation,
-        recommended_actions=smoothing_actions(layer.name, times),
-        metrics={"variation": variation, "variation_before": most, "num_mixings": times},
-    )

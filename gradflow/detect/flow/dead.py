@@ -11,6 +11,7 @@ import numpy as np
 from gradflow.detect.actions import rectifier_actions, zero_actions
 from gradflow.detect.evidence import RECTIFIERS, activations_of, late, typical_zero
 from gradflow.detect.flow.ends.alike import silenced
+from gradflow.detect.flow.ends.constants import constant_outputs
 from gradflow.detect.flow.ends.misgiven import out_of_reach
 from gradflow.detect.flow.readings.alternatives import is_resting
 from gradflow.detect.flow.readings.zeros import zeros_of
@@ -85,7 +86,9 @@ def dead(
         silent = [i for i in _silent_units(flow, threshold, some, few) if i.layer not in told]
         found = [*never_called(flow), *cut_off(flow), *zero, *silent, *_silent_modules(flow, zero)]
         if not any(i.severity > IssueSeverity.MEDIUM for i in found):
-            found += silenced(flow) or out_of_reach(flow, IssueType.DEAD)
+            found += (
+                silenced(flow) or out_of_reach(flow, IssueType.DEAD) or constant_outputs(flow, min_updates)
+            )
         return [*found, *unreached_parts(flow, {issue.layer for issue in found}, min_updates)]
 
     return detector

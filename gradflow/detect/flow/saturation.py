@@ -11,7 +11,7 @@ import numpy as np
 
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.ends.loud import sharp_scores
-from gradflow.detect.flow.ends.misgiven import misgiven_losses, out_of_reach
+from gradflow.detect.flow.ends.misgiven import bounded_scores, misgiven_losses, out_of_reach
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns
 from gradflow.detect.squashed import WANTED, gate_actions, is_wanted, saturation_actions
@@ -81,6 +81,7 @@ def saturation(
                 found.setdefault(name, []).append(issue)
         worst = [_worst(calls, uses[name]) for name, calls in found.items()]
         given = misgiven_losses(flow, IssueType.SATURATION) or out_of_reach(flow, IssueType.SATURATION)
+        given = given or bounded_scores(flow)
         return [*worst, *_driven_gates(flow, share), *(given or sharp_scores(flow, sharp))]
 
     return detector

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from gradflow.detect.evidence import early, late, middle
+from gradflow.detect.knowledge import guesses
 from gradflow.records import Floats, FlowRecord, ParameterRecord, UpdateRecord
 
 
@@ -114,6 +115,46 @@ def has_undone(record: FlowRecord, kept: float = 0.02, apart: float = 0.1) -> bo
     ends = [x for x in record.layers if x.shape in known.shapes and x.parameters and not x.composite]
     seen = [x.output_variation for x in ends[-1:] if len(x.output_variation)]
     return any(float(v[0]) >= apart and float(v[-1]) <= kept * float(v[0]) for v in seen)
+
+
+def response(record: FlowRecord) -> Floats:
+    """Return, by look, by how much of itself the loss changes at most as all that is held moves by its size.
+
+    Σ ‖g‖‖u‖ / |L| is what an update u can do to first order, and ‖u‖ / ‖p‖ its length in sizes of the
+    weights. Their ratio depends neither on the rate nor on the scale of the loss. Plain and deep networks
+    have 0.3 to 100.
+    """
+    updates, pairs = record.updates, held(record)
+    if updates is None or not pairs or not updates.steps:
+        return np.zeros(0)
+    with np.errstate(all="ignore"):
+        most = np.sum([np.nan_to_num(u.gradient_rms * u.rms) * p.num_elements for u, p in pairs], axis=0)
+        looks = np.array([step for step in updates.steps if step < len(record.losses)])
+        size = min(len(most), len(looks))
+        return most[:size] / np.abs(record.losses[looks[:size]]) / whole_ratio(record)[:size]
+
+
+def is_unmoved(record: FlowRecord, least: float = 0.25, usual: float = 1e-4, apart: float = 0.1) -> bool:
+    """Whether a model guesses, and its loss stands still or is no better than ignorance costs, as the loss
+    hardly hears steps of a usual size.
+
+    Not where its outputs are alike for all samples, so that a loss that compares them has no slope there.
+
+    Args:
+        record: the record.
+        least: the response of the loss, in all looks, from which it hears them; see `response`. Healthy runs
+            have more than 0.35, those of them that guess and stand still more than 0.7.
+        usual: the least size of an update beside the weights that is a usual one.
+        apart: part of the outputs that must differ between samples.
+    """
+    heard, known = response(record), record.knowledge
+    if known is None or not max(known.variations, default=math.nan) >= apart:
+        return False
+    if not len(heard) or not np.isfinite(heard).all() or not 0 < heard.max() < least:
+        return False
+    if not typical(whole_ratio(record)) >= usual or not guesses(record):
+        return False
+    return stands_still(record) or late(record.losses) >= 0.98 * known.ignorance > 0
 
 
 def stands_still(record: FlowRecord, share: float = 0.02) -> bool:

@@ -26,7 +26,8 @@ import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.model.trees import iter_tensors, map_floats, private_copy
+from gradflow.functional.model.trees import iter_tensors, map_floats, map_tensors, private_copy
+from gradflow.functional.reverse.constants import held_at_zero, merely_added
 from gradflow.functional.reverse.floors import floors
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.step import Request
@@ -37,6 +38,7 @@ _LOUDER = 4.0
 _FEW = 8  # samples below which positions are shuffled as well
 _VARIED = 0.05  # part of the outputs that must differ, for a mean of them to be something else
 _MUCH_LOUDER = 16.0
+Shapes = tuple[tuple[int, ...], ...]
 _LOG = logging.getLogger(__name__)
 
 
@@ -46,7 +48,7 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
     Args:
         program: what the step ran on.
         request: the step.
-        output: the model's, detached; None if it was not kept.
+        output: the model's, as leaves that require a gradient where they had one; None if it was not kept.
         loss: of the step.
     """
     rows = _Rows.of(output)
@@ -68,7 +70,7 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
     given, before = program.given, Before.of(program)
     held = program.module_state()
     parts = [t for t in iter_tensors(output) if t.dtype.is_floating_point and rows.fit(t)]
-    variations = [_variation(part.reshape(rows.number, -1)) for part in parts]
+    variations = [_variation(part.detach().reshape(rows.number, -1)) for part in parts]
     try:
         with torch.no_grad(), program.state.swapped(), before.again(program), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -83,6 +85,7 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         return None
     finally:
         held.restore()
+    added, zero = _constants(program, request, output)
     return KnowledgeRecord(
         step=request.step,
         loss=loss,
@@ -93,11 +96,13 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         num_samples=rows.number,
         shapes=[tuple(part.shape) for part in parts],
         variations=variations,
-        scales=[float(part.double().square().mean().sqrt()) for part in parts],
+        scales=[float(part.detach().double().square().mean().sqrt()) for part in parts],
         odds=heard.odds,
         misgiven=tuple(heard.misgiven),
         crossed=heard.crossed,
         by_mean=by_mean,
+        added=added,
+        zero=zero,
         floors=_floors(program, request, output, heard.scored) if loss > 0.2 * _least(guesses) else {},
     )
 
@@ -126,6 +131,34 @@ def _floors(program: Program, request: Request, output: Any, scored: bool) -> di
         return {}
     finally:
         held.restore()
+
+
+def _constants(program: Program, request: Request, output: Any) -> tuple[Shapes, Shapes]:
+    """Return the shapes of outputs that the loss merely adds, and of those that are held at zero; see
+    `merely_added` and `held_at_zero`."""
+    given, before = program.given, Before.of(program)
+    held, parts = program.module_state(), list[Tensor]()
+    map_tensors(lambda tensor: (parts.append(tensor), tensor)[1], output)
+    if len(parts) < 2 or all(part.requires_grad and bool(part.any()) for part in parts):
+        return (), ()
+
+    def loss_of(guess: Sequence[Tensor]) -> Tensor:
+        left = iter(guess)
+        with before.again(program):
+            return given.loss_of(map_tensors(lambda _: next(left), output), request.batch)
+
+    try:
+        with program.state.swapped(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with torch.enable_grad():
+                added = merely_added(loss_of, parts)
+            zero = held_at_zero(loss_of, parts)
+    except Exception as error:  # outputs that it does not take, or a loss without a slope
+        _LOG.debug("the loss cannot be asked of constants: %r", error)
+        return (), ()
+    finally:
+        held.restore()
+    return tuple(tuple(parts[i].shape) for i in added), tuple(tuple(parts[i].shape) for i in zero)
 
 
 def _sees_means(loss_of: Callable[..., float], known: Sequence[float], varied: float) -> bool:

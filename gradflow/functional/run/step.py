@@ -45,7 +45,7 @@ class Request:
         ranks: and, of every layer, the effective rank of its output gradient.
         listeners: told of what happens in the step (fused only).
         inspect: called with the loss and the graph between the forward and the reverse pass (fused only).
-        keep_output: keep the model's output in the outcome (fused only).
+        keep_output: keep the model's output in the outcome (fused only), as leaves.
         keep: the autograd graph outlives the reverse pass, so that it can be walked (fused only).
         scale: what the loss is multiplied by before it is differentiated, and gradients are divided by
             afterwards (fused only, where the flow on every edge is not measured).
@@ -79,7 +79,7 @@ class Outcome:
     gradients: Gradients
     recorder: Recorder
     structure: Structure | None = None
-    output: Any = None  # the model's, detached, where it was asked for
+    output: Any = None  # the model's, as leaves that require a gradient where they had one, if asked for
 
 
 def run_step(program: Program, request: Request) -> Outcome:
@@ -158,9 +158,14 @@ def evaluated(given: Given, request: Request, recorder: Recorder | None = None) 
         raise
 
 
+def _leaf(tensor: Tensor) -> Tensor:
+    """Return a tensor without its graph, which requires a gradient where it had one."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
 def _called(given: Given, request: Request) -> tuple[Tensor, Any]:
     output = given.forward(request.batch, request.step)
-    kept = map_tensors(Tensor.detach, output) if request.keep_output else None
+    kept = map_tensors(_leaf, output) if request.keep_output else None
     return checked_loss(given.loss_of(output, request.batch)), kept
 
 

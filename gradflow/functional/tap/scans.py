@@ -12,6 +12,7 @@ from torch import Tensor
 from gradflow.functional.tap.recorder import Recorder
 
 FADED = 1e-6  # of the largest gradient of a step: float32 keeps 7 digits
+_END = 1e-30  # of float32, whose smallest number is 1e-45
 FEWEST = 16  # steps: of fewer, what fades is still heard
 MOST = 8  # tensors that are followed: a loop has a handful
 
@@ -92,12 +93,20 @@ def _taken(name: str, x: Tensor, rest: tuple[Any, ...], kwargs: Mapping[str, Any
 def faded_share(scan: Scan, gradient: Tensor) -> Tensor:
     """Return the share of a scan's steps whose gradient is next to nothing beside the largest, and not zero.
 
-    Zero it is where a step is not read at all, which is no fading.
+    Zero it is where a step is not read at all, which is no fading; but where the last one that is not zero
+    has come to the end of what float32 holds, the zeros beyond it are its fading too. Of a step the largest
+    number is taken: the squares of small ones are zero long before.
 
     Args:
         scan: of a tensor.
         gradient: of that tensor.
     """
     axes = [axis for axis in range(gradient.dim()) if axis != scan.axis]
-    norms = torch.linalg.vector_norm(gradient.float(), dim=axes, dtype=torch.float32)
-    return ((norms > 0) & (norms < FADED * norms.max())).float().mean()
+    size = gradient.detach().float().abs().amax(axes)
+    faded = (size > 0) & (size < FADED * size.max())
+    before, behind = (size > 0).cumsum(0) == 0, (size > 0).flip(0).cumsum(0).flip(0) == 0
+    steps = torch.arange(len(size), device=size.device)
+    known = torch.where(size > 0, steps, -1)
+    last, first = known.max(), torch.where(size > 0, steps, len(size)).min().clamp(max=len(size) - 1)
+    ended = (before & (size[first] < _END)) | (behind & (size[last] < _END))
+    return (faded | ended & (size.max() > _END / FADED)).float().mean()

@@ -193,3 +193,36 @@ def test_what_a_critic_judges_is_not_out_of_reach() -> None:
     model = Critic()
     loss = lambda output, _: F.softplus(-model.judge(output)).mean()  # noqa: E731
     assert serious(model, loss, lambda: (torch.randn(48, 4), torch.zeros(48))) == []
+
+
+class Likely(nn.Module):
+    """Logarithms of probabilities, of scores that a function bounds and a number multiplies."""
+
+    def __init__(self, bound: Callable[[Tensor], Tensor], times: float, classes: int) -> None:
+        super().__init__()
+        self.net, self.bound, self.times = layers(classes), bound, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.bound(self.net(x))
+        return F.log_softmax(scores if self.times == 1 else self.times * scores, dim=-1)
+
+
+@pytest.mark.parametrize(
+    ("bound", "times", "classes", "severity"),
+    [
+        (torch.tanh, 1.0, 4, IssueSeverity.MEDIUM),
+        (torch.tanh, 1.0, 20, IssueSeverity.HIGH),
+        (torch.sigmoid, 1.0, 4, IssueSeverity.HIGH),
+        (torch.tanh, 10.0, 4, None),
+        (lambda scores: scores, 1.0, 4, None),
+    ],
+)
+def test_bounded_scores_before_a_softmax(
+    bound: Callable[[Tensor], Tensor], times: float, classes: int, severity: IssueSeverity | None
+) -> None:
+    def sample() -> tuple[Tensor, Tensor]:
+        x = torch.randn(64, 4)
+        return x, (x[:, 0] > 0).long() * 2 + (x[:, 1] > 0).long()
+
+    found = serious(Likely(bound, times, classes), F.nll_loss, sample)
+    assert [(i.layer, i.severity) for i in found] == ([("net.2", severity)] if severity else [])

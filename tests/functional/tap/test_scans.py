@@ -49,7 +49,7 @@ def scans(model: nn.Module, length: int = LENGTH) -> tuple[ScanRecord, ...]:
 
 
 @pytest.mark.parametrize("name", TAKES)
-@pytest.mark.parametrize("keep", [0.3, 0.98])
+@pytest.mark.parametrize("keep", [1e-7, 1e-4, 0.3, 0.98])
 def test_what_fades_along_the_loop(name: str, keep: float) -> None:
     """The gradient at step t is keep^(T - 1 - t) of that at the last: a closed form."""
     (found,) = scans(Leaky(keep, TAKES[name]))

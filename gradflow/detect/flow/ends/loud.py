@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from gradflow.records import (
     IssueType,
     Role,
 )
+
+_LARGE_INPUTS = 30.0  # rms: standardised inputs have 1, and counts or pixels of some tens train all the same
 
 
 def off_scale_of(flow: Flow, node: str) -> Floats:
@@ -233,6 +235,7 @@ def loud_outputs(flow: Flow, above: float) -> list[Issue]:
 
     The signal has grown on its way, beyond what the loss asks for: the outputs are larger than anything that
     enters a layer's first inputs, and still so at the end of the run. Small targets alone are no illness.
+    Where what enters is large itself, the first layers are told; see `_loud_inputs`.
 
     Args:
         flow: the record along its wiring.
@@ -242,11 +245,13 @@ def loud_outputs(flow: Flow, above: float) -> list[Issue]:
     if known is None or not known.scales or math.isnan(over):
         return []
     still = late(flow.record.losses) / known.silent
-    firsts = [flow.layers[n].input_rms for n in flow.layers if flow.wiring.is_first(n)]
-    entering = max((late(rms) for rms in firsts if math.isfinite(late(rms))), default=math.inf)
+    firsts = {n: late(flow.layers[n].input_rms) for n in flow.layers if flow.wiring.is_first(n)}
+    entering = max((rms for rms in firsts.values() if math.isfinite(rms)), default=math.inf)
     size = max(known.scales)
-    if not (above <= over < math.inf and still >= above / 10 and size >= 3.0 * max(entering, 1.0)):
+    if not (above <= over < math.inf and still >= above / 10 and size >= 3.0):
         return []
+    if not size >= 3.0 * entering:
+        return _loud_inputs(flow, firsts, over, still)
     return [
         Issue(
             layer=flow.layers[node].name,
@@ -268,6 +273,79 @@ def loud_outputs(flow: Flow, above: float) -> list[Issue]:
         )
         for node in heads(flow)
         if flow.trainable(node)
+    ]
+
+
+def _loud_inputs(flow: Flow, firsts: Mapping[str, float], over: float, still: float) -> list[Issue]:
+    """First layers of a model that guesses, which are given inputs so large that the loss is of their size.
+
+    Args:
+        flow: the record along its wiring.
+        firsts: by first layer, the rms of what enters.
+        over: the first loss over the cost of zeros.
+        still: the last one likewise.
+    """
+    most = max((rms for rms in firsts.values() if math.isfinite(rms)), default=math.nan)
+    if not most >= _LARGE_INPUTS or not guesses(flow.record):
+        return []
+    return [
+        Issue(
+            layer=flow.layers[node].name,
+            layer_type=flow.layers[node].type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.HIGH,
+            description=f"What enters has rms {rms:.3g}, and is off scale: the layers hand it on, so that "
+            f"the first loss is {over:.3g} times what zeros would cost, the last {still:.3g} times.",
+            magnitude=over,
+            recommended_actions=(
+                "Standardise the inputs feature by feature: subtract the mean, divide by the standard "
+                "deviation (take the logarithm first of what spans several orders of magnitude).",
+                f"Or put a norm layer before {flow.layers[node].name or 'the first layer'}.",
+            ),
+            metrics={"over_silence": over, "late_over_silence": still, "input_rms": rms},
+            evidence=Evidence(roles=Role.OFF_SCALE, growth=over),
+        )
+        for node, rms in firsts.items()
+        if rms >= 0.1 * most and flow.trainable(node)
+    ]
+
+
+def steep_outputs(flow: Flow, above: float) -> list[Issue]:
+    """The head that a loss which zeros bring below zero is far above it for: a log likelihood that is sure.
+
+    A density may cost less than nothing where it is right. One that starts as narrow as 1e-4 costs millions.
+    Alike and not: losses that go to both sides of zero, beside which any cost is large.
+
+    Args:
+        flow: the record along its wiring.
+        above: how many times the size of what zeros cost the last loss must be, and its square the first.
+    """
+    known, losses = flow.record.knowledge, flow.record.losses
+    if known is None or not known.silent < 0 or not (losses > 0).all() or not len(losses):
+        return []
+    over, still = float(losses[0]) / -known.silent, late(losses) / -known.silent
+    ends = [n for n in heads(flow) if flow.trainable(n) and off_scale_of(flow, n)[0] > 0]
+    if not above**2 <= over < math.inf or not still >= above or not ends:
+        return []
+    layer = flow.layers[min(ends, key=lambda n: float(off_scale_of(flow, n)[0]))]
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.HIGH,
+            description=f"The first loss is {losses[0]:.3g} and the last {late(losses):.3g}, where outputs "
+            f"of zero would cost {known.silent:.3g}: its outputs, of rms {layer.output_rms[0]:.3g} at first, "
+            "put the model where it is sure of what is wrong.",
+            magnitude=over,
+            recommended_actions=(
+                f"Start {layer.name or 'the model'} so that its outputs are near zero (its bias too): a "
+                "logarithm of a scale of zero is a scale of one.",
+                "Or bound such a scale from below: F.softplus(x) + 0.01, log_scale.clamp_min(-5).",
+            ),
+            metrics={"over_silence": over, "late_over_silence": still, "silent_loss": known.silent},
+            evidence=Evidence(growth=over),
+        )
     ]
 
 

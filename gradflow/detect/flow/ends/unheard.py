@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradflow.detect.actions import Actions
+from gradflow.detect.actions import Actions, far_actions
 from gradflow.detect.evidence import (
     heads,
     late,
     loss_fell,
 )
-from gradflow.detect.flow.ends.loud import off_scale_of, takes_scores
+from gradflow.detect.flow.ends.drowned import drowned_terms
+from gradflow.detect.flow.ends.loud import off_scale_of, over_silence, takes_scores
 from gradflow.detect.knowledge import guesses
+from gradflow.detect.updates.readings import held, is_unmoved, layer_of, response, typical, whole_ratio
 from gradflow.detect.view import Flow
 from gradflow.records import (
     Evidence,
@@ -25,27 +27,40 @@ from gradflow.records import (
     Role,
 )
 
+_SMALL = 0.02  # part of the loss that outputs change by changing as much as they are large: usual is a tenth
+_WHOLE = 0.3  # part of the gradient: operations that keep less are at fault for that, others are not
+_FAINT = 0.01  # of the loss, that a parameter could change at most by changing as much as it is large
+_NEAR = 0.05  # of what zeros cost, by which outputs that are small beside their targets cost less or more
+
 
 def unheard(flow: Flow, leverage: float, kept: float) -> list[Issue]:
     """Heads of a model that guesses, whose outputs the loss hardly depends on since operations behind them
     hand back next to nothing.
 
-    Undecided (INFO) until the flow through those operations has been measured.
+    Undecided (INFO) until the flow through those operations has been measured. Where steps of a usual size
+    leave the loss where it is (see `is_unmoved`), it takes less to be told; and where such a loss depends on
+    the outputs all the same, it is what is trained that hardly touches them. Of several terms of a loss,
+    those that another drowns; see `drowned_terms`.
 
     Args:
         flow: the record along its wiring.
         leverage: largest part of the loss that the outputs can change by changing as much as they are large.
         kept: largest part of the gradient that the operations keep.
     """
-    ends = heads(flow)
-    moved = [1.0 / late(off_scale_of(flow, node)) for node in ends if late(off_scale_of(flow, node)) > 0]
-    if not moved or len(moved) < len(ends) or not max(moved) < leverage:
-        return []
+    if drowned := drowned_terms(flow):
+        return drowned
     if not guesses(flow.record) or loss_fell(flow.record):
+        return []
+    moved = _moved(flow)
+    if is_unmoved(flow.record):
+        leverage, kept = max(leverage, _SMALL), max(kept, _WHOLE)
+        if not max(moved.values(), default=0.0) < _SMALL:
+            return _untouched(flow)
+    if not max(moved.values(), default=math.inf) < leverage:
         return []
     measured = flow.record.graph_record is not None and flow.record.graph_record.measured
     found = []
-    for node, part in zip(ends, moved, strict=True):
+    for node, part in moved.items():
         share, op = _kept_behind(flow, node) if measured else (math.nan, "")
         if measured and not share < kept:
             continue
@@ -107,6 +122,119 @@ def _flat_issue(flow: Flow, node: str, part: float, size: float, left: float) ->
         metrics={"leverage": part, "output_rms": size},
         evidence=Evidence(roles=Role.ABSORBING),
     )
+
+
+def _moved(flow: Flow) -> dict[str, float]:
+    """The part of the loss that the outputs of each head change by changing as much as they are large; none
+    where it is not known of all."""
+    off = {node: late(off_scale_of(flow, node)) for node in heads(flow)}
+    return {node: 1.0 / value for node, value in off.items()} if all(v > 0 for v in off.values()) else {}
+
+
+def _untouched(flow: Flow) -> list[Issue]:
+    """What is trained hardly touches the loss, which hears the outputs all the same."""
+    record = flow.record
+    pairs = [(u, p) for u, p in held(record) if np.nanmax(np.nan_to_num(u.gradient_rms)) > 0]
+    heard, ratio = late(response(record)), typical(whole_ratio(record))
+    loss = abs(late(record.losses))
+    faint = [p.name for u, p in pairs if late(u.gradient_rms * u.weight_rms) * p.num_elements < _FAINT * loss]
+    name, kind = layer_of(record, (faint or [p.name for _, p in pairs])[-1])
+    return [
+        Issue(
+            layer=name,
+            layer_type=kind,
+            issue_type=IssueType.VANISHING,
+            severity=IssueSeverity.HIGH if heard < 0.01 else IssueSeverity.MEDIUM,
+            description="The loss hardly depends on what is trained: as all of it moves by its own size, "
+            f"the loss changes by {heard:.1e} of itself at most, where 0.7 and more is usual. The steps are "
+            f"of a usual size ({ratio:.1e} of the weights), and the loss stands still.",
+            magnitude=heard,
+            recommended_actions=(
+                f"Look for a factor that makes what {name or 'the trained part'} gives next to nothing "
+                "beside what is added to it: the scale of an adapter (alpha over rank), of a branch, a gate.",
+                "Or train more than this part.",
+            ),
+            metrics={"response": heard, "ratio": ratio},
+        )
+    ]
+
+
+def tiny_targets(flow: Flow, above: float) -> list[Issue]:
+    """Heads of a model that guesses, beside whose outputs the targets are next to nothing.
+
+    Measured: the first and the last loss over that of zeros. Steps of a usual size move such outputs by more
+    than they should be, so the loss stays where the noise of the steps is. Alike and not: small targets that
+    a run comes near.
+
+    Args:
+        flow: the record along its wiring.
+        above: how many times the cost of zeros the first loss must be, and a tenth of it the last.
+    """
+    over, known = over_silence(flow), flow.record.knowledge
+    if known is None or not above <= over < math.inf or not guesses(flow.record):
+        return []
+    still = late(flow.record.losses) / known.silent
+    ends = [node for node in heads(flow) if flow.trainable(node)]
+    if not still >= above / 10 or not ends:
+        return []
+    layer = flow.layers[ends[-1]]
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.MEDIUM,
+            description=f"Beside its outputs, of rms {max(known.scales, default=math.nan):.2g}, targets are "
+            f"next to nothing: the first loss is {over:.3g} times what outputs of zero would cost, the last "
+            f"{still:.3g} times, and the model guesses. Every step moves outputs by more than targets are.",
+            magnitude=over,
+            recommended_actions=(
+                "Scale the targets to a standard deviation of one, and what comes out back.",
+                f"Or multiply what {layer.name or 'the model'} gives by their scale.",
+            ),
+            metrics={"over_silence": over, "late_over_silence": still},
+            evidence=Evidence(roles=Role.OFF_SCALE, growth=over),
+        )
+    ]
+
+
+def unmet_targets(flow: Flow) -> list[Issue]:
+    """Heads of a model that guesses, whose targets are so far off that steps of a usual size change nothing.
+
+    Measured: the response of the loss to the steps, the part of it that the outputs can change, and that the
+    operations behind them hand back what reaches them, and it costs what zeros do: so the outputs are small
+    beside what is asked for.
+
+    Args:
+        flow: the record along its wiring.
+    """
+    graph, moved = flow.record.graph_record, _moved(flow)
+    if graph is None or not graph.measured or not max(moved.values(), default=math.inf) < _SMALL:
+        return []
+    known = flow.record.knowledge
+    if known is None or not abs(known.loss - known.silent) <= _NEAR * abs(known.silent):
+        return []
+    if not is_unmoved(flow.record) or min(_kept_behind(flow, node)[0] for node in moved) < _WHOLE:
+        return []
+    heard = late(response(flow.record))
+    return [
+        Issue(
+            layer=flow.layers[node].name,
+            layer_type=flow.layers[node].type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.MEDIUM,
+            description=f"Its targets are far from the scale of its outputs: if those changed by as much as "
+            f"they are large, the loss would change by {part:.1e} of itself, and by {heard:.1e} as all "
+            "weights did. The steps are of a usual size, and the loss stands still: what it costs is the "
+            "distance to the targets.",
+            magnitude=1.0 / part,
+            recommended_actions=far_actions(flow.layers[node].name, flow.record.provenance.learning_rates),
+            metrics={"leverage": part, "response": heard},
+            evidence=Evidence(roles=Role.OFF_SCALE),
+        )
+        for node, part in moved.items()
+        if part == max(moved.values())
+    ]
 
 
 def _kept_behind(flow: Flow, node: str) -> tuple[float, str]:

@@ -1,0 +1,116 @@
+"""Rows that mixing has made alike: nodes of a graph, tokens under attention, neighbours that are averaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import attrs
+import numpy as np
+
+from gradflow.detect.actions import smoothing_actions
+from gradflow.detect.evidence import early, kept_at_least, late, shares
+from gradflow.detect.knowledge import guesses
+from gradflow.detect.view import Flow
+from gradflow.detect.wiring import node_name
+from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, Role
+
+MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum", "mean")
+
+
+def smoothed(flow: Flow, passages: list[str], alike: float, fall: float) -> list[Issue]:
+    """The first passage at which the rows have become alike by mixing."""
+    wires = flow.wiring
+    kept = shares(flow, kept_at_least(flow)).share
+    mixed: dict[str, int] = {}  # how often rows are mixed on the way to a node
+    most: dict[str, float] = {}  # the largest variation before a node
+    starved: dict[str, bool] = {}  # whether a layer up to a node gets too little, which is another illness
+    for node in wires.order:
+        preds = wires.preds[node]
+        mixes = wires.nodes[node].kind == "op" and _mixes(wires.nodes[node].type)
+        mixed[node] = max((mixed[p] for p in preds), default=0) + int(mixes)
+        most[node] = max((max(most[p], _variation(flow, p)) for p in preds), default=0.0)
+        starved[node] = any(starved[p] for p in preds) or (node in kept and late(kept[node]) < 1e-3)
+    for node in passages:
+        layer = flow.layers[node]
+        variation = late(layer.output_variation)
+        if not math.isfinite(variation) or len(layer.shape) < 2 or layer.shape[0] < 2:
+            continue
+        if flow.is_last(node) or mixed[node] < 2:
+            continue
+        told_apart = most[node] >= fall * max(variation, alike) and variation <= alike
+        if not told_apart and not _fades(flow, node, variation, most[node], mixed[node], alike):
+            continue
+        issue = _smoothing_issue(flow, node, variation, most[node], mixed[node])
+        if starved[node]:  # what dies out is told by `vanishing`; that rows are alike by mixing, too
+            return [attrs.evolve(issue, severity=IssueSeverity.MEDIUM)] if guesses(flow.record) else []
+        return [issue]
+    return []
+
+
+def starved_before(flow: Flow, smooth: Sequence[Issue], least: float = 1e-6) -> list[Issue]:
+    """The first layer before rows that have become alike, where next to none of the gradient arrives, in the
+    first step or at the end: what does not differ between rows cancels on its way back, too."""
+    record = flow.record
+    if not smooth or not record.provenance.optimizer or not guesses(record):
+        return []
+    kept = shares(flow, kept_at_least(flow, by_matrix=1.0)).share
+    before = flow.wiring.upstream(node_name(smooth[0].layer))
+    trained = (n for n in kept if n in before and flow.has_matrix(n) and flow.trainable(n))
+    for node in sorted(trained, key=lambda n: flow.layers[n].order):
+        arrives = float(np.nanmin([kept[node][0], late(kept[node])]))
+        if not 0 < arrives < least:
+            return []
+        layer = flow.layers[node]
+        return [
+            Issue(
+                layer=layer.name,
+                layer_type=layer.type,
+                issue_type=IssueType.VANISHING,
+                severity=IssueSeverity.MEDIUM,
+                description=f"Only {arrives:.1e} of the gradient that enters the model at the loss arrives "
+                f"here, through {smooth[0].layer or 'the model'}, whose rows are all alike.",
+                magnitude=arrives,
+                recommended_actions=smooth[0].recommended_actions,
+                metrics={"arriving": arrives},
+                evidence=Evidence(roles=Role.STARVED, origin=smooth[0].layer),
+            )
+        ]
+    return []
+
+
+def _fades(flow: Flow, node: str, variation: float, most: float, times: int, alike: float) -> bool:
+    """Whether rows that many mixings have made alike but for some percent are too alike to learn by: the
+    model guesses, as one answer for all would, and they do not come apart within the run."""
+    known, first = flow.record.knowledge, early(flow.layers[node].output_variation)
+    if known is None or times < 4 or not guesses(flow.record) or not variation <= 1.2 * first:
+        return False
+    useless = math.isclose(known.loss, known.averaged, rel_tol=1e-2)
+    return useless and variation <= 5 * alike and most >= 10 * max(variation, alike)
+
+
+def _mixes(op: str) -> bool:
+    return any(word in op.lower() for word in MIXING)
+
+
+def _variation(flow: Flow, node: str) -> float:
+    value = late(flow.layers[node].output_variation) if node in flow.layers else math.nan
+    return value if math.isfinite(value) else 0.0
+
+
+def _smoothing_issue(flow: Flow, node: str, variation: float, most: float, times: int) -> Issue:
+    layer = flow.layers[node]
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.HIGH if variation < 1e-3 else IssueSeverity.MEDIUM,
+        description=f"All rows of its output are alike: only {variation:.1e} of it differs between them, "
+        f"after "
+        f"{most:.2g} before. They have been mixed {times} times on the way, so what tells them apart is "
+        f"lost, "
+        "and no gradient can bring it back.",
+        magnitude=variation,
+        recommended_actions=smoothing_actions(layer.name, times),
+        metrics={"variation": variation, "variation_before": most, "num_mixings": times},
+    )

@@ -1,0 +1,87 @@
+"""Outputs that a loss depends on, and that are constants to whoever trains the model.
+
+NOTE [Constants in a loss]
+An output without a graph may well be what others are held against: a target, a weight, a baseline. Then the
+slopes of the loss at the others change with it. Where no slope does, it is merely added: the loss tells of
+it, and nothing is learned by it. And an output with a graph that is zero for every sample after many steps
+is no start of one: the second derivative of a network of rectifiers is zero, whatever its weights. Where the
+loss is linear in such an output, as in the logarithm of a volume that a flow keeps, that may be by design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+LossOf = Callable[[Sequence[Tensor]], Tensor]
+_PART = 0.1  # of the largest slope at another output, that the loss must have at one to be about it
+
+
+def merely_added(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
+    """Return which outputs without a graph a loss adds up and does nothing else with.
+
+    Args:
+        loss_of: of outputs in the place of the model's; differentiable.
+        parts: the model's outputs; those with a graph require a gradient.
+
+    Raises:
+        Exception: what `loss_of` raises for outputs that it does not take.
+
+    >>> a, b, c = torch.ones(4, requires_grad=True), torch.full((4,), 2.0), torch.full((4,), 3.0)
+    >>> merely_added(lambda y: (y[0] - y[1]).square().mean() + y[2].square().mean(), [a, b, c])
+    [2]
+    """
+    wanted = [i for i, part in enumerate(parts) if not part.requires_grad and part.is_floating_point()]
+    if not wanted or len(wanted) == len(parts):
+        return []
+    own = [part.requires_grad for part in parts]
+    slopes = _slopes(loss_of, parts)
+    most = max(float(slope.norm()) for slope, has_graph in zip(slopes, own, strict=True) if has_graph)
+    found = []
+    for i in (i for i in wanted if float(slopes[i].norm()) >= _PART * most > 0):
+        others = _slopes(loss_of, [torch.zeros_like(p) if k == i else p for k, p in enumerate(parts)])
+        pairs = [(a, b) for a, b, has_graph in zip(slopes, others, own, strict=True) if has_graph]
+        if all(torch.allclose(a, b, rtol=1e-5, atol=0.0) for a, b in pairs):
+            found.append(i)
+    return found
+
+
+def _slopes(loss_of: LossOf, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradient of a loss at every output, as if all had a graph; zeros where there is none."""
+    given = [part.detach().clone().requires_grad_(part.is_floating_point()) for part in parts]
+    leaves = [part for part in given if part.requires_grad]
+    found = iter(torch.autograd.grad(loss_of([p.clone() for p in given]), leaves, allow_unused=True))
+    slopes = [next(found) if part.requires_grad else None for part in given]
+    return [torch.zeros_like(p) if slope is None else slope for p, slope in zip(parts, slopes, strict=True)]
+
+
+def held_at_zero(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
+    """Return which outputs with a graph are zero for all samples, while others are not, in a loss that bends
+    with them.
+
+    Args:
+        loss_of: of outputs in the place of the model's.
+        parts: the model's outputs; those with a graph require a gradient.
+
+    >>> a, b = torch.ones(4, requires_grad=True), torch.zeros(4, requires_grad=True)
+    >>> held_at_zero(lambda y: (y[0] + y[1]).square().mean(), [a, b])
+    [1]
+    >>> held_at_zero(lambda y: y[0].square().mean() + y[1].mean(), [a, b])
+    []
+    """
+    zero = [i for i, part in enumerate(parts) if part.requires_grad and part.numel() > 1 and not part.any()]
+    if not zero or not any(bool(part.any()) for part in parts if part.requires_grad):
+        return []
+    found = []
+    with torch.no_grad():
+        own = float(loss_of([part.detach().clone() for part in parts]))
+        for i in zero:
+            up, down = (
+                float(loss_of([p.detach() + (sign if k == i else 0) for k, p in enumerate(parts)])) - own
+                for sign in (1.0, -1.0)
+            )
+            if abs(up + down) > 1e-2 * max(abs(up), abs(down)) and abs(up + down) > 1e-5 * abs(own):
+                found.append(i)
+    return found

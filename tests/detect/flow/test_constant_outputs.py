@@ -1,0 +1,80 @@
+"""Outputs that no weight changes, or changes the loss by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradflow as gf
+from gradflow.records import IssueSeverity, IssueType
+
+
+class Curved(nn.Module):
+    """A network of one variable, and its second derivative."""
+
+    def __init__(self, activation: type[nn.Module], *, cut: bool) -> None:
+        super().__init__()
+        self.cut = cut
+        self.net = nn.Sequential(
+            nn.Linear(1, 32), activation(), nn.Linear(32, 32), activation(), nn.Linear(32, 1)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_(True)
+        y = self.net(x)
+        slope = torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+        bend = torch.autograd.grad(slope.sum(), x, create_graph=True)[0]
+        return y, bend.detach() if self.cut else bend
+
+
+def serious(
+    model: nn.Module, sample: Callable[[], tuple[Tensor, Tensor]], loss: Callable[..., Tensor]
+) -> set[tuple[IssueType, str]]:
+    torch.manual_seed(0)
+    report = gf.diagnose(model, sample, loss, steps=8, optimizer=torch.optim.Adam(model.parameters(), 1e-3))
+    return {(IssueType(i.issue_type), i.layer) for i in report.issues if i.severity >= IssueSeverity.MEDIUM}
+
+
+def line() -> tuple[Tensor, Tensor]:
+    x = torch.rand(48, 1)
+    return x, 4 * torch.sin(6.28 * x)
+
+
+def residual(outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+    return (outputs[1] + target).square().mean() + outputs[0][:2].square().sum()
+
+
+@pytest.mark.parametrize(
+    ("activation", "cut", "sick"), [(nn.Tanh, False, False), (nn.Tanh, True, True), (nn.ReLU, False, True)]
+)
+def test_a_second_derivative(activation: type[nn.Module], cut: bool, sick: bool) -> None:
+    torch.manual_seed(0)
+    found = serious(Curved(activation, cut=cut), line, residual)
+    assert found == ({(IssueType.DEAD, "net.4")} if sick else set())
+
+
+class Twin(nn.Module):
+    """Two views of a sample, one of them held as a target."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.guess = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        one, other = self.net(x + 0.1 * torch.randn_like(x)), self.net(x + 0.1 * torch.randn_like(x))
+        return self.guess(one), other.detach()
+
+
+def test_an_output_that_others_are_held_against_is_a_target() -> None:
+    torch.manual_seed(0)
+
+    def loss(outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        return -F.cosine_similarity(*outputs).mean() + 1
+
+    found = serious(Twin(), lambda: (torch.randn(32, 8), torch.zeros(32)), loss)
+    assert not any(kind is IssueType.DEAD for kind, _ in found)

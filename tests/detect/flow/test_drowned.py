@@ -1,0 +1,61 @@
+"""Terms of a loss that another one drowns, at weights that both of them train."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gradflow as gf
+from gradflow.records import IssueSeverity, IssueType
+
+
+class Tasks(nn.Module):
+    """Two heads on a trunk that they share, or that each has for itself."""
+
+    def __init__(self, *, shared: bool, mixed: bool) -> None:
+        super().__init__()
+        self.mixed = mixed
+        self.trunks = nn.ModuleList(
+            nn.Sequential(nn.Linear(10, 64), nn.ReLU()) for _ in range(1 if shared else 2)
+        )
+        self.value, self.kind = nn.Linear(64, 3), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        value, kind = self.value(self.trunks[0](x)), self.kind(self.trunks[-1](x))
+        return (value + 1e-5 * kind, value + 1e-5 * kind) if self.mixed else (value, kind)
+
+
+def sample() -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    x = torch.randn(64, 10)
+    return x, (x[:, :3] * x[:, 3:6], x[:, 6:9].argmax(1))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+@pytest.mark.parametrize(
+    ("weights", "shared", "mixed", "weak"),
+    [
+        ((1.0, 1.0), True, False, set()),
+        ((1.0, 1e-2), True, False, set()),
+        ((1.0, 1e-6), True, False, {"kind"}),
+        ((1e6, 1.0), True, False, {"kind"}),
+        ((1e-6, 1.0), True, False, {"value"}),
+        ((1.0, 1e-6), False, False, set()),
+        ((1.0, 1.0), True, True, set()),
+    ],
+)
+def test_a_task_whose_weight_is_next_to_nothing(
+    weights: tuple[float, float], shared: bool, mixed: bool, weak: set[str], scale: float
+) -> None:
+    torch.manual_seed(0)
+    model = Tasks(shared=shared, mixed=mixed)
+
+    def loss(outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
+        value, kind = F.mse_loss(outputs[0], targets[0]), F.cross_entropy(outputs[1], targets[1])
+        return scale * (weights[0] * value + weights[1] * kind)
+
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    report = gf.diagnose(model, sample, loss, steps=8, optimizer=optimizer)
+    serious = [i for i in report.issues if i.severity >= IssueSeverity.MEDIUM]
+    assert {i.layer for i in serious if i.issue_type is IssueType.VANISHING} == weak

@@ -1,0 +1,38 @@
+"""Which outputs a loss merely adds, and which are held at zero."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradflow.functional.reverse.constants import held_at_zero, merely_added
+
+
+def outputs() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(6, 2, requires_grad=True), torch.randn(6, 2), torch.zeros(6, 2, requires_grad=True)]
+
+
+@pytest.mark.parametrize(
+    ("weight", "product", "added"), [(1.0, 0.0, [1]), (1e-4, 0.0, []), (1.0, 1.0, []), (0.0, 1.0, [])]
+)
+def test_an_output_without_a_graph(weight: float, product: float, added: list[int]) -> None:
+    def loss(y: list[Tensor]) -> Tensor:
+        return y[0].square().mean() + weight * y[1].square().mean() + product * (y[0] * y[1]).mean()
+
+    assert merely_added(lambda y: loss(list(y)), outputs()) == added
+
+
+def test_a_loss_with_no_slope_elsewhere_tells_nothing() -> None:
+    assert merely_added(lambda y: y[1].square().mean() + 0 * y[0].sum(), outputs()) == []
+
+
+@pytest.mark.parametrize(("power", "held"), [(1, []), (2, [2])])
+def test_an_output_that_is_zero(power: int, held: list[int]) -> None:
+    assert held_at_zero(lambda y: (y[0].mean() + (1 + y[2]) ** power).mean(), outputs()) == held
+
+
+def test_zeros_beside_zeros_tell_nothing() -> None:
+    parts = [torch.zeros(6, 2, requires_grad=True), torch.zeros(6, 2, requires_grad=True)]
+    assert held_at_zero(lambda y: (1 + y[0] + y[1]).square().mean(), parts) == []
