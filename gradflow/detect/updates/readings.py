@@ -138,7 +138,8 @@ def is_unmoved(record: FlowRecord, least: float = 0.25, usual: float = 1e-4, apa
     """Whether a model guesses, and its loss stands still or is no better than ignorance costs, as the loss
     hardly hears steps of a usual size.
 
-    Not where its outputs are alike for all samples, so that a loss that compares them has no slope there.
+    Not where its outputs are alike for all samples, so that a loss that compares them has no slope there, nor
+    where the loss holds no sample against its own target, so that what they ask for cancels.
 
     Args:
         record: the record.
@@ -148,7 +149,12 @@ def is_unmoved(record: FlowRecord, least: float = 0.25, usual: float = 1e-4, apa
         apart: part of the outputs that must differ between samples.
     """
     heard, known = response(record), record.knowledge
-    if known is None or not max(known.variations, default=math.nan) >= apart:
+    if (
+        known is None
+        or known.crossed
+        or known.by_mean
+        or not max(known.variations, default=math.nan) >= apart
+    ):
         return False
     if not len(heard) or not np.isfinite(heard).all() or not 0 < heard.max() < least:
         return False
