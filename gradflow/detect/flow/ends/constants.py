@@ -21,7 +21,8 @@ def constant_outputs(flow: Flow, min_updates: int) -> list[Issue]:
         min_updates: steps of the optimizer after which a zero by design has ended.
     """
     known, ends = flow.record.knowledge, heads(flow)
-    if known is None or not ends:
+    account = flow.record.reach
+    if known is None or not ends or (account is not None and account.terms):  # a term is told with its reason
         return []
     updated = bool(flow.record.provenance.optimizer) and flow.record.steps > min_updates
     told = [(shape, _added(shape)) for shape in known.added]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -13,6 +12,8 @@ from gradflow.detect.updates.readings import is_unmoved, response
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
 from gradflow.records import Floats, Issue, IssueSeverity, IssueType
+
+_MOST = 8  # terms: those that are drowned most
 
 
 def drowned_terms(flow: Flow, times: float = 1e4) -> list[Issue]:
@@ -32,13 +33,13 @@ def drowned_terms(flow: Flow, times: float = 1e4) -> list[Issue]:
     if knows(flow.record):
         return []
     measures = {node: _measures(flow, node) for node in heads(flow)}
-    found: dict[str, tuple[float, str]] = {}
-    for strong, weak in itertools.permutations(measures, 2):
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            ratio = float((measures[strong] / measures[weak]).min())
-        if times <= ratio < math.inf and ratio > found.get(weak, (0.0, ""))[0] and _apart(flow, strong, weak):
-            found[weak] = (ratio, strong)
-    return [_issue(flow, weak, strong, ratio) for weak, (ratio, strong) in found.items()]
+    strong = max(measures, key=lambda n: (float(np.nan_to_num(measures[n][0])), n), default="")
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratios = {n: float((measures[strong] / measures[n]).min()) for n in measures if n != strong}
+    weak = sorted((n for n, ratio in ratios.items() if times <= ratio < math.inf), key=lambda n: -ratios[n])
+    joined = _joined(flow, strong) if weak else set[str]()
+    apart = [n for n in weak if n not in joined][:_MOST]
+    return [_issue(flow, n, strong, ratios[n]) for n in apart if _trained(flow, n) & _trained(flow, strong)]
 
 
 def alike_outputs(flow: Flow, apart: float = 0.1) -> list[Issue]:
@@ -87,19 +88,23 @@ def _measures(flow: Flow, node: str) -> Floats:
     return np.concatenate([known[:, 0], np.median(known, axis=1)])
 
 
-def _apart(flow: Flow, strong: str, weak: str) -> bool:
-    """Whether two heads lead to terms of their own, and train weights that they share."""
+def _joined(flow: Flow, head: str) -> set[str]:
+    """Return the nodes that lead to a head, or to what it leads to, but for single numbers."""
     wires = flow.wiring
-    if strong in wires.upstream(weak) or weak in wires.upstream(strong):
-        return False
-    met = wires.downstream(strong) & wires.downstream(weak)
-    if any(wires.nodes[node].shape for node in met):
-        return False
-    trained = [
-        {flow.layers[n].module for n in (end, *wires.upstream(end)) if n in flow.layers and flow.trainable(n)}
-        for end in (strong, weak)
-    ]
-    return bool(trained[0] & trained[1])
+    seen = {head, *(n for n in wires.downstream(head) if wires.nodes[n].shape)}
+    todo = list(seen)
+    while todo:
+        for node in wires.preds.get(todo.pop(), ()):
+            if node not in seen:
+                seen.add(node)
+                todo.append(node)
+    return seen
+
+
+def _trained(flow: Flow, head: str) -> set[str]:
+    """Return the modules with something to be trained that lead to a head, itself included."""
+    before = (head, *flow.wiring.upstream(head))
+    return {flow.layers[n].module for n in before if n in flow.layers and flow.trainable(n)}
 
 
 def _issue(flow: Flow, node: str, strong: str, ratio: float) -> Issue:

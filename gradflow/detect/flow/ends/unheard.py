@@ -18,6 +18,7 @@ from gradflow.detect.flow.ends.loud import off_scale_of, over_silence, takes_sco
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.updates.readings import held, is_unmoved, layer_of, response, typical, whole_ratio
 from gradflow.detect.view import Flow
+from gradflow.detect.wiring import node_name
 from gradflow.records import (
     Evidence,
     Floats,
@@ -131,6 +132,12 @@ def _moved(flow: Flow) -> dict[str, float]:
     return {node: 1.0 / value for node, value in off.items()} if all(v > 0 for v in off.values()) else {}
 
 
+def _moves(flow: Flow, node: str) -> float:
+    """The part of the loss that the outputs of a layer change by changing as much as they are large; all
+    samples count, whether or not they ask for the same."""
+    return 1.0 / late(off_scale_of(flow, node)) if node in flow.layers else math.nan
+
+
 def _untouched(flow: Flow) -> list[Issue]:
     """What is trained hardly touches the loss, which hears the outputs all the same."""
     record = flow.record
@@ -139,6 +146,8 @@ def _untouched(flow: Flow) -> list[Issue]:
     loss = abs(late(record.losses))
     faint = [p.name for u, p in pairs if late(u.gradient_rms * u.weight_rms) * p.num_elements < _FAINT * loss]
     name, kind = layer_of(record, (faint or [p.name for _, p in pairs])[-1])
+    if not heard < _SMALL and not _moves(flow, node_name(name)) < _SMALL:  # what samples ask for cancels
+        return []
     return [
         Issue(
             layer=name,
