@@ -195,6 +195,29 @@ def test_what_a_critic_judges_is_not_out_of_reach() -> None:
     assert serious(model, loss, lambda: (torch.randn(48, 4), torch.zeros(48))) == []
 
 
+class Field(nn.Module):
+    """Gives the slope of an energy, whose last layer adds nothing to it but its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+def test_what_is_made_of_the_last_activation_has_another_range() -> None:
+    """The slopes at the start lie within the range of the tanh in front of the energy, and need not stay."""
+
+    def circles() -> tuple[Tensor, Tensor]:
+        x = torch.randn(48, 2)
+        return x, 3 * x
+
+    torch.manual_seed(0)
+    assert serious(Field(), F.mse_loss, circles) == []
+
+
 class Likely(nn.Module):
     """Logarithms of probabilities, of scores that a function bounds and a number multiplies."""
 

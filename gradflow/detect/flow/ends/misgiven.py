@@ -157,6 +157,8 @@ def out_of_reach(flow: Flow, kind: IssueType, left: float = 0.15, met: float = 0
     if known is None or not ends or not known.floors or not known.ignorance > 0:
         return []
     layer, end = flow.layers[ends[-1]], _end_of(flow, ends[-1])
+    if math.prod(layer.shape) not in map(math.prod, known.shapes):  # the model gives what is made of it
+        return []
     within, free = known.floors.get(_RANGES.get(end, "?"), math.nan), known.floors.get("", math.nan)
     if kind is not (IssueType.DEAD if end == "relu" else IssueType.SATURATION):
         return []
