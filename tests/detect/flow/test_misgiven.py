@@ -200,7 +200,7 @@ class Field(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.energy = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+        self.energy = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
