@@ -21,6 +21,8 @@ _FAMILIES = """
     contact8b_1 contact8b_2 contact8b_3
     contact9a_1 contact9a_2 contact9a_3
     contact9b_1 contact9b_2 contact9b_3
+    contact10a_1 contact10a_2
+    contact10b_1 contact10b_2
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
