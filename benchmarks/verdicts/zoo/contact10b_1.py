@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from .claims import Claim, every, huge, no_gradient, not_finite, rises, training
 from .data import Sample, adam, choice, discs, frozen, grammar, normal, seeded, setup, token_loss, uniform

@@ -40,7 +40,10 @@ def twins(weight: Tensor) -> list[Twins]:
     >>> [t.axis for t in twins(torch.randn(1, 3).expand(4, 3))]
     [0]
     """
-    if weight.dim() < 2 or not weight.is_floating_point() or weight.is_complex():
+    numbers = (
+        weight.is_floating_point() and weight.element_size() > 1
+    )  # those of eight bits take no arithmetic
+    if weight.dim() < 2 or not numbers or weight.is_complex():
         return []
     found = []
     for axis in (0, 1):

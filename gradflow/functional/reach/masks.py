@@ -68,7 +68,7 @@ def nonzero_at(x: Tensor, at: Tensor) -> Tensor:
     >>> nonzero_at(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([1, 3]))
     tensor([False,  True])
     """
-    if x.is_cpu and x.dtype in _NUMPY:
+    if x.is_cpu and x.dtype in _NUMPY and type(x) is Tensor:
         return torch.from_numpy(np.asarray(x.numpy().reshape(-1).take(at.numpy()) != 0))
     return x.reshape(-1).index_select(0, at).bool()
 

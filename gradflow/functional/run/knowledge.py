@@ -30,7 +30,7 @@ from gradflow.functional.model.trees import iter_tensors, map_floats, map_tensor
 from gradflow.functional.reverse.constants import held_at_zero, merely_added
 from gradflow.functional.reverse.floors import floors
 from gradflow.functional.run.program import Before, Program
-from gradflow.functional.run.step import Request
+from gradflow.functional.run.step import Kept, Request
 from gradflow.functional.tap.heard import Heard
 from gradflow.records import KnowledgeRecord
 
@@ -42,7 +42,7 @@ Shapes = tuple[tuple[int, ...], ...]
 _LOG = logging.getLogger(__name__)
 
 
-def knowledge(program: Program, request: Request, output: Any, loss: float) -> KnowledgeRecord | None:
+def knowledge(program: Program, request: Request, kept: Kept | None, loss: float) -> KnowledgeRecord | None:
     """Return what the outputs of a step are worth, or None where that cannot be told.
 
     Args:
@@ -51,8 +51,9 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         output: the model's, as leaves that require a gradient where they had one; None if it was not kept.
         loss: of the step.
     """
+    output = None if kept is None else kept.value
     rows = _Rows.of(output)
-    if rows is None or rows.number < 2:
+    if kept is None or rows is None or rows.number < 2:
         return None
     generator = torch.Generator().manual_seed(rows.number)
 
@@ -103,7 +104,7 @@ def knowledge(program: Program, request: Request, output: Any, loss: float) -> K
         by_mean=by_mean,
         added=added,
         zero=zero,
-        floors=_floors(program, request, output, heard.scored) if loss > 0.2 * _least(guesses) else {},
+        floors=_floors(program, request, kept, heard.scored) if loss > 0.2 * _least(guesses) else {},
     )
 
 
@@ -111,11 +112,18 @@ def _least(guesses: Sequence[float]) -> float:
     return min((guess for guess in guesses if guess > 0), default=math.inf)
 
 
-def _floors(program: Program, request: Request, output: Any, scored: bool) -> dict[str, float]:
-    """Return the lowest losses of outputs that are free, and of those in a range; see `floors`."""
-    given, before = program.given, Before.of(program)
+_BOUNDED = ("Sigmoid", "Tanh", "Relu", "Softplus", "Exp", "Hard", "Clamp", "Softsign", "Mul", "Div")
+
+
+def _floors(program: Program, request: Request, kept: Kept, scored: bool) -> dict[str, float]:
+    """Return the lowest losses of outputs that are free, and of those in a range; see `floors`.
+
+    It is asked of what a bounded function has made, or a multiple of that.
+    """
+    given, before, output = program.given, Before.of(program), kept.value
     held = program.module_state()
-    if not isinstance(output, Tensor) or not output.is_floating_point():
+    bounded = any(end.startswith(_BOUNDED) for end in kept.ends)
+    if not bounded or not isinstance(output, Tensor) or not output.is_floating_point():
         return {}
 
     def loss_of(guess: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradflow.errors import GradflowError, ProcessError
 from gradflow.functional.model.batches import checked_loss
 from gradflow.functional.model.state import Tensors
-from gradflow.functional.model.trees import map_tensors, shapes
+from gradflow.functional.model.trees import iter_tensors, map_tensors, shapes
 from gradflow.functional.processes.stages import PassVoid
 from gradflow.functional.reverse.autograd_graph import Structure, build
 from gradflow.functional.reverse.passing import passing
@@ -20,7 +20,7 @@ from gradflow.functional.reverse.reverse import ReentrantCheckpoint
 from gradflow.functional.run.program import Before, Given, Program
 from gradflow.functional.run.reverse_pass import Gradients, reverse_pass
 from gradflow.functional.tap.asked import Asked, Listener
-from gradflow.functional.tap.probes import arrival
+from gradflow.functional.tap.probes import arrival, site_of
 from gradflow.functional.tap.recorder import MoreSlots, NeedsRetry, Recorder
 from gradflow.functional.tap.watch import Watch
 from gradflow.functional.torch_private import gradient_hooks, num_writes
@@ -79,7 +79,7 @@ class Outcome:
     gradients: Gradients
     recorder: Recorder
     structure: Structure | None = None
-    output: Any = None  # the model's, as leaves that require a gradient where they had one, if asked for
+    output: Kept | None = None  # the model's, if asked for
 
 
 def run_step(program: Program, request: Request) -> Outcome:
@@ -158,14 +158,55 @@ def evaluated(given: Given, request: Request, recorder: Recorder | None = None) 
         raise
 
 
+@attrs.frozen
+class Kept:
+    """A model's output, and what made it.
+
+    Args:
+        value: with leaves for tensors, that require a gradient where those had one.
+        ends: names of the autograd nodes that made its tensors, but for views of what they made and probes.
+    """
+
+    value: Any
+    ends: tuple[str, ...]
+
+    @classmethod
+    def of(cls, output: Any) -> Kept:
+        """Return an output without its graph."""
+        ends = tuple(_maker(tensor.grad_fn) for tensor in iter_tensors(output))
+        return cls(map_tensors(_leaf, output), ends)
+
+
+_VIEWS = (
+    "View",
+    "Squeeze",
+    "Unsqueeze",
+    "Reshape",
+    "Alias",
+    "Transpose",
+    "Permute",
+    "Expand",
+    "Select",
+    "Slice",
+)
+
+
+def _maker(node: Any) -> str:
+    while node is not None and node.next_functions:
+        name = node.name()
+        if site_of(node) is None and not name.startswith(_VIEWS):
+            return name
+        node = node.next_functions[0][0]
+    return ""
+
+
 def _leaf(tensor: Tensor) -> Tensor:
-    """Return a tensor without its graph, which requires a gradient where it had one."""
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _called(given: Given, request: Request) -> tuple[Tensor, Any]:
     output = given.forward(request.batch, request.step)
-    kept = map_tensors(_leaf, output) if request.keep_output else None
+    kept = Kept.of(output) if request.keep_output else None
     return checked_loss(given.loss_of(output, request.batch)), kept
 
 
