@@ -238,4 +238,26 @@ ROUNDS = (
             "contact9b-diffusion-adaln": "Rows that are large, and that nothing reads.",
         },
     ),
+    Round(
+        name="contact10",
+        date="2026-11-30",
+        sick=14,
+        healthy=10,
+        found=8,
+        cause=6,
+        alarms_healthy=2,
+        alarms_repaired=0,
+        missed={
+            "contact10a-recsys-embedding-size": "Told as SATURATION, at that layer.",
+            "contact10a-robot-action-units": "Targets a thousand times the outputs, in a loss that falls.",
+            "contact10a-bytes-sequence-pooling": "Rows that are alike but for an eighth.",
+            "contact10b-peft-dora": "Told at the projection beside the one that it is born at.",
+            "contact10b-gan-critic": "A critic whose loss has no floor: two calls of a head may pull apart.",
+            "contact10b-frames-indrnn": "A memory that fades through operations, to a ten-thousandth.",
+        },
+        alarmed={
+            "contact10a-pruning-ticket": "Weights that are masked away, taken for units that nothing reaches.",
+            "contact10b-rendering-vgg": "A frozen network of features, for a part that amplifies.",
+        },
+    ),
 )

@@ -44,7 +44,8 @@ def num_subnormal(x: Tensor) -> int:
         return 0
     ints, mantissa = _LAYOUTS[x.dtype]
     bits: Any = x.detach().contiguous().view(ints)
-    bits, count = (bits.numpy(), np.count_nonzero) if bits.is_cpu else (bits, torch.count_nonzero)
+    plain = bits.is_cpu and type(bits) is Tensor
+    bits, count = (bits.numpy(), np.count_nonzero) if plain else (bits, torch.count_nonzero)
     bits = bits & torch.iinfo(ints).max
     return int(count((bits > 0) & (bits < 1 << mantissa)))
 

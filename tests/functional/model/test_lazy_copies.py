@@ -154,5 +154,5 @@ def test_what_the_plain_step_frees_is_freed() -> None:
     assert freed == [True]
     analyze(model, [torch.randn(2, 5, 3)] * 4, lambda y: y.square().mean(), steps=4)
     assert len(freed) > 4
-    # All but the first step, which looks at the structure, and the last, of which the last layer's rows are kept.
+    # All but the first step, which looks at the structure, and the last, which keeps the last layer's rows.
     assert all(freed[2:-1])

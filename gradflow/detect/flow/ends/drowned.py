@@ -42,7 +42,7 @@ def drowned_terms(flow: Flow, times: float = 1e4) -> list[Issue]:
     return [_issue(flow, n, strong, ratios[n]) for n in apart if _trained(flow, n) & _trained(flow, strong)]
 
 
-def alike_outputs(flow: Flow, apart: float = 0.1) -> list[Issue]:
+def alike_outputs(flow: Flow, apart: float = 0.03) -> list[Issue]:
     """The last layer of a model that guesses, whose outputs differ so little that no usual step is heard.
 
     Measured: the part of the outputs that differs between samples, and the response of a loss that compares
@@ -62,7 +62,7 @@ def alike_outputs(flow: Flow, apart: float = 0.1) -> list[Issue]:
             layer=layer.name,
             layer_type=layer.type,
             issue_type=IssueType.BOTTLENECK,
-            severity=IssueSeverity.MEDIUM,
+            severity=IssueSeverity.LOW,
             description=f"Its outputs are nearly the same for all samples: {differs:.1e} of them differs. "
             "The loss, which goes by what differs, hardly hears the steps, and stands still: it changes by "
             f"{heard:.1e} of itself as all weights move by their own size, where 0.7 and more is usual.",

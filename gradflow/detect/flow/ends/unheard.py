@@ -231,7 +231,7 @@ def unmet_targets(flow: Flow) -> list[Issue]:
             layer=flow.layers[node].name,
             layer_type=flow.layers[node].type,
             issue_type=IssueType.EXPLODING,
-            severity=IssueSeverity.MEDIUM,
+            severity=IssueSeverity.LOW,
             description=f"Its targets are far from the scale of its outputs: if those changed by as much as "
             f"they are large, the loss would change by {part:.1e} of itself, and by {heard:.1e} as all "
             "weights did. The steps are of a usual size, and the loss stands still: what it costs is the "
