@@ -256,7 +256,7 @@ ROUNDS = (
             "contact10b-frames-indrnn": "A memory that fades through operations, to a ten-thousandth.",
         },
         alarmed={
-            "contact10a-pruning-ticket": "Weights that are masked away, taken for units that nothing reaches.",
+            "contact10a-pruning-ticket": "Rows of weights that are pruned away by a mask.",
             "contact10b-rendering-vgg": "A frozen network of features, for a part that amplifies.",
         },
     ),

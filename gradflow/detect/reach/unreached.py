@@ -246,7 +246,9 @@ def _zero_factor(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         return None
     at = f" (in {part.at})" if part.at and part.at != part.layer else ""
     actions = (f"{cure[0].upper()}{cure[1:]}.", "Print what enters there: its smallest and largest value.")
-    issue = _issue(flow, part, IssueSeverity.HIGH, f"{why}{at}", actions, Role.BLOCKING)
+    pruned = part.source == "constant" and part.share < 1  # some rows are masked away, and others are not
+    severity = IssueSeverity.LOW if pruned else IssueSeverity.HIGH
+    issue = _issue(flow, part, severity, f"{why}{at}", actions, Role.BLOCKING)
     starved = Evidence(roles=Role.BLOCKED, op=part.op, no_input=True)
     return attrs.evolve(issue, evidence=starved) if part.source == "model" else issue
 
