@@ -108,6 +108,7 @@ class PartsSession(Session):
         self._scanned: Scans | None = None
         self._turned: Turns | None = None
         self._at_ends: Ends | None = None
+        self._spread = False
         self._given: tuple[Any, ...] = ()
         self._last: tuple[str, Tensor] | None = None
         self._torn: tuple[str, Tensor] | None = None
@@ -122,9 +123,12 @@ class PartsSession(Session):
         """Look at the parameters."""
         self._forget()
         self._step, self._divided, self._scanned = step, Quotients(recorder), Scans(recorder)
-        self._turned, self._at_ends = Turns(recorder), Ends(recorder)
+        self._turned = Turns(recorder)
         self._choices.begin(recorder)
         self._draws.begin(recorder)
+        # A pass over what is spread exchanges: what one process alone sees may not ask for one.
+        self._spread = any(map(is_distributed, self._model.parameters()))
+        self._at_ends = None if self._spread else Ends(recorder)
         for name, parameter in self._model.named_parameters():
             self._look_at(name, parameter)
 
@@ -206,7 +210,7 @@ class PartsSession(Session):
             found = gradients(loss, outputs)
             with torch.no_grad():
                 self._at_ends.weigh(found)
-        if self._last is not None:
+        if self._last is not None and not self._spread:
             self._hold_rows(loss, *self._last)
         if self._suspects:
             found = gradients(loss, [parameter for _, parameter, _ in self._suspects])

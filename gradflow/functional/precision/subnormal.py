@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.functional.processes.shards import local
 from gradflow.functional.tap.nodes import Node, is_leaf, nodes_under
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.torch_private import node_number
@@ -113,6 +114,7 @@ class Tally:
 
     def _hearing(self, name: str) -> Callable[[Tensor], None]:
         def hear(gradient: Tensor) -> None:
+            gradient = local(gradient)  # each process counts what it holds
             entry = self._found.setdefault((name, gradient.dtype), [0, 0])
             if 0 < self.most < gradient.numel() and gradient.layout is torch.strided:
                 gradient = _some_entries(gradient, gradient.numel() // self.most)
