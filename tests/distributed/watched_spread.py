@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def jumped(rank: int, size: int) -> list[str]:
 
 def written(rank: int, size: int, folder: str = "") -> Any:
     """Return what the file of a history holds that all were given the name of, and the history."""
-    found: list[Any] = [f"/tmp/gradflow-{torch.randint(2**40, (1,)).item()}" if rank == 0 else None]
+    found: list[Any] = [str(Path(tempfile.mkdtemp(), "history")) if rank == 0 else None]
     dist.broadcast_object_list(found)
     path = Path(found[0])
     model, batches, loss_fn = MODELS["mlp"]("healthy")
