@@ -40,9 +40,8 @@ def twins(weight: Tensor) -> list[Twins]:
     >>> [t.axis for t in twins(torch.randn(1, 3).expand(4, 3))]
     [0]
     """
-    numbers = (
-        weight.is_floating_point() and weight.element_size() > 1
-    )  # those of eight bits take no arithmetic
+    # Numbers of eight bits take no arithmetic.
+    numbers = weight.is_floating_point() and weight.element_size() > 1
     if weight.dim() < 2 or not numbers or weight.is_complex():
         return []
     found = []

@@ -137,14 +137,13 @@ def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
         still: how many times it the last ones must be, where no layer gives the scores itself.
     """
     known, over = flow.record.knowledge, over_silence(flow)
-    if known is None or not 0.6 * above <= over < math.inf:
+    if known is None or not 0.6 * above <= over < math.inf or not takes_scores(flow):
         return []
     end = late(flow.record.losses) / known.silent
     found = []
     for node in heads(flow):
         layer, ops = flow.layers[node], flow.wiring.ops_after(node)
-        entropy = any("nll_loss" in op or "binary_cross_entropy" in op for op in ops) or takes_scores(flow)
-        if not entropy or not (flow.trainable(node) or flow.is_tied(node)):
+        if not (flow.trainable(node) or flow.is_tied(node)):
             continue
         given = bool(layer.output_rms[0] >= 3.0)
         own = row_gain(flow, node, at=lambda norms: float(norms[0])) >= 3.0  # not what enters it is at fault
