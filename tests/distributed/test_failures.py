@@ -78,5 +78,5 @@ def test_what_is_no_group_is_refused() -> None:
 
 
 def test_the_bounds_leave_half_a_minute() -> None:
-    assert line.SILENCE + 2 * line.BEAT + 1 < 30
+    assert line.SILENCE + 2 * line.BEAT + line.FAREWELL + 1 < 30
     assert line.BOUND.total_seconds() < 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -41,6 +42,22 @@ def falls_silent(
             return True
         stop.wait(beat)
     return False
+
+
+def take_leave(store: Any, size: int, *, patience: float) -> None:
+    """Wait until the processes that live have heard why the analysis ends: who leaves may hold the store.
+
+    Args:
+        store: of the analysis, in which `lost` counts the processes that are gone.
+        size: how many processes there were.
+        patience: seconds after which those are left alone that are held up in a collective.
+    """
+    end = time.monotonic() + patience
+    with contextlib.suppress(RuntimeError):  # the store is gone
+        heard = store.add("heard", 1)
+        while heard < size - store.add("lost", 0) and time.monotonic() < end:
+            time.sleep(0.02)
+            heard = store.add("heard", 0)
 
 
 def gone(rank: int, silence: float) -> str:

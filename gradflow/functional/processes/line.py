@@ -2,11 +2,11 @@
 
 NOTE [No process waits for one that does not come]
 A collective in which one process is missing blocks the others: under gloo until its timeout (half an hour),
-    under NCCL likewise, after which it tears the process down. So none is begun before all have arrived at
-    it. They tell
-one another through the store, which is not bound to a backend: each adds one to a counter, the last to come
-    sets a key, and who waits for that key looks as well whether somebody has failed. A process that raises
-    says so in the store, with its message, and is never missed in a collective.
+under NCCL likewise, after which it tears the process down. So none is begun before all have arrived at it.
+They tell one another through the store, which is not bound to a backend: each adds one to a counter, the last
+to come sets a key, and who waits for that key looks as well whether somebody has failed. A process that
+raises says so in the store, with its message, and is never missed in a collective. None leaves before the
+others have heard: it may hold the store.
 
 One that is killed says nothing. A thread of every process writes a sign of life each second, and watches that
 of the next process in the ring: where it stays away, that one is reported as failed. It also runs while the
@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from gradflow.errors import ProcessError
-from gradflow.functional.processes.failing import falls_silent, gone, is_broken_line, some
+from gradflow.functional.processes.failing import falls_silent, gone, is_broken_line, some, take_leave
 from gradflow.functional.processes.group import Axis, Processes
 from gradflow.functional.processes.packing import Counts, buckets, device_of
 from gradflow.functional.torch_private import default_store, set_timeout, timeout_of
@@ -44,6 +44,7 @@ PATIENCE = 60.0  # seconds in which all must have begun
 SILENCE = 12.0  # seconds without a sign of life after which a process is taken for dead
 BEAT = 1.0  # seconds between signs of life
 BOUND = datetime.timedelta(seconds=20)  # of a collective that all have arrived at
+FAREWELL = 3.0  # seconds in which all hear why the analysis ends, but those that are held up
 _SHORTEST, _LONGEST = 0.0002, 0.02  # seconds between two looks for a key
 
 _T = TypeVar("_T")
@@ -96,7 +97,10 @@ class Line:
             yield
             self._end()
         except BaseException as error:
-            self._tell(error)
+            try:
+                self._tell(error)
+            finally:
+                take_leave(self._store, self.size, patience=FAREWELL)
             raise
         finally:
             stop.set()
@@ -184,6 +188,7 @@ class Line:
         other = (self.rank + 1) % self.size
         with contextlib.suppress(RuntimeError):  # the store itself is gone: whoever waits will see that
             if falls_silent(store, self.rank, other, stop, silence=SILENCE, beat=BEAT):
+                store.add("lost", 1)
                 self._fail(f"\n{gone(self.ranks[other], SILENCE)}", root, store)
 
     # --------------------------------------------------------------------------------- exchanges
@@ -256,9 +261,8 @@ class Line:
         missing = [r for i, r in enumerate(self.ranks) if not self._store.check([f"here/{i}"])]
         text = (
             f"of {self.size} processes, {some(missing)} did not begin the analysis within {patience:.0f} "
-            "seconds. Call "
-            "it on every process, each with its own part of the batch, as training is; or, to measure this "
-            "process alone, pass processes='alone'."
+            "seconds. Call it on every process, each with its own part of the batch, as training is; or, to "
+            "measure this process alone, pass processes='alone'."
         )
         self._fail(f"\n{text}")
         raise ProcessError(text, told=True)
