@@ -120,11 +120,11 @@ def _floors(program: Program, request: Request, kept: Kept, scored: bool) -> dic
 
     It is asked of what a bounded function has made, or a multiple of that.
     """
-    given, before, output = program.given, Before.of(program), kept.value
-    held = program.module_state()
+    output = kept.value
     bounded = any(end.startswith(_BOUNDED) for end in kept.ends)
     if not bounded or not isinstance(output, Tensor) or not output.is_floating_point():
         return {}
+    given, before, held = program.given, Before.of(program), program.module_state()
 
     def loss_of(guess: Tensor) -> Tensor:
         with before.again(program), torch.enable_grad():
@@ -144,11 +144,11 @@ def _floors(program: Program, request: Request, kept: Kept, scored: bool) -> dic
 def _constants(program: Program, request: Request, output: Any) -> tuple[Shapes, Shapes]:
     """Return the shapes of outputs that the loss merely adds, and of those that are held at zero; see
     `merely_added` and `held_at_zero`."""
-    given, before = program.given, Before.of(program)
-    held, parts = program.module_state(), list[Tensor]()
+    parts = list[Tensor]()
     map_tensors(lambda tensor: (parts.append(tensor), tensor)[1], output)
     if len(parts) < 2 or all(part.requires_grad and bool(part.any()) for part in parts):
         return (), ()
+    given, before, held = program.given, Before.of(program), program.module_state()
 
     def loss_of(guess: Sequence[Tensor]) -> Tensor:
         left = iter(guess)
