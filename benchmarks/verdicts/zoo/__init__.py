@@ -23,6 +23,8 @@ _FAMILIES = """
     contact9b_1 contact9b_2 contact9b_3
     contact10a_1 contact10a_2
     contact10b_1 contact10b_2
+    contact11a_1 contact11a_2 contact11a_3 contact11a_4 contact11a_5
+    contact11b_1 contact11b_2 contact11b_3 contact11b_4 contact11b_5
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
