@@ -9,7 +9,9 @@ its place: behind a step that has emptied the processor's caches even that takes
 column *empty call* tells, the timer's own included. *Long run* is the ratio for a training without end, one
 look every so many steps, with all that a call takes; *first thousand* counts the looks at the beginning too,
 and the first one with all it loads. Memory is the peak resident size of a process of its own that trains for
-so many steps, over that of the plain training. `--write` puts the table into docs/watching.md.
+some steps, over that of the plain training: with the call behind `optimizer.zero_grad()`, and (*gradients
+kept*) with the call before it, where the training's own gradients stand beside those of the look. `--write`
+puts the table into docs/watching.md.
 """
 
 from __future__ import annotations
@@ -133,12 +135,14 @@ def peak_memory(name: str, variant: str) -> float:
 
 
 def print_peak(name: str, variant: str) -> None:
-    """Train for twelve steps, with four looks or none, and print this process's peak resident size in MiB."""
+    """Train for eight steps, with three looks or none, and print this process's peak resident size in MiB."""
     work = build(name)
     step, monitor = stepping(work), gf.Monitor(work.model, work.loss_fn, every=4)
-    for _ in range(12):
+    for _ in range(8):
         loss = step()
-        if variant == "watched":
+        if variant != "kept":
+            work.model.zero_grad()
+        if variant != "plain":
             monitor(work.batch, loss=loss)
     status = Path("/proc/self/status").read_text()
     print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)  # type: ignore[index]
@@ -160,18 +164,20 @@ def main() -> None:
     rows = []
     for name in args.only:
         found = cost(name, args.every, args.looks)
-        memory = float("nan")
+        memory, kept = float("nan"), float("nan")
         if not args.no_memory:
-            memory = peak_memory(name, "watched") / peak_memory(name, "plain")
+            plain = peak_memory(name, "plain")
+            memory, kept = peak_memory(name, "watched") / plain, peak_memory(name, "kept") / plain
         rows.append([
             name, f"{found.plain * 1e3:.1f}", f"{found.look / found.plain:.2f}",
             f"{1 + (found.between - found.empty) / found.plain:.4f}", f"{found.empty * 1e6:.1f}",
             f"{found.ratio(args.every):.3f}", f"{found.thousand():.3f}", f"{memory:.2f}",
+            f"{kept:.2f}",
         ])  # fmt: skip
         print(rows[-1], flush=True)
     head = [
         "", "plain step, ms", "look, plain steps", "between", "empty call, µs", "long run", "first thousand",
-        "memory",
+        "memory", "gradients kept",
     ]  # fmt: skip
     table = markdown(head, rows)
     print(table)
