@@ -8,25 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradflow.detect.actions import Actions, far_actions
-from gradflow.detect.evidence import (
-    heads,
-    late,
-    loss_fell,
-)
+from gradflow.detect.evidence import heads, late, loss_fell
 from gradflow.detect.flow.ends.drowned import drowned_terms
 from gradflow.detect.flow.ends.loud import off_scale_of, over_silence, takes_scores
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.updates.readings import held, is_unmoved, layer_of, response, typical, whole_ratio
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
-from gradflow.records import (
-    Evidence,
-    Floats,
-    Issue,
-    IssueSeverity,
-    IssueType,
-    Role,
-)
+from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, Role
 
 _SMALL = 0.02  # part of the loss that outputs change by changing as much as they are large: usual is a tenth
 _WHOLE = 0.3  # part of the gradient: operations that keep less are at fault for that, others are not
@@ -126,16 +115,16 @@ def _flat_issue(flow: Flow, node: str, part: float, size: float, left: float) ->
 
 
 def _moved(flow: Flow) -> dict[str, float]:
-    """The part of the loss that the outputs of each head change by changing as much as they are large; none
-    where it is not known of all."""
-    off = {node: late(off_scale_of(flow, node)) for node in heads(flow)}
-    return {node: 1.0 / value for node, value in off.items()} if all(v > 0 for v in off.values()) else {}
+    """What `_moves` tells of each head; none where it is not known of all."""
+    moved = {node: _moves(flow, node) for node in heads(flow)}
+    return moved if all(part > 0 for part in moved.values()) else {}
 
 
 def _moves(flow: Flow, node: str) -> float:
     """The part of the loss that the outputs of a layer change by changing as much as they are large; all
-    samples count, whether or not they ask for the same."""
-    return 1.0 / late(off_scale_of(flow, node)) if node in flow.layers else math.nan
+    samples count, whether or not they ask for the same. NaN where it is not known."""
+    off = late(off_scale_of(flow, node)) if node in flow.layers else math.nan
+    return 1.0 / off if off > 0 else math.nan
 
 
 def _untouched(flow: Flow) -> list[Issue]:
