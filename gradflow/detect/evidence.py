@@ -38,7 +38,7 @@ from collections.abc import Callable, Mapping, Sequence
 import attrs
 import numpy as np
 
-from gradflow.detect.view import Flow
+from gradflow.detect.view import Flow, flow_of, read_once
 from gradflow.detect.wiring import layer_name
 from gradflow.records import ActivationRecord, Floats, FlowRecord, NormRecord
 
@@ -97,7 +97,8 @@ def shares(flow: Flow, keep: Keep, *, from_peak: bool = False) -> Shares:
         # Multiplying one by one, in one place, keeps this linear in the number of edges.
         offers = [(expected[s] * keep(s, node), s) for s in succs[node] if s in expected]
         if offers:
-            expected[node] = np.fmax.reduce([offer for offer, _ in offers])
+            best = [offer for offer, _ in offers]
+            expected[node] = np.fmax.reduce(best) if len(best) > 1 else best[0]
             lower_bound[node] = expected[node]
             if from_peak and node in flow.grad and not flow.layers[node].composite:
                 expected[node] = np.fmax(expected[node], flow.grad[node])
@@ -105,11 +106,11 @@ def shares(flow: Flow, keep: Keep, *, from_peak: bool = False) -> Shares:
         elif node in flow.grad and np.any(flow.grad[node] > 0) and not _gives_several(flow, node):
             expected[node] = flow.grad[node]
     share = {}
-    for node, norm in flow.grad.items():
-        if node in expected and not flow.layers[node].composite:
-            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        for node, norm in flow.grad.items():
+            if node in expected and not flow.layers[node].composite:
                 ratio = norm / lower_bound.get(node, expected[node])
-            share[node] = np.where(np.isfinite(ratio), ratio, np.nan)
+                share[node] = np.where(np.isfinite(ratio), ratio, np.nan)
     return Shares(share=share, via=via, ahead=_ahead(flow, share, via), flow=flow)
 
 
@@ -311,7 +312,8 @@ def largest_gradient(flow: Flow) -> Floats:
     return np.nan_to_num(np.stack(norms)).max(axis=0) if norms else np.zeros(flow.record.steps)
 
 
-def last_layers(flow: Flow) -> list[str]:
+@read_once
+def last_layers(flow: Flow) -> tuple[str, ...]:
     """Return the last layer call with parameters, its own or tied, on each way to the loss, in the order of
     execution."""
     found: dict[str, None] = {}
@@ -325,7 +327,7 @@ def last_layers(flow: Flow) -> list[str]:
             found[node] = None
         else:
             todo.extend(flow.wiring.preds.get(node, ()))
-    return sorted(found, key=lambda node: flow.layers[node].order)
+    return tuple(sorted(found, key=lambda node: flow.layers[node].order))
 
 
 def _has_weights(flow: Flow, node: str) -> bool:
@@ -335,9 +337,10 @@ def _has_weights(flow: Flow, node: str) -> bool:
     return bool(flow.parameters_of(node)) or flow.is_tied(node)
 
 
-def heads(flow: Flow) -> list[str]:
+@read_once
+def heads(flow: Flow) -> tuple[str, ...]:
     """Return those of the last layer calls that a gradient reaches."""
-    return [node for node in last_layers(flow) if np.any(flow.grad[node] > 0)]
+    return tuple(node for node in last_layers(flow) if np.any(flow.grad[node] > 0))
 
 
 def swallowing_norms(record: FlowRecord, times: float = 30.0, epsilon: float = 0.01) -> list[NormRecord]:
@@ -351,6 +354,12 @@ def swallowing_norms(record: FlowRecord, times: float = 30.0, epsilon: float = 0
 
 def total_gradient(record: FlowRecord) -> Floats:
     """Return the norm of the gradient of all parameters together, shape (steps,)."""
+    return _total_gradient(flow_of(record))
+
+
+@read_once
+def _total_gradient(flow: Flow) -> Floats:
+    record = flow.record
     if not record.parameters:
         return np.full(record.steps, np.nan)
     norms = np.stack(

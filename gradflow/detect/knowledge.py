@@ -45,15 +45,19 @@ def sparing_learned(detector: Detector) -> Detector:
     """
 
     def spared(record: FlowRecord) -> Iterable[Issue]:
-        places = {r.name for r in record.recurrences}
-        for layer in record.transformer.attention:
-            places |= {layer.name, layer.module}
-        knowing = bool(places) and informed(record)
         for issue in detector(record):
-            sharp = issue.issue_type is IssueType.SATURATION and issue.layer in places
-            yield lowered(issue) if knowing and sharp else issue
+            sharp = issue.issue_type is IssueType.SATURATION and issue.layer in _choosing(record)
+            yield lowered(issue) if sharp and informed(record) else issue
 
     return spared
+
+
+def _choosing(record: FlowRecord) -> set[str]:
+    """Return the names of attention and of recurrent layers, whose gates and weights choose."""
+    attention = record.transformer.attention
+    return {r.name for r in record.recurrences} | {
+        n for layer in attention for n in (layer.name, layer.module)
+    }
 
 
 KNOWS = "The loss is at most half of what ignorance costs: a model that has learned may look like this."

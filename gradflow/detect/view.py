@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import attrs
 import numpy as np
@@ -110,6 +111,30 @@ class Flow:
     def is_norm(self, node: str) -> bool:
         """Whether a layer call normalises, by the name of its class."""
         return node in self.norms
+
+    @functools.cached_property
+    def readings(self) -> dict[Any, Any]:
+        """What was read off it so far; see `read_once`."""
+        return {}
+
+
+_Reading = TypeVar("_Reading")
+
+
+def read_once(reading: Callable[[Flow], _Reading]) -> Callable[[Flow], _Reading]:
+    """Return a reading that is taken once of each flow, however many detectors ask for it.
+
+    Args:
+        reading: what is read off a flow; nobody changes what it returns.
+    """
+
+    @functools.wraps(reading)
+    def once(flow: Flow) -> _Reading:
+        if reading not in flow.readings:
+            flow.readings[reading] = reading(flow)
+        return flow.readings[reading]
+
+    return once
 
 
 _SHARED: ContextVar[dict[int, Flow] | None] = ContextVar("shared flow", default=None)

@@ -99,11 +99,13 @@ class ShardedGroup:
 
 def sharded_groups(model: nn.Module) -> dict[str, ShardedGroup]:
     """Return the parts of a model that `fully_shard` was called on by name, the outermost first."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)
-    if kind is None:
-        return {}
-    return {name: ShardedGroup(module) for name, module in model.named_modules() if isinstance(module, kind)}
+    return {name: ShardedGroup(module) for name, module in model.named_modules() if is_sharded(module)}
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was called on a module."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)
 
 
 def is_parallel(module: nn.Module) -> bool:

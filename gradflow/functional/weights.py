@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.shards import Shards, processes_over
+from gradflow.functional.run.rows import to_host
 from gradflow.functional.torch_private import outside_transforms
 from gradflow.functional.updates.figures import sampled
 from gradflow.records import Floats
@@ -48,8 +49,7 @@ class WeightSample:
             model: the model.
             processes: which look together; of parameters that are spread over them, the sums are added up.
         """
-        sums = [entries.double().sum().cpu() for entries in self.entries.values()]
-        found = np.array(torch.stack(sums).tolist() if sums else [])
+        found = np.array(to_host([entries.double().sum() for entries in self.entries.values()]))
         return float(_added(model, processes, list(self.entries), found[:, None]).sum())
 
     def changes(self, model: nn.Module, processes: Any = "alone") -> dict[str, float]:
@@ -64,29 +64,29 @@ class WeightSample:
             model: the model; it is read only.
             processes: which look together; of parameters that are spread over them, all parts count.
         """
-        found: dict[str, Tensor] = {}
+        names, numbers, scalars = [], [], []
         with outside_transforms(), torch.no_grad():
-            for name, parameter in _trainable(model):
-                before, now = self.entries.get(name), sampled(parameter)
+            for name, now in self.of(model, self.step).entries.items():
+                before = self.entries.get(name)
                 if before is None or before.shape != now.shape:
                     continue
                 before, now = before.to(now.device), now.to(before.dtype)
-                change, size = (torch.linalg.vector_norm(t.float()) for t in (now - before, before))
-                same, number = (now == before).float().mean().nan_to_num(), float(now.numel())
-                found[name] = torch.stack([change, size, same, same.new_tensor(number)]).double().cpu()
-        numbers = np.array(torch.stack(list(found.values())).tolist() if found else np.empty((0, 4)))
-        sums = np.column_stack([numbers[:, :2] ** 2, numbers[:, 2] * numbers[:, 3], numbers[:, 3]])
-        total = _added(model, processes, list(found), sums)
-        if total is not sums:
-            numbers = np.column_stack(
-                [np.sqrt(total[:, :2]), total[:, 2] / np.fmax(total[:, 3], 1), total[:, 3]]
-            )
+                sizes = [torch.linalg.vector_norm(t.float()) for t in (now - before, before)]
+                scalars += [*sizes, torch.count_nonzero(now == before)]
+                names.append(name)
+                numbers.append(now.numel())
+            found = np.array(to_host(scalars)).reshape(-1, 3)
+        sums = np.column_stack([found[:, :2] ** 2, found[:, 2], numbers])
+        total = _added(model, processes, names, sums)
+        sizes = found[:, :2] if total is sums else np.sqrt(total[:, :2])
         changes: dict[str, float] = {}
-        for name, (change, size, unchanged, number) in zip(found, numbers.tolist(), strict=True):
+        for name, (change, size), (same, number) in zip(
+            names, sizes.tolist(), total[:, 2:].tolist(), strict=True
+        ):
             if number and (size or change):
                 changes[f"update_ratio/{name}"] = change / size if size else math.inf
             if number:
-                changes[f"unchanged_share/{name}"] = unchanged
+                changes[f"unchanged_share/{name}"] = same / number
         return changes
 
 

@@ -144,12 +144,16 @@ class HistoryRecord:
 
     def with_events(self, *events: EventRecord) -> HistoryRecord:
         """Return the history with events added, in the place of those of the same beginning and issue."""
+        if all(event in self.events for event in events):
+            return self
         kept = {(*event.key, event.since): event for event in (*self.events, *events)}
         ordered = sorted(kept.values(), key=lambda e: (e.since, e.told, e.layer, type_place(e.issue_type)))
         return attrs.evolve(self, events=ordered)
 
     def with_types(self, types: Mapping[str, str]) -> HistoryRecord:
         """Return the history with the class names of more layers, by layer call."""
+        if all(self.types.get(name) == kind for name, kind in types.items()):
+            return self
         return attrs.evolve(self, types={**self.types, **types})
 
     def with_notes(self, *sentences: str) -> HistoryRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
@@ -65,13 +66,12 @@ def few_scalars(record: FlowRecord) -> dict[str, float]:
 
 def last(values: Floats) -> float:
     """Return the last number of a series that is known, NaN if none is."""
-    known = np.flatnonzero(~np.isnan(values))
-    return float(values[known[-1]]) if len(known) else NAN
+    return next((value for value in reversed(values.tolist()) if value == value), NAN)
 
 
 def _known(record: FlowRecord) -> dict[str, tuple[str, float]]:
     """Return the numbers that are known, by name, each after the kind of what it is about."""
-    return {name: (kind, float(value)) for name, kind, value in _numbers(record) if not np.isnan(value)}
+    return {name: (kind, float(value)) for name, kind, value in _numbers(record) if value == value}
 
 
 def _numbers(record: FlowRecord) -> Iterator[tuple[str, str, float]]:
@@ -93,7 +93,7 @@ def _numbers(record: FlowRecord) -> Iterator[tuple[str, str, float]]:
     types = {layer.module: layer.type for layer in record.layers}
     for parameter in record.parameters:
         kind = f"{types.get(parameter.layer, 'parameters')}.{parameter.name.rpartition('.')[2]}"
-        root = np.sqrt(max(parameter.num_elements, 1))
+        root = math.sqrt(max(parameter.num_elements, 1))
         yield f"weight_rms/{parameter.name}", kind, last(parameter.norm) / root
         yield f"weight_gradient_rms/{parameter.name}", kind, last(parameter.grad_norm) / root
         yield f"gradient_zero_share/{parameter.name}", kind, last(parameter.grad_zero_share)

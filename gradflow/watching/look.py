@@ -14,8 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from gradflow.detect import Detector, detect
 from gradflow.diagnosis import summaries, wanted
 from gradflow.functional.analyze import analyzed, analyzed_custom
+from gradflow.functional.attention.automatic import AutomaticAttention
 from gradflow.functional.jacobian.sample_losses import sample_losses
 from gradflow.functional.model.trees import map_tensors
+from gradflow.functional.policy.automatic import AutomaticPolicy
 from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.shards import processes_with
 from gradflow.functional.recurrent.automatic import AutomaticRecurrence
@@ -62,7 +64,9 @@ class Look:
     lines: tuple[str, ...]
 
 
-def quick_look(seen: Seen, batch: Any, detectors: Sequence[Detector], *, closely: bool) -> Look:
+def quick_look(
+    seen: Seen, batch: Any, detectors: Sequence[Detector], *, closely: bool, absent: frozenset[type]
+) -> Look:
     """Return what one batch shows: one forward and one backward pass on copies.
 
     Args:
@@ -70,13 +74,25 @@ def quick_look(seen: Seen, batch: Any, detectors: Sequence[Detector], *, closely
         batch: of the step.
         detectors: that judge it.
         closely: whether to ask what takes longer than the pass itself: where gradient did not arrive and why,
-            the model's parts, what recurrent layers do over time.
+            the model's parts, what recurrent layers do over time, and what is `absent`.
+        absent: measurements of which the last close look has found nothing; see `absent_in`.
     """
     options = {**wanted(detectors, "cheap"), "deepen": None, "detail": "cheap"}
     if not closely:
-        options["measurements"] = [m for m in options["measurements"] if not isinstance(m, _LONG)]
+        left_out = (*_LONG, *absent)
+        options["measurements"] = [m for m in options["measurements"] if not isinstance(m, left_out)]
     plan = Plan(steps=1, mode="keep", closely=closely, processes=seen.processes, **options)
     return _judged(seen, [batch], plan, detectors)
+
+
+def absent_in(record: FlowRecord) -> frozenset[type]:
+    """Return which automatic measurements have found nothing of theirs in the model.
+
+    Attention and heads of a policy are parts of a model, that do not come up from one look to the next.
+    Numbers too small for their format do: precision is asked for at each.
+    """
+    found = {AutomaticAttention: record.transformer.attention, AutomaticPolicy: record.policy}
+    return frozenset(kind for kind, there in found.items() if not there)
 
 
 def closer_look(seen: Seen, batches: Sequence[Any], detectors: Sequence[Detector]) -> Look:

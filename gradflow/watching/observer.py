@@ -18,7 +18,16 @@ from gradflow.functional.weights import WeightSample
 from gradflow.records import Issue, IssueSeverity, IssueType, every_scalar
 from gradflow.report import Report
 from gradflow.watching.certain import told
-from gradflow.watching.look import Look, Seen, carriers, closer_look, copied, no_record, quick_look
+from gradflow.watching.look import (
+    Look,
+    Seen,
+    absent_in,
+    carriers,
+    closer_look,
+    copied,
+    no_record,
+    quick_look,
+)
 from gradflow.watching.schedule import is_jump, loss_ceiling, next_look
 from gradflow.watching.state import Doubt, Key, ObserverState, Suspicion, key_of
 
@@ -200,7 +209,10 @@ class Watch:
         if suspicion is None:
             if seen.step < state.due and not jumped:
                 return state, None
-            look = quick_look(seen, batch, self.detectors, closely=looks_closely(state))
+            closely = looks_closely(state)
+            look = quick_look(seen, batch, self.detectors, closely=closely, absent=state.absent)
+            if closely:
+                state = attrs.evolve(state, absent=absent_in(look.record))
             sample = WeightSample.of(seen.model, seen.step)
             state, report = self.taken(state, seen, look, batch, sample)
             if keys := self.suspected(state, look, seen.step):
@@ -251,6 +263,7 @@ class Watch:
         state = attrs.evolve(
             state,
             history=history.thinned(self.most),
+            looks=state.looks + 1,
             sample=sample,
             ceiling=loss_ceiling(history),
             due=step + 1,
@@ -298,8 +311,7 @@ class Watch:
 
 def looks_closely(state: ObserverState) -> bool:
     """Whether the next look is a close one: the first, and each whose number is a power of two."""
-    number = len(state.history)
-    return number & (number - 1) == 0
+    return state.looks & (state.looks - 1) == 0
 
 
 def readable(loss: Any) -> float | None:

@@ -71,6 +71,8 @@ class ObserverState:
 
     Args:
         history: everything measured so far.
+        looks: how many it has seen; a history that was taken up, or thinned, has others.
+        absent: measurements of which the last close look has found nothing in the model.
         due: the next step that is looked at; until then `update` does nothing.
         since: the step after which looks are frequent: the beginning, or the last jump.
         ceiling: a loss above it is looked at, whatever the step.
@@ -81,6 +83,8 @@ class ObserverState:
     """
 
     history: HistoryRecord = attrs.field(factory=HistoryRecord.empty)
+    looks: int = 0
+    absent: frozenset[type] = frozenset()
     due: int = 0
     since: int = 0
     ceiling: float = math.inf

@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 import gradflow as gf
 from gradflow.errors import LossError, ModelInputError, PipelineError
+from gradflow.functional.attention.automatic import AutomaticAttention
+from gradflow.functional.policy.automatic import AutomaticPolicy
+from gradflow.functional.precision.automatic import AutomaticPrecision
 from gradflow.records import HistoryRecord, Issue, IssueSeverity, IssueType
+from gradflow.watching.observer import looks_closely
 from gradflow.watching.schedule import loss_ceiling, next_look
 
 BATCH = tuple[Tensor, Tensor]
@@ -191,6 +195,42 @@ def test_looks_come_often_at_first() -> None:
     assert steps == [0, 1, 4, 16, 64, 200, 400, 600, 800, 1000]
     assert [next_look(700, 200, since=700), next_look(701, 200, since=700)] == [701, 704]
     assert next_look(0, 1) == 1
+
+
+def test_close_looks_become_rare_and_ask_for_what_was_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for kind in (AutomaticAttention, AutomaticPolicy, AutomaticPrecision):
+
+        def start(self: Any, *args: Any, name: str = kind.__name__, of: Any = kind.start) -> Any:
+            asked.append(name)
+            return of(self, *args)
+
+        monkeypatch.setattr(kind, "start", start)
+    model = network()
+    init, update = gf.observer(every=1, most=4)
+    state, close = init(), []
+    for step, batch in enumerate(batches(20)):
+        closely = looks_closely(state)
+        asked.clear()
+        state, report = update(state, model, batch, nn.CrossEntropyLoss(), None, step)
+        if report is not None and state.suspicion is None:
+            kinds = {"AutomaticPrecision"} | ({"AutomaticAttention", "AutomaticPolicy"} if closely else set())
+            assert kinds == set(asked), f"look {state.looks}"
+            close += [state.looks] if closely else []
+    assert close == [1, 2, 3, 5, 9, 17], "the first, and behind it those whose number is a power of two"
+    assert len(state.history) == 4
+
+
+def test_attention_that_a_close_look_has_seen_is_asked_for_at_each() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True))
+    init, update = gf.observer(every=1)
+    state, batch = init(), torch.randn(4, 5, 8)
+    for step in range(4):
+        state, _ = update(state, model, batch, lambda y: y.square().mean(), None, step)
+    assert state.absent == {AutomaticPolicy}
+    (entropy,) = state.history.of("attention_entropy_share").values()
+    assert np.isfinite(entropy).all()
 
 
 def test_what_is_usual_is_robust() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from gradflow.detect.time.series import (
     TimeDetector,
+    at_last,
     forgot,
     graded,
     highest_of_each,
@@ -42,6 +43,8 @@ def dying(*, most: float = 0.5, risen: float = 0.3, nearly_all: float = 0.9) -> 
 
     def detector(history: HistoryRecord) -> Iterable[Issue]:
         for name, share in history.of("never_fired").items():
+            if not at_last(share >= most):
+                continue
             lowest = lowest_so_far(share)
             since = lasting((share >= most) & (share - lowest >= risen))
             if since is None:
@@ -100,14 +103,21 @@ def collapsing(
 
     def detector(history: HistoryRecord) -> Iterable[Issue]:
         variations, outputs = history.of("output_variation"), history.of("output_rms")
+        low = {name: values for name, values in variations.items() if at_last(values <= least)}
         alike = {
-            name: (variations[name] <= least) & (variations[name] * fallen <= highest) & (highest >= steady)
-            for name, highest in highest_of_each(variations).items()
+            name: (low[name] <= least) & (low[name] * fallen <= highest) & (highest >= steady)
+            for name, highest in highest_of_each(low).items()
         }
-        kept = {name: outputs[name] / highest for name, highest in highest_of_each(outputs).items()}
-        most_kept = np.fmax.reduce(list(kept.values())) if kept else np.empty(0)
-        by = np.where(forgot(history), shrunk_if_forgot, shrunk)
-        gone = {name: share * by <= np.fmin(most_kept, 1.0) for name, share in kept.items()}
+        gone = {}
+        times = min(shrunk, shrunk_if_forgot)
+        if any(
+            at_last(values[-2:] * times <= np.fmax.reduce(values, initial=np.nan))
+            for values in outputs.values()
+        ):
+            kept = {name: outputs[name] / highest for name, highest in highest_of_each(outputs).items()}
+            most_kept = np.fmax.reduce(list(kept.values()))
+            by = np.where(forgot(history), shrunk_if_forgot, shrunk)
+            gone = {name: share * by <= np.fmin(most_kept, 1.0) for name, share in kept.items()}
         for holds, quantity, metric, words in (
             (alike, "output_variation", "variation", _ALIKE), (gone, "output_rms", "output_rms", _GONE),
         ):  # fmt: skip
@@ -180,9 +190,11 @@ def sharpening(
 
     def detector(history: HistoryRecord) -> Iterable[Issue]:
         for name, share in history.of("attention_entropy_share").items():
+            peak = series(history, f"attention_logit_peak/{name}")
+            if not (at_last(share <= least) or at_last(peak >= logits)):
+                continue
             highest = highest_so_far(share)
             since = lasting((share <= least) & (highest >= before))
-            peak = series(history, f"attention_logit_peak/{name}")
             lowest = lowest_so_far(peak)
             ran = lasting((peak >= logits) & (peak >= grown * lowest))
             if since is None and ran is None:

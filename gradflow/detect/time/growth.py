@@ -8,6 +8,7 @@ import numpy as np
 
 from gradflow.detect.time.series import (
     TimeDetector,
+    at_last,
     graded,
     highest_of_each,
     lasting,
@@ -55,6 +56,8 @@ def diverging(
             return
         up = (losses - lowest >= lost * np.maximum(first - lowest, 0.0)) & (lowest < first)
         up &= losses >= np.where(lowest > 0, risen * lowest, lowest + (risen - 1) * np.abs(lowest))
+        if not at_last(up):
+            return
         left = series(history, "loss_share_left")
         far = first + far_above * np.maximum(first - lowest, abs(first))
         up &= (left >= guesses) | ((losses >= far) & _steep(history))
@@ -128,8 +131,10 @@ def starving(*, fallen: float = 1e3, least: float = 1e-4) -> TimeDetector:
             return
         largest = np.fmax.reduce(list(gradients.values()))
         shares = {name: values / largest for name, values in gradients.items()}
-        highest = highest_of_each(shares)
-        fell = {name: (share <= least) & (share * fallen <= highest[name]) for name, share in shares.items()}
+        highest = highest_of_each({n: share for n, share in shares.items() if at_last(share <= least)})
+        fell = {
+            name: (shares[name] <= least) & (shares[name] * fallen <= high) for name, high in highest.items()
+        }
         if (told := longest(history, fell)) is None:
             return
         (*_, name), since, number = told
@@ -182,9 +187,9 @@ def growing(*, grown: float = 10.0, still: float = 1.2, beside: float = 3.0) -> 
             for name, values in history.of("weight_rms").items()
             if np.isfinite(values).sum() >= 8 and _has_a_scale(history, name)
         }
-        growth = {name: _growth(values) for name, values in weights.items()}
-        if len(growth) < 2:
+        if len(weights) < 2 or not any(_may_have_grown(values, grown) for values in weights.values()):
             return
+        growth = {name: _growth(values) for name, values in weights.items()}
         usual = float(np.median([values[-1] for values in growth.values()]))
         found = {}
         for name, values in growth.items():
@@ -223,6 +228,13 @@ def _has_a_scale(history: HistoryRecord, name: str) -> bool:
     """Whether a parameter starts at a scale of its own: biases start at zero, and gains of norms are free."""
     kind = history.types.get(layer_of(history, name), "").lower()
     return name.rpartition(".")[2] != "bias" and "norm" not in kind
+
+
+def _may_have_grown(values: Floats, grown: float) -> bool:
+    """Return whether `_growth` may end at `grown` or above: False where no number allows of it."""
+    early = values[: max(len(values) // 4, 3) + 1]
+    least = early[early > 0].min(initial=np.inf) / 2  # a running median may lie half-way between 0 and it
+    return bool(np.fmax.reduce(values[-3:], initial=np.nan) >= grown * least)
 
 
 def _growth(values: Floats) -> Floats:

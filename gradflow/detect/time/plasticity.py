@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gradflow.detect.time.series import TimeDetector, goes_well, lasting, series, smooth, unworried
+from gradflow.detect.time.series import TimeDetector, at_last, goes_well, lasting, series, smooth, unworried
 from gradflow.detect.time.telling import issue_in_time
 from gradflow.records import Bools, Floats, HistoryRecord, Issue, IssueSeverity, IssueType
 
@@ -36,6 +36,8 @@ def stiffening(
         if len(history) < looks or "loss" not in history or goes_well(history):
             return
         worse = _against_start(history["loss"]) > 1.0
+        if not at_last(worse):
+            return
         shares = list(history.of("never_fired").values())
         mean = _mean(shares) if shares else np.full(len(history), np.nan)
         others = [

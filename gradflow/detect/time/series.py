@@ -53,10 +53,18 @@ def lasting(beyond: Bools) -> int | None:
     >>> lasting(np.array([True, False, True, True])), lasting(np.array([False, True]))
     (2, None)
     """
-    if len(beyond) < 2 or not beyond[-2:].all():
+    if len(beyond) < 2 or not at_last(beyond):
         return None
     fails = np.flatnonzero(~beyond)
     return int(fails[-1]) + 1 if len(fails) else 0
+
+
+def at_last(beyond: Bools) -> bool:
+    """Return whether a condition holds at the last two looks, as one that is `lasting` does.
+
+    At each look of a training that goes well it tells, of few numbers, that nothing else need be asked.
+    """
+    return bool(beyond[-2:].all())
 
 
 def highest_so_far(values: Floats) -> Floats:

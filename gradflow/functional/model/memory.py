@@ -60,7 +60,7 @@ _ATOMS = frozenset(
 _NOT_KEYED = (nn.Module, Tensor, torch.optim.Optimizer, np.ndarray)
 _CODE = (types.FunctionType, types.MethodType, functools.partial)
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
-_PLAIN = (dict, collections.OrderedDict)
+_PLAIN = (dict, collections.OrderedDict, set)
 _HELD_AS_KEYS = (Tensor, nn.Module, tuple)
 _LARGE = 10_000
 
@@ -80,7 +80,7 @@ class ModuleState:
         self._tensors: dict[int, TensorState] = {}
         self._earlier = {} if earlier is None else earlier._tensors
         self._seen: dict[int, Any] = {}  # keeps what it has seen alive, so that ids stay unique
-        self._empty: list[dict[Any, Any]] = []
+        self._empty: list[dict[Any, Any] | set[Any]] = []
         self._dicts: list[tuple[dict[Any, Any], list[Any], list[Any]]] = []
         self._undo: list[tuple[str, Undo]] = []
         self._waiting: list[tuple[Any, bool]] = []  # values, and whether a function alone refers to them
@@ -94,9 +94,10 @@ class ModuleState:
     def restore(self) -> list[str]:
         """Put back all that can be, and return what could not; may be called again."""
         failures: list[str] = []
-        for mapping in self._empty:
-            if mapping:
-                attempt(failures, kind_of(mapping), functools.partial(refill_dict, mapping, [], []))
+        for held in self._empty:
+            if held:
+                base = set if isinstance(held, set) else base_of(held)
+                attempt(failures, kind_of(held), functools.partial(base.clear, held))
         for mapping, keys, values in self._dicts:
             attempt(failures, kind_of(mapping), functools.partial(restore_dict, mapping, keys, values))
         for kind, undo in reversed(self._undo):
@@ -172,7 +173,7 @@ class ModuleState:
             kind = type(value)
             if kind in _ATOMS or id(value) in self._seen:
                 continue
-            if kind in _PLAIN and not value:  # as most dicts of a module are: those of its hooks
+            if kind in _PLAIN and not value:  # as most a module has are: those of its hooks
                 self._seen[id(value)] = value
                 self._empty.append(value)
             else:
@@ -242,7 +243,10 @@ def keyed_by(model: nn.Module, ids: Container[int]) -> list[Any]:
     waiting = [value for module in model.modules() for value in vars(module).values()]
     while waiting:
         value = waiting.pop()
-        if type(value) in _ATOMS or isinstance(value, _NOT_KEYED) or id(value) in seen:
+        kind = type(value)
+        if kind in _ATOMS or (kind in _PLAIN and not value):
+            continue
+        if isinstance(value, _NOT_KEYED) or id(value) in seen:
             continue
         seen[id(value)] = value
         if isinstance(value, (dict, *_CONTAINERS)):

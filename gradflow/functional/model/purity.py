@@ -67,6 +67,10 @@ class RandomState:
         self._torch = _torch_states() if torch else None
         self._host = (np.random.get_state(), random.getstate()) if host else None
 
+    def now(self) -> RandomState:
+        """Return the present states, of the same kinds."""
+        return RandomState(torch=self._torch is not None, host=self._host is not None)
+
     def torch_moved(self) -> bool:
         """Whether any of torch's states has moved on since; False if they were not remembered."""
         if self._torch is None:

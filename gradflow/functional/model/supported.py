@@ -197,7 +197,8 @@ def standing_notes(
         alone: whether the analysis is of this process alone.
         staged: whether it is of all stages of a pipeline, of which the model is one.
     """
-    scripted = [name for name, module in model.named_modules() if is_scripted(module)]
+    modules, exchanging = dict(model.named_modules()), distributed(model)
+    scripted = [name for name, module in modules.items() if is_scripted(module)]
     inside = {n for n in scripted for m in scripted if n != m and n.startswith(f"{m}." if m else "")}
     if outermost := [name for name in scripted if name not in inside]:
         yield (
@@ -211,9 +212,9 @@ def standing_notes(
             "the next stage sends back, as `lambda output: (output * gradient).sum()` does. With any other, "
             "no verdict here is on training."
         )
-    if distributed(model) and alone:
+    if exchanging and alone:
         yield "Gradients are those of this process alone: an analysis exchanges nothing with the others."
-    if any(communication_hooks(part) for part in distributed(model)):
+    if any(map(communication_hooks, exchanging)):
         yield (
             "A communication hook of DistributedDataParallel is not run: gradients are averaged as they are, "
             "without what it does to them (compression, a power iteration)."
@@ -228,7 +229,7 @@ def standing_notes(
             f"The step hooks of the {type(optimizer).__name__} are not run, since they may act on the model "
             "itself: the steps after the first are those of training without them."
         )
-    attributes = ((n, k, v) for n, module in model.named_modules() for k, v in vars(module).items())
+    attributes = ((n, k, v) for n, module in modules.items() for k, v in vars(module).items())
     if iterators := [f"{n}.{k}" if n else k for n, k, v in attributes if _spent(v)]:
         yield f"{_names(iterators)} is an iterator, which cannot be put back: it may be further on."
 
@@ -259,6 +260,8 @@ def _stages(model: nn.Module) -> Iterator[tuple[int, int]]:
 
 
 def _spent(value: object) -> bool:
+    if not hasattr(type(value), "__next__"):  # nearly all: `Iterator` asks the same, by a longer way
+        return False
     return isinstance(value, Iterator) and not isinstance(value, (nn.Module, io.IOBase))
 
 

@@ -44,7 +44,7 @@ def num_subnormal(x: Tensor) -> int:
     if x.dtype not in _LAYOUTS or x.layout is not torch.strided:
         return 0
     ints, mantissa = _LAYOUTS[x.dtype]
-    bits: Any = x.detach().contiguous().view(ints)
+    bits: Any = x.detach().view(ints)
     plain = bits.is_cpu and type(bits) is Tensor
     bits, count = (bits.numpy(), np.count_nonzero) if plain else (bits, torch.count_nonzero)
     bits = bits & torch.iinfo(ints).max

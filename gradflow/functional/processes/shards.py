@@ -133,6 +133,8 @@ class Shards:
         groups: dict[str, ShardedGroup] = {}
         gathered: Tensors = {}
         spread: Tensors = {}
+        if not (dist.is_available() and dist.is_initialized()):  # there is nothing to spread over
+            return cls()
         for model in models:
             own = sharded_groups(model)
             pairs = [pair for group in own.values() for pair in group.leaves()]

@@ -25,12 +25,12 @@ def layer_records(history: History, owned: Mapping[str, Sequence[str]]) -> list[
     found = {kind: series(history, kind) for kind in ("grad", "out", "zeros", "mean_row", "input")}
     sizes = _sizes(history)
     records = []
-    for order, (name, call) in enumerate(history.calls.items()):
-        numbers = {kind: of_kind.get(name, nothing) for kind, of_kind in found.items()}
-        grad, reached = numbers["grad"][0], numbers["grad"][1] > 0
-        out, count = numbers["out"]
-        looked = count > 0
-        with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
+        for order, (name, call) in enumerate(history.calls.items()):
+            numbers = {kind: of_kind.get(name, nothing) for kind, of_kind in found.items()}
+            grad, reached = numbers["grad"][0], numbers["grad"][1] > 0
+            out, count = numbers["out"]
+            looked = count > 0
             rms = np.where(looked, out / np.sqrt(count), NAN)
             mean_row = numbers["mean_row"][0] / np.sqrt(numbers["mean_row"][1])
             records.append(

@@ -68,7 +68,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         guess = map_floats(lambda _, tensor: rows.changed(tensor, change), private_copy(Tensor.clone, output))
         return float(given.loss_of(guess, request.batch))
 
-    given, before = program.given, Before.of(program)
+    given, before = program.given, Before.of(program, look=False)
     held = program.module_state()
     parts = [t for t in iter_tensors(output) if t.dtype.is_floating_point and rows.fit(t)]
     variations = [_variation(part.detach().reshape(rows.number, -1)) for part in parts]
@@ -124,7 +124,7 @@ def _floors(program: Program, request: Request, kept: Kept, scored: bool) -> dic
     bounded = any(end.startswith(_BOUNDED) for end in kept.ends)
     if not bounded or not isinstance(output, Tensor) or not output.is_floating_point():
         return {}
-    given, before, held = program.given, Before.of(program), program.module_state()
+    given, before, held = program.given, Before.of(program, look=False), program.module_state()
 
     def loss_of(guess: Tensor) -> Tensor:
         with before.again(program), torch.enable_grad():
@@ -148,7 +148,7 @@ def _constants(program: Program, request: Request, output: Any) -> tuple[Shapes,
     map_tensors(lambda tensor: (parts.append(tensor), tensor)[1], output)
     if len(parts) < 2 or all(part.requires_grad and bool(part.any()) for part in parts):
         return (), ()
-    given, before, held = program.given, Before.of(program), program.module_state()
+    given, before, held = program.given, Before.of(program, look=False), program.module_state()
 
     def loss_of(guess: Sequence[Tensor]) -> Tensor:
         left = iter(guess)

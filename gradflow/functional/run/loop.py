@@ -12,7 +12,7 @@ from gradflow.functional.measurement import Session
 from gradflow.functional.model.layers import ancestors, owner
 from gradflow.functional.model.supported import check_stage_loss
 from gradflow.functional.processes.line import BatchesEnded
-from gradflow.functional.reverse.autograd_graph import entered
+from gradflow.functional.reverse.autograd_graph import Structure, capturable, entered
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.run.again import (
     Closer,
@@ -84,8 +84,8 @@ def run_plan(
         follow_reach(run, outcome, row, look=request.look)
         if closer is not None:
             closer.look(run, outcome)
-        if step == 0:
-            program.learned.capture(_captured(run))
+        if step == 0 and not plan.is_last(step) and outcome.structure is not None:
+            program.learned.capture(_captured(run, outcome.structure))
         if request.look or history.settling:
             program.learned.follow(history.unsettled_rectifiers())
         run.graph.add(step, outcome)
@@ -301,15 +301,15 @@ def _check_not_held(program: Program) -> None:
         )
 
 
-def _captured(run: Run) -> set[str]:
-    """Return the calls whose output gradients are captured: the smallest, as far as memory goes.
+def _captured(run: Run, structure: Structure) -> set[str]:
+    """Return the calls whose output gradients later steps capture: the smallest, as far as memory goes.
 
     Together they hold at most a million elements (some megabytes), or 1 percent of the parameters' number.
     """
     if run.program.state.shards.groups:
         return set()  # `backward()` hands out no gradient at an edge
     left = max(2**20, sum(p.numel() for p in run.program.state.parameters.values()) // 100)
-    chosen, wanted = set(), run.graph.capturable - run.graph.bypassed
+    chosen, wanted = set(), capturable(structure) - run.graph.bypassed
     suited = [call for name, call in run.history.calls.items() if name in wanted]
     for call in sorted(suited, key=lambda call: call.num_elements):
         left -= call.num_elements

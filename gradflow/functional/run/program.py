@@ -254,7 +254,7 @@ class Before:
     @contextlib.contextmanager
     def again(self, program: Program) -> Iterator[None]:
         """Go back to that state for the length of the context."""
-        buffers, random = dict(program.state.buffers), RandomState()
+        buffers, random = dict(program.state.buffers), self.random.now()
         self.restore(program)
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,6 +139,26 @@ class Observation:
     number: int
 
 
+@attrs.frozen(eq=False)
+class Given:
+    """What a layer has handed on, and its magnitude: most of it is what comes to a layer next."""
+
+    output: weakref.ref[Tensor]
+    version: int
+    size: Tensor
+    exact: bool
+
+    @classmethod
+    def of(cls, output: Tensor, size: Tensor, *, exact: bool) -> Given:
+        """Return what is known of an output; it is not kept alive."""
+        return cls(weakref.ref(output), version(output), size, exact)
+
+    def size_of(self, x: Tensor, *, exact: bool) -> Tensor | None:
+        """Return the magnitude of a tensor, taken so, if it is the output and was not written to since."""
+        same = self.output() is x and exact == self.exact and 0 <= self.version == version(x)
+        return self.size if same else None
+
+
 # Layers that keep the units of the layer before them.
 PASSING = frozenset(
     [
@@ -187,3 +208,10 @@ def type_name(module: nn.Module) -> str:
 def version(value: Any) -> int:
     """Return how often a tensor has been written to; -1 for what keeps no count."""
     return num_writes(value) if isinstance(value, Tensor) and not value.is_inference() else -1
+
+
+def counter(y: Tensor) -> Tensor:
+    """Return an empty tensor that shares the count of writes with `y`, and does not keep its memory."""
+    empty = y.detach()
+    empty.data = empty.new_empty(0)
+    return empty

@@ -15,6 +15,7 @@ from gradflow.functional.torch_sharded import sees_through
 
 Node = Any  # an autograd node: a C++ one, or a BackwardCFunction
 Position = tuple[Node, int]  # an output of a node
+_Custom = torch.autograd.function.BackwardCFunction  # the nodes of functions written in Python
 
 
 def feeds(node: Node) -> list[tuple[Node | None, int]]:
@@ -22,7 +23,9 @@ def feeds(node: Node) -> list[tuple[Node | None, int]]:
 
     Identities by which `fully_shard` learns that a gradient passes are left out.
     """
-    return [_seen_through(edge) if sees_through(edge[0]) else edge for edge in node.next_functions]
+    return [
+        _seen_through(edge) if isinstance(edge[0], _Custom) else edge for edge in node.next_functions
+    ]  # asked of every node again and again: nearly all are told by their class
 
 
 def _seen_through(edge: tuple[Any, int]) -> tuple[Node | None, int]:
@@ -33,7 +36,7 @@ def _seen_through(edge: tuple[Any, int]) -> tuple[Node | None, int]:
 
 def converts(node: Node) -> bool:
     """Whether an autograd node makes a DTensor of a tensor, or the other way round, or moves its parts."""
-    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+    custom = isinstance(node, _Custom)
     return custom and type(node).__name__ in _CONVERT
 
 
@@ -42,7 +45,7 @@ def exchanges(node: Node) -> bool:
 
     Told by name: functions of PyTorch's. One of the user's own that does is not known.
     """
-    custom = isinstance(node, torch.autograd.function.BackwardCFunction)
+    custom = isinstance(node, _Custom)
     return custom and type(node).__name__ in _EXCHANGE
 
 

@@ -23,7 +23,9 @@ from gradflow.functional.tap.calls import (
     PASSING,
     ActivationKey,
     Call,
+    Given,
     Observation,
+    counter,
     unit_axis,
     version,
 )
@@ -67,6 +69,7 @@ class Recorder:
     _counts: dict[str, int] = attrs.field(factory=dict)
     _edges: set[tuple[int, int]] = attrs.field(factory=set)  # that are captured
     _aliases: list[tuple[str, Tensor, int]] = attrs.field(factory=list)
+    _given: Given | None = None  # by the layer that ran last
 
     def __attrs_post_init__(self) -> None:
         self.known, self.alike = self.model.known, self.asked.ordinary
@@ -209,7 +212,7 @@ class Recorder:
                     here = settled(tensor.detach())
                     if self.asked.structural and self.model.parallel:
                         call.note_entering(self._split(tensor))
-                    return self._size(call, "input", here), here.numel()
+                    return self.entering_size(tensor, here, self._exactly(call, "input")), here.numel()
         return None, 0
 
     def _recompute(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -258,11 +261,11 @@ class Recorder:
         if not is_differentiable(y) or y.numel() == 0 or y.layout is not torch.strided:
             return y
         call.note_output(y)
-        asked = self.asked
+        asked, size = self.asked, None
         if asked.structural and self.model.parallel:
             call.note_split(self._split(y), tuple(local(y).shape))
         if asked.look:
-            self._forward_statistics(call, settled(y.detach()))
+            size = self._forward_statistics(call, settled(y.detach()))
         if call.name in asked.captured and self._capture(call, y):
             memo[id(y)] = y
             return y
@@ -272,7 +275,10 @@ class Recorder:
         for listener in asked.listeners:
             listener.probed(y, probed)
         if probed is not y and (is_view(y) or given):
-            self._aliases.append((call.module, self._counter(probed), num_writes(probed)))
+            shared = counter(probed) if self.asked.slots is None else probed  # a transform's wrapper
+            self._aliases.append((call.module, shared, num_writes(probed)))
+        if size is not None:
+            self._given = Given.of(probed, size, exact=self._exactly(call, "out"))
         memo[id(y)] = probed
         return probed
 
@@ -290,14 +296,6 @@ class Recorder:
             elif hasattr(node, "dtensor_spec"):
                 found |= split_of(node.dtensor_spec.mesh, node.dtensor_spec.placements)
         return found
-
-    def _counter(self, y: Tensor) -> Tensor:
-        """Return an empty tensor that shares the count of writes with `y`, and does not keep its memory."""
-        if self.asked.slots is not None:
-            return y  # a transform's wrapper, whose data cannot be changed
-        counter = y.detach()
-        counter.data = counter.new_empty(0)
-        return counter
 
     def _probe(self, call: Call, y: Tensor, *, in_place: bool = False) -> Tensor:
         if not y.requires_grad or not is_differentiable(y) or not torch.is_grad_enabled():
@@ -336,18 +334,25 @@ class Recorder:
             raise MoreSlots
         return given[position]
 
-    def _forward_statistics(self, call: Call, y: Tensor) -> None:
-        self.note("out", call.index, self._size(call, "out", y), y.numel())
+    def _forward_statistics(self, call: Call, y: Tensor) -> Tensor:
+        size = magnitude(y, exact=self._exactly(call, "out"))
+        self.note("out", call.index, size, y.numel())
         self.note("zeros", call.index, num_zero(y), y.numel())
         axis = unit_axis(y, call.type)
         mean = y.mean([d for d in range(y.dim()) if d != axis % y.dim()]) if y.dim() > 1 else y
         self.note("mean_row", call.index, magnitude(mean, exact=True), mean.numel())
         if self.model.keeps_means and y.dim() > 1:
             self.note("mean", call.index, mean, y.numel() // max(mean.numel(), 1))
+        return size
 
-    def _size(self, call: Call, kind: str, x: Tensor) -> Tensor:
-        """Return the magnitude of a tensor of a call, as precisely as was chosen for its kind."""
-        return magnitude(x, exact=self.model.exact.get((call.name, kind), True))
+    def _exactly(self, call: Call, kind: str) -> bool:
+        """Return whether magnitudes of a kind are taken exactly at a call."""
+        return self.model.exact.get((call.name, kind), True)
+
+    def entering_size(self, x: Tensor, here: Tensor, exact: bool) -> Tensor:
+        """Return the magnitude of what comes to a layer or function, of which this process holds `here`."""
+        known = None if self._given is None else self._given.size_of(x, exact=exact)
+        return magnitude(here, exact=exact) if known is None else known
 
     def _follow(self, key: ActivationKey, output: Any) -> None:
         """Note what a rectifier module gave, in a step without a watch."""

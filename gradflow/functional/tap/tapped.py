@@ -15,7 +15,7 @@ from gradflow.functional.model.layers import ancestors, callable_modules, is_lay
 from gradflow.functional.model.threads import OneThread
 from gradflow.functional.tap.calls import Call, type_name
 from gradflow.functional.torch_private import has_gradient_hooks
-from gradflow.functional.torch_sharded import is_parallel, sharded_groups
+from gradflow.functional.torch_sharded import is_parallel, is_sharded
 
 if TYPE_CHECKING:
     from gradflow.functional.tap.recorder import Recorder
@@ -63,7 +63,7 @@ class TappedModel:
             parents.update(ancestors(name))
         self.leaves = set(self.modules) - parents
         self.parallel = {name for name, module in self.modules.items() if is_parallel(module)}
-        gathered = any(sharded_groups(module) for module in self.modules.values())
+        gathered = any(map(is_sharded, self.modules.values()))
         self.exchanges = bool(self.parallel) or gathered
         self.types = {name: type_name(module) for name, module in self.modules.items()}
 

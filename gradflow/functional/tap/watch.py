@@ -23,7 +23,6 @@ from gradflow.functional.tap.calls import ActivationKey, unit_axis
 from gradflow.functional.tap.nodes import nodes_under
 from gradflow.functional.tap.probes import site_of
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.functional.tap.sums import magnitude
 from gradflow.functional.torch_private import transform_level, unwatched
 
 # name of the function -> (op, kind); see ActivationRecord
@@ -128,7 +127,7 @@ class _Before:
         self.recorder, self.op, self.bounds = recorder, op, bounds
         self.key = self._key(x)
         here = settled(x.detach())
-        self.entering = magnitude(here, exact=True) if recorder.asked.look else None
+        self.entering = recorder.entering_size(x, here, exact=True) if recorder.asked.look else None
         self.masked = here <= MASKED if recorder.asked.look and op == "softmax" else None
 
     def _key(self, x: Tensor) -> ActivationKey:

@@ -52,7 +52,7 @@ def test_loud_scores_of_a_model_with_its_own_parameters(size: float, sick: bool)
     assert "(model)" in flow.wiring.holders
     assert flow.wiring.is_last("net.2")
     assert "nll_loss" in flow.wiring.ops_after("net.2")
-    assert heads(flow) == ["net.2"]
+    assert heads(flow) == ("net.2",)
     found = {(i.layer, i.issue_type) for i in report.issues if i.severity >= MEDIUM}
     assert ({("net.2", IssueType.EXPLODING), ("net.2", IssueType.SATURATION)} & found != set()) is sick
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gradflow.functional import analyze
+from gradflow.functional.analyze import analyzed
 from gradflow.functional.run.run import Plan
 from gradflow.records import ActivationRecord
 
@@ -338,3 +339,28 @@ def test_a_nan_in_one_batch_does_not_hide_what_a_unit_did_in_others() -> None:
     bad = torch.full((2, 4), float("nan"))
     found = measured(F.relu, RAMP, bad, RAMP)
     assert found.never_fired == 2 / 4
+
+
+class Written(nn.Module):
+    """Two layers; what the first has handed on is written to, or not, before the second takes it."""
+
+    def __init__(self, times: float | None) -> None:
+        super().__init__()
+        self.first, self.second, self.times = nn.Linear(6, 6), nn.Linear(6, 6), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.times is not None:
+            h.mul_(self.times)
+        return self.second(h)
+
+
+@pytest.mark.parametrize("times", [None, 1.0, 3.0])
+@pytest.mark.parametrize("closely", [True, False])
+def test_what_enters_a_layer_is_as_it_is_then(times: float | None, closely: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Written(times), torch.randn(5, 6)
+    plan = Plan(steps=2, closely=closely)
+    first, second = analyzed(model, [x, x], lambda y: y.square().mean(), plan).layers
+    np.testing.assert_allclose(second.input_rms, (times or 1.0) * first.output_rms, rtol=1e-6)
+    np.testing.assert_allclose(first.input_rms, float(x.square().mean().sqrt()), rtol=1e-6)

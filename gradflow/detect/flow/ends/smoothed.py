@@ -21,14 +21,16 @@ MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum
 def smoothed(flow: Flow, passages: list[str], alike: float, fall: float) -> list[Issue]:
     """The first passage at which the rows have become alike by mixing."""
     wires = flow.wiring
+    mixing = {node for node, entry in wires.nodes.items() if entry.kind == "op" and _mixes(entry.type)}
+    if len(mixing) < 2:  # as often as that rows must be mixed on the way to a passage
+        return []
     kept = shares(flow, kept_at_least(flow)).share
     mixed: dict[str, int] = {}  # how often rows are mixed on the way to a node
     most: dict[str, float] = {}  # the largest variation before a node
     starved: dict[str, bool] = {}  # whether a layer up to a node gets too little, which is another illness
     for node in wires.order:
         preds = wires.preds[node]
-        mixes = wires.nodes[node].kind == "op" and _mixes(wires.nodes[node].type)
-        mixed[node] = max((mixed[p] for p in preds), default=0) + int(mixes)
+        mixed[node] = max((mixed[p] for p in preds), default=0) + int(node in mixing)
         most[node] = max((max(most[p], _variation(flow, p)) for p in preds), default=0.0)
         starved[node] = any(starved[p] for p in preds) or (node in kept and late(kept[node]) < 1e-3)
     for node in passages:

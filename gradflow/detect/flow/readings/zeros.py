@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import attrs
 
 from gradflow.detect.evidence import activations_of, largest_gradient, late, typical_zero
-from gradflow.detect.view import Flow
+from gradflow.detect.view import Flow, read_once
 from gradflow.records import ActivationRecord, Floats
 
 DECAYED = (
@@ -49,6 +49,7 @@ class Zeros:
         return {node: at for node, (why, at) in self.why.items() if why == "underflow"}
 
 
+@read_once
 def zeros_of(flow: Flow) -> Zeros:
     """Return what is known of exact zeros.
 

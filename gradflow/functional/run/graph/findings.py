@@ -8,7 +8,7 @@ import attrs
 from torch import Tensor
 
 from gradflow.functional.processes.stages import Stages
-from gradflow.functional.reverse.autograd_graph import Structure, bypassed, capturable
+from gradflow.functional.reverse.autograd_graph import Structure, bypassed
 from gradflow.functional.reverse.dataflow import DataFlow
 from gradflow.functional.reverse.plain_sums import plainly_summed
 from gradflow.functional.run.graph.record import Cut, HostFlows, cuts, graph_record, read_flows
@@ -27,7 +27,6 @@ class GraphFindings:
     structures: list[Structure] = attrs.field(factory=list)
     severed: list[Cut] = attrs.field(factory=list)
     bypassed: set[str] = attrs.field(factory=set)  # names of calls; see `autograd_graph.bypassed`
-    capturable: set[str] = attrs.field(factory=set)  # names of calls; see `autograd_graph.capturable`
     arrived: set[str] = attrs.field(factory=set)  # names of calls at whose output a gradient was seen
     flows: list[HostFlows] = attrs.field(factory=list)
     taken: set[str] = attrs.field(factory=set)  # parameters that ran, where none has a gradient
@@ -51,7 +50,7 @@ class GraphFindings:
         self.handed = () if stages is None else _handed(structure, self.calls, stages)
         if structure is not None:
             self.structures, self.summed = [structure], plainly_summed(structure)
-            self.bypassed, self.capturable = set(bypassed(structure)), capturable(structure)
+            self.bypassed = set(bypassed(structure))
 
     def meet(self, structure: Structure | None) -> None:
         """Keep the graph of a later step, unless it is known."""
