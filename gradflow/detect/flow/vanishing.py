@@ -9,7 +9,7 @@ import attrs
 
 from gradflow.detect.actions import vanishing_actions
 from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
-from gradflow.detect.flow.ends.unheard import flat_scores, unheard
+from gradflow.detect.flow.ends.unheard import flat_scores, heard_below_a_tower, unheard
 from gradflow.detect.flow.forgetting import deep, fading, forgetful
 from gradflow.detect.flow.readings.falls import falls_of, known
 from gradflow.detect.flow.readings.zeros import zeros_of
@@ -88,8 +88,8 @@ def vanishing(
         gone, fed = zeros.underflown(), _best_upstream(flow, against)
         starved = _starved(against, plain, gone, threshold, share, local_share)
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
-        own = (s for s in starved if s.node not in zeros.muted)  # what comes to the others is rounding
-        starved = [_heard_later(s, against, threshold, share) for s in own]
+        quiet = {*zeros.muted, *heard_below_a_tower(flow)}  # what comes to the former is rounding
+        starved = [_heard_later(s, against, threshold, share) for s in starved if s.node not in quiet]
         found = [*_issues(flow, plain, starved, fed), *forgetful(flow, threshold), *fading(flow, faded)]
         found = found or deep(flow) or _uncured(flow, against, plain, threshold, share, local_share, bypass)
         found = found or _inexcusable(flow, plain, threshold, share, local_share, bypass)
