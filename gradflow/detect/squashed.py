@@ -6,7 +6,7 @@ import math
 
 from gradflow.detect.actions import Actions, initialisation
 from gradflow.detect.evidence import late, row_gain
-from gradflow.detect.knowledge import falls, guesses
+from gradflow.detect.knowledge import INFORMED, falls, guesses, knows
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import ActivationRecord
@@ -50,6 +50,15 @@ def is_wanted(flow: Flow, activation: ActivationRecord, share: float = 0.9) -> b
     if activation.functional and activation.op in taking:
         taking.remove(activation.op)
     return not taking
+
+
+def is_right(flow: Flow, activation: ActivationRecord, share: float = 0.9) -> bool:
+    """Whether what is at the ends of a last sigmoid or tanh is where the loss has it, by `share` of its pull,
+    in a model that knows: most pixels of a mask are sure, and right, while its border still teaches."""
+    ends = [e for e in flow.record.parts.ends if (e.layer, e.op) == (activation.layer, activation.op)]
+    if not ends or not all(e.wanted_share >= share for e in ends):
+        return False
+    return knows(flow.record, INFORMED) and flow.ends_weightless(node_name(activation.layer))
 
 
 def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) -> Actions:

@@ -152,6 +152,15 @@ def _width(flow: Flow, node: str) -> int:
     return int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 0
 
 
+def _pairs_samples(flow: Flow, node: str) -> bool:
+    """Whether what a module gives holds a number for every pair of samples (a kernel, similarities): as wide
+    as the batch, whatever is told of a sample. So is what no layer gives."""
+    if node not in flow.layers:
+        return True
+    shape = flow.layers[node].shape
+    return len(shape) == 2 and shape[0] == shape[1] and not flow.has_matrix(node)
+
+
 def _taken(flow: Flow, node: str) -> int:
     """The number of features that a plain layer takes."""
     matrices = [p for p in flow.parameters_of(node) if len(p.shape) == 2]
@@ -160,7 +169,7 @@ def _taken(flow: Flow, node: str) -> int:
 
 def _waists(flow: Flow, passages: list[str], ratio: float) -> list[_Waist]:
     wires = flow.wiring
-    own = {node: _width(flow, node) if node in flow.layers else 0 for node in wires.order}
+    own = {node: 0 if _pairs_samples(flow, node) else _width(flow, node) for node in wires.order}
     taken = {node: _taken(flow, node) for node in passages}  # what a first layer takes is what is before it
     before, behind = dict.fromkeys(own, 0), dict.fromkeys(own, 0)
     for node in wires.order:

@@ -61,7 +61,8 @@ def dead(
     Where no parameter of the whole model is reached, as the loss has no graph, it is CRITICAL.
 
     Looks alike and is not: a gradient that has become too small for its format on a long way, which is
-    VANISHING; frozen parameters, and those of another optimizer; a head or an expert that other
+    VANISHING; frozen parameters, and those of another optimizer; units of a frozen layer, up to `threshold`
+    of them (LOW); a head or an expert that other
     batches use; an expert that the router drops within the run while most of the others learn (LOW); rows of
     an embedding that no token asked for; a bias under a softmax or before a batch norm, whose gradient is
     zero but for rounding; a bounded loss that is met by most samples; a rectifier in the loss (a hinge),
@@ -261,11 +262,23 @@ def _silent_units(flow: Flow, threshold: float, some: float, few: float) -> list
     return issues
 
 
-def _fed_variation(flow: Flow, activation: ActivationRecord) -> float:
-    """The least part of what feeds a rectifier that differs between samples in the run; 1 if unknown."""
+def _feeders(flow: Flow, activation: ActivationRecord) -> list[str]:
+    """The layers whose output enters a rectifier."""
     node = node_name(activation.layer)
     feeders = (node,) if activation.functional else flow.wiring.before(node)
-    seen = [flow.layers[n].output_variation for n in feeders if n in flow.layers]
+    return [n for n in feeders if n in flow.layers]
+
+
+def _is_fed_by_frozen(flow: Flow, activation: ActivationRecord) -> bool:
+    """Whether what drives a rectifier is not to be trained: units that are off for these data are what a
+    trained model that came frozen has for others, and the rest hands back enough."""
+    feeders = _feeders(flow, activation)
+    return bool(feeders) and all(flow.parameters_of(n) and not flow.trainable(n) for n in feeders)
+
+
+def _fed_variation(flow: Flow, activation: ActivationRecord) -> float:
+    """The least part of what feeds a rectifier that differs between samples in the run; 1 if unknown."""
+    seen = [flow.layers[n].output_variation for n in _feeders(flow, activation)]
     return max((float(v[np.isfinite(v)].min()) for v in seen if np.isfinite(v).any()), default=1.0)
 
 
@@ -296,6 +309,7 @@ def _silent_issue(
         alike = _fed_variation(flow, activation) < 0.5
         by_chance = 2.0 / math.sqrt(max(activation.num_units, 1)) if alike else 0.0
         many = share >= some + by_chance and not came_knowing(flow.record)
+        many = many and not _is_fed_by_frozen(flow, activation)
         severity = IssueSeverity.MEDIUM if many else IssueSeverity.LOW
     fires = f" At the end, {now:.0%} of its elements fire." if math.isfinite(now) else ""
     return Issue(

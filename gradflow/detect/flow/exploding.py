@@ -33,7 +33,7 @@ from gradflow.detect.flow.ends.off_scale import dominating_heads, far_targets
 from gradflow.detect.flow.ends.unheard import tiny_targets, unmet_targets
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import LEVELS, growing_repeats, levels_off
-from gradflow.detect.knowledge import CAME, at_level, calm, came_knowing, learns, lowered
+from gradflow.detect.knowledge import CAME, at_level, calm, came_knowing, coped_with, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
@@ -60,7 +60,8 @@ def exploding(
     Looks alike and is not: large gradients everywhere (a summed loss, a large batch); the gradient before a
     norm layer, which undoes the small scale of an embedding; growth of no great extent in a model that came
     to the run with what it has learned, and keeps it, or that learns in it (LOW), and over the calls of a
-    loop that adds up and does not multiply (LOW); one layer of gain 10 by itself; an auxiliary
+    loop that adds up and does not multiply (LOW); growth across a frozen part behind all that is trained, as
+    across the features of a perceptual loss; one layer of gain 10 by itself; an auxiliary
     head of small weight, which is outweighed by design, while the outputs of the main one are of the size of
     its targets; large weights before a bounded activation, which `saturation` tells.
 
@@ -128,11 +129,13 @@ class _Rise:
 
 def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
     grown = {node: _typical(values) for node, values in seen.share.items()}
+    fixed, before = _behind_all(flow, seen)
+    grown = {node: share / before for node, share in grown.items() if node not in fixed}
     peak = max(grown, key=lambda node: (grown[node], node), default="")
     total = grown.get(peak, math.nan)
     if not total >= threshold**2:
         return []
-    path = seen.path(peak)
+    path = [node for node in seen.path(peak) if node not in fixed]
     amplifiers = _amplifiers(flow, path, grown)
     if not amplifiers:
         return []
@@ -140,9 +143,9 @@ def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
         a for a in amplifiers if a.growth >= 0.25 * max(b.growth for b in amplifiers)
     ]
     severity = _severity(total, threshold)
-    start = early(seen.share[peak][:3])
+    start = early(seen.share[peak][:3]) / before
     # Growth that is HIGH before any step is no work of the steps, however much they add to it.
-    developed = start < total / 10 and not float(seen.share[peak][0]) >= threshold**3
+    developed = start < total / 10 and not float(seen.share[peak][0]) / before >= threshold**3
     part = _part(amplifiers)
     first: dict[str, str] = {}  # by module
     for node in sorted(flow.layers, key=lambda n: flow.layers[n].order):
@@ -153,12 +156,27 @@ def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
         return found
     if calm(flow.record) and (came_knowing(flow.record) or at_level(flow.record)):
         return [lowered(issue, CAME) for issue in found]
-    if learns(flow.record, most=0.25):
-        return [lowered(issue, _LEARNS) for issue in found]
-    return [lowered(i, LEVELS) if levels_off(flow, i, total) else i for i in found]
+    found = [lowered(i, LEVELS) if levels_off(flow, i, total) else i for i in found]
+    return coped_with(flow.record, found)
 
 
-_LEARNS = "The loss falls all the same, and is far below that of guesses: the steps cope with it."
+def _behind_all(flow: Flow, seen: Shares) -> tuple[frozenset[str], float]:
+    """Return what stands behind every parameter to be trained, and the growth up to there; 1 for none.
+
+    What a frozen part at the end multiplies (the features of a perceptual loss, a simulator, a factor in
+    front of it) multiplies all gradients that train anything alike, as a factor on the loss does.
+    """
+    trained = [node for node in flow.layers if flow.trainable(node)]
+    last = max(trained, key=lambda node: flow.layers[node].order, default="")
+    if not last or last not in seen.share or not flow.wiring.known:
+        return frozenset(), 1.0
+    behind = flow.wiring.downstream(last) & seen.share.keys()
+    upstream = flow.wiring.upstream(last)
+    frozen = [node for node in behind if flow.parameters_of(node)]
+    if not frozen or not all(node == last or node in upstream for node in trained):
+        return frozenset(), 1.0
+    growth = _typical(seen.share[last])
+    return (frozenset(behind), growth) if growth > 1 else (frozenset(), 1.0)
 
 
 def _typical(values: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from gradflow.detect.flow.ends.loud import sharp_scores
 from gradflow.detect.flow.ends.misgiven import bounded_scores, misgiven_losses, out_of_reach
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns
-from gradflow.detect.squashed import WANTED, gate_actions, is_wanted, saturation_actions
+from gradflow.detect.squashed import WANTED, gate_actions, is_right, is_wanted, saturation_actions
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import MOST_NEIGHBOURS, node_name
 from gradflow.records import (
@@ -134,6 +134,8 @@ def _issue(
         severity, calm = IssueSeverity.LOW, _PASSES
     if severity.is_serious and is_wanted(flow, activation):
         severity, calm = IssueSeverity.LOW, WANTED
+    if severity.is_serious and is_right(flow, activation):
+        severity, calm = IssueSeverity.LOW, _KNOWS
     return Issue(
         layer=activation.layer,
         layer_type=layer.type if layer else activation.op,

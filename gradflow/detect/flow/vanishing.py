@@ -9,11 +9,11 @@ import attrs
 
 from gradflow.detect.actions import vanishing_actions
 from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
-from gradflow.detect.flow.ends.unheard import flat_scores, unheard
+from gradflow.detect.flow.ends.unheard import flat_scores, heard_below_a_tower, unheard
 from gradflow.detect.flow.forgetting import deep, fading, forgetful
 from gradflow.detect.flow.readings.falls import falls_of, known
 from gradflow.detect.flow.readings.zeros import zeros_of
-from gradflow.detect.knowledge import AT_LEVEL, at_level, guesses, lowered
+from gradflow.detect.knowledge import AT_LEVEL, at_level, coped_with, guesses, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
@@ -57,8 +57,10 @@ def vanishing(
     the first are not lost in their sum (LOW); a branch beside a path that carries the gradient (zero or tiny
     gates, LayerScale); the modest decay of a stack at PyTorch's default initialisation, unless the signal has
     decayed with it, and the model gives the same for every sample; the fall behind a pooling; a small last
-    layer (policy heads at gain 0.01); exact zeros, which are `dead`'s, unless they are what a decay comes to
-    where the format of the numbers ends; zeros but for rounding behind a norm over one feature, likewise.
+    layer (policy heads at gain 0.01); a modest fall in a run that learns all the same, as where the slopes of
+    probabilities near 0 and 1 tower (LOW); exact zeros, which are `dead`'s, unless they are what a decay
+    comes to where the format of the numbers ends; zeros but for rounding behind a norm over one feature,
+    likewise.
 
     Args:
         threshold: what arrives, below which the verdict is at least MEDIUM whatever the kinds of layers, and
@@ -86,14 +88,12 @@ def vanishing(
         gone, fed = zeros.underflown(), _best_upstream(flow, against)
         starved = _starved(against, plain, gone, threshold, share, local_share)
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
-        starved = [s for s in starved if s.node not in zeros.muted]  # what comes there is rounding
-        starved = [_heard_later(s, against, threshold, share) for s in starved]
+        quiet = {*zeros.muted, *heard_below_a_tower(flow)}  # what comes to the former is rounding
+        starved = [_heard_later(s, against, threshold, share) for s in starved if s.node not in quiet]
         found = [*_issues(flow, plain, starved, fed), *forgetful(flow, threshold), *fading(flow, faded)]
-        found = found or deep(flow)
-        found = found or _uncured(flow, against, plain, threshold, share, local_share, bypass)
+        found = found or deep(flow) or _uncured(flow, against, plain, threshold, share, local_share, bypass)
         found = found or _inexcusable(flow, plain, threshold, share, local_share, bypass)
-        if at_level(record):
-            found = [lowered(issue, AT_LEVEL) for issue in found]
+        found = [lowered(i, AT_LEVEL) for i in found] if at_level(record) else coped_with(record, found)
         return [*found, *(unheard(flow, leverage, share) or flat_scores(flow))]
 
     return detector

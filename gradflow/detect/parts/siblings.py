@@ -168,7 +168,7 @@ def _streams(
     added = [{b.name: _end(b.added, i) for b in blocks if b.name not in without} for i in (0, -1)]
     types = {b.name: b.type for b in blocks}
     for name, odd in _both(added[0], added[1], factor).items():
-        if not _is_unread(record, name, odd):
+        if not _is_unread(record, name, odd) and not _gives_elsewhere(record, name, odd):
             yield _added_issue(name, types[name], odd, factor, severe, len(blocks) - 1)
 
 
@@ -178,6 +178,16 @@ def _is_unread(record: FlowRecord, block: str, odd: Odd) -> bool:
     return any(
         late(layer.output_rms) >= odd.value / 2 and not np.any(layer.grad_norm > 0) for layer in inside
     )
+
+
+def _gives_elsewhere(record: FlowRecord, block: str, odd: Odd) -> bool:
+    """Whether a block hands its input on as it is, and what it computes goes to the loss by another way.
+
+    The last of several rounds that each hand on what they have not explained has nobody to hand it to. All of
+    its parameters learn from the first step on; behind a factor or a layer of zeros those before it do not.
+    """
+    own = [p for p in record.parameters if p.trainable and p.name.startswith(f"{block}.")]
+    return odd.value == 0 and bool(own) and all(len(p.grad_norm) and p.grad_norm[0] > 0 for p in own)
 
 
 def _end(values: Floats, at: int) -> float:

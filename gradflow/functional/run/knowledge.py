@@ -3,7 +3,8 @@
 NOTE [Guesses]
 A guess has everything of an output but the knowledge which sample it belongs to. `shuffled` gives each
 sample the output of another one, so it is as sure, as large and as varied as the model is; `averaged` gives
-all the mean; `silent` gives zeros. Where the loss is below zero, it is asked as well of outputs that are
+all the mean; `silent` gives zeros. An output without a gradient beside others with one (a teacher's) is a
+target, and stays. Where the loss is below zero, it is asked as well of outputs that are
 four times as large; above zero there may be probabilities among them, which would be none, and some losses
 refuse those. Several outputs (two views, an image and its text) are shuffled each in its own way. The rows
 are samples where there are enough of them, else samples and positions together. The order is drawn from a
@@ -65,11 +66,14 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
 
     def loss_of(change: Callable[[Tensor], Tensor]) -> float:
         before.restore(program)
-        guess = map_floats(lambda _, tensor: rows.changed(tensor, change), private_copy(Tensor.clone, output))
+        guess = map_floats(
+            lambda at, tensor: rows.changed(tensor, change) if at in told else tensor,
+            private_copy(Tensor.clone, output),
+        )
         return float(given.loss_of(guess, request.batch))
 
     given, before = program.given, Before.of(program, look=False)
-    held = program.module_state()
+    held, told = program.module_state(), _told(output)
     parts = [t for t in iter_tensors(output) if t.dtype.is_floating_point and rows.fit(t)]
     variations = [_variation(part.detach().reshape(rows.number, -1)) for part in parts]
     try:
@@ -106,6 +110,23 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         zero=zero,
         floors=_floors(program, request, kept, heard.scored) if loss > 0.2 * _least(guesses) else {},
     )
+
+
+def _told(output: Any) -> set[int]:
+    """Return the positions of what a model itself tells: of its outputs those with a gradient, all if none.
+
+    What comes without one beside them, a teacher's answer or a mask, is what they are held against.
+    """
+    every, learned = set[int](), set[int]()
+
+    def note(at: int, tensor: Tensor) -> Tensor:
+        every.add(at)
+        if tensor.requires_grad:
+            learned.add(at)
+        return tensor
+
+    map_floats(note, output)
+    return learned or every
 
 
 def _least(guesses: Sequence[float]) -> float:

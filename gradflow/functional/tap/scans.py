@@ -81,13 +81,19 @@ def _taken(name: str, x: Tensor, rest: tuple[Any, ...], kwargs: Mapping[str, Any
         return [(axis, range(step, step + 1))]
     index = rest[0] if rest else None
     entries = [e for e in (index if isinstance(index, tuple) else (index,)) if e is not None]
-    if not all(isinstance(e, int) or e is Ellipsis or e == slice(None) for e in entries):
+    plain = (isinstance(e, int) or e is Ellipsis or _is_all(e) for e in entries)
+    if not all(plain):
         return []
     if Ellipsis in entries:
         at = entries.index(Ellipsis)
         entries[at : at + 1] = [slice(None)] * (x.dim() - len(entries) + 1)
     chosen = [(axis, e % x.shape[axis]) for axis, e in enumerate(entries) if isinstance(e, int)]
     return [(axis, range(step, step + 1)) for axis, step in chosen] if len(chosen) == 1 else []
+
+
+def _is_all(entry: Any) -> bool:
+    """Whether an index takes a whole axis; arrays and tensors, which choose, compare element by element."""
+    return isinstance(entry, slice) and entry == slice(None)
 
 
 def faded_share(scan: Scan, gradient: Tensor) -> Tensor:

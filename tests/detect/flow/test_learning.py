@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gradflow as gf
-from gradflow.detect import bottleneck, detect, exploding, saturation
+from gradflow.detect import bottleneck, dead, detect, exploding, saturation, vanishing
 from gradflow.records import FlowRecord, IssueSeverity, IssueType, KnowledgeRecord
 from tests.detect.builders import STEPS, Layer, activation, flow_record
 from tests.detect.flow.test_bottleneck import hourglass
@@ -160,3 +160,115 @@ def test_scores_that_start_too_large_and_are_put_right(rate: float, sick: bool) 
     report = gf.diagnose(model, lambda: batch(1), nn.CrossEntropyLoss(), optimizer=optimizer, seed=0)
     loud = [i for i in report.issues if i.issue_type is IssueType.EXPLODING and i.layer == "2"]
     assert [i.severity >= MEDIUM for i in loud] == [sick]
+
+
+# --------------------------------------------------------------------------------- what came frozen
+
+
+class Cleaner(nn.Module):
+    """A net of which a frozen one behind it takes the features, or which it follows."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+        self.features = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+        for layer in (self.features[0], self.features[2]):
+            nn.init.kaiming_normal_(layer.weight)  # type: ignore[arg-type]
+        self.features.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(255 * self.net(x))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_a_frozen_part_behind_all_that_learns_multiplies(seed: int, frozen: bool) -> None:
+    """A factor and a frozen net behind are a factor on the loss; between layers that learn they are not."""
+    torch.manual_seed(seed)
+    model = Cleaner(frozen)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        x = torch.randn(64, 16)
+        return x + 0.3 * torch.randn_like(x), x
+
+    def loss(out: Tensor, x: Tensor) -> Tensor:
+        return F.l1_loss(out, model.features(255 * x).detach())
+
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+    report = gf.diagnose(model, batch, loss, optimizer=optimizer, seed=0)
+    grown = any(i.issue_type is IssueType.EXPLODING and i.severity >= MEDIUM for i in report.issues)
+    assert grown == (not frozen)
+
+
+@pytest.mark.parametrize(("frozen", "severity"), [(True, LOW), (False, MEDIUM)])
+def test_units_of_a_layer_that_came_frozen(frozen: bool, severity: IssueSeverity) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+    with torch.no_grad():
+        model[1].bias[:28] = -50.0  # type: ignore[index]
+    model[1].requires_grad_(not frozen)
+    record = gf.analyze(model, lambda: torch.randn(64, 8), lambda y: (y - 1).square().mean(), steps=4)
+    (issue,) = [i for i in detect(record, dead()) if i.metrics.get("never_fired")]
+    assert issue.severity is severity
+
+
+# ------------------------------------------------------------------------- what is sure, and right
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_mask_that_is_sure_and_right(wrong: bool) -> None:
+    """Most pixels are far from the border; the same with targets that contradict what it is sure of."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[30.0, 0.0]]))
+        model.bias.zero_()
+
+    def batch() -> tuple[Tensor, Tensor]:
+        x = torch.randn(256, 2)
+        return x, ((x[:, :1] < 0) if wrong else (x[:, :1] + 0.3 * torch.randn(256, 1) > 0)).float()
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        p = torch.sigmoid(out)
+        overlap = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+        return F.binary_cross_entropy_with_logits(out, y) + overlap
+
+    optimizer = torch.optim.SGD(model.parameters(), 1e-4)
+    record = gf.analyze(model, batch, loss, steps=12, optimizer=optimizer, seed=0)
+    (used,) = [i for i in detect(record, saturation()) if i.metrics.get("op") == "sigmoid"]
+    assert used.severity.is_serious == wrong
+
+
+@pytest.mark.parametrize(("left", "losses", "severity"), [(0.2, FALLING, LOW), (0.6, FALLING, MEDIUM)])
+def test_a_loss_of_gradient_that_the_steps_cope_with(
+    left: float, losses: np.ndarray, severity: IssueSeverity
+) -> None:
+    layers = [Layer(name="a", grad=2e-4), Layer(name="b", grad=3e-4), Layer(name="c", grad=1.0)]
+    issues = detect(knowing(flow_record(*layers), left, losses), vanishing())
+    assert max(issue.severity for issue in issues) is severity
+
+
+class Kernel(nn.Module):
+    """Codes of two numbers, of which every pair of samples is compared; or codes that are widened again."""
+
+    def __init__(self, pairs: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+        self.scale, self.pairs = nn.Parameter(torch.zeros(())), pairs
+        self.out = nn.Sequential(nn.Linear(2, 48), nn.Tanh(), nn.Linear(48, 48))
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = self.net(x)
+        return self.scale.exp() * (-(torch.cdist(code, code) ** 2)).exp() if self.pairs else self.out(code)
+
+
+def test_a_number_for_every_pair_of_samples_is_no_width() -> None:
+    torch.manual_seed(0)
+    model, x = Kernel(pairs=True), torch.randn(48, 8)
+    del model.out
+    target = torch.randn(48, 48)
+    record = gf.analyze(model, [x] * 3, lambda k: (k - target).square().mean(), steps=3)
+    assert not [i for i in detect(record, bottleneck()) if i.layer == "net.2"]
+    model = Kernel(pairs=False)
+    record = gf.analyze(model, [x] * 3, lambda k: (k - target).square().mean(), steps=3)
+    assert [i for i in detect(record, bottleneck()) if i.layer == "net.2"]

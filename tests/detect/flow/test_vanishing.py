@@ -5,9 +5,13 @@ from __future__ import annotations
 import attrs
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import gradflow as gf
 from gradflow.detect import detect, vanishing
 from gradflow.records import Evidence, FlowRecord, IssueSeverity, Role
 from tests.detect.builders import Layer, activation, decaying, flow_record
@@ -231,3 +235,24 @@ def test_a_residual_stream_is_seen_block_by_block() -> None:
     issues = {i.layer: i for i in detect(record, vanishing())}
     assert issues["stem"].metrics["num_layers_to_loss"] >= 7
     assert "head" not in issues
+
+
+@pytest.mark.parametrize("starved", [False, True])
+def test_what_is_heard_below_the_tower_of_a_logarithm(starved: bool) -> None:
+    """A probability next to 1 has a slope of a million in a cross entropy, beside which all else is
+    next to nothing; a layer that hardly feeds it is not heard all the same."""
+    torch.manual_seed(0)
+    first, last = nn.Linear(4, 32), nn.Linear(32, 1)
+    model = nn.Sequential(first, nn.ReLU(), last, nn.Sigmoid())
+    with torch.no_grad():
+        first.weight.mul_(1e-6 if starved else 1.0)
+        first.bias.zero_()
+        last.bias.fill_(14.0)
+
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.randn(64, 4)
+        return x, (x[:, :1] + 0.5 * torch.randn(64, 1) > 0).float()
+
+    record = gf.analyze(model, batch, F.binary_cross_entropy, steps=4, seed=0)
+    vanished = {i.layer for i in detect(record, vanishing()) if i.severity.is_serious}
+    assert ("0" in vanished) == starved

@@ -166,6 +166,46 @@ def test_rows_that_nothing_reads_may_be_large(is_read: bool) -> None:
     assert bool(found) == is_read
 
 
+class Round(nn.Module):
+    """Hands on what it has not explained, by a share, and gives a forecast."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.fc, self.back, self.forecast = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.share = share
+        if not share:
+            del self.back
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.relu(self.fc(x))
+        return x - self.share * self.back(h) if self.share else x, self.forecast(h)
+
+
+class Rounds(nn.Module):
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.rounds = nn.ModuleList(Round(share if i == 3 else 1.0) for i in range(4))
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.new_zeros(len(x), 4)
+        for one in self.rounds:
+            x, forecast = one(x)
+            total = total + forecast
+        return total + self.last(x)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-3])
+def test_a_round_that_hands_its_input_on_as_it_is(share: float) -> None:
+    """The last of some rounds has nothing to take from its input; one that takes next to nothing is odd."""
+    torch.manual_seed(0)
+    record = gf.analyze(
+        Rounds(share), lambda: torch.randn(32, 16), lambda y: (y - 1).square().mean(), steps=4
+    )
+    found = [i.layer for i in gf.detect(record, uneven_siblings())]
+    assert found == (["rounds.3"] if share else [])
+
+
 def test_a_missing_skip_connection_is_told() -> None:
     def apply(blocks: nn.ModuleList) -> None:
         blocks[2].skip = False  # type: ignore[assignment]

@@ -81,6 +81,22 @@ def test_few_sequences_are_shuffled_by_their_positions() -> None:
     assert known(model, (x.repeat(4, 1, 1), y.repeat(4, 1)), loss).num_samples == 8
 
 
+def test_what_a_teacher_tells_is_a_target() -> None:
+    """Zeros of the student are held against the teacher's answers, not against zeros."""
+
+    class Pupil(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher, self.student = nn.Linear(4, 3).requires_grad_(False), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.student(x), self.teacher(x)
+
+    model, x = Pupil(), torch.randn(32, 4)
+    found = known(model, x, lambda out: F.mse_loss(*out))
+    assert found.silent == pytest.approx(model.teacher(x).square().mean().item(), rel=1e-5)
+
+
 def test_two_outputs_are_shuffled_each_in_its_own_way() -> None:
     class Pair(nn.Module):
         def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,3 +136,15 @@ def test_a_loop_that_forgets_what_the_task_asks_for(scale: float) -> None:
 def test_a_loop_that_remembers_or_of_which_all_steps_are_read(keep: float, last: bool) -> None:
     torch.manual_seed(0)
     assert told(Leaky(keep, index, last=last)) == []
+
+
+@pytest.mark.parametrize("chosen", [np.array([2, 0]), torch.tensor([2, 0])])
+def test_rows_that_an_array_chooses(chosen: object) -> None:
+    """As those that a matching of predictions and targets gives: no step of a loop, and no error."""
+
+    def loss(out: Tensor) -> Tensor:
+        return sum((sample[chosen, 0].square().mean() for sample in out), out.new_zeros(()))  # type: ignore
+
+    record = gf.analyze(nn.Linear(5, 7), lambda: torch.randn(6, LENGTH, 5), loss, steps=2)
+    assert record.parts.scans == ()
+    assert np.isfinite(record.losses).all()

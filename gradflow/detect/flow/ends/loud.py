@@ -72,7 +72,7 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
     losses, found = flow.record.losses, []
     severity = IssueSeverity.HIGH if over >= 2 * above else IssueSeverity.MEDIUM
     undone = known.share_left <= 0.25 and late(losses) <= known.silent
-    if undone and severity is IssueSeverity.MEDIUM:
+    if undone:
         severity = IssueSeverity.LOW
     taught = late(losses) <= 0.9 * early(losses) and not guesses(flow.record)
     for node in heads(flow):

@@ -114,6 +114,26 @@ def _flat_issue(flow: Flow, node: str, part: float, size: float, left: float) ->
     )
 
 
+def heard_below_a_tower(flow: Flow, tower: float = 1e4, heard: float = 0.1) -> frozenset[str]:
+    """Return the layer calls that the loss hears, below one at which its slope towers.
+
+    Beside a probability next to 0 or 1 the slope of its logarithm is up to 1e12, and the sigmoid takes back
+    what that is too much: what arrives before it is next to nothing of it, and is all there is to know. What
+    has vanished cannot change the loss by changing as much as it is large; this can.
+
+    Args:
+        flow: the record along its wiring.
+        tower: times the loss that outputs promise to change by changing as much as they are large. Usual are
+            1 to 100.
+        heard: part of the loss that a layer so promises, from which the loss hears it.
+    """
+    with np.errstate(all="ignore"):
+        promised = {node: late(1 / off_scale_of(flow, node)) for node in flow.grad}
+    high = [node for node, part in promised.items() if part >= tower]
+    below = {node for one in high for node in flow.wiring.upstream(one)}
+    return frozenset(node for node in below if promised.get(node, 0.0) >= heard)
+
+
 def _moved(flow: Flow) -> dict[str, float]:
     """What `_moves` tells of each head; none where it is not known of all."""
     moved = {node: _moves(flow, node) for node in heads(flow)}
