@@ -45,7 +45,8 @@ class KnowledgeRecord:
         zero: shapes of outputs with a graph that are zero for every sample, while others are not, in a loss
             that bends with them.
         floors: the lowest losses found for outputs that are free, under "", and for those from `0 to 1`,
-            `-1 to 1`, `above 0`, where the outputs keep that range; empty where that was not asked.
+            `-1 to 1`, `above 0`, or, of a clamp, `as clamped`, where the outputs keep that range; empty where
+            that was not asked.
     """
 
     step: int
