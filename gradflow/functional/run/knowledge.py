@@ -102,6 +102,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         misgiven=tuple(heard.misgiven),
         crossed=heard.crossed,
         by_mean=by_mean,
+        lone=_lone(program, request, kept),
         added=added,
         zero=zero,
         floors=_floors(program, request, kept, heard.scored) if loss > 0.2 * _least(guesses) else {},
@@ -171,6 +172,40 @@ def _constants(program: Program, request: Request, output: Any) -> tuple[Shapes,
     finally:
         held.restore()
     return tuple(tuple(parts[i].shape) for i in added), tuple(tuple(parts[i].shape) for i in zero)
+
+
+def _lone(program: Program, request: Request, kept: Kept) -> float:
+    """Return how many times the slope of the loss at one column of an output is that at the next, by their
+    root mean squares over all else; the most of all outputs with columns, NaN without any."""
+    given, before, held = program.given, Before.of(program), program.module_state()
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1].clone()  # a loss may change what it is given in place
+
+    try:
+        with program.state.swapped(), before.again(program), warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            loss = given.loss_of(map_tensors(leaf, kept.value), request.batch)
+            slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+    except Exception as error:  # outputs that it does not take, or a loss without a slope
+        _LOG.debug("the loss has no slope at its outputs: %r", error)
+        return math.nan
+    finally:
+        held.restore()
+    found = [_over_the_next(s) for s in slopes if s is not None and not s.is_complex() and s.dim() > 1]
+    return max((times for times in found if math.isfinite(times)), default=math.nan)
+
+
+def _over_the_next(slope: Tensor) -> float:
+    columns = slope.detach().double().movedim(1 if slope.dim() > 3 else -1, 0).flatten(1).square().mean(1)
+    if len(columns) < 2:
+        return math.nan
+    largest, next_one = columns.sqrt().topk(2).values.tolist()
+    return largest / next_one if next_one > 0 else math.nan
 
 
 def _sees_means(loss_of: Callable[..., float], known: Sequence[float], varied: float) -> bool:
