@@ -15,9 +15,9 @@ def decaying_weights(
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of weights whose updates lead to zero, and hardly anywhere else.
 
-    Measured, at every look at the updates of all that the optimizer holds: how much of an update u lies along
-    −p, the cosine of the two, and the part of p that it takes away, −p·u / p·p. Biases and what starts at
-    zero weigh as little in both as they are large.
+    Measured, at every look at the updates of all matrices that the optimizer holds: how much of an update u
+    lies along −p, the cosine of the two, and the part of p that it takes away, −p·u / p·p. What starts at
+    zero weighs as little in both as it is large.
 
     Why this is evidence: in a space of so many directions, what a loss asks for has nothing to do with where
     a weight has come to by chance: the cosine is within 0.15 of nothing in healthy runs. Whatever adds the
@@ -45,8 +45,9 @@ def decaying_weights(
 
 
 def _inward(record: FlowRecord) -> tuple[Floats, Floats]:
-    """Return, by look, the part of the weights that an update takes away, and its cosine with minus them."""
-    pairs = held(record)
+    """Return, by look, the part of the matrices that an update takes away, and its cosine with minus them."""
+    # A bias to each of some rows is drawn at random, and the loss itself makes it smaller.
+    pairs = [(u, p) for u, p in held(record) if len(p.shape) > 1 and min(p.shape[:2]) > 1]
     if not pairs:
         return np.zeros(0), np.zeros(0)
     sizes = np.array([[p.num_elements] for _, p in pairs], dtype=float)

@@ -71,3 +71,15 @@ def test_weights_that_are_drawn_too_large_and_made_smaller_by_the_loss() -> None
     with torch.no_grad():
         model[5].weight.mul_(20)
     assert "" not in faded(model, lambda m: torch.optim.Adam(m.parameters(), 1e-2))
+
+
+def test_a_table_of_numbers_that_start_at_random() -> None:
+    torch.manual_seed(0)
+    model = nn.EmbeddingBag(20, 1, mode="sum")
+    rates = torch.randint(20, (64, 3))
+
+    def draw() -> tuple[Tensor, Tensor]:
+        return rates, torch.zeros(64, 1)
+
+    report = gf.diagnose(model, draw, F.mse_loss, optimizer=torch.optim.Adam(model.parameters(), 0.02))
+    assert "" not in [i.layer for i in report.issues if i.issue_type is IssueType.VANISHING]
