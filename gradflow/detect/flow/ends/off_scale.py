@@ -125,7 +125,7 @@ def lone_columns(flow: Flow, times: float = 30.0) -> list[Issue]:
             layer=layer.name,
             layer_type=layer.type,
             issue_type=IssueType.EXPLODING,
-            severity=IssueSeverity.HIGH if known.lone >= 1e3 else IssueSeverity.MEDIUM,
+            severity=IssueSeverity.MEDIUM,  # what divides a column by next to nothing is told as graver
             description=f"One of its outputs gets {known.lone:.3g} times the gradient of any other, so it "
             "alone steers all that leads to them: its targets are as many times further away than those of "
             f"the others. The loss, {known.loss:.3g}, is nearly all its own.",
