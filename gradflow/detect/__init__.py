@@ -38,6 +38,7 @@ from gradflow.detect.precision.scaler import scaler_issues, stuck_scaler
 from gradflow.detect.precision.slow import crawling
 from gradflow.detect.precision.underflow import underflowing
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
+from gradflow.detect.updates.decay import decaying_weights
 from gradflow.detect.updates.rate import asks_for_curves
 from gradflow.detect.updates.slow import slow_updates
 from gradflow.detect.updates.unheld import unheld_parameters
@@ -60,6 +61,7 @@ __all__ = [
     "copied_units",
     "crawling",
     "dead",
+    "decaying_weights",
     "default_detectors",
     "detect",
     "deterministic_policy",

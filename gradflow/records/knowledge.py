@@ -40,12 +40,15 @@ class KnowledgeRecord:
             although they are equally many, as (N, 1) and (N,); empty where it did not.
         by_mean: whether the loss sees no more of the outputs than their mean over the samples, and is not
             linear in them.
+        lone: how many times the slope of the loss at one column of an output is that at the next (along the
+            last axis, of images along that of channels), by root mean squares; the most of all outputs.
         added: shapes of outputs without a graph that the loss adds up, and does nothing else with: no slope
             at another output depends on them, and it has a slope at them.
         zero: shapes of outputs with a graph that are zero for every sample, while others are not, in a loss
             that bends with them.
         floors: the lowest losses found for outputs that are free, under "", and for those from `0 to 1`,
-            `-1 to 1`, `above 0`, where the outputs keep that range; empty where that was not asked.
+            `-1 to 1`, `above 0`, or, of a clamp, `as clamped`, where the outputs keep that range; empty where
+            that was not asked.
     """
 
     step: int
@@ -62,6 +65,7 @@ class KnowledgeRecord:
     misgiven: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     crossed: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
     by_mean: bool = False
+    lone: float = float_field(NAN)
     added: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
     zero: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
     floors: Mapping[str, float] = mapping_field()

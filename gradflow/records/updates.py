@@ -27,6 +27,8 @@ class UpdateRecord:
         rms: root mean square of u.
         gradient_rms: root mean square of g.
         slope: g·u, by how much the loss should change to first order, in units of the loss.
+        shrink: −p·u / p·p, the part of p that u takes away along p itself: rate times decay of a decoupled
+            decay, next to nothing of what a gradient asks for.
         unchanged: of the entries whose gradient is not zero, the share that the update left as they were.
         second_moment: mean of v̂ over mean of g², where v̂ is the running mean of squared gradients that the
             step divided by (bias corrected where the optimizer does so); 1 in an optimizer's first step.
@@ -44,6 +46,7 @@ class UpdateRecord:
     rms: Floats = array_field()
     gradient_rms: Floats = array_field()
     slope: Floats = array_field()
+    shrink: Floats = array_field()
     unchanged: Floats = array_field()
     second_moment: Floats = array_field()
     under_epsilon: Floats = array_field()

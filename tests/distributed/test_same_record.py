@@ -33,6 +33,7 @@ UPDATE = (
     "rms",
     "gradient_rms",
     "slope",
+    "shrink",
     "second_moment",
     "under_epsilon",
     "unchanged",

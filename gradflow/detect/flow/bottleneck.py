@@ -17,7 +17,7 @@ from gradflow.detect.evidence import (
     middle,
 )
 from gradflow.detect.flow.ends.alike import collapsed, constant
-from gradflow.detect.flow.ends.drowned import alike_outputs
+from gradflow.detect.flow.ends.drowned import alike_outputs, drowned_inputs
 from gradflow.detect.flow.ends.misgiven import blind_losses
 from gradflow.detect.flow.ends.smoothed import smoothed, starved_before
 from gradflow.detect.knowledge import knows, learns
@@ -90,7 +90,7 @@ def bottleneck(
         smooth = smoothed(flow, passages, alike, alike_fall)
         starved = starved_before(flow, smooth)
         found = smooth or blind_losses(flow) or collapsed(flow, collapse) or constant(flow, same)
-        return [*narrow, *starved, *(found or alike_outputs(flow))]
+        return [*narrow, *starved, *(found or drowned_inputs(flow) or alike_outputs(flow))]
 
     return detector
 

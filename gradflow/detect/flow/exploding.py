@@ -29,7 +29,7 @@ from gradflow.detect.flow.ends.loud import (
     steep_outputs,
 )
 from gradflow.detect.flow.ends.misgiven import misgiven_losses
-from gradflow.detect.flow.ends.off_scale import dominating_heads, far_targets
+from gradflow.detect.flow.ends.off_scale import dominating_heads, far_targets, lone_columns
 from gradflow.detect.flow.ends.unheard import tiny_targets, unmet_targets
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import LEVELS, growing_repeats, levels_off
@@ -102,7 +102,7 @@ def _others(flow: Flow, threshold: float, loud: float) -> list[Issue]:
     """What is looked for where the gradient is not seen to grow along the path of layers."""
     found = loud_heads(flow, loud) or growing_repeats(flow, threshold**1.5)
     found = found or loud_outputs(flow, threshold**2) or steep_outputs(flow, threshold**2)
-    return found or unmet_targets(flow) or tiny_targets(flow, threshold**4)
+    return found or lone_columns(flow) or unmet_targets(flow) or tiny_targets(flow, threshold**4)
 
 
 @attrs.frozen(kw_only=True)

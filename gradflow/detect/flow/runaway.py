@@ -44,7 +44,8 @@ def _endless(flow: Flow, known: KnowledgeRecord, climb: float, grown: float = 5.
 
     A value that is to be made large, and that may make itself so: a head that is trained itself, whose
     outputs have become several times as large as they were. Two calls of one head that get the same gradient
-    pull against each other: such a critic tells real from made, and may.
+    pull against each other: such a critic tells real from made, and may, as long as something holds it to a
+    slope (see `_lets_go`).
     """
     losses, gradient = flow.record.losses, total_gradient(flow.record)
     third = len(losses) // 3
@@ -61,7 +62,7 @@ def _endless(flow: Flow, known: KnowledgeRecord, climb: float, grown: float = 5.
         return []
     grow = [n for n in heads(flow) if flow.trainable(n) and _times(flow.layers[n].output_rms) >= grown]
     grow = grow or straight
-    if not grow or _against_each_other(flow, grow):
+    if not grow or (_against_each_other(flow, grow) and not _lets_go(flow, grow, at_last / at_first)):
         return []
     layer = flow.layers[grow[0]]
     told = (
@@ -71,7 +72,8 @@ def _endless(flow: Flow, known: KnowledgeRecord, climb: float, grown: float = 5.
     )
     ratio = float(abs(losses[-1]) / max(abs(losses[0]), 1e-300))
     issue = of_the_run(flow, len(losses) - 1, IssueSeverity.HIGH, told, ratio, louder=known.louder)
-    return [attrs.evolve(issue, recommended_actions=_HOLD)]
+    against = _against_each_other(flow, grow)
+    return [attrs.evolve(issue, recommended_actions=_HOLD_SLOPE if against else _HOLD)]
 
 
 def _straight(flow: Flow) -> list[str]:
@@ -142,6 +144,32 @@ def _against_each_other(flow: Flow, nodes: list[str]) -> bool:
     return False
 
 
+def _lets_go(flow: Flow, nodes: list[str], faster: float, grown: float = 20.0, climb: float = 10.0) -> bool:
+    """Whether nothing holds a critic to a slope: its outputs, its gradient and its weights all grow, and its
+    loss falls faster and faster, by five times as much in the last third of the run as in the first.
+
+    A penalty on its slope is in the loss, and larger outputs cost more then; clipping keeps its weights, and
+    a spectral norm what they amplify.
+
+    Args:
+        flow: the record along its wiring.
+        nodes: the calls of its head.
+        faster: how many times as fast the loss falls at the end as at the start.
+        grown: how many times as large its outputs must have become.
+        climb: the same of its gradient.
+    """
+    gradient, record = total_gradient(flow.record), flow.record
+    trained = [p.norm for p in record.parameters if p.trainable and p.optimized and len(p.norm)]
+    size = np.sqrt(np.sum(np.square(trained), axis=0))
+    times = max(_times(flow.layers[node].output_rms) for node in nodes)
+    return bool(
+        faster >= climb / 2
+        and times >= grown
+        and late(gradient) >= climb * gradient[0]
+        and size[-1] > 1.1 * size[0]
+    )
+
+
 def drifting(flow: Flow, risen: float = 1.5, apart: float = 3.5, gradient_risen: float = 1.2) -> list[Issue]:
     """A run whose loss rises, step by step, beyond what its batches differ by, and its gradient with it.
 
@@ -187,6 +215,11 @@ _HOLD = (
     "Look for what may make its own value large: a loss that is minus the output of a critic must not reach "
     "the critic's parameters (detach, requires_grad_(False), an optimizer for each).",
     "Or bound it: a margin, a clamp, a penalty on the size of the outputs.",
+)
+_HOLD_SLOPE = (
+    "Hold the critic to a slope: a penalty on the gradient by its inputs, a spectral norm, or a clamp of its "
+    "weights after each step.",
+    "Or take a loss that is content with a margin: the hinge, or a cross entropy of real and made.",
 )
 
 

@@ -9,10 +9,12 @@ import numpy as np
 
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.parts.peers import type_of
-from gradflow.records import DrawRecord, Evidence, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import DrawRecord, Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType
 
 
-def drowned_codes(share: float = 0.03, *, rise: float = 1.5) -> Callable[[FlowRecord], Iterable[Issue]]:
+def drowned_codes(
+    share: float = 0.03, *, rise: float = 1.5, fall: float = 0.45
+) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of codes that a model draws, and whose means are nothing beside the noise.
 
     Measured, in the first step and the last: how much what a layer gives differs between samples, beside the
@@ -22,7 +24,9 @@ def drowned_codes(share: float = 0.03, *, rise: float = 1.5) -> Callable[[FlowRe
     Why this is evidence: a code with a mean of a thirtieth of its noise tells at most ½ ln(1 + 1/900) nats,
     a two-thousandth, in each number. Whatever follows hears noise, learns to do without, and so hands back
     no gradient that would raise the mean: the posterior has collapsed to the prior (Bowman et al., 2016,
-    arXiv:1511.06349; Lucas et al., 2019, arXiv:1911.02469).
+    arXiv:1511.06349; Lucas et al., 2019, arXiv:1911.02469). Means that the run itself takes there, to less
+    than half of what they were and to twice that share, are on their way: the pull to the prior is stronger
+    than the other, as that weighs a thirtieth of it, or as the decoder never hears the means: MEDIUM.
 
     Looks alike and is not: a mean that starts small and rises within the run; single numbers of a code that
     are not used, beside others that are; a policy's actions, whose mean starts small beside its deviation;
@@ -31,6 +35,8 @@ def drowned_codes(share: float = 0.03, *, rise: float = 1.5) -> Callable[[FlowRe
     Args:
         share: of the noise, below which the means tell nothing. Fresh encoders have 0.1 and more.
         rise: by which factor the share rises where the model is about to use the code.
+        fall: of what it was, to which a run takes it that loses the code. Where the terms are in balance it
+            rises, or falls by a third at slow rates.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
@@ -44,24 +50,32 @@ def drowned_codes(share: float = 0.03, *, rise: float = 1.5) -> Callable[[FlowRe
         for found in record.parts.draws:
             shares = found.signal / found.noise
             shares = shares[np.isfinite(shares)]
-            if len(shares) >= 2 and 0 < shares.max() < share and shares[-1] <= rise * shares[0]:
-                yield _issue(record, found, float(shares[-1]))
+            if len(shares) < 2 or not 0 < shares[-1] < 2 * share:
+                continue
+            lost = shares.max() < share and shares[-1] <= rise * shares[0]
+            if lost or shares[-1] <= fall * shares[0]:
+                yield _issue(record, found, shares, lost=lost)
 
     return detector
 
 
-def _issue(record: FlowRecord, found: DrawRecord, share: float) -> Issue:
-    known = record.knowledge
+def _issue(record: FlowRecord, found: DrawRecord, shares: Floats, *, lost: bool) -> Issue:
+    known, share = record.knowledge, float(shares[-1])
     assert known is not None
     return Issue(
         layer=found.layer,
         layer_type=type_of(record, found.layer.partition("@")[0]),
         issue_type=IssueType.BOTTLENECK,
-        severity=IssueSeverity.HIGH,
+        severity=IssueSeverity.HIGH if lost else IssueSeverity.MEDIUM,
         description=f"Between samples its output differs by {share:.1e} of the random numbers that are added "
         f"to it, so the code tells nothing of a sample: at most {0.5 * math.log1p(share**2):.1e} nats in a "
         f"number. What follows hears noise, and the loss is {known.loss:.3g}, where one output for all "
-        f"samples costs {known.averaged:.3g}. The posterior has collapsed to the prior.",
+        f"samples costs {known.averaged:.3g}. "
+        + (
+            "The posterior has collapsed to the prior."
+            if lost
+            else f"In the first step it was {shares[0]:.1e}: the posterior collapses to the prior."
+        ),
         magnitude=share,
         recommended_actions=(
             "Reduce both terms of the loss in one way: sum over the features and take the mean over the "
@@ -69,6 +83,7 @@ def _issue(record: FlowRecord, found: DrawRecord, share: float) -> Issue:
             "weighs the KL term as many times too much as there are features.",
             "Raise the weight of the KL term from zero over the first epochs, or leave each number of the "
             "code some free nats: kl.clamp_min(0.1).",
+            "Check that the decoder is given the mean with the noise, and hands its gradient back.",
             "Start the encoder anew, or with a small deviation (log variance at −4): a collapsed one hardly "
             "gets a gradient that would raise it.",
         ),

@@ -136,8 +136,8 @@ def too_low(record: FlowRecord) -> Misfit | None:
     curve = next((c for c in reversed(updates.curves) if c.best >= _LONGER), None)
     if curve is None or min(curve.changes) > -_GAIN * abs(curve.loss):
         return None
-    if abs(curve.slope) * record.steps > _GAIN * abs(curve.loss):  # as many steps get there
-        return None
+    if abs(curve.slope) * record.steps > _GAIN * abs(curve.loss) and not is_held_by_epsilon(record):
+        return None  # as many steps get there
     ratio = largest_ratio(record)
     factor = min(curve.best, USUAL / ratio)
     return Misfit(factor=factor, ratio=ratio, rate=max(rates(record), default=math.nan), curve=curve)
@@ -146,10 +146,29 @@ def too_low(record: FlowRecord) -> Misfit | None:
 def _seems_slow(record: FlowRecord) -> bool:
     """Whether the loss stands still, the model knows nothing, and the updates are next to nothing."""
     ratio = largest_ratio(record)
-    if not 0 < ratio < _TINY or is_rising(record) or not guesses(record) or informed(record):
+    most = USUAL / 3 if is_held_by_epsilon(record) else _TINY
+    if not 0 < ratio < most or is_rising(record) or not guesses(record) or informed(record):
         return False
     slow = is_adaptive(record) or not has_usual_rate(record) or is_clipped_away(record)
     return (slow or _is_even(record)) and stands_still(record)
+
+
+def is_held_by_epsilon(record: FlowRecord, share: float = 0.99, part: float = 0.05) -> bool:
+    """Whether ε sets the steps of an optimizer that divides by the root of squares, as it is larger than
+    nearly all of these: steps are a twentieth of the rate and less, and proportional to the gradient.
+
+    Args:
+        record: the record.
+        share: of entries whose √v̂ is below ε.
+        part: of its rate that a step usually is, at most; 1 without an ε.
+    """
+    found = [(u, p.num_elements) for u, p in held(record) if np.isfinite(u.under_epsilon).any()]
+    if not found or not max(rates(record), default=0.0) > 0:
+        return False
+    total = sum(size for _, size in found)
+    under = sum(typical(u.under_epsilon) * size for u, size in found) / total
+    step = math.sqrt(sum(typical(u.rms) ** 2 * size for u, size in found) / total)
+    return under >= share and step <= part * max(rates(record))
 
 
 def has_usual_rate(record: FlowRecord) -> bool:

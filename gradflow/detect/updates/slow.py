@@ -9,7 +9,13 @@ import numpy as np
 
 from gradflow.detect.evidence import loss_fell
 from gradflow.detect.knowledge import guesses
-from gradflow.detect.updates.rate import Misfit, has_usual_rate, is_clipped_away, too_low
+from gradflow.detect.updates.rate import (
+    Misfit,
+    has_usual_rate,
+    is_clipped_away,
+    is_held_by_epsilon,
+    too_low,
+)
 from gradflow.detect.updates.readings import held, is_adaptive, is_rising, rates, typical, unchanged
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
@@ -130,6 +136,13 @@ def _slow(record: FlowRecord, misfit: Misfit) -> Issue:
         share = typical(np.array(record.updates.clipping if record.updates is not None else ()))
         text += f" Clipping leaves {share:.1g} of the gradient."
         actions = (f"Clip to a norm about {misfit.factor:.1g} times as large, or raise the rate by as much.",)
+    elif is_held_by_epsilon(record):
+        epsilon = max(u.epsilon for u, _ in held(record) if math.isfinite(u.epsilon))
+        text += (
+            f" The ε of {name}, {epsilon:.3g}, is larger than the root mean square of nearly every gradient, "
+            "so that it sets the steps, and they are as small as the gradients are."
+        )
+        actions = (f"Lower ε: eps=1e-8 is usual; or raise the rate by about {misfit.factor:.1g}.",)
     elif not is_adaptive(record) and has_usual_rate(record):
         text += (
             f" The learning rate, {misfit.rate:.3g}, is a usual one: it is the gradient of the whole model "

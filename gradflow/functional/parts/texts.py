@@ -66,8 +66,11 @@ class Texts:
     def padding(self) -> Tensor | None:
         """Return which positions hold padding, shape (samples, positions); None where none is known."""
         for mask in self._masks:
-            hidden = mask == 0
-            if bool(hidden.any()) and not bool(hidden.all(-1).any()) and self._fits(mask):
+            tokens = self._under(mask)
+            if tokens is None:
+                continue
+            hidden = _hidden(mask, tokens)
+            if bool(hidden.any()) and not bool(hidden.all(-1).any()):
                 return hidden
         for tokens, _, index in self._embedded:
             if index is not None:
@@ -76,9 +79,9 @@ class Texts:
                     return hidden
         return None
 
-    def _fits(self, mask: Tensor) -> bool:
-        """Whether a mask speaks of tokens, and is none of the tokens themselves."""
-        return any(t.shape == mask.shape and t is not mask for t, _, _ in self._embedded)
+    def _under(self, mask: Tensor) -> Tensor | None:
+        """Return the tokens that a mask speaks of, which are not the mask itself; None without any."""
+        return next((t for t, _, _ in self._embedded if t.shape == mask.shape and t is not mask), None)
 
     def shifted(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return tokens, embedded tokens and the model's output, if targets are the tokens shifted by one."""
@@ -87,6 +90,16 @@ class Texts:
             if output is not None and any(_is_next(tokens, target) for target in self._targets):
                 return tokens, embedded, output
         return None
+
+
+def _hidden(mask: Tensor, tokens: Tensor) -> Tensor:
+    """Return where a mask has padding: at its ones where all tokens are one there, and not so at its zeros.
+
+    Both senses are in use: ones for words (tokenizers), and True for padding (`key_padding_mask`).
+    """
+    zeros = mask == 0
+    alike = [bool((of := tokens[part]).numel() and (of == of[0]).all()) for part in (zeros, ~zeros)]
+    return ~zeros if alike == [False, True] else zeros
 
 
 def _is_mask(tensor: Tensor) -> bool:

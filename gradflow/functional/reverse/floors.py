@@ -2,12 +2,13 @@
 
 NOTE [Out of reach]
 An activation at the end of a model bounds what it gives: a sigmoid from 0 to 1, a tanh from −1 to 1, a
-rectifier or an exponential from 0 on. Where targets lie beyond, or where a cross entropy takes such outputs
-as its scores, no weights meet the loss. Whether that is so is a question about the loss alone: outputs in the
-place of the model's are moved downhill, once freely and once as what a function of that range gives, and what
-is left of the loss tells. It is asked only of losses that take each number by itself (the slope at one does
-not change with the others), and of cross entropies of the outputs: what judges outputs together, a critic or
-a simulator, has a range of its own that outputs are to keep.
+rectifier or an exponential from 0 on, a clamp to bounds of its own, which show in what it gives. Where
+targets lie beyond, or where a cross entropy takes such outputs as its scores, no weights meet the loss.
+Whether that is so is a question about the loss alone: outputs in the place of the model's are moved
+downhill, once freely and once as what a function of that range gives, and what is left of the loss tells.
+It is asked only of losses that take each number by itself (the slope at one does not change with the
+others), and of cross entropies of the outputs: what judges outputs together, a critic or a simulator, has a
+range of its own that outputs are to keep.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ _RANGES: dict[str, tuple[float, float, Callable[[Tensor], Tensor]]] = {
     "-1 to 1": (-1.0, 1.0, torch.tanh),
     "above 0": (0.0, math.inf, torch.nn.functional.softplus),
 }
+AT_BOUNDS = "as clamped"
+_MANY = 0.05  # of the outputs that lie at the ends of what a clamp gives, for these to be its bounds
 _MOST = 2**20  # numbers; beyond, the question costs more than it is worth
 _EVALUATIONS = 40
 LossOf = Callable[[Tensor], Tensor]
 
 
-def floors(loss_of: LossOf, output: Tensor, *, scored: bool) -> dict[str, float]:
+def floors(loss_of: LossOf, output: Tensor, *, scored: bool, clamped: bool = False) -> dict[str, float]:
     """Return the lowest losses found for outputs that are free, under "", and for those within each range
     that the outputs at hand keep; empty where they keep none, or where the question is not one of ranges.
 
@@ -36,6 +39,7 @@ def floors(loss_of: LossOf, output: Tensor, *, scored: bool) -> dict[str, float]
         loss_of: of an output in the place of the model's; differentiable.
         output: the model's.
         scored: whether a cross entropy takes it as scores.
+        clamped: whether a clamp made it; its bounds are a range of their own, `AT_BOUNDS`.
 
     Raises:
         Exception: what `loss_of` raises for outputs that it does not take.
@@ -48,6 +52,8 @@ def floors(loss_of: LossOf, output: Tensor, *, scored: bool) -> dict[str, float]
     output = output.detach().float()
     low, high = (float(x) for x in output.aminmax())
     kept = {name: made for name, (least, most, made) in _RANGES.items() if least <= low and high <= most}
+    if clamped and low < high and float(((output == low) | (output == high)).float().mean()) >= _MANY:
+        kept[AT_BOUNDS] = lambda z: low + (high - low) * torch.sigmoid(z)
     if not kept or output.numel() > _MOST or not math.isfinite(low + high):
         return {}
     if not scored and not _by_number(loss_of, output):

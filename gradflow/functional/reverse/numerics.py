@@ -25,7 +25,7 @@ from gradflow.functional.tap.asked import Listener
 from gradflow.functional.tap.nodes import Node, feeds, is_leaf, nodes_under, operation
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.functional.tap.watch import source_layer
+from gradflow.functional.tap.watch import source_calls, source_layer
 from gradflow.functional.torch_private import node_number, sequence_number
 from gradflow.records import NumericalRecord
 
@@ -80,8 +80,7 @@ class Tracer(Listener):
         low, high = _range(inputs)
         worst = max((badness(t) for t in inputs), default=0)
         known = next((b for t in inputs if (b := self.birth(t)) is not None), None)
-        leaf = self.recorder.innermost_leaf()
-        layer = leaf.name if leaf is not None else source_layer(self.recorder, inputs[0])
+        layer = _place(self.recorder, inputs[0])
         asked_for = _asked_for(args, kwargs)
         start = sequence_number()
 
@@ -120,6 +119,20 @@ class Tracer(Listener):
             if done.start <= number < done.end:
                 return done
         return None
+
+
+def _place(recorder: Recorder, entering: Tensor) -> str:
+    """Return the layer call that an operation belongs to: the one that runs, or whose output enters.
+
+    A layer that holds others and computes with its own weights before it calls them (one weight made of
+    several) is at work itself, where no layer's output enters.
+    """
+    leaf, running = recorder.innermost_leaf(), recorder.running()
+    if leaf is not None:
+        return leaf.name
+    if running and running[-1].is_layer and running[-1].module and not source_calls(entering):
+        return running[-1].name
+    return source_layer(recorder, entering)
 
 
 def badness(tensor: Tensor) -> int:

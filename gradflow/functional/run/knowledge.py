@@ -106,6 +106,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         misgiven=tuple(heard.misgiven),
         crossed=heard.crossed,
         by_mean=by_mean,
+        lone=_lone(program, request, kept),
         added=added,
         zero=zero,
         floors=_floors(program, request, kept, heard.scored) if loss > 0.2 * _least(guesses) else {},
@@ -133,28 +134,31 @@ def _least(guesses: Sequence[float]) -> float:
     return min((guess for guess in guesses if guess > 0), default=math.inf)
 
 
+_CLAMPS = ("Clamp", "Hardtanh")
 _BOUNDED = ("Sigmoid", "Tanh", "Relu", "Softplus", "Exp", "Hard", "Clamp", "Softsign", "Mul", "Div")
 
 
 def _floors(program: Program, request: Request, kept: Kept, scored: bool) -> dict[str, float]:
     """Return the lowest losses of outputs that are free, and of those in a range; see `floors`.
 
-    It is asked of what a bounded function has made, or a multiple of that.
+    It is asked of what a bounded function has made, or a multiple of that, and that alone has a graph: what
+    else the model puts out are targets.
     """
-    output = kept.value
-    bounded = any(end.startswith(_BOUNDED) for end in kept.ends)
-    if not bounded or not isinstance(output, Tensor) or not output.is_floating_point():
+    made = [(t, end) for t, end in zip(iter_tensors(kept.value), kept.ends, strict=True) if t.requires_grad]
+    if len(made) != 1 or not made[0][1].startswith(_BOUNDED) or not made[0][0].is_floating_point():
         return {}
+    output, end = made[0]
     given, before, held = program.given, Before.of(program, look=False), program.module_state()
 
     def loss_of(guess: Tensor) -> Tensor:
+        whole = map_tensors(lambda t: guess.to(t.dtype) if t.requires_grad else t, kept.value)
         with before.again(program), torch.enable_grad():
-            return given.loss_of(guess.to(output.dtype), request.batch)
+            return given.loss_of(whole, request.batch)
 
     try:
         with program.state.swapped(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return floors(loss_of, output, scored=scored)
+            return floors(loss_of, output, scored=scored, clamped=end.startswith(_CLAMPS))
     except Exception as error:  # outputs that it does not take, or a loss without a slope
         _LOG.debug("the loss cannot be followed down: %r", error)
         return {}
@@ -190,11 +194,46 @@ def _constants(program: Program, request: Request, output: Any) -> tuple[Shapes,
     return tuple(tuple(parts[i].shape) for i in added), tuple(tuple(parts[i].shape) for i in zero)
 
 
+def _lone(program: Program, request: Request, kept: Kept) -> float:
+    """Return how many times the slope of the loss at one column of an output is that at the next, by their
+    root mean squares over all else; the most of all outputs with columns, NaN without any."""
+    given, before, held = program.given, Before.of(program), program.module_state()
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        leaves.append(tensor.detach().clone().requires_grad_())
+        return leaves[-1].clone()  # a loss may change what it is given in place
+
+    try:
+        with program.state.swapped(), before.again(program), warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            loss = given.loss_of(map_tensors(leaf, kept.value), request.batch)
+            slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
+    except Exception as error:  # outputs that it does not take, or a loss without a slope
+        _LOG.debug("the loss has no slope at its outputs: %r", error)
+        return math.nan
+    finally:
+        held.restore()
+    found = [_over_the_next(s) for s in slopes if s is not None and not s.is_complex() and s.dim() > 1]
+    return max((times for times in found if math.isfinite(times)), default=math.nan)
+
+
+def _over_the_next(slope: Tensor) -> float:
+    columns = slope.detach().double().movedim(1 if slope.dim() > 3 else -1, 0).flatten(1).square().mean(1)
+    if len(columns) < 2:
+        return math.nan
+    largest, next_one = columns.sqrt().topk(2).values.tolist()
+    return largest / next_one if next_one > 0 else math.nan
+
+
 def _sees_means(loss_of: Callable[..., float], known: Sequence[float], varied: float) -> bool:
     """Whether a loss sees no more of outputs than their mean over the samples, and is not linear in them.
 
     Outputs that differ little cost what their mean does wherever the loss is as good as straight: so it is
-    asked of outputs that are many times as large, and of their mean.
+    asked of outputs that are many times as large, and of their mean; and of outputs that differ as much, with
+    the mean that they have: a hinge may be straight for all of them, and bends between those.
 
     Args:
         loss_of: of changed outputs.
@@ -208,7 +247,10 @@ def _sees_means(loss_of: Callable[..., float], known: Sequence[float], varied: f
     mean = loss_of(lambda flat: _MUCH_LOUDER * flat.mean(0, keepdim=True).expand_as(flat))
     line = silent + _MUCH_LOUDER * (loss - silent)
     linear = math.isclose(more, line, rel_tol=1e-2, abs_tol=1e-6 * abs(loss))
-    return math.isfinite(more) and math.isclose(more, mean, rel_tol=1e-5) and not linear
+    if not (math.isfinite(more) and math.isclose(more, mean, rel_tol=1e-5)) or linear:
+        return False
+    apart = loss_of(lambda flat: flat.mean(0) + _MUCH_LOUDER / varied * (flat - flat.mean(0)))
+    return math.isclose(apart, loss, rel_tol=1e-3)
 
 
 @attrs.frozen

@@ -35,6 +35,7 @@ class UpdateFigures:
     rms: float
     gradient_rms: float
     slope: float
+    shrink: float
     unchanged: float
     second_moment: float
     under_epsilon: float
@@ -187,6 +188,7 @@ def _numbers(
             now,
             g * g,
             g * u,
+            -was * u,
             v,
             moving * 1.0,
             (moving & (u == 0)) * 1.0,
@@ -194,7 +196,7 @@ def _numbers(
         )
         sums = total(np.stack([lengths * 1.0, *map(summed, values)]))
         length = sums[0]
-        weight, square, ends, power, slope, second, share, still, low = sums[1:] / length
+        weight, square, ends, power, slope, inward, second, share, still, low = sums[1:] / length
         return {
             "length": length,
             "weight_rms": np.sqrt(weight),
@@ -202,6 +204,7 @@ def _numbers(
             "finite": np.isfinite(ends),
             "gradient_rms": np.sqrt(power),
             "slope": slope * length,
+            "shrink": np.where(weight > 0, inward / weight, np.nan),
             "unchanged": still / share,
             "second_moment": second / power,
             "under_epsilon": np.where(np.isnan(second) | np.isnan(epsilons), np.nan, low / share),

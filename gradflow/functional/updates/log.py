@@ -14,8 +14,8 @@ from gradflow.functional.updates.figures import UpdateFigures
 from gradflow.records import CurvatureRecord, UpdateRecord, UpdatesRecord
 
 _SERIES = (
-    "rate", "weight_rms", "rms", "gradient_rms", "slope", "unchanged", "second_moment", "under_epsilon",
-    "age", "finite",
+    "rate", "weight_rms", "rms", "gradient_rms", "slope", "shrink", "unchanged", "second_moment",
+    "under_epsilon", "age", "finite",
 )  # fmt: skip
 
 

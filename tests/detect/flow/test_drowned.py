@@ -1,4 +1,4 @@
-"""Terms of a loss that another one drowns, at weights that both of them train."""
+"""Terms of a loss that another one drowns, at weights that both train; inputs that positions drown."""
 
 from __future__ import annotations
 
@@ -59,3 +59,44 @@ def test_a_task_whose_weight_is_next_to_nothing(
     report = gf.diagnose(model, sample, loss, steps=8, optimizer=optimizer)
     serious = [i for i in report.issues if i.severity >= IssueSeverity.MEDIUM]
     assert {i.layer for i in serious if i.issue_type is IssueType.VANISHING} == weak
+
+
+class Words(nn.Module):
+    """Tells the word after each, from words and places; or from places that are no more than a number."""
+
+    def __init__(self, places: float, words: float, width: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(12, width), nn.Linear(width, 12)
+        nn.init.normal_(self.embed.weight, std=words)
+        self.places = nn.Parameter(places * torch.randn(10, width))
+        self.body = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x) + self.places
+        return self.head(h + self.body(h))
+
+
+@pytest.mark.parametrize("width", [16, 48])
+@pytest.mark.parametrize(
+    ("places", "words", "drowned"),
+    [(20.0, 0.1, True), (50.0, 1.0, True), (1.0, 1.0, False), (0.02, 0.02, False), (0.7, 0.05, False)],
+)
+def test_words_that_are_drowned_by_their_places(
+    places: float, words: float, drowned: bool, width: int
+) -> None:
+    torch.manual_seed(0)
+    model = Words(places, words, width)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        x = torch.randint(12, (32, 10))
+        return x, (5 * x + 1) % 12
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    report = gf.diagnose(model, draw, loss, optimizer=torch.optim.Adam(model.parameters(), 1e-3), seed=0)
+    serious = [i for i in report.issues if i.severity >= IssueSeverity.MEDIUM]
+    found = {i.layer for i in serious if i.issue_type is IssueType.BOTTLENECK}
+    assert found == ({"embed"} if drowned else set())

@@ -238,3 +238,37 @@ def test_a_trained_model_may_be_sure() -> None:
     other = (x[:, 1:2] > 0).float()
     wrong = gf.diagnose(model, lambda: (x, other), nn.BCELoss())
     assert [i.issue_type for i in wrong.issues if i.severity.value in SERIOUS]
+
+
+# ------------------------------------------------------------------------------ one column of several
+
+
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("rate", [1e-3, 1e-2])
+@pytest.mark.parametrize(
+    ("scale", "sick"), [((1.0, 1.0, 3000.0, 1.0), True), ((1.0, 2.0, 5.0, 1.0), False), ((1.0,) * 4, False)]
+)
+def test_targets_of_one_column_are_far_off(
+    scale: tuple[float, ...], sick: bool, rate: float, width: int
+) -> None:
+    torch.manual_seed(0)
+    mix, size = torch.randn(6, 4), torch.tensor(scale)
+    model = nn.Sequential(
+        nn.Linear(6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 4)
+    )
+
+    def batch() -> tuple[Tensor, Tensor]:
+        x = torch.randn(64, 6)
+        return x, (x @ mix).tanh() * size - (size > 100) * size
+
+    assert ((IssueType.EXPLODING, "4") in told(model, batch, nn.MSELoss(), rate)) == sick
+
+
+@pytest.mark.parametrize("asked", [2, 1])
+def test_columns_that_no_target_asks_for(asked: int) -> None:
+    """As of actions that were not taken, whose values have no slope."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 5))
+    loss = lambda q, y: F.smooth_l1_loss(q[:, :asked], y[:, :asked])  # noqa: E731
+    found = told(model, lambda: (torch.randn(64, 6), torch.randn(64, 2)), loss)
+    assert IssueType.EXPLODING not in {kind for kind, _ in found}

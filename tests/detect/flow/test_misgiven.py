@@ -189,6 +189,50 @@ def test_targets_out_of_the_reach_of_the_last_activation(
         assert expected in {i.issue_type for i in issues if i.layer == "2"}
 
 
+class Ahead(nn.Module):
+    """Predicts a code that it makes itself of what comes next, within bounds."""
+
+    def __init__(self, spread: float) -> None:
+        super().__init__()
+        self.code = nn.Linear(4, 5).requires_grad_(False)
+        nn.init.normal_(self.code.weight, std=spread)
+        self.head = layers(5)
+
+    def forward(self, now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(now).clamp(-1.0, 1.0), self.code(then)
+
+
+@pytest.mark.parametrize(("spread", "sick"), [(3.0, True), (1.5, True), (0.1, False)])
+def test_codes_beyond_the_bounds_of_a_clamp(spread: float, sick: bool) -> None:
+    torch.manual_seed(0)
+    model = Ahead(spread)
+
+    def draw() -> tuple[tuple[Tensor, Tensor], Tensor]:
+        now = torch.randn(48, 4)
+        return (now, now.roll(1, 1)), torch.zeros(48)
+
+    loss = lambda out, _: F.mse_loss(*out)  # noqa: E731
+    report = gf.diagnose(model, draw, loss, optimizer=torch.optim.Adam(model.head.parameters(), 3e-2))
+    found = [i.layer for i in report.issues if i.issue_type is SURE and i.severity.is_serious]
+    assert (found == ["head.2"]) == sick
+
+
+def test_a_hinge_does_not_see_means_alone() -> None:
+    """As long as all outputs lie on one side of it, it costs what their mean does."""
+    judge = layers(1)
+
+    def loss(output: Tensor, real: Tensor) -> Tensor:
+        return F.relu(1 - output[real]).mean() + F.relu(1 + output[~real]).mean()
+
+    def draw() -> tuple[Tensor, Tensor]:
+        real = torch.arange(48) % 2 == 0
+        return torch.randn(48, 4) + real[:, None].float(), real
+
+    report = gf.diagnose(judge, draw, loss, steps=8, optimizer=torch.optim.Adam(judge.parameters(), 1e-4))
+    assert report.record.knowledge is not None
+    assert not report.record.knowledge.by_mean
+
+
 def test_what_a_critic_judges_is_not_out_of_reach() -> None:
     model = Critic()
     loss = lambda output, _: F.softplus(-model.judge(output)).mean()  # noqa: E731

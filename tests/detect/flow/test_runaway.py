@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 import gradflow as gf
 from gradflow.records import Issue, IssueType
@@ -23,6 +24,52 @@ def unstable(
 
 
 # ----------------------------------------------------------------------------- below zero, without end
+
+
+class Judge(nn.Module):
+    """A critic of real and of made numbers, which something may hold to a slope."""
+
+    def __init__(self, hold: str, width: int) -> None:
+        super().__init__()
+        self.hold = hold
+        self.net = nn.Sequential(
+            nn.Linear(16, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1)
+        )
+        if hold == "norm":
+            for layer in (self.net[0], self.net[2], self.net[4]):
+                spectral_norm(layer)
+
+    def forward(self, real: Tensor, made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.hold == "clip":
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.clamp_(-0.05, 0.05)
+        slope = torch.ones(())
+        if self.hold == "penalty":
+            between = (0.5 * real + 0.5 * made).requires_grad_()
+            (slope,) = torch.autograd.grad(self.net(between).sum(), between, create_graph=True)
+            slope = slope.norm(dim=1)
+        return self.net(real), self.net(made), slope
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("hold", ["", "clip", "norm", "penalty", "hinge"])
+def test_a_critic_that_nothing_holds_to_a_slope(hold: str, width: int) -> None:
+    torch.manual_seed(0)
+    model = Judge(hold, width)
+
+    def loss(out: tuple[Tensor, Tensor, Tensor], _: Tensor) -> Tensor:
+        if hold == "hinge":
+            return F.relu(1 - out[0]).mean() + F.relu(1 + out[1]).mean()
+        return out[1].mean() - out[0].mean() + 10 * (out[2] - 1).square().mean()
+
+    def draw() -> tuple[tuple[Tensor, Tensor], Tensor]:
+        return (torch.randn(64, 16) + torch.tensor([1.0, -1.0] * 8), torch.randn(64, 16).tanh()), torch.ones(
+            ()
+        )
+
+    found = unstable(model, draw, loss, torch.optim.Adam(model.parameters(), 5e-3))
+    assert bool(found) == (not hold)
 
 
 class Agent(nn.Module):

@@ -127,3 +127,22 @@ def test_signal_and_noise_are_their_root_mean_squares() -> None:
     assert found.signal[0] == pytest.approx(float(model.given.std(0, correction=0).square().mean().sqrt()))
     assert found.noise.shape == (1,)
     assert found.noise[0] == pytest.approx(float(model.noise.square().mean().sqrt()), rel=1e-5)
+
+
+@pytest.mark.parametrize("rate", [3e-3, 1e-2])
+@pytest.mark.parametrize(("weight", "lost"), [(100.0, True), (30.0, True), (0.1, False), (1e-3, False)])
+def test_a_posterior_that_collapses_within_the_run(weight: float, lost: bool, rate: float) -> None:
+    torch.manual_seed(0)
+    model, held = Coder(), list[Tensor]()
+
+    def batch() -> Tensor:
+        held[:] = [torch.randn(64, 3) @ BASIS]
+        return held[0]
+
+    def loss(output: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        again, mean, log_scale = output
+        kl = 0.5 * (mean.square() + (2 * log_scale).exp() - 1 - 2 * log_scale).sum(1).mean()
+        return F.mse_loss(again, held[0]) + weight * kl
+
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    assert bool(drowned(gf.diagnose(model, batch, loss, steps=30, optimizer=optimizer))) == lost

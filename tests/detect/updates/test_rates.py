@@ -259,3 +259,14 @@ def test_what_asks_for_curves() -> None:
     assert not asks_for_curves(fitting)
     high = gf.analyze(model, clusters(), LOSS, optimizer=torch.optim.SGD(model.parameters(), 100.0))
     assert asks_for_curves(high)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "sick"), [(1.0, 1e-3, True), (1.0, 0.3, False), (1e-8, 1e-3, False)]
+)
+def test_an_epsilon_that_sets_the_steps(epsilon: float, rate: float, sick: bool) -> None:
+    """With a rate that fits it, as some recipes have, it is plain descent."""
+    model = net()
+    found = report(torch.optim.Adam(model.parameters(), rate, eps=epsilon), model)
+    told = [i for i in found.issues if i.issue_type is V and "The ε of Adam" in i.description]
+    assert bool(told) == sick

@@ -197,3 +197,28 @@ def test_whether_order_is_told_shows_in_equal_tokens() -> None:
     assert record_of(Placed(Written(False))).parts.sights[-1].ordered
     assert record_of(Language(Written(True))).parts.sights[-1].ordered  # a mask tells the order as well
     assert not record_of(Language(Written(False))).parts.sights[-1].ordered
+
+
+class Hiding(nn.Module):
+    """A model that is told of padding by True, as `key_padding_mask` is, and may take it the wrong way."""
+
+    def __init__(self, inverted: bool) -> None:
+        super().__init__()
+        self.embed, self.attention = nn.Embedding(11, 8), Written(False)
+        self.inverted = inverted
+
+    def forward(self, tokens: Tensor, pad: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return (x + self.attention(x, ~pad if self.inverted else pad)).mean(1)
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_true_may_stand_for_padding(inverted: bool) -> None:
+    torch.manual_seed(0)
+    pad = torch.arange(TIME) >= torch.tensor([[TIME], [5], [4], [6]])
+    if inverted:
+        pad[0, -1] = True  # else one text would see nothing
+    tokens = torch.randint(1, 11, (4, TIME)).masked_fill(pad, 0)
+    (found,) = gf.analyze(Hiding(inverted), [(tokens, pad)], lambda y: y.square().mean()).parts.sights
+    assert found.padding_told
+    assert (found.padding > 0.01) == inverted

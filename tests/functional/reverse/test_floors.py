@@ -52,3 +52,13 @@ def test_a_loss_that_looks_at_outputs_together_is_not_asked() -> None:
     output = torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
     assert floors(critic, output, scored=False) == {}
     assert floors(lambda y: (y - 2).abs().mean(), output, scored=False) != {}
+
+
+@pytest.mark.parametrize(("beyond", "left"), [(3.0, 1.0), (2.0, 0.0)])
+def test_a_clamp_has_bounds_of_its_own(beyond: float, left: float) -> None:
+    """What lies at the ends of its outputs is where it clamps."""
+    output = torch.tensor([[-2.0], [2.0], [0.5], [2.0]])
+    target = torch.tensor([[-beyond], [beyond], [0.5], [beyond]])
+    found = floors(lambda y: (y - target).square().mean(), output, scored=False, clamped=True)
+    assert found == pytest.approx({"": 0.0, "as clamped": 0.75 * left}, abs=2e-2)
+    assert floors(lambda y: (y - target).square().mean(), output, scored=False) == {}

@@ -314,3 +314,26 @@ def test_attention_with_a_row_that_may_look_nowhere() -> None:
     found = born(analyze(Attending(), [X], mean_square))
     assert (found.layer, found.op, found.phase, found.value) == ("q", "softmax", "forward", "nan")
     assert found.input_min == -INF
+
+
+class Composed(nn.Module):
+    """A weight that is divided by the length of its rows, and a low-rank layer that it holds and adds."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.base, self.low = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.scale = nn.Parameter(torch.ones(4))
+        with torch.no_grad():
+            self.base.weight.copy_(weight)
+            self.low.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.base.weight + self.low.weight
+        return x @ (self.scale[:, None] * weight / weight.norm(dim=1, keepdim=True).detach()).t()
+
+
+def test_a_weight_that_a_layer_composes_before_it_calls_anything_is_its_own() -> None:
+    zero_row = torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    model = nn.Sequential(Composed(torch.eye(4)), Composed(zero_row), nn.Linear(4, 2))
+    birth = analyze(model, [X], mean_square).numerics[0]
+    assert (birth.layer, birth.phase, birth.value) == ("1", "forward", "nan")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from gradflow.detect.evidence import heads, late
-from gradflow.detect.knowledge import knows
+from gradflow.detect.evidence import early, heads, late
+from gradflow.detect.knowledge import guesses, knows
 from gradflow.detect.updates.readings import is_unmoved, response
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
-from gradflow.records import Floats, Issue, IssueSeverity, IssueType
+from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType
 
 _MOST = 8  # terms: those that are drowned most
 
@@ -75,6 +76,80 @@ def alike_outputs(flow: Flow, apart: float = 0.03) -> list[Issue]:
             metrics={"variation": differs, "response": heard},
         )
     ]
+
+
+def drowned_inputs(flow: Flow, times: float = 40.0) -> list[Issue]:
+    """The first layer of a model that guesses, whose output is drowned by what is the same for all samples.
+
+    Measured: the size of what the layer gives, beside that of its sum with something that no input reaches: a
+    table of positions, a constant. All inputs come in by this layer, and all that is behind it takes the sum.
+    A norm behind it, or weights, make the sum of a usual size again, and of that the inputs are a fortieth,
+    as is what each step tells their layer. Alike and not: words that start a tenth or a thirtieth as large as
+    their positions, and grow; a branch that starts small beside the inputs themselves; a model that learns.
+
+    Args:
+        flow: the record along its wiring.
+        times: as large as the layer's own output the sum must be, from the first steps to the last.
+    """
+    wires, record = flow.wiring, flow.record
+    if not wires.known or not (guesses(record) or _alike(record)):
+        return []
+    found = []
+    for node, layer in flow.layers.items():
+        behind = wires.succs.get(node, ())
+        if layer.composite or not wires.is_first(node) or len(behind) != 1 or not wires.preds[node]:
+            continue
+        total = wires.nodes[behind[0]]
+        added = [n for n in wires.sources.get(behind[0], ()) if n != node]  # a parameter is no node
+        if total.kind != "op" or total.type.lower() not in ("add", "add_"):
+            continue
+        if any(wires.nodes[n].kind == "input" for n in _sources(flow, added)):
+            continue
+        takes = [flow.layers[n].input_rms for n in wires.succs.get(behind[0], ()) if n in flow.layers]
+        times_own = [entering / layer.output_rms for entering in takes]
+        sizes = [min(early(each), late(each)) for each in times_own]
+        if sizes and min(sizes) >= times and not _another_way(flow, node):
+            found.append(_drowned_input(flow, node, min(sizes)))
+    return found
+
+
+def _alike(record: FlowRecord, apart: float = 0.02) -> bool:
+    """Whether outputs are nearly the same for all samples."""
+    known = record.knowledge
+    return known is not None and max(known.variations, default=math.nan) < apart
+
+
+def _sources(flow: Flow, nodes: Sequence[str]) -> set[str]:
+    """Return nodes with all whose data reaches them."""
+    return {m for n in nodes for m in (n, *flow.wiring.fed_by(n))}
+
+
+def _another_way(flow: Flow, node: str) -> bool:
+    """Whether another layer takes what the model is given too, so that not all comes in by this one."""
+    wires, own = flow.wiring, set(flow.wiring.preds[node])
+    first = (n for n in flow.layers if n != node and not flow.layers[n].composite and wires.is_first(n))
+    return any(own & set(wires.preds[n]) for n in first)
+
+
+def _drowned_input(flow: Flow, node: str, times: float) -> Issue:
+    layer = flow.layers[node]
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.HIGH,
+        description=f"All inputs come in by this layer, and what is added to its output, the same for every "
+        f"sample, drowns it: the sum is {times:.3g} times as large (its own rms is "
+        f"{late(layer.output_rms):.3g}). What differs between samples is {1 / times:.1e} of what follows, "
+        "and the model guesses.",
+        magnitude=times,
+        recommended_actions=(
+            f"Bring both to one scale: start what is added (positions) at 0.02, or multiply the output of "
+            f"{layer.name} by the root of its width, as transformers with fixed sinusoids do.",
+            "Or put a norm behind each of the two, before they are added.",
+        ),
+        metrics={"drowned": times, "output_rms": late(layer.output_rms)},
+    )
 
 
 def _measures(flow: Flow, node: str) -> Floats:

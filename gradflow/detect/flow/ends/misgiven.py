@@ -138,6 +138,7 @@ _RANGES = {
     "relu": "above 0",
     "softplus": "above 0",
     "exp": "above 0",
+    "clamp": "as clamped",
 }
 
 

@@ -1,4 +1,4 @@
-"""Heads whose targets are far from the scale of their outputs."""
+"""Heads whose targets are far from the scale of their outputs, all of them or in one column."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import numpy as np
 
 from gradflow.detect.actions import dominance_actions, far_actions
-from gradflow.detect.evidence import activations_of, early, heads, middle, total_gradient
+from gradflow.detect.evidence import activations_of, early, heads, loss_fell, middle, total_gradient
 from gradflow.detect.flow.ends.loud import off_scale_of
+from gradflow.detect.knowledge import guesses
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
 from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, Role
@@ -94,6 +95,48 @@ def far_targets(flow: Flow, off_scale: float) -> list[Issue]:
             magnitude=off,
             recommended_actions=far_actions(layer.name, record.provenance.learning_rates),
             metrics={"off_scale": off},
+            evidence=Evidence(roles=Role.OFF_SCALE),
+        )
+    ]
+
+
+def lone_columns(flow: Flow, times: float = 30.0) -> list[Issue]:
+    """A head of which one output alone steers the model, as its targets are far from those of the others.
+
+    Measured: the slope of the loss at each column of the outputs, at the end of the run; how many times that
+    at the next one the largest is. All columns share what leads to them, so what the others ask for moves
+    that by a thirtieth and less; and the loss, a thousand times their part, does not tell of it. By the end
+    of a run the others have been thrown off as well, which makes it less than it was. Alike and not: classes
+    of which one is rare, columns that no target asks for, whose slope is small or zero beside *several*
+    others; a model that has learned all but one, or that learns.
+
+    Args:
+        flow: the record along its wiring.
+        times: as large as the next one. In healthy models it is at most five.
+    """
+    known, ends = flow.record.knowledge, heads(flow)
+    if known is None or not ends or not times <= known.lone < math.inf:
+        return []
+    if not flow.record.provenance.optimizer or not guesses(flow.record) or loss_fell(flow.record):
+        return []
+    layer = flow.layers[ends[-1]]
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.MEDIUM,  # what divides a column by next to nothing is told as graver
+            description=f"One of its outputs gets {known.lone:.3g} times the gradient of any other, so it "
+            "alone steers all that leads to them: its targets are as many times further away than those of "
+            f"the others. The loss, {known.loss:.3g}, is nearly all its own.",
+            magnitude=known.lone,
+            recommended_actions=(
+                "Print smallest, largest and deviation of the targets, column by column, as the loss gets "
+                "them: statistics of other data (absolute for relative ones), a deviation next to zero that "
+                "they are divided by, or a column of other units.",
+                *far_actions(layer.name, flow.record.provenance.learning_rates)[1:2],
+            ),
+            metrics={"lone": known.lone, "loss": known.loss},
             evidence=Evidence(roles=Role.OFF_SCALE),
         )
     ]
