@@ -73,6 +73,23 @@ def test_weights_that_are_drawn_too_large_and_made_smaller_by_the_loss() -> None
     assert "" not in faded(model, lambda m: torch.optim.Adam(m.parameters(), 1e-2))
 
 
+def test_a_loss_without_targets_that_asks_for_small_weights() -> None:
+    model = net(norm=False)
+
+    def one_class(output: Tensor) -> Tensor:
+        weights = 0.5 * sum(p.square().sum() for p in model.parameters())
+        return weights + F.relu(1.0 - output[:, 0]).mean() / 0.1 - 1.0
+
+    report = gf.diagnose(
+        model,
+        lambda: sample()[0],
+        one_class,
+        optimizer=torch.optim.Adam(model.parameters(), 3e-3),
+        seed=0,
+    )
+    assert "" not in [i.layer for i in report.issues if i.severity.is_serious]
+
+
 def test_a_table_of_numbers_that_start_at_random() -> None:
     torch.manual_seed(0)
     model = nn.EmbeddingBag(20, 1, mode="sum")
