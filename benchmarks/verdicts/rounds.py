@@ -260,4 +260,28 @@ ROUNDS = (
             "contact10b-rendering-vgg": "A frozen network of features, for a part that amplifies.",
         },
     ),
+    Round(
+        name="contact11",
+        date="2026-11-30",
+        sick=34,
+        healthy=18,
+        found=29,
+        cause=29,
+        alarms_healthy=1,
+        alarms_repaired=3,
+        missed={
+            "contact11a-autovc-neck": "Told at the encoder, as a remark.",
+            "contact11a-lstm-forgetbias": "Told at the recurrent layer, as a remark.",
+            "contact11a-bpr-sum": "A log-sigmoid in the loss, at its flat end as a whole: the loss's own "
+            "activations were not looked at.",
+            "contact11b-protonet-scale": "A softmax in the loss that is one-hot from the start.",
+            "contact11b-maml-clip": "Told as UNSTABLE, behind the steps of the inner loop.",
+        },
+        alarmed={
+            "contact11a-llamapro-norm": "A block whose inputs a zeroed norm makes small.",
+            "contact11a-distill-reverse": "A head that a divergence between near equals hardly pulls.",
+            "contact11a-reward-logsigmoid": "A leap of the first steps that heals.",
+            "contact11b-realnvp-nats": "A likelihood of some thousand nats that wavers as it falls.",
+        },
+    ),
 )
