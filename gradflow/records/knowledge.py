@@ -42,6 +42,7 @@ class KnowledgeRecord:
             linear in them.
         lone: how many times the slope of the loss at one column of an output is that at the next (along the
             last axis, of images along that of channels), by root mean squares; the most of all outputs.
+            NaN where the loss takes scores, or zeros cost nothing.
         added: shapes of outputs without a graph that the loss adds up, and does nothing else with: no slope
             at another output depends on them, and it has a slope at them.
         zero: shapes of outputs with a graph that are zero for every sample, while others are not, in a loss

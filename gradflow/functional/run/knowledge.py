@@ -91,6 +91,8 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
     finally:
         held.restore()
     added, zero = _constants(program, request, output)
+    guessed = loss > 0.2 * _least(guesses)
+    far = guessed and guesses[2] > 0 and not heard.scored
     return KnowledgeRecord(
         step=request.step,
         loss=loss,
@@ -106,10 +108,10 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         misgiven=tuple(heard.misgiven),
         crossed=heard.crossed,
         by_mean=by_mean,
-        lone=_lone(program, request, kept),
+        lone=_lone(program, request, kept) if far else math.nan,
         added=added,
         zero=zero,
-        floors=_floors(program, request, kept, heard.scored) if loss > 0.2 * _least(guesses) else {},
+        floors=_floors(program, request, kept, heard.scored) if guessed else {},
     )
 
 
@@ -196,7 +198,9 @@ def _constants(program: Program, request: Request, output: Any) -> tuple[Shapes,
 
 def _lone(program: Program, request: Request, kept: Kept) -> float:
     """Return how many times the slope of the loss at one column of an output is that at the next, by their
-    root mean squares over all else; the most of all outputs with columns, NaN without any."""
+    root mean squares over all else; the most of all outputs with columns, NaN without any.
+
+    It is asked where targets may be far off: zeros cost something, and are no even scores."""
     given, before, held = program.given, Before.of(program), program.module_state()
     leaves: list[Tensor] = []
 

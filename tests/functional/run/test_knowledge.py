@@ -192,7 +192,7 @@ def test_targets_that_are_to_be_probabilities_are_looked_at(loss: nn.Module, odd
 def test_the_slope_at_one_column_beside_the_next(shape: tuple[int, ...], axis: int) -> None:
     weight = torch.tensor([1.0, 20.0, 4.0]).view([-1 if at == axis else 1 for at in range(len(shape))])
     model = nn.Linear(shape[-1], shape[-1])
-    loss = lambda y: (weight * y).sum()  # noqa: E731
+    loss = lambda y: (weight * (100 - y)).sum()  # noqa: E731
     record = gf.analyze(model, [torch.randn(shape)], loss, optimizer=torch.optim.SGD(model.parameters(), 0.0))
     assert record.knowledge is not None
     assert record.knowledge.lone == pytest.approx(5.0)
