@@ -135,6 +135,36 @@ def falls(record: FlowRecord) -> bool:
     return bool(0 <= late(record.losses) <= 0.9 * early(record.losses))
 
 
+def healed(record: FlowRecord, part: float = 0.1) -> bool:
+    """Whether all losses of the run's second half are a small part of the first one, and of zeros'.
+
+    Whatever leapt before that has done no harm. A first loss that is off scale is no measure, so that what
+    zeros cost counts where it is known and less.
+    """
+    losses, known = record.losses, record.knowledge
+    if len(losses) < 6 or not np.isfinite(losses).all() or losses.min() < 0:
+        return False
+    silent = known.silent if known is not None and known.silent > 0 else math.inf
+    return float(losses[len(losses) // 2 :].max()) <= part * min(float(losses[0]), silent)
+
+
+def no_worse(record: FlowRecord, above: float = 1.5) -> bool:
+    """Whether a run that jumps is none the worse for it: `healed`, or its loss falls and none of it comes to
+    `above` times the first.
+
+    Likelihoods of whole pictures, pairs that are ranked and sums of squares leap like that under rates as
+    good as any smaller one. A run that steps throw about leaves its start far behind, or does not fall. As a
+    loss that falls from far off scale may still be there, the end must be below what zeros cost.
+    """
+    losses, known = record.losses, record.knowledge
+    if healed(record):
+        return True
+    if len(losses) < 6 or not np.isfinite(losses).all() or losses.min() < 0 or not falls(record):
+        return False
+    silent = known.silent if known is not None and known.silent > 0 else math.inf
+    return float(losses.max()) <= above * float(losses[0]) and late(losses) <= silent
+
+
 def at_level(record: FlowRecord, most: float = 0.02) -> bool:
     """Whether the model came with outputs of the right level: its loss is next to nothing of what zeros cost.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradflow.detect.actions import unstable_actions
-from gradflow.detect.knowledge import calm, guesses, has_learned
+from gradflow.detect.knowledge import calm, guesses, has_learned, healed
 from gradflow.detect.updates.readings import layer_of
 from gradflow.detect.view import Flow
 from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, ParameterRecord, Role
@@ -68,7 +68,8 @@ def flung(flow: Flow, times: float) -> list[Issue]:
     own size as well, but changes the loss by little. A step of Adam's has the size of its rate whatever the
     gradient is, so where it led to counts too: a loss that is several times as large behind it, and a slope
     there along the step that accounts for the rise. A run that has learned nonetheless was not thrown about:
-    of a model of one or two numbers the first step is the whole way.
+    of a model of one or two numbers the first step is the whole way. Nor one whose loss is a small part of
+    its start all the second half.
 
     Args:
         flow: the record along its wiring.
@@ -78,7 +79,7 @@ def flung(flow: Flow, times: float) -> list[Issue]:
     positive = np.isfinite(record.losses).all() and bool(np.all(record.losses >= 0))
     if not record.provenance.optimizer or not positive or len(losses) < 3:
         return []
-    if calm(record) or has_learned(record):
+    if calm(record) or has_learned(record) or healed(record):
         return []
     numbers = [p for p in record.parameters if p.num_elements == 1 and p.trainable and p.optimized]
     found = [(*_asked(flow, p, times), p) for p in numbers]

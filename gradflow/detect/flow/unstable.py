@@ -12,7 +12,7 @@ from gradflow.detect.actions import batch_norm_actions, unstable_actions
 from gradflow.detect.evidence import beginnings, late, total_gradient
 from gradflow.detect.flow.runaway import blown_up, drifting, layer_of_jump, of_the_run, paid_for_errors
 from gradflow.detect.flow.steps import flung, thrown
-from gradflow.detect.knowledge import calm, guesses, has_learned
+from gradflow.detect.knowledge import calm, guesses, has_learned, no_worse
 from gradflow.detect.updates.fast import overshooting, with_rate
 from gradflow.detect.updates.rate import too_high
 from gradflow.detect.updates.readings import runs_off
@@ -59,6 +59,8 @@ def unstable(
     factor of a few; a batch that is harder than a nearly solved run is used to (it stays below the start);
     a solved run, next to whose loss every hard sample is a jump (no loss of it comes near what ignorance
     costs, or none from the jump on is above the first and the run has taught the model what it knows: LOW);
+    a jump after which the run is no worse off: its loss falls, and comes at no time far above the start, or
+    is far below it all the second half (see `no_worse`: LOW);
     a jump of next to nothing, behind an activation that is flat (even then the gradient moves nothing: LOW);
     an outlier that a robust loss tames (the loss jumps, its gradient does not); steps in which the loss is
     exactly zero (a margin that is met), which are left out.
@@ -86,8 +88,9 @@ def unstable(
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
-        found = _jumps(flow, cv_threshold, jump, restless, restless_jump) or _risen(flow, risen)
-        found = found or _leaving(flow) or thrown(flow, jump, restless_jump)
+        found = _jumps(flow, cv_threshold, jump, restless, restless_jump)
+        if not any(issue.severity.is_serious for issue in found):
+            found = _risen(flow, risen) or _leaving(flow) or thrown(flow, jump, restless_jump) or found
         found = _at_the_number(found, flung(flow, risen))
         found = found or _climbing(flow, climb, steep) or paid_for_errors(flow, climb)
         misfit = too_high(record, jumps=bool(found))
@@ -163,7 +166,8 @@ def _jumps(
     severity = IssueSeverity.HIGH if found.ratio >= 10 * jump else IssueSeverity.MEDIUM
     settled = calm(record)
     below = has_learned(record) and _below_the_start(record, name, found.step)
-    if settled or below or _slope(flow, found.step) <= _LEVEL:
+    unharmed = no_worse(record)
+    if settled or below or unharmed or _slope(flow, found.step) <= _LEVEL:
         severity = IssueSeverity.LOW
     node = layer_of_jump(flow, found.step)
     layer = flow.layers[node] if node else None
@@ -179,7 +183,8 @@ def _jumps(
             f"over the run, the rises above it have a coefficient of variation of {found.variation:.2g}. "
             + ("The steps of the optimizer bring it about or fail to damp it." if stepped else
                "The parameters were held fixed, so it is the batches that differ.")
-            + (" No loss of the run comes near that of a model which knows nothing." if settled else ""),
+            + (" No loss of the run comes near that of a model which knows nothing." if settled else
+               " The loss falls all the same, and what the jump cost it is made up." if unharmed else ""),
             magnitude=found.ratio,
             recommended_actions=unstable_actions(flow, node, found.ratio),
             metrics={

@@ -41,8 +41,8 @@ def uneven_siblings(
 
     Looks alike and is not: trained blocks, which differ from each other, first and last ones most: so the
     factor counts in terms of how much the others differ; initialisations that shrink with depth, likewise;
-    layers that differ in shape; differences that training takes away within the run; what
-    no gradient comes back to.
+    layers that differ in shape; differences that training takes away or turns round within the run, and
+    what it makes of a block that starts at zero; what no gradient comes back to.
 
     Args:
         factor: by which a matrix is off. Trained models stay within 3.
@@ -114,9 +114,17 @@ def _sizes(parameter: ParameterRecord, fused: MatrixRecord | None) -> Iterator[_
 
 
 def _both(first: Mapping[str, float], last: Mapping[str, float], factor: float) -> dict[str, Odd]:
-    """Return what stands apart at the end, and did so at the start."""
-    before = standing_apart(first, factor)
-    return {name: odd for name, odd in standing_apart(last, factor).items() if name in before}
+    """Return what stands apart at the end, and did so at the start, to the same side.
+
+    What began at zero and no longer is zero was made to start from nothing, and has started.
+    """
+    before, found = standing_apart(first, factor), standing_apart(last, factor)
+    return {n: o for n, o in found.items() if n in before and _as_before(before[n], o)}
+
+
+def _as_before(first: Odd, last: Odd) -> bool:
+    started = first.value == 0 < last.value
+    return not started and (first.ratio > 1) == (last.ratio > 1)
 
 
 def _parameter_issue(

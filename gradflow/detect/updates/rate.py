@@ -14,7 +14,7 @@ import math
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import total_gradient
+from gradflow.detect.evidence import late, total_gradient
 from gradflow.detect.knowledge import calm, guesses, informed
 from gradflow.detect.updates.readings import (
     has_undone,
@@ -96,7 +96,11 @@ def too_high(record: FlowRecord, *, jumps: bool) -> Misfit | None:
     ):
         factor = 1 / (curve.best or min(curve.factors, default=1.0))
         return Misfit(factor=factor, ratio=ratio, rate=rate, cold=cold, curve=curve)
-    return Misfit(factor=math.nan, ratio=ratio, rate=rate, cold=True) if cold else None
+    # Ignorance is asked of one batch: where the run stays far below it, that was one of a heavy tail.
+    known = record.knowledge
+    if cold and (jumps or known is None or late(record.losses) > 0.25 * known.ignorance):
+        return Misfit(factor=math.nan, ratio=ratio, rate=rate, cold=True)
+    return None
 
 
 def _is_off_scale(record: FlowRecord) -> bool:

@@ -11,6 +11,8 @@ from gradflow.detect.evidence import early, late, middle
 from gradflow.detect.knowledge import guesses
 from gradflow.records import Floats, FlowRecord, ParameterRecord, UpdateRecord
 
+_OPENING = 5.0  # times its least, that the response of the loss ends at where a gate opens
+
 
 def held(record: FlowRecord) -> list[tuple[UpdateRecord, ParameterRecord]]:
     """Return the updates of the model's parameters that an optimizer holds, with the parameters."""
@@ -138,7 +140,8 @@ def is_unmoved(record: FlowRecord, least: float = 0.25, usual: float = 1e-4, apa
     """Whether a model guesses, and its loss stands still or is no better than ignorance costs, as the loss
     hardly hears steps of a usual size.
 
-    Not where its outputs are alike for all samples, so that a loss that compares them has no slope there, nor
+    Not where it hears more and more of them, as behind a gate that starts at zero and opens; nor where its
+    outputs are alike for all samples, so that a loss that compares them has no slope there, nor
     where the loss holds no sample against its own target, so that what they ask for cancels.
 
     Args:
@@ -157,6 +160,8 @@ def is_unmoved(record: FlowRecord, least: float = 0.25, usual: float = 1e-4, apa
     ):
         return False
     if not len(heard) or not np.isfinite(heard).all() or not 0 < heard.max() < least:
+        return False
+    if heard[-1] >= _OPENING * heard.min():
         return False
     if not typical(whole_ratio(record)) >= usual or not guesses(record):
         return False

@@ -16,11 +16,15 @@ import torch
 from torch import Tensor
 
 LossOf = Callable[[Sequence[Tensor]], Tensor]
+_NEAR = 0.01  # of the others, where they are asked once more
 _PART = 0.1  # of the largest slope at another output, that the loss must have at one to be about it
 
 
 def merely_added(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
     """Return which outputs without a graph a loss adds up and does nothing else with.
+
+    It is asked where the others are, and near zero: sure outputs, and a margin that is met, have slopes that
+    depend on nothing, while a sum is one everywhere.
 
     Args:
         loss_of: of outputs in the place of the model's; differentiable.
@@ -41,11 +45,19 @@ def merely_added(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
     most = max(float(slope.norm()) for slope, has_graph in zip(slopes, own, strict=True) if has_graph)
     found = []
     for i in (i for i in wanted if float(slopes[i].norm()) >= _PART * most > 0):
-        others = _slopes(loss_of, [torch.zeros_like(p) if k == i else p for k, p in enumerate(parts)])
-        pairs = [(a, b) for a, b, has_graph in zip(slopes, others, own, strict=True) if has_graph]
-        if all(torch.allclose(a, b, rtol=1e-5, atol=0.0) for a, b in pairs):
+        if _is_alone(loss_of, parts, i) and _is_alone(
+            loss_of, [_NEAR * p if p.requires_grad else p for p in parts], i
+        ):
             found.append(i)
     return found
+
+
+def _is_alone(loss_of: LossOf, parts: Sequence[Tensor], i: int) -> bool:
+    """Whether the slopes of a loss at the outputs with a graph are the same with zeros in the place of i."""
+    slopes = _slopes(loss_of, parts)
+    others = _slopes(loss_of, [torch.zeros_like(p) if k == i else p for k, p in enumerate(parts)])
+    pairs = [(a, b) for a, b, part in zip(slopes, others, parts, strict=True) if part.requires_grad]
+    return all(torch.allclose(a, b, rtol=1e-5, atol=0.0) for a, b in pairs)
 
 
 def _slopes(loss_of: LossOf, parts: Sequence[Tensor]) -> list[Tensor]:

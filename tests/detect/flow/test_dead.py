@@ -268,13 +268,19 @@ def test_a_unit_of_a_reused_module_is_dead_only_if_all_calls_are_silent() -> Non
     assert not seen(record)
 
 
-@pytest.mark.parametrize(("shuffled", "ill"), [(1.0, False), (0.0, True)])
-def test_a_margin_that_every_sample_keeps_leaves_nothing_to_learn(shuffled: float, ill: bool) -> None:
+@pytest.mark.parametrize(
+    ("first", "shuffled", "silent", "ill"),
+    [(0.0, 1.0, 1.0, False), (0.0, 0.0, 1.0, True), (2.0, 0.0, 1.0, False), (2.0, 0.0, 0.0, True)],
+)
+def test_a_margin_that_every_sample_keeps_leaves_nothing_to_learn(
+    first: float, shuffled: float, silent: float, ill: bool
+) -> None:
+    """Of pairs in order, others' outputs cost nothing either: then the loss must have fallen to zero."""
     hinge = activation("head:relu", "head", "relu", "rectifier", never_fired=1.0, fired_share=np.zeros(STEPS))
     layers = [Layer(name=name, grad=0.0) for name in ("fc", "head")]
-    losses = np.zeros(STEPS)
+    losses = np.array([first, *np.zeros(STEPS - 1)])
     record = flow_record(*layers, activations=[hinge], losses=losses, optimizer="SGD")
-    known = KnowledgeRecord(step=STEPS - 1, loss=0.0, shuffled=shuffled)
+    known = KnowledgeRecord(step=STEPS - 1, loss=0.0, shuffled=shuffled, silent=silent)
     found = seen(attrs.evolve(record, knowledge=known))
     assert any(issue.severity.is_serious for issue in found.values()) is ill
 

@@ -293,9 +293,12 @@ def test_a_loss_that_leaves_in_the_last_steps(
     assert [i.severity for i in detect(record, unstable())] == ([IssueSeverity.HIGH] if leaves else [])
 
 
-@pytest.mark.parametrize(("left", "severity"), [(0.05, IssueSeverity.LOW), (1.0, IssueSeverity.MEDIUM)])
-def test_a_lucky_batch_early_in_a_run_that_learns(left: float, severity: IssueSeverity) -> None:
-    losses = np.array([1.0, 0.002, 0.7, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, *np.full(STEPS - 10, 0.02)])
+@pytest.mark.parametrize(
+    ("left", "first", "severity"),
+    [(0.05, 1.0, IssueSeverity.LOW), (1.0, 1.0, IssueSeverity.LOW), (1.0, 0.15, IssueSeverity.MEDIUM)],
+)
+def test_a_lucky_batch_early_in_a_run_that_learns(left: float, first: float, severity: IssueSeverity) -> None:
+    losses = np.array([first, 0.002, 0.7, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, *np.full(STEPS - 10, 0.02)])
     found = detect(run(losses, shuffled=0.02 / left, averaged=0.03), unstable())
     assert [i.severity for i in found] == [severity]
 

@@ -147,3 +147,28 @@ def test_a_batch_norm_over_a_handful_of_values(values: int, severity: IssueSever
     assert seen(record).get("bn") is severity
     evaluated = attrs.evolve(record.provenance, mode="eval")
     assert not seen(attrs.evolve(record, provenance=evaluated))
+
+
+FALLS = np.linspace(10.0, 5.0, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("losses", "zeros_cost", "severity"),
+    [
+        (np.where(np.arange(STEPS) == 7, 12.0, FALLS), 9.0, IssueSeverity.LOW),
+        (np.where(np.arange(STEPS) == 7, 12.0, FALLS), 1.0, IssueSeverity.HIGH),
+        (np.where(np.arange(STEPS) == 7, 40.0, FALLS), 9.0, IssueSeverity.HIGH),
+        (np.full(STEPS, 10.0), 9.0, IssueSeverity.HIGH),
+        (np.array([10.0, 5000.0, *np.full(STEPS - 2, 0.1)]), 9.0, IssueSeverity.LOW),
+        (np.array([10.0, 5000.0, *np.full(STEPS - 3, 0.1), 4.0]), 9.0, IssueSeverity.HIGH),
+        (np.array([-1.0, *FALLS[1:]]), 9.0, IssueSeverity.HIGH),
+    ],
+    ids=["falls on", "far above zeros", "far above", "stays", "healed", "leaps again", "below zero"],
+)
+def test_a_jump_that_does_a_run_no_harm(
+    losses: np.ndarray, zeros_cost: float, severity: IssueSeverity
+) -> None:
+    """As likelihoods of whole pictures do, and ranked pairs: the gradient leaps, the loss goes on."""
+    known = KnowledgeRecord(step=19, loss=1.0, shuffled=1.0, averaged=1.0, silent=zeros_cost)
+    record = run(spiked(1e4, 7), losses=losses, knowledge=known, optimizer="Adam")
+    assert max(seen(record).values()) == severity

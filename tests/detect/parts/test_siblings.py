@@ -124,6 +124,20 @@ def test_zeros_that_are_not_trained_are_told_and_those_of_a_start_are_not() -> N
     assert not [i for i in issues(start, uneven_siblings()) if i.issue_type is IssueType.DEAD]
 
 
+@pytest.mark.parametrize(("share", "sick"), [(0.0, False), (30.0, True)])
+def test_a_block_that_alone_learns_from_nothing(share: float, sick: bool) -> None:
+    """One that is put between frozen ones, and adds zero at first, or far too much."""
+
+    def put_in(blocks: nn.ModuleList) -> None:
+        for name, parameter in blocks.named_parameters():
+            parameter.requires_grad_(name.startswith("2."))
+            if name in ("2.out.weight", "2.out.bias", "2.down.weight", "2.down.bias"):
+                parameter.data.mul_(share)
+
+    found = issues(put_in, uneven_siblings(), rate=1.0)
+    assert any(i.layer == "blocks.2" and i.severity.is_serious for i in found) is sick
+
+
 @pytest.mark.parametrize(("frozen", "severity"), [(False, IssueSeverity.HIGH), (True, IssueSeverity.LOW)])
 def test_zeros_in_a_part_that_is_frozen_whole_keep_nothing_from_learning(
     frozen: bool, severity: IssueSeverity

@@ -24,6 +24,18 @@ def test_an_output_without_a_graph(weight: float, product: float, added: list[in
     assert merely_added(lambda y: loss(list(y)), outputs()) == added
 
 
+@pytest.mark.parametrize(("sharp", "product", "added"), [(1.0, 1.0, []), (1e3, 1.0, []), (1e3, 0.0, [1])])
+def test_a_teacher_of_sure_outputs(sharp: float, product: float, added: list[int]) -> None:
+    """A divergence at a low temperature is flat in what is sure, and no sum for that."""
+
+    def loss(y: list[Tensor]) -> Tensor:
+        own, held = (sharp * y[0]).log_softmax(-1), y[1].log_softmax(-1)
+        gap = (own.exp() * (own - product * held)).sum(-1).mean() - (1 - product) * held.mean()
+        return y[0].square().mean() + gap
+
+    assert merely_added(lambda y: loss(list(y)), outputs()) == added
+
+
 def test_a_loss_with_no_slope_elsewhere_tells_nothing() -> None:
     assert merely_added(lambda y: y[1].square().mean() + 0 * y[0].sum(), outputs()) == []
 
