@@ -84,9 +84,9 @@ def bursting_calls(flow: Flow, least: float, jump: float = 30.0) -> list[Issue]:
         least: how many times larger the gradient must be at one call than at the last ones, in two steps.
         jump: how many times that of the run's median the gradient of all parameters must be in those steps.
     """
-    total = total_gradient(flow.record)
-    with np.errstate(all="ignore"):
-        jumps = total >= jump * np.nanmedian(total)
+    total = np.nan_to_num(total_gradient(flow.record), posinf=np.inf)
+    usual = float(np.median(total[total > 0])) if (total > 0).any() else math.inf
+    jumps = total >= jump * usual
     if jumps.sum() < 2 or has_learned(flow.record) or calm(flow.record):
         return []
     found = [
@@ -100,7 +100,7 @@ def bursting_calls(flow: Flow, least: float, jump: float = 30.0) -> list[Issue]:
         return []
     burst, growth, calls = max(grown, key=lambda each: float(each[0].max()))
     first, at, most = calls[0], int(burst.argmax()), float(burst.max())
-    number, usual = int((burst >= least).sum()), float(np.nanmedian(growth))
+    number, usual = int((burst >= least).sum()), float(np.median(growth))
     return [
         Issue(
             layer=first.name,
