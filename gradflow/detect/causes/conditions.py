@@ -133,11 +133,20 @@ def behind_the_cut(flow: Flow, cause: Issue, victim: Issue) -> bool:
 def wrecked(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """The model came to the run knowing, and lost it by steps that were too large: what is wrong with it at
     the end, unless exact zeros, is what they have made of it. A tenth of what ignorance costs: a head that
-    starts at the share of a rare class may have a quarter, and knows nothing else."""
+    starts at the share of a rare class may have a quarter, and knows nothing else. Nothing is known where the
+    loss holds no sample against its own target."""
     known, losses = flow.record.knowledge, flow.record.losses
     exact = victim.evidence.plays(Role.CUT, Role.UNUSED, Role.BLOCKED, Role.BLOCKING, *SILENT)
     jumps = victim.issue_type in (IssueType.UNSTABLE, IssueType.EXPLODING, IssueType.NUMERICAL)
-    if known is None or exact or jumps or not len(losses) or not 0 < known.ignorance < math.inf:
+    if (
+        known is None
+        or known.by_mean
+        or known.crossed
+        or exact
+        or jumps
+        or not len(losses)
+        or not 0 < known.ignorance < math.inf
+    ):
         return False
     return bool(0 <= losses[0] <= 0.1 * known.ignorance and late(losses) >= 0.5 * known.ignorance)
 
