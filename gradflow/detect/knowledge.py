@@ -63,6 +63,7 @@ def _choosing(record: FlowRecord) -> set[str]:
 KNOWS = "The loss is at most half of what ignorance costs: a model that has learned may look like this."
 CAME = "The model came to the run with what it has learned, and keeps it."
 LEARNS = "The loss falls all the same, and is far below that of guesses: the steps cope with it."
+WRECKED = "The model came to the run knowing, and lost it to steps that were too large: they have made it so."
 AT_LEVEL = "The loss is next to nothing of what zeros cost: no more is to be learned, and by little gradient."
 
 

@@ -40,6 +40,9 @@ class KnowledgeRecord:
             although they are equally many, as (N, 1) and (N,); empty where it did not.
         by_mean: whether the loss sees no more of the outputs than their mean over the samples, and is not
             linear in them.
+        against: where the loss squashes a sum or mean over all rows (a sigmoid, a log-sigmoid, a tanh), and
+            its slope there is below 1 percent of the largest, the share of rows whose own part has the other
+            sign; NaN where it does not.
         lone: how many times the slope of the loss at one column of an output is that at the next (along the
             last axis, of images along that of channels), by root mean squares; the most of all outputs.
             NaN where the loss takes scores, or zeros cost nothing.
@@ -66,6 +69,7 @@ class KnowledgeRecord:
     misgiven: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     crossed: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
     by_mean: bool = False
+    against: float = float_field(NAN)
     lone: float = float_field(NAN)
     added: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
     zero: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 
-from gradflow.detect.causes.conditions import precedence
+from gradflow.detect.causes.conditions import precedence, wrecked
 from gradflow.detect.causes.explains import gathered, roots
 from gradflow.detect.causes.rules import Rule
 from gradflow.detect.evidence import late
+from gradflow.detect.knowledge import WRECKED, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name, node_name
 from gradflow.records import (
@@ -70,6 +71,7 @@ def explain(
     if not given:
         return (), ()
     flow = flow_of(record)
+    given = _spared(flow, given)
     root = roots(flow, given, rules)
     amended = tuple(
         issue if root[i] == i else _amended(issue, given[root[i]]) for i, issue in enumerate(given)
@@ -83,6 +85,12 @@ def explain(
 
 
 # ----------------------------------------------------------------------------------- the causes
+
+
+def _spared(flow: Flow, issues: Sequence[Issue]) -> tuple[Issue, ...]:
+    """The issues, those as LOW that steps have made which were too large for a model that came knowing."""
+    jumps = [i for i in issues if i.evidence.plays(Role.JUMPING) and i.severity.is_serious]
+    return tuple(lowered(i, WRECKED) if jumps and wrecked(flow, jumps[0], i) else i for i in issues)
 
 
 def _amended(issue: Issue, cause: Issue) -> Issue:

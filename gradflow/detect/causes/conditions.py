@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from gradflow.detect.evidence import activations_of
+import math
+
+from gradflow.detect.evidence import activations_of, late
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType, Role
@@ -113,14 +115,40 @@ def shows_more(flow: Flow, cause: Issue, victim: Issue) -> bool:
 
 def behind_the_cut(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """The victim runs before the cut, where the graph cannot tell: both are unreachable."""
-    op = victim.evidence.op
-    if node_name(victim.layer) in flow.wiring.fed_by(node_name(cause.layer)):
+    op, feeding = victim.evidence.op, flow.wiring.fed_by(node_name(cause.layer))
+    if node_name(victim.layer) in feeding:
         # With an operation of its own that cuts it, mending the other one would not mend the victim.
         return op in ("", cause.evidence.op)
     a, b = (flow.layers.get(node_name(issue.layer)) for issue in (cause, victim))
-    same_part = cause.layer.split(".")[0] == victim.layer.split(".")[0]
+    part = cause.layer.split(".")[0]
+    same_part = part == victim.layer.split(".")[0]
     same_part |= not flow.wiring.known or flow.reaches_nothing
-    return bool(a and b and same_part and a.order > b.order and not op)
+    if not (a and b and same_part and a.order > b.order) or op:
+        return False
+    # Where the gradient comes to what runs between them, as in every block of several, each is cut by itself.
+    run = [x for x in flow.layers.values() if b.order < x.order < a.order and x.name.split(".")[0] == part]
+    return not any(layer.reached.any() and not layer.composite for layer in run)
+
+
+def wrecked(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The model came to the run knowing, and lost it by steps that were too large: what is wrong with it at
+    the end, unless exact zeros, is what they have made of it. A tenth of what ignorance costs: a head that
+    starts at the share of a rare class may have a quarter, and knows nothing else. Nothing is known where the
+    loss holds no sample against its own target."""
+    known, losses = flow.record.knowledge, flow.record.losses
+    exact = victim.evidence.plays(Role.CUT, Role.UNUSED, Role.BLOCKED, Role.BLOCKING, *SILENT)
+    jumps = victim.issue_type in (IssueType.UNSTABLE, IssueType.EXPLODING, IssueType.NUMERICAL)
+    if (
+        known is None
+        or known.by_mean
+        or known.crossed
+        or exact
+        or jumps
+        or not len(losses)
+        or not 0 < known.ignorance < math.inf
+    ):
+        return False
+    return bool(0 <= losses[0] <= 0.1 * known.ignorance and late(losses) >= 0.5 * known.ignorance)
 
 
 def not_finite(flow: Flow, cause: Issue, victim: Issue) -> bool:

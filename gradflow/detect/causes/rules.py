@@ -243,6 +243,11 @@ RULES: tuple[Rule, ...] = (
         because="the steps of the optimizer brought it about: it was not there before",
     ),
     Rule(
+        cause=_T.UNSTABLE, victim=(_T.VANISHING, _T.DEAD, _T.SATURATION, _T.BOTTLENECK), where=_ANYWHERE,
+        roles=Role.JUMPING, when=_if.wrecked,
+        because="the model came knowing, and the steps of the optimizer have thrown it out of that",
+    ),
+    Rule(
         cause=_T.UNSTABLE, victim=_T.VANISHING, where="upstream",
         because="gradients that jump are near nothing in between",
     ),

@@ -32,7 +32,7 @@ from gradflow.detect.flow.ends.misgiven import misgiven_losses
 from gradflow.detect.flow.ends.off_scale import dominating_heads, far_targets, lone_columns
 from gradflow.detect.flow.ends.unheard import tiny_targets, unmet_targets
 from gradflow.detect.flow.readings.recurrent_weights import memory
-from gradflow.detect.flow.repeats import LEVELS, growing_repeats, levels_off
+from gradflow.detect.flow.repeats import LEVELS, bursting_calls, growing_repeats, levels_off
 from gradflow.detect.knowledge import CAME, at_level, calm, came_knowing, coped_with, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name
@@ -101,6 +101,7 @@ def exploding(
 def _others(flow: Flow, threshold: float, loud: float) -> list[Issue]:
     """What is looked for where the gradient is not seen to grow along the path of layers."""
     found = loud_heads(flow, loud) or growing_repeats(flow, threshold**1.5)
+    found = found or bursting_calls(flow, threshold**2)
     found = found or loud_outputs(flow, threshold**2) or steep_outputs(flow, threshold**2)
     return found or lone_columns(flow) or unmet_targets(flow) or tiny_targets(flow, threshold**4)
 

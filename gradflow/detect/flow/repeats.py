@@ -9,9 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from gradflow.detect.evidence import late
+from gradflow.detect.evidence import late, total_gradient
+from gradflow.detect.knowledge import calm, has_learned
 from gradflow.detect.view import Flow
-from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, LayerRecord
+from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, LayerRecord
 
 _FEWEST = 3
 _EACH = 0.5  # of what the one before had, each must have at least
@@ -66,6 +67,76 @@ def growing_repeats(flow: Flow, least: float) -> list[Issue]:
             evidence=Evidence(growth=backward),
         )
     ]
+
+
+def bursting_calls(flow: Flow, least: float, jump: float = 30.0) -> list[Issue]:
+    """A module that is called again and again, over whose calls the gradient multiplies in some batches.
+
+    Descent that is unrolled, or a solver's loop, may hold for one batch and overshoot more at each turn for
+    the next. No median over steps shows it, and the gradient that jumps is not thrown by the optimizer: in
+    those very steps it grows on its way back, while in others between them it does not.
+
+    Alike and not: a last call that hands back next to nothing in some steps (the whole gradient does not jump
+    there); a loop that the steps have blown up, and which stays so; a single batch.
+
+    Args:
+        flow: the record along its wiring.
+        least: how many times larger the gradient must be at one call than at the last ones, in two steps.
+        jump: how many times that of the run's median the gradient of all parameters must be in those steps.
+    """
+    total = np.nan_to_num(total_gradient(flow.record), posinf=np.inf)
+    usual = float(np.median(total[total > 0])) if (total > 0).any() else math.inf
+    jumps = total >= jump * usual
+    if jumps.sum() < 2 or has_learned(flow.record) or calm(flow.record):
+        return []
+    found = [
+        (_bursts(flow, calls), calls) for calls in _repeated(flow) if len({c.module for c in calls}) == 1
+    ]
+    grown = [(np.where(jumps, growth, 0.0), growth, calls) for growth, calls in found]
+    grown = [
+        (burst, growth, calls) for burst, growth, calls in grown if _come_and_go(burst, growth, least, jump)
+    ]
+    if not grown:
+        return []
+    burst, growth, calls = max(grown, key=lambda each: float(each[0].max()))
+    first, at, most = calls[0], int(burst.argmax()), float(burst.max())
+    number, usual = int((burst >= least).sum()), float(np.median(growth))
+    return [
+        Issue(
+            layer=first.name,
+            layer_type=first.type,
+            issue_type=IssueType.EXPLODING,
+            severity=IssueSeverity.HIGH,
+            description=f"On its way back through {len(calls)} calls the gradient grows {most:.3g} times in "
+            f"step {at}, and in {number} of {flow.record.steps} steps by {least:.0f} or more, where it "
+            f"usually grows {usual:.2g} times: what is repeated overshoots for some batches.",
+            magnitude=most,
+            recommended_actions=(
+                "Bound what each turn of the loop adds: a smaller inner step, a clipped inner gradient, "
+                "or a norm on the state.",
+                "Or bring what enters to a scale of one (targets of an inner loss too), or take fewer turns.",
+            ),
+            metrics={"growth": most, "usual_growth": usual, "num_steps": number, "num_calls": len(calls)},
+            evidence=Evidence(growth=most, num_calls=len(calls)),
+        )
+    ]
+
+
+def _bursts(flow: Flow, calls: Sequence[LayerRecord]) -> Floats:
+    """By step, the largest gradient at a call of a module over the largest at those that no other follows."""
+    nodes = {node for node, layer in flow.layers.items() if any(layer is call for call in calls)}
+    last = [n for n in nodes if not nodes & flow.wiring.downstream(n) - {n}]
+    if len(last) == len(nodes):
+        return np.zeros(flow.record.steps)
+    with np.errstate(all="ignore"):
+        most, end = (np.fmax.reduce([flow.grad[n] for n in some]) for some in (list(nodes), last))
+        return np.where(end > 0, most / end, 0.0)
+
+
+def _come_and_go(burst: Floats, growth: Floats, least: float, jump: float) -> bool:
+    """Whether a gradient grows so in several steps, and far less in one that follows the first of them."""
+    at = np.flatnonzero(burst >= least)
+    return len(at) >= 2 and bool((growth[at[0] :] <= burst.max() / jump).any())
 
 
 def _told(calls: Sequence[LayerRecord], forward: float, backward: float) -> str:

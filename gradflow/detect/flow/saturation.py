@@ -11,7 +11,12 @@ import numpy as np
 
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
 from gradflow.detect.flow.ends.loud import sharp_scores
-from gradflow.detect.flow.ends.misgiven import bounded_scores, misgiven_losses, out_of_reach
+from gradflow.detect.flow.ends.misgiven import (
+    bounded_scores,
+    misgiven_losses,
+    out_of_reach,
+    pooled_before_squashed,
+)
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns
 from gradflow.detect.squashed import WANTED, gate_actions, is_right, is_wanted, saturation_actions
@@ -43,7 +48,8 @@ def saturation(
     255 saturate a sigmoid and enlarge the gradient of the weights before it.
 
     The softmax or sigmoid inside a cross entropy is seen by the loss itself: that of the first step over what
-    zeros cost, where it is still far above that at the end (`gradflow.detect.flow.ends.loud.sharp_scores`).
+    zeros cost, where it is still above that at the end (`gradflow.detect.flow.ends.loud.sharp_scores`). One
+    that the loss applies to the sum over all samples, by the samples that are on its other side.
 
     The gates of a fused recurrent layer are out of sight; there the rms of its input times that of the rows
     of its input weights tells what enters them (`gradflow.detect.flow.readings.recurrent_weights`).
@@ -81,7 +87,7 @@ def saturation(
                 found.setdefault(name, []).append(issue)
         worst = [_worst(calls, uses[name]) for name, calls in found.items()]
         given = misgiven_losses(flow, IssueType.SATURATION) or out_of_reach(flow, IssueType.SATURATION)
-        given = given or bounded_scores(flow)
+        given = given or bounded_scores(flow) or pooled_before_squashed(flow)
         return [*worst, *_driven_gates(flow, share), *(given or sharp_scores(flow, sharp))]
 
     return detector

@@ -80,7 +80,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         with torch.no_grad(), program.state.swapped(), before.again(program), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             own = private_copy(Tensor.clone, output)
-            with Heard(own) as heard:
+            with Heard(own, rows.number) as heard:
                 given.loss_of(own, request.batch)
             guesses = [loss_of(change) for change in (shuffled, averaged, torch.zeros_like)]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
@@ -108,6 +108,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         misgiven=tuple(heard.misgiven),
         crossed=heard.crossed,
         by_mean=by_mean,
+        against=heard.against,
         lone=_lone(program, request, kept) if far else math.nan,
         added=added,
         zero=zero,

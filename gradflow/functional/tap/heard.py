@@ -6,10 +6,16 @@ probabilities, from 0 to 1. A cross entropy makes probabilities of scores itself
 never lie further apart than 1, it cannot fall to zero. `nll_loss`, `kl_div` and `ctc_loss` take logarithms of
 probabilities, none of which is above zero. And an operation of two tensors with equally many elements, (N, 1)
 and (N,), sets every element of one against every one of the other: no sample is held against its own target.
+
+NOTE [Pooled before it is squashed]
+A log-sigmoid of the sum over all pairs is not the sum of their log-sigmoids: once the sum is large, its slope
+is gone for those too that are on the wrong side. So of every single number that is a sum or a mean of
+outputs, or one of those less another, its parts are kept, row by row, to be asked where it is squashed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +30,10 @@ _OF_LOGARITHMS = {"nll_loss": "input", "kl_div": "input", "ctc_loss": "log_probs
 _BY_ELEMENT = frozenset(
     ("sub", "rsub", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "mul", "rmul", "div", "truediv")
 )
+_POOLS = ("sum", "mean")
+_LINEAR = ("add", "radd", "sub", "rsub", "neg", "mul", "rmul", "div", "truediv")
+_SQUASHES = ("sigmoid", "logsigmoid", "softplus", "tanh", "binary_cross_entropy_with_logits")
+_FLAT = 0.01  # of the largest slope
 _SLACK = 1e-3  # what rounding may add
 
 
@@ -32,10 +42,13 @@ class Heard(TorchFunctionMode):
 
     Args:
         output: the model's; what is computed of it is known as such.
+        rows: the number of its rows.
     """
 
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output: Any, rows: int = 0) -> None:
         super().__init__()
+        self._rows, self._parts = rows, dict[int, Tensor]()
+        self.against = math.nan
         self._made: dict[int, Tensor] = {id(tensor): tensor for tensor in iter_tensors(output)}
         self.odds: tuple[float, ...] = ()
         self.misgiven: dict[str, None] = {}
@@ -57,6 +70,8 @@ class Heard(TorchFunctionMode):
         if name in _BY_ELEMENT and not self.crossed:
             self._hear_pair([x for x in given if isinstance(x, Tensor)])
         made = func(*args, **kwargs)
+        if self._rows and isinstance(made, Tensor) and made.numel() == 1:
+            self._hear_pooled(name.replace("log_sigmoid", "logsigmoid"), func, args, made)
         if any(id(x) in self._made for x in given if isinstance(x, Tensor)):
             self._made |= {id(tensor): tensor for tensor in iter_tensors(made)}
         return made
@@ -84,6 +99,23 @@ class Heard(TorchFunctionMode):
             whole = low >= 0 and high <= 1 + _SLACK
             self.misgiven[f"{'probabilities' if whole else 'scores'} as logarithms"] = None
 
+    def _hear_pooled(self, name: str, func: Any, args: tuple[Any, ...], made: Tensor) -> None:
+        """Keep by row what a single number is made of, and ask it where that number is squashed."""
+        given = args[0] if args else None
+        if not isinstance(given, Tensor):
+            return
+        whole = id(given) in self._made and given.numel() > 1 and given.numel() % self._rows == 0
+        if name in _POOLS and whole and given.shape[0] in (self._rows, given.numel()):
+            self._parts[id(made)] = given.detach().reshape(self._rows, -1).sum(1)
+        elif name in _LINEAR and any(id(x) in self._parts for x in args):
+            parts = [self._parts.get(id(x), x) for x in args]
+            if all(not isinstance(x, Tensor) or x.numel() in (1, self._rows) for x in parts):
+                self._parts[id(made)] = func(*parts)
+        elif name in _SQUASHES and id(given) in self._parts:
+            value, parts = float(given), self._parts[id(given)]
+            if _is_flat(name, value, made):
+                self.against = float((parts * value < 0).float().mean())
+
     def _hear_pair(self, pair: list[Tensor]) -> None:
         """Whether outputs and as many numbers that do not come of them are set against each other."""
         if len(pair) != 2 or pair[0].numel() != pair[1].numel() or pair[0].numel() < 3:
@@ -98,3 +130,14 @@ class Heard(TorchFunctionMode):
         if shape.numel() >= 2 * first.numel():
             output, other = (first, second) if id(first) in self._made else (second, first)
             self.crossed = (tuple(output.shape), tuple(other.shape))
+
+
+def _is_flat(name: str, value: float, made: Tensor) -> bool:
+    """Whether a squashed number lies where the slope is as good as gone."""
+    if name == "tanh":
+        return 1 - math.tanh(value) ** 2 < _FLAT
+    if name == "binary_cross_entropy_with_logits":
+        return float(made) < _FLAT
+    far = 1 / (1 + math.exp(min(abs(value), 700.0)))
+    flat_side = {"logsigmoid": value > 0, "softplus": value < 0}
+    return far < (_FLAT if name in flat_side else _FLAT / 4) and flat_side.get(name, True)

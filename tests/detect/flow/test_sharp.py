@@ -122,3 +122,65 @@ def test_a_clamp_is_told_where_the_loss_takes_what_it_gives(taken: bool) -> None
 
     found = saturated(model, batch, loss, torch.optim.Adam(model.parameters(), 1e-3))
     assert bool(found) is taken
+
+
+class Centres(nn.Module):
+    """Scores of classes that are squared distances to a centre of each, by way of a layer without weights."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 256), nn.LayerNorm(256))
+        self.centres = nn.Parameter(torch.randn(10, 256))
+        self.scores, self.factor = nn.Identity(), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(-self.factor * (self.net(x)[:, None] - self.centres).square().sum(2))
+
+
+@pytest.mark.parametrize(("factor", "sick"), [(1.0, True), (1 / 256, False)])
+def test_squared_distances_over_many_features(factor: float, sick: bool) -> None:
+    torch.manual_seed(0)
+    model, kinds = Centres(factor), torch.randn(10, 16)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        y = torch.randint(10, (64,))
+        return kinds[y] + 2 * torch.randn(64, 16), y
+
+    found = saturated(model, batch, F.cross_entropy, torch.optim.Adam(model.parameters(), 1e-3))
+    assert found == ({"net.3"} if sick else set())
+
+
+class Gaps(nn.Module):
+    """By how much the first of two is liked more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.net(a) - self.net(b)
+
+
+@pytest.mark.parametrize(
+    ("loss", "sick"),
+    [
+        (lambda gap: -F.logsigmoid(gap.sum()), True),
+        (lambda gap: F.softplus(-2 * gap.sum()), True),
+        (lambda gap: 1 - torch.sigmoid(gap.sum()), True),
+        (lambda gap: -torch.tanh(gap.sum() / 2), True),
+        (lambda gap: F.binary_cross_entropy_with_logits(gap.sum(), torch.ones(())), True),
+        (lambda gap: -F.logsigmoid(gap).mean(), False),
+        (lambda gap: -F.logsigmoid(gap.sum()) + (gap - 1).square().mean(), False),
+    ],
+)
+def test_a_sum_over_all_samples_that_is_squashed(loss: Callable[[Tensor], Tensor], sick: bool) -> None:
+    torch.manual_seed(0)
+    model = Gaps()
+
+    def pairs() -> tuple[Tensor, Tensor]:
+        a, b = torch.randn(64, 8), torch.randn(64, 8)
+        better = (a - b)[:, :1] + 2 * torch.randn(64, 1) > 0
+        return torch.where(better, a, b), torch.where(better, b, a)
+
+    found = saturated(model, pairs, loss, torch.optim.Adam(model.parameters(), 1e-2))
+    assert found == ({"net.2@1"} if sick else set())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -123,18 +123,17 @@ def _scales_by_itself(flow: Flow, node: str, times: float = 5.0) -> bool:
     return float(layer.output_rms[0]) >= times * made > 0
 
 
-def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
+def sharp_scores(flow: Flow, above: float, still: float = 1.0) -> list[Issue]:
     """Heads whose scores put the loss's own softmax or sigmoid at its ends, at the start and at the end.
 
     A cross entropy of so many times what zeros cost takes scores that are sure, and of the wrong class; where
     they are, their slope is gone in all but the direction that is wrong. The scores need not be what a layer
-    gives: a similarity over a temperature, a product of two tables. Where a layer itself gives them,
-    `loud_heads` tells how they came to be so large.
+    gives: a similarity over a temperature, squared distances. For those of a layer itself, see `loud_heads`.
 
     Args:
         flow: the record along its wiring.
         above: how many times the cost of zeros the first loss must be.
-        still: how many times it the last ones must be, where no layer gives the scores itself.
+        still: how many times it the last must be, where no layer gives the scores: no better than zeros.
     """
     known, over = flow.record.knowledge, over_silence(flow)
     if known is None or not 0.6 * above <= over < math.inf or not takes_scores(flow):
@@ -142,12 +141,12 @@ def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
     end = late(flow.record.losses) / known.silent
     found = []
     for node in heads(flow):
-        layer, ops = flow.layers[node], flow.wiring.ops_after(node)
+        layer = flow.layers[node]
         if not (flow.trainable(node) or flow.is_tied(node)):
             continue
         given = bool(layer.output_rms[0] >= 3.0)
         own = row_gain(flow, node, at=lambda norms: float(norms[0])) >= 3.0  # not what enters it is at fault
-        if not own if given else not (over >= above and end >= still and _makes_scores(ops)):
+        if not own if given else not (over >= above and end >= still and _makes_scores(flow, node)):
             continue
         found.append(
             Issue(
@@ -170,12 +169,14 @@ def sharp_scores(flow: Flow, above: float, still: float = 3.0) -> list[Issue]:
     return found
 
 
-def _makes_scores(ops: Sequence[str]) -> bool:
-    """Whether scores are made by a product or a quotient between a layer and the softmax or sigmoid: outputs
-    that are small, and are the scores, put neither at its ends, whatever the loss costs beside zeros."""
+def _makes_scores(flow: Flow, node: str) -> bool:
+    """Whether scores are made by a product, square or quotient between a layer and the softmax or sigmoid:
+    small outputs that are the scores put neither at its ends, whatever the loss costs beside zeros."""
+    wires, behind = flow.wiring, flow.wiring.downstream(node)
+    ops = [wires.nodes[n].type.lower() for n in wires.order if n in behind]
     ends = (i for i, op in enumerate(ops) if "softmax" in op or "nll_loss" in op or "entropy" in op)
     made = ops[: next(ends, len(ops))]
-    return any(word in op for op in made for word in ("mul", "mm", "einsum", "div"))
+    return any(word in op for op in made for word in ("mul", "mm", "einsum", "div", "pow", "square", "dist"))
 
 
 def growing_signal(flow: Flow, above: float, times: float = 3.0) -> list[Issue]:

@@ -31,7 +31,7 @@ def blind_losses(flow: Flow) -> list[Issue]:
         return []
     if known.crossed and math.isclose(known.shuffled, known.loss, rel_tol=1e-4):
         return [_issue(flow, ends[-1], known, _crossed(known), _crossed_actions(known))]
-    if known.by_mean:
+    if known.by_mean and not pooled_before_squashed(flow):
         text = (
             "Of the outputs, the loss sees nothing but their mean over the samples: the mean for all of them "
             f"costs the same {known.averaged:.3g}."
@@ -181,6 +181,44 @@ def out_of_reach(flow: Flow, kind: IssueType, left: float = 0.15, met: float = 0
                 "Or bring the targets into its range.",
             ),
             metrics={"floor": within, "free_floor": free, "ignorance": known.ignorance, "op": end},
+        )
+    ]
+
+
+def pooled_before_squashed(flow: Flow, wrong: float = 0.1, slope: float = 0.01) -> list[Issue]:
+    """The last layer of a model whose loss squashes the sum of all samples, not each of them.
+
+    A log-sigmoid of the sum of all gaps is flat once the sum is large, and lets nothing back for the samples
+    whose own gap has the wrong sign. Alike and not: a squashed sum in which all samples agree; one that is
+    flat beside another term that still teaches.
+
+    Args:
+        flow: the record along its wiring.
+        wrong: the least share of samples whose own part has the other sign.
+        slope: of the loss, or what zeros cost, the most that it could change by all that the outputs are.
+    """
+    known, ends = flow.record.knowledge, heads(flow)
+    if known is None or not ends or not known.against >= wrong:
+        return []
+    layer = flow.layers[ends[-1]]
+    size = float(layer.output_rms[-1]) * math.sqrt(max(layer.num_elements[-1], 1))
+    if not float(flow.grad[ends[-1]][-1]) * size <= slope * max(abs(known.silent), abs(known.loss)):
+        return []
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=IssueType.SATURATION,
+            severity=IssueSeverity.HIGH,
+            description="The loss adds its outputs up over all samples before it squashes them, and sits at "
+            f"the flat end of what it squashes with: {known.against:.0%} of the samples are on the other "
+            f"side, and are taught nothing (gradient {flow.grad[ends[-1]][-1]:.2g}).",
+            magnitude=known.against,
+            recommended_actions=(
+                "Squash each sample's number first, and take the mean of that: F.logsigmoid(gap).mean(), not "
+                "F.logsigmoid(gap.sum()).",
+            ),
+            metrics={"against": known.against, "loss": known.loss},
         )
     ]
 
