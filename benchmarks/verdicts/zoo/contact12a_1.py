@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from .claims import every, no_gradient, stuck
 from .data import Sample, choice, normal, seeded, setup, stack, uniform

@@ -6,7 +6,7 @@ import math
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from .claims import Claim, every, flat, stuck, tiny, training
 from .data import Sample, adam, normal, seeded, setup, sgd, stack, textures

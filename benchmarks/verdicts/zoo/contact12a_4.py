@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from .claims import Claim, every, huge, no_gradient, stuck, training
 from .data import discs, normal, seeded, setup, stack, uniform
@@ -73,7 +74,7 @@ def kan_recurrence(sick: bool, width: int) -> Setup:
     enter = nn.Identity if sick else nn.Tanh
     layers = {
         f"layer{i + 1}": PolynomialLayer(a, b, 2, enter())
-        for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        for i, (a, b) in enumerate(itertools.pairwise(sizes))
     }
     waves = normal(seeded(40), 5)
 

@@ -7,7 +7,7 @@ import math
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from .claims import Claim, no_gradient, training
 from .contact12a_4 import below_zero
