@@ -284,4 +284,25 @@ ROUNDS = (
             "contact11b-realnvp-nats": "A likelihood of some thousand nats that wavers as it falls.",
         },
     ),
+    Round(
+        name="contact12",
+        date="2026-11-30",
+        sick=34,
+        healthy=18,
+        found=29,
+        cause=26,
+        alarms_healthy=0,
+        alarms_repaired=1,
+        missed={
+            "contact12a-render-pose": "A guarded norm whose slope is exactly zero where all starts: told as "
+            "a remark, of the whole model.",
+            "contact12a-capsule-votes": "Lengths that a squash of vectors, made of operations, brings to one.",
+            "contact12b-lm-master": "Steps that rounding of bfloat16 swallows, for most of the entries.",
+            "contact12b-deepsurv-events": "A loss that is divided by a sum near zero, of either sign.",
+            "contact12b-isqf-knots": "Told as VANISHING, at that layer.",
+        },
+        alarmed={
+            "contact12a-hyper-surface": "A loss that leaps in the first steps of a hypernetwork, and heals.",
+        },
+    ),
 )
