@@ -296,7 +296,7 @@ ROUNDS = (
         missed={
             "contact12a-render-pose": "A guarded norm whose slope is exactly zero where all starts: told as "
             "a remark, of the whole model.",
-            "contact12a-capsule-votes": "Lengths that a squash of vectors, made of operations, brings to one.",
+            "contact12a-capsule-votes": "Lengths that a squash of vectors, made by operations, brings to 1.",
             "contact12b-lm-master": "Steps that rounding of bfloat16 swallows, for most of the entries.",
             "contact12b-deepsurv-events": "A loss that is divided by a sum near zero, of either sign.",
             "contact12b-isqf-knots": "Told as VANISHING, at that layer.",
