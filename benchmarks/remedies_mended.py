@@ -24,7 +24,9 @@ _MODELS: dict[str, str] = {
         timesfm-522-scale-not-guarded-on-the-way-back contact5a-moe-topone contact5a-series-quiescent
         contact5b-detection-same-memory contact6b-views-without-stop contact7b-rnn-lastframe
         contact7b-llm-topone contact8a-forecast-nbeats contact8a-weather-cells contact8a-flow-solver
-        contact9a-tts-speaker contact10a-bytes-sequence-pooling
+        contact9a-tts-speaker contact10a-bytes-sequence-pooling contact11a-lora-fusedhead
+        contact11a-beat-tcn contact11a-lama-pooling contact11b-stn-picture contact11b-segnet-decoders
+        contact12a-robot-chunks contact12b-attn-qknorm
     """,
     LOSS: """
         moe-experts-without-tokens rl-log-probabilities-from-the-buffer rl-ratios-all-clipped
@@ -42,18 +44,22 @@ _MODELS: dict[str, str] = {
         contact5a-recsys-semanticid contact5a-tabular-constant contact5b-agent-unsquashed-action
         contact5b-ranking-own-target contact6b-game-clipped-error contact7a-vocoder-mel contact7b-vae-klsum
         contact8b-sentences-positives contact8b-energy-divergence contact8b-multitask-newtensor
-        contact9b-crl-energy contact9b-anomaly-ocnn contact10b-rlhf-grpo
+        contact9b-crl-energy contact9b-anomaly-ocnn contact10b-rlhf-grpo contact11a-dqn-targetrate
+        contact11a-bpr-sum contact11a-reward-nolog contact11b-arcface-clamp contact11b-vaecv-beta
+        contact12a-frames-latent
     """,
     DATA: """
         mlp-insurance-claims transformer-loss-mask-all-zero detection-logarithm-of-a-width
         contact4a-speech-crowded_utterances fairseq-3753-every-alignment-impossible
         contact6b-masks-of-255 contact7a-gan-batchstd contact9a-survival-stays
+        contact12a-animals-keypoints contact12b-deepsurv-events contact12b-botnet-norm
     """,
     CHOICE: """
         cnn-pooled-in-numpy rnn-hard-choice-between-parts detection-peak-by-argmax
         detection-score-only-compared contact1b-medical-nearest_warp contact2a-motion-rounded_forward_warp
         contact4a-segmentation-dice_threshold pytorch-1339-argmax-between-modules
         contact5b-dream-sampled-action contact9a-linearattention-anchor contact9a-text-residual
+        contact11b-silhouette-order
     """,
 }
 CANNOT = {id: why for why, ids in _MODELS.items() for id in ids.split()}

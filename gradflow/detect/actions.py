@@ -296,6 +296,13 @@ def _log_actions(birth: NumericalRecord) -> Actions:
             "the layer give the logarithm itself.",
             last,
         )
+    if birth.input_max > 1.001:
+        return (
+            f"What enters holds zeros beside values up to {birth.input_max:.3g}. Where they stand for what "
+            "is missing, leave them out before the logarithm, torch.where(valid, x, 1).log() or x[valid]: a "
+            "mask that is multiplied on behind it makes NaN of -inf times zero.",
+            last,
+        )
     return (
         "What enters is exactly zero, a probability that was rounded away: compute the loss on the logits "
         "(logsigmoid, log_softmax, BCEWithLogitsLoss).",

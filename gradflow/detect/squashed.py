@@ -103,7 +103,13 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
         elif math.isfinite(gain):
             drawn = initialisation(flow, node_name(feeder))
             actions.append(f"The weights of {feeder}, which feeds it, are large ({gain:.2g}): {drawn}.")
-        if flow.wiring.is_last(node_name(activation.layer)):
+        if activation.op == "sigmoid" and _ends_a_loss(flow, node_name(activation.layer)):
+            actions.insert(
+                0,
+                "The loss is that sigmoid itself, which is flat where it is most wrong: take its logarithm, "
+                "-F.logsigmoid(x).mean().",
+            )
+        elif flow.wiring.is_last(node_name(activation.layer)):
             # If neither weights nor what enters them are large, the loss asks for what the bounds forbid.
             usual = gain < 10 and entered < 10
             actions.insert(
@@ -116,6 +122,15 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
         else:
             actions.append(f"Replace the {activation.op} by ReLU or GELU.")
     return tuple(actions) or ("Scale down what enters it.",)
+
+
+def _ends_a_loss(flow: Flow, node: str) -> bool:
+    """Whether nothing but picking, differences and means stands beside a sigmoid behind a layer."""
+    ops = set(flow.wiring.ops_after(node))
+    return ops - _PLAIN == {"sigmoid"} and "mean" in ops
+
+
+_PLAIN = {"view", "reshape", "select", "slice", "squeeze", "unsqueeze", "sub", "rsub", "neg", "mean"}
 
 
 def _bias_rms(flow: Flow, node: str) -> float:

@@ -9,13 +9,18 @@ from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
 
 
-def never_called_actions(layer: str) -> Actions:
-    """For a module that no step runs."""
-    return (
-        f"Call {layer} in forward(), or delete it; check for a name that is overwritten or a branch never "
-        f"taken.",
-        "If it is an expert or a head: check that the router or the batches ever choose it.",
+def never_called_actions(layer: str, named: bool) -> Actions:
+    """For a module that no step runs, whether or not the code that ran names it."""
+    read = (
+        f"If the code reads a weight of {layer} for itself, as a fused loss does, then what is wrapped round "
+        f"it never runs: call {layer}, or hand on the whole weight (base + scale · B·A of an adapter)."
     )
+    forgotten = (
+        f"Call {layer} in forward(), or delete it; check for a name that is overwritten or a branch never "
+        f"taken."
+    )
+    chosen = "If it is an expert or a head: check that the router or the batches ever choose it."
+    return (read, forgotten, chosen) if named else (forgotten, chosen)
 
 
 def copied_actions(layer: str) -> Actions:

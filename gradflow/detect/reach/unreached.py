@@ -109,12 +109,13 @@ def _issue(
 ) -> Issue:
     layer = flow.layers.get(node_name(part.layer))
     steps = f"in any of {flow.record.steps} steps" if flow.record.steps > 1 else "in the step that was run"
+    what = part.parameter if part.part == "all of it" else f"{part.part} of {part.parameter}"
     return Issue(
         layer=part.layer,
         layer_type=layer.type if layer is not None else "Module",
         issue_type=IssueType.DEAD,
         severity=severity,
-        description=f"No gradient reached {part.part} of {part.parameter} {steps}: {why}.",
+        description=f"No gradient reached {what} {steps}: {why}.",
         magnitude=part.share,
         recommended_actions=actions,
         metrics={
@@ -167,6 +168,16 @@ def _off(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
     """Judge a parameter that is off in a clamp, a grid or a spike function for every sample."""
     if part.op in _OWN or _total(flow, part) < _WHOLE:
         return None
+    if part.op.endswith("_backward"):
+        name = "ReLU" if part.op == "threshold_backward" else part.op.removesuffix("_backward")
+        return _issue(
+            flow,
+            part,
+            IssueSeverity.HIGH,
+            f"the loss takes derivatives of the model, and the slope of a {name} has none of its own",
+            (f"Put what bends in the place of every {name}: nn.Tanh(), nn.SiLU(), nn.Softplus(), a sine.",),
+            Role.BLOCKING,
+        )
     return _issue(
         flow,
         part,

@@ -45,7 +45,7 @@ def _idle_issue(
     number = sum(p.num_elements for name in names for p in owned[name])
     copied = all(is_copied(flow, [p.name for p in owned[name]]) for name in names)
     aside = set(names) <= set(flow.record.passed_by) and not copied
-    also = " It is called on a branch that these batches do not take." if aside else ""
+    also = " Code that ran names it: on a branch not taken, or to read of it without a call." if aside else ""
     also = " Modules that are like it, and no part of the model, ran instead." if copied else also
     few = _is_one_of_few(container, groups, flow)  # a router's choice, which steps may change
     by_design = (aside or few) and not flow.record.provenance.optimizer
@@ -59,7 +59,7 @@ def _idle_issue(
         description=f"No step ran or used it, so its {number:,} parameters "
         f"({len(names)} module(s)) never change.{also}",
         magnitude=float(number),
-        recommended_actions=(copied_actions if copied else never_called_actions)(container),
+        recommended_actions=copied_actions(container) if copied else never_called_actions(container, aside),
         metrics={
             "modules": tuple(names),
             "num_parameters": number,

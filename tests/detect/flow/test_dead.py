@@ -97,7 +97,7 @@ def test_a_part_for_other_batches_is_a_remark_unless_an_optimizer_holds_it(
     record = attrs.evolve(record, layers=layers, never_called=("tower",), passed_by=passed_by)
     issue = seen(record)["tower"]
     assert issue.severity is severity
-    assert ("on a branch that these batches do not take" in issue.description) is bool(passed_by)
+    assert ("on a branch not taken" in issue.description) is bool(passed_by)
 
 
 def test_parameters_that_take_no_part_though_the_output_does() -> None:
