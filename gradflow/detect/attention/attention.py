@@ -189,6 +189,7 @@ def growing_logits(
                     "logit_peak": float(np.nanmax(late_by_head(layer.scores.logit_peak))),
                     "optimizer": record.provenance.optimizer,
                 },
+                evidence=Evidence(developed=True, growth=at_end / first if first > 0 else math.inf),
             )
 
     return detector

@@ -182,9 +182,10 @@ class _Trail:
         return tuple(lines)
 
 
-def _rank(flow: Flow, causes: Sequence[Cause]) -> Callable[[Cause], tuple[int, int, int, int, int, str, str]]:
+def _rank(flow: Flow, causes: Sequence[Cause]) -> Callable[[Cause], tuple[int | str, ...]]:
     """The gravest first, and of those alike the one nearest the loss; of like parts of repeated blocks, which
-    do not explain one another, the first."""
+    do not explain one another, the first: in the order in which they run, or in which the model holds
+    them."""
     last: dict[tuple[str, str], int] = {}  # by kind of part, the place of the one nearest the loss
 
     def place(cause: Cause) -> int:
@@ -194,10 +195,16 @@ def _rank(flow: Flow, causes: Sequence[Cause]) -> Callable[[Cause], tuple[int, i
     def kind(cause: Cause) -> tuple[str, str]:
         return cause.issue_type.value, re.sub(r"\d+", "#", cause.layer)
 
+    made: dict[str, int] = {}  # by module, its place among those that the model holds
+    for i, parameter in enumerate(flow.record.parameters):
+        module = parameter.name
+        while module := module.rpartition(".")[0]:
+            made.setdefault(module, i)
+
     for cause in causes:
         last[kind(cause)] = max(last.get(kind(cause), 0), place(cause))
 
-    def key(cause: Cause) -> tuple[int, int, int, int, int, str, str]:
+    def key(cause: Cause) -> tuple[int | str, ...]:
         first = cause.issues[0]
         return (
             -first.severity.rank,
@@ -205,6 +212,7 @@ def _rank(flow: Flow, causes: Sequence[Cause]) -> Callable[[Cause], tuple[int, i
             precedence(first),
             -last[kind(cause)],
             place(cause),
+            made.get(cause.layer, 0),
             cause.layer,
             cause.issue_type.value,
         )

@@ -47,6 +47,16 @@ def there_before(flow: Flow, cause: Issue, victim: Issue) -> bool:
     return not (victim.evidence.plays(Role.JUMPING) and grown_in_training(cause))
 
 
+def grows_into(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause is something that grew in training, and the victim was not there before it did."""
+    return cause.evidence.growth > 1 and grown_in_training(cause) and victim.evidence.developed
+
+
+def not_grown_into(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause is not what the victim, which grew in training, came to."""
+    return not grows_into(flow, victim, cause)
+
+
 def as_early(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """The cause was there as early as the victim."""
     return victim.evidence.developed or not cause.evidence.developed

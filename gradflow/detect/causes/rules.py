@@ -156,7 +156,7 @@ RULES: tuple[Rule, ...] = (
         when=_if.shows_more, because="every layer on the way loses a little, and it shows there most",
     ),
     Rule(
-        cause=_T.VANISHING, victim=_T.BOTTLENECK, where=(*_BOTH, "same"),
+        cause=_T.VANISHING, victim=_T.BOTTLENECK, where=("downstream", "same"),
         because="rows become alike where signal and gradient die out",
     ),
     Rule(
@@ -190,7 +190,8 @@ RULES: tuple[Rule, ...] = (
         because="extreme outputs drive what is behind, and what is before learns nothing against it",
     ),
     Rule(
-        cause=_T.SATURATION, victim=_T.UNSTABLE, where=("upstream", "same"), when=_if.there_before,
+        cause=_T.SATURATION, victim=_T.UNSTABLE, where=("upstream", "same"),
+        when=(_if.there_before, _if.not_grown_into),
         because="gradient passes in the rare steps that are not saturated",
     ),
     Rule(
@@ -250,6 +251,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         cause=_T.UNSTABLE, victim=_T.VANISHING, where="upstream",
         because="gradients that jump are near nothing in between",
+    ),
+    Rule(
+        cause=_T.UNSTABLE, victim=_T.SATURATION, where="same", when=_if.grows_into,
+        because="scores that training drives up drive the exponential that they enter to its ends",
     ),
     # Any type, one of one's own too, by the role that its evidence tells.
     Rule(

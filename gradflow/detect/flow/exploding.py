@@ -75,14 +75,16 @@ def exploding(
             targets' scale. A regression that starts from zero-mean outputs and targets of the same size has
             about 1 to 5. Squared, from which far targets explain a run that blows up: a few hundred are
             common, and most optimizers cope.
-        loud: how many times what zeros cost the first cross entropy must be. Scores of variance one cost a
-            tenth more; three times takes scores that are sure of wrong classes. For an exponential likewise.
+        loud: how many times what zeros cost the first cross entropy must be, or any first loss for growth
+            to be no work of the steps. Scores of variance one cost a tenth more; three times takes scores
+            that are sure of wrong classes. For an exponential likewise.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
         seen = shares(flow, kept_at_most(flow))
-        issues = _growth(flow, seen, threshold)
+        first = growing_signal(flow, threshold**2)  # what the steps have made of it was not there first
+        issues = _growth(flow, seen, threshold, math.inf if first else loud)
         if not issues:
             issues = dominating_heads(flow, dominance, off_scale)
         far = far_targets(flow, off_scale)
@@ -92,7 +94,6 @@ def exploding(
         found += exponentials(flow, loud)
         if found and not all(issue.evidence.developed for issue in found):
             return found
-        first = growing_signal(flow, threshold**2)  # what the steps have made of it was not there first
         return [*found, *first] if found or first else _others(flow, threshold, loud)
 
     return detector
@@ -128,7 +129,15 @@ class _Rise:
     part: str  # the part of the model that alone amplifies; "" for none
 
 
-def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
+def _before_any_step(record: FlowRecord, growth: float, threshold: float, loud: float) -> bool:
+    """Whether growth in the first step is no work of the steps, however much they add to it: HIGH by itself,
+    or MEDIUM, and the first loss so far above what zeros cost that the signal too must have grown."""
+    known = record.knowledge
+    above = known is not None and 0 < loud * known.silent <= record.losses[0]
+    return growth >= threshold ** (2 if above else 3)
+
+
+def _growth(flow: Flow, seen: Shares, threshold: float, loud: float) -> list[Issue]:
     grown = {node: _typical(values) for node, values in seen.share.items()}
     fixed, before = _behind_all(flow, seen)
     grown = {node: share / before for node, share in grown.items() if node not in fixed}
@@ -145,8 +154,8 @@ def _growth(flow: Flow, seen: Shares, threshold: float) -> list[Issue]:
     ]
     severity = _severity(total, threshold)
     start = early(seen.share[peak][:3]) / before
-    # Growth that is HIGH before any step is no work of the steps, however much they add to it.
-    developed = start < total / 10 and not float(seen.share[peak][0]) / before >= threshold**3
+    at_first = float(seen.share[peak][0]) / before
+    developed = start < total / 10 and not _before_any_step(flow.record, at_first, threshold, loud)
     part = _part(amplifiers)
     first: dict[str, str] = {}  # by module
     for node in sorted(flow.layers, key=lambda n: flow.layers[n].order):

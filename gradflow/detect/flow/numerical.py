@@ -120,7 +120,9 @@ def _roles(birth: NumericalRecord) -> tuple[Role, ...]:
     entered = (abs(value) for value in (birth.input_min, birth.input_max))
     # No operation takes numbers that are huge: what made them is at fault.
     takes = not any(math.isfinite(value) and value > _HUGE for value in entered)
-    if takes and any(word in birth.op.lower() for word in _OWN_DOMAIN):
+    # Before any step nothing has grown: a derivative taken within the model (`autograd.grad`) has no bound.
+    slope = birth.op == "grad" and birth.step == 0
+    if takes and (slope or any(word in birth.op.lower() for word in _OWN_DOMAIN)):
         return (Role.UNDEFINED,)
     return (Role.GIVEN,) if birth.phase in ("input", "parameter") else ()
 

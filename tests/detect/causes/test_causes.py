@@ -186,12 +186,25 @@ def overflow(op: str, largest: float) -> FlowRecord:
 
 @pytest.mark.parametrize(
     ("op", "largest", "first"),
-    [("linear", 1e30, "EXPLODING"), ("exp", 90.0, "NUMERICAL"), ("layer_norm", 1e21, "EXPLODING")],
+    [
+        ("linear", 1e30, "EXPLODING"),
+        ("exp", 90.0, "NUMERICAL"),
+        ("layer_norm", 1e21, "EXPLODING"),
+        ("grad", 1.8, "NUMERICAL"),
+        ("grad", 1e21, "EXPLODING"),
+    ],
 )
 def test_an_overflow_is_explained_by_growth_unless_the_operation_has_a_domain(
     op: str, largest: float, first: str
 ) -> None:
     assert causes(overflow(op, largest))[0][1] == first
+
+
+@pytest.mark.parametrize("op", ["exp", "grad"])
+def test_a_derivative_in_the_model_that_overflows_after_steps_is_explained_by_growth(op: str) -> None:
+    record = overflow(op, 1.8)
+    later = attrs.evolve(record, numerics=[attrs.evolve(record.numerics[0], step=3)])
+    assert (causes(later)[0][1] == "EXPLODING") is (op == "grad")
 
 
 def test_steps_that_are_too_large_explain_what_was_not_there_before() -> None:

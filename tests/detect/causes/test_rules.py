@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def test_what_absorbs_by_the_word_of_a_detector_of_ones_own_explains_what_starve
         silent = make_issue("fc5", kind)
         assert told(record, *starved, silent)[0][0] == "fc0"
     behind = make_issue("fc1", kind, evidence=Evidence(roles=Role.ABSORBING))
-    assert len(told(record, make_issue("fc3"), behind)) == (1 if kind is IssueType.BOTTLENECK else 2)
+    assert len(told(record, make_issue("fc3"), behind)) == 2
 
 
 def test_what_blocks_by_the_word_of_a_detector_of_ones_own_explains_exact_zeros() -> None:
@@ -148,3 +149,32 @@ def test_growth_that_came_in_training_is_no_cause_of_what_was_there_at_first(dev
     later = make_issue("fc3", IssueType.EXPLODING, evidence=Evidence(growth=1e6, developed=True))
     first = make_issue("fc1", IssueType.EXPLODING, evidence=Evidence(growth=1e3, developed=developed))
     assert told(decaying(4, 1.0), later, first)[0][0] == ("fc3" if developed else "fc1")
+
+
+@pytest.mark.parametrize(("grew", "saturated"), [(True, True), (True, False), (False, True)])
+def test_scores_that_grow_explain_the_softmax_that_they_drive_to_its_ends(
+    grew: bool, saturated: bool
+) -> None:
+    """Where it was at its ends from the first look on, or nothing is known to have grown, it is the cause."""
+    growth = Evidence(growth=400.0, developed=True) if grew else Evidence()
+    scores = make_issue("fc1", IssueType.UNSTABLE, evidence=growth)
+    ends = make_issue("fc1", IssueType.SATURATION, evidence=Evidence(developed=saturated))
+    first = "UNSTABLE" if grew and saturated else "SATURATION"
+    assert told(decaying(4, 1.0), scores, ends) == [("fc1", first, 2)]
+
+
+@pytest.mark.parametrize(("absorbs", "explains"), [("fc3", False), ("fc0", True)])
+def test_rows_that_are_alike_are_no_work_of_a_layer_behind_them(absorbs: str, explains: bool) -> None:
+    """The signal has passed them by then, and that little gradient comes back makes no rows alike."""
+    alike = make_issue("fc1", IssueType.BOTTLENECK)
+    absorbing = make_issue(absorbs, IssueType.VANISHING, evidence=Evidence(roles=Role.ABSORBING))
+    record = decaying(4, 1.0)
+    assert any(c.issues[0] == alike for c in find_causes(record, [alike, absorbing])) is not explains
+
+
+def test_like_parts_that_never_ran_are_told_in_the_order_of_the_model() -> None:
+    record, names = decaying(3, 1.0), ("b.2", "b.10", "a")
+    held = [attrs.evolve(p, name=f"{n}.fc.weight") for p, n in zip(record.parameters, names, strict=True)]
+    record = attrs.evolve(record, parameters=[*record.parameters, *held])
+    dead = [make_issue(n, IssueType.DEAD, evidence=Evidence(roles=Role.UNUSED)) for n in sorted(names)]
+    assert [name for name, _, _ in told(record, *dead)] == ["b.2", "b.10", "a"]

@@ -194,3 +194,20 @@ def test_far_targets_explain_a_run_that_blows_up(blows_up: bool, loss: float) ->
     )
     found = [i for i in detect(record, exploding()) if i.evidence.plays(Role.OFF_SCALE)]
     assert [i.layer for i in found] == (["out"] if blows_up and loss > 10 else [])
+
+
+@pytest.mark.parametrize(("first_loss", "start", "developed"), [
+    (9.0, 200.0, False), (2.0, 200.0, True), (9.0, 20.0, True), (2.0, 2e3, False),
+])  # fmt: skip
+def test_growth_with_a_first_loss_far_above_that_of_zeros_was_there_before_the_steps(
+    first_loss: float, start: float, developed: bool
+) -> None:
+    """Between a hundred and a thousand the loss decides whether the signal was blown up from the start."""
+    grown = np.array([start, *[1e5] * 7])
+    layers = [Layer(name=f"fc{i}", grad=grown ** (1 - i / 3)) for i in range(4)]
+    known = KnowledgeRecord(step=7, loss=9.0, shuffled=9.0, silent=2.0)
+    losses = np.linspace(first_loss, 20.0, 8)
+    record = attrs.evolve(flow_record(*layers, optimizer="Adam"), losses=losses, knowledge=known)
+    found = [i for i in detect(record, exploding()) if "total_growth" in i.metrics]
+    assert found
+    assert {issue.evidence.developed for issue in found} == {developed}
