@@ -314,8 +314,9 @@ def _unheard_issue(flow: Flow, node: str, part: float, share: float, op: str) ->
 def _flat_actions(layer: str, op: str) -> Actions:
     """For outputs that a function with one flat end takes there."""
     return (
-        f"See whether the loss can be met by what {op} gives: targets below its lowest value drive {layer} to "
-        f"its flat end, from which no gradient leads back. Leave it out where values of any sign are asked for.",
+        f"See whether the loss can be met by what {op} gives: targets below its lowest value drive {layer} "
+        "to its flat end, from which no gradient leads back. Leave it out where values of any sign are asked "
+        "for.",
         f"Or start {layer} from smaller weights, with a bias on the side where {op} has a slope.",
     )
 
