@@ -103,7 +103,12 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
         elif math.isfinite(gain):
             drawn = initialisation(flow, node_name(feeder))
             actions.append(f"The weights of {feeder}, which feeds it, are large ({gain:.2g}): {drawn}.")
-        if flow.wiring.is_last(node_name(activation.layer)):
+        if activation.op == "squash":
+            actions.append(
+                f"What is squashed has rms {entering:.3g}, and its length is one whatever it says: sum "
+                "votes that are smaller (weights of a hundredth), or divide by their number."
+            )
+        elif flow.wiring.is_last(node_name(activation.layer)):
             # If neither weights nor what enters them are large, the loss asks for what the bounds forbid.
             usual = gain < 10 and entered < 10
             actions.insert(
