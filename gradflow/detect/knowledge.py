@@ -136,6 +136,13 @@ def falls(record: FlowRecord) -> bool:
     return bool(0 <= late(record.losses) <= 0.9 * early(record.losses))
 
 
+def no_better(record: FlowRecord) -> bool:
+    """Whether the loss ends where it costs no less than to know nothing: what it has fallen by until then is
+    what the start had cost more. False where that is not known."""
+    known = record.knowledge
+    return known is not None and bool(late(record.losses) >= known.ignorance > 0)
+
+
 def healed(record: FlowRecord, part: float = 0.1) -> bool:
     """Whether all losses of the run's second half are a small part of the first one, and of zeros'.
 

@@ -103,7 +103,12 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
         elif math.isfinite(gain):
             drawn = initialisation(flow, node_name(feeder))
             actions.append(f"The weights of {feeder}, which feeds it, are large ({gain:.2g}): {drawn}.")
-        if activation.op == "sigmoid" and _ends_a_loss(flow, node_name(activation.layer)):
+        if activation.op == "squash":
+            actions.append(
+                f"What is squashed has rms {entering:.3g}, and its length is one whatever it says: sum "
+                "votes that are smaller (weights of a hundredth), or divide by their number."
+            )
+        elif activation.op == "sigmoid" and _ends_a_loss(flow, node_name(activation.layer)):
             actions.insert(
                 0,
                 "The loss is that sigmoid itself, which is flat where it is most wrong: take its logarithm, "

@@ -123,12 +123,15 @@ class QuotientRecord:
         smallest: the smallest of them; infinity if there are none.
         excess: mean of what they give over that of what the others give, both taken as magnitudes: 1 where
             what is divided is as small as they are; NaN if there are none.
+        cancelled: of one divisor that is the sum or mean of numbers with either sign, |Σ d| / √(Σ d²): about
+            1 where signs are by chance; the other fields are NaN then. NaN of other divisors.
     """
 
     layer: str
-    small_share: float = float_field()
-    smallest: float = float_field()
-    excess: float = float_field()
+    small_share: float = float_field(float("nan"))
+    smallest: float = float_field(float("nan"))
+    excess: float = float_field(float("nan"))
+    cancelled: float = float_field(float("nan"))
 
 
 @attrs.frozen(kw_only=True)

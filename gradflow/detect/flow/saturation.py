@@ -18,7 +18,7 @@ from gradflow.detect.flow.ends.misgiven import (
     pooled_before_squashed,
 )
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
-from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns
+from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns, no_better
 from gradflow.detect.squashed import WANTED, gate_actions, is_right, is_wanted, saturation_actions
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import MOST_NEIGHBOURS, node_name
@@ -168,9 +168,12 @@ def _issue(
 def _seen(flow: Flow, activation: ActivationRecord) -> float:
     """The saturated share at the end: a median over the last third of the run, or the last one seen where an
     output has been on its way to its ends in a run that taught the model nothing, as one whose targets are
-    out of its reach is."""
+    out of its reach is. Of a squashed length the share of the first steps counts too, while the run has only
+    undone what such a start costs."""
     shares = activation.saturated_share[np.isfinite(activation.saturated_share)]
     seen, losses = late(activation.saturated_share), flow.record.losses
+    if activation.op == "squash" and no_better(flow.record):
+        seen = max(seen, early(activation.saturated_share))
     if len(shares) < 2 or not shares[-1] > seen or activation.kind != "bounded":
         return seen
     ends = flow.wiring.known and flow.ends_weightless(node_name(activation.layer))
@@ -207,6 +210,7 @@ def _passes_enough(
     if activation.op in _STRAIGHT or stuck > _FEW_STUCK:
         return False
     taught = falls(record) and record.knowledge is not None and not guesses(record)
+    taught = taught and not (activation.op == "squash" and no_better(record))
     if activation.functional and not activation.layer:
         return activation.kind == "bounded" and seen < severe_share and (taught or not stuck)
     if not taught or feeder not in flow.grad:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import attrs
 
 from gradflow.detect.reach.cancelled import last_to_cancel
+from gradflow.detect.reach.factors import OWN, is_locked, is_silent_operation
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
@@ -33,7 +34,6 @@ _PICKS_PER_CODE = 2  # so often must have been picked for each, or chance decide
 _WHOLE = 0.9  # of a parameter
 _PART = 0.25  # of a parameter's rows: what is cut off is no padding
 _TAKES = frozenset(("select", "slice", "split", "split_with_sizes", "unbind", "narrow", "unfold", "diagonal"))
-_OWN = frozenset(("relu", "threshold", "hardtanh", "clamp_min"))  # rectifiers, of which `dead` tells
 
 # A zero of these comes from outside of what is at fault, or is as it should be.
 _Judge = Callable[[Flow, ReachRecord, int], "Issue | None"]
@@ -108,10 +108,11 @@ def _issue(
     flow: Flow, part: ReachRecord, severity: IssueSeverity, why: str, actions: tuple[str, ...], role: Role
 ) -> Issue:
     layer = flow.layers.get(node_name(part.layer))
+    has_layers = any(one.module for one in flow.layers.values())  # a parameter of the model beside them
     steps = f"in any of {flow.record.steps} steps" if flow.record.steps > 1 else "in the step that was run"
     what = part.parameter if part.part == "all of it" else f"{part.part} of {part.parameter}"
     return Issue(
-        layer=part.layer,
+        layer=part.layer or (part.parameter if has_layers else ""),
         layer_type=layer.type if layer is not None else "Module",
         issue_type=IssueType.DEAD,
         severity=severity,
@@ -166,7 +167,7 @@ def _by_model(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
 
 def _off(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
     """Judge a parameter that is off in a clamp, a grid or a spike function for every sample."""
-    if part.op in _OWN or _total(flow, part) < _WHOLE:
+    if part.op in OWN or _total(flow, part) < _WHOLE:
         return None
     if part.op.endswith("_backward"):
         name = "ReLU" if part.op == "threshold_backward" else part.op.removesuffix("_backward")
@@ -249,10 +250,16 @@ def _zero_factor(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         # A product of matrices with a constant is a first state of zeros, of which one step is read.
         why = "a constant with which it is multiplied is zero everywhere, so it does nothing"
         cure = "look at what makes that constant: a mask of zeros, a weight that was never switched on"
-    elif updates and _is_silent_operation(flow, part):
+    elif updates and is_silent_operation(flow, part):
         maker = part.whose.partition("@")[0]
         why = f"all that {maker} gives is exactly zero, with which it is multiplied"
         cure = f"bring what enters {maker} up to what it passes, or lower its threshold"
+    elif updates and is_locked(flow, part):
+        why = f"a number that {part.at} makes of it, with which it is multiplied there, is exactly zero"
+        cure = (
+            f"write {part.at} so that its slope is right where it starts (a series near zero), or start "
+            f"{part.parameter} elsewhere"
+        )
     else:
         return None
     at = f" (in {part.at})" if part.at and part.at != part.layer else ""
@@ -286,14 +293,6 @@ def _cancelled(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         ),
         Role.BLOCKING,
     )
-
-
-def _is_silent_operation(flow: Flow, part: ReachRecord) -> bool:
-    """Whether what is zero is made of the model's own numbers by an operation that is no rectifier: spikes,
-    gates, masks. Of rectifiers, and of modules that give zeros, `dead` tells."""
-    node = flow.wiring.nodes.get(part.whose)
-    is_op = node is not None and node.kind == "op" and node.type not in _OWN
-    return part.source == "model" and is_op
 
 
 def _feeder(flow: Flow, issue: Issue) -> str:

@@ -1,4 +1,4 @@
-"""VANISHING: updates that are next to nothing, or nothing at all."""
+"""VANISHING: updates that are next to nothing, or nothing at all; NUMERICAL: those that rounding swallows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from gradflow.detect.evidence import loss_fell
-from gradflow.detect.knowledge import guesses
+from gradflow.detect.evidence import late, loss_fell
+from gradflow.detect.knowledge import falls, guesses
 from gradflow.detect.updates.rate import (
     Misfit,
     has_usual_rate,
@@ -22,7 +22,7 @@ from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 _SHORT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # what a dtype rounds away of a weight, at most
 
 
-def slow_updates(swallowed: float = 0.9) -> Callable[[FlowRecord], Iterable[Issue]]:
+def slow_updates(swallowed: float = 0.9, *, idle: float = 0.5) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of updates that change next to nothing, or nothing at all.
 
     Measured: the update as applied over the weight; the share of entries that it left as they were although
@@ -32,7 +32,8 @@ def slow_updates(swallowed: float = 0.9) -> Callable[[FlowRecord], Iterable[Issu
     Why this is evidence: a step that is some ten thousand times shorter than the one that would lower the
     loss of its own batch most does not train, whatever the gradient is. A number of eight bits, as bfloat16
     has, keeps a change of a quarter percent or more: smaller ones are rounded away each time anew, and do not
-    add up.
+    add up. The steps of an adaptive optimizer are as long as its rate: where that is below what the dtype
+    keeps of most weights, it is the rate and the dtype that do not go together, and no lack of gradient.
 
     Looks alike and is not: a warm-up (the rate rises, or is set by a scheduler below its own); fine-tuning
     with a small rate (the model knows already); a gradient that vanishes (plain descent at a usual rate, and
@@ -42,12 +43,15 @@ def slow_updates(swallowed: float = 0.9) -> Callable[[FlowRecord], Iterable[Issu
 
     Args:
         swallowed: share of unchanged entries from which rounding swallows the updates.
+        idle: the same in a run of an adaptive optimizer that comes to nothing, and the share of weights of
+            which the dtype keeps no change as large as the rate. Healthy runs in bfloat16 leave up to three
+            quarters as they were, and their loss falls.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         if record.updates is None or not record.updates.steps or not held(record):
             return []
-        found = _nothing(record) or _swallowed(record, swallowed)
+        found = _nothing(record) or _swallowed(record, swallowed, idle)
         if found is None and (misfit := too_low(record)) is not None:
             found = _slow(record, misfit)
         return [] if found is None else [found]
@@ -56,12 +60,17 @@ def slow_updates(swallowed: float = 0.9) -> Callable[[FlowRecord], Iterable[Issu
 
 
 def _issue(
-    record: FlowRecord, severity: IssueSeverity, text: str, actions: tuple[str, ...], **of: float
+    record: FlowRecord,
+    severity: IssueSeverity,
+    text: str,
+    actions: tuple[str, ...],
+    kind: IssueType = IssueType.VANISHING,
+    **of: float,
 ) -> Issue:
     return Issue(
         layer="",
         layer_type=record.provenance.model or "model",
-        issue_type=IssueType.VANISHING,
+        issue_type=kind,
         severity=severity,
         description=text,
         magnitude=next(iter(of.values())),
@@ -99,16 +108,18 @@ def _nothing(record: FlowRecord) -> Issue | None:
     )  # fmt: skip
 
 
-def _swallowed(record: FlowRecord, least: float) -> Issue | None:
+def _swallowed(record: FlowRecord, least: float, idle: float) -> Issue | None:
     """Most updates are smaller than what the dtype of the weights rounds away."""
     short = [p for _, p in held(record) if p.dtype in _SHORT]
     if sum(p.num_elements for p in short) < 0.5 * sum(p.num_elements for _, p in held(record)):
         return None
     share = typical(unchanged(record))
-    if not share >= least:
+    stands = _stands(record) and share >= idle and _short_of_rate(record) >= idle
+    if not (share >= least or stands):
         return None
     dtype, rate = short[0].dtype, max(rates(record), default=math.nan)
-    severity = IssueSeverity.LOW if loss_fell(record) or share < 0.99 else IssueSeverity.MEDIUM
+    calm = loss_fell(record) or (share < 0.99 and not stands)
+    severity = IssueSeverity.LOW if calm else IssueSeverity.MEDIUM
     return _issue(
         record, severity,
         f"Of the weights, which are {dtype}, an update leaves {share:.1%} as they were although their "
@@ -118,8 +129,26 @@ def _swallowed(record: FlowRecord, least: float) -> Issue | None:
             "Keep the weights in float32 and compute in the short dtype: torch.autocast(...).",
             "Or use an optimizer with stochastic rounding or a float32 copy of the weights.",
         ),
-        unchanged=share, rate=rate,
+        IssueType.NUMERICAL, unchanged=share, rate=rate,
     )  # fmt: skip
+
+
+def _stands(record: FlowRecord) -> bool:
+    """Whether a model guesses to the end and its loss does not fall, under a rate that does not rise."""
+    return guesses(record) and not falls(record) and not is_rising(record)
+
+
+def _short_of_rate(record: FlowRecord) -> float:
+    """The share of the weights of which the dtype keeps no change as large as the rate of adaptive steps."""
+    if not is_adaptive(record):
+        return 0.0
+    pairs = held(record)
+    lost = (
+        p.num_elements
+        for u, p in pairs
+        if p.dtype in _SHORT and late(u.rate) < _SHORT[p.dtype] * late(u.weight_rms)
+    )
+    return sum(lost) / max(sum(p.num_elements for _, p in pairs), 1)
 
 
 def _slow(record: FlowRecord, misfit: Misfit) -> Issue:

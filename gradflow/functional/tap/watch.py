@@ -34,6 +34,7 @@ ACTIVATIONS: dict[str, tuple[str, str]] = {
     **{n: (n.rstrip("_"), "hard") for n in ("hardtanh", "hardtanh_", "hardsigmoid")},
     **dict.fromkeys(("clamp", "clamp_", "clip", "clip_"), ("clamp", "clamp")),
     "softmax": ("softmax", "softmax"),
+    **dict.fromkeys(("div", "true_divide", "__truediv__"), ("squash", "squash")),
 }
 
 
@@ -81,7 +82,7 @@ class Watch(TorchFunctionMode):
         if found is None:
             return None
         x = args[0] if args else kwargs.get("input")
-        bounds = _bounds(found, args, kwargs)
+        bounds = _bounds(found, args, kwargs) if found[1] != "squash" else _squash(x, args, kwargs)
         if not isinstance(x, Tensor) or not _is_watched(x) or bounds is None:
             return None
         with unwatched():
@@ -195,7 +196,23 @@ class Bounds:
             return y * (1 - y) < SATURATED / 4
         if self.smooth == "tanh":  # derivative 1 − y², at most 1
             return 1 - y * y < SATURATED
+        if self.smooth == "squash":  # y = x / (c + x) for x from 0 on: derivative (1 − y)² / c, at most 1 / c
+            return (1 - y) ** 2 < SATURATED
         return (y <= self.low) | (y >= self.high)
+
+
+def _squash(x: Any, args: Any, kwargs: Any) -> Bounds | None:
+    """Return what kind of activation x / (c + x) is, of a square by which capsules squash a length; None for
+    other quotients."""
+    over = args[1] if len(args) > 1 else kwargs.get("other")
+    if not isinstance(x, Tensor) or not isinstance(over, Tensor) or x.shape != over.shape:
+        return None
+    above, below = x.grad_fn, over.grad_fn
+    if above is None or below is None or type(below).__name__ != "AddBackward0":
+        return None
+    made_of = [child for child, _ in below.next_functions if child is not None]
+    squares = any(type(above).__name__.startswith(name) for name in ("Pow", "Sum", "Mul"))
+    return Bounds("bounded", smooth="squash") if made_of == [above] and squares else None
 
 
 def _bounds(found: tuple[str, str], args: Any, kwargs: Any) -> Bounds | None:

@@ -213,3 +213,25 @@ def test_outputs_of_which_a_bias_is_nearly_all(bias: float, sick: bool) -> None:
 
     kinds = {kind for kind, _ in serious(model, pairs, loss, least=IssueSeverity.LOW)}
     assert (IssueType.BOTTLENECK in kinds) is sick
+
+
+class Positive(nn.Module):
+    """A network whose outputs go through a softplus."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(self.last(F.relu(self.first(x))))
+
+
+@pytest.mark.parametrize(("below", "sick"), [(5.0, True), (-3.0, False)])
+def test_targets_below_all_that_a_softplus_gives(below: float, sick: bool) -> None:
+    def targets() -> tuple[Tensor, Tensor]:
+        x = torch.randn(48, 8)
+        return x, x[:, :6] - below
+
+    found = serious(Positive(), targets, F.l1_loss, rate=1e-1)
+    assert ((IssueType.SATURATION, "last") in found) == sick
+    assert sick or not found

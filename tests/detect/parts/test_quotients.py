@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -137,3 +138,38 @@ def test_what_is_not_told() -> None:
     for found in (few, near):
         changed = attrs.evolve(record, parts=attrs.evolve(record.parts, quotients=(found,)))
         assert not list(tiny_divisors()(changed))
+
+
+def events(*, standardised: bool) -> Callable[[Tensor], Tensor]:
+    """A mean over the samples with an event, of 31 and 33 by turns, whose indicator may be standardised."""
+    number = itertools.cycle((31, 33))
+
+    def loss(y: Tensor) -> Tensor:
+        event = (torch.randperm(64, generator=G) < next(number)).float()
+        if standardised:
+            event = 2 * event - 1
+        return ((y - WAVE).square().mean(1) * event).sum() / event.sum()
+
+    return loss
+
+
+def told_of(loss: Callable[[Tensor], Tensor]) -> list[str]:
+    return [str(issue.issue_type.value) for issue in tiny_divisors()(report(loss).record)]
+
+
+def test_a_divisor_that_cancels() -> None:
+    assert told_of(events(standardised=True)) == ["UNSTABLE"]
+    assert told_of(events(standardised=False)) == []
+
+
+def test_the_size_of_a_sum_that_cancels() -> None:
+    weights = torch.randn(64, generator=G)
+    (found,) = report(lambda y: (y.mean(1) * weights).sum() / weights.sum()).record.parts.quotients
+    expected = abs(float(weights.sum())) / float(weights.square().sum()) ** 0.5
+    assert found.cancelled == pytest.approx(expected, rel=1e-4)
+    assert report(lambda y: y.square().mean() / WAVE.abs().sum()).record.parts.quotients == ()
+
+
+def test_a_divisor_that_cancels_inside_of_a_square_is_not_told() -> None:
+    weights = torch.randn(64, generator=G)
+    assert told_of(lambda y: (y.mean() / weights.mean()).square()) == []

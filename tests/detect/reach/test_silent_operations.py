@@ -88,6 +88,45 @@ def test_a_mask_of_zeros_alone_is_told(kept: float, sick: bool) -> None:
     assert dead(Pruned(kept))[0] == ({"branch"} if sick else set())
 
 
+class Turn(nn.Module):
+    """Gives sin|w|/|w| w, by a formula with a guard at zero or by one whose slope is right there."""
+
+    def __init__(self, guarded: bool) -> None:
+        super().__init__()
+        self.guarded = guarded
+
+    def forward(self, w: Tensor) -> Tensor:
+        size = w.square().sum(-1, keepdim=True)
+        near = size < 1e-12
+        angle = torch.where(near, 1.0, size).sqrt()
+        if not self.guarded:
+            return 1 + torch.where(near, 1 - size / 6, angle.sin() / angle) * w
+        return 1 + torch.where(near, 0.0, angle).sin() * (w / angle)
+
+
+class Turned(nn.Module):
+    """Scales features by one of two turns that start at zero, or away from it."""
+
+    def __init__(self, guarded: bool, start: float = 0.0) -> None:
+        super().__init__()
+        self.turn, self.last = Turn(guarded), nn.Linear(16, 4)
+        self.shift = nn.Parameter(torch.zeros(16))
+        self.omega = nn.Parameter(torch.full((2, 16), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x * self.turn(self.omega[(x[:, 0] > 0).long()]) + self.shift)
+
+
+@pytest.mark.parametrize(
+    ("guarded", "start", "sick"), [(True, 0.0, True), (True, 0.1, False), (False, 0.0, False)]
+)
+def test_a_parameter_that_starts_where_its_function_is_guarded(
+    guarded: bool, start: float, sick: bool
+) -> None:
+    torch.manual_seed(0)
+    assert dead(Turned(guarded, start))[0] == ({"omega"} if sick else set())
+
+
 class Block(nn.Module):
     """A residual block, with a side result that only the next block takes."""
 

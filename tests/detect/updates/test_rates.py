@@ -270,3 +270,34 @@ def test_an_epsilon_that_sets_the_steps(epsilon: float, rate: float, sick: bool)
     found = report(torch.optim.Adam(model.parameters(), rate, eps=epsilon), model)
     told = [i for i in found.issues if i.issue_type is V and "The ε of Adam" in i.description]
     assert bool(told) == sick
+
+
+class _Words(nn.Module):
+    """A bag of words; its tables are drawn with variance one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.out = nn.Embedding(32, 16), nn.Embedding(8, 16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.words(tokens).mean(1) @ self.out.weight.T / 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate", "sick"),
+    [(torch.bfloat16, 5e-4, True), (torch.float32, 5e-4, False), (torch.bfloat16, 1e-2, False)],
+)
+def test_steps_shorter_than_what_bfloat16_keeps_of_most_weights(
+    dtype: torch.dtype, rate: float, sick: bool
+) -> None:
+    g, model = torch.Generator().manual_seed(1), _Words().to(dtype)
+
+    def draw() -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(0, 32, (64, 8), generator=g)
+        return tokens, tokens[:, 0] % 8
+
+    adam = torch.optim.Adam(model.parameters(), rate)
+    found = gf.diagnose(model, draw, lambda y, t: LOSS(y.float(), t), optimizer=adam)
+    told = [i for i in found.issues if i.issue_type is gf.IssueType.NUMERICAL]
+    assert [i.severity for i in told] == ([gf.IssueSeverity.MEDIUM] if sick else [])

@@ -20,6 +20,7 @@ from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, 
 _SMALL = 0.02  # part of the loss that outputs change by changing as much as they are large: usual is a tenth
 _WHOLE = 0.3  # part of the gradient: operations that keep less are at fault for that, others are not
 _FAINT = 0.01  # of the loss, that a parameter could change at most by changing as much as it is large
+_FLAT_END = {"softplus", "log_sigmoid", "elu", "celu", "selu"}  # smooth, with a slope of 1 at the other end
 _NEAR = 0.05  # of what zeros cost, by which outputs that are small beside their targets cost less or more
 
 
@@ -29,8 +30,9 @@ def unheard(flow: Flow, leverage: float, kept: float) -> list[Issue]:
 
     Undecided (INFO) until the flow through those operations has been measured. Where steps of a usual size
     leave the loss where it is (see `is_unmoved`), it takes less to be told; and where such a loss depends on
-    the outputs all the same, it is what is trained that hardly touches them. Of several terms of a loss,
-    those that another drowns; see `drowned_terms`.
+    the outputs all the same, it is what is trained that hardly touches them. Where the operation that loses
+    most is a smooth activation with one flat end, a softplus, it is there: a SATURATION. Of several terms of
+    a loss, those that another drowns; see `drowned_terms`.
 
     Args:
         flow: the record along its wiring.
@@ -284,25 +286,38 @@ def _unheard_issue(flow: Flow, node: str, part: float, share: float, op: str) ->
     layer, wires = flow.layers[node], flow.wiring
     decided = math.isfinite(share)
     name = wires.nodes[op].type if op else ""
+    flat = name.lower().rstrip("_") in _FLAT_END
     others = [s for s in wires.sources.get(op, ()) if wires.nodes[s].kind == "input"]
     by = f" by {' and '.join(others)}, which comes from the batch" if others else ""
     between = (
         f" The operations behind it hand back {share:.1e} of the gradient that reaches them; most is lost in "
-        f"`{name}`{by}."
+        f"`{name}`{by}." + (" That is at its flat end." if flat else "")
         if decided
         else ""
     )
     return Issue(
         layer=layer.name,
         layer_type=layer.type,
-        issue_type=IssueType.VANISHING,
+        issue_type=IssueType.SATURATION if flat else IssueType.VANISHING,
         severity=(IssueSeverity.HIGH if decided else IssueSeverity.INFO),
         description=f"The loss hardly depends on its output: if that changed by as much as it is large, the "
         f"loss would change by {part:.1e} of itself, and the model guesses.{between}",
         magnitude=share if decided else part,
-        recommended_actions=_unheard_actions(layer.name, name, others),
+        recommended_actions=_flat_actions(layer.name, name)
+        if flat
+        else _unheard_actions(layer.name, name, others),
         metrics={"leverage": part, "kept_behind": share, "op": op},
         evidence=Evidence(roles=Role.ABSORBING if decided else (), op=op, undecided=not decided),
+    )
+
+
+def _flat_actions(layer: str, op: str) -> Actions:
+    """For outputs that a function with one flat end takes there."""
+    return (
+        f"See whether the loss can be met by what {op} gives: targets below its lowest value drive {layer} "
+        "to its flat end, from which no gradient leads back. Leave it out where values of any sign are asked "
+        "for.",
+        f"Or start {layer} from smaller weights, with a bias on the side where {op} has a slope.",
     )
 
 
