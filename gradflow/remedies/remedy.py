@@ -52,6 +52,8 @@ class Remedy:
         applies: (cause, record) → whether it is worth a trial.
         on_batches: changes the batches that were drawn; as many come back, or fewer.
         on_loss: changes the loss; called with a copy of it that sees the model's copy.
+        general: whether it makes most networks learn faster, sick or not, as norms, skips and better starts
+            do. It then has to do twice as much until it counts.
 
     Raises:
         RemedyError: if a text is empty, or what must be a function cannot be called.
@@ -78,6 +80,7 @@ class Remedy:
         default=_as_it_is, validator=_callable, repr=False
     )
     on_loss: Callable[[Any], Any] = attrs.field(default=_as_it_is, validator=_callable, repr=False)
+    general: bool = False
 
     def __add__(self, other: Remedy) -> Remedy:
         """Return the remedy that does this one, then the other."""
@@ -91,6 +94,7 @@ class Remedy:
             applies=lambda cause, record: self.applies(cause, record) and other.applies(cause, record),
             on_batches=lambda batches: other.on_batches(self.on_batches(batches)),
             on_loss=lambda loss_fn: other.on_loss(self.on_loss(loss_fn)),
+            general=self.general or other.general,
         )
 
 

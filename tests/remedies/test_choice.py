@@ -176,3 +176,23 @@ def test_an_operation_is_kept_inside_its_domain() -> None:
     report = gf.diagnose(net, [(x, x)] * 3, loss, optimizer=optimizer, steps=3)
     assert report.causes[0].issue_type is IssueType.NUMERICAL
     assert names_of(first_action(report.causes[0], report.record)) == ["log inside its domain"]
+
+
+def test_what_bends_takes_the_place_of_rectifiers_whose_slope_is_the_output() -> None:
+    class Slope(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.requires_grad_()
+            return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
+    torch.manual_seed(0)
+    net, x, target = Slope(), torch.randn(32, 2), torch.randn(32, 2)
+    loss = lambda y: (y - target).square().mean()  # noqa: E731
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    report = gf.diagnose(net, [x] * 6, loss, optimizer=optimizer, steps=6)
+    assert names_of(first_action(report.causes[0], report.record)) == ["SiLU for net.1 and net.3"]

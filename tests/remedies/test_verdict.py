@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradflow.records import Cause, Issue, IssueSeverity, IssueType, TrialVerdict
+from gradflow.remedies.kinds.optimizing import clipped
+from gradflow.remedies.kinds.structure import norm_behind
 from gradflow.remedies.trials.verdict import Outcome, effect, gain, is_clear
 
 ISSUE = Issue(
@@ -82,6 +84,14 @@ def test_less_is_asked_where_the_issue_is_gone_as_well() -> None:
     better = line(2.0, 0.8)
     assert effect(without, [outcome(better)] * 2, CAUSE).verdict is TrialVerdict.CURES
     assert effect(without, [outcome(better, ISSUE)] * 2, CAUSE).verdict is TrialVerdict.NO_EFFECT
+
+
+def test_more_is_asked_of_what_helps_most_networks() -> None:
+    without = [outcome(line(2.0, 1.0), ISSUE)] * 2
+    for end, verdict in ((0.8, TrialVerdict.NO_EFFECT), (0.7, TrialVerdict.CURES)):
+        assert effect(without, [outcome(line(2.0, end))] * 2, CAUSE, general=True).verdict is verdict
+    norm, other = norm_behind(["0"]), clipped()
+    assert [r.general for r in (norm, other, norm + other)] == [True, False, True]
 
 
 LEARNS, STAYS, RISES = line(2.0, 0.5), line(2.0, 2.0), line(2.0, 9.0)

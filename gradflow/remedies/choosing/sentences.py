@@ -28,6 +28,7 @@ _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
         (r"policy_head", weights.near_uniform),
         (r"inside its domain|[Cc]lamp the argument|Guard the denom|slope of a square root", running.defined),
         (r"inside the formula|make it positive where|on the logits|A clamp, log", running.defined),
+        (r"leave them out before the logarithm", running.defined),
         (r"masked throughout|norm of zeros|mean of nothing|power below 1|where\(\) hides", running.defined),
         (r"Infinity times a mask", running.masked_by_zero),
         (r"See what lets it grow", running.grown),
@@ -73,6 +74,7 @@ _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
         (r"Bound what each block adds", shapes.bounded_updates),
         (r"look at the step, or", running.broken_steps),
         (r"pass something below zero", shapes.above_zero),
+        (r"what bends in the place of", shapes.bending),
         (r"a smaller learning rate, in", running.own_rate),
     )
 )  # fmt: skip

@@ -184,6 +184,15 @@ def above_zero(target: Target, action: str) -> Iterator[Remedy]:
     yield start.biased([target.feeder], 1.0)
 
 
+def bending(target: Target, action: str) -> Iterator[Remedy]:
+    """Put a function with a second derivative in the place of every rectifier."""
+    every = [a for a in target.flow.record.activations if a.kind == "rectifier"]
+    if functions := tuple(dict.fromkeys(a.op for a in every if a.functional)):
+        yield smooth(functions, new=F.silu)
+    if modules := [module_of(a.name) for a in every if not a.functional]:
+        yield structure.activation(modules, nn.SiLU)
+
+
 def more_outputs(target: Target, action: str) -> Iterator[Remedy]:
     """Widen a passage."""
     own = target.flow.parameters.get(f"{target.module}.weight")

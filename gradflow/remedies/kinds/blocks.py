@@ -53,6 +53,7 @@ def skip_round(names: Sequence[str], *, norm: bool = False) -> Remedy:
     strict = len(names) == 1
     return Remedy(
         name=f"a skip connection round {listed(names)}" + (", with a norm" if norm else ""),
+        general=True,
         words=f"The input of {listed(names)} added to the output"
         + (", a norm before each." if norm else "."),
         code="\n".join(f"# in forward(): x = x + {access(name)}({inner})" for name in names),
@@ -85,6 +86,7 @@ def pre_norm(norms: Sequence[str], entries: Sequence[str]) -> Remedy:
 
     return Remedy(
         name=f"pre-norm for {listed(norms)}",
+        general=True,
         words=f"The norms {listed(norms)} moved off the path, to the beginning of each branch.",
         code="# in forward(): x = x + attention(norm1(x)); x = x + mlp(norm2(x)); a norm before the head\n"
         "# nn.TransformerEncoderLayer(..., norm_first=True)",

@@ -48,6 +48,7 @@ def inputs_standardised() -> Remedy:
 
     return Remedy(
         name="standardised inputs of the model",
+        general=True,
         words="All quantities that the model is given standardised, feature by feature.",
         code="x = (x - mean) / std  # of every column, over the training data, where the data is loaded",
         apply=on_model(change),

@@ -105,6 +105,7 @@ def initialised(inits: Sequence[Init], *, zero_bias: bool = False) -> Remedy:
         lines.append(for_each(layers, "nn.init.zeros_({}.bias)"))
     return Remedy(
         name=f"{' and '.join(functions)} on {listed(layers)}" + (", bias 0" if zero_bias else ""),
+        general=True,
         words=f"The weights of {listed(layers)} drawn anew"
         + (", their biases at zero." if zero_bias else "."),
         code="\n".join(lines),

@@ -56,6 +56,7 @@ def norm_behind(names: Sequence[str]) -> Remedy:
 
     return Remedy(
         name=f"a norm layer behind {listed(names)}",
+        general=True,
         words=f"A norm layer behind {listed(names)}.",
         code="\n".join(
             f"{access(name)} = nn.Sequential({access(name)}, nn.LayerNorm(...))  # nn.BatchNorm2d behind a "
@@ -147,6 +148,7 @@ def standardised(names: Sequence[str]) -> Remedy:
 
     return Remedy(
         name=f"standardised inputs of {listed(names)}",
+        general=True,
         words=f"What enters {listed(names)} standardised, feature by feature.",
         code="x = (x - x.mean(0)) / (x.std(0) + 1e-6)  # feature by feature, over the training data, before "
         f"{listed(names)}",
@@ -162,6 +164,7 @@ def norm_before(names: Sequence[str]) -> Remedy:
 
     return Remedy(
         name=f"a norm layer before {listed(names)}",
+        general=True,
         words=f"A norm layer before {listed(names)}.",
         code="\n".join(f"{access(n)} = nn.Sequential(nn.LayerNorm(...), {access(n)})" for n in names[:3]),
         apply=each_put(names, make),

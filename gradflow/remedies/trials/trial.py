@@ -278,7 +278,7 @@ class _Laboratory:
                     **common, verdict=TrialVerdict.NOT_APPLICABLE, why=why,
                     losses_without=none, losses_with=none,
                 )  # fmt: skip
-        found = effect(self.without, treated, cause)
+        found = effect(self.without, treated, cause, general=remedy.general)
         return TrialRecord(
             **common,
             **attrs.asdict(found),
