@@ -48,6 +48,7 @@ class Heard(TorchFunctionMode):
     def __init__(self, output: Any, rows: int = 0) -> None:
         super().__init__()
         self._rows, self._parts = rows, dict[int, Tensor]()
+        self._pooled: list[Tensor] = []  # kept alive, so that none takes the id of another
         self.against = math.nan
         self._made: dict[int, Tensor] = {id(tensor): tensor for tensor in iter_tensors(output)}
         self.odds: tuple[float, ...] = ()
@@ -70,7 +71,8 @@ class Heard(TorchFunctionMode):
         if name in _BY_ELEMENT and not self.crossed:
             self._hear_pair([x for x in given if isinstance(x, Tensor)])
         made = func(*args, **kwargs)
-        if self._rows and isinstance(made, Tensor) and made.numel() == 1:
+        in_place = any(made is x for x in given)
+        if self._rows and isinstance(made, Tensor) and made.numel() == 1 and not in_place:
             self._hear_pooled(name.replace("log_sigmoid", "logsigmoid"), func, args, made)
         if any(id(x) in self._made for x in given if isinstance(x, Tensor)):
             self._made |= {id(tensor): tensor for tensor in iter_tensors(made)}
@@ -106,15 +108,19 @@ class Heard(TorchFunctionMode):
             return
         whole = id(given) in self._made and given.numel() > 1 and given.numel() % self._rows == 0
         if name in _POOLS and whole and given.shape[0] in (self._rows, given.numel()):
-            self._parts[id(made)] = given.detach().reshape(self._rows, -1).sum(1)
+            self._keep(made, given.detach().reshape(self._rows, -1).sum(1))
         elif name in _LINEAR and any(id(x) in self._parts for x in args):
             parts = [self._parts.get(id(x), x) for x in args]
             if all(not isinstance(x, Tensor) or x.numel() in (1, self._rows) for x in parts):
-                self._parts[id(made)] = func(*parts)
+                self._keep(made, func(*parts))
         elif name in _SQUASHES and id(given) in self._parts:
             value, parts = float(given), self._parts[id(given)]
             if _is_flat(name, value, made):
                 self.against = float((parts * value < 0).float().mean())
+
+    def _keep(self, pooled: Tensor, parts: Tensor) -> None:
+        self._pooled.append(pooled)
+        self._parts[id(pooled)] = parts
 
     def _hear_pair(self, pair: list[Tensor]) -> None:
         """Whether outputs and as many numbers that do not come of them are set against each other."""
