@@ -32,6 +32,7 @@ from gradflow.records import CurvatureRecord, FlowRecord
 
 USUAL = 1e-2  # the largest update over weight that is usual
 _FAR = 0.1  # update over weight from which it is no small step any more
+_USUAL_EPSILON = 1e-8  # of Adam and its kin
 _TINY = 3e-5  # at which weights take a hundred thousand steps to become others
 _LONGER = 64.0  # by what factor a longer step must be the better one
 _GAIN = 0.01  # of the loss, that it must gain
@@ -161,6 +162,8 @@ def is_held_by_epsilon(record: FlowRecord, share: float = 0.99, part: float = 0.
     """Whether ε sets the steps of an optimizer that divides by the root of squares, as it is larger than
     nearly all of these: steps are a twentieth of the rate and less, and proportional to the gradient.
 
+    Not where ε is the usual 1e-8: then it is the loss that is small.
+
     Args:
         record: the record.
         share: of entries whose √v̂ is below ε.
@@ -168,6 +171,8 @@ def is_held_by_epsilon(record: FlowRecord, share: float = 0.99, part: float = 0.
     """
     found = [(u, p.num_elements) for u, p in held(record) if np.isfinite(u.under_epsilon).any()]
     if not found or not max(rates(record), default=0.0) > 0:
+        return False
+    if not max(u.epsilon for u, _ in found) > _USUAL_EPSILON:
         return False
     total = sum(size for _, size in found)
     under = sum(typical(u.under_epsilon) * size for u, size in found) / total
