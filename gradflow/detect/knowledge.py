@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 
 from gradflow.detect.evidence import early, late, loss_fell
-from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType
 
 Detector = Callable[[FlowRecord], Iterable[Issue]]
 INFORMED = 0.5  # of the loss that ignorance costs, from which a model is taken to know
@@ -149,11 +149,10 @@ def healed(record: FlowRecord, part: float = 0.1) -> bool:
     Whatever leapt before that has done no harm. A first loss that is off scale is no measure, so that what
     zeros cost counts where it is known and less.
     """
-    losses, known = record.losses, record.knowledge
-    if len(losses) < 6 or not np.isfinite(losses).all() or losses.min() < 0:
+    losses = record.losses
+    if not _is_measure(losses):
         return False
-    silent = known.silent if known is not None and known.silent > 0 else math.inf
-    return float(losses[len(losses) // 2 :].max()) <= part * min(float(losses[0]), silent)
+    return float(losses[len(losses) // 2 :].max()) <= part * min(float(losses[0]), _of_zeros(record))
 
 
 def no_worse(record: FlowRecord, above: float = 1.5) -> bool:
@@ -164,13 +163,23 @@ def no_worse(record: FlowRecord, above: float = 1.5) -> bool:
     good as any smaller one. A run that steps throw about leaves its start far behind, or does not fall. As a
     loss that falls from far off scale may still be there, the end must be below what zeros cost.
     """
-    losses, known = record.losses, record.knowledge
+    losses = record.losses
     if healed(record):
         return True
-    if len(losses) < 6 or not np.isfinite(losses).all() or losses.min() < 0 or not falls(record):
+    if not _is_measure(losses) or not falls(record):
         return False
-    silent = known.silent if known is not None and known.silent > 0 else math.inf
-    return float(losses.max()) <= above * float(losses[0]) and late(losses) <= silent
+    return float(losses.max()) <= above * float(losses[0]) and late(losses) <= _of_zeros(record)
+
+
+def _is_measure(losses: Floats) -> bool:
+    """Whether losses can be held against one another: enough of them, finite, and none below zero."""
+    return len(losses) >= 6 and bool(np.isfinite(losses).all() and losses.min() >= 0)
+
+
+def _of_zeros(record: FlowRecord) -> float:
+    """What outputs of zero cost; infinite where that is not known, or nothing."""
+    known = record.knowledge
+    return known.silent if known is not None and known.silent > 0 else math.inf
 
 
 def at_level(record: FlowRecord, most: float = 0.02) -> bool:

@@ -17,10 +17,11 @@ critic's loss is linear in them and may ask for no more than means, another loss
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import attrs
@@ -72,13 +73,11 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         )
         return float(given.loss_of(guess, request.batch))
 
-    given, before = program.given, Before.of(program, look=False)
-    held, told = program.module_state(), _told(output)
+    given, told = program.given, _told(output)
     parts = [t for t in iter_tensors(output) if t.dtype.is_floating_point and rows.fit(t)]
     variations = [_variation(part.detach().reshape(rows.number, -1)) for part in parts]
     try:
-        with torch.no_grad(), program.state.swapped(), before.again(program), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _asking(program) as before, before.again(program):
             own = private_copy(Tensor.clone, output)
             with Heard(own, rows.number) as heard:
                 given.loss_of(own, request.batch)
@@ -88,8 +87,6 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
     except Exception as error:  # a loss that takes nothing but the model's own outputs
         _LOG.debug("the loss cannot be asked of guesses: %r", error)
         return None
-    finally:
-        held.restore()
     added, zero = _constants(program, request, output)
     guessed = loss > 0.2 * _least(guesses)
     far = guessed and guesses[2] > 0 and not heard.scored
@@ -114,6 +111,19 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         zero=zero,
         floors=_floors(program, request, kept, heard.scored) if guessed else {},
     )
+
+
+@contextlib.contextmanager
+def _asking(program: Program) -> Iterator[Before]:
+    """Ask the loss once more, without its warnings: what that moves is put back at the end. Yields the state
+    from which it is asked."""
+    before, held = Before.of(program, look=False), program.module_state()
+    try:
+        with program.state.swapped(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield before
+    finally:
+        held.restore()
 
 
 def _told(output: Any) -> set[int]:
@@ -151,22 +161,18 @@ def _floors(program: Program, request: Request, kept: Kept, scored: bool) -> dic
     if len(made) != 1 or not made[0][1].startswith(_BOUNDED) or not made[0][0].is_floating_point():
         return {}
     output, end = made[0]
-    given, before, held = program.given, Before.of(program, look=False), program.module_state()
 
     def loss_of(guess: Tensor) -> Tensor:
         whole = map_tensors(lambda t: guess.to(t.dtype) if t.requires_grad else t, kept.value)
         with before.again(program), torch.enable_grad():
-            return given.loss_of(whole, request.batch)
+            return program.given.loss_of(whole, request.batch)
 
     try:
-        with program.state.swapped(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _asking(program) as before:
             return floors(loss_of, output, scored=scored, clamped=end.startswith(_CLAMPS))
     except Exception as error:  # outputs that it does not take, or a loss without a slope
         _LOG.debug("the loss cannot be followed down: %r", error)
         return {}
-    finally:
-        held.restore()
 
 
 def _constants(program: Program, request: Request, output: Any) -> tuple[Shapes, Shapes]:
@@ -176,24 +182,20 @@ def _constants(program: Program, request: Request, output: Any) -> tuple[Shapes,
     map_tensors(lambda tensor: (parts.append(tensor), tensor)[1], output)
     if len(parts) < 2 or all(part.requires_grad and bool(part.any()) for part in parts):
         return (), ()
-    given, before, held = program.given, Before.of(program, look=False), program.module_state()
 
     def loss_of(guess: Sequence[Tensor]) -> Tensor:
         left = iter(guess)
         with before.again(program):
-            return given.loss_of(map_tensors(lambda _: next(left), output), request.batch)
+            return program.given.loss_of(map_tensors(lambda _: next(left), output), request.batch)
 
     try:
-        with program.state.swapped(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _asking(program) as before:
             with torch.enable_grad():
                 added = merely_added(loss_of, parts)
             zero = held_at_zero(loss_of, parts)
     except Exception as error:  # outputs that it does not take, or a loss without a slope
         _LOG.debug("the loss cannot be asked of constants: %r", error)
         return (), ()
-    finally:
-        held.restore()
     return tuple(tuple(parts[i].shape) for i in added), tuple(tuple(parts[i].shape) for i in zero)
 
 
@@ -202,7 +204,6 @@ def _lone(program: Program, request: Request, kept: Kept) -> float:
     root mean squares over all else; the most of all outputs with columns, NaN without any.
 
     It is asked where targets may be far off: zeros cost something, and are no even scores."""
-    given, before, held = program.given, Before.of(program), program.module_state()
     leaves: list[Tensor] = []
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -212,15 +213,12 @@ def _lone(program: Program, request: Request, kept: Kept) -> float:
         return leaves[-1].clone()  # a loss may change what it is given in place
 
     try:
-        with program.state.swapped(), before.again(program), warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            loss = given.loss_of(map_tensors(leaf, kept.value), request.batch)
+        with _asking(program) as before, before.again(program), torch.enable_grad():
+            loss = program.given.loss_of(map_tensors(leaf, kept.value), request.batch)
             slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
     except Exception as error:  # outputs that it does not take, or a loss without a slope
         _LOG.debug("the loss has no slope at its outputs: %r", error)
         return math.nan
-    finally:
-        held.restore()
     found = [_over_the_next(s) for s in slopes if s is not None and not s.is_complex() and s.dim() > 1]
     return max((times for times in found if math.isfinite(times)), default=math.nan)
 
