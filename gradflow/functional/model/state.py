@@ -29,6 +29,7 @@ from gradflow.functional.torch_private import (
 
 Tensors = dict[str, Tensor]
 Copy = Callable[[Tensor], Tensor]
+Place = tuple[dict[str, Any], str, str]  # a store of tensors, a key in it, and the name of what is there
 
 
 # NOTE [Copies on write]
@@ -168,6 +169,50 @@ def loss_prefix(model: nn.Module) -> str:
     return prefix
 
 
+class Swapped:
+    """Some tensors in a model's places, for the length of the context. It is made anew in every step.
+
+    Args:
+        places: a module's store of tensors, the key in it, and the qualified name of what is there.
+        keyed: dicts and sets with such tensors for keys, or with their ids.
+        tensors: by qualified name.
+    """
+
+    __slots__ = ("_keyed", "_old", "_places", "_placed", "_tensors")
+
+    def __init__(
+        self, places: Sequence[Place], keyed: Sequence[Any], tensors: Mapping[str, Tensor]
+    ) -> None:
+        self._places, self._keyed, self._tensors = places, keyed, tensors
+        self._old: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._placed: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> None:
+        try:
+            for store, key, name in self._places:
+                tensor = self._tensors.get(name)
+                if tensor is None:
+                    continue
+                was = store[key]
+                self._old.append((store, key, was))
+                store[key] = tensor
+                if type(tensor) is Tensor and isinstance(was, nn.Parameter):
+                    _copy_as_parameter(tensor, requires_grad=was.requires_grad)
+            if self._keyed:
+                self._placed = [(tensor, store[key]) for store, key, tensor in self._old]
+            for container in self._keyed:
+                rekey(container, {id(was): new for was, new in self._placed})
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *exception: object) -> None:
+        for container in self._keyed:
+            rekey(container, {id(new): was for was, new in self._placed})
+        for store, key, tensor in self._old:
+            store[key] = tensor
+
+
 class Swap:
     """A reusable swap of a model's parameters and buffers, tied names included.
 
@@ -183,9 +228,9 @@ class Swap:
     """
 
     def __init__(self, model: nn.Module, prefix: str = "", known: Mapping[int, str] | None = None) -> None:
-        self._places: list[tuple[dict[str, Any], str, str]] = []
+        self._places: list[Place] = []
         first = dict(known or {})
-        for module_name, module in model.named_modules(remove_duplicate=False):
+        for module_name, module in model.named_modules():
             for store in stores(module):
                 for key, tensor in store.items():
                     if tensor is not None:
@@ -194,26 +239,9 @@ class Swap:
                         self._places.append((store, key, name))
         self._keyed = keyed_by(model, first)
 
-    @contextlib.contextmanager
-    def __call__(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Swapped:
         """Put `tensors` in place for the length of the context; names it lacks stay as they are."""
-        old = [(store, key, store[key]) for store, key, name in self._places if name in tensors]
-        new = [tensors[name] for _, _, name in self._places if name in tensors]
-        placed: list[tuple[Tensor, Tensor]] = []
-        try:
-            for (store, key, was), tensor in zip(old, new, strict=True):
-                store[key] = tensor
-                if type(tensor) is Tensor and isinstance(was, nn.Parameter):
-                    _copy_as_parameter(tensor, requires_grad=was.requires_grad)
-            placed = [(tensor, store[key]) for store, key, tensor in old] if self._keyed else []
-            for container in self._keyed:
-                rekey(container, {id(was): new for was, new in placed})
-            yield
-        finally:
-            for container in self._keyed:
-                rekey(container, {id(new): was for was, new in placed})
-            for store, key, tensor in old:
-                store[key] = tensor
+        return Swapped(self._places, self._keyed, tensors)
 
     def current(self, names: Mapping[str, Tensor]) -> Tensors:
         """Return the tensors that the model now holds under `names` (it may have replaced a buffer)."""

@@ -54,6 +54,9 @@ _RANK = (
 _MOVING = frozenset(
     ("alias", "clone", "permute", "squeeze", "t", "transpose", "unsafe_view", "unsqueeze", "view")
 )
+# Those whose zeros are seldom their own, and that a walk costs most to call: asked last what they do by
+# themselves, which is often not needed.
+_MIXING = frozenset(("addmm", "baddbmm", "bmm", "convolution", "mm"))
 
 Part = tuple[Tensor, Tensor | None]  # a cotangent, and the labels of its zeros; None if it has none
 
@@ -219,14 +222,12 @@ class Walk:
         labels = self._labels_in(gathered)
         # Where nothing at all comes in, it is not this node that ends it.
         nothing = bool(labels) and all(g.numel() and not some(g.bool()) for g, _ in gathered.values())
-        alone = self._called(node, {n: self._like(g) for n, (g, _) in gathered.items()}, pending)
         for j, cotangent in pending.items():
-            found[j] = zeros = Zeros.of(cotangent)
-            own = torch.zeros_like(zeros.places, dtype=torch.bool) if nothing else ~zeros.reached(alone[j])
-            if some(own):
-                whole = number_of(own) == cotangent.numel()
-                zeros.label(zeros.places[own], self._number(node, j, "own", whole=whole))
-            left[j] = zeros.places[~own]
+            found[j] = Zeros.of(cotangent)
+            left[j] = found[j].places
+        mixes = operation(node) in _MIXING
+        if not (mixes or nothing):
+            self._label_own(node, gathered, found, left)
         for label in labels:
             if not any(rest.numel() for rest in left.values()):
                 break
@@ -239,6 +240,8 @@ class Walk:
                 hit = found[j].reached(reached[j], rest)
                 found[j].label(rest[hit], label)
                 left[j] = rest[~hit]
+        if mixes and not nothing and any(rest.numel() for rest in left.values()):
+            self._label_own(node, gathered, found, left)
         if nothing:
             for j, rest in left.items():
                 found[j].label(rest, labels[0])
@@ -247,6 +250,18 @@ class Walk:
         for j, cotangent in pending.items():
             child, at = feeds(node)[j]
             self._send(child, at, (cotangent, found[j].labels()))
+
+    def _label_own(
+        self, node: Node, gathered: Mapping[int, Part], found: Mapping[int, Zeros], left: dict[int, Tensor]
+    ) -> None:
+        """Label what is zero because of this node, and take it from what is left."""
+        alone = self._called(node, {n: self._like(g) for n, (g, _) in gathered.items()}, left)
+        for j, rest in left.items():
+            own = ~found[j].reached(alone[j], rest)
+            if some(own):
+                whole = number_of(own) == found[j].numel
+                found[j].label(rest[own], self._number(node, j, "own", whole=whole))
+            left[j] = rest[~own]
 
     def _move(self, node: Node, gathered: Mapping[int, Part], pending: Mapping[int, Tensor]) -> None:
         """Send on what a node only moves to other places, and the labels with it."""

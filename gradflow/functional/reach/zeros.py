@@ -44,6 +44,11 @@ class Zeros:
         labels = torch.zeros(inside.numel(), dtype=torch.int16, device=x.device)
         return cls(order, tuple(inside.shape), places(is_zero(inside)), labels)
 
+    @property
+    def numel(self) -> int:
+        """The number of elements of the tensor, zero or not."""
+        return self._labels.numel()
+
     def reached(self, x: Tensor | None, at: Tensor | None = None) -> Tensor:
         """Return at which places another tensor of the same shape is not zero; at none where there is none.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import attrs
@@ -17,6 +18,7 @@ from gradflow.functional.model.purity import ModuleState, RandomState
 from gradflow.functional.model.state import (
     Copy,
     Swap,
+    Swapped,
     Tensors,
     copy_buffers,
     copy_parameters,
@@ -128,15 +130,12 @@ class WorkingState:
         """The parameters of the model, and of a sharded one what this process holds of it."""
         return {name: local(p) for name, p in self.parameters.items()}
 
-    @contextlib.contextmanager
-    def swapped(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+    def swapped(self, tensors: Mapping[str, Tensor] | None = None) -> AbstractContextManager[None]:
         """Put the working copies (or `tensors`) in the modules for the length of the context."""
         state = {**self.parameters, **self.loss_parameters, **self.buffers, **(tensors or {})}
         for name in self.shards.gathered:  # which the model puts in place by itself
             del state[name]
-        loss = contextlib.nullcontext() if self._loss_swap is None else self._loss_swap(state)
-        with self._swap(state), loss:
-            yield
+        return self._swap(state) if self._loss_swap is None else _both(self._swap(state), self._loss_swap(state))
 
     def current(self, buffers: Tensors) -> Tensors:
         """Return what the modules now hold in the place of some buffers."""
@@ -145,7 +144,16 @@ class WorkingState:
 
     def keep_buffers(self, buffers: Tensors | None = None) -> None:
         """Go on with the buffers as they stand in the modules now, or with those that are passed."""
-        self.buffers |= self.current(self.buffers) if buffers is None else buffers
+        if buffers is not None:
+            self.buffers |= buffers
+        elif self.buffers:
+            self.buffers |= self.current(self.buffers)
+
+
+@contextlib.contextmanager
+def _both(first: Swapped, second: Swapped) -> Iterator[None]:
+    with first, second:
+        yield
 
 
 @attrs.define(eq=False)
