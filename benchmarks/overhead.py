@@ -4,7 +4,7 @@
 
 gradflow draws a batch before each of its steps; at that moment the plain step is timed, on a copy of the
 model, so that every step has a plain one next to it. A *step* is the median ratio over the pairs, the steps
-that are looked at closely (the first, each power of four, the last) left out; a *run* is all that a call of
+that are looked at closely (the first, powers of four, the last) left out; a *run* is all that a call of
 so many steps takes, building the record included, over as many plain steps. The other tools are timed in the
 same way, step by step in turn with plain ones. Memory is the peak resident size of a process of its own.
 *Parts* tell where the time of a cheap step goes, in percent of the plain step next to it; *bare sums* is the

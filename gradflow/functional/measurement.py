@@ -1,7 +1,7 @@
 """What a pipeline measures beyond the base: a `Measurement` is chosen, a `Session` listens to one run.
 
 NOTE [Measured steps]
-A session is told of what happens in the steps that are looked at closely: the first, each power of four, and
+A session is told of what happens in the steps that are looked at closely: the first, powers of four, and
 the last (under `vjp`, of the first alone, which is run once more under plain autograd to show its structure).
 In such a step it hears, in this order:
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.random  # NumPy loads it at its first use, which would be in the first run
 import torch
 from torch import Tensor, nn
 

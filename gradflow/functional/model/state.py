@@ -180,9 +180,7 @@ class Swapped:
 
     __slots__ = ("_keyed", "_old", "_places", "_placed", "_tensors")
 
-    def __init__(
-        self, places: Sequence[Place], keyed: Sequence[Any], tensors: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, places: Sequence[Place], keyed: Sequence[Any], tensors: Mapping[str, Tensor]) -> None:
         self._places, self._keyed, self._tensors = places, keyed, tensors
         self._old: list[tuple[dict[str, Any], str, Tensor]] = []
         self._placed: list[tuple[Tensor, Tensor]] = []
@@ -190,10 +188,9 @@ class Swapped:
     def __enter__(self) -> None:
         try:
             for store, key, name in self._places:
-                tensor = self._tensors.get(name)
-                if tensor is None:
+                if name not in self._tensors:
                     continue
-                was = store[key]
+                tensor, was = self._tensors[name], store[key]
                 self._old.append((store, key, was))
                 store[key] = tensor
                 if type(tensor) is Tensor and isinstance(was, nn.Parameter):

@@ -20,7 +20,7 @@ from gradflow.functional.run.rows import LASTING_SUMS, NORMS, SUMS, Layout, Plac
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.functional.tap.sums import is_safe, safe_range
+from gradflow.functional.tap.sums import careful_magnitude, is_safe, safe_range
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.records import Floats
 
@@ -338,10 +338,24 @@ def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]
 
 
 def _sums(lasting: list[tuple[str, str, Gradient]], *, exact: bool) -> list[Tensor]:
-    """Return a number of each tensor: how many elements are zero, or its magnitude."""
-    tensors = [tensor for kind, _, tensor in lasting if kind != "pzeros"]
-    sizes = iter([size_of(t, exact=True) for t in tensors] if exact else sizes_of(tensors))
-    return [zeros_in(tensor) if kind == "pzeros" else next(sizes) for kind, _, tensor in lasting]
+    """Return a number of each tensor: how many elements are zero, or its magnitude.
+
+    Args:
+        lasting: kind of number, name, and tensor.
+        exact: whether gradients are summed in double precision.
+    """
+    if not exact:
+        sizes = iter(sizes_of([tensor for kind, _, tensor in lasting if kind != "pzeros"]))
+        return [zeros_in(tensor) if kind == "pzeros" else next(sizes) for kind, _, tensor in lasting]
+    found: list[Tensor] = []
+    for kind, _, tensor in lasting:
+        if kind == "pzeros":
+            found.append(zeros_in(tensor))
+        elif kind == "norm" and isinstance(tensor, Tensor):
+            found.append(careful_magnitude(tensor))
+        else:
+            found.append(size_of(tensor, exact=True))
+    return found
 
 
 def _norms(scalars: list[Tensor], are_norms: Iterable[bool]) -> list[float]:

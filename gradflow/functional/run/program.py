@@ -135,7 +135,9 @@ class WorkingState:
         state = {**self.parameters, **self.loss_parameters, **self.buffers, **(tensors or {})}
         for name in self.shards.gathered:  # which the model puts in place by itself
             del state[name]
-        return self._swap(state) if self._loss_swap is None else _both(self._swap(state), self._loss_swap(state))
+        return (
+            self._swap(state) if self._loss_swap is None else _both(self._swap(state), self._loss_swap(state))
+        )
 
     def current(self, buffers: Tensors) -> Tensors:
         """Return what the modules now hold in the place of some buffers."""

@@ -116,8 +116,12 @@ class Plan:
         return self.processes.rank if isinstance(self.processes, OnRank) else None
 
     def is_look(self, step: int) -> bool:
-        """Whether the costlier statistics are taken at a step: the first, each power of four, the last."""
-        return self.is_end(step) or (step & (step - 1) == 0 and step % 3 == 1)
+        """Whether the costlier statistics are taken at a step: the first, the last, powers of four between.
+
+        One that the last follows closely would tell little more.
+        """
+        power_of_four = step & (step - 1) == 0 and step % 3 == 1
+        return self.is_end(step) or (power_of_four and 2 * (self.end - 1) >= 3 * step)
 
     def is_end(self, step: int) -> bool:
         """Whether a step is the first or the last, as far as that is known: the costliest are taken there."""

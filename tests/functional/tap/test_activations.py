@@ -184,9 +184,11 @@ def test_a_unit_saturated_in_all_samples_but_one_is_not_always_so() -> None:
     np.testing.assert_allclose(found.saturated_share[[0, 1, 3]], [1.0, 1.0, 11 / 12])
 
 
-def test_looks_are_the_first_the_last_and_each_power_of_four() -> None:
+def test_looks_are_the_first_the_last_and_powers_of_four() -> None:
     plan = Plan(steps=100)
     assert [step for step in range(100) if plan.is_look(step)] == [0, 1, 4, 16, 64, 99]
+    plan = Plan(steps=20)  # the last follows 16 closely
+    assert [step for step in range(20) if plan.is_look(step)] == [0, 1, 4, 19]
     assert Plan(steps=1).is_look(0)
 
 
