@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -178,7 +177,7 @@ class Swapped:
         tensors: by qualified name.
     """
 
-    __slots__ = ("_keyed", "_old", "_places", "_placed", "_tensors")
+    __slots__ = ("_keyed", "_old", "_placed", "_places", "_tensors")
 
     def __init__(self, places: Sequence[Place], keyed: Sequence[Any], tensors: Mapping[str, Tensor]) -> None:
         self._places, self._keyed, self._tensors = places, keyed, tensors
