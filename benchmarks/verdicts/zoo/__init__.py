@@ -27,6 +27,8 @@ _FAMILIES = """
     contact11b_1 contact11b_2 contact11b_3 contact11b_4 contact11b_5
     contact12a_1 contact12a_2 contact12a_3 contact12a_4 contact12a_5
     contact12b_1 contact12b_2 contact12b_3 contact12b_4 contact12b_5
+    contact13a_1 contact13a_2 contact13a_3
+    contact13b_1 contact13b_2 contact13b_3 contact13b_4
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
