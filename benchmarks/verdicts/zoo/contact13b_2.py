@@ -189,7 +189,7 @@ def contrastive_bare(sick: bool, width: int) -> Setup:
 )
 def embedding_coincide(sick: bool, width: int) -> Setup:
     """Some anchors and their positives are one and the same sentence, with a distance of exactly zero; the
-    square root of the sum of squares has no finite slope there, and gradients are NaN though the loss is fine.
+    square root of the sum of squares has no finite slope there: NaN gradients, though the loss is fine.
     Repair: the vector norm, whose slope at zero is zero."""
     model = stack(
         words=nn.EmbeddingBag(40, width, mode="mean"),
@@ -270,7 +270,7 @@ def latent_dynamics(sick: bool, width: int) -> Setup:
 
 
 class _Messages(nn.Module):
-    """Mean aggregation of messages on a graph where all nodes are neighbours of all, then a class per node."""
+    """Mean aggregation of messages on a graph where all are neighbours of all, then a class per node."""
 
     def __init__(self, width: int, own: bool, layers: int = 3) -> None:
         super().__init__()

@@ -255,7 +255,7 @@ class _SelfTaught(nn.Module):
     dtypes=(FLOAT32,),
 )
 def healthy_still(width: int) -> Setup:
-    """The last layer is frozen over the first steps, as it should be in this method, and learns after that."""
+    """The last layer is frozen over the first steps, as it should be in this method, and learns later."""
     return setup(_SelfTaught(width, 8), textures(), F.cross_entropy)
 
 
