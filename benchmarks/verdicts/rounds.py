@@ -315,20 +315,20 @@ ROUNDS = (
         alarms_healthy=0,
         alarms_repaired=2,
         missed={
-            "contact13a-halfprecision-mean": "A count that overflows in half precision, and a loss of zero: told "
-            "as DEAD, without the overflow.",
+            "contact13a-halfprecision-mean": "A count that overflows in half precision, and a loss of zero: "
+            "told as DEAD, without the overflow.",
             "contact13a-adapter-ramp": "A factor that ramps up from zero over a thousand steps.",
             "contact13a-optimizer-layerdecay": "Rates that fall to nothing within the steps seen.",
             "contact13a-lm-newword": "Told as EXPLODING, at that layer.",
             "contact13a-recommender-shrunk": "Vectors that weight decay shrinks to nothing.",
             "contact13a-rl-target": "Targets that run away later; for twenty steps the loss only stays high.",
-            "contact13b-vision-selective": "Two scores of one layer, whose softmax is always a half: gradients "
-            "that are rounding beside their parts.",
+            "contact13b-vision-selective": "Two scores of one layer, whose softmax is always a half: "
+            "gradients that are rounding beside their parts.",
             "contact13b-metric-hardest": "Embeddings that are pulled together over twenty steps.",
             "contact13b-autograd-total": "A backward pass, written by hand, that ignores what comes in.",
         },
         alarmed={
-            "contact13a-preference-exponential": "A sigmoid in the loss at its flat end, where all is learned.",
+            "contact13a-preference-exponential": "A sigmoid in the loss at its flat end: all is learned.",
             "contact13a-speech-codebook": "Logits of a contrastive loss that are sharp and right.",
         },
     ),
