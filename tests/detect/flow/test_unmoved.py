@@ -132,13 +132,18 @@ def test_a_temperature_on_the_wrong_side(times: float, sick: bool) -> None:
     assert {layer for _, layer in found} <= {"one.2", "other.2"}
 
 
-@pytest.mark.parametrize(("factor", "sick"), [(1.0, False), (3e3, True)])
-def test_targets_a_thousand_times_as_large_as_outputs(factor: float, sick: bool) -> None:
+@pytest.mark.parametrize(
+    ("factor", "least", "sick"),
+    [(1.0, IssueSeverity.LOW, False), (100.0, MEDIUM, False), (3e3, MEDIUM, True)],
+)
+def test_targets_a_thousand_times_as_large_as_outputs(
+    factor: float, least: IssueSeverity, sick: bool
+) -> None:
     def sample() -> tuple[Tensor, Tensor]:
         x = torch.randn(48, 8)
         return x, factor * torch.stack([x[:, i] * x[:, i + 1] for i in range(6)], 1)
 
-    found = serious(Scaled(1.0), sample, F.mse_loss, least=IssueSeverity.LOW)
+    found = serious(Scaled(1.0), sample, F.mse_loss, least=least)
     assert ((LARGE, "last") in found) == sick
 
 

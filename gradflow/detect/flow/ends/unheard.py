@@ -218,15 +218,17 @@ def tiny_targets(flow: Flow, above: float) -> list[Issue]:
     ]
 
 
-def unmet_targets(flow: Flow) -> list[Issue]:
+def unmet_targets(flow: Flow, hopeless: float = 1e-3) -> list[Issue]:
     """Heads of a model that guesses, whose targets are so far off that steps of a usual size change nothing.
 
     Measured: the response of the loss to the steps, the part of it that the outputs can change, and that the
     operations behind them hand back what reaches them, and it costs what zeros do: so the outputs are small
-    beside what is asked for.
+    beside what is asked for. A few hundred times as far as the outputs are large takes a longer run (LOW).
 
     Args:
         flow: the record along its wiring.
+        hopeless: part of the loss that the outputs can change by changing as much as they are large, below
+            which it is MEDIUM: of a squared error, targets two thousand times as large as they are.
     """
     graph, moved = flow.record.graph_record, _moved(flow)
     if graph is None or not graph.measured or not max(moved.values(), default=math.inf) < _SMALL:
@@ -242,7 +244,7 @@ def unmet_targets(flow: Flow) -> list[Issue]:
             layer=flow.layers[node].name,
             layer_type=flow.layers[node].type,
             issue_type=IssueType.EXPLODING,
-            severity=IssueSeverity.LOW,
+            severity=IssueSeverity.MEDIUM if part < hopeless else IssueSeverity.LOW,
             description=f"Its targets are far from the scale of its outputs: if those changed by as much as "
             f"they are large, the loss would change by {part:.1e} of itself, and by {heard:.1e} as all "
             "weights did. The steps are of a usual size, and the loss stands still: what it costs is the "
