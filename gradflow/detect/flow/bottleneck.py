@@ -18,7 +18,7 @@ from gradflow.detect.evidence import (
 )
 from gradflow.detect.flow.ends.alike import collapsed, constant
 from gradflow.detect.flow.ends.drowned import alike_outputs, drowned_inputs
-from gradflow.detect.flow.ends.misgiven import blind_losses
+from gradflow.detect.flow.ends.misgiven import blind_losses, misgiven_losses
 from gradflow.detect.flow.ends.smoothed import smoothed, starved_before
 from gradflow.detect.knowledge import knows, learns
 from gradflow.detect.view import Flow, flow_of
@@ -89,7 +89,8 @@ def bottleneck(
         narrow = _narrow(flow, waists, rank_excess, lost_samples)
         smooth = smoothed(flow, passages, alike, alike_fall)
         starved = starved_before(flow, smooth)
-        found = smooth or blind_losses(flow) or collapsed(flow, collapse) or constant(flow, same)
+        given = blind_losses(flow) or misgiven_losses(flow, IssueType.BOTTLENECK)
+        found = smooth or given or collapsed(flow, collapse) or constant(flow, same)
         return [*narrow, *starved, *(found or drowned_inputs(flow) or alike_outputs(flow))]
 
     return detector

@@ -1,11 +1,13 @@
 """What a loss does with the outputs that it is given, heard while it is computed.
 
 NOTE [What a loss cannot mean]
-Some functions of PyTorch take numbers of one meaning and check nothing. Targets of a binary cross entropy are
-probabilities, from 0 to 1. A cross entropy makes probabilities of scores itself: given some already, which
-never lie further apart than 1, it cannot fall to zero. `nll_loss`, `kl_div` and `ctc_loss` take logarithms of
-probabilities, none of which is above zero. And an operation of two tensors with equally many elements, (N, 1)
-and (N,), sets every element of one against every one of the other: no sample is held against its own target.
+Some functions of PyTorch take numbers of one meaning and check nothing. Targets of a binary cross entropy
+are probabilities, from 0 to 1. A cross entropy makes probabilities of scores itself: given some already,
+which never lie further apart than 1, it cannot fall to zero. `nll_loss`, `kl_div` and `ctc_loss` take
+logarithms of probabilities, none of which is above zero; those of one sample add up to one, and where those
+of one class do instead, the softmax ran over the wrong axis. And an operation of two tensors with equally
+many elements, (N, 1) and (N,), sets every element of one against every one of the other: no sample is held
+against its own target.
 
 NOTE [Pooled before it is squashed]
 A log-sigmoid of the sum over all pairs is not the sum of their log-sigmoids: once the sum is large, its slope
@@ -90,8 +92,10 @@ class Heard(TorchFunctionMode):
         axis = 1 if scores.dim() > 1 else 0
         if scores.shape[axis] < 2 or not bool((scores >= 0).all()):
             return
-        if bool((scores.detach().float().sum(axis) - 1).abs().max() < _SLACK):
+        if _add_up(scores.detach(), axis):
             self.misgiven["probabilities as scores"] = None
+        elif scores.dim() == 2 and _add_up(scores.detach(), 0):
+            self.misgiven["probabilities over samples"] = None
 
     def _hear_logarithms(self, name: str, values: Any) -> None:
         if not isinstance(values, Tensor) or not values.numel() or not values.is_floating_point():
@@ -100,6 +104,10 @@ class Heard(TorchFunctionMode):
         if high > _SLACK and id(values) in self._made:
             whole = low >= 0 and high <= 1 + _SLACK
             self.misgiven[f"{'probabilities' if whole else 'scores'} as logarithms"] = None
+        elif name == "nll_loss" and values.dim() == 2 and id(values) in self._made:
+            odds = values.detach().float().exp()
+            if _add_up(odds, 0) and not _add_up(odds, 1):
+                self.misgiven["probabilities over samples"] = None
 
     def _hear_pooled(self, name: str, func: Any, args: tuple[Any, ...], made: Tensor) -> None:
         """Keep by row what a single number is made of, and ask it where that number is squashed."""
@@ -136,6 +144,11 @@ class Heard(TorchFunctionMode):
         if shape.numel() >= 2 * first.numel():
             output, other = (first, second) if id(first) in self._made else (second, first)
             self.crossed = (tuple(output.shape), tuple(other.shape))
+
+
+def _add_up(odds: Tensor, axis: int) -> bool:
+    """Whether numbers add up to one along an axis."""
+    return bool((odds.float().sum(axis) - 1).abs().max() < _SLACK)
 
 
 def _is_flat(name: str, value: float, made: Tensor) -> bool:

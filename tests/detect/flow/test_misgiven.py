@@ -126,6 +126,10 @@ SOFT, LOG = nn.Softmax(-1), nn.LogSoftmax(-1)
         ([LOG], F.nll_loss, classes, None),
         ([LOG], F.cross_entropy, classes, None),
         ([LOG], to_teacher, teacher, None),
+        ([nn.LogSoftmax(0)], F.nll_loss, classes, BLIND),
+        ([nn.Softmax(0)], F.cross_entropy, classes, BLIND),
+        ([nn.Softmax(0)], lambda output, target: F.nll_loss((output + 1e-9).log(), target), classes, BLIND),
+        ([nn.Softmax(1)], lambda output, target: F.nll_loss((output + 1e-9).log(), target), classes, None),
     ],
 )
 def test_losses_that_are_given_something_else(

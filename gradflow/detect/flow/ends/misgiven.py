@@ -99,6 +99,13 @@ _SAID = {
         "which are no such logarithms: the loss has no lower bound, and the scores run away with it.",
         "Put a log_softmax over the classes at the end of the model; cross_entropy has one of its own.",
     ),
+    "probabilities over samples": (
+        IssueType.BOTTLENECK,
+        "The softmax runs over the samples of the batch: the probabilities of one class add up to one over "
+        "the samples, and not those of one sample over the classes. Samples compete with one another, and a "
+        "right answer for all is out of reach.",
+        "Take it over the classes: softmax(dim=-1), log_softmax(dim=-1); cross_entropy has one of its own.",
+    ),
 }
 
 
