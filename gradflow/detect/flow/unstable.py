@@ -10,6 +10,7 @@ import numpy as np
 
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
 from gradflow.detect.evidence import beginnings, late, total_gradient
+from gradflow.detect.flow.ends.misgiven import misgiven_losses
 from gradflow.detect.flow.runaway import blown_up, drifting, layer_of_jump, of_the_run, paid_for_errors
 from gradflow.detect.flow.steps import flung, thrown
 from gradflow.detect.knowledge import calm, guesses, has_learned, no_worse
@@ -88,6 +89,8 @@ def unstable(
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
+        if upside_down := misgiven_losses(flow, IssueType.UNSTABLE):
+            return [*upside_down, *_small_batch_norms(flow, few_values)]
         found = _jumps(flow, cv_threshold, jump, restless, restless_jump)
         if not any(issue.severity.is_serious for issue in found):
             found = _risen(flow, risen) or _leaving(flow) or thrown(flow, jump, restless_jump) or found

@@ -80,7 +80,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         with torch.no_grad(), _asking(program) as before, before.again(program):
             own = private_copy(Tensor.clone, output)
             with Heard(own, rows.number) as heard:
-                given.loss_of(own, request.batch)
+                heard.hear_whole(float(given.loss_of(own, request.batch)))
             guesses = [loss_of(change) for change in (shuffled, averaged, torch.zeros_like)]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
             by_mean = _sees_means(loss_of, (loss, *guesses), max(variations, default=0.0))

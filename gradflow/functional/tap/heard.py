@@ -32,6 +32,7 @@ _OF_LOGARITHMS = {"nll_loss": "input", "kl_div": "input", "ctc_loss": "log_probs
 _BY_ELEMENT = frozenset(
     ("sub", "rsub", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "mul", "rmul", "div", "truediv")
 )
+_ERRORS = frozenset(("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss"))
 _POOLS = ("sum", "mean")
 _LINEAR = ("add", "radd", "sub", "rsub", "neg", "mul", "rmul", "div", "truediv")
 _SQUASHES = ("sigmoid", "logsigmoid", "softplus", "tanh", "binary_cross_entropy_with_logits")
@@ -57,6 +58,7 @@ class Heard(TorchFunctionMode):
         self.misgiven: dict[str, None] = {}
         self.scored = False
         self.crossed: tuple[tuple[int, ...], ...] = ()
+        self._errors: list[float] = []  # what functions that measure one gave, of outputs
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -77,8 +79,15 @@ class Heard(TorchFunctionMode):
         if self._rows and isinstance(made, Tensor) and made.numel() == 1 and not in_place:
             self._hear_pooled(name.replace("log_sigmoid", "logsigmoid"), func, args, made)
         if any(id(x) in self._made for x in given if isinstance(x, Tensor)):
+            if name in _ERRORS and isinstance(made, Tensor) and made.numel() == 1:
+                self._errors.append(float(made))
             self._made |= {id(tensor): tensor for tensor in iter_tensors(made)}
         return made
+
+    def hear_whole(self, loss: float) -> None:
+        """Hear what the loss gives: an error with a minus asks for errors."""
+        if any(loss < 0 < error and math.isclose(loss, -error, rel_tol=1e-6) for error in self._errors):
+            self.misgiven["an error with a minus"] = None
 
     def _hear_odds(self, target: Any) -> None:
         if isinstance(target, Tensor) and target.numel():

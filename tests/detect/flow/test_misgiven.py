@@ -15,6 +15,7 @@ from gradflow.records import Issue, IssueSeverity, IssueType
 pytestmark = pytest.mark.filterwarnings("ignore:Using a target size")
 Loss = Callable[[Tensor, Tensor], Tensor]
 BLIND, SURE, LARGE = IssueType.BOTTLENECK, IssueType.SATURATION, IssueType.EXPLODING
+UPSIDE_DOWN = IssueType.UNSTABLE
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +127,9 @@ SOFT, LOG = nn.Softmax(-1), nn.LogSoftmax(-1)
         ([LOG], F.nll_loss, classes, None),
         ([LOG], F.cross_entropy, classes, None),
         ([LOG], to_teacher, teacher, None),
+        ([], lambda output, target: -F.cross_entropy(output, target), classes, UPSIDE_DOWN),
+        ([LOG], lambda output, target: -F.nll_loss(output, target), classes, UPSIDE_DOWN),
+        ([LOG], lambda output, target: -output.gather(1, target[:, None]).mean(), classes, None),
         ([nn.LogSoftmax(0)], F.nll_loss, classes, BLIND),
         ([nn.Softmax(0)], F.cross_entropy, classes, BLIND),
         ([nn.Softmax(0)], lambda output, target: F.nll_loss((output + 1e-9).log(), target), classes, BLIND),

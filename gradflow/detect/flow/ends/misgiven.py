@@ -99,6 +99,13 @@ _SAID = {
         "which are no such logarithms: the loss has no lower bound, and the scores run away with it.",
         "Put a log_softmax over the classes at the end of the model; cross_entropy has one of its own.",
     ),
+    "an error with a minus": (
+        IssueType.UNSTABLE,
+        "The loss is an error (a cross entropy, a squared error) with a minus before it: it is the lower the "
+        "more wrong the outputs are, and has no lower bound.",
+        "Take the minus away: what an optimizer makes small is the error itself. Of nll_loss the minus is "
+        "in it already.",
+    ),
     "probabilities over samples": (
         IssueType.BOTTLENECK,
         "The softmax runs over the samples of the batch: the probabilities of one class add up to one over "
@@ -125,7 +132,7 @@ def misgiven_losses(flow: Flow, kind: IssueType) -> list[Issue]:
             layer=layer.name,
             layer_type=layer.type,
             issue_type=kind,
-            severity=IssueSeverity.HIGH if kind is IssueType.EXPLODING else IssueSeverity.MEDIUM,
+            severity=IssueSeverity.HIGH if kind in _WITHOUT_END else IssueSeverity.MEDIUM,
             description=f"{text} The loss is {known.loss:.3g}; zeros cost {known.silent:.3g}.",
             magnitude=1.0,
             recommended_actions=(action,),
@@ -137,6 +144,7 @@ def misgiven_losses(flow: Flow, kind: IssueType) -> list[Issue]:
     ]
 
 
+_WITHOUT_END = (IssueType.EXPLODING, IssueType.UNSTABLE)
 _RANGES = {
     "sigmoid": "0 to 1",
     "hardsigmoid": "0 to 1",
