@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gradflow.detect import Detector
 from gradflow.detect.precision.slow import crawling
+from gradflow.detect.recurrent.crossed import along_samples
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
 from gradflow.functional.recurrent.measurement import recurrence
 from gradflow.pipelines.flow import Pipeline, flow
@@ -37,4 +38,4 @@ def recurrence_detectors(*, fresh: float = 1.0) -> tuple[Detector, ...]:
     Args:
         fresh: see `fading`.
     """
-    return (fading(fresh=fresh), amplifying(), gated())
+    return (fading(fresh=fresh), amplifying(), gated(), along_samples())
