@@ -249,7 +249,8 @@ class SightRecord:
         padding: root mean square of the gradient at padding over that at words, from all words; NaN where no
             padding is known.
         padding_told: whether the model is told of padding by a mask among its inputs.
-        whole: whether it is of the whole model, whose targets are its inputs shifted by one.
+        whole: whether it is of the whole model, whose targets are its inputs shifted by one, or
+        own: the very inputs, each at its place.
         ordered: of the whole model, whether it tells the order of its inputs: False where equal tokens of one
             sequence get equal outputs, wherever they stand.
     """
@@ -260,6 +261,7 @@ class SightRecord:
     padding: float = float_field(float("nan"))
     padding_told: bool = False
     whole: bool = False
+    own: bool = False
     ordered: bool = True
 
 

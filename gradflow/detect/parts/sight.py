@@ -21,7 +21,8 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
     Why this is evidence: where a position is hidden, the gradient is exactly zero; where it leaks, it has
     0.06 to 0.8 of the size of the others. A model whose targets are its inputs shifted by one must not see
     the future: what it is asked for is there to be copied, its loss falls, and it has learned nothing for the
-    day when there is no future yet. Padding is known from the mask among the model's inputs, or from
+    day when there is no future yet. So it is where the future is hidden and the targets are the inputs, not
+    shifted at all. Padding is known from the mask among the model's inputs, or from
     `padding_idx`.
 
     Looks alike and is not: a model that is not told positions and hides none, which sees the next word and
@@ -37,6 +38,10 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
     def detector(record: FlowRecord) -> Iterable[Issue]:
         sights = [sight for sight in record.parts.sights if not sight.whole]
         model = next((sight for sight in record.parts.sights if sight.whole), None)
+        if model is not None and model.own:
+            if model.future <= _HIDDEN:
+                yield _asked_for_its_own(model)
+            model = None
         if model is not None and model.future > leak:
             leaking = [s for s in sights if s.future > leak]
             for sight in _once(leaking, sights) or [model]:
@@ -50,6 +55,27 @@ def leaking_attention(leak: float = 1e-3, *, most: float = 2.0) -> Callable[[Flo
             yield from _padded(group, leak, most)
 
     return detector
+
+
+def _asked_for_its_own(model: SightRecord) -> Issue:
+    return Issue(
+        layer=model.name,
+        layer_type=model.type,
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.HIGH,
+        description="It hides later positions, as what predicts the next word does, and its targets are the "
+        "very words that it is given, each at its own place: they are there to be copied, and the loss falls "
+        "without anything learned of what comes next. (None of the seven types means this; it is the one "
+        "about what passes.)",
+        magnitude=1.0,
+        recommended_actions=(
+            "Shift the targets by one: the output at a position against the word at the next "
+            "(logits[:, :-1] against tokens[:, 1:]).",
+            "Where the model shifts labels by itself, as those of transformers do, hand it labels and let it "
+            "compute the loss.",
+        ),
+        metrics={"model_future": model.future},
+    )
 
 
 def _once(found: Sequence[SightRecord], of: Sequence[SightRecord]) -> Sequence[SightRecord]:

@@ -42,7 +42,7 @@ def sight() -> Sight:
     """Return the measurement of what each attention lets its outputs see: `analyze` takes it in every run.
 
     The record has it as `record.parts.sights`, one for every module with self-attention, one for the whole
-    model where its targets are its own inputs shifted by one.
+    model where its targets are its own inputs, shifted by one or not.
 
     >>> import gradflow as gf
     >>> _ = torch.manual_seed(0)
@@ -149,6 +149,10 @@ class SightSession(Session):
                     ordered=tells_order(tokens, output),
                 )
             )  # fmt: skip
+        elif (repeated := self._texts.repeated()) is not None:
+            kind = self._recorder.calls[0].type if self._recorder.calls else ""
+            future = _future(*repeated, 1)
+            self._found.append(SightRecord(name="", type=kind, whole=True, own=True, future=future))
         self._entered, self._pairs = {}, []
 
     def end(self) -> None:

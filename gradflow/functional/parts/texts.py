@@ -83,6 +83,14 @@ class Texts:
         """Return the tokens that a mask speaks of, which are not the mask itself; None without any."""
         return next((t for t, _, _ in self._embedded if t.shape == mask.shape and t is not mask), None)
 
+    def repeated(self) -> tuple[Tensor, Tensor] | None:
+        """Return embedded tokens and the model's output, if targets are the very tokens at their places."""
+        for tokens, embedded, _ in self._embedded:
+            output = next((y for y in self._output if y.shape[:2] == tokens.shape), None)
+            if output is not None and any(_is_itself(tokens, target) for target in self._targets):
+                return embedded, output
+        return None
+
     def shifted(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return tokens, embedded tokens and the model's output, if targets are the tokens shifted by one."""
         for tokens, embedded, _ in self._embedded:
@@ -126,6 +134,17 @@ def _is_next(tokens: Tensor, target: Tensor) -> bool:
     if following.numel() == 0:
         return False
     return float(following.float().mean()) >= _ALIKE and float(same.float().mean()) < _ALIKE
+
+
+def _is_itself(tokens: Tensor, target: Tensor) -> bool:
+    """Whether targets are the tokens at their own places, of which those next to one another differ."""
+    if target.numel() != tokens.numel() or tokens.shape[1] < 3 or not tokens.numel():
+        return False
+    target = target.reshape(tokens.shape)
+    counts, varied = target >= 0, tokens[:, 1:] != tokens[:, :-1]
+    if not bool(counts.any()) or float(varied.float().mean()) < 0.1:
+        return False
+    return float((target == tokens)[counts].float().mean()) >= _ALIKE
 
 
 def tells_order(tokens: Tensor, output: Tensor) -> bool:

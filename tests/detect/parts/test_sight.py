@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import attrs
+
 import gradflow as gf
 from gradflow.detect import leaking_attention, stray_dropout
 from gradflow.records import (
@@ -48,6 +50,15 @@ def test_a_leak_that_cannot_be_used_is_low() -> None:
 
 def test_a_leak_in_no_attention_is_the_models() -> None:
     assert told(issues(sights(0.0, 0.0, model=0.2))) == [("", IssueSeverity.HIGH)]
+
+
+def test_targets_that_are_the_inputs_are_told_where_the_future_is_hidden() -> None:
+    own = SightRecord(name="", type="Gpt", future=0.0, whole=True, own=True)
+    (issue,) = issues((own, *sights(0.0, 0.0)))
+    assert issue.severity is IssueSeverity.HIGH
+    assert "Shift the targets" in issue.recommended_actions[0]
+    encoder = attrs.evolve(own, future=0.4)  # what sees both sides may be asked for what it is given
+    assert issues((encoder, *sights(0.4, 0.4))) == []
 
 
 def test_what_sees_the_future_and_may_is_left_alone() -> None:

@@ -160,7 +160,10 @@ def test_targets_that_are_not_the_next_words_are_not_taken_for_them() -> None:
         words, _ = text()
         return words, words
 
-    assert [s.name for s in record_of(Language(Written(False)), same).parts.sights] == ["attentions.0"]
+    for causal in (True, False):
+        attention, model = record_of(Language(Written(causal)), same).parts.sights
+        assert (attention.name, model.name, model.own) == ("attentions.0", "", True)
+        assert (model.future == 0) == causal
 
     def alike() -> tuple[Tensor, Tensor]:  # one word over and over: next and same cannot be told apart
         return torch.ones(4, TIME, dtype=torch.long), torch.ones(4, TIME, dtype=torch.long)
