@@ -68,7 +68,7 @@ def passed_by(flow: Flow, activation: ActivationRecord) -> bool:
     A gate that is shut hands nothing back past itself either, and the loss stands.
     """
     node = node_name(activation.layer)
-    if not (activation.functional and activation.kind == "bounded" and flow.wiring.known):
+    if not (activation.functional and activation.op in ("sigmoid", "tanh") and flow.wiring.known):
         return False
     if not flow.ends_weightless(node) or not falls(flow.record):
         return False
