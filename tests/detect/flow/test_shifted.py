@@ -44,8 +44,8 @@ def net(bias: bool = True) -> nn.Sequential:
 @torch.no_grad()
 def by_bias(new: float) -> nn.Module:
     model = net()
-    model[2].bias -= 30
-    model[2].bias[-1] = new
+    model.get_parameter("2.bias").sub_(30)
+    model.get_parameter("2.bias")[-1] = new
     return model
 
 
@@ -67,7 +67,7 @@ class Shared(nn.Module):
 @torch.no_grad()
 def prior() -> nn.Module:
     model = net()
-    model[2].bias[3] = 40
+    model.get_parameter("2.bias")[3] = 40
     return model
 
 
@@ -94,7 +94,7 @@ def test_all_classes_far_below_zero(make: Callable[[], nn.Module]) -> None:
 @torch.no_grad()
 def test_weights_that_are_too_large_are_no_constant() -> None:
     model = net()
-    model[2].weight *= 60
+    model.get_parameter("2.weight").mul_(60)
     report = report_of(model)
     assert serious(report, IssueType.EXPLODING)
     assert not [i for i in serious(report, IssueType.SATURATION) if "alike" in i.description]
@@ -107,7 +107,7 @@ def regression(loss: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0, rat
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 1))
     with torch.no_grad():
-        model[2].weight *= scale
+        model.get_parameter("2.weight").mul_(scale)
     generator, target = torch.Generator().manual_seed(1), [torch.empty(0)]
     mix = torch.randn(12, 1, generator=generator)
 
