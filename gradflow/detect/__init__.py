@@ -40,6 +40,7 @@ from gradflow.detect.precision.underflow import underflowing
 from gradflow.detect.recurrent.crossed import along_samples
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
 from gradflow.detect.updates.decay import decaying_weights
+from gradflow.detect.updates.fading import fading_rates
 from gradflow.detect.updates.rate import asks_for_curves
 from gradflow.detect.updates.slow import slow_updates
 from gradflow.detect.updates.unheld import unheld_parameters
@@ -72,6 +73,7 @@ __all__ = [
     "explain",
     "exploding",
     "fading",
+    "fading_rates",
     "find_causes",
     "gated",
     "growing_logits",

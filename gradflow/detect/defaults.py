@@ -26,6 +26,7 @@ from gradflow.detect.processes.differing import partly_used, unequal_processes
 from gradflow.detect.processes.layers import unfed_experts, unsynchronised_norms
 from gradflow.detect.processes.odd import odd_process, same_data
 from gradflow.detect.updates.decay import decaying_weights
+from gradflow.detect.updates.fading import fading_rates
 from gradflow.detect.updates.slow import slow_updates
 from gradflow.detect.updates.unheld import unheld_parameters
 from gradflow.records import FlowRecord, Issue
@@ -71,6 +72,7 @@ def default_detectors(
         drowned_codes(),
         still_sinusoids(),
         slow_updates(),
+        fading_rates(),
         decaying_weights(),
         unheld_parameters(),
         unequal_processes(),

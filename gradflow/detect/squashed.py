@@ -61,6 +61,27 @@ def is_right(flow: Flow, activation: ActivationRecord, share: float = 0.9) -> bo
     return knows(flow.record, INFORMED) and flow.ends_weightless(node_name(activation.layer))
 
 
+def passed_by(flow: Flow, activation: ActivationRecord) -> bool:
+    """Whether a sigmoid or tanh in the loss is a weight on what else the loss makes of the same numbers, in a
+    run whose loss falls: its slope is not the only way back, and what comes back by another does its work.
+
+    A gate that is shut hands nothing back past itself either, and the loss stands.
+    """
+    node = node_name(activation.layer)
+    if not (activation.functional and activation.op in ("sigmoid", "tanh") and flow.wiring.known):
+        return False
+    if not flow.ends_weightless(node) or not falls(flow.record):
+        return False
+    todo, seen = [*flow.wiring.succs.get(node, ())], set[str]()
+    while todo:
+        name = todo.pop()
+        if name in seen or flow.wiring.nodes[name].type == activation.op:
+            continue
+        seen.add(name)
+        todo += flow.wiring.succs.get(name, ())
+    return flow.wiring.loss in seen
+
+
 def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) -> Actions:
     """For a saturated activation."""
     gain = row_gain(flow, node_name(feeder)) if node_name(feeder) in flow.layers else math.nan

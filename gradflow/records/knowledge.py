@@ -24,7 +24,8 @@ class KnowledgeRecord:
         loss: of the outputs as they are.
         shuffled: of the same outputs, each given to another sample.
         averaged: of their mean over the samples, given to all of them.
-        silent: of zeros in their place. For a cross entropy over k classes that is ln k.
+        silent: of zeros in their place. For a cross entropy over k classes that is ln k. Of guesses that
+            make the loss leave out most of the alternatives that it holds outputs against, all are NaN.
         louder: where the loss is below zero, that of outputs four times as large: of a loss that falls as its
             outputs grow it is four times as low, and sixteen times where it falls with their square.
         num_samples: number of rows that were shuffled.

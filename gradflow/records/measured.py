@@ -164,6 +164,8 @@ class NumericalRecord:
         input_max: largest value that entered the operation (NaN if unknown).
         line: `file:line` of the user's code that called the operation, if it was seen.
         loss_finite: whether the loss of that step is finite.
+        swallowed_by: the operation that made finite numbers of it again, in a step whose loss and gradients
+            are finite and that hands nothing back; "" where it spread.
     """
 
     step: int
@@ -176,3 +178,4 @@ class NumericalRecord:
     input_max: float = float_field(NAN)
     line: str = ""
     loss_finite: bool = True
+    swallowed_by: str = ""

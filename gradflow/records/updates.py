@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import attrs
 import numpy as np
@@ -21,6 +22,7 @@ class UpdateRecord:
         name: qualified name, as in `model.named_parameters()`.
         layer: qualified name of the module that owns it.
         held: whether an optimizer holds it.
+        group: the number of the parameter group that does, over all optimizers; −1 without one.
         rate: the learning rate of its group.
         epsilon: the ε of its group, as the step compares it with √v̂; NaN where there is none.
         weight_rms: root mean square of p before the update.
@@ -40,6 +42,7 @@ class UpdateRecord:
     name: str
     layer: str = ""
     held: bool = True
+    group: int = -1
     rate: Floats = array_field()
     epsilon: float = float_field(NAN)
     weight_rms: Floats = array_field()
@@ -119,6 +122,10 @@ class CurvatureRecord:
         return factor if change < 0 else 0.0
 
 
+def _by_group(rates: Iterable[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(to_floats(of_one) for of_one in rates)
+
+
 @attrs.frozen(kw_only=True)
 class UpdatesRecord:
     """What the optimizer really did in a run.
@@ -129,6 +136,7 @@ class UpdatesRecord:
         clipping: by step of the run, what clipping multiplied the gradient by before the update; 1 where it
             left it alone, NaN where no update followed, or nothing clips.
         rates: by step of the run, the learning rate of the first parameter group at the update.
+        group_rates: the same of every parameter group of all optimizers, in their order.
         loss_scale: by step of the run, that of the scaler; NaN without one.
         num_updates: how many updates were made.
         num_skipped: how many were not, because the loss or a gradient was not finite.
@@ -141,6 +149,7 @@ class UpdatesRecord:
     parameters: tuple[UpdateRecord, ...] = attrs.field(default=(), converter=to_tuple)
     clipping: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     rates: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
+    group_rates: tuple[tuple[float, ...], ...] = attrs.field(default=(), converter=_by_group)
     loss_scale: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     num_updates: int = 0
     num_skipped: int = 0

@@ -166,6 +166,11 @@ def not_finite(flow: Flow, cause: Issue, victim: Issue) -> bool:
     return not any(issue.evidence.plays(Role.SUBNORMAL) for issue in (cause, victim))
 
 
+def swallowed(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause is of a value that is not finite and that an operation has swallowed, gradient and all."""
+    return bool(cause.metrics.get("swallowed_by"))
+
+
 def picks(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """A router that picks several of a numbered list of parts, never this one; one alone is no pick."""
     parts, _, number = victim.layer.rpartition(".")

@@ -229,6 +229,11 @@ RULES: tuple[Rule, ...] = (
         roles=(Role.UNDEFINED, Role.GIVEN), when=_if.there_before,
         because="it spreads, and next to where an operation is not defined slopes have no bound",
     ),
+    Rule(
+        cause=_T.NUMERICAL, victim=(_T.DEAD, _T.VANISHING, _T.BOTTLENECK), where=_ANYWHERE,
+        when=_if.swallowed,
+        because="the gradient went with the value that is not finite",
+    ),
     # BOTTLENECK: what does not pass is missing before it.
     Rule(
         cause=_T.BOTTLENECK, victim=_T.VANISHING, where="upstream", when=_if.on_the_way,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from gradflow.detect.actions import numerical_actions
+from gradflow.detect.flow.ends.swallowed import swallowed
 from gradflow.detect.updates.poison import with_poison
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
@@ -42,6 +43,9 @@ def numerical() -> Callable[[FlowRecord], Iterable[Issue]]:
     Looks alike and is not: the -inf of an attention mask or of forbidden actions, and any other Inf that
     reaches neither the loss nor a gradient.
 
+    What is not finite may also be swallowed before the loss (x / inf is zero), and the gradient with it: told
+    where all gradients, or those of the layer that it comes from, are exactly zero, by `swallowed`.
+
     Where weights and gradients were finite and the optimizer's step made them otherwise, that is told with
     the reason.
 
@@ -53,7 +57,7 @@ def numerical() -> Callable[[FlowRecord], Iterable[Issue]]:
         flow = flow_of(record)
         broken = broken_steps(flow)
         if not broken.any():
-            return []
+            return swallowed(flow)
         born = [n for n in record.numerics if n.step < len(broken) and broken[n.step]]
         by_layer: dict[str, list[NumericalRecord]] = {}
         for certificate in born:

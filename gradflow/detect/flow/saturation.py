@@ -10,16 +10,23 @@ import attrs
 import numpy as np
 
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
-from gradflow.detect.flow.ends.loud import sharp_scores
 from gradflow.detect.flow.ends.misgiven import (
     bounded_scores,
     misgiven_losses,
     out_of_reach,
     pooled_before_squashed,
 )
+from gradflow.detect.flow.ends.sharp import sharp_scores, shifted_scores
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns, no_better
-from gradflow.detect.squashed import WANTED, gate_actions, is_right, is_wanted, saturation_actions
+from gradflow.detect.squashed import (
+    WANTED,
+    gate_actions,
+    is_right,
+    is_wanted,
+    passed_by,
+    saturation_actions,
+)
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import MOST_NEIGHBOURS, node_name
 from gradflow.records import (
@@ -48,7 +55,7 @@ def saturation(
     255 saturate a sigmoid and enlarge the gradient of the weights before it.
 
     The softmax or sigmoid inside a cross entropy is seen by the loss itself: that of the first step over what
-    zeros cost, where it is still above that at the end (`gradflow.detect.flow.ends.loud.sharp_scores`). One
+    zeros cost, where it is still above that at the end (`gradflow.detect.flow.ends.sharp`). One
     that the loss applies to the sum over all samples, by the samples that are on its other side.
 
     The gates of a fused recurrent layer are out of sight; there the rms of its input times that of the rows
@@ -64,7 +71,8 @@ def saturation(
     out (an action whose best value is the bound, a mask: LOW), but before another sigmoid or softmax, which
     asks for scores without bound; a softmax over one alternative, which is `dead`'s; a sigmoid of
     scores of which those not chosen were set to minus infinity, which is off for them by intent (an
-    infinity that was not meant is `numerical`'s).
+    infinity that was not meant is `numerical`'s); a weight inside the loss, where what it is made of goes
+    into the loss past it too, and the loss falls (LOW).
 
     Args:
         share: saturated share from which the verdict is MEDIUM. With inputs of unit variance a tanh has 0.3
@@ -88,7 +96,11 @@ def saturation(
         worst = [_worst(calls, uses[name]) for name, calls in found.items()]
         given = misgiven_losses(flow, IssueType.SATURATION) or out_of_reach(flow, IssueType.SATURATION)
         given = given or bounded_scores(flow) or pooled_before_squashed(flow)
-        return [*worst, *_driven_gates(flow, share), *(given or sharp_scores(flow, sharp))]
+        return [
+            *worst,
+            *_driven_gates(flow, share),
+            *(given or shifted_scores(flow) or sharp_scores(flow, sharp)),
+        ]
 
     return detector
 
@@ -98,6 +110,7 @@ _LEARNED = " The loss has fallen by more than half meanwhile: it may simply be s
 _PASSES = (
     " But few of its units are so for all samples, what passes is enough to learn by, and the loss falls."
 )
+_PASSED_BY = " But the loss takes the same numbers past it as well, and falls by what comes back from there."
 _KNOWS = " The loss is far below that of guesses: the model is sure, and right."
 
 
@@ -142,6 +155,8 @@ def _issue(
         severity, calm = IssueSeverity.LOW, WANTED
     if severity.is_serious and is_right(flow, activation):
         severity, calm = IssueSeverity.LOW, _KNOWS
+    if severity.is_serious and passed_by(flow, activation):
+        severity, calm = IssueSeverity.LOW, _PASSED_BY
     return Issue(
         layer=activation.layer,
         layer_type=layer.type if layer else activation.op,

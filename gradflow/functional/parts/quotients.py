@@ -44,6 +44,8 @@ class Quotients:
             return None
         if not above.requires_grad or below.requires_grad or below.is_complex():
             return None
+        if below.dtype is torch.bool:
+            return None
         summed = next((parts for total, parts in self._sums if total is below), None)
         if below.numel() < 2 and summed is None:
             return None

@@ -4,13 +4,21 @@ Forward, each function whose output is not finite although its inputs are is a b
 followed, so that of several births the one that reaches the loss is named. An infinity that the program asked
 for (a mask filled with `-inf`) is no birth. Backward, the autograd graph is walked node by node, and the
 first node that turns finite gradients into non-finite ones is the birth.
+
+NOTE [Swallowed]
+What is not finite may be gone again before the loss: x / inf and exp(-inf) are zero, and a clamp, a selection
+or `nan_to_num` puts a number in its place. The loss is finite then, and so are the gradients, which such an
+operation makes exactly zero. So a step that hands back nothing to a parameter is traced as well, and of a
+birth it is told which operation on the way of the gradient has swallowed it. A softmax is none: what is
+minus infinity there is a mask.
 """
 
 from __future__ import annotations
 
+import math
 import traceback
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -30,6 +38,7 @@ from gradflow.functional.torch_private import node_number, sequence_number
 from gradflow.records import NumericalRecord
 
 _PACKAGE = __name__.partition(".")[0]
+_MASKING = ("softmax", "attention", "logsumexp", "cross_entropy")  # which take -inf for a mask
 _CALLER = f"{_PACKAGE}.functional.run.step"  # where model and loss are called
 
 
@@ -53,11 +62,12 @@ class Tracer(Listener):
         self._born: dict[int, tuple[weakref.ref[Tensor], tuple[Operation, str]]] = {}
         self.operations: list[Operation] = []
         self.births: list[tuple[Operation, str]] = []
+        self.swallowed: list[tuple[tuple[Operation, str], Operation]] = []
 
     def begin(self, step: int, recorder: Recorder) -> None:
         """Start the step, or start it again."""
         self.recorder = recorder
-        self._born, self.operations, self.births = {}, [], []
+        self._born, self.operations, self.births, self.swallowed = {}, [], [], []
 
     def probed(self, output: Tensor, standing_in: Tensor) -> None:
         """Follow what is not finite from a layer's output to the probe that stands in for it."""
@@ -75,8 +85,10 @@ class Tracer(Listener):
         """Note the range of a function's inputs, and then whether it made a NaN or an Inf."""
         inputs = [t for t in iter_tensors((args, kwargs)) if t.is_floating_point()]
         name = getattr(func, "__name__", "function")
-        if not inputs or name == "__get__":
+        if name == "__get__":
             return None
+        if not inputs:
+            return self._number_made(name, args, kwargs)
         low, high = _range(inputs)
         worst = max((badness(t) for t in inputs), default=0)
         known = next((b for t in inputs if (b := self.birth(t)) is not None), None)
@@ -88,9 +100,30 @@ class Tracer(Listener):
             last = sequence_number()
             done = Operation(name.strip("_"), layer, start, last, low, high, user_line())
             self.operations.append(done)
+            made = [tensor for tensor in iter_tensors(out) if tensor.is_floating_point()]
+            for tensor in made:
+                self._judge(tensor, done, worst, known, asked_for)
+            passes = any(t.requires_grad for t in made) and not any(word in done.name for word in _MASKING)
+            if worst and known is not None and passes and not any(map(badness, made)):
+                self.swallowed.append((known, done))
+
+        return end
+
+    def _number_made(
+        self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[Any], None] | None:
+        """Note whether a function of finite whole or plain numbers gives one that its dtype cannot hold."""
+        numbers = list(_numbers((args, kwargs)))
+        if not numbers or not all(map(math.isfinite, numbers)):
+            return None
+        done = Operation(
+            name.strip("_"), _place(self.recorder, None), 0, 0, min(numbers), max(numbers), user_line()
+        )
+
+        def end(out: Any) -> None:
             for tensor in iter_tensors(out):
                 if tensor.is_floating_point():
-                    self._judge(tensor, done, worst, known, asked_for)
+                    self._judge(tensor, done, 0, None, asked_for=False)
 
         return end
 
@@ -104,6 +137,7 @@ class Tracer(Listener):
     ) -> None:
         bad = badness(tensor)
         if not bad:
+            self._born.pop(id(tensor), None)  # mended in place
             return
         born = known  # a NaN made of an infinity has its origin where that was made
         if born is None and bad > worst and not (bad == 1 and asked_for):
@@ -121,7 +155,7 @@ class Tracer(Listener):
         return None
 
 
-def _place(recorder: Recorder, entering: Tensor) -> str:
+def _place(recorder: Recorder, entering: Tensor | None) -> str:
     """Return the layer call that an operation belongs to: the one that runs, or whose output enters.
 
     A layer that holds others and computes with its own weights before it calls them (one weight made of
@@ -130,9 +164,10 @@ def _place(recorder: Recorder, entering: Tensor) -> str:
     leaf, running = recorder.innermost_leaf(), recorder.running()
     if leaf is not None:
         return leaf.name
-    if running and running[-1].is_layer and running[-1].module and not source_calls(entering):
+    known = entering is not None and bool(source_calls(entering))
+    if running and running[-1].is_layer and running[-1].module and not known:
         return running[-1].name
-    return source_layer(recorder, entering)
+    return "" if entering is None else source_layer(recorder, entering)
 
 
 def badness(tensor: Tensor) -> int:
@@ -141,6 +176,24 @@ def badness(tensor: Tensor) -> int:
     if tensor.layout is not torch.strided or bool(torch.isfinite(tensor).all()):
         return 0
     return 2 if bool(torch.isnan(tensor).any()) else 1
+
+
+def _numbers(given: Any) -> Iterator[float]:
+    """Yield the plain numbers in arguments, and the least and largest of tensors of whole numbers."""
+    if isinstance(given, Tensor):
+        plain = local(given.detach())
+        if plain.layout is torch.strided and plain.numel() and plain.dtype in _WHOLE:
+            yield from (float(x) for x in plain.aminmax())
+    elif isinstance(given, Mapping):
+        yield from (x for value in given.values() for x in _numbers(value))
+    elif isinstance(given, (list, tuple)):
+        yield from (x for value in given[:_MOST] for x in _numbers(value))
+    elif isinstance(given, (int, float)) and not isinstance(given, bool):
+        yield float(given)
+
+
+_MOST = 4096  # entries of a list that are looked at
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _asked_for(args: Any, kwargs: Any) -> bool:
@@ -199,12 +252,10 @@ def certificates(
     finite = bool(torch.isfinite(loss.detach()))
 
     def record(layer: str, op: str, phase: str, value: str, done: Operation | None) -> NumericalRecord:
-        kind = next((c.type for c in recorder.calls if c.name == layer), "")
-        kind = kind or recorder.model.types.get(layer.split("@")[0], "function")
         nan = float("nan")
         low, high, line = (done.low, done.high, done.line) if done is not None else (nan, nan, "")
         return NumericalRecord(
-            step=step, layer=layer, layer_type=kind, op=op, phase=phase, value=value,
+            step=step, layer=layer, layer_type=_kind(recorder, layer), op=op, phase=phase, value=value,
             input_min=low, input_max=high, line=line, loss_finite=finite,
         )  # fmt: skip
 
@@ -236,6 +287,34 @@ def certificates(
     call = Windows(recorder.calls).layer(node)
     layer = call.name if call is not None else done.layer if done is not None else _upstream(node, recorder)
     return [record(layer, done.name if done is not None else operation(node), "backward", value, done)]
+
+
+def swallowed(tracer: Tracer, step: int) -> list[NumericalRecord]:
+    """Return the births of a traced step that an operation on the gradient's way has swallowed, the first of
+    every place; see NOTE [Swallowed].
+
+    Args:
+        tracer: that heard of the step.
+        step: its number.
+    """
+    found: dict[tuple[str, str], NumericalRecord] = {}
+    for (done, value), by in tracer.swallowed:
+        layer = done.layer or by.layer  # a number belongs to where it is used
+        found.setdefault(
+            (layer, by.name),
+            NumericalRecord(
+                step=step, layer=layer, layer_type=_kind(tracer.recorder, layer), op=done.name,
+                phase="forward", value=value, input_min=done.low, input_max=done.high,
+                line=done.line or by.line, swallowed_by=by.name,
+            ),
+        )  # fmt: skip
+    return list(found.values())
+
+
+def _kind(recorder: Recorder, layer: str) -> str:
+    """Return the class name of a layer call."""
+    kind = next((c.type for c in recorder.calls if c.name == layer), "")
+    return kind or recorder.model.types.get(layer.split("@")[0], "function")
 
 
 def _upstream(node: Node, recorder: Recorder) -> str:

@@ -68,6 +68,29 @@ def traced(run: Run, request: Request, row: Row) -> Row:
     return again if _is_same(run, request.step, row.loss, again.loss) else row
 
 
+def silent_traced(run: Run, request: Request) -> None:
+    """Run the last step again, told of every operation, where it has handed back exactly nothing to some
+    parameter: something that is not finite may have been swallowed on the way.
+
+    Only where one process runs the whole model.
+    """
+    program, row = run.program, run.history.rows[-1]
+    numbers = zip(row.layout.places, row.values.tolist(), strict=True)
+    silent = any(kind == "pgrad" and number == 0 for (kind, _), number in numbers)
+    if not silent or not row.finite or program.learned.reentrant or not run.everyone.alone:
+        return
+    if request.transform != "fused":
+        return
+    tracer = numerics.Tracer()
+    closely = Request(batch=request.batch, step=request.step, before=request.before, listeners=(tracer,))
+    with request.before.again(program):
+        try:
+            run_step(program, closely)
+            run.findings.certify(numerics.swallowed(tracer, request.step))
+        except Exception as error:  # the user's code cannot run the step a second time
+            logger.debug("the last step cannot be traced: %r", error)
+
+
 def _not_finite(run: Run) -> dict[str, int]:
     """Return, by name of a parameter that is not finite on any process, how bad it is."""
     parts = run.program.state.parts

@@ -81,12 +81,14 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
             own = private_copy(Tensor.clone, output)
             with Heard(own, rows.number) as heard:
                 heard.hear_whole(float(given.loss_of(own, request.batch)))
-            guesses = [loss_of(change) for change in (shuffled, averaged, torch.zeros_like)]
+            asked = [_asked(loss_of, change) for change in (shuffled, averaged, torch.zeros_like)]
+            guesses = [guess for guess, _ in asked]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
             by_mean = _sees_means(loss_of, (loss, *guesses), max(variations, default=0.0))
     except Exception as error:  # a loss that takes nothing but the model's own outputs
         _LOG.debug("the loss cannot be asked of guesses: %r", error)
         return None
+    guesses = [guess if 2 * left >= heard.alternatives else math.nan for guess, left in asked]
     added, zero = _constants(program, request, output)
     guessed = loss > 0.2 * _least(guesses)
     far = guessed and guesses[2] > 0 and not heard.scored
@@ -111,6 +113,14 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         zero=zero,
         floors=_floors(program, request, kept, heard.scored) if guessed else {},
     )
+
+
+def _asked(loss_of: Callable[..., float], change: Callable[[Tensor], Tensor]) -> tuple[float, int]:
+    """Return the loss of a guess, and how many alternatives it is left by the loss; see NOTE [Alternatives
+    left out] in heard.py."""
+    with Heard(None) as heard:
+        loss = loss_of(change)
+    return loss, heard.alternatives
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from gradflow.functional.run.again import (
     heard_in_eval,
     learn_reach,
     looked_again,
+    silent_traced,
     summed_exactly,
     traced,
     unscaled,
@@ -111,6 +112,7 @@ def run_plan(
             plan.progress(step + 1, plan.steps)
     if request is not None:
         looked_again(run, request)
+        silent_traced(run, request)
         heard_in_eval(run, request)
     known = None if request is None else knowledge(program, request, output, history.rows[-1].loss)
     told = combine(run)

@@ -13,6 +13,12 @@ NOTE [Pooled before it is squashed]
 A log-sigmoid of the sum over all pairs is not the sum of their log-sigmoids: once the sum is large, its slope
 is gone for those too that are on the wrong side. So of every single number that is a sum or a mean of
 outputs, or one of those less another, its parts are kept, row by row, to be asked where it is squashed.
+
+NOTE [Alternatives left out]
+A contrastive loss leaves out what equals the right answer. Of outputs that are alike for all samples, as
+guesses are, it may leave out every wrong answer, and the right one alone costs nothing. So the alternatives
+that are not masked are counted: a guess that leaves less than half of those that the outputs do is asked of
+another loss, and tells nothing of what ignorance costs in this one.
 """
 
 from __future__ import annotations
@@ -36,6 +42,8 @@ _ERRORS = frozenset(("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth
 _POOLS = ("sum", "mean")
 _LINEAR = ("add", "radd", "sub", "rsub", "neg", "mul", "rmul", "div", "truediv")
 _SQUASHES = ("sigmoid", "logsigmoid", "softplus", "tanh", "binary_cross_entropy_with_logits")
+_CHOOSES = ("cross_entropy", "log_softmax", "softmax")
+_MASKED = -9000.0  # masks are filled with the smallest float, -1e9 or -1e4
 _FLAT = 0.01  # of the largest slope
 _SLACK = 1e-3  # what rounding may add
 
@@ -57,6 +65,7 @@ class Heard(TorchFunctionMode):
         self.odds: tuple[float, ...] = ()
         self.misgiven: dict[str, None] = {}
         self.scored = False
+        self.alternatives = 0  # that are not masked, of all choices among scores
         self.crossed: tuple[tuple[int, ...], ...] = ()
         self._errors: list[float] = []  # what functions that measure one gave, of outputs
 
@@ -72,6 +81,8 @@ class Heard(TorchFunctionMode):
             self._hear_scores(kwargs.get("input", args[0] if args else None))
         elif name in _OF_LOGARITHMS:
             self._hear_logarithms(name, kwargs.get(_OF_LOGARITHMS[name], args[0] if args else None))
+        if name in _CHOOSES:
+            self._count(kwargs.get("input", args[0] if args else None))
         if name in _BY_ELEMENT and not self.crossed:
             self._hear_pair([x for x in given if isinstance(x, Tensor)])
         made = func(*args, **kwargs)
@@ -105,6 +116,11 @@ class Heard(TorchFunctionMode):
             self.misgiven["probabilities as scores"] = None
         elif scores.dim() == 2 and _add_up(scores.detach(), 0):
             self.misgiven["probabilities over samples"] = None
+
+    def _count(self, scores: Any) -> None:
+        """Count the alternatives that are not masked; see NOTE [Alternatives left out]."""
+        if isinstance(scores, Tensor) and scores.is_floating_point():
+            self.alternatives += int((scores.detach() > _MASKED).sum())
 
     def _hear_logarithms(self, name: str, values: Any) -> None:
         if not isinstance(values, Tensor) or not values.numel() or not values.is_floating_point():

@@ -29,6 +29,7 @@ class UpdateFigures:
     """What one step did to one parameter; see `gradflow.records.UpdateRecord` for each number."""
 
     held: bool
+    group: int
     rate: float
     epsilon: float
     weight_rms: float
@@ -126,6 +127,8 @@ def update_figures(
     """
     if not before:
         return {}
+    optimizers = list(optimizers)
+    groups = [id(group) for optimizer in optimizers for group in optimizer.param_groups]
     holders, knowing = _holders(optimizers, parameters), dict[str, Moments]()
     for name, (optimizer, group) in holders.items():
         if name in before:
@@ -140,6 +143,7 @@ def update_figures(
         of_one["slope"] *= parameters[name].numel() * (1 + parameters[name].is_complex()) / lengths[place]
         found[name] = UpdateFigures(
             held=name in holders,
+            group=groups.index(id(holders[name][1])) if name in holders else -1,
             rate=float(holders[name][1].get("lr", math.nan)) if name in holders else math.nan,
             epsilon=known.epsilon,
             age=age,

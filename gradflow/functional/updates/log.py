@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -25,7 +25,7 @@ class UpdateLog:
 
     looks: dict[int, dict[str, UpdateFigures]] = attrs.field(factory=dict)
     clipping: dict[int, Tensor] = attrs.field(factory=dict)
-    rates: dict[int, float] = attrs.field(factory=dict)
+    rates: dict[int, Sequence[float]] = attrs.field(factory=dict)
     loss_scale: dict[int, float] = attrs.field(factory=dict)
     curves: list[CurvatureRecord] = attrs.field(factory=list)
     num_skipped: int = 0
@@ -34,9 +34,9 @@ class UpdateLog:
         """Keep the figures of the update after a step."""
         self.looks[step] = figures
 
-    def updated(self, step: int, *, rate: float, clipped: Tensor | None) -> None:
-        """Hear of an update: its rate, and by what the gradient was clipped."""
-        self.rates[step] = rate
+    def updated(self, step: int, *, rates: Sequence[float], clipped: Tensor | None) -> None:
+        """Hear of an update: the rates of all groups, and by what the gradient was clipped."""
+        self.rates[step] = rates
         if clipped is not None:
             self.clipping[step] = clipped
 
@@ -70,7 +70,11 @@ class UpdateLog:
             steps=steps,
             parameters=[self._of(name, layer, steps) for name, layer in owners.items() if self._has(name)],
             clipping=_series({step: float(share) for step, share in self.clipping.items()}, num_steps),
-            rates=_series(self.rates, num_steps),
+            rates=_series({step: _first(rates) for step, rates in self.rates.items()}, num_steps),
+            group_rates=[
+                _series({step: of[group] for step, of in self.rates.items() if group < len(of)}, num_steps)
+                for group in range(max(map(len, self.rates.values()), default=0))
+            ],
             loss_scale=_series(self.loss_scale, num_steps),
             num_updates=len(self.rates),
             num_skipped=self.num_skipped,
@@ -94,7 +98,14 @@ class UpdateLog:
             field: [math.nan if figures is None else getattr(figures, field) for figures in found]
             for field in _SERIES
         }
-        return UpdateRecord(name=name, layer=layer, held=last.held, epsilon=last.epsilon, **numbers)
+        return UpdateRecord(
+            name=name, layer=layer, held=last.held, group=last.group, epsilon=last.epsilon, **numbers
+        )
+
+
+def _first(rates: Sequence[float]) -> float:
+    """Return the rate of the first group that has one."""
+    return next((rate for rate in rates if not math.isnan(rate)), math.nan)
 
 
 def _series(found: Mapping[int, float], num_steps: int) -> list[float]:

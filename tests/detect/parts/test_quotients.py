@@ -173,3 +173,8 @@ def test_the_size_of_a_sum_that_cancels() -> None:
 def test_a_divisor_that_cancels_inside_of_a_square_is_not_told() -> None:
     weights = torch.randn(64, generator=G)
     assert told_of(lambda y: (y.mean() / weights.mean()).square()) == []
+
+
+def test_a_division_by_a_mask() -> None:
+    found = report(lambda out: ((out - WAVE).square() / (WAVE > -9)).mean())
+    assert found.ok, str(found)

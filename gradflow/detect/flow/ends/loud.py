@@ -60,7 +60,8 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
     Zeros for all classes cost ln k, or what the loss makes of it (a sum, weights). At the usual scale of
     initialisation the scores have a variance of about one, and cost half a unit more. Cosines times a scale,
     with a margin to make them harder, cost more by design, whatever the weights are: LOW where the run
-    teaches the model all the same.
+    teaches the model all the same. Scores that are alike for all samples (`is_shifted`) are no louder than
+    others: it is a constant that puts the softmax at its ends, see `sharp.shifted_scores`.
 
     Args:
         flow: the record along its wiring.
@@ -80,7 +81,7 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
         size = float(layer.output_rms[0])
         designed = taught and _scales_by_itself(flow, node)
         trained = flow.trainable(node) or flow.is_tied(node)
-        if "nll_loss" not in ops or not trained or not size >= 3.0:
+        if "nll_loss" not in ops or not trained or not size >= 3.0 or is_shifted(flow, node):
             continue
         gain = row_gain(flow, node, at=lambda norms: float(norms[0]))
         found.append(
@@ -109,6 +110,27 @@ def loud_heads(flow: Flow, above: float) -> list[Issue]:
     return found
 
 
+def is_shifted(flow: Flow, node: str, alike: float = 0.1, usual: float = 3.0) -> bool:
+    """Whether the first scores of a head are a constant, which its bias adds, or which its usual weights make
+    of usual inputs as all of these share it: next to nothing of the scores differs between samples.
+
+    Args:
+        flow: the record along its wiring.
+        node: of the head.
+        alike: the part of the scores that differs, below which they are a constant.
+        usual: rms of the rows of the weights and of what enters, up to which they are.
+    """
+    layer = flow.layers[node]
+    if not len(layer.output_variation) or not layer.output_variation[0] < alike:
+        return False
+    biases = [p for p in flow.parameters_of(node) if len(p.shape) == 1 and len(p.norm)]
+    added = max((float(p.norm[0]) / math.sqrt(p.num_elements) for p in biases), default=0.0)
+    if added >= 0.7 * float(layer.output_rms[0]):
+        return True
+    gain = row_gain(flow, node, at=lambda norms: float(norms[0]))
+    return gain < usual and len(layer.input_rms) > 0 and float(layer.input_rms[0]) <= usual
+
+
 def _scales_by_itself(flow: Flow, node: str, times: float = 5.0) -> bool:
     """Whether a layer's first scores are larger than its weights make them of what enters, by a factor of its
     own: weights and inputs that have nothing to do with each other yet give the product of their sizes."""
@@ -121,62 +143,6 @@ def _scales_by_itself(flow: Flow, node: str, times: float = 5.0) -> bool:
     added = math.hypot(*(float(p.norm[0]) for p in owned if len(p.shape) < 2))
     made = (float(matrices[0].norm[0]) * float(entering[0]) + added) / math.sqrt(outputs)
     return float(layer.output_rms[0]) >= times * made > 0
-
-
-def sharp_scores(flow: Flow, above: float, still: float = 1.0) -> list[Issue]:
-    """Heads whose scores put the loss's own softmax or sigmoid at its ends, at the start and at the end.
-
-    A cross entropy of so many times what zeros cost takes scores that are sure, and of the wrong class; where
-    they are, their slope is gone in all but the direction that is wrong. The scores need not be what a layer
-    gives: a similarity over a temperature, squared distances. For those of a layer itself, see `loud_heads`.
-
-    Args:
-        flow: the record along its wiring.
-        above: how many times the cost of zeros the first loss must be.
-        still: how many times it the last must be, where no layer gives the scores: no better than zeros.
-    """
-    known, over = flow.record.knowledge, over_silence(flow)
-    if known is None or not 0.6 * above <= over < math.inf or not takes_scores(flow):
-        return []
-    end = late(flow.record.losses) / known.silent
-    found = []
-    for node in heads(flow):
-        layer = flow.layers[node]
-        if not (flow.trainable(node) or flow.is_tied(node)):
-            continue
-        given = bool(layer.output_rms[0] >= 3.0)
-        own = row_gain(flow, node, at=lambda norms: float(norms[0])) >= 3.0  # not what enters it is at fault
-        if not own if given else not (over >= above and end >= still and _makes_scores(flow, node)):
-            continue
-        found.append(
-            Issue(
-                layer=layer.name,
-                layer_type=layer.type,
-                issue_type=IssueType.SATURATION,
-                severity=IssueSeverity.MEDIUM if given else IssueSeverity.HIGH,
-                description="The softmax or sigmoid of the loss is at its ends: the first loss is "
-                f"{over:.3g} times what it costs to know nothing, the last {end:.3g} times, so the scores "
-                "made of its output are sure of wrong answers, and hand back no more than which ones.",
-                magnitude=over,
-                recommended_actions=(
-                    "Divide the scores by a larger temperature (0.05 to 0.1 for similarities of unit "
-                    "vectors), or by the root of the number of features that a product sums over.",
-                    f"Or start {layer.name} at a smaller scale, so that the first scores have rms 1.",
-                ),
-                metrics={"over_silence": over, "late_over_silence": end, "silent_loss": known.silent},
-            )
-        )
-    return found
-
-
-def _makes_scores(flow: Flow, node: str) -> bool:
-    """Whether scores are made by a product, square or quotient between a layer and the softmax or sigmoid:
-    small outputs that are the scores put neither at its ends, whatever the loss costs beside zeros."""
-    wires, behind = flow.wiring, flow.wiring.downstream(node)
-    ops = [wires.nodes[n].type.lower() for n in wires.order if n in behind]
-    ends = (i for i, op in enumerate(ops) if "softmax" in op or "nll_loss" in op or "entropy" in op)
-    made = ops[: next(ends, len(ops))]
-    return any(word in op for op in made for word in ("mul", "mm", "einsum", "div", "pow", "square", "dist"))
 
 
 def growing_signal(flow: Flow, above: float, times: float = 3.0) -> list[Issue]:

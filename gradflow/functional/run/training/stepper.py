@@ -136,10 +136,10 @@ class Stepper:
         gradients: Gradients = {name: kept[name] for name in trainable}
         if self.loop.accumulate > 1:
             gradients, self._sum = {name: self._sum.get(name) for name in trainable}, {}
-        rate = _rate(self.optimizers)
+        rates = _rates(self.optimizers)
         gradients, share = self.make(program, request, gradients, outcome.loss)
         if made:
-            self.log.updated(request.step, rate=rate, clipped=share)
+            self.log.updated(request.step, rates=rates, clipped=share)
         return gradients
 
     def make(
@@ -247,10 +247,10 @@ def _is_enabled(scaler: Any) -> bool:
     return scaler is not None and (not callable(asked) or bool(asked()))
 
 
-def _rate(optimizers: Iterable[Any]) -> float:
-    """Return the learning rate of the first group that has one."""
-    rates = (group["lr"] for optimizer in optimizers for group in optimizer.param_groups if "lr" in group)
-    return float(next(rates, math.nan))
+def _rates(optimizers: Iterable[Any]) -> list[float]:
+    """Return the learning rates of all groups; NaN for one that has none."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return [float(group.get("lr", math.nan)) for group in groups]
 
 
 def _clear(parameters: Iterable[Tensor]) -> None:
