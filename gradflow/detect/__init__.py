@@ -37,6 +37,7 @@ from gradflow.detect.precision.overflow import overflowing
 from gradflow.detect.precision.scaler import scaler_issues, stuck_scaler
 from gradflow.detect.precision.slow import crawling
 from gradflow.detect.precision.underflow import underflowing
+from gradflow.detect.reach.deaf import deaf_functions
 from gradflow.detect.recurrent.crossed import along_samples
 from gradflow.detect.recurrent.through_time import amplifying, fading, gated
 from gradflow.detect.updates.decay import decaying_weights
@@ -64,6 +65,7 @@ __all__ = [
     "copied_units",
     "crawling",
     "dead",
+    "deaf_functions",
     "decaying_weights",
     "default_detectors",
     "detect",

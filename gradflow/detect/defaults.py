@@ -25,6 +25,7 @@ from gradflow.detect.parts.twins import copied_rows, copied_units
 from gradflow.detect.processes.differing import partly_used, unequal_processes
 from gradflow.detect.processes.layers import unfed_experts, unsynchronised_norms
 from gradflow.detect.processes.odd import odd_process, same_data
+from gradflow.detect.reach.deaf import deaf_functions
 from gradflow.detect.updates.decay import decaying_weights
 from gradflow.detect.updates.fading import fading_rates
 from gradflow.detect.updates.slow import slow_updates
@@ -59,6 +60,7 @@ def default_detectors(
         unstable(unstable_cv_threshold),
         bottleneck(),
         uneven_siblings(),
+        deaf_functions(),
         copied_units(),
         copied_parts(),
         copied_rows(),

@@ -74,7 +74,7 @@ from gradflow.records.processes import (
     ProcessesRecord,
     SharesRecord,
 )
-from gradflow.records.reach import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
+from gradflow.records.reach import DeafRecord, OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 from gradflow.records.recurrent import (
     GateRecord,
     RecurrenceRecord,
@@ -112,6 +112,7 @@ __all__ = [
     "Cause",
     "ChoiceRecord",
     "CurvatureRecord",
+    "DeafRecord",
     "DifferenceRecord",
     "DrawRecord",
     "DropoutRecord",

@@ -28,6 +28,8 @@ class KnowledgeRecord:
             make the loss leave out most of the alternatives that it holds outputs against, all are NaN.
         louder: where the loss is below zero, that of outputs four times as large: of a loss that falls as its
             outputs grow it is four times as low, and sixteen times where it falls with their square.
+        drawn: where all constants cost the same, zeros too, and no more than the outputs: the lowest loss of
+            these outputs drawn towards their mean, to parts of what they differ by; NaN where not asked.
         num_samples: number of rows that were shuffled.
         variations: of every floating-point output that has such rows, ‖Y − mean row‖_F / ‖Y‖_F: 0 where it is
             the same for all of them.
@@ -63,6 +65,7 @@ class KnowledgeRecord:
     averaged: float = float_field(NAN)
     silent: float = float_field(NAN)
     louder: float = float_field(NAN)
+    drawn: float = float_field(NAN)
     num_samples: int = 0
     variations: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     shapes: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)

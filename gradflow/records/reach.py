@@ -149,6 +149,27 @@ class TermRecord:
 
 
 @attrs.frozen(kw_only=True)
+class DeafRecord:
+    """A `torch.autograd.Function` whose backward pass gives the same, whatever gradient it is handed.
+
+    What it gave was equal to the bit for the gradient of the step, for minus that, and for three times it.
+
+    Args:
+        name: of the class.
+        at: the node of the graph that it is in, a layer call or an operation.
+        layer_at: the layer call that `at` is, or whose output it takes; "" if there is none.
+        least: the smallest number of the gradient that it was handed and did not heed.
+        largest: the largest.
+    """
+
+    name: str
+    at: str = ""
+    layer_at: str = ""
+    least: float
+    largest: float
+
+
+@attrs.frozen(kw_only=True)
 class ReachAccount:
     """For every trainable number: did gradient ever arrive in the run, and if not, why.
 
@@ -160,6 +181,7 @@ class ReachAccount:
         unreached: the parts of parameters that were not reached, each element in exactly one.
         outside: tensors that require a gradient and belong to no registered parameter.
         terms: terms of the loss that hand nothing back.
+        deaf: functions whose backward pass does not heed what it is handed.
         step: the step that was looked at closely to find the reasons; -1 if that was not needed, or not
             possible.
     """
@@ -169,6 +191,7 @@ class ReachAccount:
     unreached: tuple[ReachRecord, ...] = attrs.field(default=(), converter=to_tuple)
     outside: tuple[OutsideRecord, ...] = attrs.field(default=(), converter=to_tuple)
     terms: tuple[TermRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    deaf: tuple[DeafRecord, ...] = attrs.field(default=(), converter=to_tuple)
     step: int = -1
 
     def of(self, parameter: str) -> tuple[ReachRecord, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import attrs
 
-from gradflow.detect.reach.cancelled import last_to_cancel
+from gradflow.detect.reach.cancelled import EQUAL_CALLS, EQUAL_OUTPUTS, OF_CALLS, last_to_cancel
 from gradflow.detect.reach.factors import OWN, is_locked, is_silent_operation
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
@@ -279,6 +279,10 @@ def _cancelled(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
     """
     if part.layer != last_to_cancel(flow, part):
         return None
+    if part.op == OF_CALLS:
+        return _issue(flow, part, IssueSeverity.HIGH, *EQUAL_CALLS, Role.BLOCKING)
+    if not part.op:
+        return _issue(flow, part, IssueSeverity.HIGH, *EQUAL_OUTPUTS, Role.BLOCKING)
     return _issue(
         flow,
         part,

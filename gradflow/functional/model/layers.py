@@ -20,7 +20,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from typing import Any
 
 import torch.nn.utils.parametrize as parametrize
@@ -88,7 +88,7 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in callable_modules(model).items() if is_layer(module)}
 
 
-def owner(parameter: str, modules: Mapping[str, nn.Module]) -> str:
+def owner(parameter: str, modules: Container[str]) -> str:
     """Return the qualified name of the callable module that a parameter belongs to."""
     name = parameter
     while name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,13 @@ from gradflow.functional.reach.blame import Behind, Blamed, Walk
 from gradflow.functional.reach.masks import is_label, number_of_each, some
 from gradflow.functional.reach.origins import Origins
 from gradflow.functional.reach.reasons import Blame, Reasons, marked
+from gradflow.functional.reach.rounding import add_rounding
 from gradflow.functional.reach.slices import block, block_names, by_rows, parts
+from gradflow.functional.reach.terms import deaf_functions, has_own_functions
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.torch_private import num_writes
 from gradflow.functional.torch_sharded import place_of
-from gradflow.records import OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
+from gradflow.records import DeafRecord, OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
 
 
 @attrs.define(eq=False)
@@ -82,6 +85,8 @@ class ReachFindings:
     closely: Closely | None = None
     outside: tuple[OutsideRecord, ...] = ()
     terms: tuple[TermRecord, ...] = ()
+    deaf: tuple[DeafRecord, ...] = ()
+    asks: bool = False  # whether functions of the user's are still to be asked what they heed
     failed: str = ""  # why no step could be looked at closely
     _writes: dict[str, int] = attrs.field(init=False)
     _partly: set[str] = attrs.field(factory=set)  # to which a path has led
@@ -96,9 +101,25 @@ class ReachFindings:
         """Hear why no step could be looked at closely."""
         self.failed = why
 
-    def learn(self, outside: Sequence[OutsideRecord], terms: Sequence[TermRecord]) -> None:
+    def learn(
+        self, structure: Structure | None, outside: Sequence[OutsideRecord], terms: Sequence[TermRecord]
+    ) -> None:
         """Keep what the graph of the first step showed."""
         self.outside, self.terms = tuple(outside), tuple(terms)
+        self.asks = self.is_alone and has_own_functions(structure)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other process has a part of the graph."""
+        return self.line.alone and self.stages.alone and not self.shards
+
+    def ask(self, structure: Structure | None) -> None:
+        """Find out which functions of the user's do not heed the gradient that they are handed."""
+        if not self.asks or structure is None or structure.root is None:
+            return
+        self.asks = False
+        with contextlib.suppress(Exception):  # one that cannot be called on its own
+            self.deaf = tuple(deaf_functions(structure))
 
     @property
     def is_open(self) -> bool:
@@ -183,6 +204,10 @@ class ReachFindings:
         for name, leaf in leaves.items():
             if name in labels and name in self.shards.spread:
                 labels[name] = self._at_hand(name, leaf, labels[name], whole=few)
+        if self.is_alone:
+            faint = {name: leaves[name] for name in sorted(self.arrived.faint) if name in labels}
+            with contextlib.suppress(Exception):  # a backward pass of the user's that can be called once
+                add_rounding(structure, faint, labels, found.blames)
         self.closely = Closely(step, labels, found.blames)
         return at_entry, found.blames
 
@@ -216,6 +241,7 @@ class ReachFindings:
             unreached=records,
             outside=self.outside,
             terms=self.terms,
+            deaf=self.deaf,
             step=self.closely.step if self.closely is not None else -1,
         )
 

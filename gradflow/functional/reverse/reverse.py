@@ -340,11 +340,16 @@ def call_node(node: Node, gradients: dict[int, Tensor]) -> Sequence[Tensor | Non
     count = max(len(metadata), max(gradients) + 1)
     args: list[Tensor | None] = [gradients.get(i) for i in range(count)]
     if isinstance(node, torch.autograd.function.BackwardCFunction):
-        # Whether it asked for None instead, by `set_materialize_grads`, cannot be read; zeros mean the same.
-        args = [_zeros(m) if a is None else a for a, m in zip(args, metadata, strict=False)]
-        result = node.apply(*args)
-        return _of_tensors(node, result if isinstance(result, tuple) else (result,))
+        return _of_tensors(node, call_custom(node, args))
     result = node(*args)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def call_custom(node: Node, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return what a custom function's backward pass gives for each of its arguments, tensors or not."""
+    # Whether it asked for None instead, by `set_materialize_grads`, cannot be read; zeros mean the same.
+    pairs = zip(gradients, input_metadata(node), strict=False)
+    result = node.apply(*[_zeros(m) if a is None else a for a, m in pairs])
     return result if isinstance(result, tuple) else (result,)
 
 

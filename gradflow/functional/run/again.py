@@ -212,7 +212,7 @@ def learn_reach(run: Run, outcome: Outcome, dataflow: DataFlow) -> None:
     known = {id(p) for module in given.modules for p in module.parameters()}
     foreign = structure.foreign if structure is not None else []
     outside = outside_records(foreign, given.model, known, {id(p) for p in held})
-    run.reach.learn(outside, constant_terms(structure, dataflow))
+    run.reach.learn(structure, outside, constant_terms(structure, dataflow))
 
 
 def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> None:
@@ -261,6 +261,9 @@ class Closer:
             inputs = program.given.inputs_of(self.request.batch)
             with program.state.swapped():  # a checkpoint calls the model again
                 run.reach.look(self.request.step, structure, self.origins, inputs)
+        if run.reach.asks:
+            with program.state.swapped():
+                run.reach.ask(structure)
         self.origins.release()
 
 
@@ -272,7 +275,8 @@ def closer_look(run: Run, request: Request) -> Closer | None:
     if not plan.closely:
         return None
     run.reach.agree()
-    return Closer.of(run, request) if request.first or run.reach.is_open else None
+    asked = request.first or run.reach.is_open or run.reach.asks
+    return Closer.of(run, request) if asked else None
 
 
 def looked_again(run: Run, request: Request) -> None:
@@ -284,7 +288,7 @@ def looked_again(run: Run, request: Request) -> None:
     if not run.plan.closely or program.learned.reentrant or request.transform != "fused":
         return
     reach.agree()
-    if not run.stages.any(reach.closely is None and not reach.failed and reach.is_open):
+    if not run.stages.any(reach.asks or (reach.closely is None and not reach.failed and reach.is_open)):
         return
     closer = Closer.of(run, Request(batch=request.batch, step=request.step, before=request.before))
     with request.before.again(program), run.stages.trying():

@@ -40,6 +40,7 @@ _LOUDER = 4.0
 _FEW = 8  # samples below which positions are shuffled as well
 _VARIED = 0.05  # part of the outputs that must differ, for a mean of them to be something else
 _MUCH_LOUDER = 16.0
+_NEARER = (0.5, 0.125, 0.03125)
 Shapes = tuple[tuple[int, ...], ...]
 _LOG = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
             asked = [_asked(loss_of, change) for change in (shuffled, averaged, torch.zeros_like)]
             guesses = [guess for guess, _ in asked]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
+            drawn = _drawn(loss_of, loss, guesses)
             by_mean = _sees_means(loss_of, (loss, *guesses), max(variations, default=0.0))
     except Exception as error:  # a loss that takes nothing but the model's own outputs
         _LOG.debug("the loss cannot be asked of guesses: %r", error)
@@ -99,6 +101,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         averaged=guesses[1],
         silent=guesses[2],
         louder=louder,
+        drawn=drawn,
         num_samples=rows.number,
         shapes=[tuple(part.shape) for part in parts],
         variations=variations,
@@ -239,6 +242,23 @@ def _over_the_next(slope: Tensor) -> float:
         return math.nan
     largest, next_one = columns.sqrt().topk(2).values.tolist()
     return largest / next_one if next_one > 0 else math.nan
+
+
+def _drawn(loss_of: Callable[..., float], loss: float, guesses: Sequence[float]) -> float:
+    """Return the lowest loss of outputs that are drawn towards their mean, where a loss asks only how samples
+    differ, and these cost no less than all alike; NaN where not.
+
+    What differs may be of use at a smaller scale: a softmax over likenesses that is too sharp costs more than
+    an even one, and less once they are smaller, if those that belong together are nearer at all.
+    """
+    _, averaged, silent = guesses
+    if not (math.isclose(averaged, silent, rel_tol=1e-5) and 0 < averaged <= loss):
+        return math.nan
+
+    def nearer(part: float) -> float:
+        return loss_of(lambda flat: flat.mean(0) + part * (flat - flat.mean(0)))
+
+    return min(map(nearer, _NEARER))
 
 
 def _sees_means(loss_of: Callable[..., float], known: Sequence[float], varied: float) -> bool:

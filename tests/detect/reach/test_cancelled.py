@@ -141,3 +141,82 @@ class Added(nn.Module):
 
 def test_what_is_only_added_may_cancel() -> None:
     assert told(Added(), X) == {}
+
+
+class Scored(nn.Module):
+    """Several branches, mixed by scores that a small net makes of their sum."""
+
+    def __init__(self, branches: int, own: bool, *, calls: bool = True) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(8, 12) for _ in range(branches))
+        self.squeeze, self.score = nn.Linear(12, 6), nn.Linear(6, 12 * (branches if own else 1))
+        self.head, self.own, self.calls = nn.Linear(12, 8), own, calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.stack([branch(x).relu() for branch in self.branches], 1)
+        told, number = self.squeeze(parts.sum(1)).tanh(), len(self.branches)
+        if self.own:
+            scores = self.score(told).unflatten(1, (number, -1))
+        else:
+            one = self.score(told)
+            scores = torch.stack([self.score(told) if self.calls else one for _ in range(number)], 1)
+        return self.head((scores.softmax(1) * parts).sum(1))
+
+
+@pytest.mark.parametrize("calls", [True, False])
+@pytest.mark.parametrize("branches", [2, 3, 5])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_scores_of_alternatives_that_are_one_and_the_same(branches: int, calls: bool, scale: float) -> None:
+    model = Scored(branches, own=False, calls=calls)
+    assert told(model, X, scale=scale) == {"score": IssueSeverity.HIGH}
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+def test_scores_of_their_own(branches: int) -> None:
+    assert told(Scored(branches, own=True), X) == {}
+
+
+class Between(nn.Module):
+    """What `make` makes of a layer beside another way."""
+
+    def __init__(self, layer: nn.Module, make: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.make, self.side, self.head = layer, make, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.side(x).tanh() + self.make(self.layer, x))
+
+
+def shifted(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return weights over features that one score for all of them does not change."""
+    return (x + layer(x).mean(1, keepdim=True)).softmax(1)
+
+
+def unlike(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x) - layer(x.roll(1, 1))
+
+
+def alike(layer: nn.Module, x: Tensor) -> Tensor:
+    return (layer(x).tanh() + 1) * 2 - (layer(x).tanh() + 1) * 2
+
+
+@pytest.mark.parametrize(("make", "sick"), [(shifted, True), (alike, True), (unlike, False)])
+def test_what_is_taken_off_again(make: Callable[[nn.Module, Tensor], Tensor], sick: bool) -> None:
+    found = told(Between(nn.Linear(8, 8), make), X)
+    assert found == ({"layer": IssueSeverity.HIGH} if sick else {})
+
+
+def test_the_direction_of_a_weight_that_is_one_number() -> None:
+    def twice(layer: nn.Module, x: Tensor) -> Tensor:
+        return (layer(x[..., None]) + layer(2 * x[..., None])).tanh().sum(-1)
+
+    weight = nn.utils.parametrizations.weight_norm(nn.Linear(1, 4))
+    assert told(Between(weight, twice), X) == {}
+
+
+def test_gradients_that_are_faint_and_there() -> None:
+    deep = nn.Sequential(*(m for _ in range(12) for m in (nn.Linear(8, 8), nn.Sigmoid())), nn.Linear(8, 8))
+    record = gf.analyze(deep, lambda: X, lambda y: (y - 1).square().mean(), steps=5)
+    assert record.parameters[0].grad_norm.max() < 1e-6 * record.parameters[-1].grad_norm.max()
+    assert record.reach is not None
+    assert not record.reach.unreached

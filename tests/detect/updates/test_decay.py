@@ -66,6 +66,38 @@ def test_decays_as_they_are_used(make: Make, penalty: float, norm: bool) -> None
     assert faded(net(norm), make, penalty) == []
 
 
+class Recommender(nn.Module):
+    """Scores the next of many items by the state of a recurrent net after those before it."""
+
+    def __init__(self, items: int, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.items, self.lstm = nn.Embedding(items, width), nn.LSTM(width, width, batch_first=True)
+        nn.init.normal_(self.items.weight, std=1 / width)
+
+    def forward(self, past: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
+        user = self.lstm(self.items(past))[0]
+        return (user * (self.items(right) - self.items(wrong))).sum(-1)
+
+
+@pytest.mark.parametrize("width", [16, 48])
+@pytest.mark.parametrize(("decay", "sick"), [(1e-2, True), (1e-3, True), (1e-7, False), (0.0, False)])
+def test_a_decay_that_is_more_than_the_gradient_of_one_layer(width: int, decay: float, sick: bool) -> None:
+    def draw() -> tuple[Tensor, Tensor, Tensor]:
+        kind = torch.randint(6, (8, 1))
+        seen = kind + 6 * torch.randint(100, (8, 11))
+        return seen[:, :-1], seen[:, 1:], torch.randint(600, (8, 10))
+
+    model = Recommender(600, width)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2, weight_decay=decay)
+    report = gf.diagnose(
+        model, draw, lambda gap: (1 - torch.sigmoid(gap)).mean(), optimizer=optimizer, seed=0, steps=20
+    )
+    found = {i.layer for i in report.issues if i.issue_type is IssueType.VANISHING and "shrink" in i.metrics}
+    assert bool(found) == sick
+    assert found <= {"lstm", "items", ""}
+
+
 def test_weights_that_are_drawn_too_large_and_made_smaller_by_the_loss() -> None:
     model = net(norm=False)
     with torch.no_grad():

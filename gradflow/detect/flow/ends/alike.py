@@ -89,10 +89,14 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
         return []
     if not known.averaged <= known.loss + 1e-3 * abs(known.loss):
         return []
+    drawn = False
     rows = [(s, v) for s, v in zip(known.shapes, known.variations, strict=True) if len(s) > 1 and s[-1] > 1]
     same = [v for s, v in rows if sum(s == other for other, _ in rows) >= 2]
     if len(known.shapes) == 1 and _compares_samples(known):
         same = [*known.variations] * 2
+    elif drawn := _stays_at_margin(flow, known):
+        same = [*known.variations] * 2
+        alike = 1.2 * max(same)
     elif not rows and (pulled := _pulled_together(flow, known)):
         same, alike = pulled, 1.2 * max(pulled)
     elif _in_one_direction(known):
@@ -124,7 +128,7 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
             f"samples costs {known.averaged:.3g}, the model's own {known.loss:.3g}: the loss asks for no "
             "more, or is stuck at its margin.",
             magnitude=now,
-            recommended_actions=_alike_actions(layer.name),
+            recommended_actions=_margin_actions() if drawn else _alike_actions(layer.name),
             metrics={"variation": now, "variation_before": before, "constant_loss": known.averaged},
         )
     ]
@@ -230,6 +234,21 @@ def _compares_samples(known: KnowledgeRecord) -> bool:
     )
 
 
+def _stays_at_margin(flow: Flow, known: KnowledgeRecord) -> bool:
+    """Whether embeddings of which the loss asks only how they differ are drawn together, and what differs
+    between them is of no use.
+
+    No loss of the run comes below what one output for all costs (the margin); nor would these outputs, drawn
+    nearer to one another by any factor: the farthest that should be near is farther than the nearest that
+    should be far. So the way down is to make all alike, and they have become so, to half of what differed and
+    ever less. Likenesses that are merely too sharp cost less once they are smaller.
+    """
+    if not known.drawn >= known.averaged * (1 - 1e-6) or known.num_samples < 4:
+        return False
+    losses = flow.record.losses
+    return bool((losses >= known.averaged).all()) and _become_alike(flow, heads(flow), 2.0)
+
+
 def _in_one_direction(known: KnowledgeRecord) -> bool:
     """Whether a loss that looks at directions alone is met, by outputs that all have one.
 
@@ -316,6 +335,17 @@ def _constant_actions(flow: Flow, node: str) -> Actions:
         "whatever comes in.",
         "If it is a codebook: start its codes at the scale of what the encoder gives (at its outputs for "
         "random samples), and start codes anew that are never picked.",
+    )
+
+
+def _margin_actions() -> Actions:
+    """For embeddings that a loss of distances draws together, and which stay at its margin."""
+    return (
+        "Take all triplets (the mean over those that are not met), or semi-hard ones, in the place of the "
+        "hardest of each anchor, at least until the loss has come below its margin.",
+        "Lower the learning rate, by ten for a start, and warm it up: the hardest pairs of an "
+        "untrained embedding are noise, which large steps follow.",
+        "Put more samples of each class into a batch, or a smooth loss over all pairs (InfoNCE, SupCon).",
     )
 
 
