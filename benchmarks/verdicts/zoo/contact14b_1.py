@@ -71,7 +71,8 @@ def louder(loud: int, quiet: int, above: float) -> Claim:
 
 
 def zeros(name: str, share: float, *, steps: int = 5) -> Claim:
-    """More than a share of a parameter's numbers has a gradient of exactly zero in every one of some steps."""
+    """More than a share of a parameter's numbers has a gradient of exactly zero in every one of some
+    steps."""
 
     def claim(ready: Setup) -> tuple[bool, str]:
         never = None
@@ -128,8 +129,8 @@ class Preference(nn.Module):
     **ONE,
 )
 def dpo_beta(ill: bool, width: int) -> Setup:
-    """Preference tuning with beta = 0: the margin is multiplied by nothing, the loss stays at 0.6931 and every
-    gradient is exactly zero. Repaired by beta = 0.1."""
+    """Preference tuning with beta = 0: the margin is multiplied by nothing, the loss stays at 0.6931 and
+    every gradient is exactly zero. Repaired by beta = 0.1."""
     text, beta = grammar(words=12, length=9, number=16), 0.0 if ill else 0.1
 
     def sample(g: Generator) -> tuple[tuple[Tensor, Tensor], None]:
@@ -150,8 +151,8 @@ def dpo_beta(ill: bool, width: int) -> Setup:
     **ONE,
 )
 def sft_truncated(ill: bool, width: int) -> Setup:
-    """Instruction tuning in small batches: where both prompts fill the whole context, no answer token is left,
-    and the mean over none of them is NaN. Repaired by dividing by one at least."""
+    """Instruction tuning in small batches: where both prompts fill the whole context, no answer token is
+    left, and the mean over none of them is NaN. Repaired by dividing by one at least."""
     text = grammar(words=12, length=10, number=2)
 
     def sample(g: Generator) -> tuple[Tensor, Tensor]:
@@ -214,7 +215,7 @@ def nll(output: tuple[Tensor, Tensor], _: object) -> Tensor:
     **ONE,
 )
 def flow_rate(ill: bool, width: int) -> Setup:
-    """A flow whose learned scales are unbounded exponentials, at a rate that is too high: a scale gets far too
-    large in a few steps, the likelihood breaks down, at worst to NaN. Repaired by a tenth of the rate."""
+    """A flow whose learned scales are unbounded exponentials, at a rate that is too high: a scale gets far
+    too large in a few steps, the likelihood breaks down, at worst to NaN. Repaired by a tenth of the rate."""
     data = factors(8, 3, noise=0.3)
     return setup(Flow(8, width, 8), lambda g: (2 * data(g)[0], None), nll, 1e-1 if ill else 1e-2)

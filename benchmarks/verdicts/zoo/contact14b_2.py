@@ -39,8 +39,9 @@ class Rounded(nn.Linear):
     **ONE,
 )
 def quant_inplace(ill: bool, width: int) -> Setup:
-    """Quantised training that writes the rounded weights over the real ones: every update is smaller than half a
-    step of the grid and is rounded away, so the weights stay for ever. Repaired by a copy in full precision."""
+    """Quantised training that writes the rounded weights over the real ones: every update is smaller than
+    half a step of the grid and is rounded away, so the weights stay for ever. Repaired by a copy in full
+    precision."""
     keep = not ill
     quant = stack(
         first=Rounded(12, width, keep),
@@ -87,8 +88,9 @@ class TernaryLinear(nn.Linear):
     **ONE,
 )
 def qat_bounds(ill: bool, width: int) -> Setup:
-    """Fake quantisation to few levels, where the clamp's gradient is zero at the bound itself: rounded weights lie
-    exactly on a bound, so most of them get nothing and stay. Repaired by passing the gradient at the bounds."""
+    """Fake quantisation to few levels, where the clamp's gradient is zero at the bound itself: rounded
+    weights lie exactly on a bound, so most of them get nothing and stay. Repaired by passing the gradient at
+    the bounds."""
     quant = stack(
         one=TernaryLinear(width, width, not ill),
         act=nn.ReLU(),
@@ -143,8 +145,8 @@ class Reader(nn.Module):
     **ONE,
 )
 def favor_half(ill: bool, width: int) -> Setup:
-    """Attention by random features in float16: the sum of the features, which divides, is below the least number
-    of that dtype, and 0 / 0 makes the loss NaN at once. Repaired by float32 inside the attention."""
+    """Attention by random features in float16: the sum of the features, which divides, is below the least
+    number of that dtype, and 0 / 0 makes the loss NaN at once. Repaired by float32 inside the attention."""
 
     def sample(g: Generator) -> tuple[Tensor, Tensor]:
         kind = choice(g, 4, 16)
@@ -164,8 +166,8 @@ def favor_half(ill: bool, width: int) -> Setup:
     **ONE,
 )
 def counts_softmax(ill: bool, width: int) -> Setup:
-    """Raw counts go into one linear layer with a softmax and binary cross entropy: the scores lie tens apart, the
-    softmax is exactly 0 and 1, and no gradient comes through. Repaired by standardised inputs."""
+    """Raw counts go into one linear layer with a softmax and binary cross entropy: the scores lie tens apart,
+    the softmax is exactly 0 and 1, and no gradient comes through. Repaired by standardised inputs."""
     means = 10 + 80 * uniform(seeded(7), 3, 8 * width)
 
     def sample(g: Generator) -> tuple[Tensor, Tensor]:

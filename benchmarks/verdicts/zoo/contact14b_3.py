@@ -1,6 +1,9 @@
-"""Trainings after public reports: recommenders, metric learning, adapters, physics, critics, meta-learning."""
+"""Trainings after public reports: recommenders, metric learning, adapters, physics, critics, meta-
+learning."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Generator, Tensor, nn
@@ -63,8 +66,8 @@ class Sessions(nn.Module):
     **ONE,
 )
 def session_dict(ill: bool, width: int) -> Setup:
-    """A session recommender that keeps its convolution's layers in a plain dictionary: parameters() does not know
-    them, so no optimizer ever updates them. Repaired by a ModuleDict."""
+    """A session recommender that keeps its convolution's layers in a plain dictionary: parameters() does not
+    know them, so no optimizer ever updates them. Repaired by a ModuleDict."""
     return setup(Sessions(16, width, ill), grammar(), token_loss, 5e-3)
 
 
@@ -92,8 +95,8 @@ class Factors(nn.Module):
     **ONE,
 )
 def factors_equal(ill: bool, width: int) -> Setup:
-    """Matrix factorisation with every factor at 0.1: all factors of a row get the same gradient and stay the same
-    for ever, so the model has a single one. Repaired by normal numbers of that size."""
+    """Matrix factorisation with every factor at 0.1: all factors of a row get the same gradient and stay the
+    same for ever, so the model has a single one. Repaired by normal numbers of that size."""
     ratings = normal(seeded(21), 30, 3) @ normal(seeded(22), 3, 30)
 
     def sample(g: Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -126,8 +129,8 @@ class Margin(nn.Module):
     **ONE,
 )
 def margin_forgotten(ill: bool, width: int) -> Setup:
-    """Face recognition with an angular margin, whose module has the classes' prototypes: the optimizer is given the
-    backbone's parameters alone, so the prototypes stay random. Repaired by giving it both."""
+    """Face recognition with an angular margin, whose module has the classes' prototypes: the optimizer is
+    given the backbone's parameters alone, so the prototypes stay random. Repaired by giving it both."""
     model = stack(
         net=nn.Sequential(nn.Linear(16, width), nn.PReLU(), nn.Linear(width, width)), margin=Margin(width, 10)
     )
@@ -197,8 +200,9 @@ def loud_adapter(above: float) -> Claim:
     **ONE,
 )
 def adapter_loud(ill: bool, width: int) -> Setup:
-    """Nets that are added to a pretrained model's context and start with Kaiming weights: each one's output is
-    larger than the context, and the model is ruined before the first step. Repaired by a deviation of 0.01."""
+    """Nets that are added to a pretrained model's context and start with Kaiming weights: each one's output
+    is larger than the context, and the model is ruined before the first step. Repaired by a deviation of
+    0.01."""
     base = Speaker(16, width)
     trained(setup(base, grammar(certain=0.95), token_loss, 1e-2), 80)
     text = grammar(certain=0.95)
@@ -210,7 +214,7 @@ def adapter_loud(ill: bool, width: int) -> Setup:
     return setup(Tuned(base, width, ill), sample, token_loss, 3e-3)
 
 
-# ------------------------------------------------------------------------------------- physics, critics, meta-learning
+# ---------------------------------------------------------------------- physics, critics, meta-learning
 
 
 class Oscillator(nn.Module):
@@ -242,9 +246,9 @@ class Oscillator(nn.Module):
     **ONE,
 )
 def pinn_weight(ill: bool, width: int) -> Setup:
-    """A damped oscillator by a physics-informed net, the equation's residual as it stands: with a stiffness of 400
-    its square swamps the data, and zero is all that is learnt. Repaired by dividing the residual by the stiffness,
-    so that both errors have one unit, and by a weight of 0.1."""
+    """A damped oscillator by a physics-informed net, the equation's residual as it stands: with a stiffness
+    of 400 its square swamps the data, and zero is all that is learnt. Repaired by dividing the residual by
+    the stiffness, so that both errors have one unit, and by a weight of 0.1."""
     unit, weight = (1.0, 1.0) if ill else (400.0, 0.1)
 
     def sample(g: Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -263,7 +267,7 @@ class Critic(nn.Module):
     def __init__(self, size: int, width: int, depth: int, spectral: bool) -> None:
         super().__init__()
         sizes = [size] + [width] * depth
-        layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)] + [nn.Linear(width, 1)]
+        layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)] + [nn.Linear(width, 1)]
         for layer in layers:
             nn.init.kaiming_normal_(layer.weight)
         self.layers = nn.ModuleList(spectral_norm(layer) if spectral else layer for layer in layers)
@@ -291,8 +295,9 @@ class Critic(nn.Module):
     **ONE,
 )
 def critic_spectral(ill: bool, width: int) -> Setup:
-    """A Wasserstein critic of ten layers with spectral normalisation: the largest singular value is one, the usual
-    ones and the slopes are less, and the gradient fades from layer to layer. Repaired by a gradient penalty."""
+    """A Wasserstein critic of ten layers with spectral normalisation: the largest singular value is one, the
+    usual ones and the slopes are less, and the gradient fades from layer to layer. Repaired by a gradient
+    penalty."""
 
     def sample(g: Generator) -> tuple[tuple[Tensor, Tensor], None]:
         return (0.5 * normal(g, 32, 8) + 1, normal(g, 32, 8)), None
@@ -339,6 +344,6 @@ def waves(g: Generator) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
     **ONE,
 )
 def hyper_rate(ill: bool, width: int) -> Setup:
-    """A meta-gradient through some steps of an inner descent, whose own rate is too high: the inner loop runs away,
-    and the outer loss and gradient grow with each of its steps. Repaired by a low inner rate."""
+    """A meta-gradient through some steps of an inner descent, whose own rate is too high: the inner loop runs
+    away, and the outer loss and gradient grow with each of its steps. Repaired by a low inner rate."""
     return setup(Adapting(width, 0.2 if ill else 0.01, 5), waves, F.mse_loss, 3e-3)

@@ -1,4 +1,5 @@
-"""Trainings that look sick and are not, after public reports whose answer was that this is how it should be."""
+"""Trainings that look sick and are not, after public reports whose answer was that this is how it should
+be."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def swells(module: str, times: float, *, steps: int = 40) -> Claim:
 
 
 def deaf(prefix: str, part: int, other: int) -> Claim:
-    """No gradient comes to the parameters under a prefix through one of the model's outputs, but through another."""
+    """No gradient comes to the parameters under a prefix through one of the model's outputs, but through
+    another."""
 
     def claim(ready: Setup) -> tuple[bool, str]:
         none, some = gradient_of(ready, part, prefix), gradient_of(ready, other, prefix)
@@ -120,7 +122,8 @@ class VAE(nn.Module):
     **ONE,
 )
 def divergence(width: int) -> Setup:
-    """A variational net whose divergence grows manifold at first: the code is being put to use, and the sum falls."""
+    """A variational net whose divergence grows manifold at first: the code is being put to use, and the sum
+    falls."""
 
     def loss(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
         return (output[0] - target).square().sum(-1).mean() + 0.2 * output[1].mean()
@@ -170,7 +173,8 @@ class Quantised(nn.Module):
     **ONE,
 )
 def codebook(width: int) -> Setup:
-    """A codebook that asks for no gradient and gets none, and yet learns: by the moving averages of its codes."""
+    """A codebook that asks for no gradient and gets none, and yet learns: by the moving averages of its
+    codes."""
 
     def loss(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
         return F.mse_loss(output[0], target) + 0.25 * output[1]
@@ -203,8 +207,8 @@ class Probed(nn.Module):
     **ONE,
 )
 def probe(width: int) -> Setup:
-    """Contrastive pretraining with a classifier beside it that watches: its features are detached, so that labels
-    do not reach the encoder, which learns by the views alone."""
+    """Contrastive pretraining with a classifier beside it that watches: its features are detached, so that
+    labels do not reach the encoder, which learns by the views alone."""
     points = clusters(16, 8)
 
     def sample(g: Generator) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -238,8 +242,8 @@ class LowRank(nn.Module):
     **ONE,
 )
 def lora_first(width: int) -> Setup:
-    """Low-rank fine-tuning to other labels: the second matrix is zero, so the first gets a gradient of exactly zero
-    in the first step, and only in that one."""
+    """Low-rank fine-tuning to other labels: the second matrix is zero, so the first gets a gradient of
+    exactly zero in the first step, and only in that one."""
     points = clusters(12, 6)
     model = stack(
         hidden=nn.Linear(12, width),
@@ -293,7 +297,8 @@ class Reader(nn.Module):
 
 
 def echoes(g: Generator) -> tuple[Tensor, Tensor]:
-    """Return sequences that say everything twice, and the next tokens, the first half of which are not asked."""
+    """Return sequences that say everything twice, and the next tokens, the first half of which are not
+    asked."""
     half = choice(g, 12, 32, 6)
     tokens = torch.cat([half, half], 1)
     following = tokens[:, 1:].clone()
@@ -308,7 +313,8 @@ def echoes(g: Generator) -> tuple[Tensor, Tensor]:
     **ONE,
 )
 def places(width: int) -> Setup:
-    """A language model whose position embeddings are all zero at the start: they get gradients and learn at once."""
+    """A language model whose position embeddings are all zero at the start: they get gradients and learn at
+    once."""
     return setup(Reader(12, width, 11), echoes, token_loss, 1e-2)
 
 
@@ -319,8 +325,8 @@ def places(width: int) -> Setup:
     **ONE,
 )
 def qk_norm(width: int) -> Setup:
-    """A pretrained language model that is given new norms for queries and keys: it starts at a loss far above the one
-    it had, and is back in some steps."""
+    """A pretrained language model that is given new norms for queries and keys: it starts at a loss far above
+    the one it had, and is back in some steps."""
     model = Reader(12, width, 11)
     trained(setup(model, echoes, token_loss, 2e-2, seed=1), 140)
     for block in model.blocks:
@@ -353,7 +359,8 @@ class FirstOrder(nn.Module):
 
 
 def cut_inside() -> Claim:
-    """The inner steps' gradients are constants to the outer loss, whose own gradient is there all the same."""
+    """The inner steps' gradients are constants to the outer loss, whose own gradient is there all the
+    same."""
 
     def claim(ready: Setup) -> tuple[bool, str]:
         step = next(training(ready, 1))
@@ -372,5 +379,6 @@ def cut_inside() -> Claim:
     **ONE,
 )
 def first_order(width: int) -> Setup:
-    """Meta-learning whose inner gradients carry no graph: the first-order approximation, which trains as well."""
+    """Meta-learning whose inner gradients carry no graph: the first-order approximation, which trains as
+    well."""
     return setup(FirstOrder(width), waves, F.mse_loss, 1e-2)
