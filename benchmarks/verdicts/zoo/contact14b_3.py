@@ -1,5 +1,4 @@
-"""Trainings after public reports: recommenders, metric learning, adapters, physics, critics, meta-
-learning."""
+"""Trainings after public reports: recommenders, metric learning, adapters, physics, critics and more."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def codebook(width: int) -> Setup:
     return setup(Quantised(16, width), factors(16, 3), loss, 5e-3)
 
 
-# ------------------------------------------------------------------------------------- probes, adapters, attention
+# ------------------------------------------------------------------------- probes, adapters, attention
 
 
 class Probed(nn.Module):
