@@ -29,6 +29,8 @@ _FAMILIES = """
     contact12b_1 contact12b_2 contact12b_3 contact12b_4 contact12b_5
     contact13a_1 contact13a_2 contact13a_3
     contact13b_1 contact13b_2 contact13b_3 contact13b_4
+    contact14a_1 contact14a_2 contact14a_3
+    contact14b_1 contact14b_2 contact14b_3 contact14b_4
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
