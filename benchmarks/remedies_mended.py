@@ -26,7 +26,11 @@ _MODELS: dict[str, str] = {
         contact7b-llm-topone contact8a-forecast-nbeats contact8a-weather-cells contact8a-flow-solver
         contact9a-tts-speaker contact10a-bytes-sequence-pooling contact11a-lora-fusedhead
         contact11a-beat-tcn contact11a-lama-pooling contact11b-stn-picture contact11b-segnet-decoders
-        contact12a-robot-chunks contact12b-attn-qknorm
+        contact12a-robot-chunks contact12b-attn-qknorm contact13a-adapter-ramp contact13a-question-attention
+        contact13b-vision-selective contact13b-speech-frontend contact13b-segmentation-pyramid
+        contact13b-graph-complete contact13b-forecast-states contact14a-translation-onepixel
+        contact14a-questions-padded contact14a-video-hidden contact14b-quant-inplace contact14b-session-dict
+        contact14b-hyper-rate
     """,
     LOSS: """
         moe-experts-without-tokens rl-log-probabilities-from-the-buffer rl-ratios-all-clipped
@@ -39,27 +43,31 @@ _MODELS: dict[str, str] = {
         contact3b-mtl-zero-hinge contact3b-triplet-hardest contact4a-contrastive-no_spread_term
         contact4b-tabular-negative_scale so-31880720-one-unit-softmax
         olaf-world-8-codebook-loss-on-wrong-tensor ml-agents-2897-rare-huge-reward
-        vjepa2-109-embeddings-collapse rq-vae-65-codebook-collapse
-        aidotnet-1844-penalty-without-a-graph gan-discriminator-has-won contact5a-speech-selfdistilled
-        contact5a-recsys-semanticid contact5a-tabular-constant contact5b-agent-unsquashed-action
-        contact5b-ranking-own-target contact6b-game-clipped-error contact7a-vocoder-mel contact7b-vae-klsum
-        contact8b-sentences-positives contact8b-energy-divergence contact8b-multitask-newtensor
-        contact9b-crl-energy contact9b-anomaly-ocnn contact10b-rlhf-grpo contact11a-dqn-targetrate
-        contact11a-bpr-sum contact11a-reward-nolog contact11b-arcface-clamp contact11b-vaecv-beta
-        contact12a-frames-latent
+        vjepa2-109-embeddings-collapse rq-vae-65-codebook-collapse aidotnet-1844-penalty-without-a-graph
+        gan-discriminator-has-won contact5a-speech-selfdistilled contact5a-recsys-semanticid
+        contact5a-tabular-constant contact5b-agent-unsquashed-action contact5b-ranking-own-target
+        contact6b-game-clipped-error contact7a-vocoder-mel contact7b-vae-klsum contact8b-sentences-positives
+        contact8b-energy-divergence contact8b-multitask-newtensor contact9b-crl-energy
+        contact9b-anomaly-ocnn contact10b-rlhf-grpo contact11a-dqn-targetrate contact11a-bpr-sum
+        contact11a-reward-nolog contact11b-arcface-clamp contact11b-vaecv-beta contact12a-frames-latent
+        contact13a-preference-exponential contact13a-halfprecision-mean contact13a-rl-target
+        contact13b-embedding-coincide contact13b-metric-hardest contact13b-autograd-total
+        contact14a-rl-temperature contact14a-experts-unbalanced contact14a-distillation-sum
+        contact14a-reid-collapsed contact14b-dpo-beta contact14b-pinn-weight
     """,
     DATA: """
         mlp-insurance-claims transformer-loss-mask-all-zero detection-logarithm-of-a-width
-        contact4a-speech-crowded_utterances fairseq-3753-every-alignment-impossible
-        contact6b-masks-of-255 contact7a-gan-batchstd contact9a-survival-stays
-        contact12a-animals-keypoints contact12b-deepsurv-events contact12b-botnet-norm
+        contact4a-speech-crowded_utterances fairseq-3753-every-alignment-impossible contact6b-masks-of-255
+        contact7a-gan-batchstd contact9a-survival-stays contact12a-animals-keypoints
+        contact12b-deepsurv-events contact12b-botnet-norm contact13b-vae-pixels contact14b-sft-truncated
+        contact14a-detection-anchors
     """,
     CHOICE: """
         cnn-pooled-in-numpy rnn-hard-choice-between-parts detection-peak-by-argmax
         detection-score-only-compared contact1b-medical-nearest_warp contact2a-motion-rounded_forward_warp
         contact4a-segmentation-dice_threshold pytorch-1339-argmax-between-modules
         contact5b-dream-sampled-action contact9a-linearattention-anchor contact9a-text-residual
-        contact11b-silhouette-order
+        contact11b-silhouette-order contact14a-registration-nearest
     """,
 }
 CANNOT = {id: why for why, ids in _MODELS.items() for id in ids.split()}
