@@ -20,6 +20,7 @@ from gradflow.detect.evidence import (
     row_gain,
     shares,
 )
+from gradflow.detect.flow.ends.drowned import loud_additions
 from gradflow.detect.flow.ends.exponential import exponentials
 from gradflow.detect.flow.ends.loud import (
     growing_signal,
@@ -101,7 +102,7 @@ def exploding(
 
 def _others(flow: Flow, threshold: float, loud: float) -> list[Issue]:
     """What is looked for where the gradient is not seen to grow along the path of layers."""
-    found = loud_heads(flow, loud) or growing_repeats(flow, threshold**1.5)
+    found = loud_heads(flow, loud) or loud_additions(flow, loud) or growing_repeats(flow, threshold**1.5)
     found = found or bursting_calls(flow, threshold**2)
     found = found or loud_outputs(flow, threshold**2) or steep_outputs(flow, threshold**2)
     return found or lone_columns(flow) or unmet_targets(flow) or tiny_targets(flow, threshold**4)
