@@ -55,12 +55,11 @@ def thrown_into(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """What was measured as too high a rate had thrown the loss to many times its start before a value
     overflowed in an exponential: what entered had grown. A logarithm, a root or a quotient of zero may come
     about in any run."""
-    losses, step = flow.record.losses, victim.metrics.get("step", 0)
-    if not math.isfinite(cause.metrics.get("rate_factor", math.nan)):
-        return False
     overflow = victim.metrics.get("value") == "inf" and victim.evidence.op.lower().startswith("exp")
-    before = losses[:step]
-    if not (overflow and len(before) > 1 and np.isfinite(before).all() and before[0] > 0):
+    if not overflow or not math.isfinite(cause.metrics.get("rate_factor", math.nan)):
+        return False
+    before = flow.record.losses[: victim.metrics.get("step", 0)]
+    if not (len(before) > 1 and np.isfinite(before).all() and before[0] > 0):
         return False
     return float(before.max()) >= _THROWN * float(before[0])
 

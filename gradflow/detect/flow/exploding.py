@@ -52,7 +52,8 @@ def exploding(
     norms of the gradients that the heads' outputs receive, and |loss| / (‖gradient‖ ‖output‖) of the stronger
     one: for a squared error that is half of (error / output), so how far its outputs are from its targets,
     in units of the outputs. (4) The same ratio at the first step of a run that its steps blow up, and whether
-    what the last layer gives goes through an exponential there.
+    what the last layer gives goes through an exponential there. (5) What new parts of a frozen model give in
+    the first step, beside what they are added to.
 
     Why this is evidence: growth is a ratio of norms along one path, free of the scale of the loss. A healthy
     layer at any usual initialisation multiplies the gradient by 0.4 to 1.5; what doubles per layer or per

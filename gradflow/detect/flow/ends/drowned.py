@@ -201,7 +201,7 @@ def _addition(flow: Flow, node: str, times: float, over: float, severity: IssueS
         "knew is drowned before the first step.",
         magnitude=times,
         recommended_actions=(
-            f"Let the new part start as nothing: nn.init.zeros_({layer.name}.weight) and its bias, or "
+            f"Let the new part start as nothing: nn.init.zeros_({layer.name}.weight), bias zero, or "
             "weights of deviation 0.01, so that the first outputs are those of the frozen model.",
             "Or multiply what it adds by a gate that starts at zero.",
         ),
