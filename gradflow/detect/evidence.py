@@ -227,6 +227,14 @@ def row_gain(flow: Flow, node: str, at: Callable[[Floats], float] | None = None)
     return (at or late)(largest.norm) / math.sqrt(max(largest.shape[0], 1))
 
 
+def is_normed(flow: Flow, node: str) -> bool:
+    """Whether a norm holds the size of a layer's weight, whatever steps make of what it is computed from: a
+    spectral one, of either kind of PyTorch. A weight with a length of its own grows by that."""
+    names = [p.name for p in flow.parameters_of(node) if len(p.shape) >= 2]
+    ends = ("parametrizations.weight.original", "weight_orig")
+    return bool(names) and all(name.endswith(ends) for name in names)
+
+
 def activations_of(flow: Flow, node: str) -> tuple[ActivationRecord, ...]:
     """Return the activations that a layer call feeds, functions and modules alike."""
     if not flow.functions and not flow.modules:

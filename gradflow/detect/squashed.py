@@ -52,6 +52,37 @@ def is_wanted(flow: Flow, activation: ActivationRecord, share: float = 0.9) -> b
     return not taking
 
 
+STEEP = (
+    " But the loss takes derivatives of the model in what enters it, and weights that start so large, on "
+    "inputs of usual size, make it as steep there as a fast solution is."
+)
+
+
+def is_steep(flow: Flow, activation: ActivationRecord, feeder: str, *, usual: float = 3.0) -> bool:
+    """Whether a tanh or sigmoid is at its ends because the first layer of a network of a differential
+    equation starts with large weights, for a solution that changes fast.
+
+    Each of its units then bends at a place of its own, and is flat elsewhere; the layers behind learn of the
+    steps that they make. Inputs that are large, and weights that the steps have made so, are no such design,
+    nor is one in which no unit bends for any sample.
+
+    Args:
+        flow: the record along its wiring.
+        activation: what is at its ends.
+        feeder: node of the layer before it.
+        usual: rms of inputs and of rows of weights up to which they are of usual size.
+    """
+    layer = flow.layers.get(feeder)
+    if layer is None or not flow.wiring.is_first(feeder) or not len(layer.input_rms):
+        return False
+    first = row_gain(flow, feeder, at=lambda norms: float(norms[0]))
+    if not (first > usual and late(layer.input_rms) <= usual and activation.always_saturated < 0.9):
+        return False
+    uses = {n for n, other in flow.layers.items() if other.module == layer.module}
+    behind = {m for n in uses for m in flow.wiring.downstream(n)}
+    return any(flow.wiring.nodes[n].type.endswith(f"{activation.op}_backward") for n in behind)
+
+
 def is_right(flow: Flow, activation: ActivationRecord, share: float = 0.9) -> bool:
     """Whether what is at the ends of a last sigmoid or tanh is where the loss has it, by `share` of its pull,
     in a model that knows: most pixels of a mask are sure, and right, while its border still teaches."""

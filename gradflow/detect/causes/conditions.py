@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from gradflow.detect.evidence import activations_of, late
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType, Role
 
 SILENT = (Role.SILENT, Role.PARTLY_SILENT)
+_THROWN = 10.0  # times its start: to where a loss was thrown before anything overflowed
 # Where two types could each explain the other: what is the more basic event. Types not named come last.
 PRECEDENCE: dict[AnyIssueType, int] = {
     kind: i
@@ -44,7 +47,21 @@ def developed(flow: Flow, cause: Issue, victim: Issue) -> bool:
 
 def there_before(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """The cause is not what the steps of the optimizer made of the victim."""
-    return not (victim.evidence.plays(Role.JUMPING) and grown_in_training(cause))
+    jumping = victim.evidence.plays(Role.JUMPING)
+    return not (jumping and (grown_in_training(cause) or thrown_into(flow, victim, cause)))
+
+
+def thrown_into(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """What was measured as too high a rate had thrown the loss to many times its start before a value
+    overflowed in an exponential: what entered had grown. A logarithm, a root or a quotient of zero may come
+    about in any run."""
+    overflow = victim.metrics.get("value") == "inf" and victim.evidence.op.lower().startswith("exp")
+    if not overflow or not math.isfinite(cause.metrics.get("rate_factor", math.nan)):
+        return False
+    before = flow.record.losses[: victim.metrics.get("step", 0)]
+    if not (len(before) > 1 and np.isfinite(before).all() and before[0] > 0):
+        return False
+    return float(before.max()) >= _THROWN * float(before[0])
 
 
 def grows_into(flow: Flow, cause: Issue, victim: Issue) -> bool:

@@ -249,6 +249,10 @@ RULES: tuple[Rule, ...] = (
         because="the steps of the optimizer brought it about: it was not there before",
     ),
     Rule(
+        cause=_T.UNSTABLE, victim=_T.NUMERICAL, where=_ANYWHERE, roles=Role.JUMPING, when=_if.thrown_into,
+        because="steps that are too large had thrown the loss far off before its exponential overflowed",
+    ),
+    Rule(
         cause=_T.UNSTABLE, victim=(_T.VANISHING, _T.DEAD, _T.SATURATION, _T.BOTTLENECK), where=_ANYWHERE,
         roles=Role.JUMPING, when=_if.wrecked,
         because="the model came knowing, and the steps of the optimizer have thrown it out of that",

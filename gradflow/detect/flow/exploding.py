@@ -20,6 +20,7 @@ from gradflow.detect.evidence import (
     row_gain,
     shares,
 )
+from gradflow.detect.flow.ends.drowned import loud_additions
 from gradflow.detect.flow.ends.exponential import exponentials
 from gradflow.detect.flow.ends.loud import (
     growing_signal,
@@ -51,7 +52,8 @@ def exploding(
     norms of the gradients that the heads' outputs receive, and |loss| / (‖gradient‖ ‖output‖) of the stronger
     one: for a squared error that is half of (error / output), so how far its outputs are from its targets,
     in units of the outputs. (4) The same ratio at the first step of a run that its steps blow up, and whether
-    what the last layer gives goes through an exponential there.
+    what the last layer gives goes through an exponential there. (5) What new parts of a frozen model give in
+    the first step, beside what they are added to.
 
     Why this is evidence: growth is a ratio of norms along one path, free of the scale of the loss. A healthy
     layer at any usual initialisation multiplies the gradient by 0.4 to 1.5; what doubles per layer or per
@@ -101,7 +103,7 @@ def exploding(
 
 def _others(flow: Flow, threshold: float, loud: float) -> list[Issue]:
     """What is looked for where the gradient is not seen to grow along the path of layers."""
-    found = loud_heads(flow, loud) or growing_repeats(flow, threshold**1.5)
+    found = loud_heads(flow, loud) or loud_additions(flow, loud) or growing_repeats(flow, threshold**1.5)
     found = found or bursting_calls(flow, threshold**2)
     found = found or loud_outputs(flow, threshold**2) or steep_outputs(flow, threshold**2)
     return found or lone_columns(flow) or unmet_targets(flow) or tiny_targets(flow, threshold**4)

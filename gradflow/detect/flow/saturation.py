@@ -20,9 +20,11 @@ from gradflow.detect.flow.ends.sharp import sharp_scores, shifted_scores
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns, no_better
 from gradflow.detect.squashed import (
+    STEEP,
     WANTED,
     gate_actions,
     is_right,
+    is_steep,
     is_wanted,
     passed_by,
     saturation_actions,
@@ -69,7 +71,8 @@ def saturation(
     each of them little; an output that is confident because it has learned to be (its loss has fallen by
     more than half within the run: LOW); ends that the loss asks for, as nine tenths of its pull lead further
     out (an action whose best value is the bound, a mask: LOW), but before another sigmoid or softmax, which
-    asks for scores without bound; a softmax over one alternative, which is `dead`'s; a sigmoid of
+    asks for scores without bound; a first layer of a differential equation's network whose weights start
+    large (LOW: see `is_steep`); a softmax over one alternative, which is `dead`'s; a sigmoid of
     scores of which those not chosen were set to minus infinity, which is off for them by intent (an
     infinity that was not meant is `numerical`'s); a weight inside the loss, where what it is made of goes
     into the loss past it too, and the loss falls (LOW).
@@ -155,6 +158,8 @@ def _issue(
         severity, calm = IssueSeverity.LOW, WANTED
     if severity.is_serious and is_right(flow, activation):
         severity, calm = IssueSeverity.LOW, _KNOWS
+    if severity.is_serious and is_steep(flow, activation, fed_by):
+        severity, calm = IssueSeverity.LOW, STEEP
     if severity.is_serious and passed_by(flow, activation):
         severity, calm = IssueSeverity.LOW, _PASSED_BY
     return Issue(

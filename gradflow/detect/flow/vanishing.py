@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import attrs
 
 from gradflow.detect.actions import vanishing_actions
-from gradflow.detect.evidence import Shares, activations_of, early, kept_at_least, late, row_gain, shares
+from gradflow.detect.evidence import Shares, early, is_normed, kept_at_least, late, row_gain, shares
 from gradflow.detect.flow.ends.unheard import flat_scores, heard_below_a_tower, unheard
 from gradflow.detect.flow.forgetting import deep, fading, forgetful
-from gradflow.detect.flow.readings.falls import falls_of, known
+from gradflow.detect.flow.readings.falls import best_upstream, falls_of, lossy_operation
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import AT_LEVEL, at_level, coped_with, guesses, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
-_SHAPES = ("view", "reshape", "expand", "transpose", "permute", "squeeze", "clone", "split", "select")
+_ALIKE = 1e-2  # of the outputs: where no more differs, they tell no samples apart, if nothing can grow
 _STACK = 3  # starved layers one behind the other, from which a first step counts: a tiny last layer is one
 _FEW_CALLS = 4  # of one module: more are steps of a loop
 _LATER = " Its later calls get what they should, so it learns, if nothing early is asked for."
@@ -85,7 +85,7 @@ def vanishing(
         against = shares(flow, kept_at_least(flow), from_peak=True)
         plain = shares(flow, kept_at_least(flow, by_matrix=1.0))
         zeros = zeros_of(flow)
-        gone, fed = zeros.underflown(), _best_upstream(flow, against)
+        gone, fed = zeros.underflown(), best_upstream(flow, against)
         starved = _starved(against, plain, gone, threshold, share, local_share)
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
         quiet = {*zeros.muted, *heard_below_a_tower(flow)}  # what comes to the former is rounding
@@ -227,16 +227,6 @@ def _severity(seen: float, arriving: float, threshold: float, share: float) -> I
     return None
 
 
-def _best_upstream(flow: Flow, against: Shares) -> dict[str, float]:
-    """By node, the largest share among the layer calls further upstream."""
-    best: dict[str, float] = {}
-    own = {node: late(values) for node, values in against.share.items()}
-    for node in flow.wiring.order:
-        before = [max(best.get(p, 0.0), known(own.get(p, 0.0))) for p in flow.wiring.preds[node]]
-        best[node] = max(before, default=0.0)
-    return best
-
-
 def _issues(flow: Flow, plain: Shares, starved: Sequence[_Starved], fed: Mapping[str, float]) -> list[Issue]:
     """One issue for each starved module, at its first starved call, and one for each layer that absorbs."""
     told: dict[str, _Starved] = {}
@@ -305,7 +295,7 @@ def _developed(plain: Shares, s: _Starved) -> bool:
 def _absorber_issue(flow: Flow, plain: Shares, s: _Starved) -> Issue:
     """The verdict on the layer that loses the gradient, or on what stands between it and the next one."""
     node, gain = s.absorber, row_gain(flow, s.absorber)
-    op, at = _operation(flow, s) if gain >= 0.1 else ("", node)
+    op, at = lossy_operation(flow, s.before, s.absorber) if gain >= 0.1 else ("", node)
     layer = flow.layers[at]
     return Issue(
         layer=layer.name,
@@ -340,7 +330,7 @@ def _uncured(
     if not flow.record.provenance.optimizer or not guesses(flow.record):
         return []
     first, first_plain = (_at_first(shares) for shares in (against, plain))
-    fed = _best_upstream(flow, first)
+    fed = best_upstream(flow, first)
     starved = _stacked(_starved(first, first_plain, {}, threshold, share, local_share), fed, bypass)
     now = {s.node: late(plain.share[s.node]) for s in starved if s.node in plain.share}
     starved = [s for s in starved if now.get(s.node, 1.0) < share]
@@ -364,21 +354,29 @@ def _inexcusable(
 
     That a stack of the usual initialisation keeps 0.4 a layer is no illness while the steps make up for it.
     Where the signal has faded on the same way, what would have to tell samples apart is what none reaches.
+    Where a norm holds the size of all weights (a spectral one), no step makes up for it, and less will do.
     """
     known = flow.record.knowledge
     if known is None or not flow.record.provenance.optimizer or not guesses(flow.record):
         return []
     outputs = [v for v, size in zip(known.variations, known.scales, strict=True) if size > 0]
-    if not outputs or max(outputs) > 1e-4 or not math.isclose(known.averaged, known.loss, rel_tol=1e-3):
+    held = not any(flow.has_matrix(n) and not is_normed(flow, n) for n in flow.layers)
+    most, least = (_ALIKE, IssueSeverity.MEDIUM) if held else (_ALIKE / 100, IssueSeverity.HIGH)
+    if not outputs or max(outputs) > most or not math.isclose(known.averaged, known.loss, rel_tol=10 * most):
         return []
-    fed = _best_upstream(flow, plain)
+    fed = best_upstream(flow, plain)
     gradual = [s for s in _starved(plain, plain, {}, threshold, share, local_share) if not s.absorber]
-    return _issues(flow, plain, _stacked(gradual, fed, bypass), fed)
+    return _issues(flow, plain, _stacked(gradual, fed, bypass, least), fed)
 
 
-def _stacked(starved: Iterable[_Starved], fed: Mapping[str, float], bypass: float) -> list[_Starved]:
+def _stacked(
+    starved: Iterable[_Starved],
+    fed: Mapping[str, float],
+    bypass: float,
+    least: IssueSeverity = IssueSeverity.HIGH,
+) -> list[_Starved]:
     """Return, as MEDIUM, those that are starved by far, with others behind them, and not by the way."""
-    far = (s for s in starved if s.severity >= IssueSeverity.HIGH and s.num_starved >= _STACK)
+    far = (s for s in starved if s.severity >= least and s.num_starved >= _STACK)
     kept = (s for s in far if not _by_the_way(s, fed[s.node], bypass))
     return [attrs.evolve(s, severity=IssueSeverity.MEDIUM) for s in kept]
 
@@ -386,15 +384,3 @@ def _stacked(starved: Iterable[_Starved], fed: Mapping[str, float], bypass: floa
 def _at_first(shares: Shares) -> Shares:
     """Return the shares of the first step alone."""
     return attrs.evolve(shares, share={node: values[:1] for node, values in shares.share.items()})
-
-
-def _operation(flow: Flow, s: _Starved) -> tuple[str, str]:
-    """What loses the gradient between two layers whose weights do not, and the layer at fault: a saturated
-    activation, else the operations that the first one's output goes through, else the second one itself."""
-    for activation in activations_of(flow, s.before):
-        if late(activation.saturated_share) > 0.5:
-            return activation.op, s.before if activation.functional else s.absorber
-    ops = [op for op in flow.wiring.ops_after(s.before) if not any(word in op for word in _SHAPES)]
-    if ops and flow.has_matrix(s.absorber):
-        return ", ".join(dict.fromkeys(ops)), s.before
-    return "", s.absorber

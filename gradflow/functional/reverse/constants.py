@@ -24,7 +24,8 @@ def merely_added(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
     """Return which outputs without a graph a loss adds up and does nothing else with.
 
     It is asked where the others are, and near zero: sure outputs, and a margin that is met, have slopes that
-    depend on nothing, while a sum is one everywhere.
+    depend on nothing, while a sum is one everywhere. Zeros add nothing: they hold the place of a term that
+    is switched off.
 
     Args:
         loss_of: of outputs in the place of the model's; differentiable.
@@ -37,7 +38,8 @@ def merely_added(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
     >>> merely_added(lambda y: (y[0] - y[1]).square().mean() + y[2].square().mean(), [a, b, c])
     [2]
     """
-    wanted = [i for i, part in enumerate(parts) if not part.requires_grad and part.is_floating_point()]
+    held = [not part.requires_grad and part.is_floating_point() for part in parts]
+    wanted = [i for i, part in enumerate(parts) if held[i] and bool(part.any())]
     if not wanted or len(wanted) == len(parts):
         return []
     own = [part.requires_grad for part in parts]

@@ -78,3 +78,29 @@ def test_an_output_that_others_are_held_against_is_a_target() -> None:
 
     found = serious(Twin(), lambda: (torch.randn(32, 8), torch.zeros(32)), loss)
     assert not any(kind is IssueType.DEAD for kind, _ in found)
+
+
+class Penalised(nn.Module):
+    """Scores, and a penalty that is switched off, or that was computed without its graph."""
+
+    def __init__(self, *, off: bool) -> None:
+        super().__init__()
+        self.net, self.off = nn.Sequential(nn.Linear(1, 32), nn.Tanh(), nn.Linear(32, 1)), off
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_(True)
+        y = self.net(x)
+        slope = torch.autograd.grad(y.sum(), x, create_graph=True)[0].detach()
+        return y, torch.zeros_like(slope) if self.off else slope
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_a_term_that_is_switched_off(off: bool) -> None:
+    """Zeros that hold a place add nothing to any loss."""
+    torch.manual_seed(0)
+
+    def loss(outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        return F.mse_loss(outputs[0], target) + (outputs[1] - 1).square().mean()
+
+    found = serious(Penalised(off=off), line, loss)
+    assert found == (set() if off else {(IssueType.DEAD, "net.2")})

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradflow.detect.evidence import early, heads, late
+from gradflow.detect.flow.ends.loud import over_silence
 from gradflow.detect.knowledge import guesses, knows
 from gradflow.detect.updates.readings import is_unmoved, response
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
-from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 _MOST = 8  # terms: those that are drowned most
 
@@ -23,7 +24,9 @@ def drowned_terms(flow: Flow, times: float = 1e4) -> list[Issue]:
     Measured: the gradient at two heads that lead to terms of their own, which meet as numbers and not before,
     and train the same weights further up. By three measures, as their outputs may differ in number and size:
     the norm, what equal changes of all outputs do to the loss, and what changes as large as they are do. All
-    three differ by `times`, at the start of the run and over it. Alike and not: auxiliary terms of a small
+    three differ by `times`, at the start of the run and over it. Where the loud term is made of derivatives
+    of the model, as the residual of a differential equation is, that term is told, as EXPLODING: its unit is
+    that of its largest coefficient. Alike and not: auxiliary terms of a small
     weight, some hundred times weaker; experts and branches, whose outputs are added up before the loss is
     taken; a task that is solved.
 
@@ -40,7 +43,10 @@ def drowned_terms(flow: Flow, times: float = 1e4) -> list[Issue]:
     weak = sorted((n for n, ratio in ratios.items() if times <= ratio < math.inf), key=lambda n: -ratios[n])
     joined = _joined(flow, strong) if weak else set[str]()
     apart = [n for n in weak if n not in joined][:_MOST]
-    return [_issue(flow, n, strong, ratios[n]) for n in apart if _trained(flow, n) & _trained(flow, strong)]
+    found = [n for n in apart if _trained(flow, n) & _trained(flow, strong)]
+    if found and any(flow.wiring.nodes[n].type.endswith("_backward") for n in joined):
+        return [_residual_issue(flow, strong, found[0], ratios[found[0]])]
+    return [_issue(flow, n, strong, ratios[n]) for n in found]
 
 
 def alike_outputs(flow: Flow, apart: float = 0.03) -> list[Issue]:
@@ -111,6 +117,97 @@ def drowned_inputs(flow: Flow, times: float = 40.0) -> list[Issue]:
         if sizes and min(sizes) >= times and not _another_way(flow, node):
             found.append(_drowned_input(flow, node, min(sizes)))
     return found
+
+
+def loud_additions(flow: Flow, above: float, times: float = 2.0) -> list[Issue]:
+    """New parts of a frozen model, which start so loud beside what they are added to that it is ruined.
+
+    Measured: in the first step, the output of each layer to be trained that is added to what frozen layers
+    give, beside that; frozen layers read the sum, and expect what they were trained on. And the first loss,
+    which is far above what zeros cost. Alike and not: parts that start at zero or small, as adapters do; loud
+    ones whose first loss says that they do no harm, or whose harm the run undoes, so that its loss ends far
+    below what ignorance costs (LOW); a new head, behind which nothing frozen reads; a model
+    that is trained as a whole, whose readers learn to live with what they get.
+
+    Args:
+        flow: the record along its wiring.
+        above: how many times the cost of zeros the first loss must be.
+        times: as large as what it is added to the loudest part must be.
+    """
+    over, wires, known = over_silence(flow), flow.wiring, flow.record.knowledge
+    if known is None or not wires.known or not above <= over < math.inf:
+        return []
+    beside: dict[str, float] = {}
+    for node, layer in flow.layers.items():
+        total = next(iter(wires.succs.get(node, ())), "")
+        if layer.composite or not flow.trainable(node) or len(wires.succs[node]) != 1:
+            continue
+        frozen = _frozen_beside(flow, node) if wires.nodes[total].type.lower() in _SUMS else 0.0
+        if frozen > 0 and any(_is_frozen(flow, n) for n in wires.downstream(node)):
+            beside[node] = float(layer.output_rms[0]) / frozen
+    loudest = max(beside.values(), default=0.0)
+    undone = late(flow.record.losses) <= 0.5 * known.ignorance
+    severity = IssueSeverity.HIGH if over >= 2 * above else IssueSeverity.MEDIUM
+    told = [n for n in beside if loudest >= times and beside[n] >= 1][:_MOST]
+    return [_addition(flow, n, beside[n], over, IssueSeverity.LOW if undone else severity) for n in told]
+
+
+_SUMS = ("add", "add_")
+
+
+def _is_frozen(flow: Flow, node: str) -> bool:
+    """Whether a layer call has parameters, and none of them is to be trained."""
+    if node not in flow.layers or flow.layers[node].composite:
+        return False
+    return bool(flow.parameters_of(node)) and not flow.trainable(node)
+
+
+def _frozen_beside(flow: Flow, node: str) -> float:
+    """Return the rms in the first step of what frozen layers give to the sum that a layer is added to, or to
+    the sums before it; 0 if none does.
+
+    What no gradient comes back to is no node of the graph: then it is the last frozen layer that gave as much
+    before, whose numbers no weight to be trained has touched.
+    """
+    wires, shape = flow.wiring, flow.layers[node].shape
+    todo, seen, found = [wires.succs[node][0]], set[str](), list[str]()
+    while todo:
+        at = todo.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        if wires.nodes[at].kind == "op" and wires.nodes[at].type.lower() in _SUMS:
+            todo += wires.preds[at]
+        elif _is_frozen(flow, at):
+            found.append(at)
+    if not found:
+        first = min((flow.layers[n].order for n in flow.layers if flow.trainable(n)), default=0)
+        apart = (n for n in flow.layers if _is_frozen(flow, n) and flow.layers[n].order < first)
+        alike = [n for n in apart if flow.layers[n].shape == shape and not np.any(flow.grad[n] > 0)]
+        found = sorted(alike, key=lambda n: flow.layers[n].order)[-1:]
+    return max((float(flow.layers[n].output_rms[0]) for n in found), default=0.0)
+
+
+def _addition(flow: Flow, node: str, times: float, over: float, severity: IssueSeverity) -> Issue:
+    layer = flow.layers[node]
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.EXPLODING,
+        severity=severity,
+        description=f"In the first step its output has rms {layer.output_rms[0]:.3g}, {times:.3g} times that "
+        "of what frozen layers give, to which it is added; frozen layers behind read the sum, and are not "
+        f"trained for it. The first loss is {over:.3g} times what it costs to know nothing: what the model "
+        "knew is drowned before the first step.",
+        magnitude=times,
+        recommended_actions=(
+            f"Let the new part start as nothing: nn.init.zeros_({layer.name}.weight), bias zero, or "
+            "weights of deviation 0.01, so that the first outputs are those of the frozen model.",
+            "Or multiply what it adds by a gate that starts at zero.",
+        ),
+        metrics={"beside": times, "over_silence": over, "output_rms": float(layer.output_rms[0])},
+        evidence=Evidence(growth=times),
+    )
 
 
 def _alike(record: FlowRecord, apart: float = 0.02) -> bool:
@@ -198,4 +295,27 @@ def _issue(flow: Flow, node: str, strong: str, ratio: float) -> Issue:
             f"Look for a scale in the term of {other}: large targets, a sum where a mean is meant.",
         ),
         metrics={"dominance": ratio, "rival": other},
+    )
+
+
+def _residual_issue(flow: Flow, strong: str, weak: str, ratio: float) -> Issue:
+    """Tell of a term made of derivatives of the model, whose gradient leaves next to nothing to another."""
+    layer, other = flow.layers[strong], layer_name(weak)
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.EXPLODING,
+        severity=IssueSeverity.HIGH,
+        description=f"The term of the loss that is made of its derivatives swamps that of {other}: its "
+        f"gradient is {ratio:.2g} times as large or more, by the size of the outputs too, and the weights "
+        "that both share are trained for it alone. Where zero solves the equation, zero is what is learnt.",
+        magnitude=ratio,
+        recommended_actions=(
+            "Bring both terms to one unit: divide the residual of the equation by its largest coefficient "
+            "(a stiffness, a frequency squared) before it is squared, or make time and place dimensionless.",
+            "Then weigh the terms so that their gradients are alike where they meet: this one is "
+            f"{ratio:.1g} times too large now.",
+        ),
+        metrics={"dominance": ratio, "rival": other},
+        evidence=Evidence(roles=Role.OFF_SCALE),
     )

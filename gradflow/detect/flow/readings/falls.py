@@ -12,6 +12,8 @@ from gradflow.detect.view import Flow
 
 LOCAL = 1e-2  # what a layer must fall short of its kind to be named: out of any usual initialisation's range
 
+_SHAPES = ("view", "reshape", "expand", "transpose", "permute", "squeeze", "clone", "split", "select")
+
 
 @attrs.frozen(kw_only=True)
 class Fall:
@@ -145,6 +147,28 @@ def _part(flow: Flow, path: Sequence[str], values: Sequence[float]) -> str:
 
 def _saturates(flow: Flow, node: str) -> bool:
     return any(late(a.saturated_share) > 0.5 for a in activations_of(flow, node))
+
+
+def best_upstream(flow: Flow, against: Shares) -> dict[str, float]:
+    """By node, the largest share among the layer calls further upstream."""
+    best: dict[str, float] = {}
+    own = {node: late(values) for node, values in against.share.items()}
+    for node in flow.wiring.order:
+        before = [max(best.get(p, 0.0), known(own.get(p, 0.0))) for p in flow.wiring.preds[node]]
+        best[node] = max(before, default=0.0)
+    return best
+
+
+def lossy_operation(flow: Flow, before: str, absorber: str) -> tuple[str, str]:
+    """What loses the gradient between two layers whose weights do not, and the layer at fault: a saturated
+    activation, else the operations that the first one's output goes through, else the second one itself."""
+    for activation in activations_of(flow, before):
+        if late(activation.saturated_share) > 0.5:
+            return activation.op, before if activation.functional else absorber
+    ops = [op for op in flow.wiring.ops_after(before) if not any(word in op for word in _SHAPES)]
+    if ops and flow.has_matrix(absorber):
+        return ", ".join(dict.fromkeys(ops)), before
+    return "", absorber
 
 
 def known(value: float) -> float:
