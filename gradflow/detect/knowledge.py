@@ -200,12 +200,15 @@ def calm(record: FlowRecord, most: float = 0.5) -> bool:
     Of a model that came with outputs of the right level (see `at_level`), near a tenth of what zeros cost:
     where targets hardly vary, a mean that answers all alike costs next to nothing too. Where zeros cost
     nothing at all, as outputs are held against outputs (two views, a teacher), a tenth of their square:
-    those that have nothing to do with each other cost twice that square.
+    those that have nothing to do with each other cost twice that square. Of outputs that are merely added up,
+    as a model gives the terms of its loss itself, nothing of that is known.
     """
     known, losses = record.knowledge, record.losses[np.isfinite(record.losses)]
     if known is None or len(losses) < len(record.losses) or not len(losses):
         return False
     if known.silent == 0 and known.scales and losses.min() >= 0:
+        if all(math.isclose(guess, known.loss, rel_tol=1e-5) for guess in (known.shuffled, known.averaged)):
+            return False
         return bool(losses.max() <= 0.1 * min(known.scales) ** 2)
     if at_level(record) and float(np.abs(losses).max()) <= 0.1 * known.silent:
         return True

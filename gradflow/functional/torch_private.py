@@ -14,7 +14,7 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `Function._backward_cls` | telling the nodes of probes from others | an error |
 | `Tensor._backward_hooks`, `Module._backward_pre_hooks` | hooks that act on a gradient | taken for none |
 | `Tensor._post_accumulate_grad_hooks` | telling that they are not run | taken for none |
-| `Optimizer._optimizer_step_pre_hooks`, `..._post_hooks` | telling that they are not run | taken for none |
+| `Optimizer._optimizer_step_pre_hooks`, `..._post_hooks` | running or telling of them | taken for none |
 | `Tensor._lazy_clone`, `_C._is_cow_tensor` | working copies that take no memory | real copies |
 | `UntypedStorage._new_with_weak_ptr` | whether somebody still holds such a copy | an error |
 | `UntypedStorage._cdata` | whether tensors are on one memory | an error |
@@ -67,7 +67,6 @@ __all__ = [
     "gradient_hooks",
     "has_gradient_hooks",
     "has_post_accumulate_hooks",
-    "has_step_hooks",
     "in_checkpoint",
     "in_reverse_pass",
     "input_metadata",
@@ -85,6 +84,7 @@ __all__ = [
     "pytree",
     "sequence_number",
     "set_timeout",
+    "step_hooks",
     "stores",
     "timeout_of",
     "transform_level",
@@ -169,10 +169,10 @@ def has_post_accumulate_hooks(parameter: Tensor) -> bool:
     return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-def has_step_hooks(optimizer: Any) -> bool:
-    """Whether an optimizer has hooks before or after its step."""
+def step_hooks(optimizer: Any) -> tuple[Callable[..., Any], ...]:
+    """Return the hooks before and after an optimizer's step."""
     names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return any(getattr(optimizer, name, None) for name in names)
+    return tuple(hook for name in names for hook in (getattr(optimizer, name, None) or {}).values())
 
 
 def lazy_clone(tensor: Tensor) -> Tensor | None:

@@ -141,7 +141,8 @@ class UpdatesRecord:
         num_updates: how many updates were made.
         num_skipped: how many were not, because the loss or a gradient was not finite.
         stale: what the optimizer holds that belongs to no module of the model or the loss.
-        scheduled: whether a scheduler has set the rates that the optimizer came with.
+        scheduled: whether a scheduler has set the rates that the optimizer came with; or they are zero,
+            and hooks on its step that may set them were left out of the run.
         curves: how the loss bends along an update, where that was asked for.
     """
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import attrs
 
 from gradflow.detect.reach.cancelled import EQUAL_CALLS, EQUAL_OUTPUTS, OF_CALLS, last_to_cancel
-from gradflow.detect.reach.factors import OWN, is_locked, is_silent_operation
+from gradflow.detect.reach.factors import OWN, forgetful, is_locked, is_silent_operation, is_state
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
@@ -243,11 +243,10 @@ def _zero_factor(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         why, cure = f"{part.whose}, with which it is multiplied, is zero", f"start {part.whose} at random"
     elif part.source == "data" and part.whose:
         why = f"{part.whose} makes zeros of every batch, with which it is multiplied"
-        cure = (
-            "rescale the inputs to the range that is expected there, or fit the range (a grid, bins) to them"
-        )
-    elif part.source == "constant" and updates and "mm" not in part.op and "linear" not in part.op:
-        # A product of matrices with a constant is a first state of zeros, of which one step is read.
+        cure = "rescale the inputs to the range that is expected there, or fit the range (a grid, bins) to it"
+    elif lost := forgetful(flow, part):
+        why, cure = lost
+    elif part.source == "constant" and updates and not is_state(part):
         why = "a constant with which it is multiplied is zero everywhere, so it does nothing"
         cure = "look at what makes that constant: a mask of zeros, a weight that was never switched on"
     elif updates and is_silent_operation(flow, part):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dis
 import functools
+import math
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +16,14 @@ from gradflow.functional.model.undo import python_module
 
 _LIBRARIES = ("torch", "numpy", "builtins", "gradflow")
 MOST_ITEMS = 1000  # of a container: a longer one is a data set
+_NUMBERS = (int, float, complex, str, bytes, type(None))
+_BUILTINS = frozenset(
+    (
+        "abs", "all", "any", "bool", "dict", "divmod", "enumerate", "float", "int", "isinstance", "len",
+        "list", "max", "min", "pow", "range", "reversed", "round", "sorted", "sum", "tuple", "zip",
+    )
+)  # fmt: skip
+_BEYOND = frozenset(("STORE_GLOBAL", "DELETE_GLOBAL", "IMPORT_NAME", "IMPORT_FROM"))
 
 
 def modules_in(*values: Any) -> tuple[nn.Module, ...]:
@@ -126,3 +136,69 @@ def _globals_named(code: types.CodeType) -> tuple[str, ...]:
     own = [step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
     inner = [name for c in code.co_consts if isinstance(c, types.CodeType) for name in _globals_named(c)]
     return tuple(dict.fromkeys([*own, *inner]))
+
+
+def is_plain(value: Any, known: Container[int]) -> bool:
+    """Whether a value can be copied whole: numbers, containers of them, and functions of the user's that can
+    touch nothing else but what they are handed.
+
+    A function may hold such values in its closure and its defaults; of globals and builtins it may name
+    numbers, `math`, and what only computes.
+
+    Args:
+        value: any.
+        known: ids of objects that are copied by other means, with which it may do as it likes.
+
+    >>> is_plain(lambda x, rate=0.1: max(x, rate), ()), is_plain(lambda x: print(x), ())
+    (True, False)
+    """
+    seen: dict[int, Any] = {}
+    todo = [(value, True)]
+    while todo:
+        value, whole = todo.pop()
+        if id(value) in known or id(value) in seen or isinstance(value, _NUMBERS):
+            continue
+        seen[id(value)] = value
+        if type(value) in (list, tuple, set, dict) and len(value) <= MOST_ITEMS:
+            todo += [(v, False) for v in (value.values() if isinstance(value, dict) else value)]
+        elif isinstance(value, types.FunctionType) and whole and _keeps_to_itself(value):
+            todo += [(held, True) for _, held in cells_of(value)]
+            todo += [(value.__defaults__, False), (value.__kwdefaults__, False)]
+        else:
+            return False
+    return True
+
+
+def _keeps_to_itself(function: types.FunctionType) -> bool:
+    """Whether a function names nothing outside of itself but numbers and what only computes."""
+    codes = [function.__code__]
+    for code in codes:  # grows while it is walked
+        codes += [inner for inner in code.co_consts if isinstance(inner, types.CodeType)]
+    if any(step.opname in _BEYOND for code in codes for step in dis.get_instructions(code)):
+        return False
+    held = function.__globals__
+    return not vars(function) and all(
+        held[name] is math or isinstance(held[name], _NUMBERS) if name in held else name in _BUILTINS
+        for name in _globals_named(function.__code__)
+    )
+
+
+def plain_copy(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a copy of a plain value, one cell of functions that share it for all of them.
+
+    Args:
+        value: of which `is_plain` holds.
+        memo: copies by the id of what they are of, as of `copy.deepcopy`; it is added to.
+    """
+    if id(value) in memo:
+        return memo[id(value)]
+    if not isinstance(value, types.FunctionType):
+        return copy.deepcopy(value, memo)
+    cells = tuple(memo.setdefault(id(cell), types.CellType()) for cell in value.__closure__ or ())
+    made = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
+    memo[id(value)] = made
+    made.__defaults__ = copy.deepcopy(value.__defaults__, memo)
+    made.__kwdefaults__ = copy.deepcopy(value.__kwdefaults__, memo)
+    for cell, held in cells_of(value):
+        memo[id(cell)].cell_contents = plain_copy(held, memo)
+    return made

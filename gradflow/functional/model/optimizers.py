@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.errors import OptimizerMismatchError
+from gradflow.functional.model.closures import is_plain, plain_copy
 from gradflow.functional.model.undo import may_hold_state, python_module, same_bits, slot_values
+from gradflow.functional.torch_private import step_hooks
 
 
 def copy_optimizer(
@@ -90,9 +92,11 @@ def _check_holds_some(optimizer: Any, known: Mapping[int, Any]) -> None:
 # NOTE [Copying an optimizer]
 # `copy.deepcopy` of an optimizer ends in `Optimizer.__setstate__`, which puts a wrapper on the `step` of its
 # class: an optimizer that wraps another and never called `Optimizer.__init__` could not step any more. So a
-# copy is made by hand: an empty object of the class, and deep copies of the attributes. Left out are hooks,
-# and what stands in the object in place of a method: a scheduler puts a `step` there that steps the original.
-# What cannot be copied (a lock, a stream) is shared.
+# copy is made by hand: an empty object of the class, and deep copies of the attributes. Left out is what
+# stands in the object in place of a method: a scheduler puts a `step` there that steps the original. What
+# cannot be copied (a lock, a stream) is shared. Of hooks on its step, a copy has copies where all of them can
+# touch nothing but the optimizer that they are handed, its parameters, and numbers of their own, as one that
+# sets the rate; else it has none, since they may act on the model itself.
 
 
 _ATOMS = (type, str, bytes, int, float, complex, type(None), types.FunctionType, types.BuiltinFunctionType)
@@ -107,12 +111,20 @@ def _copied(optimizer: Any, memo: dict[int, Any]) -> Any:
     for original, shell in shells:
         for name, value in vars(original).items():
             if name.startswith("_optimizer_") and name.endswith("_hooks"):
-                object.__setattr__(shell, name, type(value)())
+                hooks = value.items() if "_step_" in name and runs_hooks(original) else ()
+                copied = type(value)((key, plain_copy(hook, memo)) for key, hook in hooks)
+                object.__setattr__(shell, name, copied)
             elif not (callable(value) and hasattr(type(original), name)):
                 vars(shell)[name] = copy.deepcopy(value, memo)
         for slot, value in slot_values(original):
             slot.__set__(shell, copy.deepcopy(value, memo))
     return memo[id(optimizer)]
+
+
+def runs_hooks(optimizer: Any) -> bool:
+    """Whether copies of an optimizer run the hooks on its step; see NOTE [Copying an optimizer]."""
+    held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+    return all(is_plain(hook, {id(optimizer), *held}) for hook in step_hooks(optimizer))
 
 
 def _prepare(value: Any, memo: dict[int, Any], found: list[Any], seen: set[int]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradflow.errors import LossError, ModelInputError
 from gradflow.functional.model.layers import is_scripted
+from gradflow.functional.model.optimizers import runs_hooks
 from gradflow.functional.model.undo import python_module
 from gradflow.functional.processes.shards import is_distributed
 from gradflow.functional.torch_private import (
     communication_hooks,
     has_post_accumulate_hooks,
-    has_step_hooks,
     is_wrapped,
 )
 
@@ -224,7 +225,7 @@ def standing_notes(
             f"The hooks on {_names(hooked)} that run after a gradient was accumulated are not run: gradients "
             "are as such a hook is handed them."
         )
-    for optimizer in filter(has_step_hooks, optimizers):
+    for optimizer in itertools.filterfalse(runs_hooks, optimizers):
         yield (
             f"The step hooks of the {type(optimizer).__name__} are not run, since they may act on the model "
             "itself: the steps after the first are those of training without them."

@@ -160,10 +160,11 @@ class Reasons:
 
     def _factor(self, node: Node, j: int, function: Function | None, place: Blame) -> Blame:
         place = attrs.evolve(place, reason=Reason.ZERO_FACTOR)
-        for k, (child, _) in enumerate(feeds(node)):
+        still = function.still if function is not None else ()
+        begins = _is_one_step(node) and any(map(_is_nothing, still))
+        for k, (child, _) in enumerate(() if begins else feeds(node)):
             if k not in (j, *ADDED.get(operation(node), ())) and child is not None:
                 return attrs.evolve(place, whose=self._name_of(child), source=self._source_of(child))
-        still = function.still if function is not None else ()
         zeros = [here for t in still if (here := local(t)).numel() and not bool(here.all())]
         if not zeros:
             return place
@@ -220,6 +221,19 @@ class Reasons:
 
 def _is_whole(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _is_one_step(node: Node) -> bool:
+    """Whether a node is the kernel of a whole recurrent layer that makes a single step in time."""
+    metadata = input_metadata(node)
+    shape = tuple(metadata[0].shape) if metadata else ()
+    return "rnn" in operation(node) and len(shape) == 3 and shape[0] == 1
+
+
+def _is_nothing(tensor: Tensor) -> bool:
+    """Whether a tensor of numbers holds some, and all of them are zero."""
+    here = local(tensor)
+    return not _is_whole(tensor) and here.numel() > 0 and not bool(here.any())
 
 
 def _of_the_loss(structure: Structure) -> set[Node]:

@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from gradflow.functional.model.optimizers import runs_hooks
 from gradflow.functional.updates.figures import UpdateFigures
 from gradflow.records import CurvatureRecord, UpdateRecord, UpdatesRecord
 
@@ -84,7 +85,7 @@ class UpdateLog:
                 for place, p in enumerate(group["params"])
                 if id(p) not in ids
             ],
-            scheduled=any(_number(g.get("initial_lr")) > _number(g.get("lr")) for g in groups),
+            scheduled=any(map(_is_scheduled, optimizers)),
             curves=self.curves,
         )
 
@@ -110,6 +111,14 @@ def _first(rates: Sequence[float]) -> float:
 
 def _series(found: Mapping[int, float], num_steps: int) -> list[float]:
     return [found.get(step, math.nan) for step in range(num_steps)]
+
+
+def _is_scheduled(optimizer: Any) -> bool:
+    """Whether a rate was set below what it was built with; or all are zero, and hooks that may set them have
+    not been run."""
+    rates = [(_number(g.get("lr")), _number(g.get("initial_lr"))) for g in optimizer.param_groups]
+    idle = all(rate == 0 for rate, _ in rates) and not runs_hooks(optimizer)
+    return idle or any(built > rate for rate, built in rates)
 
 
 def _number(value: object) -> float:

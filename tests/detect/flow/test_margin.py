@@ -86,13 +86,23 @@ def test_the_hardest_of_hard_data(loss: Loss, size: int, width: int, depth: int)
     assert collapses(net(size, width, depth), of_kinds(size, 1.8), loss, 1e-2)
 
 
+@pytest.mark.parametrize("loss", [hardest(0.3), smooth])
+@pytest.mark.parametrize("depth", [2, 4])
+def test_large_first_steps_throw_them_apart_before(loss: Loss, depth: int) -> None:
+    model = net(16, 32, depth)[:-1]
+    assert collapses(model, of_kinds(16, 1.8), loss, 3e-2)
+
+
 @pytest.mark.parametrize(
     ("loss", "noise", "rate"),
     [
         (hardest(0.2), 0.3, 1e-3),
         (hardest(0.2), 0.3, 1e-2),
         (hardest(0.2), 1.5, 1e-3),  # slow steps, which have not drawn them together
+        (smooth, 0.3, 3e-2),
+        (smooth, 1.5, 1e-3),
         (every, 1.5, 1e-2),
+        (every, 1.5, 3e-2),
         (among(0.07), 1.5, 1e-2),
         (among(0.01), 1.5, 1e-2),
         (among(0.01), 4.0, 1e-2),  # too sharp, and smaller likenesses would cost less

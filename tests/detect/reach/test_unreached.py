@@ -267,3 +267,77 @@ def test_a_zero_start_is_none() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     nn.init.zeros_(model[2].weight)  # type: ignore[arg-type]
     assert serious(found(model, torch.randn(8, 4), optimizer=None)) == {}
+
+
+class Frames(nn.Module):
+    """A recurrent cell that is called on every frame, and handed a state of which `kept` says what it is."""
+
+    def __init__(self, cell: nn.Module, kept: str = "none") -> None:
+        super().__init__()
+        self.enter, self.cell, self.head, self.kept = nn.Linear(4, 8), cell, nn.Linear(8, 1), kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, answers = None, []
+        for frame in x.unbind(1):
+            h = F.relu(self.enter(frame))
+            if isinstance(self.cell, nn.RNNBase):
+                out, new = self.cell(h[:, None], state)
+                out = out[:, 0]
+            else:
+                new = self.cell(h, state)
+                out = new[0] if isinstance(new, tuple) else new
+            answers.append(self.head(out))
+            if self.kept == "carried":
+                state = new
+        return torch.cat(answers, 1)
+
+
+class Elman(nn.Module):
+    """A cell of two matrices, each a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ih, self.hh = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, state: Tensor | None) -> Tensor:
+        return torch.tanh(self.ih(x) + self.hh(torch.zeros_like(x) if state is None else state))
+
+
+CELLS: dict[str, Callable[[], nn.Module]] = {
+    "GRUCell": lambda: nn.GRUCell(8, 8),
+    "LSTMCell": lambda: nn.LSTMCell(8, 8),
+    "RNNCell": lambda: nn.RNNCell(8, 8),
+    "GRU": lambda: nn.GRU(8, 8, batch_first=True),
+    "LSTM": lambda: nn.LSTM(8, 8, batch_first=True),
+    "of two layers": Elman,
+}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_cell_that_begins_anew_at_every_frame(cell: str) -> None:
+    x = torch.randn(16, 5, 4)
+    issues = [i for i in found(Frames(CELLS[cell]()), x) if i.severity >= MEDIUM]
+    (issue,) = issues
+    assert issue.layer == ("cell.hh" if cell == "of two layers" else "cell")
+    assert issue.severity is HIGH
+    assert "each of the 5 calls" in issue.description
+    assert issue.recommended_actions[0].startswith("Hand each call the state")
+    assert not serious(found(Frames(CELLS[cell](), "carried"), x))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_cell_that_is_called_once_or_on_two_views(cell: str, frames: int) -> None:
+    assert not serious(found(Frames(CELLS[cell]()), torch.randn(16, frames, 4)))
+
+
+def test_a_cell_that_is_called_for_each_sample() -> None:
+    class Samples(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = nn.GRUCell(4, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.head(self.cell(sample[None])) for sample in x])
+
+    assert not serious(found(Samples(), torch.randn(8, 4)))

@@ -139,3 +139,41 @@ def test_the_rates_of_all_groups() -> None:
     }  # fmt: skip
     assert record.updates["2.weight"].group == -1
     assert gradflow.FlowRecord.from_json(record.to_json()).updates == record.updates
+
+
+def test_a_schedule_with_steps_is_stepped_with_every_batch() -> None:
+    (issue,) = told(adam, lambda o: lr_scheduler.StepLR(o, 4))
+    assert issue.metrics["factor"] == pytest.approx(0.1)
+    assert "5 times by a factor of 0.1, so" in issue.description
+    assert "step it once an epoch" in issue.recommended_actions[0]
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda o: lr_scheduler.StepLR(o, STEPS // 3),
+        lambda o: lr_scheduler.StepLR(o, 4, 0.5),
+        lambda o: lr_scheduler.MultiStepLR(o, [2, 4, 6]),
+        lambda o: lr_scheduler.CyclicLR(o, 1e-5, 1e-3, 4, cycle_momentum=False),
+    ],
+    ids=["two falls", "halves", "three early falls", "cycles"],
+)
+def test_schedules_with_steps(scheduler: Callable[[Any], Any]) -> None:
+    assert not told(adam, scheduler)
+
+
+def test_a_schedule_that_is_a_hook_of_the_optimizer() -> None:
+    def hooked(model: nn.Sequential) -> torch.optim.Optimizer:
+        optimizer, done = adam(model), [0]
+
+        def after(opt: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+            done[0] += 1
+            if done[0] % 3 == 0:
+                for group in opt.param_groups:
+                    group["lr"] *= 0.1
+
+        optimizer.register_step_post_hook(after)
+        return optimizer
+
+    (issue,) = told(hooked)
+    assert issue.metrics["first_rate"] == pytest.approx(1e-3)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradflow.functional import analyze
-from gradflow.functional.model.closures import modules_in
+from gradflow.functional.model.closures import is_plain, modules_in, plain_copy
 
 GLOBAL = nn.Linear(1, 1)
 
@@ -107,3 +107,71 @@ def test_what_was_made_in_no_module_is_looked_into(made: str) -> None:
     assert modules_in(loss) == (net,)
     record = analyze(nn.Linear(3, 4), [torch.ones(2, 3)], lambda y: loss(y).square().mean(), steps=1)
     assert record.steps == 1
+
+
+def _counting(step: int = 1) -> tuple[Callable[[], None], Callable[[], list[float]]]:
+    number, seen = 0, [0.0]
+
+    def count() -> None:
+        nonlocal number
+        number += step
+        seen.append(float(number))
+
+    def counted(start: float = 0.0) -> list[float]:
+        return [start + number, *seen]
+
+    return count, counted
+
+
+def test_a_plain_function_is_copied_with_the_cells_that_it_shares() -> None:
+    count, counted = _counting()
+    count()
+    assert is_plain(count, ())
+    assert is_plain(counted, ())
+    memo: dict[int, Any] = {}
+    mine, told = plain_copy(count, memo), plain_copy(counted, memo)
+    mine()
+    assert told() == [2, 0, 1, 2]
+    assert counted() == [1, 0, 1]
+
+
+def test_what_is_known_stands_for_itself() -> None:
+    net, other = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def touch() -> nn.Module:
+        return net
+
+    assert not is_plain(touch, ())
+    assert is_plain(touch, {id(net)})
+    assert plain_copy(touch, {id(net): other})() is other
+
+
+def _writes() -> None:
+    global GLOBAL
+    GLOBAL = nn.Linear(1, 1)
+
+
+def _imports() -> Any:
+    import os
+
+    return os
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        _by_name,
+        _writes,
+        _imports,
+        _decorated(GLOBAL),
+        lambda: vars(),
+        lambda: [open for _ in range(2)],
+        lambda value=GLOBAL: value,
+        functools.partial(_writes),
+        Trainer(GLOBAL).loss,
+        torch.ones(1),
+        [lambda: 0],
+    ],
+)
+def test_functions_that_may_touch_more_are_not_plain(function: Any) -> None:
+    assert not is_plain(function, ())

@@ -319,3 +319,51 @@ def test_what_is_no_optimizer(thing: Any) -> None:
         OptimizerMismatchError, match=rf"optimizer is a {type(thing).__name__}, not a torch\.optim"
     ):
         analyze(make_net(), batches(), squares, optimizer=thing)
+
+
+def _hooks(optimizer: Optimizer) -> list[int]:
+    """Warm the rate up and clip the gradients, by hooks that share a counter."""
+    done, number = [0], 0
+
+    def before(opt: Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal number
+        number += 1
+        for group in opt.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.clamp_(-0.01 * number, 0.01 * number)
+
+    def after(opt: Optimizer, args: Any, kwargs: Any) -> None:
+        done[0] += 1
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * min(done[0] / 3, 1.0) + 0 * number
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+    return done
+
+
+def test_hooks_on_a_step_that_set_numbers_run_on_copies_of_them() -> None:
+    model, twin = make_net(), make_net()
+    optimizer, other = (torch.optim.Adam(m.parameters(), lr=0.0) for m in (model, twin))
+    done, _ = _hooks(optimizer), _hooks(other)
+    torch.manual_seed(11)
+    record = analyze(model, batches(), squares, optimizer=optimizer)
+    assert done == [0]
+    assert optimizer.param_groups[0]["lr"] == 0
+    assert not [note for note in record.provenance.notes if "hooks" in note]
+    check(record, *train(twin, other, batches()))
+
+
+def test_the_hooks_of_an_optimizer_run_all_or_none() -> None:
+    model, seen = make_net(), list[nn.Module]()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
+    done = _hooks(optimizer)
+    optimizer.register_step_post_hook(lambda *_: seen.append(model))
+    record = analyze(model, batches(), squares, optimizer=optimizer)
+    assert done == [0]
+    assert not seen
+    assert [note for note in record.provenance.notes if "step hooks of the Adam are not run" in note]
+    assert record.updates is not None
+    assert record.updates.scheduled
+    assert set(record.updates.rates[:-1]) == {0.0}

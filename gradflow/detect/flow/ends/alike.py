@@ -241,12 +241,13 @@ def _stays_at_margin(flow: Flow, known: KnowledgeRecord) -> bool:
     No loss of the run comes below what one output for all costs (the margin); nor would these outputs, drawn
     nearer to one another by any factor: the farthest that should be near is farther than the nearest that
     should be far. So the way down is to make all alike, and they have become so, to half of what differed and
-    ever less. Likenesses that are merely too sharp cost less once they are smaller.
+    less than ever, whatever large first steps had thrown apart. Likenesses that are merely too sharp cost
+    less once they are smaller.
     """
     if not known.drawn >= known.averaged * (1 - 1e-6) or known.num_samples < 4:
         return False
     losses = flow.record.losses
-    return bool((losses >= known.averaged).all()) and _become_alike(flow, heads(flow), 2.0)
+    return bool((losses >= known.averaged).all()) and _become_alike(flow, heads(flow), 2.0, steady=False)
 
 
 def _in_one_direction(known: KnowledgeRecord) -> bool:
@@ -268,13 +269,15 @@ def _is_collapsing(flow: Flow, known: KnowledgeRecord) -> bool:
     return _become_alike(flow, heads(flow), 3.0)
 
 
-def _become_alike(flow: Flow, nodes: Iterable[str], times: float) -> bool:
-    """Whether what differs between the rows of each call has become so many times less, but for noise at each
-    look."""
+def _become_alike(flow: Flow, nodes: Iterable[str], times: float, *, steady: bool = True) -> bool:
+    """Whether what differs between the rows of each call has become so many times less, and less than at any
+    look before; if it should be steady, from each look to the next, but for noise."""
     for node in nodes:
         seen = flow.layers[node].output_variation
         seen = seen[np.isfinite(seen)]
-        if len(seen) < 3 or not seen[-1] <= seen[0] / times or np.any(np.diff(seen) > 0.03 * seen[0]):
+        if len(seen) < 3 or not seen[-1] <= seen[0] / times or not seen[-1] <= 1.03 * seen.min():
+            return False
+        if steady and np.any(np.diff(seen) > 0.03 * seen[0]):
             return False
     return True
 
