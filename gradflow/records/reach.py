@@ -33,7 +33,8 @@ class Reason(enum.Enum):
     """The parts cancel, whatever the values are: zero, or rounding noise."""
     UNEXPLAINED = "unexplained"
     """No step could be looked at closely enough: under the transform `vjp` with a model that it alone
-    takes, inside reentrant checkpoints, or where a second look raised."""
+    takes, inside reentrant checkpoints, where a second look raised, or where the step that was looked at did
+    not use it and others did."""
 
 
 def _ranges(value: Iterable[Iterable[int]]) -> tuple[tuple[int, int], ...]:

@@ -329,8 +329,9 @@ class ReachFindings:
         """Yield the unreached parts of a parameter to which a path led, by what the closer look showed."""
         labels = self.closely.labels.get(name) if self.closely is not None else None
         if labels is None or self.closely is None:
-            seen = self.closely is not None
-            blame = self._unwired(name, wires) if seen else Blame(Reason.UNEXPLAINED)
+            blame = self._unwired(name, wires)
+            if self.closely is None or not blame.op:  # a path led there, in another step than was looked at
+                blame = Blame(Reason.UNEXPLAINED)
             yield from self._by_part(name, mask, mask, blame, wires)
             return
         labels = by_rows(labels, mask)

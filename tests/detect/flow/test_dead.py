@@ -312,6 +312,45 @@ def test_an_expert_that_is_dropped_within_the_run(
     assert found == {f"experts.{i}": severity for i in dropped}
 
 
+@pytest.mark.parametrize(
+    ("dropped", "rows", "severity"),
+    [
+        ((1,), 64, IssueSeverity.LOW),
+        ((1, 2), 64, IssueSeverity.HIGH),
+        ((0, 1, 2), 64, IssueSeverity.HIGH),
+        ((0, 1, 2), 1, None),  # so few rows that chance leaves some out
+    ],
+)
+def test_experts_that_are_not_called_any_more(
+    dropped: tuple[int, ...], rows: int, severity: IssueSeverity | None
+) -> None:
+    ran = np.arange(STEPS) < 3
+    given = np.where(np.arange(STEPS) % 2, 1, 2) * rows * 8  # other numbers from step to step
+    experts = [
+        Layer(
+            name=f"experts.{i}.fc",
+            op="index",
+            grad=np.where(ran | (i not in dropped), 1.0, np.nan),
+            fields={
+                "called": ran | (i not in dropped),
+                "num_elements": np.where(ran | (i not in dropped), given, 0),
+                "shape": (rows, 8),
+            },
+        )
+        for i in range(4)
+    ]
+    edges = [("stem", e.name) for e in experts] + [(e.name, "head") for e in experts]
+    record = flow_record(
+        Layer(name="stem"),
+        *experts,
+        Layer(name="head"),
+        edges=[*edges, ("head", "loss")],
+        optimizer="Adam",
+    )
+    found = detect(record, dead())
+    assert [(issue.layer, issue.severity) for issue in found] == ([("experts", severity)] if severity else [])
+
+
 def test_layers_in_a_row_are_no_alternatives() -> None:
     gone = np.zeros(STEPS)
     gone[:3] = 1.0
