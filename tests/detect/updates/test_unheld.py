@@ -89,7 +89,7 @@ class Cosine(nn.Module):
 @pytest.mark.parametrize("head", [lambda: nn.Linear(32, 4), lambda: Cosine(32, 4)])
 def test_what_gives_the_answers_stays_as_random_as_it_started(head: Callable[[], nn.Module]) -> None:
     model = Net()
-    model.head = head()
+    model.add_module("head", head())
     (issue,) = told(model, torch.optim.SGD([*model.stem.parameters(), *model.blocks.parameters()], 0.1))
     assert (issue.layer, issue.severity) == ("head", gf.IssueSeverity.MEDIUM)
     assert "stays as it was drawn" in issue.description
@@ -97,15 +97,15 @@ def test_what_gives_the_answers_stays_as_random_as_it_started(head: Callable[[],
 
 def test_a_judge_that_gives_one_number_and_a_head_that_came_trained_are_remarks() -> None:
     torch.manual_seed(0)
-    game = nn.Sequential()
-    for name, part in (("maker", nn.Linear(8, 32)), ("bend", nn.Tanh()), ("judge", nn.Linear(32, 1))):
+    game, maker = nn.Sequential(), nn.Linear(8, 32)
+    for name, part in (("maker", maker), ("bend", nn.Tanh()), ("judge", nn.Linear(32, 1))):
         game.add_module(name, part)
     real = nn.BCEWithLogitsLoss()
     found = gf.diagnose(
         game,
         [x for x, _ in batches()],
         lambda out: real(out, torch.ones_like(out)),
-        optimizer=torch.optim.SGD(game.maker.parameters(), 0.1),
+        optimizer=torch.optim.SGD(maker.parameters(), 0.1),
     )
     assert [i.severity for i in found.issues if "elements" in i.metrics] == [gf.IssueSeverity.LOW]
     model = Net()
