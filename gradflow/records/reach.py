@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import attrs
 
-from gradflow.records.fields import to_tuple
+from gradflow.records.fields import NAN, float_field, to_tuple
 
 
 class Reason(enum.Enum):
@@ -67,6 +67,9 @@ class ReachRecord:
         num_choices: how many were picked at that place in the step that was looked at (0 if none pick).
         moved: whether the parameter changed although no gradient arrived: by the module's own code.
         step: the step that was looked at closely; -1 if none.
+        larger: of elements that are off, mean magnitude over that of the elements of the parameter that were
+            reached: far above 1 where they lie at bounds or beyond, below 1 where they are cut off as small.
+            NaN for other reasons, and where nothing was reached.
     """
 
     parameter: str
@@ -86,6 +89,7 @@ class ReachRecord:
     num_choices: int = 0
     moved: bool = False
     step: int = -1
+    larger: float = float_field(NAN)
 
     @property
     def size(self) -> int:

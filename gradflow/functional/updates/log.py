@@ -103,16 +103,13 @@ class UpdateLog:
             field: [math.nan if figures is None else getattr(figures, field) for figures in found]
             for field in _SERIES
         }
-        nothing = (0.0, math.nan)
-        back = [
-            self.undone[step].get(name, nothing) if step in self.undone else (math.nan,) * 2 for step in steps
-        ]
+        nothing, unknown = (0.0, math.nan), (math.nan, math.nan)
+        back = [self.undone[step].get(name, nothing) if step in self.undone else unknown for step in steps]
+        numbers["undone"] = [share for share, _ in back]
+        numbers["levels"] = next((x for _, x in reversed(back) if not math.isnan(x)), math.nan)
         return UpdateRecord(
-            name=name, layer=layer, held=last.held, group=last.group, epsilon=last.epsilon,
-            undone=[share for share, _ in back],
-            levels=next((levels for _, levels in reversed(back) if not math.isnan(levels)), math.nan),
-            **numbers,
-        )  # fmt: skip
+            name=name, layer=layer, held=last.held, group=last.group, epsilon=last.epsilon, **numbers
+        )
 
 
 def _first(rates: Sequence[float]) -> float:

@@ -21,8 +21,8 @@ class Rewritten(nn.Linear):
     def __init__(self, inputs: int, outputs: int, how: str) -> None:
         super().__init__(inputs, outputs)
         self.how = how
-        self.register_buffer("kept", self.weight.detach().clone())
-        self.register_buffer("mask", (torch.rand(outputs, inputs) < 0.05).float())
+        self.kept = self.weight.detach().clone()
+        self.mask = (torch.rand(outputs, inputs) < 0.05).float()
 
     @torch.no_grad()
     def rewrite(self) -> None:
@@ -41,9 +41,9 @@ class Rewritten(nn.Linear):
         elif self.how != "nothing":
             w.copy_(written[self.how]())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         self.rewrite()
-        return super().forward(x)
+        return super().forward(input)
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
