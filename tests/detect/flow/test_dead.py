@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from gradflow.detect import dead, detect
-from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, KnowledgeRecord, Role
+from gradflow.records import (
+    ActivationRecord,
+    Evidence,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    KnowledgeRecord,
+    Role,
+)
 from tests.detect.builders import STEPS, Layer, activation, flow_record
 
 LOST = np.full(STEPS, np.nan)
@@ -321,9 +329,16 @@ def test_an_expert_that_is_dropped_within_the_run(
         ((0, 1, 2), 1, None),  # so few rows that chance leaves some out
     ],
 )
+@pytest.mark.parametrize("saturated", [None, 0.0, 0.1])
 def test_experts_that_are_not_called_any_more(
-    dropped: tuple[int, ...], rows: int, severity: IssueSeverity | None
+    dropped: tuple[int, ...], rows: int, severity: IssueSeverity | None, saturated: float | None
 ) -> None:
+    if saturated == 0 and severity:  # the scores are near each other in all rows
+        severity = IssueSeverity.LOW
+    scores = ActivationRecord(
+        name="stem:softmax", op="softmax", kind="softmax", functional=True, layer="stem", num_units=4,
+        saturated_share=np.full(STEPS, saturated or 0.0), width=4,
+    )  # fmt: skip
     ran = np.arange(STEPS) < 3
     given = np.where(np.arange(STEPS) % 2, 1, 2) * rows * 8  # other numbers from step to step
     experts = [
@@ -346,6 +361,7 @@ def test_experts_that_are_not_called_any_more(
         Layer(name="head"),
         edges=[*edges, ("head", "loss")],
         optimizer="Adam",
+        activations=() if saturated is None else (scores,),
     )
     found = detect(record, dead())
     assert [(issue.layer, issue.severity) for issue in found] == ([("experts", severity)] if severity else [])

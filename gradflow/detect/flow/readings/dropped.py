@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from gradflow.detect.evidence import late
 from gradflow.detect.flow.readings.alternatives import FEWEST, families, gets_some, last_third
 from gradflow.detect.view import Flow
 from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType, LayerRecord, Role
@@ -18,7 +19,8 @@ def dropped(flow: Flow) -> list[Issue]:
 
     Alternatives get numbers of rows that differ from step to step, as no part does that is left out by a
     schedule. Where half of them or more are left without any, what is left gets all of the training, and is
-    chosen the more: it has collapsed (HIGH). Of fewer, a router that learns takes them up again (LOW).
+    chosen the more: it has collapsed (HIGH). Of fewer, a router that learns takes them up again (LOW), and so
+    it may where the softmax over them has its slope in every row: what is left out is not far behind.
     """
     found: dict[tuple[str, ...], list[str]] = {}
     for node, layer in flow.layers.items():
@@ -64,13 +66,13 @@ def _issue(flow: Flow, members: tuple[str, ...], left: list[str]) -> Issue:
     names = [flow.layers[node].module for node in members]
     above = _shared(names)
     first = flow.layers[left[0]]
-    collapsed = 2 * len(left) >= len(members)
+    collapsed = 2 * len(left) >= len(members) and not _is_undecided(flow, above)
     since = 1 + max(int(np.flatnonzero(_rows(flow.layers[node]))[-1]) for node in left)
     shown = ", ".join(_one_of(flow.layers[node].module, above) for node in left)
     after = (
         "What gets no rows is not trained, and is chosen the less."
         if collapsed
-        else "Most of its alternatives get some: it may be chosen again."
+        else "What is left out may be chosen again: it is not far behind, or most of them get some."
     )
     return Issue(
         layer=above or first.module,
@@ -94,6 +96,14 @@ def _issue(flow: Flow, members: tuple[str, ...], left: list[str]) -> Issue:
         },
         evidence=Evidence(roles=Role.BLOCKING, developed=True),
     )
+
+
+def _is_undecided(flow: Flow, above: str) -> bool:
+    """Whether a softmax over as many alternatives as a module holds keeps its slope in every row."""
+    names = (*(layer.module for layer in flow.layers.values()), *flow.record.never_called)
+    inside = {_one_of(name, above) for name in names if name.startswith(f"{above}.") or not above}
+    scores = [a for a in flow.record.activations if a.kind == "softmax" and a.width == len(inside)]
+    return bool(scores) and all(late(a.saturated_share) == 0 for a in scores)
 
 
 def _shared(names: list[str]) -> str:
