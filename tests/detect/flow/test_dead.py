@@ -336,7 +336,8 @@ def test_experts_that_are_not_called_any_more(
     if saturated == 0 and severity:  # the scores are near each other in all rows
         severity = IssueSeverity.LOW
     scores = ActivationRecord(
-        name="stem:softmax", op="softmax", kind="softmax", functional=True, layer="stem", num_units=4,
+        name="stem:softmax", op="softmax", kind="softmax", functional=True, layer="stem", num_units=0,
+        fired_share=np.full(STEPS, np.nan), input_rms=np.ones(STEPS),
         saturated_share=np.full(STEPS, saturated or 0.0), width=4,
     )  # fmt: skip
     ran = np.arange(STEPS) < 3
