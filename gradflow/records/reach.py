@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import attrs
 
-from gradflow.records.fields import to_tuple
+from gradflow.records.fields import NAN, float_field, to_tuple
 
 
 class Reason(enum.Enum):
@@ -33,7 +33,8 @@ class Reason(enum.Enum):
     """The parts cancel, whatever the values are: zero, or rounding noise."""
     UNEXPLAINED = "unexplained"
     """No step could be looked at closely enough: under the transform `vjp` with a model that it alone
-    takes, inside reentrant checkpoints, or where a second look raised."""
+    takes, inside reentrant checkpoints, where a second look raised, or where the step that was looked at did
+    not use it and others did."""
 
 
 def _ranges(value: Iterable[Iterable[int]]) -> tuple[tuple[int, int], ...]:
@@ -66,6 +67,9 @@ class ReachRecord:
         num_choices: how many were picked at that place in the step that was looked at (0 if none pick).
         moved: whether the parameter changed although no gradient arrived: by the module's own code.
         step: the step that was looked at closely; -1 if none.
+        larger: of elements that are off, mean magnitude over that of the elements of the parameter that were
+            reached: far above 1 where they lie at bounds or beyond, below 1 where they are cut off as small.
+            NaN for other reasons, and where nothing was reached.
     """
 
     parameter: str
@@ -85,6 +89,7 @@ class ReachRecord:
     num_choices: int = 0
     moved: bool = False
     step: int = -1
+    larger: float = float_field(NAN)
 
     @property
     def size(self) -> int:

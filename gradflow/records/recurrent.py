@@ -103,6 +103,9 @@ class RecurrenceRecord:
             in the gradient of what is read at the last step alone. Else 0.
         cost: what measuring it took: multiplications by the layer's weights, over those of its own forward
             and reverse pass.
+        still_end: at how many steps, up to the last one that is read, the input stays the same, and the same
+            as that of other samples: padding. The median over the samples; 1 where it changes from step to
+            step, 0 where samples do not share their last input. NaN of a loop.
         levels: in PyTorch's order.
         loss_share: see `TransformerRecord`.
     """
@@ -120,6 +123,7 @@ class RecurrenceRecord:
     state_error: Floats = array_field()
     subnormal_share: Floats = array_field(unknown="measured_steps")
     cost: Floats = array_field(unknown="measured_steps")
+    still_end: Floats = array_field(unknown="measured_steps")
     levels: tuple[RecurrentLevelRecord, ...] = attrs.field(converter=to_tuple)
     loss_share: float = float_field(NAN)
 

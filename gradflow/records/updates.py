@@ -37,6 +37,10 @@ class UpdateRecord:
         under_epsilon: of the entries whose gradient is not zero, the share with √v̂ < ε.
         age: how many steps the optimizer's state of it had taken before; 0 is cold.
         finite: whether the update left every number finite.
+        undone: of the entries that are not zero and that the update changed, the share that the model's own
+            code has put back by the end of the next forward pass, to the bit; 0 where it writes to none.
+        levels: how many different values are among the entries that were looked at, per entry, where some
+            were put back: next to 0 on a grid, near 1 for numbers of full precision.
     """
 
     name: str
@@ -55,6 +59,8 @@ class UpdateRecord:
     under_epsilon: Floats = array_field()
     age: Floats = array_field()
     finite: Bools = array_field(np.bool_)
+    undone: Floats = array_field()
+    levels: float = float_field(NAN)
 
     @property
     def ratio(self) -> Floats:

@@ -13,7 +13,8 @@ from gradflow.detect.evidence import RECTIFIERS, activations_of, late, typical_z
 from gradflow.detect.flow.ends.alike import silenced
 from gradflow.detect.flow.ends.constants import constant_outputs
 from gradflow.detect.flow.ends.misgiven import out_of_reach
-from gradflow.detect.flow.readings.alternatives import is_resting
+from gradflow.detect.flow.readings.alternatives import is_resting, last_third
+from gradflow.detect.flow.readings.dropped import dropped
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import came_knowing, has_learned
 from gradflow.detect.reach.unreached import loss_is_empty, sole_reason, unreached_parts
@@ -27,6 +28,7 @@ from gradflow.records import (
     Issue,
     IssueSeverity,
     IssueType,
+    LayerRecord,
     ParameterRecord,
     Reason,
     Role,
@@ -85,7 +87,8 @@ def dead(
         # A layer whose gradient is zero because none of its units fires is reported once.
         told = {issue.layer for issue in zero if issue.evidence.plays(Role.BLOCKING)}
         silent = [i for i in _silent_units(flow, threshold, some, few) if i.layer not in told]
-        found = [*never_called(flow), *cut_off(flow), *zero, *silent, *_silent_modules(flow, zero)]
+        found = [*never_called(flow), *cut_off(flow), *zero, *silent]
+        found += [*_silent_modules(flow, zero), *dropped(flow)]
         if not any(i.severity > IssueSeverity.MEDIUM for i in found):
             found += (
                 silenced(flow) or out_of_reach(flow, IssueType.DEAD) or constant_outputs(flow, min_updates)
@@ -125,10 +128,17 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
         else:
             lasting = updates >= min_updates or loss_is_empty(flow)
             severity = IssueSeverity.HIGH if lasting else IssueSeverity.INFO
-            if lasting and why in ("operation", "loss") and is_resting(flow, node):
+            if _gets_no_rows(layer):
+                why = "no rows"
+            if lasting and why in ("operation", "loss", "no rows") and is_resting(flow, node):
                 severity = IssueSeverity.LOW
         issues.append(_zero_issue(flow, node, wanted, why, at, severity, updates))
     return issues
+
+
+def _gets_no_rows(layer: LayerRecord) -> bool:
+    """Whether a layer is called with nothing in most of the last steps."""
+    return float(np.median(last_third(np.where(layer.called, layer.num_elements, 0)))) == 0
 
 
 def _is_met(flow: Flow) -> bool:
@@ -157,6 +167,7 @@ _WHY = {
     "input",
     "zero weight": "the weights of {at}, which would hand it back, are zero",
     "zero input": "its own output gets a gradient, but what enters it is zero",
+    "no rows": "nothing at all enters it: no row of the batch is sent there",
     "operation": "it is lost between here and {at}, in a functional operation",
     "loss": "the loss hands back exactly zero",
 }

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import attrs
 
+from gradflow.detect.reach.bounds import at_bounds, off_for_all
 from gradflow.detect.reach.cancelled import EQUAL_CALLS, EQUAL_OUTPUTS, OF_CALLS, last_to_cancel
 from gradflow.detect.reach.factors import OWN, forgetful, is_locked, is_silent_operation, is_state
 from gradflow.detect.view import Flow
@@ -166,30 +167,16 @@ def _by_model(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
 
 
 def _off(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
-    """Judge a parameter that is off in a clamp, a grid or a spike function for every sample."""
-    if part.op in OWN or _total(flow, part) < _WHOLE:
+    """Judge a parameter that is off in a clamp, a grid or a spike function."""
+    if part.op in OWN:
         return None
-    if part.op.endswith("_backward"):
-        name = "ReLU" if part.op == "threshold_backward" else part.op.removesuffix("_backward")
-        return _issue(
-            flow,
-            part,
-            IssueSeverity.HIGH,
-            f"the loss takes derivatives of the model, and the slope of a {name} has none of its own",
-            (f"Put what bends in the place of every {name}: nn.Tanh(), nn.SiLU(), nn.Softplus(), a sine.",),
-            Role.BLOCKING,
-        )
-    return _issue(
-        flow,
-        part,
-        IssueSeverity.HIGH,
-        f"{part.op} at {part.at or part.layer_at} has slope zero there for every sample",
-        (
-            f"Bring what enters {part.op} into its range, or put a smooth bound (tanh, softplus) there.",
-            "Start the bias in the middle of the range.",
-        ),
-        Role.BLOCKING,
-    )
+    share = _total(flow, part)
+    if share >= _WHOLE:
+        found = off_for_all(part)
+    else:  # told of the largest of its parts
+        largest = max(p.num_elements for p in _alike(flow, part))
+        found = at_bounds(part, share) if part.num_elements == largest else None
+    return None if found is None else _issue(flow, part, *found, Role.BLOCKING)
 
 
 def _cut(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
@@ -326,16 +313,17 @@ def _silent_operation_issue(flow: Flow, feeder: str, issue: Issue) -> Issue:
     )
 
 
-def _total(flow: Flow, part: ReachRecord) -> float:
-    """Return the share of the parameter that is unreached for the same reason at the same place."""
+def _alike(flow: Flow, part: ReachRecord) -> list[ReachRecord]:
+    """Return the parts of the parameter that are unreached for the same reason at the same place."""
     account = flow.record.reach
     assert account is not None
-    same = (
-        p
-        for p in account.of(part.parameter)
-        if (p.reason, p.at, p.whose) == (part.reason, part.at, part.whose)
-    )
-    return sum(p.share for p in same)
+    here = (part.reason, part.at, part.whose)
+    return [p for p in account.of(part.parameter) if (p.reason, p.at, p.whose) == here]
+
+
+def _total(flow: Flow, part: ReachRecord) -> float:
+    """Return the share of the parameter that is unreached for the same reason at the same place."""
+    return sum(p.share for p in _alike(flow, part))
 
 
 _JUDGES: dict[Reason, _Judge] = {

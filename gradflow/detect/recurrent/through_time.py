@@ -20,6 +20,7 @@ from gradflow.detect.recurrent.actions import (
     fading_actions,
     stuck_actions,
 )
+from gradflow.detect.recurrent.padded import behind_padding
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
@@ -53,6 +54,8 @@ def fading(heard: float = 0.33, *, few: float = 0.1, some: float = 0.9, fresh: f
     told in the first step and asked for in the last is learned where the first step is heard, and not
     where it is not: `examples/forgetful_lstm.py`.
 
+    Where padding is read, and all that is heard is padding, that is told instead: see `behind_padding`.
+
     Looks alike and is not: a layer that is read at every step (or at most of them), where every step has a
     gradient of its own, however short its memory; a bidirectional layer, whose other direction hears the
     early steps; padding behind the last step that is read; a sequence little longer than the memory, as of
@@ -73,6 +76,9 @@ def fading(heard: float = 0.33, *, few: float = 0.1, some: float = 0.9, fresh: f
     def detector(record: FlowRecord) -> Iterable[Issue]:
         flow = flow_of(record)
         for r in _trained(flow):
+            if (padded := behind_padding(record, r)) is not None:
+                yield padded
+                continue
             share = late(r.heard_share)
             grows = any(late(growth_of(level)) >= _GROWN for level in r.levels)  # no loss: see `amplifying`
             if share < some and not late(r.read_share) > _READ_BY_MANY and not grows:

@@ -17,6 +17,7 @@ from gradflow.detect.updates.rate import (
     too_low,
 )
 from gradflow.detect.updates.readings import held, is_adaptive, is_rising, rates, typical, unchanged
+from gradflow.detect.updates.undone import taken_back
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
 _SHORT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # what a dtype rounds away of a weight, at most
@@ -35,6 +36,9 @@ def slow_updates(swallowed: float = 0.9, *, idle: float = 0.5) -> Callable[[Flow
     add up. The steps of an adaptive optimizer are as long as its rate: where that is below what the dtype
     keeps of most weights, it is the rate and the dtype that do not go together, and no lack of gradient.
 
+    What the model's own forward pass puts back, to the bit, the optimizer has changed for nothing: see
+    `taken_back`.
+
     Looks alike and is not: a warm-up (the rate rises, or is set by a scheduler below its own); fine-tuning
     with a small rate (the model knows already); a gradient that vanishes (plain descent at a usual rate, and
     updates that differ from layer to layer: where all are alike, it is the loss that is small); a trained
@@ -42,7 +46,8 @@ def slow_updates(swallowed: float = 0.9, *, idle: float = 0.5) -> Callable[[Flow
     falls: LOW).
 
     Args:
-        swallowed: share of unchanged entries from which rounding swallows the updates.
+        swallowed: share of unchanged entries from which rounding swallows the updates, and of entries that
+            are put back.
         idle: the same in a run of an adaptive optimizer that comes to nothing, and the share of weights of
             which the dtype keeps no change as large as the rate. Healthy runs in bfloat16 leave up to three
             quarters as they were, and their loss falls.
@@ -51,7 +56,7 @@ def slow_updates(swallowed: float = 0.9, *, idle: float = 0.5) -> Callable[[Flow
     def detector(record: FlowRecord) -> Iterable[Issue]:
         if record.updates is None or not record.updates.steps or not held(record):
             return []
-        found = _nothing(record) or _swallowed(record, swallowed, idle)
+        found = _nothing(record) or taken_back(record, swallowed) or _swallowed(record, swallowed, idle)
         if found is None and (misfit := too_low(record)) is not None:
             found = _slow(record, misfit)
         return [] if found is None else [found]

@@ -17,7 +17,7 @@ from gradflow.functional.processes.shards import Shards, is_distributed, local
 from gradflow.functional.processes.stages import Stages
 from gradflow.functional.reach.arrived import Arrived
 from gradflow.functional.reach.blame import Behind, Blamed, Walk
-from gradflow.functional.reach.masks import is_label, number_of_each, some
+from gradflow.functional.reach.masks import is_label, number_of_each, relative_size, some
 from gradflow.functional.reach.origins import Origins
 from gradflow.functional.reach.reasons import Blame, Reasons, marked
 from gradflow.functional.reach.rounding import add_rounding
@@ -329,8 +329,9 @@ class ReachFindings:
         """Yield the unreached parts of a parameter to which a path led, by what the closer look showed."""
         labels = self.closely.labels.get(name) if self.closely is not None else None
         if labels is None or self.closely is None:
-            seen = self.closely is not None
-            blame = self._unwired(name, wires) if seen else Blame(Reason.UNEXPLAINED)
+            blame = self._unwired(name, wires)
+            if self.closely is None or not blame.op:  # a path led there, in another step than was looked at
+                blame = Blame(Reason.UNEXPLAINED)
             yield from self._by_part(name, mask, mask, blame, wires)
             return
         labels = by_rows(labels, mask)
@@ -349,6 +350,7 @@ class ReachFindings:
         unwired = name not in self._partly  # an optimizer does not step it
         names = block_names(wires.modules.get(layer), name)
         shape = tuple(parameter.shape)
+        off = blame.reason is Reason.OFF
         for part in parts(mask, unreached):
             yield ReachRecord(
                 parameter=name,
@@ -361,6 +363,7 @@ class ReachFindings:
                 block=block(part, shape, names),
                 moved=unwired and num_writes(local(parameter)) != self._writes[name],
                 step=self.closely.step if self.closely is not None else -1,
+                larger=relative_size(parameter, mask, unreached) if off else float("nan"),
                 **attrs.asdict(blame),
             )
 

@@ -6,11 +6,14 @@ as casts, and as NumPy's; masks here are as large as parameters, and there are m
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gradflow.functional.processes.shards import is_distributed
 
 _MANY = 16  # labels from which on counting all at once is faster than one by one
 _NUMPY = (torch.float32, torch.float64)  # of whose elements NumPy asks faster whether they are zero
@@ -109,3 +112,22 @@ def number_of_each(labels: Tensor, where: Tensor | None = None) -> dict[int, int
     else:
         counts = dict(enumerate(np.bincount(found if chosen is None else found[chosen]).tolist()))
     return {label: int(count) for label, count in counts.items() if count}
+
+
+def relative_size(tensor: Tensor, of: Tensor, but: Tensor) -> float:
+    """Return the mean magnitude of some elements of a tensor over that of the rest; NaN if there is none.
+
+    Args:
+        tensor: on any device; of one that is spread over processes nothing is said.
+        of: which elements, on the host.
+        but: those that are not of the rest, on the host.
+
+    >>> x, of = torch.tensor([3.0, -1.0, 5.0]), torch.tensor([True, False, False])
+    >>> relative_size(x, of, of | (x > 4))
+    3.0
+    """
+    if is_distributed(tensor) or tensor.shape != of.shape or not some(~but):
+        return math.nan
+    size = tensor.detach().abs().double().cpu()
+    rest = float(size[~but].mean())
+    return float(size[of].mean()) / rest if rest > 0 else math.nan

@@ -100,3 +100,34 @@ def heard_share(drives: Sequence[Tensor], alive: Tensor | None, *, one_way: bool
         counted &= np.arange(len(joint))[:, None] <= last_of(joint != 0)
     counted &= joint.max(0) > 0
     return float((joint >= HEARD * joint.max(0))[counted].mean()) if counted.any() else math.nan
+
+
+def still_end(x: Tensor, read: Bools) -> float:
+    """Return at how many steps up to the last one that is read the input stays the same, which is padding.
+
+    Only what several samples share counts, and one that is read nowhere does not.
+
+    Args:
+        x: the input, (steps, samples, features).
+        read: which outputs the loss reads, (steps, samples).
+
+    Returns:
+        The median over the samples: 1 where the input changes from step to step, 0 where samples do not share
+        their last input.
+
+    >>> x = torch.tensor([[1.0, 2.0], [0.0, 3.0], [0.0, 0.0], [0.0, 0.0]])[..., None]
+    >>> still_end(x, np.array([[False, False], [False, False], [False, False], [True, True]]))
+    2.5
+    """
+    known = np.flatnonzero(read.any(axis=0))
+    if len(known) < 2:
+        return math.nan
+    steps = np.arange(len(read))[:, None]
+    last = len(read) - 1 - read[::-1, known].argmax(axis=0)
+    x = x[:, known]
+    ends = x[torch.from_numpy(last).to(x.device), torch.arange(len(known), device=x.device)]
+    same = (x == ends).all(-1).cpu().numpy() | (steps > last)
+    changes = np.where(same, -1, steps).max(axis=0)  # the last step with another input; -1 for none
+    lengths = last - changes
+    shared = (ends == ends[int(lengths.argmax())]).all(-1).cpu().numpy()
+    return float(np.median(np.where(shared, lengths, 0))) if shared.sum() >= 2 else 0.0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gradflow.functional.recurrent.cells import Level, levels_of, work_dtype
-from gradflow.functional.recurrent.cotangents import Cotangents, heard_share
+from gradflow.functional.recurrent.cotangents import Cotangents, heard_share, still_end
 from gradflow.functional.recurrent.course import Course, Gradients, Mask, courses, sent_back
 from gradflow.functional.recurrent.numbers import (
     Budget,
@@ -170,6 +170,7 @@ def fused_numbers(heard: FusedCall, budget: Budget) -> CallNumbers | None:
         cost=_cost(levels, len(x), total, len(chosen), len(back[0].h), per_level),
         levels=per_level,
         unmasked=not heard.masks_known,
+        still_end=still_end(x[:, chosen], read),
     )
 
 

@@ -242,6 +242,7 @@ class RecurrenceSession(Session):
             state_error=np.array([n.state_error for n in numbers]),
             subnormal_share=np.array([n.subnormal_share for n in numbers]),
             cost=np.array([n.cost for n in numbers]),
+            still_end=np.array([n.still_end for n in numbers]),
             levels=[level_record(levels) for levels in zip(*(n.levels for n in numbers), strict=True)],
             loss_share=self._loss_share,
         )

@@ -105,6 +105,7 @@ class CallNumbers:
     cost: float
     levels: list[LevelNumbers]
     unmasked: bool = False  # its dropout masks are not known
+    still_end: float = math.nan
 
 
 def profile(norms: Floats, ends: Ints, total: int) -> Floats:

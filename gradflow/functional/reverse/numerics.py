@@ -158,15 +158,17 @@ class Tracer(Listener):
 def _place(recorder: Recorder, entering: Tensor | None) -> str:
     """Return the layer call that an operation belongs to: the one that runs, or whose output enters.
 
-    A layer that holds others and computes with its own weights before it calls them (one weight made of
-    several) is at work itself, where no layer's output enters.
+    A module that holds others is at work itself where what enters does not come from one that it has called:
+    it computes with its own weights or with what it was given, before it calls them.
     """
     leaf, running = recorder.innermost_leaf(), recorder.running()
     if leaf is not None:
         return leaf.name
-    known = entering is not None and bool(source_calls(entering))
-    if running and running[-1].is_layer and running[-1].module and not known:
-        return running[-1].name
+    if running and running[-1].module:
+        within = f"{running[-1].module}."
+        sources = () if entering is None else source_calls(entering)
+        if not any(recorder.calls[i].module.startswith(within) for i in sources):
+            return running[-1].name
     return "" if entering is None else source_layer(recorder, entering)
 
 

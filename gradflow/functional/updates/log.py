@@ -29,11 +29,16 @@ class UpdateLog:
     rates: dict[int, Sequence[float]] = attrs.field(factory=dict)
     loss_scale: dict[int, float] = attrs.field(factory=dict)
     curves: list[CurvatureRecord] = attrs.field(factory=list)
+    undone: dict[int, dict[str, tuple[float, float]]] = attrs.field(factory=dict)
     num_skipped: int = 0
 
     def look(self, step: int, figures: dict[str, UpdateFigures]) -> None:
         """Keep the figures of the update after a step."""
         self.looks[step] = figures
+
+    def put_back(self, step: int, shares: dict[str, tuple[float, float]]) -> None:
+        """Keep what the model's own code put back of the update after a step, see `Stepped.undone`."""
+        self.undone[step] = shares
 
     def updated(self, step: int, *, rates: Sequence[float], clipped: Tensor | None) -> None:
         """Hear of an update: the rates of all groups, and by what the gradient was clipped."""
@@ -99,6 +104,10 @@ class UpdateLog:
             field: [math.nan if figures is None else getattr(figures, field) for figures in found]
             for field in _SERIES
         }
+        nothing, unknown = (0.0, math.nan), (math.nan, math.nan)
+        back = [self.undone[step].get(name, nothing) if step in self.undone else unknown for step in steps]
+        numbers["undone"] = [share for share, _ in back]
+        numbers["levels"] = next((x for _, x in reversed(back) if not math.isnan(x)), math.nan)
         return UpdateRecord(
             name=name, layer=layer, held=last.held, group=last.group, epsilon=last.epsilon, **numbers
         )

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from gradflow.detect import dead, detect
-from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, KnowledgeRecord, Role
+from gradflow.records import (
+    ActivationRecord,
+    Evidence,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    KnowledgeRecord,
+    Role,
+)
 from tests.detect.builders import STEPS, Layer, activation, flow_record
 
 LOST = np.full(STEPS, np.nan)
@@ -310,6 +318,54 @@ def test_an_expert_that_is_dropped_within_the_run(
     )
     found = {issue.layer: issue.severity for issue in detect(record, dead())}
     assert found == {f"experts.{i}": severity for i in dropped}
+
+
+@pytest.mark.parametrize(
+    ("dropped", "rows", "severity"),
+    [
+        ((1,), 64, IssueSeverity.LOW),
+        ((1, 2), 64, IssueSeverity.HIGH),
+        ((0, 1, 2), 64, IssueSeverity.HIGH),
+        ((0, 1, 2), 1, None),  # so few rows that chance leaves some out
+    ],
+)
+@pytest.mark.parametrize("saturated", [None, 0.0, 0.1])
+def test_experts_that_are_not_called_any_more(
+    dropped: tuple[int, ...], rows: int, severity: IssueSeverity | None, saturated: float | None
+) -> None:
+    if saturated == 0 and severity:  # the scores are near each other in all rows
+        severity = IssueSeverity.LOW
+    scores = ActivationRecord(
+        name="stem:softmax", op="softmax", kind="softmax", functional=True, layer="stem", num_units=0,
+        fired_share=np.full(STEPS, np.nan), input_rms=np.ones(STEPS),
+        saturated_share=np.full(STEPS, saturated or 0.0), width=4,
+    )  # fmt: skip
+    ran = np.arange(STEPS) < 3
+    given = np.where(np.arange(STEPS) % 2, 1, 2) * rows * 8  # other numbers from step to step
+    experts = [
+        Layer(
+            name=f"experts.{i}.fc",
+            op="index",
+            grad=np.where(ran | (i not in dropped), 1.0, np.nan),
+            fields={
+                "called": ran | (i not in dropped),
+                "num_elements": np.where(ran | (i not in dropped), given, 0),
+                "shape": (rows, 8),
+            },
+        )
+        for i in range(4)
+    ]
+    edges = [("stem", e.name) for e in experts] + [(e.name, "head") for e in experts]
+    record = flow_record(
+        Layer(name="stem"),
+        *experts,
+        Layer(name="head"),
+        edges=[*edges, ("head", "loss")],
+        optimizer="Adam",
+        activations=() if saturated is None else (scores,),
+    )
+    found = detect(record, dead())
+    assert [(issue.layer, issue.severity) for issue in found] == ([("experts", severity)] if severity else [])
 
 
 def test_layers_in_a_row_are_no_alternatives() -> None:

@@ -64,7 +64,7 @@ CHOSEN: dict[str, Callable[[Net], Any]] = {
     "the head alone": lambda m: m.head.parameters(),
     "the last block and the head": lambda m: [*m.blocks[2].parameters(), *m.head.parameters()],
     "the biases": lambda m: [p for n, p in m.named_parameters() if n.endswith("bias")],
-    "one player of two": lambda m: [*m.stem.parameters(), *m.blocks.parameters()],
+    "one player of two": lambda m: m.stem.parameters(),
 }
 
 
@@ -73,6 +73,49 @@ def test_a_part_that_is_chosen_is_a_remark(name: str) -> None:
     model = Net()
     (issue,) = told(model, torch.optim.Adam(CHOSEN[name](model)))
     assert issue.severity is gf.IssueSeverity.LOW
+
+
+class Cosine(nn.Module):
+    """The cosines between a feature and the prototypes of the classes."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.randn(classes, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 8 * nn.functional.normalize(x) @ nn.functional.normalize(self.prototypes).T
+
+
+@pytest.mark.parametrize("head", [lambda: nn.Linear(32, 4), lambda: Cosine(32, 4)])
+def test_what_gives_the_answers_stays_as_random_as_it_started(head: Callable[[], nn.Module]) -> None:
+    model = Net()
+    model.add_module("head", head())
+    (issue,) = told(model, torch.optim.SGD([*model.stem.parameters(), *model.blocks.parameters()], 0.1))
+    assert (issue.layer, issue.severity) == ("head", gf.IssueSeverity.MEDIUM)
+    assert "stays as it was drawn" in issue.description
+
+
+def test_a_judge_that_gives_one_number_and_a_head_that_came_trained_are_remarks() -> None:
+    torch.manual_seed(0)
+    game, maker = nn.Sequential(), nn.Linear(8, 32)
+    for name, part in (("maker", maker), ("bend", nn.Tanh()), ("judge", nn.Linear(32, 1))):
+        game.add_module(name, part)
+    real = nn.BCEWithLogitsLoss()
+    found = gf.diagnose(
+        game,
+        [x for x, _ in batches()],
+        lambda out: real(out, torch.ones_like(out)),
+        optimizer=torch.optim.SGD(maker.parameters(), 0.1),
+    )
+    assert [i.severity for i in found.issues if "elements" in i.metrics] == [gf.IssueSeverity.LOW]
+    model = Net()
+    adam = torch.optim.Adam(model.parameters(), 3e-3)
+    for x, kind in batches() * 60:
+        adam.zero_grad()
+        LOSS(model(x), kind).backward()
+        adam.step()
+    body = torch.optim.SGD([*model.stem.parameters(), *model.blocks.parameters()], 1e-3)
+    assert [i.severity for i in told(model, body)] == [gf.IssueSeverity.LOW]
 
 
 def test_nothing_is_said_of_what_is_held_frozen_or_not_stepped() -> None:

@@ -337,3 +337,30 @@ def test_a_weight_that_a_layer_composes_before_it_calls_anything_is_its_own() ->
     model = nn.Sequential(Composed(torch.eye(4)), Composed(zero_row), nn.Linear(4, 2))
     birth = analyze(model, [X], mean_square).numerics[0]
     assert (birth.layer, birth.phase, birth.value) == ("1", "forward", "nan")
+
+
+class Averaged(nn.Module):
+    """A linear layer of the mean over what a mask keeps, which may be nothing."""
+
+    def __init__(self, first: bool) -> None:
+        super().__init__()
+        self.lin, self.first = nn.Linear(4, 4), first
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = x if self.first else self.lin(x)
+        kept = (given.detach() > 1e6).to(x.dtype)
+        mean = (given * kept).sum(0) / kept.sum(0) + 0 * given
+        return self.lin(mean) if self.first else mean
+
+
+@pytest.mark.parametrize(("first", "place"), [(True, "pool"), (False, "pool.lin")])
+@pytest.mark.parametrize("before", [nn.Identity, lambda: nn.Linear(4, 4)])
+def test_what_a_module_computes_before_it_calls_anything_is_born_in_it(
+    before: Any, first: bool, place: str
+) -> None:
+    model = nn.Sequential()
+    model.add_module("enter", before())
+    model.add_module("pool", Averaged(first))
+    record = analyze(model, [torch.randn(5, 4)], lambda out: out.square().mean())
+    (birth,) = record.numerics
+    assert (birth.layer, birth.op) == (place, "div")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
 
-from gradflow.detect.evidence import late
 from gradflow.detect.reach.unreached import sole_reason
 from gradflow.detect.view import Flow
-from gradflow.records import Reason
+from gradflow.records import Floats, Reason
 
 FEWEST = 3  # alternatives in all: of two, one that nobody takes is half of them
 
@@ -25,14 +25,24 @@ def is_resting(flow: Flow, node: str) -> bool:
     left_out = part is not None and part.reason is Reason.UNCHOSEN_BY_MODEL
     if not (left_out or any(np.any(p.grad_norm > 0) for p in flow.trainable(node))):
         return False
-    for family in _families(flow, node):
-        alive = sum(late(flow.grad[other]) > 0 for other in family if other in flow.grad)
+    for family in families(flow, node):
+        alive = sum(gets_some(flow, other) for other in family)
         if len(family) + 1 >= FEWEST and 2 * alive > len(family) + 1:
             return True
     return False
 
 
-def _families(flow: Flow, node: str) -> list[list[str]]:
+def gets_some(flow: Flow, node: str) -> bool:
+    """Whether a layer gets any gradient in the last third of the steps; one that does not run gets none."""
+    return node in flow.grad and bool(np.any(last_third(np.nan_to_num(flow.grad[node])) > 0))
+
+
+def last_third(values: Floats) -> Floats:
+    """Return the last third of what is known by step."""
+    return values[-max(1, math.ceil(len(values) / 3)) :]
+
+
+def families(flow: Flow, node: str) -> list[list[str]]:
     """The layers that a layer is an alternative to, by every number in its name that may count them: of one
     type and shape of weights, and neither before it nor behind it."""
     own = flow.layers[node]

@@ -23,6 +23,7 @@ from gradflow.functional.run.together.gradients import averaged_backward
 from gradflow.functional.run.training.options import Loop
 from gradflow.functional.updates.figures import ages, remembered, update_figures
 from gradflow.functional.updates.log import UpdateLog
+from gradflow.functional.updates.undone import Stepped
 
 Gradients = dict[str, Tensor | None]
 
@@ -51,6 +52,7 @@ class Stepper:
     _broken: bool = False  # whether a loss or gradient among them was not finite
     _left: dict[str, Tensor] = attrs.field(factory=dict)  # gradients that a `step_fn` has left behind
     _handed: list[bool] = attrs.field(factory=list)  # whether each optimizer is handed a closure
+    _stepped: Stepped | None = None  # the last update that was looked at, until the next forward pass is over
 
     @classmethod
     def of(
@@ -86,6 +88,9 @@ class Stepper:
             finite: whether its loss and gradients are.
             end: how many steps the run has, as far as that is known.
         """
+        if self._stepped is not None:
+            self.log.put_back(self._stepped.step, self._stepped.undone(program.state.trainable))
+            self._stepped = None
         self._broken |= not finite
         self._number += 1
         if self.loop.accumulate > 1:
@@ -112,6 +117,8 @@ class Stepper:
                     total=functools.partial(program.state.shards.total, self.line),
                 )
                 self.log.look(request.step, figures)
+                if not program.state.shards:
+                    self._stepped = Stepped.of(request.step, was, watched)
         self._schedule(outcome.loss)
 
     def _is_look(self, step: int, end: int) -> bool:
