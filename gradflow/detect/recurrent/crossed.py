@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from gradflow.detect.evidence import late
 from gradflow.detect.view import flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
@@ -31,10 +30,12 @@ def along_samples() -> Detector:
         known, flow = record.knowledge, flow_of(record)
         if known is None or len(known.shapes) != 1 or len(known.shapes[0]) > 2:
             return
-        rows = known.shapes[0][0]
+        rows = known.num_samples
         for r in record.recurrences:
             layer = flow.layers.get(node_name(r.name))
-            if layer is None or r.loop or len(layer.shape) != 3 or not late(r.num_steps) == rows > 1:
+            if layer is None or r.loop or len(layer.shape) != 3 or not rows > 1:
+                continue
+            if not len(r.num_steps) or int(r.num_steps[-1]) != rows:
                 continue
             others = [size for size in layer.shape[:2] if size != rows]
             if len(others) != 1 or others[0] < 2:
