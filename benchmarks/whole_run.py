@@ -37,7 +37,7 @@ from gradflow.functional.run.run import Plan
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 STEPS = 20
 
-ORDINARY, FIRST, LOOKS = "ordinary steps", "first step", "four closer steps"
+ORDINARY, FIRST, LOOKS = "ordinary steps", "first step", "closer steps"
 REACH, GRAPH, PARTS = "reach", "layer graph", "sessions of measurements"
 GUESSES, RECORD, JUDGING, ENDS = "eval pass and guesses", "record", "detectors", "beginning and end"
 ROWS = (ENDS, FIRST, ORDINARY, LOOKS, "numbers to the host", REACH, GRAPH, PARTS, GUESSES, RECORD, JUDGING)

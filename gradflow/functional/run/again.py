@@ -69,15 +69,19 @@ def traced(run: Run, request: Request, row: Row) -> Row:
 
 
 def silent_traced(run: Run, request: Request) -> None:
-    """Run the last step again, told of every operation, where it has handed back exactly nothing to some
-    parameter: something that is not finite may have been swallowed on the way.
+    """Run the last step again, told of every operation, where it has handed back exactly nothing to all that
+    some layer has: something that is not finite may have been swallowed on the way.
 
     Only where one process runs the whole model.
     """
     program, row = run.program, run.history.rows[-1]
     numbers = zip(row.layout.places, row.values.tolist(), strict=True)
-    silent = any(kind == "pgrad" and number == 0 for (kind, _), number in numbers)
-    if not silent or not row.finite or program.learned.reentrant or not run.everyone.alone:
+    arrived: dict[str, float] = {}
+    for (kind, name), number in numbers:
+        if kind == "pgrad":
+            layer = owner(str(name), program.taps.modules)
+            arrived[layer] = max(arrived.get(layer, 0.0), number)
+    if all(arrived.values()) or not row.finite or program.learned.reentrant or not run.everyone.alone:
         return
     if request.transform != "fused":
         return
