@@ -193,6 +193,11 @@ def zero_actions(flow: Flow, node: str, why: str, at: str) -> Actions:
             f"{norm} normalises over one feature, and gives its bias whatever comes in: leave the norm out "
             "(nn.Identity()), or normalise where there are several features.",
         )
+    if why == "zero factor":
+        return (
+            f"Look for a factor of exactly zero between {layer_name(node)} and the loss, and print it: the "
+            "weight of a term, a beta, a mask or a gate that is zero for every sample.",
+        )
     silent = why not in ("zero weight", "zero input") and late(flow.layers[node].output_rms) == 0
     factors = (
         f"If two factors of a product both start at zero ({layer_name(node) if silent else here} and its "

@@ -81,3 +81,20 @@ def test_a_head_whose_weight_is_read_without_a_call() -> None:
     target = torch.randint(4, (16,))
     found = first_action(Model(), torch.randn(16, 6), lambda y: F.cross_entropy(y, target))
     assert "reads a weight of head" in found
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.1])
+def test_a_factor_of_zero_in_the_loss_is_named(factor: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+    x = torch.randn(32, 4)
+
+    def preference(y: Tensor) -> Tensor:
+        return -F.logsigmoid(factor * (y[:, 0] - y[:, 1])).mean()
+
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    report = gf.diagnose(model, lambda: x, preference, optimizer=optimizer)
+    issues = [issue for issue in report.issues if issue.issue_type is gf.IssueType.DEAD]
+    assert bool(issues) == (factor == 0)
+    for issue in issues:
+        assert "in mul, behind 2, it is multiplied by exactly zero" in issue.description
+        assert "a factor of exactly zero" in issue.recommended_actions[0]

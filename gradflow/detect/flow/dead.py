@@ -30,6 +30,7 @@ from gradflow.records import (
     IssueType,
     LayerRecord,
     ParameterRecord,
+    ReachRecord,
     Reason,
     Role,
 )
@@ -190,6 +191,9 @@ def _zero_issue(
         told = f"{known.op} at {known.at} has slope zero there for every sample"
         if feeder := _saturating(flow, known.at):
             why, at = "operation", feeder
+    asked = why
+    if known is not None and known.reason is Reason.ZERO_FACTOR and why in ("loss", "operation") and known.op:
+        told, asked = f"in {known.op}, {_behind(known)}, it is multiplied by exactly zero", "zero factor"
     if severity is IssueSeverity.INFO:
         more = "more steps tell" if flow.record.provenance.optimizer else "pass optimizer= to see"
         after = (
@@ -209,7 +213,7 @@ def _zero_issue(
         severity=severity,
         description=f"The gradient of its {number:,} parameters is exactly zero: {told}. {after}".rstrip(),
         magnitude=float(number),
-        recommended_actions=zero_actions(flow, node, why, at),
+        recommended_actions=zero_actions(flow, node, asked, at),
         metrics={
             "why": why,
             "num_parameters": number,
@@ -222,6 +226,10 @@ def _zero_issue(
             no_input=why == "zero input" or late(layer.input_rms) == 0,
         ),
     )
+
+
+def _behind(known: ReachRecord) -> str:
+    return f"behind {known.layer_at}" if known.layer_at else "in the loss"
 
 
 def _saturating(flow: Flow, op: str) -> str:
