@@ -146,6 +146,12 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
                 f"What enters the {activation.op} is the bias of {feeder}, whose rms is {bias:.3g}: start it "
                 f"at zero, nn.init.zeros_({feeder}.bias)."
             )
+        elif gain < 3 <= entered:
+            actions.append(
+                f"Standardise what enters {feeder}, which has rms {entered:.3g}{_pixels(entered)}, or put a "
+                f"norm layer before the {activation.op}: the weights of {feeder} are of a usual size (their "
+                f"rows have rms {gain:.2g})."
+            )
         elif math.isfinite(gain) and gain < 3:
             actions.append(
                 f"The rows of the weights of {feeder} have rms {gain:.2g} (0.6 to 1.4 is usual), and what "
@@ -176,7 +182,7 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
                 "their own: after two, no score is below a half). Where it bounds a value, keep targets "
                 "inside the bounds.",
             )
-        else:
+        elif not (gain < 3 and entered >= 10):  # large inputs would only be handed on
             actions.append(f"Replace the {activation.op} by ReLU or GELU.")
     return tuple(actions) or ("Scale down what enters it.",)
 

@@ -53,7 +53,7 @@ def test_scores_that_are_masked_by_an_infinity_are_off_by_intent() -> None:
 def test_what_feeds_it_decides_the_cure() -> None:
     raw = seen(saturated("sigmoid", "bounded", 0.95, gain=0.6))["fc"]
     big = seen(saturated("sigmoid", "bounded", 0.95, gain=60.0))["fc"]
-    assert "standardise what enters fc" in raw.recommended_actions[0]
+    assert "tandardise what enters fc" in raw.recommended_actions[0]
     assert "xavier" in big.recommended_actions[0]
 
 
