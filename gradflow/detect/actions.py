@@ -47,9 +47,8 @@ def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float)
     gain = row_gain(flow, at)
     if flow.is_norm(at) and absorber:
         actions.append(
-            f"Check the arguments of {layer_name(at)}: a large eps (the second argument of BatchNorm is "
-            f"eps, not "
-            "a width) or a tiny weight makes a norm layer shrink what it should normalise."
+            f"Check the arguments of {layer_name(at)}: a large eps (the second argument of BatchNorm is eps, "
+            "not a width) or a tiny weight makes a norm layer shrink what it should normalise."
         )
     if math.isfinite(gain) and gain < 0.3:
         alike = _small_alike(flow, at)
@@ -78,13 +77,14 @@ def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float)
     elif flow.norms and not absorber and flow.record.provenance.optimizer:
         rates = ", ".join(f"{r:.3g}" for r in flow.record.provenance.learning_rates)
         actions.append(
-            f"If the norms stand on the skip path (post-norm), move them into the branch (pre-norm), or "
-            f"warm up "
-            f"{flow.record.provenance.optimizer} (learning rate {rates}): large first steps make post-norm "
-            f"cut."
+            "If the norms stand on the skip path (post-norm), move them into the branch (pre-norm), or warm "
+            f"up {flow.record.provenance.optimizer} (learning rate {rates}): large first steps make "
+            "post-norm cut."
         )
     if not flow.norms:
         actions.append("Add a norm layer between the layers, or a skip connection round each pair of them.")
+        if not (absorber or saturating or gain < 0.3) and per_layer < 0.8:
+            actions.append(f"Or start them so that each hands on what it gets: {initialisation(flow, at)}.")
     return tuple(actions) or ("Add skip connections round the layers that lose the gradient.",)
 
 
