@@ -34,6 +34,7 @@ from gradflow.remedies.kinds.initialisation import (
     rescaled,
 )
 from gradflow.remedies.kinds.optimizing import (
+    all_held,
     clipped,
     epsilon,
     loss_times,
@@ -41,6 +42,7 @@ from gradflow.remedies.kinds.optimizing import (
     own_rate,
     plain_adam,
     rate_times,
+    steady_rates,
     warmed_up,
 )
 from gradflow.remedies.kinds.starts import parameters_times, rows_revived, scale_kept, small_steps
@@ -64,6 +66,7 @@ __all__ = [
     "Init",
     "Remedy",
     "activation",
+    "all_held",
     "attached",
     "biased",
     "bounded_exponents",
@@ -111,6 +114,7 @@ __all__ = [
     "small_steps",
     "smooth",
     "standardised",
+    "steady_rates",
     "straight_through",
     "try_remedies",
     "warmed_up",

@@ -157,3 +157,37 @@ def test_more_refusals() -> None:
     with pytest.raises(KeyError):
         r.guarded("matmul")
     assert listed([""]) == "(model)"
+
+
+def test_what_the_optimizer_has_left_out_joins_it() -> None:
+    model = net()
+    first = next(model.parameters())
+    optimizer = torch.optim.SGD([first], lr=0.3, momentum=0.9)
+    _, changed = r.all_held().apply(model, optimizer)
+    held = [p for group in changed.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()}
+    assert len(held) == len({id(p) for p in held})
+    assert [group["lr"] for group in changed.param_groups] == [0.3, 0.3]
+    assert changed.param_groups[1]["momentum"] == 0.9
+    with pytest.raises(RemedyError, match="holds all parameters"):
+        r.all_held().apply(model, changed)
+
+
+def test_rates_stay_without_the_hook_that_changes_them() -> None:
+    def tenth(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] /= 10
+
+    def trained(optimizer: torch.optim.Optimizer) -> float:
+        for _ in range(3):
+            optimizer.step()
+        return optimizer.param_groups[0]["lr"]
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(RemedyError, match="no hooks"):
+        r.steady_rates().apply(model, optimizer)
+    optimizer.register_step_post_hook(tenth)
+    assert trained(optimizer) == pytest.approx(1e-3)
+    _, changed = r.steady_rates().apply(model, optimizer)
+    assert trained(changed) == pytest.approx(1e-3)

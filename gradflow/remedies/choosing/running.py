@@ -38,6 +38,16 @@ def lower_rate(target: Target, action: str) -> Iterator[Remedy]:
     yield optimizing.rate_times(1 / 300)
 
 
+def steady_rates(target: Target, action: str) -> Iterator[Remedy]:
+    """Yield rates that no hook changes."""
+    yield optimizing.steady_rates()
+
+
+def all_held(target: Target, action: str) -> Iterator[Remedy]:
+    """Yield an optimizer that holds what it has left out."""
+    yield optimizing.all_held()
+
+
 def clip(target: Target, action: str) -> Iterator[Remedy]:
     """Clip the gradient."""
     yield (

@@ -76,5 +76,7 @@ _RULES: tuple[tuple[re.Pattern[str], _Maker], ...] = tuple(
         (r"pass something below zero", shapes.above_zero),
         (r"what bends in the place of", shapes.bending),
         (r"a smaller learning rate, in", running.own_rate),
+        (r"Build the optimizer on the whole model", running.all_held),
+        (r"multiplies group\['lr'\] at every step|step it once an epoch", running.steady_rates),
     )
 )  # fmt: skip

@@ -71,6 +71,44 @@ def own_rate(names: Sequence[str], factor: float) -> Remedy:
     )
 
 
+def steady_rates() -> Remedy:
+    """Return the remedy that leaves the learning rates as they are: without hooks on the optimizer's step."""
+
+    def change(optimizer: Optimizer) -> None:
+        names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        hooks = [vars(optimizer).get(name) or {} for name in names]
+        if not any(hooks):
+            raise RemedyError("the optimizer has no hooks on its step.")
+        for held in hooks:
+            held.clear()
+
+    return Remedy(
+        name="learning rates that stay",
+        words="No hook on the optimizer's step that changes its rates.",
+        code="handle.remove()  # of the hook that changes group['lr'] at every step",
+        apply=on_optimizer(change),
+    )
+
+
+def all_held() -> Remedy:
+    """Return the remedy that has the optimizer hold all trainable parameters of the model."""
+
+    def apply(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        left = [p for p in model.parameters() if p.requires_grad and id(p) not in held]
+        if not left:
+            raise RemedyError("the optimizer holds all parameters of the model.")
+        optimizer.add_param_group({**optimizer.param_groups[0], "params": left})
+        return model, optimizer
+
+    return Remedy(
+        name="an optimizer of all parameters",
+        words="The parameters that the optimizer has left out, in a group like its first.",
+        code="optimizer = type(optimizer)(model.parameters(), **optimizer.defaults)",
+        apply=apply,
+    )
+
+
 def plain_adam(factor: float = 1.0) -> Remedy:
     """Return the remedy that lets PyTorch's Adam step instead of an optimizer of one's own.
 
