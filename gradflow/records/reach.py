@@ -69,7 +69,7 @@ class ReachRecord:
         step: the step that was looked at closely; -1 if none.
         larger: of elements that are off, mean magnitude over that of the elements of the parameter that were
             reached: far above 1 where they lie at bounds or beyond, below 1 where they are cut off as small.
-            NaN for other reasons, and where nothing was reached.
+            NaN for other reasons, where nothing was reached, and where less than half of it was not.
     """
 
     parameter: str

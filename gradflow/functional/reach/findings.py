@@ -17,7 +17,7 @@ from gradflow.functional.processes.shards import Shards, is_distributed, local
 from gradflow.functional.processes.stages import Stages
 from gradflow.functional.reach.arrived import Arrived
 from gradflow.functional.reach.blame import Behind, Blamed, Walk
-from gradflow.functional.reach.masks import is_label, number_of_each, relative_size, some
+from gradflow.functional.reach.masks import is_label, number, number_of_each, relative_size, some
 from gradflow.functional.reach.origins import Origins
 from gradflow.functional.reach.reasons import Blame, Reasons, marked
 from gradflow.functional.reach.rounding import add_rounding
@@ -350,7 +350,7 @@ class ReachFindings:
         unwired = name not in self._partly  # an optimizer does not step it
         names = block_names(wires.modules.get(layer), name)
         shape = tuple(parameter.shape)
-        off = blame.reason is Reason.OFF
+        off = blame.reason is Reason.OFF and 2 * number(unreached) >= unreached.numel()  # else nobody asks
         for part in parts(mask, unreached):
             yield ReachRecord(
                 parameter=name,
