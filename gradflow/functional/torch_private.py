@@ -169,10 +169,18 @@ def has_post_accumulate_hooks(parameter: Tensor) -> bool:
     return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
+_STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
 def step_hooks(optimizer: Any) -> tuple[Callable[..., Any], ...]:
     """Return the hooks before and after an optimizer's step."""
-    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return tuple(hook for name in names for hook in (getattr(optimizer, name, None) or {}).values())
+    return tuple(hook for name in _STEP_HOOKS for hook in (getattr(optimizer, name, None) or {}).values())
+
+
+def clear_step_hooks(optimizer: Any) -> None:
+    """Take the hooks off an optimizer's step."""
+    for name in _STEP_HOOKS:
+        (getattr(optimizer, name, None) or {}).clear()
 
 
 def lazy_clone(tensor: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradflow.errors import RemedyError
+from gradflow.functional.torch_private import clear_step_hooks, step_hooks
 from gradflow.remedies.remedy import Remedy, on_optimizer
 from gradflow.remedies.surgery import listed
 
@@ -75,12 +76,9 @@ def steady_rates() -> Remedy:
     """Return the remedy that leaves the learning rates as they are: without hooks on the optimizer's step."""
 
     def change(optimizer: Optimizer) -> None:
-        names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        hooks = [vars(optimizer).get(name) or {} for name in names]
-        if not any(hooks):
+        if not step_hooks(optimizer):
             raise RemedyError("the optimizer has no hooks on its step.")
-        for held in hooks:
-            held.clear()
+        clear_step_hooks(optimizer)
 
     return Remedy(
         name="learning rates that stay",
