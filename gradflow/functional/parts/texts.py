@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -85,17 +85,18 @@ class Texts:
 
     def repeated(self) -> tuple[Tensor, Tensor] | None:
         """Return embedded tokens and the model's output, if targets are the very tokens at their places."""
-        for tokens, embedded, _ in self._embedded:
-            output = next((y for y in self._output if y.shape[:2] == tokens.shape), None)
-            if output is not None and any(_is_itself(tokens, target) for target in self._targets):
-                return embedded, output
-        return None
+        found = self._asked(_is_itself)
+        return None if found is None else found[1:]
 
     def shifted(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return tokens, embedded tokens and the model's output, if targets are the tokens shifted by one."""
+        return self._asked(_is_next)
+
+    def _asked(self, are: Callable[[Tensor, Tensor], bool]) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return tokens, embedded tokens and the model's output, if some targets are as asked."""
         for tokens, embedded, _ in self._embedded:
             output = next((y for y in self._output if y.shape[:2] == tokens.shape), None)
-            if output is not None and any(_is_next(tokens, target) for target in self._targets):
+            if output is not None and any(are(tokens, target) for target in self._targets):
                 return tokens, embedded, output
         return None
 

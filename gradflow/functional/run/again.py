@@ -75,15 +75,15 @@ def silent_traced(run: Run, request: Request) -> None:
     Only where one process runs the whole model.
     """
     program, row = run.program, run.history.rows[-1]
-    numbers = zip(row.layout.places, row.values.tolist(), strict=True)
+    traceable = request.transform == "fused" and not program.learned.reentrant and run.everyone.alone
+    if not (traceable and row.finite):
+        return
     arrived: dict[str, float] = {}
-    for (kind, name), number in numbers:
+    for (kind, name), number in zip(row.layout.places, row.values.tolist(), strict=True):
         if kind == "pgrad":
             layer = owner(str(name), program.taps.modules)
             arrived[layer] = max(arrived.get(layer, 0.0), number)
-    if all(arrived.values()) or not row.finite or program.learned.reentrant or not run.everyone.alone:
-        return
-    if request.transform != "fused":
+    if all(arrived.values()):
         return
     tracer = numerics.Tracer()
     closely = Request(batch=request.batch, step=request.step, before=request.before, listeners=(tracer,))
