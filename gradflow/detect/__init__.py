@@ -3,6 +3,7 @@
 from gradflow.detect.attention.attention import collapsed_attention, growing_logits, saturated_attention
 from gradflow.detect.attention.depth import collapsed_rank, idle_branches
 from gradflow.detect.attention.heads import redundant_heads, unbalanced_attention
+from gradflow.detect.attention.stack import incomplete_blocks
 from gradflow.detect.causes.causes import explain, find_causes
 from gradflow.detect.causes.rules import RULES, Rule
 from gradflow.detect.compose import Detector, all_of, check_detectors, detect, only, remap, without
@@ -82,6 +83,7 @@ __all__ = [
     "held_at_zero",
     "idle_branches",
     "idle_codes",
+    "incomplete_blocks",
     "leaking_attention",
     "misscaled_deviation",
     "misscaled_norms",

@@ -8,6 +8,7 @@ from gradflow.detect import (
     collapsed_rank,
     growing_logits,
     idle_branches,
+    incomplete_blocks,
     redundant_heads,
     saturated_attention,
     unbalanced_attention,
@@ -40,4 +41,5 @@ def attention_detectors() -> tuple[Detector, ...]:
         redundant_heads(),
         unbalanced_attention(),
         idle_branches(),
+        incomplete_blocks(),
     )

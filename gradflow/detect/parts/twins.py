@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from gradflow.detect.evidence import total_gradient
+from gradflow.detect.knowledge import guesses
 from gradflow.detect.parts.peers import type_of
+from gradflow.detect.view import flow_of
 from gradflow.records import (
     Evidence,
     FlowRecord,
@@ -31,9 +34,10 @@ def copied_units(alike: float = 1e-4, *, severe: float = 0.25) -> Callable[[Flow
     which an adaptive optimizer blows up to something that only looks like learning.
 
     Looks alike and is not: copies whose gradients differ, since what reads them tells them apart: one step
-    ends that, so it is not told; slices of zeros, and those that no gradient reaches in the first step, but
-    for a layer whose slices are copies nearly all, and to which none ever comes: a norm layer behind it gives
-    zeros.
+    ends that, so it is not told, but for a table by which all inputs come in, where steps are next to
+    nothing beside the one row that all are; slices of zeros, and those that no gradient reaches in the first
+    step, but for a layer whose slices are copies nearly all, and to which none ever comes: a norm layer
+    behind it gives zeros.
 
     Args:
         alike: distance of two gradients over the larger, below which they are the same but for rounding.
@@ -49,6 +53,8 @@ def copied_units(alike: float = 1e-4, *, severe: float = 0.25) -> Callable[[Flow
                 continue
             starved = twins.num_different <= severe * twins.num_slices and _gets_rounding(record, parameter)
             if not (twins.gradient_apart <= alike or starved):
+                if parameter.layer and _is_one_word(record, parameter, twins):
+                    yield _table_issue(record, parameter, twins)
                 continue
             if parameter.trainable and parameter.optimized:
                 told.add(parameter.layer)
@@ -63,6 +69,42 @@ def _gets_rounding(record: FlowRecord, parameter: ParameterRecord, most: float =
     own, whole = parameter.grad_norm, total_gradient(record)
     known = np.isfinite(own) & np.isfinite(whole) & (whole > 0)
     return bool(known.any()) and bool(np.all(own[known] <= most * whole[known]))
+
+
+def _is_one_word(
+    record: FlowRecord, parameter: ParameterRecord, twins: TwinsRecord, moved: float = 0.25
+) -> bool:
+    """Whether a table by which all inputs come in has one row alone, and keeps it: steps move it by next to
+    nothing of its size, and the model guesses. Rows of ones are gains, which are to begin alike."""
+    flow = flow_of(record)
+    tables = [n for n, layer in flow.layers.items() if layer.module == parameter.layer]
+    if not ("Embedding" in type_of(record, parameter.layer) and twins.axis == 0 and twins.num_different == 1):
+        return False
+    if not (tables and all(map(flow.wiring.is_first, tables)) and guesses(record)) or record.updates is None:
+        return False
+    steps = [
+        u.rms / u.weight_rms for u in record.updates.parameters if u.name == parameter.name and len(u.rms)
+    ]
+    ones = math.isclose(parameter.norm[0], math.sqrt(parameter.num_elements), rel_tol=1e-4)
+    return not ones and all(np.nanmax(each) * record.steps <= moved for each in steps)
+
+
+def _table_issue(record: FlowRecord, parameter: ParameterRecord, twins: TwinsRecord) -> Issue:
+    return Issue(
+        layer=parameter.layer,
+        layer_type=type_of(record, parameter.layer),
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.HIGH,
+        description=f"Its {twins.num_slices} rows start as one, equal to the bit, and tell no input from "
+        "another. Gradients part them, each step by next to nothing of their size, and the model guesses.",
+        magnitude=1.0 / twins.num_slices,
+        recommended_actions=(
+            f"Draw its rows at random: nn.init.normal_({parameter.layer}.weight, std=0.02).",
+            "If they were loaded, look for one row that was copied to all.",
+        ),
+        metrics={"parameter": parameter.name, "slices": twins.num_slices, "different": twins.num_different},
+        evidence=Evidence(origin=parameter.layer),
+    )
 
 
 def _issue(parameter: ParameterRecord, twins: TwinsRecord, kind: str, severe: float) -> Issue:
