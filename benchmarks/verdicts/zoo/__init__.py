@@ -31,6 +31,8 @@ _FAMILIES = """
     contact13b_1 contact13b_2 contact13b_3 contact13b_4
     contact14a_1 contact14a_2 contact14a_3
     contact14b_1 contact14b_2 contact14b_3 contact14b_4
+    contact15a_1 contact15a_2 contact15a_3 contact15a_4
+    contact15b_1 contact15b_2 contact15b_3 contact15b_4
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
