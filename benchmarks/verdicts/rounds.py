@@ -363,4 +363,30 @@ ROUNDS = (
             "contact14b-pinn-weight": "A tanh that large coordinates saturate.",
         },
     ),
+    Round(
+        name="contact15",
+        date="2026-11-30",
+        sick=28,
+        healthy=16,
+        found=20,
+        cause=18,
+        alarms_healthy=1,
+        alarms_repaired=1,
+        missed={
+            "contact15a-series-encoder": "A deep encoder without norms, whose gradient comes back by the "
+            "thirtieth step.",
+            "contact15a-vision-fusion": "Named as the cause, as a remark: three numbers that no optimizer has.",
+            "contact15a-vision-slow": "A rate of 1e-8, told as VANISHING of the layers behind a head of zeros.",
+            "contact15b-recurrent-share": "Told at the recurrent layer, as a remark.",
+            "contact15b-regression-uniform": "A deep plain stack that starts small, behind an adaptive rate.",
+            "contact15b-embedding-zero": "Rows of zeros that are normalised: gradients of 1e12, which an "
+            "adaptive rate takes.",
+            "contact15b-speech-warmup": "A rate that warms up to far too much.",
+            "contact15b-contrastive-rate": "A rate of 1, at which the loss stays that of guesses.",
+        },
+        alarmed={
+            "contact15a-healthy-ratio": "A policy whose ratio is exactly one: outputs alike for all samples.",
+            "contact15b-gan-tanh": "Pictures of every scale that are added up, for parts off scale.",
+        },
+    ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -239,7 +240,7 @@ def regression_uniform(sick: bool, width: int) -> Setup:
     gradient shrinks by a factor per layer. Repair: weights after He."""
     sizes = [8] + [width] * 7
     model = nn.Sequential()
-    for i, (before, after) in enumerate(zip(sizes, sizes[1:]), 1):
+    for i, (before, after) in enumerate(itertools.pairwise(sizes), 1):
         model.add_module(f"fc{i}", nn.Linear(before, after))
         model.add_module(f"act{i}", nn.ReLU())
     model.add_module("out", nn.Linear(width, 1))

@@ -165,7 +165,7 @@ class Skips(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         total: Tensor | float = 0.0
-        for stage, picture in zip(self.stages, self.pictures):
+        for stage, picture in zip(self.stages, self.pictures, strict=True):
             code = F.leaky_relu(stage(code), 0.2) * math.sqrt(2 / code.shape[-1])
             total = total + picture(code)
         return self.squash(total)
@@ -302,7 +302,7 @@ def swallowed(share: float, steps: int = 10) -> Claim:
             loss_of(ready).backward()
             before = [p.detach().clone() for p in ready.model.parameters()]
             optimizer.step()
-            for old, p in zip(before, ready.model.parameters()):
+            for old, p in zip(before, ready.model.parameters(), strict=True):
                 pushed = p.grad != 0
                 stay += int((pushed & (old == p.detach())).sum())
                 all_of += int(pushed.sum())
