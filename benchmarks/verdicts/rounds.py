@@ -375,8 +375,8 @@ ROUNDS = (
         missed={
             "contact15a-series-encoder": "A deep encoder without norms, whose gradient comes back by the "
             "thirtieth step.",
-            "contact15a-vision-fusion": "Named as the cause, as a remark: three numbers that no optimizer has.",
-            "contact15a-vision-slow": "A rate of 1e-8, told as VANISHING of the layers behind a head of zeros.",
+            "contact15a-vision-fusion": "Named as the cause, as a remark: numbers that no optimizer has.",
+            "contact15a-vision-slow": "A rate of 1e-8, told as VANISHING of a head of zeros.",
             "contact15b-recurrent-share": "Told at the recurrent layer, as a remark.",
             "contact15b-regression-uniform": "A deep plain stack that starts small, behind an adaptive rate.",
             "contact15b-embedding-zero": "Rows of zeros that are normalised: gradients of 1e12, which an "

@@ -160,7 +160,7 @@ class Diagnosis(nn.Module):
     def __init__(self, width: int, clipped: bool) -> None:
         super().__init__()
         sizes = (width, 8 * width, 4 * width, 1)
-        for name, size, out in zip(("first", "second", "third"), sizes, sizes[1:], strict=True):
+        for name, size, out in zip(("first", "second", "third"), sizes, sizes[1:], strict=False):
             full = nn.Linear(size, out)
             nn.init.xavier_normal_(full.weight, gain=2.0 if name == "second" else 1.0)
             if clipped:
