@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import attrs
 import numpy as np
 
+from gradflow.detect.evidence import late, total_gradient
 from gradflow.detect.updates.rate import Misfit
-from gradflow.detect.updates.readings import has_undone, largest, layer_of
+from gradflow.detect.updates.readings import has_stranded, has_undone, largest, layer_of
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 
@@ -18,16 +19,25 @@ def overshooting(record: FlowRecord, misfit: Misfit) -> Issue:
     name, _ = largest(record)
     layer, kind = layer_of(record, name)
     first, last = float(record.losses[0]), float(record.losses[-1])
-    undone = has_undone(record)
-    far = not np.isfinite(record.losses).all() or last >= 10 * first or undone
+    undone, stranded = has_undone(record), has_stranded(record)
+    far = not np.isfinite(record.losses).all() or last >= 10 * first or undone or stranded
+    told = f"The updates make things worse: the loss goes from {first:.3g} to {last:.3g}"
+    if undone:
+        told += f", over {record.losses.max():.3g}, and all samples get the same answer"
+    elif stranded:
+        ended = late(total_gradient(record)) / float(np.max(total_gradient(record)))
+        told = (
+            "The updates carry the model to where its loss is flat: it guesses, the gradient is "
+            f"{ended:.1e} of what it was on the way, and the loss, which was {record.losses.min():.3g}, "
+            f"stays at {last:.3g}"
+        )
     return with_rate(
         Issue(
             layer=layer,
             layer_type=kind,
             issue_type=IssueType.UNSTABLE,
             severity=IssueSeverity.HIGH if far else IssueSeverity.MEDIUM,
-            description=f"The updates make things worse: the loss goes from {first:.3g} to {last:.3g}"
-            + (f", over {record.losses.max():.3g}, and all samples get the same answer." if undone else "."),
+            description=f"{told}.",
             magnitude=misfit.ratio if math.isfinite(misfit.ratio) else 0.0,
             evidence=Evidence(roles=Role.JUMPING),
         ),

@@ -17,6 +17,7 @@ import numpy as np
 from gradflow.detect.evidence import late, total_gradient
 from gradflow.detect.knowledge import calm, guesses, informed
 from gradflow.detect.updates.readings import (
+    has_stranded,
     has_undone,
     has_worsened,
     held,
@@ -75,7 +76,7 @@ def too_high(record: FlowRecord, *, jumps: bool) -> Misfit | None:
         jumps: whether loss or gradient were seen to jump.
     """
     updates = record.updates
-    worse = jumps or has_worsened(record) or has_undone(record)
+    worse = jumps or has_worsened(record) or has_undone(record) or has_stranded(record)
     if updates is None or not updates.steps or calm(record) or not worse:
         return None
     ratios = whole_ratio(record)

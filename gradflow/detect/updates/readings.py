@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gradflow.detect.evidence import early, late, middle
+from gradflow.detect.evidence import early, late, middle, total_gradient
 from gradflow.detect.knowledge import guesses
 from gradflow.records import Floats, FlowRecord, ParameterRecord, UpdateRecord
 
@@ -117,6 +117,19 @@ def has_undone(record: FlowRecord, kept: float = 0.02, apart: float = 0.1) -> bo
     ends = [x for x in record.layers if x.shape in known.shapes and x.parameters and not x.composite]
     seen = [x.output_variation for x in ends[-1:] if len(x.output_variation)]
     return any(float(v[0]) >= apart and float(v[-1]) <= kept * float(v[0]) for v in seen)
+
+
+def has_stranded(record: FlowRecord, left: float = 1e-3) -> bool:
+    """Whether the steps have carried a model to where its loss is flat: it guesses, the gradient ends at
+    `left` of what it was on the way, or less, and the loss no lower than it has been.
+
+    Exact zeros have reasons of their own.
+    """
+    gradient, losses = total_gradient(record), record.losses
+    if len(losses) < 6 or not (np.isfinite(losses).all() and np.isfinite(gradient).all()):
+        return False
+    flat = 0 < late(gradient) <= left * float(gradient.max())
+    return flat and late(losses) > float(losses[: len(losses) // 2].min()) and guesses(record)
 
 
 def response(record: FlowRecord) -> Floats:
