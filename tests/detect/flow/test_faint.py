@@ -40,7 +40,7 @@ class Offset(nn.Module):
         return 3 * x[:, :4] + self.body(x)
 
 
-def told(model: nn.Module, rate: float, *, offset: bool = False) -> list[tuple[IssueType, str]]:
+def told(model: nn.Module, rate: float, *, offset: bool = False) -> list[tuple[object, str]]:
     """Return the serious issues of a model that is to learn a function of four numbers."""
     g = torch.Generator().manual_seed(0)
     weights = torch.randn(16, 4, generator=g)
