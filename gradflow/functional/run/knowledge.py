@@ -9,10 +9,11 @@ four times as large; above zero there may be probabilities among them, which wou
 refuse those. Several outputs (two views, an image and its text) are shuffled each in its own way. The rows
 are samples where there are enough of them, else samples and positions together. The order is drawn from a
 generator of its own, so that no random state of the user's moves. A loss that needs the graph of its
-outputs (a gradient penalty, a residual of a differential equation) cannot be asked, nor one that the model
-computes. While it is asked of the outputs as they are, what it does with them is heard; see `heard`. Where a
-mean for all samples costs what the outputs do, although these differ, it is asked of larger ones as well: a
-critic's loss is linear in them and may ask for no more than means, another loss sees nothing else.
+outputs (a gradient penalty, a residual of a differential equation) cannot be asked. Of one that the model
+computes, the loss function is asked that gave it, if one alone did, of what that took. While it is asked of
+the outputs as they are, what it does with them is heard; see `heard`. Where a mean for all samples costs what
+the outputs do, although these differ, it is asked of larger ones as well: a critic's loss is linear in them
+and may ask for no more than means, another loss sees nothing else.
 """
 
 from __future__ import annotations
@@ -72,16 +73,16 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
             lambda at, tensor: rows.changed(tensor, change) if at in told else tensor,
             private_copy(Tensor.clone, output),
         )
-        return float(given.loss_of(guess, request.batch))
+        return float(kept.loss_of(guess))
 
-    given, told = program.given, _told(output)
+    told = _told(output)
     parts = [t for t in iter_tensors(output) if t.dtype.is_floating_point and rows.fit(t)]
     variations = [_variation(part.detach().reshape(rows.number, -1)) for part in parts]
     try:
         with torch.no_grad(), _asking(program) as before, before.again(program):
             own = private_copy(Tensor.clone, output)
             with Heard(own, rows.number) as heard:
-                heard.hear_whole(float(given.loss_of(own, request.batch)))
+                heard.hear_whole(float(kept.loss_of(own)))
             asked = [_asked(loss_of, change) for change in (shuffled, averaged, torch.zeros_like)]
             guesses = [guess for guess, _ in asked]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
@@ -91,7 +92,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         _LOG.debug("the loss cannot be asked of guesses: %r", error)
         return None
     guesses = [guess if 2 * left >= heard.alternatives else math.nan for guess, left in asked]
-    added, zero = _constants(program, request, output)
+    added, zero = _constants(program, kept)
     guessed = loss > 0.2 * _least(guesses)
     far = guessed and guesses[2] > 0 and not heard.scored
     return KnowledgeRecord(
@@ -111,10 +112,10 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         crossed=heard.crossed,
         by_mean=by_mean,
         against=heard.against,
-        lone=_lone(program, request, kept) if far else math.nan,
+        lone=_lone(program, kept) if far else math.nan,
         added=added,
         zero=zero,
-        floors=_floors(program, request, kept, heard.scored) if guessed else {},
+        floors=_floors(program, kept, heard.scored) if guessed else {},
     )
 
 
@@ -164,7 +165,7 @@ _CLAMPS = ("Clamp", "Hardtanh")
 _BOUNDED = ("Sigmoid", "Tanh", "Relu", "Softplus", "Exp", "Hard", "Clamp", "Softsign", "Mul", "Div")
 
 
-def _floors(program: Program, request: Request, kept: Kept, scored: bool) -> dict[str, float]:
+def _floors(program: Program, kept: Kept, scored: bool) -> dict[str, float]:
     """Return the lowest losses of outputs that are free, and of those in a range; see `floors`.
 
     It is asked of what a bounded function has made, or a multiple of that, and that alone has a graph: what
@@ -178,7 +179,7 @@ def _floors(program: Program, request: Request, kept: Kept, scored: bool) -> dic
     def loss_of(guess: Tensor) -> Tensor:
         whole = map_tensors(lambda t: guess.to(t.dtype) if t.requires_grad else t, kept.value)
         with before.again(program), torch.enable_grad():
-            return program.given.loss_of(whole, request.batch)
+            return kept.loss_of(whole)
 
     try:
         with _asking(program) as before:
@@ -188,10 +189,10 @@ def _floors(program: Program, request: Request, kept: Kept, scored: bool) -> dic
         return {}
 
 
-def _constants(program: Program, request: Request, output: Any) -> tuple[Shapes, Shapes]:
+def _constants(program: Program, kept: Kept) -> tuple[Shapes, Shapes]:
     """Return the shapes of outputs that the loss merely adds, and of those that are held at zero; see
     `merely_added` and `held_at_zero`."""
-    parts = list[Tensor]()
+    output, parts = kept.value, list[Tensor]()
     map_tensors(lambda tensor: (parts.append(tensor), tensor)[1], output)
     if len(parts) < 2 or all(part.requires_grad and bool(part.any()) for part in parts):
         return (), ()
@@ -199,7 +200,7 @@ def _constants(program: Program, request: Request, output: Any) -> tuple[Shapes,
     def loss_of(guess: Sequence[Tensor]) -> Tensor:
         left = iter(guess)
         with before.again(program):
-            return program.given.loss_of(map_tensors(lambda _: next(left), output), request.batch)
+            return kept.loss_of(map_tensors(lambda _: next(left), output))
 
     try:
         with _asking(program) as before:
@@ -212,7 +213,7 @@ def _constants(program: Program, request: Request, output: Any) -> tuple[Shapes,
     return tuple(tuple(parts[i].shape) for i in added), tuple(tuple(parts[i].shape) for i in zero)
 
 
-def _lone(program: Program, request: Request, kept: Kept) -> float:
+def _lone(program: Program, kept: Kept) -> float:
     """Return how many times the slope of the loss at one column of an output is that at the next, by their
     root mean squares over all else; the most of all outputs with columns, NaN without any.
 
@@ -227,7 +228,7 @@ def _lone(program: Program, request: Request, kept: Kept) -> float:
 
     try:
         with _asking(program) as before, before.again(program), torch.enable_grad():
-            loss = program.given.loss_of(map_tensors(leaf, kept.value), request.batch)
+            loss = kept.loss_of(map_tensors(leaf, kept.value))
             slopes = torch.autograd.grad(loss, leaves, allow_unused=True)
     except Exception as error:  # outputs that it does not take, or a loss without a slope
         _LOG.debug("the loss has no slope at its outputs: %r", error)

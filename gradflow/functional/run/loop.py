@@ -153,7 +153,7 @@ def _request(run: Run, step: int, batch: Any, stepper: Stepper | None) -> Reques
         closely=plan.closely,
         ranks=plan.is_end(step),
         listeners=_listening(run, step) if look and fused else (),
-        keep_output=fused and not run.program.given.own_loss and plan.is_last(step),
+        keep_output=fused and plan.is_last(step),
     )
 
 

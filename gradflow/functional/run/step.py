@@ -20,6 +20,7 @@ from gradflow.functional.reverse.reverse import ReentrantCheckpoint
 from gradflow.functional.run.program import Before, Given, Program
 from gradflow.functional.run.reverse_pass import Gradients, reverse_pass
 from gradflow.functional.tap.asked import Asked, Listener
+from gradflow.functional.tap.ignorance import InnerLoss
 from gradflow.functional.tap.probes import arrival, site_of
 from gradflow.functional.tap.recorder import MoreSlots, NeedsRetry, Recorder
 from gradflow.functional.tap.watch import Watch
@@ -133,7 +134,7 @@ def _asked(program: Program, request: Request, slots: list[Tensor] | None = None
     )
 
 
-def evaluated(given: Given, request: Request, recorder: Recorder | None = None) -> tuple[Tensor, Any]:
+def evaluated(given: Given, request: Request, recorder: Recorder | None = None) -> tuple[Tensor, Kept | None]:
     """Call model and loss once, and return the loss, and the output where it is to be kept.
 
     An exception of the user's code keeps its type and gets a note with the step and the batch's shapes.
@@ -160,21 +161,25 @@ def evaluated(given: Given, request: Request, recorder: Recorder | None = None) 
 
 @attrs.frozen
 class Kept:
-    """A model's output, and what made it.
+    """A model's output, what made it, and the loss of it.
+
+    Of a model that computes its own loss, it is what the loss function in it took.
 
     Args:
         value: with leaves for tensors, that require a gradient where those had one.
         ends: names of the autograd nodes that made its tensors, but for views of what they made and probes.
+        loss_of: such an output → its loss.
     """
 
     value: Any
     ends: tuple[str, ...]
+    loss_of: Callable[[Any], Any]
 
     @classmethod
-    def of(cls, output: Any) -> Kept:
+    def of(cls, output: Any, loss_of: Callable[[Any], Any]) -> Kept:
         """Return an output without its graph."""
         ends = tuple(_maker(tensor.grad_fn) for tensor in iter_tensors(output))
-        return cls(map_tensors(_leaf, output), ends)
+        return cls(map_tensors(_leaf, output), ends, loss_of)
 
 
 _VIEWS = (
@@ -204,10 +209,16 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def _called(given: Given, request: Request) -> tuple[Tensor, Any]:
-    output = given.forward(request.batch, request.step)
-    kept = Kept.of(output) if request.keep_output else None
-    return checked_loss(given.loss_of(output, request.batch)), kept
+def _called(given: Given, request: Request) -> tuple[Tensor, Kept | None]:
+    batch = request.batch
+    if request.keep_output and given.own_loss:
+        with InnerLoss() as inner:
+            loss = checked_loss(given.loss_of(given.forward(batch, request.step), batch))
+        heard = inner.heard(loss)
+        return loss, None if heard is None else Kept.of(*heard)
+    output = given.forward(batch, request.step)
+    kept = Kept.of(output, lambda guess: given.loss_of(guess, batch)) if request.keep_output else None
+    return checked_loss(given.loss_of(output, batch)), kept
 
 
 def _fused_step(program: Program, request: Request) -> Outcome:

@@ -19,6 +19,7 @@ import attrs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from gradflow.functional.model.trees import wide_dtype
 from gradflow.functional.torch_private import num_writes
@@ -78,6 +79,36 @@ class Ignorance:
             for heard in self._heard:
                 if heard.intact and heard.output.numel() and heard.target.numel():
                     yield _share(heard)
+
+
+class InnerLoss(TorchFunctionMode):
+    """Hears which loss function a model that computes its own loss calls, so that it can be asked again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Tensor, Callable[[Tensor], Tensor], Tensor]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _CLASSES or name in _ODDS or name in _NUMBERS:
+            given, rest = dict(kwargs or {}), args[1:]
+            output = args[0] if args else given.pop("input", None)
+            if isinstance(output, Tensor) and isinstance(made, Tensor) and made.numel() == 1:
+                self._calls.append((output, lambda guess: func(guess, *rest, **given), made))
+        return made
+
+    def heard(self, loss: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+        """Return what the loss function that gave the loss took, and the function of that alone.
+
+        None if the loss is more than what one of them gave.
+        """
+        for output, function, made in reversed(self._calls):
+            if made is loss or torch.equal(made.detach(), loss.detach()):
+                return output, function
+        return None
 
 
 def _known(values: Iterator[float]) -> list[float]:

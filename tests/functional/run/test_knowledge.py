@@ -196,3 +196,35 @@ def test_the_slope_at_one_column_beside_the_next(shape: tuple[int, ...], axis: i
     record = gf.analyze(model, [torch.randn(shape)], loss, optimizer=torch.optim.SGD(model.parameters(), 0.0))
     assert record.knowledge is not None
     assert record.knowledge.lone == pytest.approx(5.0)
+
+
+class Whole(nn.Module):
+    """A model that computes its own loss, and another term beside it if asked."""
+
+    def __init__(self, body: nn.Module, loss: nn.Module, beside: float = 0.0) -> None:
+        super().__init__()
+        self.body, self.loss, self.beside = body, loss, beside
+
+    def forward(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return the outputs and their loss."""
+        out = self.body(x)
+        loss = self.loss(out, target)
+        return {"outputs": out, "loss": loss + self.beside * out.square().mean() if self.beside else loss}
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)])
+def test_a_loss_that_the_model_computes_is_asked_as_one_that_is_given(loss: nn.Module) -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(16, 4), torch.randint(3, (16,))
+    given = known(body, (x, y), loss)
+    own = known(Whole(body, loss), {"x": x, "target": y}, None)
+    assert str(own) == str(given)
+    assert own.shuffled > 0
+
+
+def test_more_than_one_loss_function_gave_is_not_asked() -> None:
+    torch.manual_seed(0)
+    model = Whole(nn.Linear(4, 3), nn.CrossEntropyLoss(), beside=0.1)
+    batch = {"x": torch.randn(16, 4), "target": torch.randint(3, (16,))}
+    assert gf.analyze(model, [batch] * 2).knowledge is None
