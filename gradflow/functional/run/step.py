@@ -163,7 +163,7 @@ def evaluated(given: Given, request: Request, recorder: Recorder | None = None) 
 class Kept:
     """A model's output, what made it, and the loss of it.
 
-    Of a model that computes its own loss, it is what the loss function in it took.
+    Of a model that computes its own loss, whoever hands it on, it is what the loss function in it took.
 
     Args:
         value: with leaves for tensors, that require a gradient where those had one.
@@ -211,14 +211,15 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 def _called(given: Given, request: Request) -> tuple[Tensor, Kept | None]:
     batch = request.batch
-    if request.keep_output and given.own_loss:
-        with InnerLoss() as inner:
-            loss = checked_loss(given.loss_of(given.forward(batch, request.step), batch))
-        heard = inner.heard(loss)
-        return loss, None if heard is None else Kept.of(*heard)
-    output = given.forward(batch, request.step)
-    kept = Kept.of(output, lambda guess: given.loss_of(guess, batch)) if request.keep_output else None
-    return checked_loss(given.loss_of(output, batch)), kept
+    if not request.keep_output:
+        return checked_loss(given.loss_of(given.forward(batch, request.step), batch)), None
+    with InnerLoss() as inner:
+        output = given.forward(batch, request.step)
+    loss = checked_loss(given.loss_of(output, batch))
+    heard = inner.heard(loss)
+    if heard is not None:
+        return loss, Kept.of(*heard)
+    return loss, None if given.own_loss else Kept.of(output, lambda guess: given.loss_of(guess, batch))
 
 
 def _fused_step(program: Program, request: Request) -> Outcome:

@@ -218,8 +218,9 @@ def test_a_loss_that_the_model_computes_is_asked_as_one_that_is_given(loss: nn.M
     body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     x, y = torch.randn(16, 4), torch.randint(3, (16,))
     given = known(body, (x, y), loss)
-    own = known(Whole(body, loss), {"x": x, "target": y}, None)
-    assert str(own) == str(given)
+    batch = {"x": x, "target": y}
+    own, handed_on = (known(Whole(body, loss), batch, f) for f in (None, lambda out: out["loss"]))
+    assert str(own) == str(handed_on) == str(given)
     assert own.shuffled > 0
 
 
