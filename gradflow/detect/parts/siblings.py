@@ -21,6 +21,7 @@ from gradflow.records import (
     ParameterRecord,
 )
 
+_ONE = (0.8, 1.25)  # root mean square of what a norm gives that ends a block, whatever entered
 _GROWN = 1.5  # a block whose output is larger than that against its input buries it
 _THIRDS = (" (first third of its rows)", " (second third of its rows)", " (last third of its rows)")
 
@@ -42,7 +43,8 @@ def uneven_siblings(
     Looks alike and is not: trained blocks, which differ from each other, first and last ones most: so the
     factor counts in terms of how much the others differ; initialisations that shrink with depth, likewise;
     layers that differ in shape; differences that training takes away or turns round within the run, and
-    what it makes of a block that starts at zero; what no gradient comes back to.
+    what it makes of a block that starts at zero; what no gradient comes back to; a first block whose norm
+    makes a small input as large as the norms behind all others make theirs.
 
     Args:
         factor: by which a matrix is off. Trained models stay within 3.
@@ -175,9 +177,17 @@ def _streams(
             yield _lost_issue(block, blocks)
     added = [{b.name: _end(b.added, i) for b in blocks if b.name not in without} for i in (0, -1)]
     types = {b.name: b.type for b in blocks}
-    for name, odd in _both(added[0], added[1], factor).items():
+    behind_norms = all(_ONE[0] <= _given(b, at) <= _ONE[1] for b in blocks for at in (0, -1))
+    for name, odd in {} if behind_norms else _both(added[0], added[1], factor).items():
         if not _is_unread(record, name, odd) and not _gives_elsewhere(record, name, odd):
             yield _added_issue(name, types[name], odd, factor, severe, len(blocks) - 1)
+
+
+def _given(block: BlockRecord, at: int) -> float:
+    """Return the root mean square of what a block gives, by |y − x|² = |x|² + |y|² − 2⟨x, y⟩."""
+    growth = _end(block.growth, at)
+    entering = _end(block.added, at) / math.sqrt(max(1 + growth**2 - 2 * _end(block.kept, at), 1e-12))
+    return growth * entering
 
 
 def _is_unread(record: FlowRecord, block: str, odd: Odd) -> bool:

@@ -362,3 +362,28 @@ def test_a_matrix_that_is_held_at_zero_is_told(trained: bool) -> None:
 
     found = [(i.layer, i.issue_type) for i in issues(apply, held_at_zero())]
     assert found == ([] if trained else [(f"blocks.{i}.out", IssueType.DEAD) for i in range(5)])
+
+
+class Behind(nn.Module):
+    """A block whose norm stands behind the sum, with small weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
+        for layer in (self.up, self.down):
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.down(F.gelu(self.up(x))))
+
+
+def test_a_first_norm_that_makes_a_small_input_large_is_no_odd_block() -> None:
+    torch.manual_seed(0)
+    net = Net()
+    net.blocks = nn.ModuleList(Behind() for _ in range(4))
+    nn.init.normal_(net.embed.weight, std=0.01)
+    x, y = torch.randn(32, 8), torch.randint(0, 3, (32,))
+    record = gf.analyze(net, [(x, y)] * 5, nn.CrossEntropyLoss(), steps=5)
+    first, *others = (float(block.added[0]) for block in record.parts.blocks)
+    assert first > 8 * max(others)
+    assert not list(uneven_siblings()(record))
