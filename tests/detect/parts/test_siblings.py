@@ -382,6 +382,7 @@ def test_a_first_norm_that_makes_a_small_input_large_is_no_odd_block() -> None:
     net = Net()
     net.blocks = nn.ModuleList(Behind() for _ in range(4))
     nn.init.normal_(net.embed.weight, std=0.01)
+    nn.init.zeros_(net.embed.bias)
     x, y = torch.randn(32, 8), torch.randint(0, 3, (32,))
     record = gf.analyze(net, [(x, y)] * 5, nn.CrossEntropyLoss(), steps=5)
     first, *others = (float(block.added[0]) for block in record.parts.blocks)
