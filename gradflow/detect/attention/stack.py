@@ -111,8 +111,8 @@ def _without_skip(blocks: Sequence[BlockRecord]) -> Issue:
         f"No way leads past the weights of it and its {len(blocks) - 1} siblings: all that a position knows "
         "goes through one attention after another, which averages over positions, and the model guesses.",
         (
-            "Give every branch a skip connection: x = x + self.attention(self.norm1(x)), and the same "
-            "round the MLP.",
+            "Put a skip connection round every branch: x = x + self.attention(self.norm1(x)), and the same "
+            "for the MLP.",
         ),
         {"blocks": len(blocks)},
     )
@@ -144,7 +144,7 @@ def _without_norm(blocks: Sequence[BlockRecord], growth: float) -> Issue:
         f"{growth:.2g} times over them, and scores of attention with its square, from next to nothing. The "
         "model guesses.",
         (
-            "Put a norm before every branch: x = x + self.attention(self.norm1(x)), and one behind the last "
+            "Add a norm layer before every branch: x = x + self.attention(self.norm1(x)), and one behind the last "
             "block.",
             "Or start the last layer of every branch at zero (ReZero, Fixup): blocks begin as nothing.",
         ),
