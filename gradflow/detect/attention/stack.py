@@ -144,8 +144,8 @@ def _without_norm(blocks: Sequence[BlockRecord], growth: float) -> Issue:
         f"{growth:.2g} times over them, and scores of attention with its square, from next to nothing. The "
         "model guesses.",
         (
-            "Add a norm layer before every branch: x = x + self.attention(self.norm1(x)), and one behind the last "
-            "block.",
+            "Add a norm layer before every branch: x = x + self.attention(self.norm1(x)), and one behind "
+            "the last block.",
             "Or start the last layer of every branch at zero (ReZero, Fixup): blocks begin as nothing.",
         ),
         {"growth": growth, "blocks": len(blocks)},
