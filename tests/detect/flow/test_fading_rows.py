@@ -87,3 +87,32 @@ def spread(views: tuple[Tensor, Tensor]) -> Tensor:
 def test_embeddings_on_their_way_to_one_point(loss: Any, sick: bool) -> None:
     torch.manual_seed(0)
     assert bool(narrow(Twins(), views, loss, 3e-2 if sick else 3e-3)) is sick
+
+
+class Predicted(Twins):
+    """The same, where one embedding is predicted from the other, which is held (Grill et al., 2020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predict = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = super().forward(a, b)
+        return self.predict(first), second.detach()
+
+
+def likeness(views: tuple[Tensor, Tensor]) -> Tensor:
+    return 2 - 2 * F.cosine_similarity(*views).mean()
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0])
+@pytest.mark.parametrize(("model", "sick"), [(Twins, True), (Predicted, False)])
+def test_a_likeness_that_nothing_holds_is_met_by_one_direction(model: Any, sick: bool, noise: float) -> None:
+    torch.manual_seed(0)
+    samples = torch.randn(64, 16)
+
+    def drawn() -> tuple[Tensor, Tensor]:
+        x = samples[torch.randint(64, (32,))]
+        return x + noise * torch.randn(32, 16), x + noise * torch.randn(32, 16)
+
+    assert bool(narrow(model(), drawn, likeness, 1e-2)) is sick
