@@ -12,6 +12,7 @@ from gradflow.detect.wiring import node_name
 from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType, Role
 
 SILENT = (Role.SILENT, Role.PARTLY_SILENT)
+_MUCH_TOO_HIGH = 10.0  # by what factor a rate is, whose steps change what a model is
 _THROWN = 10.0  # times its start: to where a loss was thrown before anything overflowed
 # Where two types could each explain the other: what is the more basic event. Types not named come last.
 PRECEDENCE: dict[AnyIssueType, int] = {
@@ -67,6 +68,14 @@ def thrown_into(flow: Flow, cause: Issue, victim: Issue) -> bool:
 def grows_into(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """The cause is something that grew in training, and the victim was not there before it did."""
     return cause.evidence.growth > 1 and grown_in_training(cause) and victim.evidence.developed
+
+
+def driven_up(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The victim is of what grew within the run, and the cause is a rate that was measured as too high by an
+    order of magnitude: steps as large as the weights drive up whatever they reach."""
+    measured = cause.metrics.get("rate_factor", math.nan) >= _MUCH_TOO_HIGH
+    grown = victim.evidence.growth > 1 and grown_in_training(victim)
+    return measured and grown and not victim.evidence.plays(Role.JUMPING)
 
 
 def not_grown_into(flow: Flow, cause: Issue, victim: Issue) -> bool:

@@ -249,6 +249,10 @@ RULES: tuple[Rule, ...] = (
         because="the steps of the optimizer brought it about: it was not there before",
     ),
     Rule(
+        cause=_T.UNSTABLE, victim=_T.UNSTABLE, where=_ANYWHERE, roles=Role.JUMPING, when=_if.driven_up,
+        because="updates as large as the weights drive up whatever they reach",
+    ),
+    Rule(
         cause=_T.UNSTABLE, victim=_T.NUMERICAL, where=_ANYWHERE, roles=Role.JUMPING, when=_if.thrown_into,
         because="steps that are too large had thrown the loss far off before its exponential overflowed",
     ),

@@ -13,7 +13,7 @@ from gradflow.detect.flow.ends.unheard import flat_scores, heard_below_a_tower, 
 from gradflow.detect.flow.forgetting import deep, fading, forgetful
 from gradflow.detect.flow.readings.falls import best_upstream, falls_of, lossy_operation
 from gradflow.detect.flow.readings.zeros import zeros_of
-from gradflow.detect.knowledge import AT_LEVEL, at_level, coped_with, guesses, lowered
+from gradflow.detect.knowledge import AT_LEVEL, at_level, coped_with, differing, guesses, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
@@ -359,10 +359,9 @@ def _inexcusable(
     known = flow.record.knowledge
     if known is None or not flow.record.provenance.optimizer or not guesses(flow.record):
         return []
-    outputs = [v for v, size in zip(known.variations, known.scales, strict=True) if size > 0]
     held = not any(flow.has_matrix(n) and not is_normed(flow, n) for n in flow.layers)
     most, least = (_ALIKE, IssueSeverity.MEDIUM) if held else (_ALIKE / 100, IssueSeverity.HIGH)
-    if not outputs or max(outputs) > most or not math.isclose(known.averaged, known.loss, rel_tol=10 * most):
+    if not differing(known) <= most or not math.isclose(known.averaged, known.loss, rel_tol=10 * most):
         return []
     fed = best_upstream(flow, plain)
     gradual = [s for s in _starved(plain, plain, {}, threshold, share, local_share) if not s.absorber]
