@@ -78,6 +78,16 @@ def driven_up(flow: Flow, cause: Issue, victim: Issue) -> bool:
     return measured and grown and not victim.evidence.plays(Role.JUMPING)
 
 
+def left_at_zero(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause is of steps that were measured as far too short, and the gradient that the victim lacks is
+    lost at a matrix that began at zero, out of which they do not lead."""
+    place = node_name(victim.layer if victim.evidence.origin is None else victim.evidence.origin)
+    if cause.layer or not math.isfinite(cause.metrics.get("best", math.nan)) or place not in flow.layers:
+        return False
+    weights = [p for p in flow.parameters_of(place) if len(p.shape) > 1 and len(p.norm)]
+    return any(p.trainable and p.norm[0] == 0 for p in weights)
+
+
 def not_grown_into(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """The cause is not what the victim, which grew in training, came to."""
     return not grows_into(flow, victim, cause)
