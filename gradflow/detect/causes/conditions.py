@@ -13,6 +13,7 @@ from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType, Role
 
 SILENT = (Role.SILENT, Role.PARTLY_SILENT)
 _MUCH_TOO_HIGH = 10.0  # by what factor a rate is, whose steps change what a model is
+_LOGARITHMS = frozenset(("log", "log2", "log10", "binary_cross_entropy"))
 _THROWN = 10.0  # times its start: to where a loss was thrown before anything overflowed
 # Where two types could each explain the other: what is the more basic event. Types not named come last.
 PRECEDENCE: dict[AnyIssueType, int] = {
@@ -86,6 +87,25 @@ def left_at_zero(flow: Flow, cause: Issue, victim: Issue) -> bool:
         return False
     weights = [p for p in flow.parameters_of(place) if len(p.shape) > 1 and len(p.norm)]
     return any(p.trainable and p.norm[0] == 0 for p in weights)
+
+
+def still_heard(flow: Flow, issue: Issue) -> bool:
+    """Whether a probability that the model gives is at its end, and the loss still hears what enters it.
+
+    The slope of a logarithm is the larger the nearer its argument is to zero, and makes up for the one that
+    the sigmoid has lost, until the probability is exactly zero or one: as what enters changes by its size,
+    the loss changes by a tenth of itself and more, to first order.
+    """
+    node, known = node_name(issue.layer), issue.metrics
+    feeder, losses = flow.layers.get(node_name(str(known.get("fed_by", "")))), flow.record.losses
+    logarithm = {op.rstrip("_") for op in flow.wiring.ops_after(node)} & _LOGARITHMS
+    if known.get("op") not in ("sigmoid", "softmax") or feeder is None or not logarithm:
+        return False
+    if not flow.ends_weightless(node):
+        return False
+    sizes = feeder.num_elements[feeder.num_elements > 0]
+    entering = known["input_rms"] * math.sqrt(float(sizes[-1])) if len(sizes) else math.nan
+    return bool(late(flow.grad[node_name(feeder.name)]) * entering >= 0.1 * abs(late(losses)) > 0)
 
 
 def not_grown_into(flow: Flow, cause: Issue, victim: Issue) -> bool:
