@@ -9,7 +9,7 @@ import attrs
 import numpy as np
 
 from gradflow.detect.evidence import early, late, loss_fell
-from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Floats, FlowRecord, Issue, IssueSeverity, IssueType, KnowledgeRecord
 
 Detector = Callable[[FlowRecord], Iterable[Issue]]
 INFORMED = 0.5  # of the loss that ignorance costs, from which a model is taken to know
@@ -122,6 +122,18 @@ def has_learned(record: FlowRecord, most: float = 0.1) -> bool:
     return knows(record, most) and loss_fell(record)
 
 
+def fell_by_learning(record: FlowRecord, part: float = 0.98) -> bool:
+    """Whether the loss has fallen by half within the run, and to less than it costs to know nothing.
+
+    Outputs that start far from the level of their targets let it fall by as much as one likes: until it costs
+    what one answer for all does. Where that is not known, the fall is taken for what it looks like.
+    """
+    known = record.knowledge
+    if not loss_fell(record) or known is None:
+        return loss_fell(record)
+    return not (guesses(record) and known.loss >= part * known.ignorance > 0)
+
+
 def learns(record: FlowRecord, most: float = 0.6) -> bool:
     """Whether the run teaches the model: its loss falls by a tenth, and the last outputs fit their own
     samples, at `most` of what they cost when each is given to another one.
@@ -134,6 +146,13 @@ def learns(record: FlowRecord, most: float = 0.6) -> bool:
 def falls(record: FlowRecord) -> bool:
     """Whether the loss falls by a tenth within the run, to no less than zero."""
     return bool(0 <= late(record.losses) <= 0.9 * early(record.losses))
+
+
+def differing(known: KnowledgeRecord) -> float:
+    """The largest part of an output that differs between samples, of those that are not zero; NaN without
+    any, and where one tells nothing of that by its make (see `KnowledgeRecord.variations`)."""
+    found = [v for v, size in zip(known.variations, known.scales, strict=True) if size > 0]
+    return math.nan if any(map(math.isnan, found)) else max(found, default=math.nan)
 
 
 def no_better(record: FlowRecord) -> bool:

@@ -32,7 +32,9 @@ class KnowledgeRecord:
             these outputs drawn towards their mean, to parts of what they differ by; NaN where not asked.
         num_samples: number of rows that were shuffled.
         variations: of every floating-point output that has such rows, ‖Y − mean row‖_F / ‖Y‖_F: 0 where it is
-            the same for all of them.
+            the same for all of them. NaN where it is zero, and where it is one throughout as an exponential
+            of zeros or a quotient of equal numbers: a ratio of probabilities to themselves, whose value
+            tells nothing, and whose gradient is all that the loss asks for.
         shapes: theirs, in the same order.
         scales: their root mean squares.
         odds: smallest and largest of the targets that binary cross entropies of PyTorch were given, which are

@@ -8,9 +8,17 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from gradflow.detect.attention.attention import late_by_head, late_mean
-from gradflow.detect.evidence import late
+from gradflow.detect.evidence import early, late
 from gradflow.detect.knowledge import excused
-from gradflow.records import AttentionRecord, Floats, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import (
+    AttentionRecord,
+    Evidence,
+    Floats,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+)
 
 
 def redundant_heads(
@@ -158,7 +166,8 @@ def unbalanced_attention(
             if between >= ratio:
                 small, large = ("queries", "keys") if q < k else ("keys", "queries")
                 severity = IssueSeverity.HIGH if between >= severe * ratio else IssueSeverity.MEDIUM
-                yield _imbalance(layer, severity, small, large, between, (q, k, v))
+                brought_about = bool(record.provenance.optimizer) and _apart_at_first(layer) < ratio
+                yield _imbalance(layer, severity, small, large, between, (q, k, v), developed=brought_about)
                 continue
             scores = late_mean(layer.scores.logit_std, np.ones(layer.num_heads, dtype=bool))
             slope = late_mean(layer.scores.slope, np.ones(layer.num_heads, dtype=bool))
@@ -171,6 +180,12 @@ def unbalanced_attention(
     return excused(detector)
 
 
+def _apart_at_first(layer: AttentionRecord) -> float:
+    """How many times the gradient at queries was that at keys in the first steps, or the other way round."""
+    q, k = early(layer.gradients.query_grad), early(layer.gradients.key_grad)
+    return max(q / k, k / q) if q > 0 and k > 0 else math.inf
+
+
 def _imbalance(
     layer: AttentionRecord,
     severity: IssueSeverity,
@@ -178,6 +193,8 @@ def _imbalance(
     large: str,
     ratio: float,
     norms: tuple[float, float, float],
+    *,
+    developed: bool = False,
 ) -> Issue:
     where = "the weights that make its" if layer.gradients.at == "weights" else "its"
     sizes = {
@@ -205,4 +222,5 @@ def _imbalance(
             "value_grad": norms[2],
             "ratio": ratio,
         },
+        evidence=Evidence(developed=developed),
     )

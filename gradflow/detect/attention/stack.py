@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from gradflow.detect.knowledge import guesses
-from gradflow.detect.parts.peers import FEWEST
 from gradflow.detect.view import flow_of
 from gradflow.detect.wiring import Wiring
 from gradflow.records import BlockRecord, Floats, FlowRecord, Issue, IssueSeverity, IssueType
 
+_FEWEST = 3  # blocks of a stack: positions become one with depth
 _NORMS = re.compile(r"norm|rsqrt|std|var\b|var_mean", re.IGNORECASE)
 
 
@@ -51,7 +51,7 @@ def incomplete_blocks(
             if _holds_attention(record, block):
                 groups.setdefault(f"{block.group}:{block.type}", []).append(block)
         for blocks in groups.values():
-            if len(blocks) < FEWEST:
+            if len(blocks) < _FEWEST:
                 continue
             inner = blocks[1:]
             if not any(block.passes for block in blocks):

@@ -12,6 +12,8 @@ from gradflow.detect.wiring import node_name
 from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType, Role
 
 SILENT = (Role.SILENT, Role.PARTLY_SILENT)
+_MUCH_TOO_HIGH = 10.0  # by what factor a rate is, whose steps change what a model is
+_LOGARITHMS = frozenset(("log", "log2", "log10", "binary_cross_entropy"))
 _THROWN = 10.0  # times its start: to where a loss was thrown before anything overflowed
 # Where two types could each explain the other: what is the more basic event. Types not named come last.
 PRECEDENCE: dict[AnyIssueType, int] = {
@@ -67,6 +69,43 @@ def thrown_into(flow: Flow, cause: Issue, victim: Issue) -> bool:
 def grows_into(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """The cause is something that grew in training, and the victim was not there before it did."""
     return cause.evidence.growth > 1 and grown_in_training(cause) and victim.evidence.developed
+
+
+def driven_up(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The victim is of what grew within the run, and the cause is a rate that was measured as too high by an
+    order of magnitude: steps as large as the weights drive up whatever they reach."""
+    measured = cause.metrics.get("rate_factor", math.nan) >= _MUCH_TOO_HIGH
+    grown = victim.evidence.growth > 1 and grown_in_training(victim)
+    return measured and grown and not victim.evidence.plays(Role.JUMPING)
+
+
+def left_at_zero(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause is of steps that were measured as far too short, and the gradient that the victim lacks is
+    lost at a matrix that began at zero, out of which they do not lead."""
+    place = node_name(victim.layer if victim.evidence.origin is None else victim.evidence.origin)
+    if cause.layer or not math.isfinite(cause.metrics.get("best", math.nan)) or place not in flow.layers:
+        return False
+    weights = [p for p in flow.parameters_of(place) if len(p.shape) > 1 and len(p.norm)]
+    return any(p.trainable and p.norm[0] == 0 for p in weights)
+
+
+def still_heard(flow: Flow, issue: Issue) -> bool:
+    """Whether a probability that the model gives is at its end, and the loss still hears what enters it.
+
+    The slope of a logarithm is the larger the nearer its argument is to zero, and makes up for the one that
+    the sigmoid has lost, until the probability is exactly zero or one: as what enters changes by its size,
+    the loss changes by a tenth of itself and more, to first order.
+    """
+    node, known = node_name(issue.layer), issue.metrics
+    feeder, losses = flow.layers.get(node_name(str(known.get("fed_by", "")))), flow.record.losses
+    logarithm = {op.rstrip("_") for op in flow.wiring.ops_after(node)} & _LOGARITHMS
+    if known.get("op") not in ("sigmoid", "softmax") or feeder is None or not logarithm:
+        return False
+    if not flow.ends_weightless(node):
+        return False
+    sizes = feeder.num_elements[feeder.num_elements > 0]
+    entering = known["input_rms"] * math.sqrt(float(sizes[-1])) if len(sizes) else math.nan
+    return bool(late(flow.grad[node_name(feeder.name)]) * entering >= 0.1 * abs(late(losses)) > 0)
 
 
 def not_grown_into(flow: Flow, cause: Issue, victim: Issue) -> bool:

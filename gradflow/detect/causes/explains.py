@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
-from gradflow.detect.causes.conditions import is_lent, order, precedence, shown
+from gradflow.detect.causes.conditions import is_lent, order, precedence, shown, still_heard
 from gradflow.detect.causes.rules import RULES, Rule, Where
 from gradflow.detect.evidence import heads
 from gradflow.detect.view import Flow
@@ -170,13 +170,18 @@ def _same_module(cause: Suspect, victim: Suspect) -> bool:
 
 def _prior(flow: Flow, a: Issue, b: Issue) -> bool:
     """Whether of two that could explain each other the first is what starts the chain. A uniform loss or
-    growth starts nowhere, and is told where it shows most; else the graver, then the nearer to the loss."""
+    growth starts nowhere, and is told where it shows most; else the graver, then the nearer to the loss, but
+    for a probability that the loss hears all the same."""
     if a.issue_type == b.issue_type:
         if a.issue_type is IssueType.EXPLODING:
             return _grows(flow, a) > _grows(flow, b)
         made = [i.issue_type is IssueType.BOTTLENECK and i.evidence.origin == i.layer for i in (a, b)]
         if made[0] is not made[1]:  # what a layer is made with is alike behind it too, and not the reverse
             return made[0]
+        if a.severity == b.severity and all("saturated_share" in i.metrics for i in (a, b)):
+            heard = [still_heard(flow, i) for i in (a, b)]
+            if heard[0] is not heard[1]:
+                return heard[1]
         return (a.severity.rank, order(flow, a)) > (b.severity.rank, order(flow, b))
     if is_lent(a) is not is_lent(b):
         return is_lent(a)

@@ -156,6 +156,10 @@ RULES: tuple[Rule, ...] = (
         when=_if.shows_more, because="every layer on the way loses a little, and it shows there most",
     ),
     Rule(
+        cause=_T.VANISHING, victim=_T.VANISHING, where=_ANYWHERE, when=_if.left_at_zero,
+        because="steps that are far too short do not lead out of a start at zero, which hands back nothing",
+    ),
+    Rule(
         cause=_T.VANISHING, victim=_T.BOTTLENECK, where=("downstream", "same"),
         because="rows become alike where signal and gradient die out",
     ),
@@ -247,6 +251,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         cause=_T.UNSTABLE, victim=(), where=_ANYWHERE, roles=Role.JUMPING, when=_if.developed,
         because="the steps of the optimizer brought it about: it was not there before",
+    ),
+    Rule(
+        cause=_T.UNSTABLE, victim=_T.UNSTABLE, where=_ANYWHERE, roles=Role.JUMPING, when=_if.driven_up,
+        because="updates as large as the weights drive up whatever they reach",
     ),
     Rule(
         cause=_T.UNSTABLE, victim=_T.NUMERICAL, where=_ANYWHERE, roles=Role.JUMPING, when=_if.thrown_into,

@@ -9,7 +9,7 @@ import numpy as np
 from gradflow.detect.actions import forgetful_actions
 from gradflow.detect.evidence import early, late, middle
 from gradflow.detect.flow.readings.recurrent_weights import memory
-from gradflow.detect.knowledge import guesses
+from gradflow.detect.knowledge import differing, guesses
 from gradflow.detect.view import Flow
 from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, ParameterRecord, Role, ScanRecord
 
@@ -90,9 +90,8 @@ def deep(flow: Flow, fall: float = 12.0, *, few: int = 4, alike: float = 0.06) -
         return []
     if not late(record.losses) >= 0.97 * early(record.losses) > 0:
         return []
-    outputs = [v for v, size in zip(known.variations, known.scales, strict=True) if size > 0]
-    levels = list(_levels(flow))
-    if not outputs or max(outputs) > alike or len(levels) < few:
+    levels, varied = list(_levels(flow)), differing(known)
+    if not varied <= alike or len(levels) < few:
         return []
     (first, lowest), (last, highest) = levels[0], levels[-1]
     if first != last and first not in flow.wiring.upstream(last):
@@ -109,14 +108,14 @@ def deep(flow: Flow, fall: float = 12.0, *, few: int = 4, alike: float = 0.06) -
             issue_type=IssueType.VANISHING,
             severity=IssueSeverity.MEDIUM,
             description=f"It is the first of {len(levels)} recurrent layers, and gets {1 / fallen:.1e} of "
-            f"the gradient that the last one gets; only {max(outputs):.1e} of the outputs differs between "
+            f"the gradient that the last one gets; only {varied:.1e} of the outputs differs between "
             "samples, and the loss stays where it was. Each layer hands on but a part of both.",
             magnitude=1.0 / fallen,
             recommended_actions=(
                 "Use one or two layers: more seldom help.",
                 "Or give each layer a way past it (x = x + layer(x)) and a norm layer before it.",
             ),
-            metrics={"num_layers": len(levels), "share_of_last": 1.0 / fallen, "variation": max(outputs)},
+            metrics={"num_layers": len(levels), "share_of_last": 1.0 / fallen, "variation": varied},
             evidence=Evidence(roles=Role.ABSORBING),
         )
     ]

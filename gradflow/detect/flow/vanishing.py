@@ -13,7 +13,7 @@ from gradflow.detect.flow.ends.unheard import flat_scores, heard_below_a_tower, 
 from gradflow.detect.flow.forgetting import deep, fading, forgetful
 from gradflow.detect.flow.readings.falls import best_upstream, falls_of, lossy_operation
 from gradflow.detect.flow.readings.zeros import zeros_of
-from gradflow.detect.knowledge import AT_LEVEL, at_level, coped_with, guesses, lowered
+from gradflow.detect.knowledge import AT_LEVEL, at_level, coped_with, differing, guesses, lowered
 from gradflow.detect.updates.readings import stands_still
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
@@ -365,8 +365,7 @@ def _inexcusable(
     known, held = flow.record.knowledge, not any(_is_free(flow, n) for n in flow.layers)
     if known is None or not flow.record.provenance.optimizer:
         return []
-    outputs = [v for v, size in zip(known.variations, known.scales, strict=True) if size > 0]
-    differs, most = max(outputs, default=math.inf), _ALIKE if held else _ALIKE / 10
+    differs, most = differing(known), _ALIKE if held else _ALIKE / 10
     alike = differs <= most and math.isclose(known.averaged, known.loss, rel_tol=10 * most)
     if not (alike and guesses(flow.record)) and not stands_still(flow.record):
         return []

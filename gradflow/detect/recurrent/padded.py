@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from gradflow.detect.evidence import late, loss_fell
+from gradflow.detect.evidence import late
 from gradflow.detect.flow.readings.recurrent_weights import late_profile
+from gradflow.detect.knowledge import fell_by_learning
 from gradflow.records import (
     Evidence,
     FlowRecord,
@@ -32,7 +33,7 @@ def behind_padding(record: FlowRecord, r: RecurrenceRecord) -> Issue | None:
     Looks alike and is not: a few steps of padding; packed sequences and outputs that are taken at each
     sample's own last step, where padding is not read; a layer that reads the other way as well; inputs that
     are the same throughout, as those of a decoder that is given its state; a run whose loss has fallen by
-    half (LOW).
+    half, and below what one answer for all costs (LOW).
 
     Args:
         record: the record.
@@ -50,7 +51,7 @@ def behind_padding(record: FlowRecord, r: RecurrenceRecord) -> Issue | None:
     if little > padding:
         return None
     severity = IssueSeverity.HIGH if lost <= padding else IssueSeverity.MEDIUM
-    if loss_fell(record):
+    if fell_by_learning(record):
         severity = IssueSeverity.LOW
     within = (
         f"less than 1e-6, lost to rounding, within {lost}" if lost <= padding else f"1e-4 within {little}"

@@ -202,10 +202,22 @@ def largest(record: FlowRecord) -> tuple[str, float]:
 
 
 def largest_ratio(record: FlowRecord) -> float:
-    """Return the usual update over weight of the matrix in which it is largest; of all, without matrices."""
-    found = [typical(u.ratio) for u, p in held(record) if len(p.shape) >= 2]
+    """Return the usual update over weight of the matrix in which it is largest; of all, without matrices.
+
+    A matrix that begins at zero has no size that an update could be set against: after two steps it is the
+    last update that it is as large as, whatever the rate. Until it is larger, what PyTorch would have drawn
+    it with counts, 1 / √(3 · inputs).
+    """
+    found = [typical(_size_ratio(u, p)) for u, p in held(record) if len(p.shape) >= 2]
     known = [ratio for ratio in found if math.isfinite(ratio)]
     return max(known, default=typical(whole_ratio(record)))
+
+
+def _size_ratio(u: UpdateRecord, p: ParameterRecord) -> Floats:
+    if not (len(u.weight_rms) and u.weight_rms[0] == 0):
+        return u.ratio
+    drawn = 1.0 / math.sqrt(3.0 * max(math.prod(p.shape[1:]), 1))
+    return u.rms / np.fmax(u.weight_rms, drawn)
 
 
 def layer_of(record: FlowRecord, parameter: str) -> tuple[str, str]:

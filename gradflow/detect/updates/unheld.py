@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from gradflow.detect.evidence import last_layers
+from gradflow.detect.evidence import last_layers, late
 from gradflow.detect.knowledge import came_knowing
 from gradflow.detect.updates.readings import layer_of
 from gradflow.detect.view import flow_of
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, ParameterRecord
+
+_HEARD = 1e-3  # of the usual gradient of a number that is held: what gets less is asked for nothing
+_ANSWERS = (
+    " It is what the loss sets against the targets: it stays as it was drawn, and all that is held before"
+    " it can but bend to that."
+)
+_BESIDE = (
+    " Every layer with a matrix is held: an optimizer that is gathered from layers of some kinds does not"
+    " find what a module owns beside the layers inside it."
+)
 
 
 def unheld_parameters() -> Callable[[FlowRecord], Iterable[Issue]]:
@@ -27,9 +38,15 @@ def unheld_parameters() -> Callable[[FlowRecord], Iterable[Issue]]:
     is held and the model did not come knowing: its rows stay as random as they started, and the rest is bent
     to them.
 
+    Where every layer is held whole, or not at all and has no matrix, and what is left are parameters that
+    modules own beside the layers inside them (weights of a fusion, gains, a table of positions), the
+    optimizer was gathered from layers of some kinds, and those were forgotten: MEDIUM, if they get a gradient
+    that counts and stay what they are.
+
     Looks alike and is not: one player of a game while the other one is trained (a judge gives one number, has
     layers of its own, and is asked the same of all samples), a head that is trained alone on features that
-    stay, a head that came trained, a network that only measures (a perceptual loss): told as LOW.
+    stay, all matrices in an optimizer of their own, normalisations that stay, a head that came trained, a
+    network that only measures (a perceptual loss): told as LOW.
     """
 
     def detector(record: FlowRecord) -> Iterable[Issue]:
@@ -40,9 +57,11 @@ def unheld_parameters() -> Callable[[FlowRecord], Iterable[Issue]]:
             return []
         stale = record.updates.stale
         behind, answers = _behind_its_like(record, left), _gives_the_answers(record, left)
-        severity = IssueSeverity.MEDIUM if behind or answers else IssueSeverity.LOW
+        beside = [] if behind or answers else _beside_what_is_held(record, left)
+        severity = IssueSeverity.MEDIUM if behind or answers or beside else IssueSeverity.LOW
         severity = IssueSeverity.HIGH if stale else severity
-        return [_issue(record, behind or left, left, severity, answers=answers and not stale)]
+        why = "" if stale else _ANSWERS if answers else _BESIDE if beside else ""
+        return [_issue(record, behind or beside or left, left, severity, why)]
 
     return detector
 
@@ -72,6 +91,46 @@ def _behind_its_like(record: FlowRecord, left: Sequence[ParameterRecord]) -> lis
     return [p for p, at in places if at and at not in some and at[0] in first and at[1] > first[at[0]]]
 
 
+def _beside_what_is_held(record: FlowRecord, left: Sequence[ParameterRecord]) -> list[ParameterRecord]:
+    """Return those that modules own beside held layers inside them, if what is held was gathered by layers.
+
+    So it looks where every layer that has no parts is held whole, or is left whole and has no matrix, as a
+    norm. Not what is written to otherwise (a running mean), nor what hardly gets a gradient beside the rest,
+    nor in a model that came knowing.
+    """
+    by_owner: dict[str, list[ParameterRecord]] = {}
+    for p in record.parameters:
+        if p.trainable:
+            by_owner.setdefault(p.name.rpartition(".")[0], []).append(p)
+    holders = {owner[:i] for owner in by_owner for i, letter in enumerate(owner) if letter == "."}
+    holders |= {""} if any(by_owner) else set()
+    for owner, own in by_owner.items():
+        held = [p for p in own if p.optimized]
+        if owner not in holders and len(held) < len(own) and (held or any(len(p.shape) > 1 for p in own)):
+            return []
+    usual = np.median([_per_number(p) for own in by_owner.values() for p in own if p.optimized] or [math.inf])
+    names = {p.name for p in left}
+    beside = [p for owner in holders & by_owner.keys() for p in by_owner[owner] if p.name in names]
+    told = [
+        p for p in beside
+        if _per_number(p) >= _HEARD * usual and np.ptp(p.norm) == 0 and _holds_inside(record, p)
+    ]  # fmt: skip
+    place = {p.name: i for i, p in enumerate(record.parameters)}
+    return [] if came_knowing(record) else sorted(told, key=lambda p: place[p.name])
+
+
+def _per_number(parameter: ParameterRecord) -> float:
+    return late(parameter.grad_norm) / math.sqrt(max(parameter.num_elements, 1))
+
+
+def _holds_inside(record: FlowRecord, parameter: ParameterRecord) -> bool:
+    """Whether the module that owns a parameter has parts of which the optimizer holds some."""
+    owner = parameter.name.rpartition(".")[0]
+    start = f"{owner}." if owner else ""
+    inside = (p for p in record.parameters if p.name.startswith(start) and "." in p.name[len(start) :])
+    return any(p.optimized for p in inside)
+
+
 def _gives_the_answers(record: FlowRecord, left: Sequence[ParameterRecord]) -> bool:
     """Whether all that is left out is the one layer that gives the answers, and knows nothing of them."""
     (owner, *others) = {p.layer for p in left}
@@ -97,8 +156,7 @@ def _issue(
     worst: Sequence[ParameterRecord],
     left: Sequence[ParameterRecord],
     severity: IssueSeverity,
-    *,
-    answers: bool,
+    why: str,
 ) -> Issue:
     stale = record.updates.stale if record.updates is not None else ()
     layer, kind = layer_of(record, worst[0].name)
@@ -110,17 +168,13 @@ def _issue(
         if stale
         else ""
     )
-    random = (
-        " It is what the loss sets against the targets: it stays as it was drawn, and all that is held before"
-        " it can but bend to that."
-    )
     return Issue(
         layer=layer,
         layer_type=kind,
         issue_type=IssueType.DEAD,
         severity=severity,
         description=f"{names}: a gradient arrives, and {record.provenance.optimizer} does not hold them, so "
-        f"{number:,} numbers stay what they are.{also}{random if answers else ''}",
+        f"{number:,} numbers stay what they are.{also}{why}",
         magnitude=float(number),
         recommended_actions=(
             "Build the optimizer on the whole model, after its last change: "

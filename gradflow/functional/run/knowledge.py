@@ -41,6 +41,7 @@ _LOUDER = 4.0
 _FEW = 8  # samples below which positions are shuffled as well
 _VARIED = 0.05  # part of the outputs that must differ, for a mean of them to be something else
 _MUCH_LOUDER = 16.0
+_TO_ITSELF = ("Exp", "Div")  # what is exactly one, of things that are equal: a ratio to what does not move
 _NEARER = (0.5, 0.125, 0.03125)
 Shapes = tuple[tuple[int, ...], ...]
 _LOG = logging.getLogger(__name__)
@@ -76,8 +77,10 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         return float(kept.loss_of(guess))
 
     told = _told(output)
-    parts = [t for t in iter_tensors(output) if t.dtype.is_floating_point and rows.fit(t)]
-    variations = [_variation(part.detach().reshape(rows.number, -1)) for part in parts]
+    made = zip(iter_tensors(output), kept.ends, strict=True)
+    made = [(t, end) for t, end in made if t.dtype.is_floating_point and rows.fit(t)]
+    parts = [part for part, _ in made]
+    variations = [_variation(t.detach().reshape(rows.number, -1), end) for t, end in made]
     try:
         with torch.no_grad(), _asking(program) as before, before.again(program):
             own = private_copy(Tensor.clone, output)
@@ -314,10 +317,13 @@ class _Rows:
         return change(tensor.reshape(self.number, *tensor.shape[self.axes :])).reshape(tensor.shape)
 
 
-def _variation(rows: Tensor) -> float:
-    """The part of a matrix (rows × features) that differs between its rows; NaN where it is zero."""
+def _variation(rows: Tensor, end: str) -> float:
+    """The part of a matrix (rows × features) that differs between its rows; NaN where it is zero, or is one
+    throughout by its make, which is known by the autograd node that made it."""
     wide = rows.double()
     size = float(wide.norm())
+    if end.startswith(_TO_ITSELF) and bool((wide == 1).all()):
+        return math.nan
     return float((wide - wide.mean(0)).norm()) / size if size > 0 else math.nan
 
 

@@ -209,6 +209,14 @@ def test_unbalanced_gradients() -> None:
     assert found(unbalanced_attention(), layer(key_grad=np.nan)) == []
 
 
+@pytest.mark.parametrize(("first", "developed"), [(0.1, True), (200.0, False), (np.nan, False)])
+def test_gradients_that_training_has_put_out_of_balance(first: float, developed: bool) -> None:
+    keys = np.full((LOOKS,), 200.0)
+    keys[:2] = first
+    (issue,) = unbalanced_attention()(record_of(layer(query_grad=0.1, key_grad=keys)))
+    assert issue.evidence.developed is developed
+
+
 @pytest.mark.parametrize(
     ("share", "optimizer", "expected"),
     [

@@ -104,3 +104,42 @@ def test_a_term_that_is_switched_off(off: bool) -> None:
 
     found = serious(Penalised(off=off), line, loss)
     assert found == (set() if off else {(IssueType.DEAD, "net.2")})
+
+
+class Ratio(nn.Module):
+    """The probability of an action that is drawn, over itself, which does not move."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, log: Tensor) -> Tensor:
+        if self.how == "rounded":  # the same number, of a sign that lets the gradient pass
+            return (log[:, :1] > -9).float() + log[:, :1] - log[:, :1].detach()
+        chosen = log.gather(1, torch.multinomial(log.detach().exp(), 1))
+        if self.how == "exponential":
+            return (chosen - chosen.detach()).exp()
+        return chosen.exp() / chosen.exp().detach()
+
+
+class Player(nn.Module):
+    """A policy that gives its ratio to itself."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 24), nn.Tanh(), nn.Linear(24, 4))
+        self.ratio = Ratio(how)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ratio(self.net(x).log_softmax(-1))
+
+
+def states() -> tuple[Tensor, Tensor]:
+    x = torch.randn(32, 6)
+    return x, torch.relu(x[:, :1])
+
+
+@pytest.mark.parametrize("how", ["exponential", "quotient", "rounded"])
+def test_a_ratio_to_itself_is_one_for_every_sample_by_its_make(how: str) -> None:
+    found = serious(Player(how), states, lambda ratio, reward: -(ratio * reward).mean())
+    assert found == ({(IssueType.BOTTLENECK, "ratio")} if how == "rounded" else set())

@@ -103,3 +103,32 @@ def test_inputs_that_are_the_same_throughout_are_no_padding() -> None:
         optimizer=torch.optim.Adam(model.parameters()),
     )
     assert [i for i in found.issues if "padding" in i.metrics] == []
+
+
+class Share(nn.Module):
+    """Tells which share of a sequence is one from the last state of a layer, or from the mean of all."""
+
+    def __init__(self, layer: type[nn.RNNBase], last: bool) -> None:
+        super().__init__()
+        self.layer, self.out, self.last = layer(1, 16, batch_first=True), nn.Linear(16, 1), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.layer(x)[0]
+        return self.out(states[:, -1] if self.last else states.mean(1))
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_loss_that_falls_to_what_one_answer_costs_excuses_nothing(layer: Any, last: bool) -> None:
+    """The level of the targets is far from that of the first outputs: the loss falls by far more than half,
+    and one answer for all costs no more."""
+    torch.manual_seed(0)
+    g = torch.Generator().manual_seed(1)
+    shares = [0.5 + 0.5 * torch.rand(16, 1, generator=g) for _ in range(20)]
+    batches = [((torch.linspace(0, 1, 120) >= 1 - s).float()[..., None], s) for s in shares]
+    model = Share(layer, last)
+    adam = torch.optim.Adam(model.parameters(), 1e-2)
+    report = gf.diagnose(model, batches, nn.MSELoss(), optimizer=adam)
+    assert report.record.losses[-1] < 0.5 * report.record.losses[0]
+    found = [i for i in report.issues if "padding" in i.metrics]
+    assert [i.severity for i in found] == ([gf.IssueSeverity.HIGH] if last else [])

@@ -301,3 +301,53 @@ def test_steps_shorter_than_what_bfloat16_keeps_of_most_weights(
     found = gf.diagnose(model, draw, lambda y, t: LOSS(y.float(), t), optimizer=adam)
     told = [i for i in found.issues if i.issue_type is gf.IssueType.NUMERICAL]
     assert [i.severity for i in told] == ([gf.IssueSeverity.MEDIUM] if sick else [])
+
+
+class Product(nn.Module):
+    """A layer that stays, and a product of two narrow ones beside it, of which the second begins at zero."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.a, self.b = nn.Linear(inputs, 4, bias=False), nn.Linear(4, outputs, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + 2 * self.b(self.a(x))
+
+
+def begins_at_zero(how: str) -> nn.Module:
+    if how == "adapters":
+        return nn.Sequential(Product(8, 32), nn.ReLU(), Product(32, 4))
+    head = nn.Linear(32, 4)
+    nn.init.zeros_(head.weight)
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), head)
+
+
+@pytest.mark.parametrize("how", ["head", "adapters"])
+@pytest.mark.parametrize(
+    ("make", "rate", "slow"),
+    [
+        (torch.optim.SGD, 1e-8, True),
+        (torch.optim.Adam, 1e-7, True),
+        (torch.optim.SGD, 1e-1, False),
+        (torch.optim.Adam, 1e-3, False),
+    ],
+)
+def test_a_rate_that_leaves_what_begins_at_zero_there_is_what_explains_it(
+    how: str, make: Callable[..., torch.optim.Optimizer], rate: float, slow: bool
+) -> None:
+    torch.manual_seed(0)
+    w = torch.randn(8, 4)
+    batches = [(x, x @ w) for x in torch.randn(20, 32, 8)]
+    model = begins_at_zero(how)
+    optimizer = make([p for p in model.parameters() if p.requires_grad], lr=rate)
+    report = gf.diagnose(model, batches, nn.MSELoss(), optimizer=optimizer)
+    told = [c for c in report.causes if c.issues[0].severity >= gf.IssueSeverity.MEDIUM]
+    if not slow:
+        assert all(c.layer for c in told)
+        return
+    (cause,) = told
+    assert (cause.layer, cause.issue_type) == ("", V)
+    assert cause.issues[0].metrics["rate"] == rate
+    assert len(cause.issues) > 1

@@ -127,3 +127,72 @@ def test_nothing_is_said_of_what_is_held_frozen_or_not_stepped() -> None:
     assert told(model, None) == []
     model.stem.requires_grad_(False)
     assert told(model, torch.optim.Adam(p for p in model.parameters() if p.requires_grad)) == []
+
+
+class Gated(nn.Module):
+    """A layer and a path past it, with learned gains between them."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(2))
+        self.full, self.norm = nn.Linear(size, size), nn.BatchNorm1d(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = self.gain.softmax(0)
+        return self.norm(gain[0] * x + gain[1] * torch.relu(self.full(x)))
+
+
+class Fused(nn.Module):
+    """Two gated layers; if idle, with a bias in front of a norm, and a running mean that it writes itself."""
+
+    def __init__(self, *, idle: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(8, 32), nn.Linear(32, 4)
+        self.one, self.two = Gated(32), Gated(32)
+        self.idle = idle
+        if idle:
+            self.mean = nn.Parameter(torch.zeros(32))
+            self.norm, self.shift = nn.BatchNorm1d(32), nn.Parameter(torch.zeros(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.idle:
+            self.mean.data.lerp_(x.detach().mean(0), 0.1)
+            x = self.norm(torch.relu(x - self.mean) + self.shift)
+        return self.head(self.two(self.one(x)))
+
+
+def of_kinds(model: nn.Module, *kinds: type[nn.Module]) -> list[Tensor]:
+    return [p for m in model.modules() if isinstance(m, kinds) for p in m.parameters(recurse=False)]
+
+
+@pytest.mark.parametrize("kinds", [(nn.Linear,), (nn.Linear, nn.BatchNorm1d)])
+def test_what_modules_own_beside_the_layers_that_are_gathered(kinds: tuple[type[nn.Module], ...]) -> None:
+    model = Fused()
+    (issue,) = told(model, torch.optim.Adam(of_kinds(model, *kinds)))
+    assert (issue.layer, issue.severity) == ("one", gf.IssueSeverity.MEDIUM)
+    assert {"one.gain", "two.gain"} <= set(issue.metrics["parameters"])
+    assert "gathered from layers" in issue.description
+
+
+GATHERED: dict[str, Callable[[Fused], Any]] = {
+    "all but the norms": lambda m: [*of_kinds(m, nn.Linear), m.one.gain, m.two.gain],
+    "the matrices": lambda m: [p for p in m.parameters() if p.dim() > 1],
+    "all but one layer": lambda m: of_kinds(m.one, nn.Linear),
+    "the gains": lambda m: [m.one.gain, m.two.gain],
+}
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_layers_that_are_chosen_by_something_else_than_their_kind_are_a_remark(name: str) -> None:
+    model = Fused()
+    (issue,) = told(model, torch.optim.Adam(GATHERED[name](model)))
+    assert issue.severity is gf.IssueSeverity.LOW
+
+
+def test_what_is_written_to_and_what_gets_next_to_no_gradient_is_a_remark() -> None:
+    model = Fused(idle=True)
+    held = [p for n, p in model.named_parameters() if n not in ("mean", "shift")]
+    (issue,) = told(model, torch.optim.Adam(held))
+    assert issue.severity is gf.IssueSeverity.LOW

@@ -17,7 +17,7 @@ from gradflow.detect.evidence import (
     loss_fell,
     shares,
 )
-from gradflow.detect.knowledge import guesses
+from gradflow.detect.knowledge import differing, guesses
 from gradflow.detect.view import Flow
 from gradflow.records import (
     Evidence,
@@ -139,7 +139,8 @@ def constant(flow: Flow, same: float) -> list[Issue]:
 
     What picks, masks or normalises in front of it gives the same whatever comes in: one code of a codebook
     for all, an average over the samples. Left to others where the gradient is starved, units are silent or
-    saturated, or weights are still zero: there the same comes of another illness, or of a start by design.
+    saturated, or weights are still zero: there the same comes of another illness, or of a start by design. A
+    ratio of probabilities to themselves is one for every sample, by its make (see `KnowledgeRecord`).
 
     Args:
         flow: the record along its wiring.
@@ -149,8 +150,8 @@ def constant(flow: Flow, same: float) -> list[Issue]:
     known = flow.record.knowledge
     if known is None or known.num_samples < 4 or not math.isclose(known.averaged, known.loss, rel_tol=1e-3):
         return []
-    outputs = [v for v, size in zip(known.variations, known.scales, strict=True) if size > 0]
-    if not outputs or max(outputs) > same:
+    varied = differing(known)
+    if not varied <= same:
         return []
     lost = _first_alike(flow, 10 * same)
     if lost is None:
@@ -165,11 +166,11 @@ def constant(flow: Flow, same: float) -> list[Issue]:
             layer_type=layer.type,
             issue_type=IssueType.BOTTLENECK,
             severity=IssueSeverity.HIGH,
-            description=f"The model gives the same for every sample: only {max(outputs):.1e} of its outputs "
+            description=f"The model gives the same for every sample: only {varied:.1e} of its outputs "
             f"differs between them. What tells them apart is lost in front of this layer: {now:.1e} of its "
             f"output differs, of what comes before up to {before:.0%}. The loss is what a constant costs, "
             f"{known.averaged:.3g}.",
-            magnitude=max(outputs),
+            magnitude=varied,
             recommended_actions=_constant_actions(flow, lost[0]),
             metrics={"variation": now, "variation_before": before, "constant_loss": known.averaged},
         )
