@@ -86,7 +86,19 @@ def grown_in_training(issue: Issue) -> bool:
 
 def overflows(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """What is not finite at the victim may be an overflow."""
-    return not victim.evidence.plays(Role.UNDEFINED, Role.SUBNORMAL)
+    return not victim.evidence.plays(Role.UNDEFINED, Role.SUBNORMAL) or drives(flow, cause, victim)
+
+
+def drives(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """An exponential has overflowed in the course of the run, and the cause was there from its first step:
+    what entered had grown. An exponential is defined everywhere, a logarithm or a quotient is not."""
+    overflow = victim.metrics.get("value") == "inf" and victim.evidence.op.lower().startswith("exp")
+    return overflow and victim.evidence.developed and not cause.evidence.developed
+
+
+def not_driven(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause is not what the victim, which was there before it, came to in the end."""
+    return not drives(flow, victim, cause)
 
 
 def fed(flow: Flow, cause: Issue, victim: Issue) -> bool:
@@ -195,6 +207,12 @@ def picks(flow: Flow, cause: Issue, victim: Issue) -> bool:
     ran = {m[len(parts) :].split(".")[1] for m in flow.modules_below(parts)}
     beside = f".{cause.layer}".startswith(f".{parts}".rpartition(".")[0])
     return softmax and beside and number.isdigit() and len(ran) > 1
+
+
+def few_codes(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause is a table of which next to no code is picked, and the victim runs after it. No gradient
+    leads from one to the other where codes are handed on straight through, so that order tells."""
+    return "num_codes" in cause.metrics and 0 <= order(flow, cause) < order(flow, victim)
 
 
 def of_own_type(flow: Flow, cause: Issue, victim: Issue) -> bool:
