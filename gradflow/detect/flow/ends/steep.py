@@ -33,9 +33,9 @@ def steep_parameters(flow: Flow, above: float = 1e6, *, apart: float = 1e4) -> l
     zeros cost if that is more. Networks of a usual scale have 1 to 100, whatever the loss is multiplied by;
     from a million on, a change in the sixth digit changes the loss by as much as it is. A vector of zeros
     that is normalised gives 1e12, one over the epsilon. Nothing on the path of layers grows there: it begins
-    between the last layer and the loss. Such a gradient does its harm once: plain descent throws the numbers as far
-    as it is large, and an optimizer with a running mean of squares stands still in them for as long as that
-    remembers it.
+    between the last layer and the loss. Such a gradient does its harm once: plain descent throws the numbers
+    as far as it is large, and an optimizer with a running mean of squares stands still in them for as long as
+    that remembers it.
 
     Alike and not: losses that are next to zero by themselves, as those of a policy in its first step, along
     which all parameters are as steep (of all layers the median must be far below).
