@@ -12,6 +12,7 @@ from gradflow.detect.wiring import node_name
 from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType, Role
 
 SILENT = (Role.SILENT, Role.PARTLY_SILENT)
+_OVERFLOWING = 11.0  # of an exponent, in the format of the least range
 _THROWN = 10.0  # times its start: to where a loss was thrown before anything overflowed
 # Where two types could each explain the other: what is the more basic event. Types not named come last.
 PRECEDENCE: dict[AnyIssueType, int] = {
@@ -93,7 +94,8 @@ def drives(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """An exponential has overflowed in the course of the run, and the cause was there from its first step:
     what entered had grown. An exponential is defined everywhere, a logarithm or a quotient is not."""
     overflow = victim.metrics.get("value") == "inf" and victim.evidence.op.lower().startswith("exp")
-    return overflow and victim.evidence.developed and not cause.evidence.developed
+    large = victim.metrics.get("input_max", 0.0) >= _OVERFLOWING
+    return overflow and large and victim.evidence.developed and not cause.evidence.developed
 
 
 def not_driven(flow: Flow, cause: Issue, victim: Issue) -> bool:
