@@ -14,6 +14,7 @@ from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType, Role
 SILENT = (Role.SILENT, Role.PARTLY_SILENT)
 _MUCH_TOO_HIGH = 10.0  # by what factor a rate is, whose steps change what a model is
 _LOGARITHMS = frozenset(("log", "log2", "log10", "binary_cross_entropy"))
+_OVERFLOWING = 11.0  # of an exponent, in the format of the least range
 _THROWN = 10.0  # times its start: to where a loss was thrown before anything overflowed
 # Where two types could each explain the other: what is the more basic event. Types not named come last.
 PRECEDENCE: dict[AnyIssueType, int] = {
@@ -125,7 +126,20 @@ def grown_in_training(issue: Issue) -> bool:
 
 def overflows(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """What is not finite at the victim may be an overflow."""
-    return not victim.evidence.plays(Role.UNDEFINED, Role.SUBNORMAL)
+    return not victim.evidence.plays(Role.UNDEFINED, Role.SUBNORMAL) or drives(flow, cause, victim)
+
+
+def drives(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """An exponential has overflowed in the course of the run, and the cause was there from its first step:
+    what entered had grown. An exponential is defined everywhere, a logarithm or a quotient is not."""
+    overflow = victim.metrics.get("value") == "inf" and victim.evidence.op.lower().startswith("exp")
+    large = victim.metrics.get("input_max", 0.0) >= _OVERFLOWING
+    return overflow and large and victim.evidence.developed and not cause.evidence.developed
+
+
+def not_driven(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause is not what the victim, which was there before it, came to in the end."""
+    return not drives(flow, victim, cause)
 
 
 def fed(flow: Flow, cause: Issue, victim: Issue) -> bool:
@@ -234,6 +248,12 @@ def picks(flow: Flow, cause: Issue, victim: Issue) -> bool:
     ran = {m[len(parts) :].split(".")[1] for m in flow.modules_below(parts)}
     beside = f".{cause.layer}".startswith(f".{parts}".rpartition(".")[0])
     return softmax and beside and number.isdigit() and len(ran) > 1
+
+
+def few_codes(flow: Flow, cause: Issue, victim: Issue) -> bool:
+    """The cause is a table of which next to no code is picked, and the victim runs after it. No gradient
+    leads from one to the other where codes are handed on straight through, so that order tells."""
+    return "num_codes" in cause.metrics and 0 <= order(flow, cause) < order(flow, victim)
 
 
 def of_own_type(flow: Flow, cause: Issue, victim: Issue) -> bool:

@@ -230,7 +230,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         cause=_T.NUMERICAL, victim=(_T.EXPLODING, _T.UNSTABLE), where=(*_BOTH, "same"),
-        roles=(Role.UNDEFINED, Role.GIVEN), when=_if.there_before,
+        roles=(Role.UNDEFINED, Role.GIVEN), when=(_if.there_before, _if.not_driven),
         because="it spreads, and next to where an operation is not defined slopes have no bound",
     ),
     Rule(
@@ -246,6 +246,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         cause=_T.BOTTLENECK, victim=_T.BOTTLENECK, where=_BOTH,
         because="what is alike, or missing, at one place stays so behind it, and teaches the same before it",
+    ),
+    Rule(
+        cause=_T.BOTTLENECK, victim=_T.BOTTLENECK, where=("beside", "apart"), when=_if.few_codes,
+        because="all that passes a table of codes is said with those that are picked",
     ),
     # UNSTABLE: steps that are too large leave a model that is sick in other ways.
     Rule(

@@ -31,6 +31,7 @@ from gradflow.detect.flow.ends.loud import (
 )
 from gradflow.detect.flow.ends.misgiven import misgiven_losses
 from gradflow.detect.flow.ends.off_scale import dominating_heads, far_targets, lone_columns
+from gradflow.detect.flow.ends.steep import steep_parameters
 from gradflow.detect.flow.ends.unheard import tiny_targets, unmet_targets
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import LEVELS, bursting_calls, growing_repeats, levels_off
@@ -53,7 +54,8 @@ def exploding(
     one: for a squared error that is half of (error / output), so how far its outputs are from its targets,
     in units of the outputs. (4) The same ratio at the first step of a run that its steps blow up, and whether
     what the last layer gives goes through an exponential there. (5) What new parts of a frozen model give in
-    the first step, beside what they are added to.
+    the first step, beside what they are added to. (6) The slope of the loss along each parameter, over a
+    usual size of it and over the loss.
 
     Why this is evidence: growth is a ratio of norms along one path, free of the scale of the loss. A healthy
     layer at any usual initialisation multiplies the gradient by 0.4 to 1.5; what doubles per layer or per
@@ -106,7 +108,8 @@ def _others(flow: Flow, threshold: float, loud: float) -> list[Issue]:
     found = loud_heads(flow, loud) or loud_additions(flow, loud) or growing_repeats(flow, threshold**1.5)
     found = found or bursting_calls(flow, threshold**2)
     found = found or loud_outputs(flow, threshold**2) or steep_outputs(flow, threshold**2)
-    return found or lone_columns(flow) or unmet_targets(flow) or tiny_targets(flow, threshold**4)
+    found = found or lone_columns(flow) or unmet_targets(flow) or tiny_targets(flow, threshold**4)
+    return found or steep_parameters(flow, threshold**6)
 
 
 @attrs.frozen(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 import attrs
@@ -177,6 +178,10 @@ def drifting(flow: Flow, risen: float = 1.5, apart: float = 3.5, gradient_risen:
     that grows as it sinks. The logarithms of the first third are held against those of the last, as two
     samples whose means differ by so many standard errors.
 
+    Alike and not: a model that knows, as its loss is far below what its targets would cost others. Where it
+    makes its targets itself, as a critic does, and its outputs have become many times as large while the loss
+    rose, they say nothing of that: they have grown as far.
+
     Args:
         flow: the record along its wiring.
         risen: by how much the last third is above the first, and above the first loss.
@@ -194,7 +199,7 @@ def drifting(flow: Flow, risen: float = 1.5, apart: float = 3.5, gradient_risen:
         return []
     if not late(gradient) >= gradient_risen * max(float(gradient[0]), early(gradient)):
         return []
-    if calm(record) or knows(record, most=0.5):
+    if (calm(record) or knows(record, most=0.5)) and not _follows_itself(flow):
         return []
     told = (
         f"The loss rises step by step: its last third is {math.exp(rise):.3g} times as high as its first, "
@@ -203,6 +208,18 @@ def drifting(flow: Flow, risen: float = 1.5, apart: float = 3.5, gradient_risen:
     )
     issue = of_the_run(flow, len(losses) - 1, IssueSeverity.MEDIUM, told, math.exp(rise))
     return [attrs.evolve(issue, metrics={**issue.metrics, "series": "loss"})]
+
+
+def _follows_itself(flow: Flow, times: float = 10.0) -> bool:
+    """Whether the outputs of a head that is trained have become so many times as large within the run, and
+    are held against more of their kind: its module is called again, or a copy without gradient follows."""
+    grown = [n for n in heads(flow) if flow.trainable(n) and _times(flow.layers[n].output_rms) >= times]
+    still = [p for p in flow.record.parameters if not (p.trainable and p.optimized) and len(p.norm)]
+    moving = {p.shape for p in still if np.ptp(p.norm) > 0}
+    again = Counter(layer.module for layer in flow.layers.values())
+    return any(
+        again[flow.layers[n].module] > 1 or all(p.shape in moving for p in flow.trainable(n)) for n in grown
+    )
 
 
 _FASTER = 8.0  # four times the outputs make 4 of a loss that falls with them, 16 of one with their square

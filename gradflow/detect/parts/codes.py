@@ -56,5 +56,5 @@ def _issue(record: FlowRecord, found: ChoiceRecord) -> Issue:
             "Or normalise both sides before the distance, or pick from fewer, smaller codes.",
         ),
         metrics={"num_codes": found.num_codes, "num_picked": found.num_picked, "idle": idle},
-        evidence=Evidence(),
+        evidence=Evidence(origin=found.layer),
     )

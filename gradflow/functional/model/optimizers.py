@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import inspect
 import types
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from gradflow.errors import OptimizerMismatchError
-from gradflow.functional.model.closures import is_plain, plain_copy
+from gradflow.functional.model.closures import is_plain, plain_copy, reachable
 from gradflow.functional.model.undo import may_hold_state, python_module, same_bits, slot_values
 from gradflow.functional.torch_private import step_hooks
 
@@ -95,8 +98,8 @@ def _check_holds_some(optimizer: Any, known: Mapping[int, Any]) -> None:
 # copy is made by hand: an empty object of the class, and deep copies of the attributes. Left out is what
 # stands in the object in place of a method: a scheduler puts a `step` there that steps the original. What
 # cannot be copied (a lock, a stream) is shared. Of hooks on its step, a copy has copies where all of them can
-# touch nothing but the optimizer that they are handed, its parameters, and numbers of their own, as one that
-# sets the rate; else it has none, since they may act on the model itself.
+# touch nothing but the optimizer that they are handed, its parameters, numbers of their own and schedulers of
+# PyTorch on that optimizer, as one that sets the rate; else it has none, since they may act on the model.
 
 
 _ATOMS = (type, str, bytes, int, float, complex, type(None), types.FunctionType, types.BuiltinFunctionType)
@@ -112,6 +115,8 @@ def _copied(optimizer: Any, memo: dict[int, Any]) -> Any:
         for name, value in vars(original).items():
             if name.startswith("_optimizer_") and name.endswith("_hooks"):
                 hooks = value.items() if "_step_" in name and runs_hooks(original) else ()
+                for function in _functions_of(rule for _, hook in hooks for rule in _rules(hook)):
+                    plain_copy(function, memo)  # `deepcopy` takes a function as it is
                 copied = type(value)((key, plain_copy(hook, memo)) for key, hook in hooks)
                 object.__setattr__(shell, name, copied)
             elif not (callable(value) and hasattr(type(original), name)):
@@ -123,8 +128,39 @@ def _copied(optimizer: Any, memo: dict[int, Any]) -> Any:
 
 def runs_hooks(optimizer: Any) -> bool:
     """Whether copies of an optimizer run the hooks on its step; see NOTE [Copying an optimizer]."""
-    held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-    return all(is_plain(hook, {id(optimizer), *held}) for hook in step_hooks(optimizer))
+    hooks = step_hooks(optimizer)
+    if not hooks:
+        return True
+    known = {id(optimizer), *(id(p) for group in optimizer.param_groups for p in group["params"])}
+    rules = [rule for hook in hooks for rule in _rules(hook)]
+    if any(rule.optimizer is not optimizer for rule in rules):
+        return False
+    known.update(map(id, rules))
+    states = [v for rule in rules for n, v in vars(rule).items() if n not in ("optimizer", "_schedulers")]
+    functions = _functions_of(rules)
+    plain = all(is_plain(function, known) for function in functions)
+    known.update(map(id, functions))
+    return plain and all(is_plain(value, known) for value in (*states, *hooks))
+
+
+def _rules(hook: Any) -> list[Any]:
+    """Return the schedulers of PyTorch that a hook holds, and those in them; none of a user's class."""
+    found = [value for value in reachable([hook]) if _is_rule(value)]
+    for rule in found:  # grows while it is walked
+        found += [inner for inner in getattr(rule, "_schedulers", ()) if _is_rule(inner)]
+    return found
+
+
+def _is_rule(value: Any) -> bool:
+    kind = type(value)
+    return issubclass(kind, LRScheduler) and python_module(kind) == LRScheduler.__module__
+
+
+def _functions_of(rules: Iterable[Any]) -> list[Any]:
+    """Return the functions of the user's that schedulers ask for their rates, those in lists included."""
+    held = (value for rule in rules for value in vars(rule).values())
+    several = (v if isinstance(v, (list, tuple)) else (v,) for v in held)
+    return [f for values in several for f in values if isinstance(f, types.FunctionType)]
 
 
 def _prepare(value: Any, memo: dict[int, Any], found: list[Any], seen: set[int]) -> None:
@@ -268,8 +304,12 @@ def update(
             return again()
 
     hand_gradients()
+    quiet = warnings.catch_warnings() if step_hooks(optimizer) else contextlib.nullcontext()
     try:
-        optimizer.step(closure) if handed else optimizer.step()  # type: ignore[call-overload]
+        with quiet:
+            if step_hooks(optimizer):  # a copy has no trace of what counts its steps for a scheduler
+                warnings.filterwarnings("ignore", message=".*optimizer.step.*", category=UserWarning)
+            optimizer.step(closure) if handed else optimizer.step()  # type: ignore[call-overload]
     except Exception as error:
         error.add_note(f"gradflow: raised by the step of a copy of the {type(optimizer).__name__}.")
         raise

@@ -207,6 +207,15 @@ def test_a_derivative_in_the_model_that_overflows_after_steps_is_explained_by_gr
     assert (causes(later)[0][1] == "EXPLODING") is (op == "grad")
 
 
+@pytest.mark.parametrize(("step", "first"), [(0, "NUMERICAL"), (3, "EXPLODING")])
+def test_an_exponential_that_overflows_after_steps_is_explained_by_growth_that_was_there(
+    step: int, first: str
+) -> None:
+    record = overflow("exp", 90.0)
+    later = attrs.evolve(record, numerics=[attrs.evolve(record.numerics[0], step=step)])
+    assert causes(later)[0][1] == first
+
+
 def test_steps_that_are_too_large_explain_what_was_not_there_before() -> None:
     wild = np.array([1.0, 900.0, 3000.0, 200.0, 100.0, 50.0, 50.0, 50.0])
     fired = np.array([0.5, 0.2, 0, 0, 0, 0, 0, 0])

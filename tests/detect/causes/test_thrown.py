@@ -58,3 +58,50 @@ def test_a_batch_that_overflows_in_a_calm_run() -> None:
     kinds, cause = first_cause(1e-3, 12, 1.0)
     assert IssueType.NUMERICAL in kinds
     assert cause is IssueType.NUMERICAL
+
+
+class Far(Couplings):
+    """Made for inputs far from zero, which one coupling makes larger and the next one larger still."""
+
+    def __init__(self, depth: int, bounded: bool) -> None:
+        super().__init__(depth)
+        self.bounded = bounded
+        for name, bias in self.named_parameters():
+            if name.endswith("2.bias"):
+                nn.init.zeros_(bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        volume = x.new_zeros(len(x))
+        for net in self.nets:
+            near, far = x.chunk(2, -1)
+            scale, shift = net(near).chunk(2, -1)
+            scale = 0.3 * scale.tanh() if self.bounded else scale
+            x, volume = torch.cat([far * scale.exp() + shift, near], -1), volume + scale.sum(-1)
+        return x, volume
+
+
+@pytest.mark.parametrize(("depth", "far", "bounded"), [(6, 100, False), (8, 30, False), (8, 30, True)])
+def test_couplings_that_grow_from_one_to_the_next_until_one_overflows(
+    depth: int, far: float, bounded: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Far(depth, bounded)
+
+    def batch() -> Tensor:
+        x = 2 * torch.randn(64, 6)
+        x[:2] *= far
+        return x
+
+    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+        latent, volume = output
+        return (0.5 * latent.square().sum(-1) + 6 - volume).mean()
+
+    optimizer = torch.optim.Adam(model.parameters(), 3e-2)
+    report = gf.diagnose(model, batch, loss, steps=20, optimizer=optimizer, seed=0)
+    kinds = {IssueType(i.issue_type) for i in report.issues if i.severity.is_serious}
+    if bounded:
+        assert not kinds
+    else:
+        assert IssueType.NUMERICAL in kinds
+        assert report.causes[0].issue_type is IssueType.EXPLODING
+        assert report.causes[0].layer.startswith("nets")

@@ -47,6 +47,46 @@ def test_generated_weights_of_the_wrong_scale(std: float, sick: bool) -> None:
     assert sick or not found
 
 
+class Skips(nn.Module):
+    """A generator that adds up the pictures of its stages."""
+
+    def __init__(self, stages: int, width: int, picture: float, stage: float) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Linear(width if i else 8, width) for i in range(stages))
+        self.pictures = nn.ModuleList(nn.Linear(width, 32) for _ in range(stages))
+        for layer in self.pictures:
+            nn.init.normal_(layer.weight, std=picture)  # type: ignore[arg-type]
+        for layer in self.stages:
+            nn.init.normal_(layer.weight, std=stage * layer.in_features**-0.5)  # type: ignore[arg-type, operator]
+
+    def forward(self, code: Tensor) -> Tensor:
+        total = code.new_zeros(())
+        for stage, picture in zip(self.stages, self.pictures, strict=True):
+            code = F.leaky_relu(stage(code), 0.2)
+            total = total + picture(code)
+        return total
+
+
+@pytest.mark.parametrize(
+    ("stages", "width", "picture", "stage", "sick"),
+    [(3, 32, 1.0, 1.0, False), (3, 64, 1.0, 1.0, False), (5, 32, 0.7, 1.2, False), (1, 32, 1.0, 1.4, False),
+     (3, 32, 5.0, 1.0, True), (4, 32, 1.0, 6.0, True)],
+)  # fmt: skip
+def test_pictures_of_several_stages_that_are_added_up(
+    stages: int, width: int, picture: float, stage: float, sick: bool
+) -> None:
+    torch.manual_seed(0)
+    wanted = torch.randn(8, 32) / 8**0.5
+
+    def batch() -> tuple[Tensor, Tensor]:
+        code = torch.randn(32, 8)
+        return code, torch.tanh(0.5 * code @ wanted)
+
+    found = told(Skips(stages, width, picture, stage), batch, nn.MSELoss(), 1e-2)
+    assert (IssueType.EXPLODING in {kind for kind, _ in found}) is sick
+    assert sick or not found
+
+
 @pytest.mark.parametrize(("bias", "sick"), [(-6.0, True), (0.5, False)])
 @pytest.mark.parametrize("activation", [nn.ReLU(), F.relu], ids=["module", "function"])
 def test_outputs_that_are_zero_for_all(bias: float, sick: bool, activation: object) -> None:

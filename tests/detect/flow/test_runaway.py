@@ -155,6 +155,61 @@ def test_targets_that_run_away_from_the_values_that_make_them(own: bool) -> None
     assert bool(found) == own
 
 
+class Critic(nn.Module):
+    """Values of four actions, and those at the next state: by the same net, or by a copy that follows."""
+
+    def __init__(self, follows: float | None) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+        self.copy = None if follows is None else copy.deepcopy(self.net).requires_grad_(False)
+        self.follows = follows
+
+    def forward(self, now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+        if self.copy is None or self.follows is None:
+            return self.net(now), self.net(then).detach()
+        for old, new in zip(self.copy.parameters(), self.net.parameters(), strict=True):
+            old.data.lerp_(new.data, self.follows)
+        return self.net(now), self.copy(then)
+
+
+def the_best(ahead: Tensor, _: Tensor) -> Tensor:
+    return ahead.max(-1).values
+
+
+def soft(ahead: Tensor, _: Tensor) -> Tensor:
+    return 0.1 * (ahead / 0.1).logsumexp(-1)
+
+
+def of_the_next(ahead: Tensor, action: Tensor) -> Tensor:
+    return ahead.gather(1, action.flip(0)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("ahead", "follows", "rate", "steps", "sick"),
+    [(the_best, None, 1e-2, 1, True), (soft, None, 1e-2, 1, True), (of_the_next, None, 4e-2, 1, True),
+     (the_best, 0.5, 0.1, 3, True), (the_best, None, 1e-3, 1, False), (soft, 0.005, 5e-3, 1, False),
+     (of_the_next, None, 1e-3, 1, False), (the_best, 0.05, 3e-3, 3, False)],
+)  # fmt: skip
+def test_a_critic_that_runs_after_its_own_values(
+    ahead: Callable[[Tensor, Tensor], Tensor], follows: float | None, rate: float, steps: int, sick: bool
+) -> None:
+    torch.manual_seed(0)
+    model, gains = Critic(follows), torch.randn(6, 4) / 6**0.5
+
+    def batch() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+        now, action = torch.randn(128, 6), torch.randint(4, (128,))
+        gain = steps * torch.tanh(2 * now @ gains).gather(1, action[:, None])[:, 0]
+        return (now, 0.95 * now + 0.3 * torch.randn(128, 6)), (action, gain, torch.rand(128) < 0.05)
+
+    def loss(values: tuple[Tensor, Tensor], seen: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        action, gain, over = seen
+        goal = gain + 0.99**steps * ahead(values[1], action) * ~over
+        return F.mse_loss(values[0].gather(1, action[:, None])[:, 0], goal)
+
+    found = unstable(model, batch, loss, torch.optim.Adam(model.parameters(), rate))
+    assert bool(found) is sick
+
+
 # ------------------------------------------------------------------------- what comes with it
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import gradflow as gf
 from gradflow.detect import idle_codes
-from gradflow.records import ChoiceRecord, IssueSeverity, IssueType
+from gradflow.records import ChoiceRecord, Issue, IssueSeverity, IssueType
 
 X = torch.randn(96, 6, generator=torch.Generator().manual_seed(2))
 READ = ("embedding", "getitem", "index_select", "one_hot", "scatter")
@@ -143,3 +143,40 @@ def test_what_is_told(last: int, codes: int, choices: int, told: bool) -> None:
     )
     record = attrs.evolve(record, parts=attrs.evolve(record.parts, choices=(found,)))
     assert bool(list(idle_codes()(record))) is told
+
+
+class Codec(nn.Module):
+    """Encode, take the nearest of some codes that moving averages update, straight through, decode."""
+
+    def __init__(self, codes: Tensor, detached: bool) -> None:
+        super().__init__()
+        self.detached = detached
+        self.encoder = nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 6))
+        self.quantise = Quantiser(codes, "getitem")
+        self.decoder = nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.encoder(x) + 4
+        if not self.detached:
+            return self.decoder(self.quantise(z))
+        return self.decoder(z + (self.quantise(z.detach()) - z).detach())
+
+
+def alike(layer: str) -> Issue:
+    return Issue(
+        layer=layer,
+        layer_type="Linear",
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.HIGH,
+        description="All rows of its output are alike.",
+        magnitude=1.0,
+    )
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_what_is_alike_behind_codes_that_are_not_picked_is_explained_by_them(detached: bool) -> None:
+    model = Codec(torch.cat([torch.zeros(1, 6), -torch.rand(39, 6)]), detached)
+    record = record_of(model)
+    (issue,) = idle_codes()(record)
+    (cause,) = gf.find_causes(record, [alike("decoder.0"), issue])
+    assert [i.layer for i in cause.issues] == ["quantise", "decoder.0"]

@@ -14,7 +14,7 @@ from gradflow.detect.evidence import (
     late,
     row_gain,
 )
-from gradflow.detect.knowledge import guesses
+from gradflow.detect.knowledge import falls, guesses
 from gradflow.detect.view import Flow
 from gradflow.records import (
     Evidence,
@@ -200,7 +200,8 @@ def loud_outputs(flow: Flow, above: float) -> list[Issue]:
     """Heads of a model whose outputs are so large that giving zeros would cost next to nothing beside it.
 
     The signal has grown on its way, beyond what the loss asks for: the outputs are larger than anything that
-    enters a layer's first inputs, and still so at the end of the run. Small targets alone are no illness.
+    enters a layer's first inputs, and still so at the end of the run. Small targets alone are no illness, nor
+    are last layers that alone make the signal large while the loss falls (`_made_last`).
     Where what enters is large itself, the first layers are told; see `_loud_inputs`.
 
     Args:
@@ -218,6 +219,8 @@ def loud_outputs(flow: Flow, above: float) -> list[Issue]:
         return []
     if not size >= 3.0 * entering:
         return _loud_inputs(flow, firsts, over, still)
+    if falls(flow.record) and _made_last(flow, entering, size):
+        return []
     return [
         Issue(
             layer=flow.layers[node].name,
@@ -240,6 +243,23 @@ def loud_outputs(flow: Flow, above: float) -> list[Issue]:
         for node in heads(flow)
         if flow.trainable(node)
     ]
+
+
+def _made_last(flow: Flow, entering: float, size: float, most: float = 10.0) -> bool:
+    """Whether it is the weights of the last layers alone that make outputs so large, by no more than steps
+    cope with: one of gain 10 by itself is no growth, and neither are several side by side that are added up.
+
+    Args:
+        flow: the record along its wiring.
+        entering: rms of what enters the model.
+        size: rms of what comes out.
+        most: rms of their rows, up to which steps cope.
+    """
+    ends = heads(flow)
+    if not ends or not all(row_gain(flow, n, at=lambda norms: float(norms[0])) <= most for n in ends):
+        return False
+    given = math.hypot(*(late(flow.layers[n].output_rms) for n in ends))
+    return given >= 0.5 * size and all(late(flow.layers[n].input_rms) < 3.0 * entering for n in ends)
 
 
 def _loud_inputs(flow: Flow, firsts: Mapping[str, float], over: float, still: float) -> list[Issue]:
