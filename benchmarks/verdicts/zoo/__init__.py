@@ -33,6 +33,8 @@ _FAMILIES = """
     contact14b_1 contact14b_2 contact14b_3 contact14b_4
     contact15a_1 contact15a_2 contact15a_3 contact15a_4
     contact15b_1 contact15b_2 contact15b_3 contact15b_4
+    contact16a_1 contact16a_2 contact16a_3 contact16a_4
+    contact16b_1 contact16b_2 contact16b_3
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
