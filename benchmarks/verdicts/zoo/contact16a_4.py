@@ -240,7 +240,7 @@ class TableNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         prior, total = 1.0, 0.0
-        for choose, learn in zip(self.choose, self.learn):
+        for choose, learn in zip(self.choose, self.learn, strict=False):
             mask = self.mask(choose(x) * prior)
             prior = prior * (1.5 - mask)
             total = total + F.relu(learn(mask * x))

@@ -11,10 +11,21 @@ from torch.nn import functional as F
 
 from .claims import Claim, alike, every, growing, no_gradient, not_finite, rank_below, training
 from .contact16b_1 import ONE, starts_above, worst_above
-from .data import Sample, choice, clusters, grammar, seeded, setup, sgd, stack, surface, textures
-from .data import token_loss, uniform
+from .data import (
+    Sample,
+    choice,
+    clusters,
+    grammar,
+    seeded,
+    setup,
+    sgd,
+    stack,
+    surface,
+    textures,
+    token_loss,
+    uniform,
+)
 from .registry import Setup, sick
-
 
 # ------------------------------------------------------------------------------------ binary nets
 

@@ -11,8 +11,23 @@ from torch.nn import functional as F
 from .claims import Claim, flat, training, zero_at_first
 from .contact16b_1 import ONE, starts_above
 from .contact16b_2 import BinaryLinear, Sign
-from .data import adam, choice, clusters, factors, frozen, grammar, normal, seeded, series, setup, sgd
-from .data import stack, surface, token_loss, uniform
+from .data import (
+    adam,
+    choice,
+    clusters,
+    factors,
+    frozen,
+    grammar,
+    normal,
+    seeded,
+    series,
+    setup,
+    sgd,
+    stack,
+    surface,
+    token_loss,
+    uniform,
+)
 from .registry import Setup, healthy
 
 
