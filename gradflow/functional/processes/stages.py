@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -125,8 +125,7 @@ class Stages:
             held: by name of a module its class, if it holds others, or "", if it is a layer.
         """
         every = dict(self.line.gathered((self.index, dict(held))))
-        layers = [name for of in every.values() for name, kind in of.items() if not kind]
-        alike = len(set(layers)) < len(layers) or "" in layers
+        alike = named_alike(every.values())
         if not alike:
             others = [of for index, of in every.items() if index != self.index]
             self.beside = {name: kind for of in others for name, kind in of.items() if kind}
@@ -332,6 +331,16 @@ class Stages:
     def any(self, flag: bool) -> bool:
         """Whether it is so on any process."""
         return self.line.any(flag)
+
+
+def named_alike(every: Iterable[Mapping[str, str]]) -> bool:
+    """Whether layers of two stages have the same name, so that all are told apart by that of their stage.
+
+    Args:
+        every: what each stage has, as `meet` takes it.
+    """
+    layers = [name for of in every for name, kind in of.items() if not kind]
+    return len(set(layers)) < len(layers) or "" in layers
 
 
 ENTRY = "(received)"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradflow.errors import ModelInputError, NoTrainableParametersError
-from gradflow.functional.model.layers import holders, owns_parameters
+from gradflow.functional.model.layers import held_by
 from gradflow.functional.model.optimizers import asks_again
 from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
@@ -67,7 +67,7 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     stages.connect(_processes(given, plan))
     check_told(plan.processes, stages.line.processes)
     with stages.line.opened():
-        if stages.meet(_held_by(given.model)):
+        if stages.meet(held_by(given.model)):
             given = attrs.evolve(given, model=Prefixed(f"stage{stages.index}", given.model))
         return _on_processes(given, draw, plan)
 
@@ -165,13 +165,6 @@ def _fewest(line: Line, plan: Plan) -> int | None:
     return None if np.isinf(fewest) else int(fewest)
 
 
-def _held_by(model: nn.Module) -> dict[str, str]:
-    """Return by name of a module its class, if it holds others with parameters, or "", if it is a layer."""
-    modules = dict(model.named_modules())
-    layers = [name for name, m in modules.items() if owns_parameters(m) or not list(m.children())]
-    return {**holders(modules), **dict.fromkeys(layers, "")}
-
-
 def _check_stage(plan: Plan) -> None:
     """Raise if a plan asks for what is not to be had of the stages of a pipeline.
 
@@ -197,7 +190,7 @@ _INSTEAD = {
     "step_fn": "Say what the step does by optimizer=, clip=, accumulate= and scheduler=, on every stage.",
     "scaler": "Leave it out: gradients are then those of the loss itself, which a scaler's are told as too. "
     "Whether they overflow under a scale, one process with the whole model tells.",
-    "processes": "Leave it out, and call gradflow on the process of every stage.",
+    "processes": "Pass processes='auto', and call gradflow on the process of every stage.",
     "an optimizer that asks for the loss at other parameters": "Leave it out, which holds the parameters "
     "fixed, or pass one that steps once a batch, such as `torch.optim.SGD`.",
 }
