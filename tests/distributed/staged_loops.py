@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 import gradflow as gf
 from gradflow.errors import ModelInputError
 from tests.distributed.models import part
-from tests.distributed.pieces import Chain, pieces
+from tests.distributed.pieces import pieces
 from tests.distributed.sharded import held
 from tests.distributed.staged import Picky, cut, staged, whole
+from tests.distributed.staged_watched import spread
 
 
 def loop_of(kind: str, module: nn.Module, loss_fn: Any, schedule: Any = None) -> dict[str, Any]:
@@ -195,6 +197,23 @@ def replicated(rank: int, size: int) -> str:
     return said, record
 
 
-def chain() -> nn.Module:
-    """The two stages of `unlike` in one."""
-    return Chain(pieces("plain")[0])
+def shared(how: str, rank: int, size: int) -> Any:
+    """A loop of two stages that two processes have each; of split layers, `GradScaler` itself takes none."""
+    kind, name = SHARED[how]
+    stage, mine, loss_fn = spread(how, name, rank, size)
+    schedule = ScheduleGPipe(stage, 2, loss_fn=loss_fn)
+    if how == "gathered":  # `fully_shard` prepares itself in the first pass
+        schedule.step(*((mine[0][0],) if stage.is_first else ()), **_target(stage, mine[0]))
+    options = loop_of(kind, stage.submod, loss_fn, schedule)
+    before = held(stage.submod, options["optimizer"])
+    record = gf.analyze(schedule, mine, steps=6, seed=0, **options)
+    after = held(stage.submod, options["optimizer"])
+    return record, [key for key in before if before[key] != after[key]]
+
+
+def _target(stage: Any, batch: Any) -> dict[str, Tensor]:
+    return {"target": batch[1]} if stage.is_last else {}
+
+
+SHARED = {"gathered": ("scaled clipped", "mlp-sick"), "tensor": ("function", "heads-sick")}
+globals().update({f"shared {how}": functools.partial(shared, how) for how in SHARED})

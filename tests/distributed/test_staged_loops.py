@@ -12,7 +12,8 @@ import gradflow as gf
 from gradflow.records import FlowRecord
 from tests.distributed.pieces import Chain, pieces
 from tests.distributed.staged import own, whole
-from tests.distributed.staged_loops import KINDS, OTHERS, loop_of, small
+from tests.distributed.staged_loops import KINDS, OTHERS, SHARED, loop_of, small
+from tests.distributed.staged_watched import case
 from tests.distributed.test_same_record import differences
 from tests.distributed.worlds import World
 
@@ -87,9 +88,28 @@ def test_a_step_that_raises_ends_the_others(loops: World) -> None:
         assert unchanged
 
 
-def test_stages_that_several_processes_have(tmp_path_factory: pytest.TempPathFactory) -> None:
-    world = World.started(4, ["replicated"], tmp_path_factory.mktemp("replicated"), MODULE).joined()
-    (said, record), *others = world.results("replicated")
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Two stages, each on two of four processes."""
+    names = ["replicated", *(f"shared {how}" for how in SHARED)]
+    return World.started(4, names, tmp_path_factory.mktemp("four"), MODULE).joined()
+
+
+@pytest.mark.parametrize("how", SHARED)
+def test_loops_of_stages_that_are_spread(how: str, on_four: World) -> None:
+    kind, name = SHARED[how]
+    model, batches, loss_fn = case(name)
+    expected = gf.analyze(model, batches, loss_fn, steps=6, seed=0, **loop_of(kind, model, loss_fn))
+    first, *others = on_four.results(f"shared {how}")
+    wrong = differences(first[0], expected)
+    assert not wrong, "\n".join(wrong[:40])
+    assert updates(first[0]) == pytest.approx(updates(expected), rel=1e-5, nan_ok=True)
+    assert all(record == first[0] for record, _ in others)
+    assert all(changed == [] for _, changed in (first, *others))
+
+
+def test_stages_that_are_replicated(on_four: World) -> None:
+    (said, record), *others = on_four.results("replicated")
     assert "stage 0 of the pipeline is on several processes that average its gradients" in said
     model, (_, batches) = Chain(pieces("plain")[0]), pieces("plain")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

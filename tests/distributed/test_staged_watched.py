@@ -9,7 +9,7 @@ import pytest
 
 import gradflow as gf
 from tests.distributed.staged import own
-from tests.distributed.staged_watched import CASES_ON_TWO, OTHERS, case, trained
+from tests.distributed.staged_watched import CASES_ON_TWO, ON_FOUR, OTHERS, Training, case, trained
 from tests.distributed.test_same_record import differences
 from tests.distributed.worlds import World
 
@@ -38,7 +38,7 @@ def test_the_history_is_that_of_one_process(name: str, watching: World) -> None:
     assert not wrong, "\n".join(wrong[:40])
     assert first["history"].steps.tolist() == expected["history"].steps.tolist()
     assert any("update_ratio/" in key for key in first["history"].names)
-    assert [key for key in off(first["history"], expected["history"]) if "variation" not in key] == []
+    assert [key for key in off(first["history"], expected["history"]) if is_joined(key)] == []
     assert first["issues"] == expected["issues"]
     assert first["lines"] == expected["lines"]
     assert any(severity in ("CRITICAL", "HIGH") for _, _, severity in first["issues"]) == CASES_ON_TWO[name]
@@ -98,21 +98,45 @@ def test_an_observer_looks_as_well(watching: World) -> None:
     state = init()
     for step, batch in enumerate(batches):
         state, _ = update(state, model, batch, loss_fn, None, step)
-    assert [key for key in off(first, state.history) if "variation" not in key] == []
+    assert [key for key in off(first, state.history) if is_joined(key)] == []
     assert reports == len(first)
 
 
-def test_stages_that_several_processes_have(tmp_path_factory: pytest.TempPathFactory) -> None:
-    world = World.started(4, ["shared"], tmp_path_factory.mktemp("shared"), MODULE).joined()
-    first, *others = world.results("shared")
-    model, batches, loss_fn = case("mlp-sick")
-    monitor = gf.Monitor(model, loss_fn, every=4)
-    for batch in batches:
-        monitor(batch)
-    assert monitor.report is not None
-    wrong = differences(first["record"], monitor.report.record)
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Stages that two processes have each, and four stages."""
+    names = [*(f"shared {name}" for name in ON_FOUR), "jumped_apart"]
+    return World.started(4, names, tmp_path_factory.mktemp("four"), MODULE).joined()
+
+
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_stages_that_several_processes_have(name: str, on_four: World) -> None:
+    model, batches, loss_fn = case(name.partition(" ")[2])
+    training = Training(None, model, loss_fn, {})
+    if ON_FOUR[name]["trains"]:
+        training.run(batches)
+    else:
+        for x, y in batches:
+            training.look(x, y)
+    expected = training.found()
+    first, *others = on_four.results(f"shared {name}")
+    wrong = differences(first["record"], expected["record"])
     assert not wrong, "\n".join(wrong[:40])
-    assert first["history"].steps.tolist() == monitor.history.steps.tolist()
-    assert [key for key in off(first["history"], monitor.history) if "variation" not in key] == []
-    for other in others:
-        assert other["history"] == first["history"]
+    assert first["history"].steps.tolist() == expected["history"].steps.tolist()
+    assert [key for key in off(first["history"], expected["history"]) if is_joined(key)] == []
+    assert [(own(layer), *rest) for layer, *rest in first["issues"]] == expected["issues"]
+    for found in (first, *others):
+        assert found["changed"] == []
+        assert found["same"]
+        assert found["history"] == first["history"]
+        assert found["record"] == first["record"]
+
+
+def is_joined(key: str) -> bool:
+    """Whether a series is of the joined batch, and no mean of what each process finds, and no difference."""
+    return not key.startswith("output_variation") and not key.startswith(("attention_", "loss_share"))
+
+
+def test_a_jump_that_one_of_several_knows(on_four: World) -> None:
+    for steps in on_four.results("jumped_apart"):
+        assert steps == [0, 1, 4, 16, 20, 22]
