@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn.parallel import DistributedDataParallel
 
 import gradflow as gf
@@ -220,7 +220,10 @@ def refused(rank: int, size: int) -> dict[str, str]:
     stages, batches = pieces("plain")
     stage, loss_fn, said = PipelineStage(stages[rank], rank, size, torch.device("cpu")), nn.MSELoss(), {}
     init, update = gf.observer()
+    two = [PipelineStage(stages[rank], rank + 2 * i, 4, torch.device("cpu")) for i in range(2)]
+    interleaved = ScheduleInterleaved1F1B(two, 4, loss_fn)
     for name, look in {
+        "several": lambda: gf.Monitor(interleaved, processes="auto"),
         "inside": lambda: gf.Monitor(stage, processes="auto").step(),
         "alone": lambda: gf.Monitor(stage, loss_fn),
         "observer": lambda: update(init(), stage, batches[0], loss_fn),

@@ -87,6 +87,7 @@ def test_other_looks_say_what_to_do(watching: World) -> None:
         assert "are not listened to. Look beside them, on the process of every stage" in said["inside"]
         for name in ("alone", "observer"):
             assert "Pass processes='auto', and call the monitor on the process of every stage." in said[name]
+        assert "ScheduleInterleaved1F1B is of a pipeline of 4 stages on 2 processes" in said["several"]
         assert "forward_fn was passed, but each stage takes what the one before" in said["forward"]
 
 

@@ -83,8 +83,9 @@ class Stages:
         if found and (len(found) > 1 or processes < found[0].number):
             raise ModelInputError(
                 f"the {type(model).__name__} is of a pipeline of {found[0].number} stages on {processes} "
-                "processes, so that a process has several of them, with others in between. One stage a "
-                "process is taken, as ScheduleGPipe and Schedule1F1B run them. The record is that of the "
+                "processes, so that a process has several of them, with others in between, for which what is "
+                "one pass here would stop on its way forward and back. One stage a process is taken, as "
+                "ScheduleGPipe and Schedule1F1B run them. The record is that of the "
                 f"whole model, however it is cut: for the analysis cut it into {processes}, and pass "
                 f"`PipelineStage(part, rank, {processes}, device)` on every process. {_OR_WHOLE}"
             )
