@@ -58,9 +58,26 @@ def step_of(loss_fn: Any, schedule: Any) -> Any:
     return step
 
 
+class Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+def large(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output.float(), target) + 1e5
+
+
 def small(kind: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]], Any]:
     """Return a model in single precision, in which a scale may overflow, batches and a loss."""
     model, batches, loss_fn = whole("mlp")
+    if "half" in kind:  # a loss that is more than the format of what is handed on can hold
+        first, relu, *others = model.float()  # type: ignore[misc]
+        model = nn.Sequential(first, relu, Cast(torch.float16), Cast(torch.float32), *others)
+        return model, [(x.float(), y) for x, y in batches] * 2, large
     if "overflowing" in kind:
         model = model.float()
         layers = [m for m in model if isinstance(m, nn.Linear)]  # type: ignore[union-attr]
@@ -111,7 +128,8 @@ def shown(kind: str, rank: int, size: int) -> dict[str, Any]:
 
 
 KINDS = (
-    "scaled", "scaled clipped", "scaled summed", "scaled whole mlp-sick", "scaled whole born-late",
+    "scaled", "scaled clipped", "scaled summed", "scaled half",
+    "scaled whole mlp-sick", "scaled whole born-late",
     "overflowing first", "overflowing last", "overflowing clipped", "overflowing summed",
     "function", "function by stage", "function 1F1B whole gpt-sick", "function whole mlp-sick",
 )  # fmt: skip
