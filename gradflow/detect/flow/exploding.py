@@ -143,7 +143,7 @@ def _before_any_step(record: FlowRecord, growth: float, threshold: float, loud: 
 
 
 def _growth(flow: Flow, seen: Shares, threshold: float, loud: float) -> list[Issue]:
-    grown = {node: _typical(values) for node, values in seen.share.items()}
+    grown = {node: _typical(values) for node, values in seen.share.items() if not _drops(flow, node)}
     fixed, before = _behind_all(flow, seen)
     grown = {node: share / before for node, share in grown.items() if node not in fixed}
     peak = max(grown, key=lambda node: (grown[node], node), default="")
@@ -173,6 +173,13 @@ def _growth(flow: Flow, seen: Shares, threshold: float, loud: float) -> list[Iss
         return [lowered(issue, CAME) for issue in found]
     found = [lowered(i, LEVELS) if levels_off(flow, i, total) else i for i in found]
     return coped_with(flow.record, found)
+
+
+def _drops(flow: Flow, node: str, least: float = 1e-3) -> bool:
+    """Whether a table takes next to nothing of the gradient at its output: that is at rows of padding."""
+    tables = [p for p in flow.trainable(node) if len(p.grad_norm)] if flow.is_table(node) else []
+    with np.errstate(invalid="ignore"):
+        return bool(tables) and all(np.nanmax(p.grad_norm - least * flow.grad[node]) <= 0 for p in tables)
 
 
 def _behind_all(flow: Flow, seen: Shares) -> tuple[frozenset[str], float]:
