@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +18,16 @@ Position = tuple[Node, int]  # an output of a node
 _Custom = torch.autograd.function.BackwardCFunction  # the nodes of functions written in Python
 
 
-def feeds(node: Node) -> list[tuple[Node | None, int]]:
+def feeds(node: Node) -> Sequence[tuple[Node | None, int]]:
     """Return what a node was computed from: per input, the node that made it and which of its outputs it is.
 
     Identities by which `fully_shard` learns that a gradient passes are left out.
     """
-    return [
-        _seen_through(edge) if isinstance(edge[0], _Custom) else edge for edge in node.next_functions
-    ]  # asked of every node again and again: nearly all are told by their class
+    edges = node.next_functions  # asked of every node again and again: nearly all are told by their class
+    for child, _ in edges:
+        if isinstance(child, _Custom):
+            return [_seen_through(edge) for edge in edges]
+    return edges
 
 
 def _seen_through(edge: tuple[Any, int]) -> tuple[Node | None, int]:
@@ -148,10 +150,9 @@ def of_parameters(nodes: list[Node]) -> set[Node]:
     """
     found: set[Node] = set()
     for node in reversed(nodes):
-        below = [child for child, _ in feeds(node) if child is not None]
         if is_leaf(node):
             if isinstance(node.variable, nn.Parameter):
                 found.add(node)
-        elif site_of(node) is None and below and all(child in found for child in below):
+        elif found.issuperset(made_of := below(node)) and made_of and site_of(node) is None:
             found.add(node)
     return found
