@@ -230,7 +230,7 @@ def analyzed(
         model, _module(loss_fn), forward, objective.loss, inputs_of, functions, own_loss=loss_fn is None
     )
     with contextlib.closing(source):
-        return measure(given, draw, attrs.evolve(_with_standing(plan), num_batches=source.length))
+        return measure(given, draw, _with_standing(plan, source.length))
 
 
 def _analyzed_stage(
@@ -278,7 +278,7 @@ def _analyzed_stage(
         own_loss=loss_fn is None or not stages.is_last, stages=stages,
     )  # fmt: skip
     with contextlib.closing(source):
-        return measure(given, draw, attrs.evolve(_with_standing(plan), num_batches=source.length))
+        return measure(given, draw, _with_standing(plan, source.length))
 
 
 def analyzed_custom(
@@ -312,14 +312,13 @@ def analyzed_custom(
         model, _module(loss_fn), forward, loss_of, lambda batch: {}, functions, own_loss=loss_fn is None,
         draws_itself=True,
     )  # fmt: skip
-    return measure(given, lambda step: (), _with_standing(plan))
+    return measure(given, lambda step: (), _with_standing(plan, plan.num_batches))
 
 
-def _with_standing(plan: Plan) -> Plan:
-    """Return a plan with the measurements that every run takes which looks closely."""
-    if not plan.closely:
-        return plan
-    return attrs.evolve(plan, measurements=(parts(), sight(), chance(), *plan.measurements))
+def _with_standing(plan: Plan, num_batches: int | None) -> Plan:
+    """Return a plan for so many batches, with the measurements that every run takes which looks closely."""
+    standing = (parts(), sight(), chance()) if plan.closely else ()
+    return attrs.evolve(plan, num_batches=num_batches, measurements=(*standing, *plan.measurements))
 
 
 def graph_of(

@@ -56,6 +56,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 __all__ = [
+    "Aside",
     "BatchNorm",
     "InstanceNorm",
     "NormWithStatistics",
@@ -233,6 +234,21 @@ def without_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
 # ------------------------------------------------------------------------- transforms and what is watched
 
 unwatched = torch._C.DisableTorchFunction
+
+
+class Aside:
+    """A context without grad mode, in which nobody watches functions; for one use."""
+
+    __slots__ = ("_enabled", "_unheard")
+
+    def __enter__(self) -> None:
+        self._enabled, self._unheard = torch.is_grad_enabled(), unwatched()
+        self._unheard.__enter__()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *exception: Any) -> None:
+        torch._C._set_grad_enabled(self._enabled)
+        self._unheard.__exit__(*exception)
 
 
 def transform_level() -> int:

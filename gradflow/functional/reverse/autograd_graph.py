@@ -66,6 +66,10 @@ class Group:
     parameters: dict[str, None] = attrs.field(factory=dict)
     taken: tuple[int, ...] = ()
 
+    def named(self, name: str) -> Group:
+        """Return the node under a name."""
+        return self if name == self.name else attrs.evolve(self, name=name)
+
     def use(self, parameters: Iterable[str]) -> None:
         """Note parameters, by name, that the node uses."""
         self.parameters |= dict.fromkeys(parameters)
@@ -80,7 +84,7 @@ class Structure:
     nodes: list[Node]
     group_of: dict[Node, str]
     leaves: dict[Node, Tensor]  # nodes that stand for leaf tensors
-    foreign: list[Tensor]  # leaves that are neither working parameters nor tensors of the batch
+    foreign: list[Tensor]  # leaves that are no working parameters, tensors of the batch or slots
     calls: list[Call] = attrs.field(factory=list)  # of the step
     loss: str = LOSS  # the name of the loss
     signature: list[Any] = attrs.field(factory=list)  # of the autograd graph: see `signature`
@@ -206,7 +210,9 @@ def build(
     input_names = {id(t): n for n, t in inputs().items()} if others else {}
     layers |= set(structure.groups)
     for node in leaves:
-        _place_leaf(node, structure, names, input_names, layers)
+        structure.leaves[node] = node.variable
+        if id(node.variable) not in known:
+            _place_leaf(node, structure, input_names, layers)
     if nodes:
         structure.edges[(structure.group_of[loss.grad_fn], end)] = None
     weights = of_parameters(nodes)
@@ -271,16 +277,9 @@ def _taken(node: Node) -> tuple[int, ...]:
 
 
 def _place_leaf(
-    node: Node,
-    structure: Structure,
-    names: Mapping[int, str],
-    input_names: Mapping[int, str],
-    taken: Container[str],
+    node: Node, structure: Structure, input_names: Mapping[int, str], taken: Container[str]
 ) -> None:
     leaf = node.variable
-    structure.leaves[node] = leaf
-    if id(leaf) in names:
-        return
     if id(leaf) in input_names:
         name = own_name(input_names[id(leaf)], taken)
         structure.groups[name] = input_group(name, input_names[id(leaf)], tuple(leaf.shape))

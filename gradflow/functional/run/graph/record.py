@@ -149,7 +149,7 @@ def _merged(
     met = {node for image in images.values() for node in image.values()}
     met |= {node for node, name in alone.items() if name in arrived}
     return _Merged(
-        groups={names[i]: attrs.evolve(union.groups[i], name=names[i]) for i in union.in_order(names)},
+        groups={names[i]: union.groups[i].named(names[i]) for i in union.in_order(names)},
         edges={(names[u], names[v]): None for u, v in union.edges},
         severed=[
             attrs.evolve(cut, source=names[first[cut.source]], target=names[first[cut.target]])
