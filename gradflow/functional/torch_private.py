@@ -161,8 +161,7 @@ def gradient_hooks(tensor: Tensor | None) -> tuple[Callable[[Tensor], Any], ...]
 
 def has_gradient_hooks(owner: Tensor | nn.Module) -> bool:
     """Whether a tensor or a module has hooks that may change a gradient."""
-    names = ("_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(owner, name, None) for name in names)
+    return bool(getattr(owner, "_backward_hooks", None) or getattr(owner, "_backward_pre_hooks", None))
 
 
 def has_post_accumulate_hooks(parameter: Tensor) -> bool:

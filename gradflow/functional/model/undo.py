@@ -101,11 +101,10 @@ def _same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def restore_dict(mapping: dict[Any, Any], keys: list[Any], values: list[Any]) -> None:
-    """Put a dict back, unless it holds the same objects in the same order."""
+def holds(mapping: dict[Any, Any], keys: list[Any], values: list[Any]) -> bool:
+    """Whether a dict holds the same objects, by identity, in the same order."""
     now = entries(mapping)
-    if not (_same(now[1], values) and _same(now[0], keys)):
-        refill_dict(mapping, keys, values)
+    return _same(now[1], values) and _same(now[0], keys)
 
 
 def refill_dict(mapping: dict[Any, Any], keys: list[Any], values: list[Any]) -> None:
