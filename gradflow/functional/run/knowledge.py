@@ -33,7 +33,7 @@ from gradflow.functional.reverse.constants import held_at_zero, merely_added
 from gradflow.functional.reverse.floors import floors
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.step import Kept, Request
-from gradflow.functional.tap.heard import Heard
+from gradflow.functional.tap.heard import Choices, Heard
 from gradflow.records import KnowledgeRecord
 
 _LOUDER = 4.0
@@ -121,7 +121,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
 def _asked(loss_of: Callable[..., float], change: Callable[[Tensor], Tensor]) -> tuple[float, int]:
     """Return the loss of a guess, and how many alternatives it is left by the loss; see NOTE [Alternatives
     left out] in heard.py."""
-    with Heard(None) as heard:
+    with Choices() as heard:
         loss = loss_of(change)
     return loss, heard.alternatives
 
