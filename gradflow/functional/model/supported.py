@@ -57,7 +57,7 @@ def check_supported(model: nn.Module, *, spread: bool = False) -> None:
             raise ModelInputError(f"{place}: {_QUANTISED}")
         if not isinstance(module, nn.DataParallel):
             plain.add(type(module))
-    for name, tensor in _tensors(model):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         check_not_wrapped(repr(name), tensor)
         if is_distributed(tensor) and not spread:
             raise ModelInputError(f"{name!r} is a DTensor: {_SPREAD}")
@@ -180,11 +180,6 @@ _QUANTISED = (
     "quantised layers carry no gradient, so there is no flow to measure. Pass the model as it was before it "
     "was quantised."
 )
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def distributed(model: nn.Module) -> list[DistributedDataParallel]:

@@ -204,6 +204,8 @@ def map_floats(function: Any, value: Any) -> Any:
             return value._replace(data=apply(value.data))
         return map_tensors(apply, value)
 
+    if isinstance(value, (Tensor, PackedSequence)):  # most are one, and trees are slow
+        return leaf(value)
     return pytree.tree_map(leaf, value, is_leaf=lambda v: isinstance(v, PackedSequence))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gradflow.functional.run.history import History, series
 from gradflow.functional.tap.calls import ActivationKey
@@ -148,9 +150,14 @@ def activation_records(history: History) -> list[ActivationRecord]:
                 fired_share=share("fired", key),
                 saturated_share=share("saturated", key),
                 input_rms=entering / np.sqrt(np.maximum(elements, 1)),
-                never_fired=NAN if peak is None else float((~(peak > 0)).double().mean()),
-                always_saturated=NAN if stuck is None else float(stuck.double().mean()),
+                never_fired=NAN if peak is None else _share_of(~(peak > 0)),
+                always_saturated=NAN if stuck is None else _share_of(stuck),
                 width=0 if np.isnan(width).all() else int(np.nanmax(width)),
             )
         )
     return records
+
+
+def _share_of(flags: Tensor) -> float:
+    """Return the share of flags that are set."""
+    return int(torch.count_nonzero(flags)) / flags.numel() if flags.numel() else NAN

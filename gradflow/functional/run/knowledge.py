@@ -315,9 +315,9 @@ class _Rows:
 
 def _variation(rows: Tensor) -> float:
     """The part of a matrix (rows × features) that differs between its rows; NaN where it is zero."""
-    wide = rows.double()
-    size = float(wide.norm())
-    return float((wide - wide.mean(0)).norm()) / size if size > 0 else math.nan
+    wide, norm = rows.double(), torch.linalg.vector_norm
+    size = float(norm(wide))
+    return float(norm(wide - wide.mean(0))) / size if size > 0 else math.nan
 
 
 def _derangement(number: int, generator: torch.Generator) -> Tensor:

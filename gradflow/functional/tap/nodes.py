@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -139,7 +140,12 @@ def operation(node: Node) -> str:
     >>> operation(torch.ones(1, requires_grad=True).log_softmax(0).grad_fn)
     'log_softmax'
     """
-    name = re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1]) or node.name()
+    return _plain_name(node.name())
+
+
+@functools.lru_cache(1024)
+def _plain_name(full: str) -> str:
+    name = re.sub(r"Backward\d*$", "", full.rsplit("::", 1)[-1]) or full
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
     return re.sub(r"(?<=\d)_d(?![a-z])", "d", name).strip("_")
 

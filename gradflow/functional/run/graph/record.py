@@ -204,10 +204,10 @@ def graph_record(
 def _edges(merged: _Merged) -> list[EdgeRecord]:
     records = []
     for source, target in merged.edges:
-        flow = np.array([f.edges.get((source, target), NAN) for f in merged.flows])
-        known = flow[~np.isnan(flow)]
-        dead = len(known) > 0 and not known.any()
-        records.append(EdgeRecord(source=source, target=target, flow=flow, severed=dead))
+        flow = [f.edges.get((source, target), NAN) for f in merged.flows]
+        known = [norm for norm in flow if norm == norm]
+        dead = bool(known) and not any(known)
+        records.append(EdgeRecord(source=source, target=target, flow=np.array(flow), severed=dead))
     return records
 
 
@@ -251,7 +251,7 @@ def _node(
         layer=group.module,
         type=group.type,
         shape=group.shape,
-        num_elements=int(np.prod(group.shape, dtype=np.int64)) if group.shape else 0,
+        num_elements=math.prod(group.shape) if group.shape else 0,
         parameters=tuple(group.parameters),
         taken=group.taken,
         order=rank,
