@@ -95,8 +95,8 @@ def parameter_records(
         _table(series(history, kind), parameters, steps) for kind in ("pgrad", "pzeros", "norm")
     )
     finite, elements = np.isfinite(grads), np.array([max(p.numel(), 1) for p in parameters.values()])
-    once = np.isnan(norms[:, 1:]).all(1)  # measured once, since no optimizer moves it
-    norms = np.where(once[:, None], norms[:, :1], norms)
+    once = np.isnan(norms[:, 1:]).all(axis=1, keepdims=True)  # measured once, since no optimizer moves it
+    norms = np.where(once, norms[:, :1], norms)
     numbers = {  # a row for each parameter
         "reached": counts > 0,
         "grad_norm": grads,
