@@ -333,6 +333,8 @@ def graph_of(
 def _held(function: Any) -> tuple[Any, ...]:
     """Return what a function holds that running it may change: itself, modules, and what else has a state to
     save, such as optimizers, schedulers and scalers."""
+    if function is None:
+        return ()
     return (function, *modules_in(function), *stateful_in(function))
 
 

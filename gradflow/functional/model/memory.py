@@ -246,7 +246,12 @@ def keyed_by(model: nn.Module, ids: Container[int]) -> list[Any]:
     """
     found: list[Any] = []
     seen: dict[int, Any] = {}
-    waiting = [value for module in model.modules() for value in vars(module).values()]
+    waiting = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if (kind := type(value)) not in _ATOMS and (kind not in _PLAIN or value)
+    ]
     while waiting:
         value = waiting.pop()
         kind = type(value)

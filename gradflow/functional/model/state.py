@@ -87,9 +87,10 @@ def _memory(tensor: Tensor) -> int:
 def _overlapping(models: Sequence[nn.Module]) -> Iterator[int]:
     """Yield the addresses of memory in which tensors of the models overlap, each tensor counted once."""
     sharing: dict[int, list[Tensor]] = {}
-    tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
+    modules = (module for model in models for module in model.modules())
+    tensors = {id(t): t for module in modules for store in stores(module) for t in store.values()}
     for tensor in tensors.values():
-        if (key := _memory(tensor)) and tensor.numel():
+        if tensor is not None and (key := _memory(tensor)) and tensor.numel():
             sharing.setdefault(key, []).append(tensor)
     for key, found in sharing.items():
         spans = sorted(map(_span, found)) if len(found) > 1 else ()
