@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,7 +45,6 @@ from gradflow.records import FlowRecord
 _KEPT = 31 * 2**20  # bytes; there is no such bound for blocks from 32 MiB on
 
 
-@functools.cache
 def _keep_freed_memory() -> None:
     """Have the process keep what steps let go of; see NOTE [Memory that goes back and forth]."""
     np.empty(_KEPT, np.uint8)
