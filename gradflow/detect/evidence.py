@@ -247,19 +247,25 @@ def activations_of(flow: Flow, node: str) -> tuple[ActivationRecord, ...]:
 def late(values: Floats) -> float:
     """Return the median over the last third of the known values: what the run came to. NaN if none."""
     known = _known(values)
-    return _median(known[-max(1, math.ceil(len(known) / 3)) :]) if known else math.nan
+    if len(known) < 2:  # as at every look of a training
+        return known[0] if known else math.nan
+    return _median(known[-math.ceil(len(known) / 3) :])
 
 
 def early(values: Floats) -> float:
     """Return the median over the first third of the known values. NaN if none."""
     known = _known(values)
-    return _median(known[: max(1, math.ceil(len(known) / 3))]) if known else math.nan
+    if len(known) < 2:
+        return known[0] if known else math.nan
+    return _median(known[: math.ceil(len(known) / 3)])
 
 
 def middle(values: Floats) -> float:
     """Return the median over the known values. NaN if none."""
     known = _known(values)
-    return _median(known) if known else math.nan
+    if len(known) < 2:
+        return known[0] if known else math.nan
+    return _median(known)
 
 
 def beginnings(values: Floats) -> list[float]:

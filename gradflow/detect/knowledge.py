@@ -30,9 +30,8 @@ def excused(detector: Detector) -> Detector:
     """Return a detector whose issues are LOW at most in a model that knows the answers; see `informed`."""
 
     def sparing(record: FlowRecord) -> Iterable[Issue]:
-        knowing = informed(record)
         for issue in detector(record):
-            yield lowered(issue) if knowing else issue
+            yield lowered(issue) if informed(record) else issue
 
     return sparing
 

@@ -231,7 +231,7 @@ def analyzed(
         model, _module(loss_fn), forward, objective.loss, inputs_of, functions, own_loss=loss_fn is None
     )
     with contextlib.closing(source):
-        return measure(given, draw, attrs.evolve(_with_standing(plan), num_batches=source.length))
+        return measure(given, draw, _with_standing(plan, source.length))
 
 
 def _analyzed_stage(
@@ -280,7 +280,7 @@ def _analyzed_stage(
         own_loss=loss_fn is None or not stages.is_last, stages=stages, handed=handed,
     )  # fmt: skip
     with contextlib.closing(source):
-        return measure(given, draw, attrs.evolve(_with_standing(plan), num_batches=source.length))
+        return measure(given, draw, _with_standing(plan, source.length))
 
 
 def analyzed_custom(
@@ -314,14 +314,13 @@ def analyzed_custom(
         model, _module(loss_fn), forward, loss_of, lambda batch: {}, functions, own_loss=loss_fn is None,
         draws_itself=True,
     )  # fmt: skip
-    return measure(given, lambda step: (), _with_standing(plan))
+    return measure(given, lambda step: (), _with_standing(plan, plan.num_batches))
 
 
-def _with_standing(plan: Plan) -> Plan:
-    """Return a plan with the measurements that every run takes which looks closely."""
-    if not plan.closely:
-        return plan
-    return attrs.evolve(plan, measurements=(parts(), sight(), chance(), *plan.measurements))
+def _with_standing(plan: Plan, num_batches: int | None) -> Plan:
+    """Return a plan for so many batches, with the measurements that every run takes which looks closely."""
+    standing = (parts(), sight(), chance()) if plan.closely else ()
+    return attrs.evolve(plan, num_batches=num_batches, measurements=(*standing, *plan.measurements))
 
 
 def graph_of(
@@ -336,6 +335,8 @@ def graph_of(
 def _held(function: Any) -> tuple[Any, ...]:
     """Return what a function holds that running it may change: itself, modules, and what else has a state to
     save, such as optimizers, schedulers and scalers."""
+    if function is None:
+        return ()
     return (function, *modules_in(function), *stateful_in(function))
 
 

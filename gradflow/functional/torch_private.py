@@ -56,6 +56,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 __all__ = [
+    "Aside",
     "BatchNorm",
     "InstanceNorm",
     "NormWithStatistics",
@@ -160,8 +161,7 @@ def gradient_hooks(tensor: Tensor | None) -> tuple[Callable[[Tensor], Any], ...]
 
 def has_gradient_hooks(owner: Tensor | nn.Module) -> bool:
     """Whether a tensor or a module has hooks that may change a gradient."""
-    names = ("_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(owner, name, None) for name in names)
+    return bool(getattr(owner, "_backward_hooks", None) or getattr(owner, "_backward_pre_hooks", None))
 
 
 def has_post_accumulate_hooks(parameter: Tensor) -> bool:
@@ -233,6 +233,21 @@ def without_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
 # ------------------------------------------------------------------------- transforms and what is watched
 
 unwatched = torch._C.DisableTorchFunction
+
+
+class Aside:
+    """A context without grad mode, in which nobody watches functions; for one use."""
+
+    __slots__ = ("_enabled", "_unheard")
+
+    def __enter__(self) -> None:
+        self._enabled, self._unheard = torch.is_grad_enabled(), unwatched()
+        self._unheard.__enter__()
+        torch._C._set_grad_enabled(False)
+
+    def __exit__(self, *exception: Any) -> None:
+        torch._C._set_grad_enabled(self._enabled)
+        self._unheard.__exit__(*exception)
 
 
 def transform_level() -> int:

@@ -100,8 +100,17 @@ class HistoryRecord:
         >>> HistoryRecord.empty().with_look(0, {"weight_rms/fc": 0.1}).of("weight_rms")
         {'fc': array([0.1])}
         """
-        start = f"{quantity}/"
-        return {n.removeprefix(start): self[n] for n in self.names if n.startswith(start)}
+        return {where: self.values[:, place] for where, place in self._of_quantity.get(quantity, {}).items()}
+
+    @functools.cached_property
+    def _of_quantity(self) -> dict[str, dict[str, int]]:
+        """By quantity, where each series of it is, by what it is about."""
+        found: dict[str, dict[str, int]] = {}
+        for name, place in self._places.items():
+            quantity, slash, where = name.partition("/")
+            if slash:
+                found.setdefault(quantity, {})[where] = place
+        return found
 
     def with_look(self, step: int, numbers: Mapping[str, float]) -> HistoryRecord:
         """Return the history with one look more.

@@ -66,7 +66,10 @@ def few_scalars(record: FlowRecord) -> dict[str, float]:
 
 def last(values: Floats) -> float:
     """Return the last number of a series that is known, NaN if none is."""
-    return next((value for value in reversed(values.tolist()) if value == value), NAN)
+    for value in reversed(values.tolist()):
+        if value == value:
+            return value
+    return NAN
 
 
 def _known(record: FlowRecord) -> dict[str, tuple[str, float]]:

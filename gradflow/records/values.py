@@ -106,13 +106,16 @@ def frozen(value: Any) -> Any:
 def read_only(value: Any, dtype: Any = None) -> np.ndarray[Any, np.dtype[Any]]:
     """Return a read-only copy as an array, in which every NaN has the same bits."""
     array = np.array(value, dtype=dtype, order="C")
-    if array.dtype.kind == "U":
+    kind = array.dtype
+    if kind.kind == "U":
         array = np.array(array.tolist(), dtype=str).reshape(array.shape)  # no wider than its longest text
-    elif not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    if array.dtype.kind in "fc":
+    elif not kind.isnative:
+        array = array.astype(kind.newbyteorder("="))
+    if kind.kind == "f":
+        array[np.isnan(array)] = np.nan  # equal content is equal bytes
+    elif kind.kind == "c":
         parts = array.reshape(-1).view(real_dtype(array.dtype))
-        parts[np.isnan(parts)] = np.nan  # equal content is equal bytes
+        parts[np.isnan(parts)] = np.nan
     array.setflags(write=False)
     return array
 

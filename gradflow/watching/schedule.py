@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from gradflow.detect.evidence import middle
 from gradflow.records import HistoryRecord
 
 LOOKS = 16  # the losses of so many looks say what is usual
@@ -54,6 +55,6 @@ def loss_ceiling(history: HistoryRecord) -> float:
     losses = losses[np.isfinite(losses)]
     if len(losses) < FEW:
         return math.inf
-    usual = float(np.median(losses))
-    spread = 1.4826 * float(np.median(np.abs(losses - usual)))
+    usual = middle(losses)
+    spread = 1.4826 * middle(np.abs(losses - usual))
     return usual + max(8 * spread, abs(usual))

@@ -37,12 +37,12 @@ from gradflow.functional.model.undo import (
     base_of,
     entries,
     generator_undo,
+    holds,
     kind_of,
     may_hold_state,
     refill_dict,
     restore_array,
     restore_container,
-    restore_dict,
     restore_flags,
     restore_slots,
     same_bits,
@@ -99,7 +99,8 @@ class ModuleState:
                 base = set if isinstance(held, set) else base_of(held)
                 attempt(failures, kind_of(held), functools.partial(base.clear, held))
         for mapping, keys, values in self._dicts:
-            attempt(failures, kind_of(mapping), functools.partial(restore_dict, mapping, keys, values))
+            if not holds(mapping, keys, values):
+                attempt(failures, kind_of(mapping), functools.partial(refill_dict, mapping, keys, values))
         for kind, undo in reversed(self._undo):
             attempt(failures, kind, undo)
         return failures
@@ -151,34 +152,39 @@ class ModuleState:
             if not isinstance(store, dict):  # TorchScript's, which are written through to C++
                 continue
             self._seen[id(store)] = store
-            self._keep_dict(store)
-            self._waiting += [(held, False) for t in store.values() if t is not None and (held := vars(t))]
+            for tensor in self._keep_dict(store):
+                if tensor is not None and (held := vars(tensor)):
+                    self._waiting.append((held, False))
         flags = [(p, p.requires_grad, p.grad) for p in own[0].values() if p is not None]
         if flags:
             self._undo.append((kind_of(module), functools.partial(restore_flags, flags)))
         self._remember_dict(vars(module))
 
-    def _keep_dict(self, mapping: dict[Any, Any]) -> None:
-        if mapping:
-            keys, values = entries(mapping)
-            self._dicts.append((mapping, keys, values))
-        else:
+    def _keep_dict(self, mapping: dict[Any, Any]) -> list[Any]:
+        """Remember the entries of a dict, and return its values."""
+        if not mapping:
             self._empty.append(mapping)
+            return []
+        keys, values = entries(mapping)
+        self._dicts.append((mapping, keys, values))
+        return values
 
     def _remember_dict(self, mapping: dict[Any, Any]) -> None:
-        self._keep_dict(mapping)
-        if not 0 < len(mapping) <= _LARGE:
+        values, seen = self._keep_dict(mapping), self._seen
+        if not 0 < len(values) <= _LARGE:
             return
-        for value in base_of(mapping).values(mapping):
+        for value in values:
             kind = type(value)
-            if kind in _ATOMS or id(value) in self._seen:
+            if kind in _ATOMS or (key := id(value)) in seen:
                 continue
             if kind in _PLAIN and not value:  # as most a module has are: those of its hooks
-                self._seen[id(value)] = value
+                seen[key] = value
                 self._empty.append(value)
             else:
                 self._waiting.append((value, False))
-        self._waiting += [(k, False) for k in mapping if type(k) is not str and isinstance(k, _HELD_AS_KEYS)]
+        for held in mapping:
+            if type(held) is not str and isinstance(held, _HELD_AS_KEYS):
+                self._waiting.append((held, False))
 
     def _remember_container(self, value: Any) -> None:
         base: Any = next(kind for kind in (*_CONTAINERS, bytearray) if isinstance(value, kind))
@@ -240,7 +246,12 @@ def keyed_by(model: nn.Module, ids: Container[int]) -> list[Any]:
     """
     found: list[Any] = []
     seen: dict[int, Any] = {}
-    waiting = [value for module in model.modules() for value in vars(module).values()]
+    waiting = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if (kind := type(value)) not in _ATOMS and (kind not in _PLAIN or value)
+    ]
     while waiting:
         value = waiting.pop()
         kind = type(value)

@@ -113,7 +113,7 @@ def _set_torch_states(states: list[Tensor]) -> None:
 
 
 def _cuda_in_use() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    return torch.cuda.is_initialized() and torch.cuda.is_available()
 
 
 def seed_all(seed: int) -> None:

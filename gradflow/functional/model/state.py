@@ -57,7 +57,7 @@ class LazyCopies:
         """Return a copy of a tensor; a real one, where its memory cannot be shared in this way."""
         if is_distributed(tensor):
             return of_parts(self(local(tensor)), tensor)
-        if (key := _memory(tensor)) in self._common:
+        if self._common and (key := _memory(tensor)) in self._common:
             held = self._common[key]
             if held is None:
                 held = self._common[key] = tensor.untyped_storage().clone()
@@ -86,19 +86,23 @@ def _memory(tensor: Tensor) -> int:
 
 def _overlapping(models: Sequence[nn.Module]) -> Iterator[int]:
     """Yield the addresses of memory in which tensors of the models overlap, each tensor counted once."""
-    spans: dict[int, list[tuple[int, int]]] = {}
-    tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
+    sharing: dict[int, list[Tensor]] = {}
+    modules = (module for model in models for module in model.modules())
+    tensors = {id(t): t for module in modules for store in stores(module) for t in store.values()}
     for tensor in tensors.values():
-        if (key := _memory(tensor)) and tensor.numel():
-            size, first = tensor.element_size(), int(tensor.storage_offset())
-            last = first + sum(
-                (int(n) - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True)
-            )
-            spans.setdefault(key, []).append((first * size, (last + 1) * size))
-    for key, found in spans.items():
-        found.sort()
-        if any(end > start for (_, end), (start, _) in itertools.pairwise(found)):
+        if tensor is not None and (key := _memory(tensor)) and tensor.numel():
+            sharing.setdefault(key, []).append(tensor)
+    for key, found in sharing.items():
+        spans = sorted(map(_span, found)) if len(found) > 1 else ()
+        if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
             yield key
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Return where in its memory a tensor begins and ends, in bytes."""
+    size, first = tensor.element_size(), int(tensor.storage_offset())
+    last = first + sum((int(n) - 1) * int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return first * size, (last + 1) * size
 
 
 def _can_be_shared(tensor: Tensor) -> bool:

@@ -37,7 +37,10 @@ def check_supported(model: nn.Module, *, spread: bool = False) -> None:
             `nn.DataParallel` or split for a pipeline, or if a transform of `torch.func` has put its own
             tensors into it.
     """
+    plain = set[type]()  # classes whose modules are taken
     for name, module in model.named_modules():
+        if type(module) in plain:
+            continue
         place = f"{name or '(model)'!r} is a {type(module).__name__}"
         if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
             raise ModelInputError(
@@ -52,7 +55,9 @@ def check_supported(model: nn.Module, *, spread: bool = False) -> None:
             raise ModelInputError(f"{place}: {_SHARDED}")
         if ".quantized" in python_module(type(module)):
             raise ModelInputError(f"{place}: {_QUANTISED}")
-    for name, tensor in _tensors(model):
+        if not isinstance(module, nn.DataParallel):
+            plain.add(type(module))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         check_not_wrapped(repr(name), tensor)
         if is_distributed(tensor) and not spread:
             raise ModelInputError(f"{name!r} is a DTensor: {_SPREAD}")
@@ -178,11 +183,6 @@ _QUANTISED = (
 )
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
 def distributed(model: nn.Module) -> list[DistributedDataParallel]:
     """Return the parts of a model that exchange gradients with other processes."""
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
@@ -199,7 +199,8 @@ def standing_notes(
         alone: whether the analysis is of this process alone.
         staged: whether it is of all stages of a pipeline, of which the model is one.
     """
-    modules, exchanging = dict(model.named_modules()), distributed(model)
+    modules = dict(model.named_modules())
+    exchanging = [module for module in modules.values() if isinstance(module, DistributedDataParallel)]
     scripted = [name for name, module in modules.items() if is_scripted(module)]
     inside = {n for n in scripted for m in scripted if n != m and n.startswith(f"{m}." if m else "")}
     if outermost := [name for name in scripted if name not in inside]:
@@ -231,8 +232,13 @@ def standing_notes(
             f"The step hooks of the {type(optimizer).__name__} are not run, since they may act on the model "
             "itself: the steps after the first are those of training without them."
         )
-    attributes = ((n, k, v) for n, module in modules.items() for k, v in vars(module).items())
-    if iterators := [f"{n}.{k}" if n else k for n, k, v in attributes if _spent(v)]:
+    iterators = [
+        f"{n}.{k}" if n else k
+        for n, module in modules.items()
+        for k, v in vars(module).items()
+        if hasattr(type(v), "__next__") and _spent(v)  # nearly none
+    ]
+    if iterators:
         yield f"{_names(iterators)} is an iterator, which cannot be put back: it may be further on."
 
 
@@ -262,8 +268,6 @@ def _stages(model: nn.Module) -> Iterator[tuple[int, int]]:
 
 
 def _spent(value: object) -> bool:
-    if not hasattr(type(value), "__next__"):  # nearly all: `Iterator` asks the same, by a longer way
-        return False
     return isinstance(value, Iterator) and not isinstance(value, (nn.Module, io.IOBase))
 
 

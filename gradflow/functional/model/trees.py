@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import PackedSequence
 from gradflow.functional.model.undo import python_module, slot_values
 from gradflow.functional.torch_private import pytree
 
+_PLAIN = frozenset((bool, int, float, str))
+
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Return `value` with `function` applied to every tensor in it.
@@ -119,7 +121,10 @@ def iter_tensors(value: Any) -> Iterator[Tensor]:
         yield value
     elif type(value) in (tuple, list, dict):  # most are, and PyTorch's own trees are slow
         for item in value.values() if type(value) is dict else value:
-            yield from iter_tensors(item)
+            if isinstance(item, Tensor):
+                yield item
+            elif item is not None and type(item) not in _PLAIN:
+                yield from iter_tensors(item)
     else:
         for _, tensor in named_tensors(value):
             yield tensor
@@ -199,6 +204,8 @@ def map_floats(function: Any, value: Any) -> Any:
             return value._replace(data=apply(value.data))
         return map_tensors(apply, value)
 
+    if isinstance(value, (Tensor, PackedSequence)):  # most are one, and trees are slow
+        return leaf(value)
     return pytree.tree_map(leaf, value, is_leaf=lambda v: isinstance(v, PackedSequence))
 
 

@@ -90,6 +90,8 @@ def base_of(mapping: dict[Any, Any]) -> type[dict[Any, Any]]:
 
 def entries(mapping: dict[Any, Any]) -> tuple[list[Any], list[Any]]:
     """Return the keys and the values of a dict, in order."""
+    if type(mapping) is dict:  # nearly all
+        return list(mapping), list(mapping.values())
     base = base_of(mapping)
     return list(base.keys(mapping)), list(base.values(mapping))
 
@@ -99,11 +101,10 @@ def _same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def restore_dict(mapping: dict[Any, Any], keys: list[Any], values: list[Any]) -> None:
-    """Put a dict back, unless it holds the same objects in the same order."""
+def holds(mapping: dict[Any, Any], keys: list[Any], values: list[Any]) -> bool:
+    """Whether a dict holds the same objects, by identity, in the same order."""
     now = entries(mapping)
-    if not (_same(now[1], values) and _same(now[0], keys)):
-        refill_dict(mapping, keys, values)
+    return _same(now[1], values) and _same(now[0], keys)
 
 
 def refill_dict(mapping: dict[Any, Any], keys: list[Any], values: list[Any]) -> None:

@@ -26,10 +26,10 @@ from gradflow.records import SubnormalRecord
 
 SAMPLED = 64  # nodes that are asked first
 ENTRIES = 2**11  # of each, that are looked at
-_LAYOUTS = {
-    torch.float32: (torch.int32, 23),
-    torch.bfloat16: (torch.int16, 7),
-    torch.float64: (torch.int64, 52),
+_LAYOUTS = {  # whole numbers of the same size, all bits but the sign, and the smallest normal number
+    torch.float32: (torch.int32, 2**31 - 1, 1 << 23),
+    torch.bfloat16: (torch.int16, 2**15 - 1, 1 << 7),
+    torch.float64: (torch.int64, 2**63 - 1, 1 << 52),
 }
 
 Span = tuple[int, int, str]  # autograd's numbers at the start and the end of a layer call, and its name
@@ -43,12 +43,12 @@ def num_subnormal(x: Tensor) -> int:
     """
     if x.dtype not in _LAYOUTS or x.layout is not torch.strided:
         return 0
-    ints, mantissa = _LAYOUTS[x.dtype]
+    ints, unsigned, normal = _LAYOUTS[x.dtype]
     bits: Any = x.detach().view(ints)
     plain = bits.is_cpu and type(bits) is Tensor
     bits, count = (bits.numpy(), np.count_nonzero) if plain else (bits, torch.count_nonzero)
-    bits = bits & torch.iinfo(ints).max
-    return int(count((bits > 0) & (bits < 1 << mantissa)))
+    bits = bits & unsigned
+    return int(count((bits > 0) & (bits < normal)))
 
 
 def _some_entries(x: Tensor, stride: int) -> Tensor:

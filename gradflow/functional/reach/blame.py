@@ -39,7 +39,7 @@ from gradflow.functional.reach.reasons import Blame, Reasons
 from gradflow.functional.reach.zeros import RandomNumbers, Zeros
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.reverse import call_node, validated
-from gradflow.functional.tap.nodes import Node, converts, exchanges, feeds, is_leaf, operation
+from gradflow.functional.tap.nodes import Node, converts, exchanges, is_leaf, operation
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.torch_private import input_metadata
 from gradflow.records import Reason
@@ -114,16 +114,16 @@ class Walk:
             loss: from which the walk begins.
             behind: what the next stage of a pipeline has found, where the loss stands for it.
         """
-        for node in reversed(self.structure.nodes):
+        for node, made_of in reversed(self.structure.nodes.items()):
             leaf = self.structure.leaves.get(node)
             wanted = id(leaf) in self.wanted if leaf is not None else False
-            if wanted or any(child in self._needed for child, _ in feeds(node)):
+            if wanted or any(child in self._needed for child, _ in made_of):
                 self._needed.add(node)
         if behind is None:
             self._arriving[loss.grad_fn] = {0: [(torch.ones_like(loss), None)]}
         else:
             self.blames = [*behind.blames]
-            for (child, number), part in zip(feeds(loss.grad_fn), behind.parts, strict=True):
+            for (child, number), part in zip(self.structure.nodes[loss.grad_fn], behind.parts, strict=True):
                 if child is not None:
                     self._send(child, number, part)
         with torch.no_grad(), self.structure.walk() as ready:
@@ -142,7 +142,7 @@ class Walk:
             self._found[id(self.structure.leaves[node])] = none if labels is None else labels
             return
         if is_probe(node):
-            child, number = feeds(node)[0]
+            child, number = self.structure.nodes[node][0]
             self._send(child, number, gathered[0])
             return
         gradients = {number: gradient for number, (gradient, _) in gathered.items()}
@@ -154,7 +154,7 @@ class Walk:
             self._visit_split(node, gathered, results)
             return
         pending: dict[int, Tensor] = {}
-        for j, (child, number) in enumerate(feeds(node)):
+        for j, (child, number) in enumerate(self.structure.nodes[node]):
             if child is None or child not in self._needed:
                 continue
             given = results[j] if j < len(results) else None
@@ -180,7 +180,7 @@ class Walk:
         alone = call_node(node, {n: self._like(g) for n, (g, _) in gathered.items()})
         top = next(iter(self._labels_in(gathered)), 0)
         nothing = bool(top) and not any(bool(local(g).any()) for g, _ in gathered.values())
-        for j, (child, number) in enumerate(feeds(node)):
+        for j, (child, number) in enumerate(self.structure.nodes[node]):
             given = results[j] if j < len(results) else None
             if child is None or child not in self._needed or given is None:
                 continue
@@ -248,7 +248,7 @@ class Walk:
         elif any(rest.numel() for rest in left.values()):
             self._small_or_cancelled(node, gathered, found, left)
         for j, cotangent in pending.items():
-            child, at = feeds(node)[j]
+            child, at = self.structure.nodes[node][j]
             self._send(child, at, (cotangent, found[j].labels()))
 
     def _label_own(
@@ -269,7 +269,7 @@ class Walk:
         labels = {n: empty[n] if at is None else at for n, (_, at) in gathered.items()}
         moved = call_node(node, labels)
         for j, cotangent in pending.items():
-            child, number = feeds(node)[j]
+            child, number = self.structure.nodes[node][j]
             at = moved[j]
             assert at is not None
             self._send(child, number, (cotangent, at))
@@ -316,7 +316,7 @@ class Walk:
         results = call_node(node, gradients)
         found: dict[int, Tensor | None] = {}
         for j in asked:
-            child, number = feeds(node)[j]
+            child, number = self.structure.nodes[node][j]
             given = results[j] if j < len(results) else None
             found[j] = None if given is None else validated(given, child, number, self.structure)
         return found

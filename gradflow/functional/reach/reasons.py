@@ -242,7 +242,7 @@ def _of_the_loss(structure: Structure) -> set[Node]:
     Where the model computes its loss itself, those that the model's own code made.
     """
     windows = Windows(structure.calls)
-    root = structure.nodes[0] if structure.nodes else None
+    root = next(iter(structure.nodes), None)
     last = windows.innermost(root) if root is not None else None
     own = last.index if last is not None and last.has_children else -1
 

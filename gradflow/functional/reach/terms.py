@@ -49,7 +49,7 @@ def constant_terms(structure: Structure | None, dataflow: DataFlow) -> list[Term
     if structure is None or not structure.nodes:
         return []
     found: dict[Node, TermRecord] = {}
-    summands = set(_summing(structure.nodes[0]))
+    summands = set(_summing(next(iter(structure.nodes))))
     for node, (kind, layer), reason in dataflow.joins:
         if node in summands and kind == "layer" and reason and reason not in _TAKEN_OUT:
             op = structure.group_of.get(node, operation(node))

@@ -33,10 +33,10 @@ from gradflow.functional.reverse.gathered import Gatherer, gatherer
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.nodes import (
     Node,
+    Nodes,
     Position,
     below,
     converts,
-    feeds,
     is_leaf,
     of_parameters,
     operation,
@@ -66,6 +66,10 @@ class Group:
     parameters: dict[str, None] = attrs.field(factory=dict)
     taken: tuple[int, ...] = ()
 
+    def named(self, name: str) -> Group:
+        """Return the node under a name."""
+        return self if name == self.name else attrs.evolve(self, name=name)
+
     def use(self, parameters: Iterable[str]) -> None:
         """Note parameters, by name, that the node uses."""
         self.parameters |= dict.fromkeys(parameters)
@@ -77,10 +81,10 @@ class Structure:
 
     groups: dict[str, Group]
     edges: dict[tuple[str, str], None]  # (source, target) in the direction of the data
-    nodes: list[Node]
+    nodes: Nodes
     group_of: dict[Node, str]
     leaves: dict[Node, Tensor]  # nodes that stand for leaf tensors
-    foreign: list[Tensor]  # leaves that are neither working parameters nor tensors of the batch
+    foreign: list[Tensor]  # leaves that are no working parameters, tensors of the batch or slots
     calls: list[Call] = attrs.field(factory=list)  # of the step
     loss: str = LOSS  # the name of the loss
     signature: list[Any] = attrs.field(factory=list)  # of the autograd graph: see `signature`
@@ -90,13 +94,13 @@ class Structure:
 
     def release(self) -> None:
         """Let go of the autograd graph, and keep the contracted one."""
-        self.nodes, self.group_of, self.leaves, self.foreign, self.root = [], {}, {}, [], None
+        self.nodes, self.group_of, self.leaves, self.foreign, self.root = {}, {}, {}, [], None
         self.gatherer = None
 
     def gather_by(self, shards: Shards) -> None:
         """Have the parameters gathered for every walk, where they are sharded."""
         windows = Windows(self.calls)
-        self.gatherer = gatherer(shards, self.nodes, windows.innermost) if shards.groups else None
+        self.gatherer = gatherer(shards, list(self.nodes), windows.innermost) if shards.groups else None
 
     def walk(self) -> contextlib.AbstractContextManager[Callable[[], None]]:
         """Begin a walk over the nodes: what is called before each, in their order, used or not."""
@@ -107,7 +111,7 @@ class Structure:
         self.signature = signature(self.nodes)
         self.placed = [self.group_of.get(node) for node in self.nodes]
 
-    def again(self, root: Tensor, nodes: list[Node], calls: list[Call]) -> Structure | None:
+    def again(self, root: Tensor, nodes: Nodes, calls: list[Call]) -> Structure | None:
         """Return the structure of a later step, if its graph and its calls are the same, else None.
 
         Args:
@@ -185,7 +189,7 @@ def build(
         inputs: gives the tensors of the batch by name; asked only if the graph holds a leaf of another kind.
         before: the structure of an earlier step, which most often is the same.
     """
-    nodes = [] if loss.grad_fn is None else topological(loss.grad_fn)
+    nodes: Nodes = {} if loss.grad_fn is None else topological(loss.grad_fn)
     if before is not None and (same := before.again(loss, nodes, recorder.calls)) is not None:
         return same
     windows = Windows(recorder.calls)
@@ -196,17 +200,18 @@ def build(
     # name -> next number to try
     taken = dict.fromkeys([*(c.name for c in recorder.calls), LOSS, end, model], 1)
     structure.groups[end] = Group(end, "loss", 2**62, LOSS, type="loss")
-    inner = [n for n in nodes if not is_leaf(n)]
-    for node in sorted(inner, key=node_number):
+    leaves = dict.fromkeys(node for node, made_of in nodes.items() if not made_of and is_leaf(node))
+    for node in sorted((node for node in nodes if node not in leaves), key=node_number):
         group = _group(node, recorder, windows, taken, structure, model)
         structure.group_of[node] = group.name
-    leaves = [node for node in nodes if is_leaf(node)]
     known = {*names, *(id(site.slot) for site in recorder.sites)}
     others = any(id(node.variable) not in known for node in leaves)
     input_names = {id(t): n for n, t in inputs().items()} if others else {}
     layers |= set(structure.groups)
     for node in leaves:
-        _place_leaf(node, structure, names, input_names, layers)
+        structure.leaves[node] = node.variable
+        if id(node.variable) not in known:
+            _place_leaf(node, structure, input_names, layers)
     if nodes:
         structure.edges[(structure.group_of[loss.grad_fn], end)] = None
     weights = of_parameters(nodes)
@@ -271,16 +276,9 @@ def _taken(node: Node) -> tuple[int, ...]:
 
 
 def _place_leaf(
-    node: Node,
-    structure: Structure,
-    names: Mapping[int, str],
-    input_names: Mapping[int, str],
-    taken: Container[str],
+    node: Node, structure: Structure, input_names: Mapping[int, str], taken: Container[str]
 ) -> None:
     leaf = node.variable
-    structure.leaves[node] = leaf
-    if id(leaf) in names:
-        return
     if id(leaf) in input_names:
         name = own_name(input_names[id(leaf)], taken)
         structure.groups[name] = input_group(name, input_names[id(leaf)], tuple(leaf.shape))
@@ -302,11 +300,11 @@ def boundaries(
     Not where a layer is entered at what it makes of its parameters (`weights`, behind no probe): see NOTE
     [Derivatives in a model].
     """
-    for node in structure.nodes:
+    for node, made_of in structure.nodes.items():
         target = structure.group_of.get(node)
         if target is None:
             continue
-        for child, number in feeds(node):
+        for child, number in made_of:
             source = structure.group_of.get(child) if child is not None else None
             if source is None or source == target:
                 continue
@@ -321,9 +319,9 @@ def stands(structure: Structure) -> dict[Position, Node]:
     """
     group_of = structure.group_of
     return {
-        feeds(node)[0]: node
-        for node in structure.nodes
-        if is_probe(node) and group_of.get(feeds(node)[0][0]) == group_of[node]
+        made_of[0]: node
+        for node, made_of in structure.nodes.items()
+        if is_probe(node) and group_of.get(made_of[0][0]) == group_of[node]
     }
 
 
@@ -333,8 +331,8 @@ def entered(structure: Structure, probed: Mapping[Position, Node] | None = None)
     Those are left out whose output the call itself goes on with as well.
     """
     probed, found, inner = stands(structure) if probed is None else probed, set[str](), set[str]()
-    for node in structure.nodes:
-        for position in feeds(node):
+    for node, made_of in structure.nodes.items():
+        for position in made_of:
             if position in probed and not is_probe(node):
                 source = structure.group_of[probed[position]]
                 (inner if structure.group_of.get(node) == source else found).add(source)
@@ -368,12 +366,12 @@ def capturable(structure: Structure) -> set[str]:
     """
     consumers: dict[tuple[Node, int], int] = {}
     behind: dict[str, list[tuple[Node, int]]] = {}  # group -> what its probes stand on
-    for node in structure.nodes:
-        for child, number in feeds(node):
+    for node, made_of in structure.nodes.items():
+        for child, number in made_of:
             if child is not None:
                 consumers[child, number] = consumers.get((child, number), 0) + 1
         if is_probe(node):
-            behind.setdefault(structure.group_of[node], []).append(feeds(node)[0])
+            behind.setdefault(structure.group_of[node], []).append(made_of[0])
     found = set()
     for name, edges in behind.items():
         call = structure.groups[name].call
@@ -383,11 +381,11 @@ def capturable(structure: Structure) -> set[str]:
 
 
 def _attach_parameters(structure: Structure, names: Mapping[int, str], weights: Container[Node]) -> None:
-    for node in structure.nodes:
+    for node, made_of in structure.nodes.items():
         group = structure.group_of.get(node)
         if group is None:
             continue
-        todo = [child for child, _ in feeds(node) if child is not None]
+        todo = [child for child, _ in made_of if child is not None]
         while todo:
             child = todo.pop()
             leaf, inside = structure.leaves.get(child), structure.group_of.get(child)

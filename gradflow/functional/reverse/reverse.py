@@ -230,8 +230,8 @@ class _Walk:
         self._weights, self._stands = of_parameters(nodes), stands(self.structure)
         self._entered = {
             position
-            for node in nodes
-            for position in feeds(node)
+            for node, made_of in nodes.items()
+            for position in made_of
             if position in self._stands and group_of.get(node) != group_of[self._stands[position]]
         }
 

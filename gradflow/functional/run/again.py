@@ -26,7 +26,7 @@ from gradflow.functional.run.together.over_stages import graph_over_stages
 from gradflow.functional.tap.asked import Asked
 from gradflow.functional.tap.nodes import exchanges
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.records import FlowRecord
+from gradflow.records import FlowRecord, OutsideRecord
 
 logger = logging.getLogger("gradflow")
 
@@ -211,11 +211,12 @@ def _other_loss(step: int, loss: float, again: float) -> str | None:
 def learn_reach(run: Run, outcome: Outcome, dataflow: DataFlow) -> None:
     """Keep what the graph of the first step shows beside the parameters."""
     structure, given = outcome.structure, run.program.given
-    groups = [group for optimizer in run.plan.loop.optimizers for group in optimizer.param_groups]
-    held = [p for group in groups for p in group["params"]]
-    known = {id(p) for module in given.modules for p in module.parameters()}
-    foreign = structure.foreign if structure is not None else []
-    outside = outside_records(foreign, given.model, known, {id(p) for p in held})
+    outside: list[OutsideRecord] = []
+    if structure is not None and structure.foreign:
+        groups = [group for optimizer in run.plan.loop.optimizers for group in optimizer.param_groups]
+        held = {id(p) for group in groups for p in group["params"]}
+        known = {id(p) for module in given.modules for p in module.parameters()}
+        outside = outside_records(structure.foreign, given.model, known, held)
     run.reach.learn(structure, outside, constant_terms(structure, dataflow))
 
 

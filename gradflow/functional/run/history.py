@@ -323,7 +323,12 @@ def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]
     steps, found = len(history.rows), {}
     for layout, (at, values, counts) in history.stacked().items():
         met: set[Hashable] = set()
+        every = len(at) == steps
         for position, key in layout.of_kind.get(kind, ()):
+            if key not in found and every:
+                found[key] = (values[position].copy(), counts[position].astype(float))
+                met.add(key)
+                continue
             if key not in found:
                 found[key] = (np.full(steps, np.nan), np.zeros(steps))
             total, number = found[key]

@@ -34,7 +34,7 @@ from gradflow.functional.reverse.constants import held_at_zero, merely_added
 from gradflow.functional.reverse.floors import floors
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.step import Kept, Request
-from gradflow.functional.tap.heard import Heard
+from gradflow.functional.tap.heard import Choices, Heard
 from gradflow.records import KnowledgeRecord
 
 _LOUDER = 4.0
@@ -125,7 +125,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
 def _asked(loss_of: Callable[..., float], change: Callable[[Tensor], Tensor]) -> tuple[float, int]:
     """Return the loss of a guess, and how many alternatives it is left by the loss; see NOTE [Alternatives
     left out] in heard.py."""
-    with Heard(None) as heard:
+    with Choices() as heard:
         loss = loss_of(change)
     return loss, heard.alternatives
 
@@ -320,11 +320,11 @@ class _Rows:
 def _variation(rows: Tensor, end: str) -> float:
     """The part of a matrix (rows × features) that differs between its rows; NaN where it is zero, or is one
     throughout by its make, which is known by the autograd node that made it."""
-    wide = rows.double()
-    size = float(wide.norm())
+    wide, norm = rows.double(), torch.linalg.vector_norm
+    size = float(norm(wide))
     if end.startswith(_TO_ITSELF) and bool((wide == 1).all()):
         return math.nan
-    return float((wide - wide.mean(0)).norm()) / size if size > 0 else math.nan
+    return float(norm(wide - wide.mean(0))) / size if size > 0 else math.nan
 
 
 def _derangement(number: int, generator: torch.Generator) -> Tensor:

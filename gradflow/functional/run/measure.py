@@ -129,7 +129,9 @@ def _on_processes(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowR
                 "`model.requires_grad_(True)`."
             )
         try:
-            plan = attrs.evolve(plan, num_batches=_fewest(line if stages.alone else stages.line, plan))
+            everyone = line if stages.alone else stages.line
+            if not everyone.alone:
+                plan = attrs.evolve(plan, num_batches=_fewest(everyone, plan))
             return _measured(Program(given, state, taps, held=held), plan, draw, transform, line, facts)
         finally:
             shards.rest()
@@ -172,8 +174,6 @@ def _measured(
 
 def _fewest(line: Line, plan: Plan) -> int | None:
     """Return how many batches every process has, as far as that is known."""
-    if line.alone:
-        return plan.num_batches
     own = np.inf if plan.num_batches is None else plan.num_batches
     fewest = -float(line.extremes(np.array([-own]))[0])
     return None if np.isinf(fewest) else int(fewest)

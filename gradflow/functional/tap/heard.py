@@ -48,7 +48,28 @@ _FLAT = 0.01  # of the largest slope
 _SLACK = 1e-3  # what rounding may add
 
 
-class Heard(TorchFunctionMode):
+class Choices(TorchFunctionMode):
+    """Counts the alternatives that a loss chooses among; see NOTE [Alternatives left out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alternatives = 0  # that are not masked, of all choices among scores
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "").strip("_") in _CHOOSES:
+            self.count(kwargs.get("input", args[0] if args else None))
+        return func(*args, **kwargs)
+
+    def count(self, scores: Any) -> None:
+        """Count the alternatives that are not masked."""
+        if isinstance(scores, Tensor) and scores.is_floating_point():
+            self.alternatives += int((scores.detach() > _MASKED).sum())
+
+
+class Heard(Choices):
     """Hears what a loss does with outputs.
 
     Args:
@@ -65,7 +86,6 @@ class Heard(TorchFunctionMode):
         self.odds: tuple[float, ...] = ()
         self.misgiven: dict[str, None] = {}
         self.scored = False
-        self.alternatives = 0  # that are not masked, of all choices among scores
         self.crossed: tuple[tuple[int, ...], ...] = ()
         self._errors: list[float] = []  # what functions that measure one gave, of outputs
 
@@ -82,7 +102,7 @@ class Heard(TorchFunctionMode):
         elif name in _OF_LOGARITHMS:
             self._hear_logarithms(name, kwargs.get(_OF_LOGARITHMS[name], args[0] if args else None))
         if name in _CHOOSES:
-            self._count(kwargs.get("input", args[0] if args else None))
+            self.count(kwargs.get("input", args[0] if args else None))
         if name in _BY_ELEMENT and not self.crossed:
             self._hear_pair([x for x in given if isinstance(x, Tensor)])
         made = func(*args, **kwargs)
@@ -116,11 +136,6 @@ class Heard(TorchFunctionMode):
             self.misgiven["probabilities as scores"] = None
         elif scores.dim() == 2 and _add_up(scores.detach(), 0):
             self.misgiven["probabilities over samples"] = None
-
-    def _count(self, scores: Any) -> None:
-        """Count the alternatives that are not masked; see NOTE [Alternatives left out]."""
-        if isinstance(scores, Tensor) and scores.is_floating_point():
-            self.alternatives += int((scores.detach() > _MASKED).sum())
 
     def _hear_logarithms(self, name: str, values: Any) -> None:
         if not isinstance(values, Tensor) or not values.numel() or not values.is_floating_point():

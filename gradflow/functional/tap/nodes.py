@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +16,20 @@ from gradflow.functional.torch_sharded import sees_through
 
 Node = Any  # an autograd node: a C++ one, or a BackwardCFunction
 Position = tuple[Node, int]  # an output of a node
+Nodes = dict[Node, Sequence[tuple[Node | None, int]]]  # with what they were computed from: see `feeds`
 _Custom = torch.autograd.function.BackwardCFunction  # the nodes of functions written in Python
 
 
-def feeds(node: Node) -> list[tuple[Node | None, int]]:
+def feeds(node: Node) -> Sequence[tuple[Node | None, int]]:
     """Return what a node was computed from: per input, the node that made it and which of its outputs it is.
 
     Identities by which `fully_shard` learns that a gradient passes are left out.
     """
-    return [
-        _seen_through(edge) if isinstance(edge[0], _Custom) else edge for edge in node.next_functions
-    ]  # asked of every node again and again: nearly all are told by their class
+    edges = node.next_functions  # asked of every node again and again: nearly all are told by their class
+    for child, _ in edges:
+        if isinstance(child, _Custom):
+            return [_seen_through(edge) for edge in edges]
+    return edges
 
 
 def _seen_through(edge: tuple[Any, int]) -> tuple[Node | None, int]:
@@ -93,22 +97,23 @@ def is_leaf(node: Node) -> bool:
     return hasattr(node, "variable")
 
 
-def topological(root: Node) -> list[Node]:
+def topological(root: Node) -> Nodes:
     """Return the autograd nodes under `root`, consumers of a tensor before its producer."""
+    made_of = {root: feeds(root)}
     waiting: dict[Node, int] = {root: 0}
     todo = [root]
     while todo:
-        for child, _ in feeds(todo.pop()):
+        for child, _ in made_of[todo.pop()]:
             if child is not None:
                 if child not in waiting:
-                    waiting[child] = 0
+                    waiting[child], made_of[child] = 0, feeds(child)
                     todo.append(child)
                 waiting[child] += 1
-    order, ready = [], [root]
+    order, ready = {}, [root]
     while ready:
         node = ready.pop()
-        order.append(node)
-        for child, _ in feeds(node):
+        order[node] = made_of[node]
+        for child, _ in made_of[node]:
             if child is not None:
                 waiting[child] -= 1
                 if not waiting[child]:
@@ -116,7 +121,7 @@ def topological(root: Node) -> list[Node]:
     return order
 
 
-def signature(nodes: list[Node]) -> list[Any]:
+def signature(nodes: Nodes) -> list[Any]:
     """Return what tells an autograd graph from others: kinds of nodes, edges, leaves, calls of the probes.
 
     Args:
@@ -124,12 +129,12 @@ def signature(nodes: list[Node]) -> list[Any]:
     """
     position = {node: i for i, node in enumerate(nodes)}
     found: list[Any] = []
-    for node in nodes:
-        if is_leaf(node):
+    for node, made_of in nodes.items():
+        if not made_of and is_leaf(node):
             found.append(id(node.variable))
         else:
             found.append(node.site.call if is_probe(node) else node.name())
-            found.append([(position[c], k) for c, k in feeds(node) if c is not None])
+            found.append([(position[c], k) for c, k in made_of if c is not None])
     return found
 
 
@@ -140,23 +145,29 @@ def operation(node: Node) -> str:
     >>> operation(torch.ones(1, requires_grad=True).log_softmax(0).grad_fn)
     'log_softmax'
     """
-    name = re.sub(r"Backward\d*$", "", node.name().rsplit("::", 1)[-1]) or node.name()
+    return _plain_name(node.name())
+
+
+@functools.lru_cache(1024)
+def _plain_name(full: str) -> str:
+    name = re.sub(r"Backward\d*$", "", full.rsplit("::", 1)[-1]) or full
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
     return re.sub(r"(?<=\d)_d(?![a-z])", "d", name).strip("_")
 
 
-def of_parameters(nodes: list[Node]) -> set[Node]:
+def of_parameters(nodes: Nodes) -> set[Node]:
     """Return the nodes whose values are made of parameters alone.
 
     Args:
         nodes: all of them, in topological order.
     """
     found: set[Node] = set()
-    for node in reversed(nodes):
-        below = [child for child, _ in feeds(node) if child is not None]
-        if is_leaf(node):
-            if isinstance(node.variable, nn.Parameter):
+    for node, made_of in reversed(nodes.items()):
+        if not made_of:
+            if is_leaf(node) and isinstance(node.variable, nn.Parameter):
                 found.add(node)
-        elif site_of(node) is None and below and all(child in found for child in below):
+            continue
+        known = {child for child, _ in made_of if child is not None}
+        if known and known <= found and site_of(node) is None:
             found.add(node)
     return found

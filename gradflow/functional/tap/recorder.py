@@ -6,9 +6,8 @@ functional operations by the watch (`watch.py`).
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -41,7 +40,7 @@ from gradflow.functional.tap.probes import (
 )
 from gradflow.functional.tap.sums import magnitude, num_positive, num_zero, statistics_dtype
 from gradflow.functional.tap.tapped import TappedModel
-from gradflow.functional.torch_private import is_view, node_number, num_writes, transform_level, unwatched
+from gradflow.functional.torch_private import Aside, is_view, node_number, transform_level, unwatched
 
 
 @attrs.define(eq=False)
@@ -78,12 +77,10 @@ class Recorder:
         """Hear that the reverse pass begins: calls that are made in it are made by checkpoints."""
         self.in_backward = True
 
-    @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
-        """Switch grad mode off, and let nobody watch functions, while listeners are told."""
+    def telling(self) -> Aside:
+        """Return the context in which listeners are told: without grad mode, and functions are unwatched."""
         self.grad_enabled = torch.is_grad_enabled()
-        with unwatched(), torch.no_grad():
-            yield
+        return Aside()
 
     # ------------------------------------------------------------------ calls
 
@@ -276,7 +273,7 @@ class Recorder:
             listener.probed(y, probed)
         if probed is not y and (is_view(y) or given):
             shared = counter(probed) if self.asked.slots is None else probed  # a transform's wrapper
-            self._aliases.append((call.module, shared, num_writes(probed)))
+            self._aliases.append((call.module, shared, version(probed)))
         if size is not None:
             self._given = Given.of(probed, size, exact=self._exactly(call, "out"))
         memo[id(y)] = probed
@@ -369,7 +366,8 @@ class Recorder:
 
     def note(self, kind: str, key: Any, value: Tensor, number: int) -> None:
         """Keep a number, or a vector of them, that will be read when the step is over."""
-        self.observations.append(Observation(kind, key, value.detach(), number))
+        kept = value.detach() if value.requires_grad else value
+        self.observations.append(Observation(kind, key, kept, number))
 
     def renew(self, values: list[Tensor]) -> None:
         """Take the values of the observations as a transform has handed them out."""
@@ -394,7 +392,7 @@ class Recorder:
 
         Then the probe has cut the tie between the two in autograd's books, and gradients would be wrong.
         """
-        changed = {module for module, tensor, version in self._aliases if num_writes(tensor) != version}
+        changed = {module for module, tensor, written in self._aliases if version(tensor) != written}
         if changed:
             self.model.leave_unprobed(changed)
             raise NeedsRetry("an output that shares its storage with an input was changed in place")

@@ -19,6 +19,7 @@ overflows is infinite. 1e24·n leaves room for the next step to be larger by 1e1
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -166,7 +167,7 @@ def num_zero(x: Tensor) -> Tensor:
     x = x.detach()
     if x.numel() <= _PIECE:
         others = np.count_nonzero(x.numpy() != 0 if x.dtype in _PLAIN else x.bool().numpy())
-        return torch.tensor(x.numel() - others)
+        return torch.full((), x.numel() - int(others))  # `torch.tensor` takes twice as long
     flat = _flat(x)
     pieces = (x.reshape(-1) if flat is None else flat).split(_PIECE)
     return torch.tensor(x.numel() - sum(np.count_nonzero(piece.bool().numpy()) for piece in pieces))
@@ -175,7 +176,7 @@ def num_zero(x: Tensor) -> Tensor:
 def num_positive(x: Tensor) -> Tensor:
     """Return how many elements of a tensor are above zero, as a scalar on its device."""
     if _is_plain(x) and x.dtype in _PLAIN:
-        return torch.tensor(np.count_nonzero(x.detach().numpy() > 0))
+        return torch.full((), int(np.count_nonzero(x.detach().numpy() > 0)))
     return torch.count_nonzero(x > 0)
 
 
@@ -211,7 +212,8 @@ def safe_range(num_elements: Any) -> tuple[Any, Any]:
 
     See NOTE [Exact and fast].
     """
-    root = np.sqrt(np.maximum(num_elements, 1))
+    plain = isinstance(num_elements, int)
+    root = math.sqrt(max(num_elements, 1)) if plain else np.sqrt(np.maximum(num_elements, 1))
     return 1e-12 * root, 1e12 * root
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradflow.functional.model.layers import ancestors, callable_modules, is_layer
 from gradflow.functional.model.threads import OneThread
 from gradflow.functional.tap.calls import Call, type_name
-from gradflow.functional.torch_private import has_gradient_hooks
+from gradflow.functional.torch_private import has_gradient_hooks, stores
 from gradflow.functional.torch_sharded import is_parallel, is_sharded
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ class TappedModel:
         self.hooked = any(
             has_gradient_hooks(owner)
             for module in self.modules.values()
-            for owner in (module, *module.parameters(recurse=False))
+            for owner in (module, *stores(module)[0].values())
+            if owner is not None
         )
 
     def saw_hook(self) -> None:

@@ -14,7 +14,6 @@ from gradflow.functional.reverse.plain_sums import plainly_summed
 from gradflow.functional.run.graph.record import Cut, HostFlows, cuts, graph_record, read_flows
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import Call
-from gradflow.functional.tap.nodes import feeds
 from gradflow.records import GraphRecord
 
 
@@ -104,6 +103,7 @@ def _handed(structure: Structure | None, calls: Sequence[Call], stages: Stages) 
     last = next((call.name for call in reversed(calls) if call.is_layer), "")  # of what carries no gradient
     names = ["" if of is None else calls[max(of)].name if of else last for of in stages.feeding]
     if structure is not None and structure.nodes and stages.reached:
-        for number, (node, _) in zip(stages.reached, feeds(structure.nodes[0]), strict=True):
+        made_of = next(iter(structure.nodes.values()))
+        for number, (node, _) in zip(stages.reached, made_of, strict=True):
             names[number] = "" if node is None else structure.group_of.get(node, "")
     return tuple(names)

@@ -149,7 +149,7 @@ def _merged(
     met = {node for image in images.values() for node in image.values()}
     met |= {node for node, name in alone.items() if name in arrived}
     return _Merged(
-        groups={names[i]: attrs.evolve(union.groups[i], name=names[i]) for i in union.in_order(names)},
+        groups={names[i]: union.groups[i].named(names[i]) for i in union.in_order(names)},
         edges={(names[u], names[v]): None for u, v in union.edges},
         severed=[
             attrs.evolve(cut, source=names[first[cut.source]], target=names[first[cut.target]])
@@ -204,10 +204,10 @@ def graph_record(
 def _edges(merged: _Merged) -> list[EdgeRecord]:
     records = []
     for source, target in merged.edges:
-        flow = np.array([f.edges.get((source, target), NAN) for f in merged.flows])
-        known = flow[~np.isnan(flow)]
-        dead = len(known) > 0 and not known.any()
-        records.append(EdgeRecord(source=source, target=target, flow=flow, severed=dead))
+        flow = [f.edges.get((source, target), NAN) for f in merged.flows]
+        known = [norm for norm in flow if norm == norm]
+        dead = bool(known) and not any(known)
+        records.append(EdgeRecord(source=source, target=target, flow=np.array(flow), severed=dead))
     return records
 
 
@@ -251,7 +251,7 @@ def _node(
         layer=group.module,
         type=group.type,
         shape=group.shape,
-        num_elements=int(np.prod(group.shape, dtype=np.int64)) if group.shape else 0,
+        num_elements=math.prod(group.shape) if group.shape else 0,
         parameters=tuple(group.parameters),
         taken=group.taken,
         order=rank,
