@@ -31,6 +31,9 @@ _MODELS: dict[str, str] = {
         contact13b-graph-complete contact13b-forecast-states contact14a-translation-onepixel
         contact14a-questions-padded contact14a-video-hidden contact14b-quant-inplace contact14b-session-dict
         contact14b-hyper-rate
+        contact15b-speech-targets contact15b-quantisation-calibrating contact15b-recurrent-share
+        contact16a-transformer-onefeature contact16a-detection-samebox contact16b-seq2seq-padstate
+        contact16b-norm-rsqrt contact16b-memory-diverges contact16b-maml-innerrate contact16b-bnn-allplus
     """,
     LOSS: """
         moe-experts-without-tokens rl-log-probabilities-from-the-buffer rl-ratios-all-clipped
@@ -54,6 +57,7 @@ _MODELS: dict[str, str] = {
         contact13b-embedding-coincide contact13b-metric-hardest contact13b-autograd-total
         contact14a-rl-temperature contact14a-experts-unbalanced contact14a-distillation-sum
         contact14a-reid-collapsed contact14b-dpo-beta contact14b-pinn-weight
+        contact16a-distil-loudfeatures contact16a-value-ownsteps
     """,
     DATA: """
         mlp-insurance-claims transformer-loss-mask-all-zero detection-logarithm-of-a-width
@@ -61,6 +65,8 @@ _MODELS: dict[str, str] = {
         contact7a-gan-batchstd contact9a-survival-stays contact12a-animals-keypoints
         contact12b-deepsurv-events contact12b-botnet-norm contact13b-vae-pixels contact14b-sft-truncated
         contact14a-detection-anchors
+        contact15a-lm-truncated contact16a-tabular-gaps contact16b-batchnorm-single
+        contact16b-continual-oneclass
     """,
     CHOICE: """
         cnn-pooled-in-numpy rnn-hard-choice-between-parts detection-peak-by-argmax
@@ -68,6 +74,7 @@ _MODELS: dict[str, str] = {
         contact4a-segmentation-dice_threshold pytorch-1339-argmax-between-modules
         contact5b-dream-sampled-action contact9a-linearattention-anchor contact9a-text-residual
         contact11b-silhouette-order contact14a-registration-nearest
+        contact15b-recommender-bag contact16b-moe-threshold
     """,
 }
 CANNOT = {id: why for why, ids in _MODELS.items() for id in ids.split()}
