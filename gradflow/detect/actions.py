@@ -333,10 +333,12 @@ _CURES: dict[str, Actions] = {
     "pow": ("A power below 1 has an infinite slope at zero: add a small constant to the base.",),
     "acos": ("Clamp the argument to inside (-1, 1), by 1e-7.",),
     "where": ("where() hides a bad branch from the output and not from the gradient: make that branch's "
-    "argument "
-              "safe first.",),
+              "argument safe first.",),
     "mul": ("Infinity times a mask of zero is NaN: select with where() or indexing, or bound what is "
-    "infinite.",),
+            "infinite.",),
+    **dict.fromkeys(("var", "std"), (
+        "The unbiased deviation of one value is zero by zero: hand it two or more, or pass unbiased=False.",
+    )),
 }  # fmt: skip
 
 

@@ -172,7 +172,7 @@ class _Trail:
         for node in on_path[:most]:
             layer = flow.layers[node]
             norm, rms = late(flow.grad[node]), late(layer.output_rms)
-            seen = f"gradient norm {norm:.2e}, output rms {rms:.2e}"
+            seen = f"gradient norm {norm:.2e}, output rms {rms:.2e} at the end"
             if not layer.reached.any():
                 seen = "no path from the loss"
             mark = " (cause)" if node == at else ""
