@@ -84,7 +84,9 @@ def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float)
     if not flow.norms:
         actions.append("Add a norm layer between the layers, or a skip connection round each pair of them.")
         if not (absorber or saturating or gain < 0.3) and per_layer < 0.8:
-            actions.append(f"Or start them so that each hands on what it gets: {initialisation(flow, at)}.")
+            actions.append(
+                f"Or start each so that it hands on what it gets: {initialisation(flow, at)}, and so on."
+            )
     return tuple(actions) or ("Add skip connections round the layers that lose the gradient.",)
 
 

@@ -160,7 +160,10 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
             )
         elif math.isfinite(gain):
             drawn = initialisation(flow, node_name(feeder))
-            actions.append(f"The weights of {feeder}, which feeds it, are large ({gain:.2g}): {drawn}.")
+            actions.append(
+                f"The rows of the weights of {feeder}, which feeds it, have rms {gain:.2g} (0.6 to 1.4 is "
+                f"usual): {drawn}."
+            )
         if activation.op == "squash":
             actions.append(
                 f"What is squashed has rms {entering:.3g}, and its length is one whatever it says: sum "
@@ -174,17 +177,25 @@ def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) ->
             )
         elif flow.wiring.is_last(node_name(activation.layer)):
             # If neither weights nor what enters them are large, the loss asks for what the bounds forbid.
-            usual = gain < 10 and entered < 10
-            actions.insert(
-                0 if usual else len(actions),
-                "It is an output. Where it stands for a probability, leave it out of the model and compute "
-                "the loss on what enters it (BCEWithLogitsLoss, and other losses that apply a sigmoid of "
-                "their own: after two, no score is below a half). Where it bounds a value, keep targets "
-                "inside the bounds.",
-            )
+            began = row_gain(flow, node_name(feeder), at=lambda norms: float(norms[0]))
+            usual = gain < 10 and entered < 10 and not began >= 3
+            actions.insert(0 if usual else len(actions), _of_an_output(activation.op))
         elif not (gain < 3 and entered >= 10):  # large inputs would only be handed on
             actions.append(f"Replace the {activation.op} by ReLU or GELU.")
     return tuple(actions) or ("Scale down what enters it.",)
+
+
+def _of_an_output(op: str) -> str:
+    if op not in ("sigmoid", "softmax"):
+        return (
+            f"The {op} is an output. Where no bound is asked for, end the model without an activation; where "
+            "it bounds a value, keep targets inside the bounds."
+        )
+    return (
+        "It is an output. Where it stands for a probability, leave it out of the model and compute the loss "
+        "on what enters it (BCEWithLogitsLoss, and other losses that apply a sigmoid of their own: after "
+        "two, no score is below a half). Where it bounds a value, keep targets inside the bounds."
+    )
 
 
 def _ends_a_loss(flow: Flow, node: str) -> bool:
