@@ -84,9 +84,7 @@ def vanishing_actions(flow: Flow, node: str, *, absorber: str, per_layer: float)
     if not flow.norms:
         actions.append("Add a norm layer between the layers, or a skip connection round each pair of them.")
         if not (absorber or saturating or gain < 0.3) and per_layer < 0.8:
-            actions.append(
-                f"Or start each so that it hands on what it gets: {initialisation(flow, at)}, and so on."
-            )
+            actions.append(f"Or start each to hand on what it gets: {initialisation(flow, at)}, and so on.")
     return tuple(actions) or ("Add skip connections round the layers that lose the gradient.",)
 
 
@@ -370,8 +368,7 @@ def unstable_actions(flow: Flow, node: str, ratio: float) -> Actions:
 def batch_norm_actions(values: float) -> Actions:
     """For a batch norm over a handful of values."""
     return (
-        f"Use GroupNorm or LayerNorm, which do not depend on the batch, or more than {values:.0f} samples "
-        f"a batch.",
+        f"Use GroupNorm or LayerNorm, free of the batch, or more than {values:.0f} samples a batch.",
         "Or freeze its statistics (eval mode for that layer) when fine-tuning.",
     )
 
