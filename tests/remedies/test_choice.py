@@ -91,7 +91,7 @@ def of(action: str, kind: IssueType = IssueType.UNSTABLE) -> list[str]:
          ["straight-through estimates", "rsample for sample"]),
         ("Use checkpoint(..., use_reentrant=False), or let its input require a gradient.",
          ["inputs that require a gradient"]),
-        ("Use GroupNorm or LayerNorm, which do not depend on the batch, or more than 2 samples a batch.",
+        ("Use GroupNorm or LayerNorm, free of the batch, or more than 2 samples a batch.",
          ["GroupNorm for fc", "batches 8 times as large"]),
         ("Initialise blocks.1.fc.weight like the same weights of the other blocks.",
          ["blocks.1.fc.weight like its siblings"]),
