@@ -26,7 +26,7 @@ GIVEN = {
     "docs/remedies.md": "model, batches, loss_fn, optimizer = given()",
     "docs/policy.md": "import gradflow as gf\nppo = trained()",
     "docs/distributed.md": "import gradflow as gf\nmodel, loader, loss_fn, optimizer = given()\n"
-    "from torch import distributed as dist, nn\n"
+    "import torch\nfrom torch import distributed as dist, nn\n"
     "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
     "from torch.distributed.device_mesh import init_device_mesh\n"
     "from torch.distributed.pipelining import PipelineStage, ScheduleGPipe\n"

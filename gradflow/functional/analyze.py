@@ -91,7 +91,8 @@ def analyze(
         step_fn: what none of these can say: (model, batch, optimizer) → anything, one whole step of your
             loop, from the forward pass to `optimizer.step()`. It is run on each batch, after it was measured,
             with the model's parameters swapped for copies and with a copy of the optimizer, in the form
-            given. Under `analyze_custom` it gets the number of the step in place of a batch.
+            given. Under `analyze_custom` it gets the number of the step in place of a batch, and of a
+            pipeline what was passed as the model: `schedule.step(...)` runs its passes.
         seed: seeds torch, numpy and Python for the run; None goes on from the present states.
         mode: `train` or `eval` switches the model over if it is not in that mode (a model that is keeps
             the modes of its parts); `keep` changes nothing.
@@ -207,7 +208,7 @@ def analyzed(
     """
     stages = Stages.of(model)
     if not stages.alone:
-        return _analyzed_stage(stages, batches, loss_fn, plan)
+        return _analyzed_stage(stages, model, batches, loss_fn, plan)
     check_module(model)
     objective = make_objective(loss_fn)
     source = Source(batches)
@@ -234,7 +235,7 @@ def analyzed(
 
 
 def _analyzed_stage(
-    stages: Stages, batches: Any, loss_fn: Callable[..., Any] | None, plan: Plan
+    stages: Stages, handed: Staged, batches: Any, loss_fn: Callable[..., Any] | None, plan: Plan
 ) -> FlowRecord:
     """Return what a plan shows of a pipeline, called on the process of each of its stages.
 
@@ -273,9 +274,10 @@ def _analyzed_stage(
             return dict(named_tensors(objective.inputs(batch), "input"))
         return stages.named()
 
+    functions = (*_held(loss_fn), *_held(plan.loop.step_fn))
     given = Given(
-        model, _module(loss_fn) if stages.is_last else None, forward, loss_of, inputs_of, _held(loss_fn),
-        own_loss=loss_fn is None or not stages.is_last, stages=stages,
+        model, _module(loss_fn) if stages.is_last else None, forward, loss_of, inputs_of, functions,
+        own_loss=loss_fn is None or not stages.is_last, stages=stages, handed=handed,
     )  # fmt: skip
     with contextlib.closing(source):
         return measure(given, draw, attrs.evolve(_with_standing(plan), num_batches=source.length))

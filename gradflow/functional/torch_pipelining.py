@@ -11,16 +11,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["Stage", "classes_of", "stages_of"]
+__all__ = ["Stage", "classes_of", "kept", "stages_of"]
 
 _PIPELINING = "torch.distributed.pipelining"
 
@@ -71,6 +73,33 @@ def stages_of(thing: Any) -> list[Stage]:
         "loss_fn": getattr(thing, "_loss_fn", None),
     }
     return [attrs.evolve(stage, **more) for stage in found]
+
+
+@contextlib.contextmanager
+def kept(*things: Any) -> Iterator[None]:
+    """Put back what stages and schedules keep of the batches that they run in the context.
+
+    Args:
+        things: stages, schedules, and what is neither.
+    """
+    found = {id(thing): thing for thing in things if not isinstance(thing, nn.Module) and classes_of(thing)}
+    for thing in list(found.values()):
+        inner = (getattr(thing, "_stage", None), *(getattr(thing, "_stages", None) or ()))
+        found |= {id(stage): stage for stage in inner if stage is not None}
+    saved = [(thing, dict(vars(thing))) for thing in found.values()]
+    filled = [
+        (value, copy.copy(value))
+        for _, held in saved for value in held.values() if isinstance(value, (dict, list))
+    ]  # fmt: skip
+    try:
+        yield
+    finally:
+        for thing, held in saved:
+            vars(thing).clear()
+            vars(thing).update(held)
+        for value, before in filled:
+            value.clear()
+            value.update(before) if isinstance(value, dict) else value.extend(before)
 
 
 def _stage(stage: Any) -> Stage:

@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from gradflow.errors import RecordFormatError
+from gradflow.errors import ModelInputError, RecordFormatError
+from gradflow.functional.run.together.beside import module_of
 from gradflow.records import EventRecord, HistoryRecord, from_plain, to_plain
+from gradflow.watching.staged import is_staged, names_of
 
 _HEAD = {"gradflow": "history", "format": HistoryRecord.format_version}
 
@@ -118,6 +120,28 @@ def _with_entry(history: HistoryRecord, entry: Any) -> HistoryRecord:
         return history.with_types(entry["types"])
     if entry != _HEAD:
         raise ValueError("expected names, a step, types, an event or a note")
+    return history
+
+
+def resumed(path: Path, model: Any) -> HistoryRecord:
+    """Return the history in a file, of this very model.
+
+    Raises:
+        ModelInputError: if it is a folder, or the history is another model's.
+        RecordFormatError: if the file is no history.
+    """
+    if path.is_dir():
+        raise ModelInputError(f"path={str(path)!r} is a folder; pass the name of a file in it.")
+    mend(path)
+    history = read_history(path)
+    layers = {name.partition("@")[0] for name in history.types}
+    known = names_of(model)
+    fewest = 1 if is_staged(model) else len(layers) / 2  # the history is of all stages
+    if layers and len(layers & known) < fewest:
+        raise ModelInputError(
+            f"the history in {path} is of a model with layers {', '.join(sorted(layers - known)[:3])}, which "
+            f"{type(module_of(model)).__name__} does not have. Pass another path=, or move that file away."
+        )
     return history
 
 

@@ -24,6 +24,7 @@ from gradflow.functional.recurrent.automatic import AutomaticRecurrence
 from gradflow.functional.recurrent.measurement import Recurrence
 from gradflow.functional.run.run import Plan
 from gradflow.records import Floats, FlowRecord, Issue
+from gradflow.watching.staged import is_staged
 
 _LONG = (AutomaticRecurrence, Recurrence)
 _CARRIED = 0.8  # of what a loss has in excess: samples that have so much together carry it
@@ -35,14 +36,14 @@ class Seen:
     """What a call of the training loop hands over.
 
     Args:
-        model: as it is trained; never changed.
+        model: as it is trained, or a stage of a pipeline; never changed.
         loss_fn: as for `gradflow.diagnose`.
         step: of the training.
         forward_fn: as for `gradflow.observer`.
         processes: the same.
     """
 
-    model: nn.Module
+    model: Any
     loss_fn: Callable[..., Any] | None
     step: int
     forward_fn: Callable[[nn.Module, Any], Any] | None = None
@@ -103,7 +104,9 @@ def closer_look(seen: Seen, batches: Sequence[Any], detectors: Sequence[Detector
 
 def _judged(seen: Seen, batches: list[Any], plan: Plan, detectors: Sequence[Detector]) -> Look:
     forward = seen.forward_fn
-    if forward is None:
+    if is_staged(seen.model) and all(batch is None for batch in batches):
+        record = analyzed(seen.model, None, seen.loss_fn, plan)  # neither its inputs nor its target
+    elif forward is None:
         record = analyzed(seen.model, batches, seen.loss_fn, plan)
     else:
         record = analyzed_custom(seen.model, lambda m, step: forward(m, batches[step]), seen.loss_fn, plan)
@@ -130,6 +133,8 @@ def carriers(seen: Seen, batch: Any) -> str:
 
     Of several processes it is that of the joined batch, in the order of their ranks.
     """
+    if is_staged(seen.model):  # no process has a sample's way to its loss
+        return ""
     losses = _sample_losses(seen, batch)
     line = Line(processes_with(seen.processes, seen.model))
     if not line.alone:

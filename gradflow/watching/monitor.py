@@ -16,40 +16,20 @@ from gradflow.detect.time import TimeDetector
 from gradflow.errors import ModelInputError
 from gradflow.functional.model.optimizers import check_optimizers
 from gradflow.functional.model.supported import check_module
-from gradflow.functional.processes.shards import is_first
+from gradflow.functional.run.together.beside import is_first, module_of
 from gradflow.functional.run.training.options import Loop
 from gradflow.records import HistoryRecord, Issue, IssueSeverity
 from gradflow.report import Report
 from gradflow.watching.inside import LookedStep, PlainStep, Step, scale_of
-from gradflow.watching.log import append, mend, read_history
+from gradflow.watching.log import append, mend, resumed
 from gradflow.watching.look import Seen
 from gradflow.watching.observer import readable, watching
 from gradflow.watching.schedule import loss_ceiling
+from gradflow.watching.staged import check_staged, is_staged
 from gradflow.watching.state import Key, ObserverState, key_of
 
 logger = logging.getLogger("gradflow")
 _INFINITE = math.inf
-
-
-def _resumed(path: Path, model: nn.Module) -> HistoryRecord:
-    """Return the history in a file, of this very model.
-
-    Raises:
-        ModelInputError: if it is a folder, or the history is another model's.
-        RecordFormatError: if the file is no history.
-    """
-    if path.is_dir():
-        raise ModelInputError(f"path={str(path)!r} is a folder; pass the name of a file in it.")
-    mend(path)
-    history = read_history(path)
-    layers = {name.partition("@")[0] for name in history.types}
-    known = {name for name, _ in model.named_modules()}
-    if layers and len(layers & known) < len(layers) / 2:
-        raise ModelInputError(
-            f"the history in {path} is of a model with layers {', '.join(sorted(layers - known)[:3])}, which "
-            f"{type(model).__name__} does not have. Pass another path=, or move that file away."
-        )
-    return history
 
 
 def _check_listener(call: str, function: Any, told: str) -> None:
@@ -69,7 +49,8 @@ class Monitor:
     the same weights with and without it, bit for bit.
 
     Args:
-        model: the model that is trained.
+        model: the model that is trained; on the process of every stage of a pipeline its `PipelineStage`, or
+            the schedule that runs it.
         loss_fn: from its output to a scalar, as for `gradflow.diagnose`.
         optimizer: the optimizer of the loop; only read.
         every: steps between two looks in the long run.
@@ -111,7 +92,7 @@ class Monitor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         loss_fn: Callable[..., Any] | None = None,
         optimizer: Any = None,
         *,
@@ -124,9 +105,10 @@ class Monitor:
         most: int = 512,
         processes: Any = "alone",
     ) -> None:
-        check_module(model)
+        check_staged(model, processes, forward_fn)
+        check_module(module_of(model))
         if optimizer is not None:
-            check_optimizers(Loop(optimizer=optimizer).optimizers, model)
+            check_optimizers(Loop(optimizer=optimizer).optimizers, module_of(model))
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
         self._watch = watching(
             every=every, pipeline=pipeline, in_time=in_time, forward_fn=forward_fn, batches=batches,
@@ -143,7 +125,7 @@ class Monitor:
         self._alerts: list[tuple[IssueSeverity, Callable[[Issue, int], Any]]] = []
         self._alerted: dict[Key, IssueSeverity] = {}
         if self._path is not None and self._path.exists():
-            history = self._written = _resumed(self._path, model)
+            history = self._written = resumed(self._path, model)
             self._take_up(history, int(history.steps[-1]) + 1 if len(history) else 0)
 
     def __call__(self, batch: Any, *, loss: Any = None, step: int | None = None) -> Report | None:
@@ -201,6 +183,8 @@ class Monitor:
     def _go_on(self, state: ObserverState) -> None:
         """Go on with a state, of which two numbers are kept at hand: a call between looks compares these."""
         self._state, self._due, self._limit = state, state.due, self._ceiling(state)
+        if state.ceiling < _INFINITE and is_staged(self.model):
+            self._due = 0  # each call asks whether the last stage has seen a jump
 
     def _is_past(self, step: int) -> bool:
         """Whether a step is before the last look."""
@@ -279,6 +263,7 @@ class Monitor:
                 "monitor.step() was called inside of monitor.step(): all passes of one training step go into "
                 "one context. For several models take a monitor each."
             )
+        check_staged(self.model, self._watch.processes, inside=True)
         now = self._step if step is None else step
         self._step = now + 1
         if now < self._due:
@@ -318,7 +303,7 @@ class Monitor:
     @property
     def is_due(self) -> bool:
         """Whether the next call looks whatever the loss is; before any other its batch is not needed."""
-        return self._step >= self._due
+        return self._step >= self._state.due
 
     def on_look(self, function: Callable[[Report, int], Any]) -> None:
         """Have a function called with the report of every look: a tracker, see `gradflow.integrations`.

@@ -29,6 +29,7 @@ from gradflow.watching.look import (
     quick_look,
 )
 from gradflow.watching.schedule import is_jump, loss_ceiling, next_look
+from gradflow.watching.staged import called, check_staged, is_staged, met
 from gradflow.watching.state import Doubt, Key, ObserverState, Suspicion, key_of
 
 logger = logging.getLogger("gradflow")
@@ -40,7 +41,7 @@ class Update(Protocol):
     def __call__(
         self,
         state: ObserverState,
-        model: nn.Module,
+        model: Any,
         batch: Any,
         loss_fn: Callable[..., Any] | None = None,
         optimizer: Any = None,
@@ -95,6 +96,7 @@ def observer(
         processes: `alone` to look at this process; `auto` or a process group, as for `gradflow.analyze`, to
             look at all of them together, as models that are spread over processes ask for. Then every process
             must watch, and a look is due at the same steps on all: a jump of one process's loss makes none.
+            Only of the stages of a pipeline, whose loss the last one knows, it makes one two steps later.
 
     Returns:
         `init`, which returns the state of a training that was not looked at yet, and `update`.
@@ -178,7 +180,7 @@ class Watch:
     def update(
         self,
         state: ObserverState,
-        model: nn.Module,
+        model: Any,
         batch: Any,
         loss_fn: Callable[..., Any] | None = None,
         optimizer: Any = None,
@@ -188,17 +190,26 @@ class Watch:
     ) -> tuple[ObserverState, Report | None]:
         """Return the state after a step of the training, and a report if it was looked at."""
         value = None if loss is None else readable(loss)
+        between, staged = state, is_staged(model)
+        if staged:
+            check_staged(model, self.processes, self.forward_fn)
+            state = called(state, model, self.processes, step, value)
         jumped = value is not None and self.sees_jumps and is_jump(value, state.ceiling)
         if step < state.due and not jumped:
             return state, None
         seen = Seen(model, loss_fn, step, self.forward_fn, self.processes)
         try:
-            return self._seen(state, seen, batch, jumped)
+            state, report = self._seen(state, seen, batch, jumped)
+            if staged:
+                met(between, model, self.processes)
+            if staged and report is None:  # the step after a look, which has seen the update alone
+                state = called(state, model, self.processes, step, value)
+            return state, report
         except NotRestoredError:
             raise
         except Exception as error:
-            if isinstance(error, GradflowError) and not len(state.history):
-                raise
+            if (staged or isinstance(error, GradflowError)) and not len(state.history):
+                raise  # on all stages, or on none
             return self.failed(state, step, f"{type(error).__name__}: {error}")
 
     def _seen(

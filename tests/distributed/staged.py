@@ -238,14 +238,9 @@ def refused(rank: int, size: int) -> dict[str, str]:
     interleaved = ScheduleInterleaved1F1B(
         [PipelineStage(stages[rank], rank + 2 * i, 4, torch.device("cpu")) for i in range(2)], 4, loss_fn
     )
-    adam = torch.optim.Adam(stages[rank].parameters())
     for name, call in {
         "vjp": lambda: gf.analyze(stage, batches, loss_fn, transform="vjp"),
         "alone": lambda: gf.analyze(stage, batches, loss_fn, processes="alone"),
-        "step_fn": lambda: gf.analyze(stage, batches, loss_fn, optimizer=adam, step_fn=lambda *_: None),
-        "scaler": lambda: gf.analyze(
-            stage, batches, loss_fn, optimizer=adam, scaler=torch.amp.GradScaler("cpu")
-        ),
         "lbfgs": lambda: gf.analyze(
             stage, batches, loss_fn, optimizer=torch.optim.LBFGS(stages[rank].parameters())
         ),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradflow.functional.model.trees import iter_tensors, wide_dtype
 from gradflow.functional.tap.calls import Call
-from gradflow.functional.tap.nodes import feeds, nodes_under
+from gradflow.functional.tap.nodes import feeds, maker, nodes_under
 from gradflow.functional.tap.probes import site_of
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.torch_private import node_number
@@ -53,15 +53,15 @@ class Branches:
     def returned(self, call: Call, output: Any) -> None:
         """Hear that a module call ends."""
         for tensor in iter_tensors(output):
-            if tensor.grad_fn is not None:
-                self._outputs[id(tensor.grad_fn)] = (tensor.grad_fn, call.index)
+            if (node := maker(tensor)) is not None:
+                self._outputs[id(node)] = (node, call.index)
 
     def summed(self, args: tuple[Any, ...], alpha: float = 1.0) -> Branch | None:
         """Return the branch that ends in a sum of `args`, the second times `alpha`, if one does."""
         if len(args) < 2 or not all(_may_be_stream(t) for t in args[:2]) or args[0].shape != args[1].shape:
             return None
         a, b = args[:2]
-        behind_a, behind_b = _calls_behind([a.grad_fn]), _calls_behind([b.grad_fn])
+        behind_a, behind_b = _calls_behind([maker(a)]), _calls_behind([maker(b)])
         if not behind_a or not behind_b:
             return None
         branch, stream, inside, start = (
@@ -69,13 +69,13 @@ class Branches:
             if max(behind_a) > max(behind_b)
             else (b, a, behind_b, max(behind_a))
         )
-        if min(inside) <= start or not _comes_from(branch.grad_fn, stream.grad_fn):
+        if min(inside) <= start or not _comes_from(maker(branch), maker(stream)):
             return None
         wide = wide_dtype(branch.device)
         share = torch.linalg.vector_norm(branch.detach(), dtype=wide)
         share = share / torch.linalg.vector_norm(stream.detach(), dtype=wide)
         share = share * abs(alpha) if branch is b else share / abs(alpha)
-        call = self._call(branch.grad_fn)
+        call = self._call(maker(branch))
         return Branch(call.name, call.type, start, share)
 
     def _call(self, node: Any) -> Call:

@@ -305,6 +305,13 @@ def holders(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     }
 
 
+def held_by(model: nn.Module) -> dict[str, str]:
+    """Return by name of a module its class, if it holds others with parameters, or "", if it is a layer."""
+    modules = dict(model.named_modules())
+    layers = [name for name, m in modules.items() if owns_parameters(m) or not list(m.children())]
+    return {**holders(modules), **dict.fromkeys(layers, "")}
+
+
 def owns_parameters(module: nn.Module) -> bool:
     """Whether a module has parameters of its own, not only those of modules in it."""
     return any(parameter is not None for parameter in stores(module)[0].values())

@@ -167,7 +167,8 @@ _UNSPLIT = (
     "batch that one process can hold."
 )
 _STAGED = (
-    "`analyze` and `diagnose` take it, called on the process of every stage; what was called here does not. "
+    "`analyze`, `diagnose` and the monitor take it, called on the process of every stage; what was called "
+    "here does not. "
     f"{_UNSPLIT}"
 )
 _PIPELINING = "torch.distributed.pipelining"

@@ -274,14 +274,6 @@ def processes_with(asked: Any, *models: nn.Module, stages: int = 1) -> Processes
     return processes_over(Shards.of(*models), asked, stages) or processes_of(models[0], asked)
 
 
-def is_first(asked: Any, model: nn.Module) -> bool:
-    """Whether this process is the first of those that have the same model."""
-    if isinstance(asked, str) and asked == "alone":
-        return True
-    processes = processes_with(asked, model)
-    return not processes.axes or dist.get_rank(processes.group) == 0
-
-
 def processes_over(shards: Shards, asked: Any, stages: int = 1) -> Processes | None:
     """Return the processes over which parameters are spread; None if none are.
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -66,7 +66,9 @@ class Stages:
     _void: bool = False
     _handed: bool = False
     _back: Sequence[Tensor | None] | None = None  # what this stage hands back
+    _back_scale: float = 1.0  # of the loss that this is of
     _loss: float = 0.0  # of the pass, once the next stage has told it
+    _scale: float = 1.0  # of the loss that is what the next one has handed back
     _last: Tensor | None = None  # the loss, of the last stage
     _cotangents: list[Tensor | None] | None = None  # what the next one has handed back
     _messages: Messages = attrs.field(factory=Messages)
@@ -83,8 +85,9 @@ class Stages:
         if found and (len(found) > 1 or processes < found[0].number):
             raise ModelInputError(
                 f"the {type(model).__name__} is of a pipeline of {found[0].number} stages on {processes} "
-                "processes, so that a process has several of them, with others in between. One stage a "
-                "process is taken, as ScheduleGPipe and Schedule1F1B run them. The record is that of the "
+                "processes, so that a process has several of them, with others in between, for which what is "
+                "one pass here would stop on its way forward and back. One stage a process is taken, as "
+                "ScheduleGPipe and Schedule1F1B run them. The record is that of the "
                 f"whole model, however it is cut: for the analysis cut it into {processes}, and pass "
                 f"`PipelineStage(part, rank, {processes}, device)` on every process. {_OR_WHOLE}"
             )
@@ -125,8 +128,7 @@ class Stages:
             held: by name of a module its class, if it holds others, or "", if it is a layer.
         """
         every = dict(self.line.gathered((self.index, dict(held))))
-        layers = [name for of in every.values() for name, kind in of.items() if not kind]
-        alike = len(set(layers)) < len(layers) or "" in layers
+        alike = named_alike(every.values())
         if not alike:
             others = [of for index, of in every.items() if index != self.index]
             self.beside = {name: kind for of in others for name, kind in of.items() if kind}
@@ -178,7 +180,7 @@ class Stages:
             return
         self._runs, self._returns, self._handed, self._void = True, returns, False, False
         self._back = self._cotangents = self._last = None
-        self._loss = 0.0
+        self._loss, self._scale, self._back_scale = 0.0, 1.0, 1.0
         if not self.is_first:
             found = self.receive(-1)
             self._void = found is None
@@ -251,16 +253,30 @@ class Stages:
         if self._cotangents is None:
             found = self.receive(1)
             self._void = found is None
-            tensors, (there, self._loss) = found if found is not None else ([], ([], 0.0))
+            tensors, (there, self._loss, self._scale) = found if found is not None else ([], ([], 0.0, 1.0))
             parts = iter(tensors)
             self._cotangents = [next(parts) if known else None for known in there]
         if self._void:
             raise PassVoid
         return self._cotangents
 
-    def hand_back(self, gradients: Sequence[Tensor | None]) -> None:
-        """Keep the gradients at the inputs, for the stage before, until the pass is over."""
-        self._back = list(gradients)
+    def scaled(self, factor: float) -> list[Tensor]:
+        """Return what the next stage hands back where a path has led, of the loss multiplied by a factor."""
+        known = [cotangent for cotangent in self.cotangents() if cotangent is not None]
+        more = factor / self._scale
+        if more == 1:
+            return known
+        wide = [(g, torch.promote_types(g.dtype, torch.float32)) for g in known]
+        return [(g.to(dtype) * more).to(g.dtype) for g, dtype in wide]
+
+    def hand_back(self, gradients: Sequence[Tensor | None], scale: float = 1.0) -> None:
+        """Keep the gradients at the inputs, for the stage before, until the pass is over.
+
+        Args:
+            gradients: of the loss multiplied by the scale.
+            scale: by which it was multiplied.
+        """
+        self._back, self._back_scale = list(gradients), scale
 
     def end(self, how: int) -> int:
         """End a pass, and return the largest of what the stages say of it.
@@ -283,7 +299,7 @@ class Stages:
                 tensors = [tensor for tensor in back if tensor is not None]
                 there = [tensor is not None for tensor in back] or [False] * len(self.inputs)
                 loss = self._loss if self._last is None else float(self._last)
-                self.send(-1, None if how else tensors, (there, loss))
+                self.send(-1, None if how else tensors, (there, loss, self._back_scale))
         self._runs = False
         return int(self.line.extremes(np.array([float(how)]))[0])
 
@@ -334,6 +350,16 @@ class Stages:
         return self.line.any(flag)
 
 
+def named_alike(every: Iterable[Mapping[str, str]]) -> bool:
+    """Whether layers of two stages have the same name, so that all are told apart by that of their stage.
+
+    Args:
+        every: what each stage has, as `meet` takes it.
+    """
+    layers = [name for of in every for name, kind in of.items() if not kind]
+    return len(set(layers)) < len(layers) or "" in layers
+
+
 ENTRY = "(received)"
 
 
@@ -360,9 +386,9 @@ class HandedOn(torch.autograd.Function):
     def forward(ctx: Any, stages: Stages, loss: float, *outputs: Tensor) -> Tensor:  # type: ignore[override]
         """Return the loss."""
         ctx.stages = stages
-        return outputs[0].new_tensor(loss)
+        return outputs[0].new_tensor(loss, dtype=torch.promote_types(outputs[0].dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Return what the next stage hands back, whatever comes in."""
-        return None, None, *(cotangent for cotangent in ctx.stages.cotangents() if cotangent is not None)
+        """Return what the next stage hands back, of the loss times what comes in."""
+        return None, None, *ctx.stages.scaled(float(gradients[0]))

@@ -81,7 +81,8 @@ def run_plan(
         outcome = shared.outcome
         row = history.read(outcome, look=request.look, parameters_moved=stepper is not None)
         row = attrs.evolve(row, broken=True) if shared.broken else row
-        overflown = request.scale != 1.0 and not row.finite and not outcome.gradients.finite
+        overflown = request.scale != 1.0 and not row.finite
+        overflown = overflown and run.stages.any(not outcome.gradients.finite)
         follow_reach(run, outcome, row, look=request.look)
         if closer is not None:
             closer.look(run, outcome)

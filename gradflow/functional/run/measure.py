@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from gradflow.errors import ModelInputError, NoTrainableParametersError
-from gradflow.functional.model.layers import holders, owns_parameters
+from gradflow.functional.model.closures import reachable
+from gradflow.functional.model.layers import held_by
 from gradflow.functional.model.optimizers import asks_again
 from gradflow.functional.model.purity import preserved, seed_all
 from gradflow.functional.model.state import LazyCopies, loss_prefix
@@ -21,15 +22,17 @@ from gradflow.functional.processes.group import Processes, check_told
 from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.prefixed import Prefixed
 from gradflow.functional.processes.shards import Shards, processes_with
+from gradflow.functional.processes.stages import Stages
 from gradflow.functional.reach.findings import ReachFindings
 from gradflow.functional.run.history import History
 from gradflow.functional.run.loop import run_plan
 from gradflow.functional.run.program import Given, Program, WorkingState
 from gradflow.functional.run.run import Plan, Run
 from gradflow.functional.run.together.facts import Facts, reducer_of
-from gradflow.functional.run.training.stepper import Stepper
+from gradflow.functional.run.training.stepper import Stepper, is_enabled
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.functional.tap.taps import tapped
+from gradflow.functional.torch_pipelining import kept
 from gradflow.functional.torch_private import outside_transforms, transforms
 from gradflow.functional.updates.log import UpdateLog
 from gradflow.records import FlowRecord
@@ -64,10 +67,21 @@ def measure(given: Given, draw: Callable[[int], Any], plan: Plan) -> FlowRecord:
     if stages.alone:
         return _on_processes(given, draw, plan)
     _check_stage(plan)
-    stages.connect(_processes(given, plan))
+    among, step_fn = _processes(given, plan), plan.loop.step_fn
+    if step_fn is not None and (among.batch_axes or distributed(given.model)):
+        raise ModelInputError(
+            f"step_fn was passed, and stage {stages.index} of the pipeline is on several processes that "
+            "average its gradients. A schedule runs DistributedDataParallel and `fully_shard` by itself, by "
+            "what these keep of your own parameters, and would leave them with half an exchange if it ran "
+            "on copies. Say what the step does by optimizer=, clip=, accumulate=, scheduler= and scaler=, on "
+            "all processes."
+        )
+    stages.connect(among)
     check_told(plan.processes, stages.line.processes)
-    with stages.line.opened():
-        if stages.meet(_held_by(given.model)):
+    running = () if step_fn is None else (given.handed, *reachable((step_fn,)))
+    with stages.line.opened(), kept(*running):
+        _check_alike(stages, plan)
+        if stages.meet(held_by(given.model)):
             given = attrs.evolve(given, model=Prefixed(f"stage{stages.index}", given.model))
         return _on_processes(given, draw, plan)
 
@@ -165,13 +179,6 @@ def _fewest(line: Line, plan: Plan) -> int | None:
     return None if np.isinf(fewest) else int(fewest)
 
 
-def _held_by(model: nn.Module) -> dict[str, str]:
-    """Return by name of a module its class, if it holds others with parameters, or "", if it is a layer."""
-    modules = dict(model.named_modules())
-    layers = [name for name, m in modules.items() if owns_parameters(m) or not list(m.children())]
-    return {**holders(modules), **dict.fromkeys(layers, "")}
-
-
 def _check_stage(plan: Plan) -> None:
     """Raise if a plan asks for what is not to be had of the stages of a pipeline.
 
@@ -180,26 +187,51 @@ def _check_stage(plan: Plan) -> None:
     """
     asked = {
         "transform='vjp'": _choose_transform(plan.transform)[0] == "vjp",
-        "step_fn": plan.loop.step_fn is not None,
-        "scaler": plan.loop.scaler is not None,
         "processes='alone'": plan.among == "alone",
         "an optimizer that asks for the loss at other parameters": any(map(asks_again, plan.loop.optimizers)),
     }
     for what in (name for name, given in asked.items() if given):
         raise ModelInputError(
-            f"the model is a stage of a pipeline, and {what} was passed, which is for a model that a process "
-            f"has all of. {_INSTEAD[what.partition('=')[0]]}"
+            f"the model is a stage of a pipeline, and {what} was passed{_INSTEAD[what.partition('=')[0]]}"
         )
 
 
+def _check_alike(stages: Stages, plan: Plan) -> None:
+    """Raise on all processes if they were not told the same of what a loop does to all stages at once.
+
+    Raises:
+        ModelInputError: if they were not.
+    """
+    loop = plan.loop
+    scaler = loop.scaler if is_enabled(loop.scaler) else None
+    told = {
+        "optimizer": "one" if loop.optimizers else None,
+        "clip": loop.clip,
+        "accumulate": loop.accumulate,
+        "a scaler with the scale": None if scaler is None else float(scaler.get_scale()),
+        "step_fn": "one" if loop.step_fn is not None else None,
+    }
+    every = stages.line.agreed(told)
+    for what in told if every is not None else ():
+        found = {rank: said[what] for rank, said in zip(stages.line.ranks, every or (), strict=True)}
+        first = stages.line.ranks[0]
+        for rank in (rank for rank, value in found.items() if value != found[first]):
+            raise ModelInputError(
+                f"{what}: {found[first]} was passed on process {first}, and {found[rank]} on process {rank}, "
+                "but a loop does that to all stages of a pipeline at once. Pass the same on every process, "
+                "for a stage that is frozen an optimizer of its parameters as they are."
+            )
+
+
 _INSTEAD = {
-    "transform": "Pass transform='fused', outside of any transform of torch.func.",
-    "step_fn": "Say what the step does by optimizer=, clip=, accumulate= and scheduler=, on every stage.",
-    "scaler": "Leave it out: gradients are then those of the loss itself, which a scaler's are told as too. "
-    "Whether they overflow under a scale, one process with the whole model tells.",
-    "processes": "Leave it out, and call gradflow on the process of every stage.",
-    "an optimizer that asks for the loss at other parameters": "Leave it out, which holds the parameters "
-    "fixed, or pass one that steps once a batch, such as `torch.optim.SGD`.",
+    "transform": ", by which torch.func differentiates a model as one function of all its parameters, which "
+    "no process has. Pass transform='fused', outside of any transform of torch.func.",
+    "processes": ", which is for a model that a process has all of. Pass processes='auto', and call gradflow "
+    "on the process of every stage.",
+    "an optimizer that asks for the loss at other parameters": ". That of each stage would ask as often as "
+    "it likes, at a point on a line of its own, and a loss takes a pass through all stages at one point. "
+    "Leave it out, which holds the parameters fixed, or pass one that steps once a batch, such as "
+    "`torch.optim.SGD`.",
 }
 
 

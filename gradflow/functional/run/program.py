@@ -45,6 +45,7 @@ class Given:
         own_loss: whether the output holds the loss already, since the model computes it.
         draws_itself: whether `forward` draws its own data, and is handed no batch.
         stages: the way along the stages of a pipeline, if the model is one of them.
+        handed: what a `step_fn` is handed in the place of the model: the stage, or the schedule that runs it.
     """
 
     model: nn.Module
@@ -56,6 +57,7 @@ class Given:
     own_loss: bool = False
     draws_itself: bool = False
     stages: Stages = attrs.field(factory=Stages)
+    handed: Any = None
 
     @property
     def modules(self) -> list[nn.Module]:

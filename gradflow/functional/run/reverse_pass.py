@@ -106,7 +106,7 @@ def reverse_pass(
         check_walkable(structure)
     if program.state.shards.groups:
         found = _exchanged(program, recorder, loss, scale, keep=keep or full)
-        _hand_back(program, [tensor.grad for tensor in entering])
+        _hand_back(program, [tensor.grad for tensor in entering], scale)
         if full and structure is not None:
             return attrs.evolve(
                 found, flows=walked(loss, structure, exact=True, ranks=ranks, kept=program.taps.whole_nodes)
@@ -148,15 +148,15 @@ def reverse_pass(
             gradients = [None if g is None else g / scale for g in gradients]
             outputs = [None if m is None else _unscaled(m, scale) for m in outputs]
     given = {id(tensor): gradient for tensor, gradient in zip(back, handed, strict=True)}
-    _hand_back(program, [given.get(id(tensor)) for tensor in entering])
+    _hand_back(program, [given.get(id(tensor)) for tensor in entering], scale if flows is None else 1.0)
     asked = found[number:] if flows is None else [_kept(flows, site) for site in recorder.sites]
     wholes = _wholes(program, recorder, asked)
     return Gradients(_placed(_by_name(trainable, held, gradients), trainable), outputs, flows, wholes)
 
 
-def _hand_back(program: Program, gradients: Sequence[Tensor | None]) -> None:
+def _hand_back(program: Program, gradients: Sequence[Tensor | None], scale: float = 1.0) -> None:
     """Keep the gradients at what the stage before has handed on, for it, and leave no `.grad` there."""
-    program.given.stages.hand_back(gradients)
+    program.given.stages.hand_back(gradients, scale)
     for tensor in program.given.stages.inputs:
         tensor.grad = None
 

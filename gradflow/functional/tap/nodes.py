@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradflow.functional.tap.probes import is_probe, site_of
 from gradflow.functional.torch_sharded import sees_through
@@ -32,6 +32,11 @@ def _seen_through(edge: tuple[Any, int]) -> tuple[Node | None, int]:
     while sees_through(edge[0]):
         edge = edge[0].next_functions[edge[1]]
     return edge
+
+
+def maker(tensor: Tensor) -> Node | None:
+    """Return the node that made a tensor, identities left out as in `feeds`; None where none did."""
+    return _seen_through((tensor.grad_fn, tensor.output_nr))[0]
 
 
 def converts(node: Node) -> bool:

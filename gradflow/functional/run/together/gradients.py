@@ -54,7 +54,7 @@ def averaged(run: Run, outcome: Outcome) -> Shared:
     shared = _averaged(run, outcome)
     if run.stages.alone:
         return shared
-    broken = shared.broken or bool(_is_broken(outcome))
+    broken = shared.broken or bool(_broken(run, outcome))
     own, mean, found = run.stages.from_last(float(outcome.loss), float(shared.loss), also=float(broken))
     like = shared.loss
     outcome = attrs.evolve(shared.outcome, loss=torch.full_like(like, own))
@@ -67,7 +67,7 @@ def _averaged(run: Run, outcome: Outcome) -> Shared:
         return Shared(outcome, False, outcome.loss)
     wholes = run.wholes.exchanged(gradients.wholes, outcome.recorder, first=not run.history.rows)
     mean = mean_gradients(
-        line, run.program.state.trainable, gradients.kept, outcome.loss, broken=_is_broken(outcome),
+        line, run.program.state.trainable, gradients.kept, outcome.loss, broken=_broken(run, outcome),
         wholes=list(wholes.values()),
     )  # fmt: skip
     run.facts.note_reach(mean.some)
@@ -181,6 +181,12 @@ def _dense(gradient: Tensor | None, parameter: Tensor) -> Tensor:
         return torch.zeros_like(local(parameter), requires_grad=False)
     gradient = local(gradient)
     return gradient.to_dense() if gradient.layout is not torch.strided else gradient
+
+
+def _broken(run: Run, outcome: Outcome) -> Tensor:
+    """Return whether a number of a step is not finite; of a stage also one of its own parameters."""
+    found = _is_broken(outcome)
+    return found if run.stages.alone else found | (not outcome.gradients.finite)
 
 
 def _is_broken(outcome: Outcome) -> Tensor:

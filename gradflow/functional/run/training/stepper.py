@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from gradflow.errors import ModelInputError
 from gradflow.functional.model.optimizers import clip_gradients, copy_training, is_handed_closure, update
+from gradflow.functional.model.trees import summable
 from gradflow.functional.processes.line import Line
+from gradflow.functional.processes.shards import local
+from gradflow.functional.processes.stages import Stages
 from gradflow.functional.reverse.reverse import fused
 from gradflow.functional.run.program import Program
 from gradflow.functional.run.step import Outcome, Request, evaluated
@@ -67,7 +70,7 @@ class Stepper:
             log: hears of every update.
             line: to the other processes.
         """
-        scaler = loop.scaler if _is_enabled(loop.scaler) else None
+        scaler = loop.scaler if is_enabled(loop.scaler) else None
         optimizers, (schedulers, scaler) = copy_training(
             loop.optimizers, (list(loop.schedulers), scaler), model, parameters
         )
@@ -185,7 +188,8 @@ class Stepper:
             if not given.stages.alone:
                 raise ModelInputError(
                     "the optimizer asks for the loss at other parameters, and the model is a stage of a "
-                    "pipeline, which has no loss of its own. Leave the optimizer out."
+                    "pipeline: a loss takes a pass through all stages, and that of each asks as often as it "
+                    "likes. Leave it out, or pass one that steps once a batch, such as `torch.optim.SGD`."
                 )
             with state.swapped():
                 loss, _ = evaluated(given, request)
@@ -201,16 +205,19 @@ class Stepper:
     def _scaled(self, program: Program, gradients: Gradients, loss: Tensor) -> Tensor | None:
         """Step as a loop with a scaler does, which leaves out a step whose gradients are not finite."""
         trainable, scale = program.state.trainable, self.loss_scale
+        stages, optimizers = program.given.stages, self.optimizers
         self.scaler.scale(loss)  # by which it finds its device
         for name, parameter in trainable.items():
             gradient = gradients[name]
             parameter.grad = None if gradient is None else gradient * scale
         try:
-            for optimizer in self.optimizers:
+            if not stages.alone:
+                optimizers = _for_all_stages(optimizers, trainable, stages, loss.device)
+            for optimizer in optimizers:
                 self.scaler.unscale_(optimizer)
             gradients.update({name: p.grad for name, p in trainable.items()})
             share = self._clipped(program, gradients)
-            for optimizer in self.optimizers:
+            for optimizer in optimizers:
                 self.scaler.step(optimizer)
             self.scaler.update()
         finally:
@@ -229,7 +236,7 @@ class Stepper:
         try:
             with state.swapped(), torch.enable_grad(), averaged_backward(self.line, trainable):
                 assert self.loop.step_fn is not None
-                self.loop.step_fn(given.model, batch, optimizers)
+                self.loop.step_fn(given.model if given.handed is None else given.handed, batch, optimizers)
                 state.keep_buffers()
             self._left = {name: p.grad for name, p in trainable.items() if p.grad is not None}
         except Exception as error:
@@ -249,9 +256,31 @@ class Stepper:
                 scheduler.step(float(loss)) if asks else scheduler.step()
 
 
-def _is_enabled(scaler: Any) -> bool:
+def is_enabled(scaler: Any) -> bool:
+    """Whether there is a scaler that scales."""
     asked = getattr(scaler, "is_enabled", None)
     return scaler is not None and (not callable(asked) or bool(asked()))
+
+
+def _for_all_stages(
+    optimizers: Sequence[Any], trainable: Mapping[str, Tensor], stages: Stages, device: torch.device
+) -> list[Any]:
+    """Return the optimizers that a scaler is to step on this stage of a pipeline.
+
+    One loop has one scaler, which leaves a step out on all stages if a gradient of any is not finite. So the
+    scaler of each is shown a number more, of no parameter of theirs, that is not finite then; where it is, no
+    other optimizer is stepped. Those whose parameters got no gradient at all have nothing that it could see.
+    """
+    given = [p.grad for p in trainable.values() if p.grad is not None]
+    broken = stages.any(not all(bool(torch.isfinite(summable(local(g))).all()) for g in given))
+    seen = nn.Parameter(torch.zeros((), device=device, dtype=torch.float32))
+    seen.grad = torch.full_like(seen, math.inf if broken else 0.0)
+    stepped = [] if broken else [o for o in optimizers if _has_gradient(o)]
+    return [torch.optim.SGD([seen]), *stepped]
+
+
+def _has_gradient(optimizer: Any) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _rates(optimizers: Iterable[Any]) -> list[float]:
