@@ -12,6 +12,7 @@ from gradflow.detect.evidence import Shares, early, is_normed, kept_at_least, la
 from gradflow.detect.flow.ends.unheard import flat_scores, heard_below_a_tower, unheard
 from gradflow.detect.flow.forgetting import deep, fading, forgetful
 from gradflow.detect.flow.readings.falls import best_upstream, falls_of, lossy_operation
+from gradflow.detect.flow.readings.weakened import weakened
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import AT_LEVEL, at_level, coped_with, differing, guesses, lowered
 from gradflow.detect.updates.readings import stands_still
@@ -95,6 +96,7 @@ def vanishing(
         found = [*_issues(flow, plain, starved, fed), *forgetful(flow, threshold), *fading(flow, faded)]
         found = found or deep(flow) or _uncured(flow, against, plain, threshold, share, local_share, bypass)
         found = found or _inexcusable(flow, plain, threshold, share, local_share, bypass)
+        found = found or weakened(flow, plain.share)
         found = [lowered(i, AT_LEVEL) for i in found] if at_level(record) else coped_with(record, found)
         return [*found, *(unheard(flow, leverage, share) or flat_scores(flow))]
 
