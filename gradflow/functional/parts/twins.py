@@ -147,7 +147,12 @@ def equal_rows(output: Tensor) -> Rows | None:
 
 
 def is_same(one: Tensor | None, other: Tensor) -> bool:
-    """Whether a tensor is the same one, or another over the same numbers."""
-    if one is None or one.shape != other.shape or one.stride() != other.stride():
-        return False
+    """Whether a tensor is the same one, or another over the same numbers, laid out alike.
+
+    Of subclasses, and of other layouts, that is not asked: they may have no memory to tell by.
+    """
+    if type(one) is not Tensor or type(other) is not Tensor or one.layout is not other.layout:
+        return one is other
+    if one.layout is not torch.strided or one.shape != other.shape or one.stride() != other.stride():
+        return one is other
     return one is other or one.data_ptr() == other.data_ptr()

@@ -25,8 +25,8 @@ class Masked(nn.Linear):
         nn.init.normal_(self.weight, std=math.sqrt(2 / (few if own_size else inputs)))
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.factor * self.weight * self.mask, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.factor * self.weight * self.mask, self.bias)
 
 
 def told(
