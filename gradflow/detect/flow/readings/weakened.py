@@ -41,12 +41,13 @@ def weakened(flow: Flow, arriving: Mapping[str, Floats]) -> list[Issue]:
     if not differing(record.knowledge) <= _ALIKE:
         return []
     kept = {node: _kept(flow, node) for node in arriving if _is_plain(flow, node)}
-    weak = sorted((n for n, part in kept.items() if part < _KEPT), key=lambda n: flow.layers[n].order)
+    weak = sorted((n for n, part in kept.items() if 0 < part < _KEPT), key=lambda n: flow.layers[n].order)
     chain = [n for n in weak if n == weak[-1] or n in flow.wiring.upstream(weak[-1])]
     if len(chain) < _FEWEST:
         return []
     first, last = flow.layers[chain[0]], flow.layers[chain[-1]]
-    signal = max(float(at(last.output_rms) / at(first.input_rms)) for at in (early, late))
+    entering = min(early(first.input_rms), late(first.input_rms))
+    signal = max(early(last.output_rms), late(last.output_rms)) / entering if entering > 0 else math.nan
     gradient = max(float(at(arriving[chain[0]])) for at in (early, late))
     if not (0 < signal <= _FADED and 0 < gradient <= _FADED):
         return []
@@ -84,4 +85,4 @@ def _kept(flow: Flow, node: str) -> float:
     """Return what a layer gives in the first steps over what its weights promise; NaN where not known."""
     layer = flow.layers[node]
     promised = row_gain(flow, node, early) * early(layer.input_rms)
-    return float(early(layer.output_rms) / promised) if promised > 0 else math.nan
+    return early(layer.output_rms) / promised if promised > 0 else math.nan
