@@ -51,6 +51,7 @@ def vanishing(
     A fused plain recurrent layer whose last step alone is read is judged by its recurrent weights, see
     `gradflow.detect.flow.readings.recurrent_weights`. Of a loop of operations over a sequence (a scan, a
     recurrence written out), the gradient is measured along the sequence, at what the loop takes step by step.
+    Of a stack that applies less of its weights than it holds, see `weakened`.
 
     Where one layer accounts for half of the fall along a path, in logarithms, that layer is named, or the
     operation that its input goes through. Where none does, the fall is reported where it shows most, in the
