@@ -105,12 +105,16 @@ class RowsRecord:
         num_rows: rows of a sample.
         num_different: how many of them differ, as a mean over the samples.
         torn_share: part of the gradient, in squares, that cancels between equal rows.
+        since: the layer call from which on these rows are equal, of those that give as many; "" if not known.
+        from_the_start: whether no layer call before that gives as many rows that differ.
     """
 
     layer: str
     num_rows: int
     num_different: float = float_field()
     torn_share: float = float_field()
+    since: str = ""
+    from_the_start: bool = False
 
 
 @attrs.frozen(kw_only=True)

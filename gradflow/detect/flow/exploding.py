@@ -74,7 +74,7 @@ def exploding(
             and 10 leaves room for a spread. The growth along a path counts from `threshold` squared, two such
             layers' worth, below which optimisers and clipping cope.
         dominance: ratio of two heads' gradients from which on the weaker one is as good as absent. At 100 it
-            moves the trunk by a percent.
+            moves the trunk by a percent. Where the run teaches nothing, `off_scale` will do for both.
         off_scale: |loss| / (‖gradient‖ ‖output‖) from which on the stronger head's outputs are far from its
             targets' scale. A regression that starts from zero-mean outputs and targets of the same size has
             about 1 to 5. Squared, from which far targets explain a run that blows up: a few hundred are

@@ -199,7 +199,7 @@ def drifting(flow: Flow, risen: float = 1.5, apart: float = 3.5, gradient_risen:
         return []
     if not late(gradient) >= gradient_risen * max(float(gradient[0]), early(gradient)):
         return []
-    if (calm(record) or knows(record, most=0.5)) and not _follows_itself(flow):
+    if (calm(record) or knows(record, most=0.5)) and not follows_itself(flow):
         return []
     told = (
         f"The loss rises step by step: its last third is {math.exp(rise):.3g} times as high as its first, "
@@ -210,7 +210,7 @@ def drifting(flow: Flow, risen: float = 1.5, apart: float = 3.5, gradient_risen:
     return [attrs.evolve(issue, metrics={**issue.metrics, "series": "loss"})]
 
 
-def _follows_itself(flow: Flow, times: float = 10.0) -> bool:
+def follows_itself(flow: Flow, times: float = 10.0) -> bool:
     """Whether the outputs of a head that is trained have become so many times as large within the run, and
     are held against more of their kind: its module is called again, or a copy without gradient follows."""
     grown = [n for n in heads(flow) if flow.trainable(n) and _times(flow.layers[n].output_rms) >= times]

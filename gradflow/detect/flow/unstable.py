@@ -11,7 +11,14 @@ import numpy as np
 from gradflow.detect.actions import batch_norm_actions, unstable_actions
 from gradflow.detect.evidence import beginnings, late, total_gradient
 from gradflow.detect.flow.ends.misgiven import misgiven_losses
-from gradflow.detect.flow.runaway import blown_up, drifting, layer_of_jump, of_the_run, paid_for_errors
+from gradflow.detect.flow.runaway import (
+    blown_up,
+    drifting,
+    follows_itself,
+    layer_of_jump,
+    of_the_run,
+    paid_for_errors,
+)
 from gradflow.detect.flow.steps import flung, thrown
 from gradflow.detect.knowledge import calm, guesses, has_learned, no_worse
 from gradflow.detect.updates.fast import overshooting, with_rate
@@ -59,7 +66,8 @@ def unstable(
     Looks alike and is not: a fast fall of the loss (only what rises counts); the noise of small batches, a
     factor of a few; a batch that is harder than a nearly solved run is used to (it stays below the start);
     a solved run, next to whose loss every hard sample is a jump (no loss of it comes near what ignorance
-    costs, or none from the jump on is above the first and the run has taught the model what it knows: LOW);
+    costs, or none from the jump on is above the first and the run has taught the model what it knows: LOW;
+    but where targets are the model's own outputs, and run away with them, they tell nothing of that);
     a jump after which the run is no worse off: its loss falls, and comes at no time far above the start, or
     is far below it all the second half (see `no_worse`: LOW);
     a jump of next to nothing, behind an activation that is flat (even then the gradient moves nothing: LOW);
@@ -167,7 +175,7 @@ def _jumps(
     if found.variation < cv_threshold or found.ratio < needed:
         return []
     severity = IssueSeverity.HIGH if found.ratio >= 10 * jump else IssueSeverity.MEDIUM
-    settled = calm(record)
+    settled = calm(record) and not (_rises_at_last(record) and follows_itself(flow))
     below = has_learned(record) and _below_the_start(record, name, found.step)
     unharmed = no_worse(record)
     if settled or below or unharmed or _slope(flow, found.step) <= _LEVEL:
@@ -201,6 +209,12 @@ def _jumps(
             evidence=Evidence(roles=Role.JUMPING if stepped else ()),
         )
     ]  # fmt: skip
+
+
+def _rises_at_last(record: FlowRecord, times: float = 1.5) -> bool:
+    """Whether the loss ends above its start, and its last value of all further still."""
+    losses = record.losses
+    return bool(np.isfinite(losses).all() and losses[-1] > late(losses) >= times * losses[0] > 0)
 
 
 def _slope(flow: Flow, step: int) -> float:

@@ -150,6 +150,9 @@ def copied_rows(torn: float = 0.3) -> Callable[[FlowRecord], Iterable[Issue]]:
     Why this is evidence: what is the same for different inputs has not been told them apart by: no
     position, no features of their own come to it. The loss asks for different answers, which no weights give.
 
+    Where no layer that gives as many rows gives different ones, as with queries that start as copies, the
+    first of these layers is told.
+
     Looks alike and is not: rows of which the inputs are equal too, as repeated tokens are; rows that are to
     get one answer; heads that start at zero, which the first step ends.
 
@@ -166,18 +169,28 @@ def copied_rows(torn: float = 0.3) -> Callable[[FlowRecord], Iterable[Issue]]:
 
 
 def _rows_issue(record: FlowRecord, rows: RowsRecord) -> Issue:
+    start = rows.since if rows.from_the_start and rows.since != rows.layer else ""
+    at = start or rows.layer
+    where = f"the output of {rows.layer}" if start else "its output"
+    since = f" They are equal from {start} on, the first layer that gives as many." if start else ""
     return Issue(
-        layer=rows.layer,
-        layer_type=type_of(record, rows.layer.partition("@")[0]),
+        layer=at,
+        layer_type=type_of(record, at.partition("@")[0]),
         issue_type=IssueType.BOTTLENECK,
         severity=IssueSeverity.MEDIUM,
-        description=f"Of the {rows.num_rows} rows of a sample only {rows.num_different:.3g} differ in its "
-        f"output, but for rounding, though what enters the model differs in all. The loss pulls equal rows "
-        f"apart: {rows.torn_share:.0%} of its gradient cancels between them, and no weights can follow it.",
+        description=f"Of the {rows.num_rows} rows of a sample only {rows.num_different:.3g} differ in "
+        f"{where}, but for rounding, though what enters the model differs in all.{since} The loss "
+        f"pulls equal rows apart: {rows.torn_share:.0%} of its gradient cancels between them, and no "
+        "weights can follow it.",
         magnitude=rows.num_different / rows.num_rows,
         recommended_actions=(
-            f"Give what comes to {rows.layer or 'the last layer'} what tells the rows apart: their own "
+            f"Give what comes to {at or 'the last layer'} what tells the rows apart: their own "
             "features (a skip connection from the encoder), a position, queries that are drawn, not zeros.",
         ),
-        metrics={"rows": rows.num_rows, "different": rows.num_different, "torn": rows.torn_share},
+        metrics={
+            "last": rows.layer,
+            "rows": rows.num_rows,
+            "different": rows.num_different,
+            "torn": rows.torn_share,
+        },
     )

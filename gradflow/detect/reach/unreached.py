@@ -14,6 +14,7 @@ import attrs
 
 from gradflow.detect.reach.bounds import at_bounds, off_for_all
 from gradflow.detect.reach.cancelled import EQUAL_CALLS, EQUAL_OUTPUTS, OF_CALLS, last_to_cancel
+from gradflow.detect.reach.classes import OTHER_ACTIONS, OTHER_CLASSES, left_of_classes
 from gradflow.detect.reach.factors import OWN, forgetful, is_locked, is_silent_operation, is_state
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
@@ -190,6 +191,9 @@ def _cut(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         why = "nothing that leads to the loss uses it"
     elif part.share < _PART or (part.op in _TAKES and not _makes_features(flow, part)):
         return None
+    elif left := left_of_classes(flow, part, _TAKES):
+        why = OTHER_CLASSES.format(left=left)
+        return _issue(flow, part, IssueSeverity.LOW, why, OTHER_ACTIONS, Role.CUT)
     else:
         severity = IssueSeverity.HIGH
         where = f" at {part.at}" if part.at else ""

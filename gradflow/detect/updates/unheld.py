@@ -15,7 +15,7 @@ from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType, Parame
 
 _HEARD = 1e-3  # of the usual gradient of a number that is held: what gets less is asked for nothing
 _ANSWERS = (
-    " It is what the loss sets against the targets: it stays as it was drawn, and all that is held before"
+    " That is what the loss sets against the targets: it stays as it was drawn, and all that is held before"
     " it can but bend to that."
 )
 _BESIDE = (
@@ -34,9 +34,9 @@ def unheld_parameters() -> Callable[[FlowRecord], Iterable[Issue]]:
     that no module has, it was built before a part of the model was replaced: a new head, a converted layer.
     So it is HIGH then. Of parts of one stack (`blocks.0`, `blocks.1`, ...) it is MEDIUM for one behind a part
     that is held: whoever trains a part of a stack trains its end. And for the one layer of several outputs
-    that the loss sets against each sample's own target (class prototypes, a classifier), where all before it
-    is held and the model did not come knowing: its rows stay as random as they started, and the rest is bent
-    to them.
+    that the loss sets against each sample's own target (class prototypes, a classifier), or all of several
+    heads beside one another, where all before them is held and the model did not come knowing: their rows
+    stay as random as they started, and the rest is bent to them.
 
     Where every layer is held whole, or not at all and has no matrix, and what is left are parameters that
     modules own beside the layers inside them (weights of a fusion, gains, a table of positions), the
@@ -132,17 +132,33 @@ def _holds_inside(record: FlowRecord, parameter: ParameterRecord) -> bool:
 
 
 def _gives_the_answers(record: FlowRecord, left: Sequence[ParameterRecord]) -> bool:
-    """Whether all that is left out is the one layer that gives the answers, and knows nothing of them."""
-    (owner, *others) = {p.layer for p in left}
-    matrices = [p for p in left if len(p.shape) == 2]
-    held = [p for p in record.parameters if p.trainable and p.optimized]
-    if others or not held or not any(min(p.shape) >= 2 for p in matrices) or came_knowing(record):
+    """Whether all that is left out are the layers that give the answers, and they know nothing of them.
+
+    One layer that stands at the end; or several ends, whose layers before them, if any, serve no other end: a
+    trunk that they share may be another player's, or a network that only measures.
+    """
+    owners = {p.layer for p in left}
+    held = {p.name for p in record.parameters if p.trainable and p.optimized}
+    if not held or came_knowing(record):
         return False
     flow = flow_of(record)
-    ends = [node for node in last_layers(flow) if flow.layers[node].module == owner]
-    before = {owned.name for n in ends for b in flow.wiring.upstream(n) & flow.layers.keys()
-              for owned in flow.parameters_of(b)}  # fmt: skip
-    return bool(ends) and before >= {p.name for p in held} and _has_targets(record)
+    ends = [node for node in last_layers(flow) if flow.layers[node].module in owners]
+    answers = {flow.layers[node].module for node in ends}
+    if not any(p.layer in answers and _is_wide(p) for p in left):  # a judge gives one number
+        return False
+    before = {n: [b for b in flow.wiring.upstream(n) if b in flow.layers] for n in ends}
+    feeds = {owned.name for each in before.values() for b in each for owned in flow.parameters_of(b)}
+    own = {n: {flow.layers[b].module for b in (n, *each)} & owners for n, each in before.items()}
+    shared = sum(map(len, own.values())) > len(set().union(*own.values()))
+    if shared or set().union(*own.values()) < owners or (len(ends) == 1 and len(owners) > 1):
+        return False
+    return feeds >= held and _has_targets(record)
+
+
+def _is_wide(parameter: ParameterRecord) -> bool:
+    """Whether a parameter is a matrix that makes several numbers of several."""
+    shape = parameter.shape
+    return len(shape) >= 2 and min(shape[0], math.prod(shape[1:])) >= 2
 
 
 def _has_targets(record: FlowRecord) -> bool:

@@ -19,7 +19,7 @@ from gradflow.functional.parts.draws import Draws
 from gradflow.functional.parts.ends import Ends
 from gradflow.functional.parts.quotients import Quotients
 from gradflow.functional.parts.turns import Turns
-from gradflow.functional.parts.twins import Rows, Twins, apart, equal_rows, twins
+from gradflow.functional.parts.twins import SAME, Rows, Twins, apart, equal_rows, is_same, twins
 from gradflow.functional.parts.weights import as_drawn, epsilon_of, is_fused, thirds, variance
 from gradflow.functional.processes.shards import is_distributed
 from gradflow.functional.tap.calls import Call, type_name, version
@@ -112,6 +112,7 @@ class PartsSession(Session):
         self._given: tuple[Any, ...] = ()
         self._last: tuple[str, Tensor] | None = None
         self._torn: tuple[str, Tensor] | None = None
+        self._lost: dict[str, Tensor] = {}  # by layer call, what differs there between rows that end equal
         self._numbers: dict[tuple[str, str], Tensor] = {}
         self._entering: dict[int, tuple[Tensor, int]] = {}
         self._suspects: list[tuple[str, Tensor, Twins]] = []
@@ -168,8 +169,10 @@ class PartsSession(Session):
         y = _first(output)
         if y is not None and y.dim() == 3 and call.is_layer and _is_plain(self._modules.get(call.module)):
             self._last = (call.name, y)
-        elif call.is_layer:
-            self._last = None
+        elif call.is_layer and not (self._last is not None and is_same(y, self._last[1])):
+            self._last = None  # a layer that holds parts may hand on what the last of them gives
+        if self._kinds is not None and y is not None and call.is_layer and self._kinds.fits(y):
+            self._lost[call.name] = self._kinds.lost(y.detach())
         if x is None or y is None or x.shape != y.shape or version(x) != before:
             return
         if not self._steps:
@@ -235,7 +238,8 @@ class PartsSession(Session):
         """Read the numbers of the step, and let go of its tensors."""
         self._steps.append(self._step)
         if self._torn is not None and self._kinds is not None:
-            self._rows = [_rows_record(self._kinds, *self._torn)]
+            lost = dict(zip(self._lost, _read([x[None] for x in self._lost.values()]), strict=True))
+            self._rows = [_rows_record(self._kinds, *self._torn, {name: x[0] for name, x in lost.items()})]
         for (name, parameter, found), distance in zip(self._suspects, self._apart, strict=False):
             number = parameter.shape[found.axis]
             self._twins.append(
@@ -330,9 +334,15 @@ def _differ(given: Any, shape: Sequence[int]) -> bool:
     return len(flat) == len(rows) and all(equal_rows(t) is None for t in flat)
 
 
-def _rows_record(kinds: Rows, layer: str, torn: Tensor) -> RowsRecord:
+def _rows_record(kinds: Rows, layer: str, torn: Tensor, lost: Mapping[str, float]) -> RowsRecord:
     number, different = kinds.shape[1], kinds.num_kinds / kinds.shape[0]
-    return RowsRecord(layer=layer, num_rows=number, num_different=different, torn_share=float(torn))
+    names = list(lost)  # in the order of their calls
+    differ = [i for i, name in enumerate(names) if lost[name] > SAME]
+    since = names[max(differ, default=-1) + 1 :]
+    return RowsRecord(
+        layer=layer, num_rows=number, num_different=different, torn_share=float(torn),
+        since=since[0] if since else "", from_the_start=bool(since) and not differ,
+    )  # fmt: skip
 
 
 def _first(value: Any) -> Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _PEEK = 8  # elements that rows are compared by at first
+SAME = 1e-8  # of the squares of rows: what differs by no more is rounding
 _ROUNDING = 1e-5  # of the root mean square, to which rows of an output are compared
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -118,10 +119,14 @@ class Rows:
         1 − (Σ over kinds ‖Σ g‖² / n) / Σ ‖g‖²: 0 where equal rows are pulled alike, 1 where pulled apart. NaN
         where the rows of one kind are not equal in this output. Nothing is read from the device.
         """
-        apart = self._lost(output.detach())
-        return torch.where(apart <= 1e-8, self._lost(gradient), torch.nan)
+        apart = self.lost(output.detach())
+        return torch.where(apart <= SAME, self.lost(gradient), torch.nan)
 
-    def _lost(self, values: Tensor) -> Tensor:
+    def fits(self, output: Tensor) -> bool:
+        """Whether an output has the same samples and rows, of features of its own."""
+        return output.dim() == 3 and output.shape[:2] == self.shape[:2]
+
+    def lost(self, values: Tensor) -> Tensor:
         """Return the part of the squares that is lost in the means over rows of one kind."""
         rows = values.flatten(0, 1).float()
         count = rows.new_zeros(self.num_kinds).index_add_(0, self.label, rows.new_ones(len(rows)))
@@ -139,3 +144,15 @@ def equal_rows(output: Tensor) -> Rows | None:
     sample = torch.arange(len(output), device=codes.device).repeat_interleave(output.shape[1])
     kinds, label = torch.unique(torch.stack([sample, codes], 1), dim=0, return_inverse=True)
     return Rows(tuple(output.shape), label, len(kinds)) if 2 * len(kinds) <= len(codes) else None
+
+
+def is_same(one: Tensor | None, other: Tensor) -> bool:
+    """Whether a tensor is the same one, or another over the same numbers, laid out alike.
+
+    Of subclasses, and of other layouts, that is not asked: they may have no memory to tell by.
+    """
+    if type(one) is not Tensor or type(other) is not Tensor or one.layout is not other.layout:
+        return one is other
+    if one.layout is not torch.strided or one.shape != other.shape or one.stride() != other.stride():
+        return one is other
+    return one is other or one.data_ptr() == other.data_ptr()

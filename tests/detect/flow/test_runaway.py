@@ -210,6 +210,35 @@ def test_a_critic_that_runs_after_its_own_values(
     assert bool(found) is sick
 
 
+class Ahead(nn.Module):
+    """Values, and those at the next state by the same net or by a copy that was noted before."""
+
+    def __init__(self, own: bool, squash: type[nn.Module]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(6, 32), squash(), nn.Linear(32, 32), squash(), nn.Linear(32, 1)
+        )  # fmt: skip
+        self.noted = None if own else copy.deepcopy(self.net).requires_grad_(False)
+
+    def forward(self, now: Tensor, then: Tensor) -> tuple[Tensor, Tensor]:
+        return self.net(now), (self.noted or self.net)(then).detach()
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(("squash", "rate"), [(nn.GELU, 0.02), (nn.ReLU, 0.01)])
+def test_a_jump_at_the_end_of_values_that_run_away(own: bool, squash: type[nn.Module], rate: float) -> None:
+    """What its targets cost others by then has run away too, and tells of no model that came knowing."""
+    torch.manual_seed(0)
+    model, turn = Ahead(own, squash), torch.linalg.qr(torch.randn(6, 6))[0]
+
+    def batch() -> tuple[tuple[Tensor, Tensor], Tensor]:
+        x = torch.randn(64, 6)
+        return (x, 2 * x @ (0.9 * torch.eye(6) + 0.1 * turn)), 1 + x[:, :1].abs()
+
+    loss = lambda out, gain: F.mse_loss(out[0], gain + 0.99 * out[1])  # noqa: E731
+    assert bool(unstable(model, batch, loss, torch.optim.SGD(model.net.parameters(), rate))) is own
+
+
 # ------------------------------------------------------------------------- what comes with it
 
 

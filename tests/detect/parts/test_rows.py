@@ -102,3 +102,40 @@ def test_what_cancels_between_equal_rows() -> None:
     assert rows.torn_share == pytest.approx(1 - kept / float(pull.square().sum()))
     assert rows == RowsRecord(layer="", num_rows=2, num_different=1.0, torn_share=rows.torn_share)
     assert FlowRecord.from_json(record.to_json()).parts.rows == record.parts.rows
+
+
+class Slots(nn.Module):
+    """Queries that the model itself owns look into a sequence, and each gives a box."""
+
+    def __init__(self, clones: bool, norm: bool, anchors: bool = False) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 1 if clones else 4, 16))
+        self.anchors = nn.Parameter(torch.randn(1, 4, 2)) if anchors else None
+        self.keys, self.values = nn.Linear(3, 16), nn.Linear(3, 16)
+        self.norm = nn.LayerNorm(16) if norm else nn.Identity()
+        self.mix, self.box = nn.Linear(16, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.norm(self.query.expand(len(x), 4, -1))
+        seen = (query @ self.keys(x).mT / 4).softmax(-1) @ self.values(x)
+        boxes = self.box(torch.relu(self.mix(query + seen)))
+        return boxes if self.anchors is None else boxes + self.anchors
+
+
+def found_in(model: Slots, wanted: Tensor) -> list[str]:
+    record = record_of(model, lambda: (torch.randn(16, 10, 3), wanted.expand(16, 4, 2)))
+    return [i.layer for i in gf.detect(record, copied_rows())]
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_queries_that_are_copies_are_told_where_they_come_in(norm: bool) -> None:
+    torch.manual_seed(0)
+    wanted = torch.randn(4, 2)
+    assert found_in(Slots(clones=True, norm=norm), wanted) == ["norm"]
+    assert found_in(Slots(clones=False, norm=norm), wanted) == []
+
+
+def test_slots_that_something_behind_the_last_layer_or_nothing_tells_apart() -> None:
+    torch.manual_seed(0)
+    assert found_in(Slots(clones=True, norm=True, anchors=True), torch.randn(4, 2)) == []
+    assert found_in(Slots(clones=True, norm=True), torch.randn(1, 2)) == []

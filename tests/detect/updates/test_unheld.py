@@ -196,3 +196,58 @@ def test_what_is_written_to_and_what_gets_next_to_no_gradient_is_a_remark() -> N
     held = [p for n, p in model.named_parameters() if n not in ("mean", "shift")]
     (issue,) = told(model, torch.optim.Adam(held))
     assert issue.severity is gf.IssueSeverity.LOW
+
+
+class Heads(nn.Module):
+    """A body and two heads beside one another, with or without a trunk of their own."""
+
+    def __init__(self, trunk: bool = False, wide: tuple[int, int] = (4, 3)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(8, 32), nn.ReLU())
+        self.trunk = nn.Sequential(nn.Linear(32, 32), nn.ReLU()) if trunk else nn.Identity()
+        self.kind, self.box = (nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, n)) for n in wide)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.trunk(self.body(x))
+        return self.kind(x), self.box(x)
+
+
+def both(outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+    """The cross entropy of one head, and the distance of the other one's outputs."""
+    wanted = nn.functional.one_hot(target, 4)[:, : outputs[1].shape[1]].float()
+    return LOSS(outputs[0], target) + nn.functional.mse_loss(outputs[1], wanted)
+
+
+def of_heads(model: Heads, *held: str) -> list[gf.Issue]:
+    kept = [p for n, p in model.named_parameters() if n.startswith(held)]
+    found = gf.diagnose(model, batches(), both, optimizer=torch.optim.Adam(kept, 1e-2))
+    return [i for i in found.issues if "elements" in i.metrics]
+
+
+def test_all_of_several_heads_are_left_out() -> None:
+    (issue,) = of_heads(Heads(), "body")
+    assert (issue.layer, issue.severity) == ("kind.0", gf.IssueSeverity.MEDIUM)
+    assert "it stays as it was drawn" in issue.description
+    assert of_heads(Heads(), "body", "kind", "box") == []
+
+
+@pytest.mark.parametrize(
+    ("trunk", "held"),
+    [
+        (True, ("body",)),  # another player, or what only measures
+        (False, ("body", "kind")),
+        (False, ("kind", "box")),
+    ],
+)
+def test_heads_of_which_something_else_may_have_charge(trunk: bool, held: tuple[str, ...]) -> None:
+    (issue,) = of_heads(Heads(trunk), *held)
+    assert issue.severity is gf.IssueSeverity.LOW
+
+
+def test_two_judges_of_what_the_body_makes() -> None:
+    model = Heads(wide=(1, 1))
+    adam = torch.optim.Adam(model.body.parameters())
+    found = gf.diagnose(model, batches(), lambda y, _: -torch.minimum(*y).mean(), optimizer=adam)
+    (issue,) = (i for i in found.issues if "elements" in i.metrics)
+    assert issue.severity is gf.IssueSeverity.LOW

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gradflow as gf
-from gradflow.functional.parts.twins import apart, twins
+from gradflow.functional.parts.twins import apart, equal_rows, is_same, twins
 
 
 def different(rows: Tensor) -> int:
@@ -76,3 +76,57 @@ def test_a_run_tells_whether_the_gradient_is_the_same() -> None:
     assert set(found) == {("0.weight", 0), ("0.weight", 1), ("2.weight", 0), ("2.weight", 1)}
     assert found["0.weight", 0].gradient_apart < 1e-6
     assert found["2.weight", 0].gradient_apart > 1e-2  # the head tells its units apart
+
+
+def test_a_tensor_over_the_same_numbers_is_the_same() -> None:
+    x = torch.arange(6.0).view(2, 3)
+    assert is_same(x, x)
+    assert is_same(x.view_as(x), x)
+    assert not is_same(x.clone(), x)
+    assert not is_same(x.view(3, 2), x)
+    assert not is_same(x.to_sparse(), x)
+    assert not is_same(None, x)
+
+
+def test_what_rows_of_one_kind_lose_in_their_mean() -> None:
+    torch.manual_seed(0)
+    kinds = torch.tensor([[0, 0, 1], [2, 3, 3]])
+    rows = equal_rows(torch.randn(4, 5)[kinds] + torch.zeros(2, 3, 5))
+    assert rows is None  # four of six differ
+    kinds = torch.tensor([[0, 0, 0, 1], [2, 3, 3, 3]])
+    rows = equal_rows(torch.randn(4, 5)[kinds])
+    assert rows is not None
+    values = torch.randn(2, 4, 7)
+    lost = torch.zeros(())
+    for kind in range(4):
+        of_kind = values[kinds == kind]
+        lost += (of_kind - of_kind.mean(0)).square().sum()
+    assert rows.fits(values)
+    assert not rows.fits(values[:, :3])
+    assert float(rows.lost(values)) == pytest.approx(float(lost / values.square().sum()), rel=1e-5)
+
+
+class Decoder(nn.Module):
+    """Slots that enter alike or apart, and pass two layers; the model owns their table itself."""
+
+    def __init__(self, *, blind: bool) -> None:
+        super().__init__()
+        self.table, self.blind = nn.Parameter(torch.randn(1, 4, 8)), blind
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        slots = self.table + x[:, :1]
+        if not self.blind:
+            return self.last(self.first(slots[:, :1].expand(-1, 4, -1)))
+        return self.last(self.first(slots).mean(1, keepdim=True).expand(-1, 4, -1))
+
+
+@pytest.mark.parametrize(("blind", "since", "start"), [(False, "first", True), (True, "last", False)])
+def test_the_layer_from_which_on_rows_are_equal(blind: bool, since: str, start: bool) -> None:
+    torch.manual_seed(0)
+    model, wanted = Decoder(blind=blind), torch.randn(16, 4, 2)
+    adam = torch.optim.Adam(model.parameters(), 1e-3)
+    batch = lambda: torch.randn(16, 9, 8)  # noqa: E731
+    record = gf.analyze(model, batch, lambda y: (y - wanted).square().mean(), steps=4, optimizer=adam)
+    (rows,) = record.parts.rows
+    assert (rows.layer, rows.since, rows.from_the_start) == ("last", since, start)

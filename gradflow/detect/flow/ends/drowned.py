@@ -36,17 +36,17 @@ def drowned_terms(flow: Flow, times: float = 1e4) -> list[Issue]:
     """
     if knows(flow.record):
         return []
-    measures = {node: _measures(flow, node) for node in heads(flow)}
-    strong = max(measures, key=lambda n: (float(np.nan_to_num(measures[n][0])), n), default="")
+    found = {node: measures(flow, node) for node in heads(flow)}
+    strong = max(found, key=lambda n: (float(np.nan_to_num(found[n][0])), n), default="")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratios = {n: float((measures[strong] / measures[n]).min()) for n in measures if n != strong}
+        ratios = {n: float((found[strong] / found[n]).min()) for n in found if n != strong}
     weak = sorted((n for n, ratio in ratios.items() if times <= ratio < math.inf), key=lambda n: -ratios[n])
     joined = _joined(flow, strong) if weak else set[str]()
     apart = [n for n in weak if n not in joined][:_MOST]
-    found = [n for n in apart if _trained(flow, n) & _trained(flow, strong)]
-    if found and any(flow.wiring.nodes[n].type.endswith("_backward") for n in joined):
-        return [_residual_issue(flow, strong, found[0], ratios[found[0]])]
-    return [_issue(flow, n, strong, ratios[n]) for n in found]
+    drowned = [n for n in apart if _trained(flow, n) & _trained(flow, strong)]
+    if drowned and any(flow.wiring.nodes[n].type.endswith("_backward") for n in joined):
+        return [_residual_issue(flow, strong, drowned[0], ratios[drowned[0]])]
+    return [_issue(flow, n, strong, ratios[n]) for n in drowned]
 
 
 def alike_outputs(flow: Flow, apart: float = 0.03) -> list[Issue]:
@@ -249,7 +249,7 @@ def _drowned_input(flow: Flow, node: str, times: float) -> Issue:
     )
 
 
-def _measures(flow: Flow, node: str) -> Floats:
+def measures(flow: Flow, node: str) -> Floats:
     """Return the three measures of a head, in the first step with a gradient and over the run."""
     layer, grad = flow.layers[node], flow.grad[node]
     number = np.maximum(layer.num_elements, 1)

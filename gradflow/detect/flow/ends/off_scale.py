@@ -8,8 +8,9 @@ import numpy as np
 
 from gradflow.detect.actions import dominance_actions, far_actions
 from gradflow.detect.evidence import activations_of, early, heads, loss_fell, middle, total_gradient
+from gradflow.detect.flow.ends.drowned import measures
 from gradflow.detect.flow.ends.loud import off_scale_of
-from gradflow.detect.knowledge import guesses
+from gradflow.detect.knowledge import falls, guesses
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
 from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, Role
@@ -17,6 +18,11 @@ from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, Role
 
 def dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Issue]:
     """A head that alone steers the layers that it shares with others, since its targets are far off.
+
+    Where the run teaches the model nothing, less will do: each measure of its gradient (see `drowned_terms`)
+    that is as many times the next one's as its outputs are to be from their targets' scale (MEDIUM). Alike
+    and not: a term of a small weight beside one whose outputs are of the scale of its targets; far targets
+    that the steps come up to.
 
     Args:
         flow: the record along its wiring.
@@ -45,14 +51,18 @@ def dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Iss
     ratio = strength[strongest] / strength[rival]
     layer = flow.layers[strongest]
     off = early(off_scale_of(flow, strongest))
-    if not (ratio >= dominance and off >= off_scale):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        least = float((measures(flow, strongest) / measures(flow, rival)).min())
+    stands = guesses(flow.record) and not falls(flow.record) and least >= off_scale
+    if not ((ratio >= dominance or stands) and off >= off_scale):
         return []
+    severity = IssueSeverity.HIGH if ratio >= dominance else IssueSeverity.MEDIUM
     return [
         Issue(
             layer=layer.name,
             layer_type=layer.type,
             issue_type=IssueType.EXPLODING,
-            severity=IssueSeverity.HIGH,
+            severity=severity,
             description=f"Its gradient is {ratio:.3g} times that of {rival}, with which it shares layers, "
             "so it alone steers them; its outputs are far from the scale of its targets (loss over gradient "
             f"times output: {off:.3g}).",
