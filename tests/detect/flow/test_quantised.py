@@ -86,6 +86,18 @@ class Timed(nn.Module):
         return x + self.time(self.lift(at).relu())
 
 
+class Picked(nn.Module):
+    """The first position of every sample, which is the same for all."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lift, self.mark = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        marked = torch.stack([torch.ones_like(x), x], 1)
+        return x + self.mark(self.lift(marked)[:, 0])
+
+
 def told(block: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], rate: float = 3e-3) -> list[str]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), block, nn.Linear(16, 3))
@@ -115,6 +127,7 @@ def test_what_is_rounded_to_a_constant(loss: Callable[[Tensor, Tensor], Tensor],
         Block(16, nn.Sigmoid()),
         Gate(16),
         Timed(16),
+        Picked(16),
         nn.Identity(),
     ],
 )

@@ -23,7 +23,8 @@ def quantised_away(flow: Flow, alike: float = 1e-3, varied: float = 0.1) -> list
 
     Alike and not: weights that are next to zero beside a bias; outputs of zero, which is `dead`'s; a constant
     that enters (a time for the whole batch, a table of queries); gates that are all open, which are
-    multiplied by what varies; a single row; a part that comes to it only in the run.
+    multiplied by what varies; a single row, or rows that are picked (one token for all); recurrent layers,
+    which forget for reasons of their own; a part that comes to it only in the run.
 
     Args:
         flow: the record along its wiring.
@@ -34,7 +35,8 @@ def quantised_away(flow: Flow, alike: float = 1e-3, varied: float = 0.1) -> list
     for node, layer in flow.layers.items():
         gain = row_gain(flow, node, at=lambda norms: float(norms[0])) if flow.has_matrix(node) else math.nan
         made = gain * float(layer.input_rms[0]) if len(layer.input_rms) else math.nan
-        if layer.composite or not _is_constant(flow, node, alike) or not made >= 0.1 * layer.output_rms[0]:
+        plain = not layer.composite and sum(len(p.shape) > 1 for p in flow.parameters_of(node)) == 1
+        if not plain or not _is_constant(flow, node, alike) or not made >= 0.1 * layer.output_rms[0]:
             continue
         place = _place(flow, node, alike, varied)
         if place is not None:
@@ -61,6 +63,8 @@ def _place(flow: Flow, node: str, alike: float, varied: float) -> str | None:
         feeding = [n for n in flow.wiring.before(here) if n in flow.layers and not flow.layers[n].composite]
         if not feeding:
             return None
+        if any(_rows(flow, n) != _rows(flow, here) for n in feeding):  # some are picked: a token for all
+            return None
         if all(_varies(flow, n, varied) for n in feeding):
             return here if here != node else feeding[-1]
         if len(feeding) > 1 or not _is_constant(flow, feeding[0], alike):
@@ -69,6 +73,12 @@ def _place(flow: Flow, node: str, alike: float, varied: float) -> str | None:
         if flow.has_matrix(here):  # told from there
             return None
     return None
+
+
+def _rows(flow: Flow, node: str) -> tuple[int, ...]:
+    """The shape of a layer's output without its features."""
+    shape = flow.layers[node].shape
+    return shape[:1] + shape[2:] if len(shape) > 3 else shape[:-1]
 
 
 def _varies(flow: Flow, node: str, varied: float) -> bool:
