@@ -142,6 +142,12 @@ def test_weights_of_zero_are_no_quantiser() -> None:
     assert told(block, F.mse_loss, rate=1e-9) == []
 
 
+def test_a_sigmoid_at_its_ends_is_no_quantiser() -> None:
+    block = Block(16, nn.Sigmoid())
+    nn.init.constant_(block.up.bias, 9.0)
+    assert told(block, F.mse_loss) == []
+
+
 def test_a_large_bias_is_no_quantiser() -> None:
     block = Block(16, torch.relu)
     nn.init.constant_(block.down.bias, 1e4)

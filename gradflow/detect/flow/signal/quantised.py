@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,10 +22,11 @@ def quantised_away(flow: Flow, alike: float = 1e-3, varied: float = 0.1) -> list
     step that all are above. Told at the module that gives the constant, or at the layer that feeds such a
     function.
 
-    Alike and not: weights that are next to zero beside a bias; outputs of zero, which is `dead`'s; a constant
-    that enters (a time for the whole batch, a table of queries); gates that are all open, which are
-    multiplied by what varies; a single row, or rows that are picked (one token for all); recurrent layers,
-    which forget for reasons of their own; a part that comes to it only in the run.
+    Alike and not: a sigmoid at its ends, which hands next to nothing back; weights that are next to zero
+    beside a bias; outputs of zero, which is `dead`'s; a constant that enters (a time for the whole batch, a
+    table of queries); gates that are all open, which are multiplied by what varies; a single row, or rows
+    that are picked (one token for all); recurrent layers, which forget for reasons of their own; a part that
+    comes to it only in the run.
 
     Args:
         flow: the record along its wiring.
@@ -66,13 +68,26 @@ def _place(flow: Flow, node: str, alike: float, varied: float) -> str | None:
         if any(_rows(flow, n) != _rows(flow, here) for n in feeding):  # some are picked: a token for all
             return None
         if all(_varies(flow, n, varied) for n in feeding):
-            return here if here != node else feeding[-1]
+            passed = _passed(flow, here, feeding) >= _STAND_IN
+            return (here if here != node else feeding[-1]) if passed else None
         if len(feeding) > 1 or not _is_constant(flow, feeding[0], alike):
             return None
         here = feeding[0]
         if flow.has_matrix(here):  # told from there
             return None
     return None
+
+
+_STAND_IN = 0.05  # of the gradient: what a stand-in for a derivative hands back, and flat ends do not
+
+
+def _passed(flow: Flow, here: str, feeding: Sequence[str]) -> float:
+    """What comes back to the layers that feed a place, over the gradient behind the rounding."""
+    gain = row_gain(flow, here) if flow.has_matrix(here) else 1.0
+    with np.errstate(all="ignore"):
+        shares = np.fmax.reduce([flow.grad[n] for n in feeding]) / (gain * flow.grad[here])
+    seen = _seen(shares)
+    return float(np.median(seen)) if len(seen) else 0.0
 
 
 def _rows(flow: Flow, node: str) -> tuple[int, ...]:
