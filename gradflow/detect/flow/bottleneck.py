@@ -20,6 +20,7 @@ from gradflow.detect.flow.ends.alike import collapsed, constant
 from gradflow.detect.flow.ends.drowned import alike_outputs, drowned_inputs
 from gradflow.detect.flow.ends.misgiven import blind_losses, misgiven_losses
 from gradflow.detect.flow.ends.smoothed import smoothed, starved_before
+from gradflow.detect.flow.signal.quantised import quantised_away
 from gradflow.detect.knowledge import knows, learns
 from gradflow.detect.view import Flow, flow_of
 from gradflow.graph.queries.dominators import immediate_dominators
@@ -55,6 +56,7 @@ def bottleneck(
        norm of the gradient stays as it was.
     4. Outputs: the part of what comes out of the model that differs between samples, and whether the loss
        holds them against targets of their own.
+    5. Rounding: a layer that is fed a constant, though what is in front of a quantiser differs.
 
     Why this is evidence: what all gradients pass has no detour, and a rank above the width cannot pass.
 
@@ -91,7 +93,11 @@ def bottleneck(
         starved = starved_before(flow, smooth)
         given = blind_losses(flow) or misgiven_losses(flow, IssueType.BOTTLENECK)
         found = smooth or given or collapsed(flow, collapse) or constant(flow, same)
-        return [*narrow, *starved, *(found or drowned_inputs(flow) or alike_outputs(flow))]
+        return [
+            *narrow,
+            *starved,
+            *(found or quantised_away(flow) or drowned_inputs(flow) or alike_outputs(flow)),
+        ]
 
     return detector
 

@@ -35,6 +35,7 @@ from gradflow.detect.flow.ends.steep import steep_parameters
 from gradflow.detect.flow.ends.unheard import tiny_targets, unmet_targets
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import LEVELS, bursting_calls, growing_repeats, levels_off
+from gradflow.detect.flow.signal.grown import begun_before
 from gradflow.detect.knowledge import CAME, at_level, calm, came_knowing, coped_with, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name
@@ -105,9 +106,15 @@ def exploding(
 
 def _others(flow: Flow, threshold: float, loud: float) -> list[Issue]:
     """What is looked for where the gradient is not seen to grow along the path of layers."""
-    found = loud_heads(flow, loud) or loud_additions(flow, loud) or growing_repeats(flow, threshold**1.5)
+    heads = loud_heads(flow, loud)
+    found = (
+        [*begun_before(flow, heads), *heads]
+        or loud_additions(flow, loud)
+        or growing_repeats(flow, threshold**1.5)
+    )
     found = found or bursting_calls(flow, threshold**2)
-    found = found or loud_outputs(flow, threshold**2) or steep_outputs(flow, threshold**2)
+    outputs = loud_outputs(flow, threshold**2) if not found else []
+    found = found or [*begun_before(flow, outputs), *outputs] or steep_outputs(flow, threshold**2)
     found = found or lone_columns(flow) or unmet_targets(flow) or tiny_targets(flow, threshold**4)
     return found or steep_parameters(flow, threshold**6)
 

@@ -301,7 +301,7 @@ def _small_batch_norms(flow: Flow, few_values: int) -> list[Issue]:
         if "batchnorm" not in layer.type.lower() or len(layer.shape) < 2 or not flow.trainable(node):
             continue
         values = late(np.where(layer.called, layer.num_elements, 0) / max(layer.shape[1], 1))
-        if not 1 <= values <= max(few_values, 4):
+        if not 1 <= values <= max(few_values, 4) or not np.isfinite(layer.output_rms).any():
             continue
         few = values <= few_values
         issues.append(

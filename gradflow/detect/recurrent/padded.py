@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from gradflow.detect.evidence import late
 from gradflow.detect.flow.readings.recurrent_weights import late_profile
 from gradflow.detect.knowledge import fell_by_learning
@@ -22,13 +24,25 @@ _READ = 0.5  # of the steps, above which each has a gradient of its own
 _LITTLE, _LOST = 1e-4, 1e-6  # of what is at the last step: next to nothing, and lost to rounding
 
 
+_FORGOTTEN, _DROWNED = 1e-3, 0.03  # of the largest, what steps before the padding get at first, and ever
+
+
+def _heard_before(r: RecurrenceRecord, padding: int) -> list[float]:
+    """The largest gradient before the padding over the largest of all, by look, of the level with most."""
+    known = [np.nan_to_num(level.readout_profile) for level in r.levels]
+    known = [p for p in known if p.ndim == 2 and p.shape[1] > padding]
+    shares = [p[:, :-padding].max(1) / np.maximum(p.max(1), 1e-300) for p in known]
+    return list(np.max(shares, axis=0)) if shares and len({len(x) for x in shares}) == 1 else []
+
+
 def behind_padding(record: FlowRecord, r: RecurrenceRecord) -> Issue | None:
     """Return an issue where a layer is read behind padding that is longer than what it remembers; else None.
 
     Measured: at how many steps up to the last one that is read the input is the same, for most samples and
     the same for all; and within how many steps the gradient falls to 1e-4 of what is read (MEDIUM) and to
     1e-6 (HIGH). Where that is within the padding, nothing but padding teaches the layer, and no answer holds
-    more.
+    more. Next to nothing else does where padding is at least half of the steps, and what comes before it
+    starts with a thousandth of the gradient and never gets more than 3 percent of it (MEDIUM).
 
     Looks alike and is not: a few steps of padding; packed sequences and outputs that are taken at each
     sample's own last step, where padding is not read; a layer that reads the other way as well; inputs that
@@ -48,7 +62,9 @@ def behind_padding(record: FlowRecord, r: RecurrenceRecord) -> Issue | None:
     little, lost = (
         max(depth(late_profile(v.readout_profile), x) for v in r.levels) for x in (_LITTLE, _LOST)
     )
-    if little > padding:
+    heard = _heard_before(r, padding)
+    drowned = bool(heard) and heard[0] <= _FORGOTTEN and max(heard) <= _DROWNED and 2 * padding >= steps
+    if little > padding and not drowned:
         return None
     severity = IssueSeverity.HIGH if lost <= padding else IssueSeverity.MEDIUM
     if fell_by_learning(record):
@@ -56,6 +72,8 @@ def behind_padding(record: FlowRecord, r: RecurrenceRecord) -> Issue | None:
     within = (
         f"less than 1e-6, lost to rounding, within {lost}" if lost <= padding else f"1e-4 within {little}"
     )
+    if little > padding:
+        within = f"{max(heard):.2g} before the padding, and to {heard[0]:.2g} at first"
     return Issue(
         layer=r.name,
         layer_type=r.type,

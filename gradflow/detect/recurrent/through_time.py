@@ -132,7 +132,8 @@ def gated(share: float = 0.5, *, severe_share: float = 0.8, closed: float = 0.1)
     Looks alike and is not: a keeping gate that is open for good, which is how a long memory looks (chrono
     initialisation, the first LSTM), as long as something is written; an input gate that is nearly closed, but
     for a sequence as long as it takes; gates that are shut for some units; a layer that has learned within
-    the run (its loss has fallen by half): LOW.
+    the run (its loss has fallen by half): LOW; gates that come to their ends on padding, in a layer that is
+    read behind it: LOW.
 
     Args:
         share: of stuck values, from which it is MEDIUM, as for any other bounded activation.
@@ -148,7 +149,7 @@ def gated(share: float = 0.5, *, severe_share: float = 0.8, closed: float = 0.1)
             stuck = [found for level in r.levels if (found := _stuck(level, share)) is not None]
             if stuck:
                 worst = max(stuck, key=lambda found: found.share)
-                yield _stuck_issue(flow, r, worst, severe_share)
+                yield _calmed(record, r, _stuck_issue(flow, r, worst, severe_share))
             for level in r.levels:
                 if _forgets(r, level, closed):
                     yield _closed_issue(flow, r, level)
@@ -347,6 +348,15 @@ def _stuck_issue(flow: Flow, r: RecurrenceRecord, stuck: _Stuck, severe_share: f
         },
         evidence=Evidence(developed=stuck.share > first + 0.2),
     )
+
+
+def _calmed(record: FlowRecord, r: RecurrenceRecord, issue: Issue) -> Issue:
+    """An issue of gates that came to their ends on padding, which is told itself: LOW."""
+    padded = behind_padding(record, r) if issue.evidence.developed else None
+    if padded is None or not padded.severity.is_serious:
+        return issue
+    text = f"{issue.description} But it is read behind padding, and that is where most of these values are."
+    return attrs.evolve(issue, severity=IssueSeverity.LOW, description=text)
 
 
 def _first_share(gate: GateRecord) -> float:

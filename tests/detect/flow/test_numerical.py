@@ -7,9 +7,12 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import gradflow as gf
 from gradflow.detect import detect, numerical
-from gradflow.records import FlowRecord, IssueSeverity, NumericalRecord
+from gradflow.records import FlowRecord, IssueSeverity, IssueType, NumericalRecord
 from tests.detect.builders import STEPS, Layer, flow_record
 
 ONE = np.arange(STEPS) != 3  # finite in all steps but one
@@ -92,3 +95,25 @@ def test_without_a_certificate_the_flags_tell(field: str, layer: str, phase: str
 def test_the_cure_goes_by_the_operation(op: str, phase: str, cure: str) -> None:
     (issue,) = detect(broken(grad=ONE, numerics=[birth(op=op, phase=phase)]), numerical())
     assert cure in " ".join(issue.recommended_actions)
+
+
+class _OwnBatchNorm(nn.Module):
+    """Normalises over the batch, with the unbiased variance."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain * (x - x.mean(0)) / torch.sqrt(x.var(0) + 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:var")
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_batch_norm_that_gives_no_numbers_is_not_also_noisy(number: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), _OwnBatchNorm(8), nn.Tanh(), nn.Linear(8, 2))
+    batches = [torch.randn(number, 4) for _ in range(6)]
+    found = gf.diagnose(model, batches, lambda out: out.square().mean(), steps=6).issues
+    types = {i.issue_type for i in found if i.layer == "1" and i.severity.is_serious}
+    assert types == ({IssueType.NUMERICAL} if number == 1 else {IssueType.UNSTABLE})

@@ -65,6 +65,12 @@ def test_the_last_output_behind_long_padding(layer: Any, steps: int, options: di
     assert "pack_padded_sequence" in issue.recommended_actions[0]
 
 
+@pytest.mark.parametrize(("layer", "steps"), [(nn.GRU, 32), (nn.GRU, 40), (nn.LSTM, 26), (nn.RNN, 26)])
+def test_padding_that_leaves_a_thousandth_to_what_is_before_it(layer: Any, steps: int) -> None:
+    (issue,) = told(layer, "last", steps=steps, longest=6)
+    assert (issue.layer, issue.issue_type) == ("layer", gf.IssueType.VANISHING)
+
+
 @pytest.mark.parametrize(
     ("read", "steps", "longest", "options"),
     [
@@ -73,7 +79,10 @@ def test_the_last_output_behind_long_padding(layer: Any, steps: int, options: di
         ("mean", 48, 6, {}),
         ("last", 48, 6, {"bidirectional": True}),
         ("last", 12, 8, {}),  # a few steps, which it remembers
+        ("last", 14, 6, {}),
+        ("last", 24, 24, {}),
         ("last", 48, 48, {}),
+        ("own last", 26, 6, {}),
     ],
 )
 def test_padding_that_is_not_read_or_short_is_as_it_should_be(

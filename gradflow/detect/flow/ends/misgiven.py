@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from gradflow.detect.actions import Actions
 from gradflow.detect.evidence import heads
 from gradflow.detect.view import Flow
-from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, KnowledgeRecord, Role
+from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, KnowledgeRecord, LayerRecord, Role
 
 
 def blind_losses(flow: Flow) -> list[Issue]:
@@ -119,6 +119,8 @@ _SAID = {
 def misgiven_losses(flow: Flow, kind: IssueType) -> list[Issue]:
     """The last layer of a model whose loss is given what it does not take by its meaning.
 
+    Where a softmax too many is a module of its own, that module: it is what has to go.
+
     Args:
         flow: the record along its wiring.
         kind: of issue.
@@ -126,10 +128,10 @@ def misgiven_losses(flow: Flow, kind: IssueType) -> list[Issue]:
     known, ends = flow.record.knowledge, heads(flow)
     if known is None or not ends:
         return []
-    layer = flow.layers[ends[-1]]
+    head, softmax = flow.layers[ends[-1]], _softmax_of(flow, ends[-1])
     return [
         Issue(
-            layer=layer.name,
+            layer=(layer := softmax if name.startswith("probabilities") else head).name,
             layer_type=layer.type,
             issue_type=kind,
             severity=IssueSeverity.HIGH if kind in _WITHOUT_END else IssueSeverity.MEDIUM,
@@ -142,6 +144,12 @@ def misgiven_losses(flow: Flow, kind: IssueType) -> list[Issue]:
         for name, (of, text, action) in _SAID.items()
         if name in known.misgiven and of is kind
     ]
+
+
+def _softmax_of(flow: Flow, node: str) -> LayerRecord:
+    """The softmax that takes what the last layer gives, where it is a module; else that layer."""
+    behind = [flow.layers[n] for n in flow.wiring.after(node) if n in flow.layers]
+    return next((layer for layer in behind if "softmax" in layer.type.lower()), flow.layers[node])
 
 
 _WITHOUT_END = (IssueType.EXPLODING, IssueType.UNSTABLE)
