@@ -101,4 +101,4 @@ def test_there_is_no_record_before_a_run() -> None:
 def test_the_pipeline_is_the_base_and_more() -> None:
     assert transformer().measurements[0] in transformer(flow(detail="full")).measurements
     assert transformer(flow(detail="full")).detail == "full"
-    assert len(transformer().detectors) == len(flow().detectors) + 7
+    assert len(transformer().detectors) == len(flow().detectors) + 8

@@ -95,9 +95,7 @@ REFUSED: dict[str, Any] = {
 def test_calls_that_take_a_module_say_what_a_stage_is() -> None:
     with pytest.raises(ModelInputError, match=r"is a PipelineStage, one of the parts.*diagnose.*take it"):
         gf.outline(stage(Whole()), X, squares)
-    with pytest.raises(
-        ModelInputError, match=r"is a ScheduleGPipe, which calls stages.*Pass the whole model"
-    ):
+    with pytest.raises(ModelInputError, match=r"is a ScheduleGPipe.*no stage.*without the others.*'auto'"):
         gf.Monitor(pipelining.ScheduleGPipe(stage(Whole()), 2, loss_fn=squares), squares)
 
 
