@@ -244,6 +244,11 @@ def activations_of(flow: Flow, node: str) -> tuple[ActivationRecord, ...]:
     return (*flow.functions.get(layer_name(node), ()), *modules)
 
 
+def at_look(values: Floats, at: int) -> float:
+    """Return the number of one look, counted as in a list; NaN where there was none."""
+    return float(values[at]) if len(values) else math.nan
+
+
 def late(values: Floats) -> float:
     """Return the median over the last third of the known values: what the run came to. NaN if none."""
     known = _known(values)

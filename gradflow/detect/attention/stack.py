@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from gradflow.detect.evidence import at_look
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.view import flow_of
 from gradflow.detect.wiring import Wiring
-from gradflow.records import BlockRecord, Floats, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import BlockRecord, FlowRecord, Issue, IssueSeverity, IssueType
 
 _FEWEST = 3  # blocks of a stack: positions become one with depth
 _NORMS = re.compile(r"norm|rsqrt|std|var\b|var_mean", re.IGNORECASE)
@@ -61,7 +62,7 @@ def incomplete_blocks(
             elif all(block.passes and _most_kept(block) <= kept for block in inner):
                 yield _scaled_down(inner)
             elif not _normed(record, blocks):
-                first, last = (float(np.prod([_at(b.growth, at) for b in blocks])) for at in (0, -1))
+                first, last = (float(np.prod([at_look(b.growth, at) for b in blocks])) for at in (0, -1))
                 if first >= started and last >= growth:
                     yield _without_norm(blocks, last)
 
@@ -75,13 +76,9 @@ def _holds_attention(record: FlowRecord, block: BlockRecord) -> bool:
     )
 
 
-def _at(values: Floats, at: int) -> float:
-    return float(values[at]) if len(values) else float("nan")
-
-
 def _most_kept(block: BlockRecord) -> float:
     """Return the largest share of what enters a block that leaves it, at the first step or the last."""
-    return max(abs(_at(block.kept, at)) for at in (0, -1))
+    return max(abs(at_look(block.kept, at)) for at in (0, -1))
 
 
 def _normed(record: FlowRecord, blocks: Sequence[BlockRecord]) -> bool:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import attrs
 import numpy as np
 
-from gradflow.detect.evidence import late
+from gradflow.detect.evidence import at_look, late
 from gradflow.detect.parts.peers import FEWEST, Odd, standing_apart, type_of
 from gradflow.records import (
     BlockRecord,
-    Floats,
     FlowRecord,
     Issue,
     IssueSeverity,
@@ -175,7 +174,7 @@ def _streams(
     for block in blocks:
         if block.name in without:
             yield _lost_issue(block, blocks)
-    added = [{b.name: _end(b.added, i) for b in blocks if b.name not in without} for i in (0, -1)]
+    added = [{b.name: at_look(b.added, i) for b in blocks if b.name not in without} for i in (0, -1)]
     types = {b.name: b.type for b in blocks}
     behind_norms = all(_ONE[0] <= _given(b, at) <= _ONE[1] for b in blocks for at in (0, -1))
     for name, odd in {} if behind_norms else _both(added[0], added[1], factor).items():
@@ -185,8 +184,8 @@ def _streams(
 
 def _given(block: BlockRecord, at: int) -> float:
     """Return the root mean square of what a block gives, by |y − x|² = |x|² + |y|² − 2⟨x, y⟩."""
-    growth = _end(block.growth, at)
-    entering = _end(block.added, at) / math.sqrt(max(1 + growth**2 - 2 * _end(block.kept, at), 1e-12))
+    growth = at_look(block.growth, at)
+    entering = at_look(block.added, at) / math.sqrt(max(1 + growth**2 - 2 * at_look(block.kept, at), 1e-12))
     return growth * entering
 
 
@@ -208,10 +207,6 @@ def _gives_elsewhere(record: FlowRecord, block: str, odd: Odd) -> bool:
     return odd.value == 0 and bool(own) and all(len(p.grad_norm) and p.grad_norm[0] > 0 for p in own)
 
 
-def _end(values: Floats, at: int) -> float:
-    return float(values[at]) if len(values) else math.nan
-
-
 def _is_lost(block: BlockRecord, blocks: Sequence[BlockRecord], share: float) -> bool:
     """Whether a block does not pass its input on, where all of the others do.
 
@@ -223,16 +218,16 @@ def _is_lost(block: BlockRecord, blocks: Sequence[BlockRecord], share: float) ->
     if not block.passes:
         return True
     for at in (0, -1):
-        usual = min(_end(b.kept, at) for b in others)
-        grown = _end(block.growth, at)
-        if not (usual > 0.5 and grown < _GROWN and abs(_end(block.kept, at)) < share * usual):
+        usual = min(at_look(b.kept, at) for b in others)
+        grown = at_look(block.growth, at)
+        if not (usual > 0.5 and grown < _GROWN and abs(at_look(block.kept, at)) < share * usual):
             return False
     return True
 
 
 def _lost_issue(block: BlockRecord, blocks: Sequence[BlockRecord]) -> Issue:
-    kept, others = _end(block.kept, -1), len(blocks) - 1
-    usual = float(np.median([_end(b.kept, -1) for b in blocks if b.name != block.name]))
+    kept, others = at_look(block.kept, -1), len(blocks) - 1
+    usual = float(np.median([at_look(b.kept, -1) for b in blocks if b.name != block.name]))
     if block.passes:
         told = (
             f"What leaves it holds {kept:.2g} of what enters, where its {others} siblings hold {usual:.2g}: "

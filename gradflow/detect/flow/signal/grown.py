@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import attrs
 
 from gradflow.detect.actions import Actions
-from gradflow.detect.evidence import heads
+from gradflow.detect.evidence import at_look, heads
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType
@@ -88,7 +88,7 @@ def _steepness(flow: Flow, node: str) -> float:
 
 
 def _first(values: Floats) -> float:
-    return float(values[0]) if len(values) else math.nan
+    return at_look(values, 0)
 
 
 def _issue(flow: Flow, place: _Place, head: str, loud: Issue) -> Issue:
