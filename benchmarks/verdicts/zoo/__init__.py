@@ -35,6 +35,8 @@ _FAMILIES = """
     contact15b_1 contact15b_2 contact15b_3 contact15b_4
     contact16a_1 contact16a_2 contact16a_3 contact16a_4
     contact16b_1 contact16b_2 contact16b_3
+    contact17a_1 contact17a_2 contact17a_3 contact17a_4
+    contact17b_1 contact17b_2 contact17b_3 contact17b_4
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
