@@ -245,7 +245,9 @@ def _narrow(flow: Flow, waists: list[_Waist], rank_excess: float, lost_samples: 
         by_design = same_size or _takes_data_too(flow, waist.node, calls) or _has_detour(flow, waist.node)
         told = same_size and (knows(flow.record) or learns(flow.record, most=0.4))
         single = waist.width == 1 and not waist.op and most > 2 and not told
-        issues.append(_waist_issue(flow, waist, rank_excess, lost_samples, by_design, single))
+        issue = _waist_issue(flow, waist, rank_excess, lost_samples, by_design, single)
+        if issue.severity.is_serious or issue.evidence.undecided or not waist.op:
+            issues.append(issue)
     return issues
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gradflow.functional.recurrent.cells import Level, levels_of, work_dtype
-from gradflow.functional.recurrent.cotangents import Cotangents, heard_share, still_end
+from gradflow.functional.recurrent.cotangents import Cotangents, heard_share, still_end, tells
 from gradflow.functional.recurrent.course import Course, Gradients, Mask, courses, sent_back
 from gradflow.functional.recurrent.numbers import (
     Budget,
@@ -159,6 +159,8 @@ def fused_numbers(heard: FusedCall, budget: Budget) -> CallNumbers | None:
         for course, gradients in zip(found, back, strict=True)
         if gradients.drive is not None
     ]
+    unknown = math.nan, math.nan
+    told = tells(x[:, chosen], cotangents.asked, drives) if drives and alive is None else unknown
     return CallNumbers(
         num_steps=len(x),
         num_samples=len(chosen),
@@ -171,6 +173,7 @@ def fused_numbers(heard: FusedCall, budget: Budget) -> CallNumbers | None:
         levels=per_level,
         unmasked=not heard.masks_known,
         still_end=still_end(x[:, chosen], read),
+        told=told,
     )
 
 

@@ -106,6 +106,7 @@ class CallNumbers:
     levels: list[LevelNumbers]
     unmasked: bool = False  # its dropout masks are not known
     still_end: float = math.nan
+    told: tuple[float, float] = (math.nan, math.nan)  # at heard steps and at others
 
 
 def profile(norms: Floats, ends: Ints, total: int) -> Floats:
