@@ -110,6 +110,7 @@ class RecurrenceRecord:
             get 1e-5 of a sample's largest gradient or more; in standard deviations above what shuffled
             samples give. NaN where every step does, and of sequences of different lengths.
         told_faint: the same at the other steps, up to the last one with a gradient.
+        told_share: how many of these steps are of the former kind, as a share.
         levels: in PyTorch's order.
         loss_share: see `TransformerRecord`.
     """
@@ -130,6 +131,7 @@ class RecurrenceRecord:
     still_end: Floats = array_field(unknown="measured_steps")
     told_heard: Floats = array_field(unknown="measured_steps")
     told_faint: Floats = array_field(unknown="measured_steps")
+    told_share: Floats = array_field(unknown="measured_steps")
     levels: tuple[RecurrentLevelRecord, ...] = attrs.field(converter=to_tuple)
     loss_share: float = float_field(NAN)
 

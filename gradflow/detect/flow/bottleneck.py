@@ -106,14 +106,15 @@ def bottleneck(
 
 @attrs.frozen(kw_only=True)
 class _Waist:
-    """A layer narrower than both sides: features per sample here, before, and behind; and the operation
-    behind it that leaves no more, "" if the layer itself gives no more."""
+    """A layer narrower than both sides: features per sample here, before, and behind; the operation behind
+    it that leaves no more, "" if the layer itself gives no more; whether it is one without that operation."""
 
     node: str
     width: int
     before: int
     behind: int
     op: str = ""
+    by_itself: bool = True
 
 
 def _passages(flow: Flow, above: Mapping[str, str]) -> list[str]:
@@ -197,7 +198,8 @@ def _left(flow: Flow, node: str, above: Mapping[str, str]) -> tuple[str, int]:
         at = above.get(at, wires.loss)
     if not least or at == wires.loss:  # what the loss itself makes of it is no passage
         return "", _width(flow, node)
-    return least, max(round(fewest / given[0]), 1)
+    samples = min(given[0], wires.nodes[least].shape[0])  # one of the two may begin with time
+    return least, max(round(fewest / samples), 1)
 
 
 def _most_needed(flow: Flow, node: str) -> int:
@@ -225,9 +227,11 @@ def _waists(
             op, left = _left(flow, node, above)
             if op and rank_excess * left >= _most_needed(flow, node):
                 op, left = "", own[node]
-            wide = max(before[node], own[node]) if op else before[node]
-            if min(wide, behind[node]) >= ratio * left:
-                found.append(_Waist(node=node, width=left, before=wide, behind=behind[node], op=op))
+            by_itself = min(before[node], behind[node]) >= ratio * own[node]
+            wide, after = max(before[node], own[node]) if op else before[node], behind[node]
+            if min(wide, after) >= ratio * left:
+                waist = _Waist(node=node, width=left, before=wide, behind=after, op=op, by_itself=by_itself)
+                found.append(waist)
     return found
 
 
@@ -246,7 +250,7 @@ def _narrow(flow: Flow, waists: list[_Waist], rank_excess: float, lost_samples: 
         told = same_size and (knows(flow.record) or learns(flow.record, most=0.4))
         single = waist.width == 1 and not waist.op and most > 2 and not told
         issue = _waist_issue(flow, waist, rank_excess, lost_samples, by_design, single)
-        if issue.severity.is_serious or issue.evidence.undecided or not waist.op:
+        if issue.severity.is_serious or issue.evidence.undecided or waist.by_itself:
             issues.append(issue)
     return issues
 

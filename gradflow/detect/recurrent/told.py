@@ -23,7 +23,7 @@ from gradflow.records import (
 )
 
 _TOLD = 4.5  # standard deviations above chance, of two looks together
-_SILENT = 2.0  # the same, below which nothing is told
+_SILENT = 2.0  # the same, below which nothing is told; and by how much less than at the others it must be
 
 
 def told_too_early(record: FlowRecord, r: RecurrenceRecord) -> Issue | None:
@@ -39,7 +39,8 @@ def told_too_early(record: FlowRecord, r: RecurrenceRecord) -> Issue | None:
     gradient is learned from in as many updates. (LSTM, GRU and plain layers whose class was told at steps of
     less than 1e-5 had learned nothing after 300; of 1e-4, some had.)
 
-    Looks alike and is not: what is told at late steps, too; what no step tells by itself.
+    Looks alike and is not: what is told at late steps, too, also where each tells little and those that are
+    heard are few, so that what they tell together is not above chance; what no step tells by itself.
 
     Args:
         record: the record.
@@ -48,7 +49,9 @@ def told_too_early(record: FlowRecord, r: RecurrenceRecord) -> Issue | None:
     if not record.provenance.optimizer or not guesses(record):
         return None
     faint, heard = _together(r.told_faint), _together(r.told_heard)
-    if not (faint >= _TOLD and heard < _SILENT):
+    share = float(np.mean(r.told_share))
+    alike = faint * math.sqrt(share / max(1.0 - share, 1e-9))  # what heard steps would have, told no less
+    if not (faint >= _TOLD and heard < min(_SILENT, alike - _SILENT)):
         return None
     steps, reach, level = int(r.num_steps[-1]), *min(((_reach(v), v) for v in r.levels), key=lambda p: p[0])
     return Issue(

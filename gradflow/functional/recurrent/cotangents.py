@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import wide_dtype
-from gradflow.functional.recurrent.numbers import last_of
+from gradflow.functional.recurrent.numbers import Told, last_of
 from gradflow.records import Bools, Ints
 
 HEARD = 1e-6  # of a sample's largest: float32 keeps 7 digits, so what is smaller is lost in the sum
@@ -112,7 +112,7 @@ def heard_share(drives: Sequence[Tensor], alive: Tensor | None, *, one_way: bool
     return float((joint >= HEARD * joint.max(0))[counted].mean()) if counted.any() else math.nan
 
 
-def tells(x: Tensor, asked: Tensor, drives: Sequence[Tensor]) -> tuple[float, float]:
+def tells(x: Tensor, asked: Tensor, drives: Sequence[Tensor]) -> Told:
     """Return how far inputs go with what the loss asks of the layer, at steps that are heard and at others.
 
     ∂L/∂y at what is read holds, sample by sample, how far outputs are from their targets; while a model
@@ -128,24 +128,25 @@ def tells(x: Tensor, asked: Tensor, drives: Sequence[Tensor]) -> tuple[float, fl
     Returns:
         Of the heard steps up to the last one with a gradient, and of the others: by how many standard
         deviations their sum, or their largest, is above that of shuffled samples; the larger of the two.
-        NaN where there are no such steps, and for less than eight samples.
+        And how many of the steps are heard, as a share. NaN for less than eight samples, and where all are.
     """
     wide = wide_dtype(x.device)
     joint = torch.stack([d.to(wide).square().sum(-1) for d in drives]).sum(0).sqrt()[:, :_MOST]
     reached = torch.nonzero((joint > 0).any(1)).flatten()
     if joint.shape[1] < _FEWEST or not len(reached):
-        return math.nan, math.nan
+        return Told()
     steps = torch.arange(int(reached[-1]) + 1, device=x.device)
     steps = steps[torch.linspace(0, len(steps) - 1, min(len(steps), _STEPS)).long().to(x.device)]
     heard = (joint[steps] >= FAINT * joint.max(0).values).any(1)
     if bool(heard.all()):
-        return math.nan, math.nan
+        return Told()
     inputs, answers = _alike(x[steps, :_MOST]), _alike(asked[None, :_MOST])[0]
     generator = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(answers), generator=generator).to(x.device) for _ in range(_SHUFFLES)]
     shuffled = torch.stack([answers, *(answers[order][:, order] for order in orders)])
     found = torch.einsum("tij,sij->st", inputs, shuffled)
-    return _above_chance(found[:, heard]), _above_chance(found[:, ~heard])
+    share = float(heard.double().mean())
+    return Told(_above_chance(found[:, heard]), _above_chance(found[:, ~heard]), share)
 
 
 def _alike(rows: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from gradflow.functional.recurrent.numbers import (
     Budget,
     CallNumbers,
     LevelNumbers,
+    Told,
     level_numbers,
     profile,
     spread,
@@ -159,8 +160,7 @@ def fused_numbers(heard: FusedCall, budget: Budget) -> CallNumbers | None:
         for course, gradients in zip(found, back, strict=True)
         if gradients.drive is not None
     ]
-    unknown = math.nan, math.nan
-    told = tells(x[:, chosen], cotangents.asked, drives) if drives and alive is None else unknown
+    told = tells(x[:, chosen], cotangents.asked, drives) if drives and alive is None else Told()
     return CallNumbers(
         num_steps=len(x),
         num_samples=len(chosen),

@@ -105,3 +105,16 @@ def test_no_gradient_behind_can_need_more_than_the_state_has(width: int) -> None
 def test_what_is_left_is_enough_for_the_rank_behind(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     assert not narrow(make())
+
+
+@pytest.mark.parametrize(("width", "sick"), [(2, True), (16, False)])
+def test_a_sequence_whose_first_axis_is_time(width: int, sick: bool) -> None:
+    class Turned(Sequel):
+        def forward(self, x: Tensor) -> Tensor:
+            last = self.encoder(x.transpose(0, 1))[0][-1]
+            return self.head(self.decoder(last[None].expand(FRAMES, -1, -1))[0]).transpose(0, 1)
+
+    torch.manual_seed(0)
+    model = Turned(width)
+    model.encoder.batch_first = model.decoder.batch_first = False
+    assert any(issue.severity.is_serious for issue in narrow(model).values()) is sick

@@ -89,6 +89,12 @@ def test_weakly_told_at_the_end_so_that_the_model_guesses() -> None:
     assert not told(Reader(nn.LSTM(4, 24, batch_first=True)), "end", strength=0.1)
 
 
+@pytest.mark.parametrize("strength", [0.05, 0.15])
+def test_a_little_at_every_step_of_a_long_sequence(strength: float) -> None:
+    torch.manual_seed(0)
+    assert not told(Reader(nn.LSTM(4, 24, batch_first=True)), "all", steps=160, strength=strength)
+
+
 def test_a_layer_that_remembers() -> None:
     torch.manual_seed(0)
     assert not told(Reader(nn.LSTM(4, 24, batch_first=True), keep=2.0), "start")
@@ -131,7 +137,8 @@ def test_the_side_on_which_it_is_told(told_at: int) -> None:
     torch.manual_seed(1)
     asked, x = torch.randn(32, 2), torch.randn(20, 32, 3)
     x[told_at, :, :2] = asked + 0.1 * torch.randn(32, 2)
-    heard, faint = tells(x, asked, drive(20, 32, 8))
+    heard, faint, share = tells(x, asked, drive(20, 32, 8))
+    assert share == 0.4
     assert (faint > 4, heard > 4) == (told_at == 2, told_at == 17)
 
 
@@ -140,7 +147,7 @@ def test_of_inputs_that_tell_nothing_chance_is_normal() -> None:
     found = [
         tells(torch.randn(30, 16, 2).cumsum(0), torch.randn(16, 1), drive(30, 16, 10)) for _ in range(60)
     ]
-    faint = np.array([z for _, z in found])
+    faint = np.array([told.faint for told in found])
     assert abs(faint.mean() - 0.4) < 0.4
     assert faint.std() < 1.5
     assert faint.max() < 4
