@@ -130,6 +130,8 @@ class ActivationRecord:
         fired_share: share of elements that fire, shape (steps,); NaN where not looked at.
         saturated_share: share of elements that are saturated, shape (steps,); NaN where not looked at.
         never_fired: share of units that fired in no batch of the run (rectifiers), else NaN.
+        fell_silent: share of units that have fired, and in no batch of the last quarter of the run (16 steps
+            at most); NaN where fewer than two of these were seen, as in a run whose end was not known.
         always_saturated: share of units saturated for every sample looked at (bounded), else NaN.
         input_rms: root mean square of what enters, shape (steps,); NaN where not looked at.
         width: number of alternatives of a softmax (last step); 0 for others.
@@ -145,6 +147,7 @@ class ActivationRecord:
     saturated_share: Floats = array_field()
     input_rms: Floats = array_field()
     never_fired: float = float_field(NAN)
+    fell_silent: float = float_field(NAN)
     always_saturated: float = float_field(NAN)
     width: int = 0
 

@@ -106,6 +106,11 @@ class RecurrenceRecord:
         still_end: at how many steps, up to the last one that is read, the input stays the same, and the same
             as that of other samples: padding. The median over the samples; 1 where it changes from step to
             step, 0 where samples do not share their last input. NaN of a loop.
+        told_heard: how far inputs go with what the loss asks of the layer, sample by sample, at steps that
+            get 1e-5 of a sample's largest gradient or more; in standard deviations above what shuffled
+            samples give. NaN where every step does, and of sequences of different lengths.
+        told_faint: the same at the other steps, up to the last one with a gradient.
+        told_share: how many of these steps are of the former kind, as a share.
         levels: in PyTorch's order.
         loss_share: see `TransformerRecord`.
     """
@@ -124,6 +129,9 @@ class RecurrenceRecord:
     subnormal_share: Floats = array_field(unknown="measured_steps")
     cost: Floats = array_field(unknown="measured_steps")
     still_end: Floats = array_field(unknown="measured_steps")
+    told_heard: Floats = array_field(unknown="measured_steps")
+    told_faint: Floats = array_field(unknown="measured_steps")
+    told_share: Floats = array_field(unknown="measured_steps")
     levels: tuple[RecurrentLevelRecord, ...] = attrs.field(converter=to_tuple)
     loss_share: float = float_field(NAN)
 

@@ -9,12 +9,13 @@ import numpy as np
 
 from gradflow.detect.attention.attention import num_updates
 from gradflow.detect.evidence import late
+from gradflow.detect.flow.readings.same_keys import ROUNDING, reads_one
 from gradflow.detect.knowledge import excused
-from gradflow.records import AttentionRecord, Evidence, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType
 
 
 def collapsed_rank(
-    alike: float = 0.01, *, fall: float = 10.0, severe: float = 1e-3, rounding: float = 1e-5
+    alike: float = 0.01, *, fall: float = 10.0, severe: float = 1e-3, rounding: float = ROUNDING
 ) -> Callable[[FlowRecord], Iterable[Issue]]:
     """Return the detector of token representations that become one, layer by layer.
 
@@ -85,7 +86,7 @@ def _entering_alike(record: FlowRecord, alike: float, fall: float, severe: float
 
 def _read_alike(record: FlowRecord, apart: float, rounding: float) -> Iterable[Issue]:
     """The first attention layer whose queries differ, and to which all that it reads is one and the same."""
-    same = [layer for layer in record.transformer.attention if _reads_one(layer, apart, rounding)]
+    same = [layer for layer in record.transformer.attention if reads_one(layer, apart, rounding)]
     if not same:
         return
     layer, others = same[0], [f"{other.name}" for other in same[1:]]
@@ -115,19 +116,6 @@ def _read_alike(record: FlowRecord, apart: float, rounding: float) -> Iterable[I
             "others": tuple(others),
         },
     )
-
-
-def _reads_one(layer: AttentionRecord, apart: float, rounding: float) -> bool:
-    """Whether no query has ever told one key from another, nor learned to, while queries differ."""
-    peak, found = layer.scores.logit_peak, layer.gradients
-    if not (np.isfinite(peak).any() and np.nanmax(peak) <= rounding):
-        return False
-    if not (late(layer.num_keys) >= 2 and late(layer.input_residual) >= apart):
-        return False
-    heard = np.fmax(found.query_grad, found.key_grad) <= rounding * found.value_grad
-    known = np.isfinite(found.value_grad) & (found.value_grad > 0)
-    there = late(found.query_norm) > 0 and late(found.key_norm) > 0  # a start at zero is another matter
-    return bool(known.any() and heard[known].all() and there)
 
 
 def idle_branches(

@@ -44,10 +44,11 @@ def bottleneck(
     Measured, only at layers that *every* gradient passes on its way to the layers before them (dominators of
     the graph, seen from the loss):
 
-    1. Width: the number of features per sample, against the widest layer before and behind. A *waist* is
-       narrower than both by `ratio`. It throttles where what passes needs more: where the effective rank of
-       the gradient that arrives behind it is larger than its width by `rank_excess`, or where it is a single
-       number and more than two come out at the end.
+    1. Width: the number of features per sample, against the widest layer before and behind; of what a layer
+       gives, those that operations on its way to the next layer leave (a frame of many, a mean), where all of
+       it goes that way. A *waist* is narrower than both by `ratio`. It throttles where what passes needs
+       more: where the effective rank of the gradient that arrives behind it is larger than its width by
+       `rank_excess`, or where it is a single number and more than two come out at the end.
     2. A rectifier on a waist: from the share of its units that fire, the share of samples for which none
        does, so that nothing passes in either direction; LOW where a quarter of what guesses cost is left,
        as behind a waist that only turns what goes on beside it.
@@ -86,8 +87,9 @@ def bottleneck(
         flow = flow_of(record)
         if not flow.wiring.known:  # without the graph, nothing tells a waist from a side branch
             return []
-        passages = _passages(flow)
-        waists = _waists(flow, passages, ratio)
+        above = immediate_dominators(flow.wiring.preds, flow.wiring.loss)
+        passages = _passages(flow, above)
+        waists = _waists(flow, passages, above, ratio, rank_excess)
         narrow = _narrow(flow, waists, rank_excess, lost_samples)
         smooth = smoothed(flow, passages, alike, alike_fall)
         starved = starved_before(flow, smooth)
@@ -104,23 +106,29 @@ def bottleneck(
 
 @attrs.frozen(kw_only=True)
 class _Waist:
-    """A layer narrower than both sides: features per sample here, before, and behind."""
+    """A layer narrower than both sides: features per sample here, before, and behind; the operation behind
+    it that leaves no more, "" if the layer itself gives no more; whether it is one without that operation."""
 
     node: str
     width: int
     before: int
     behind: int
+    op: str = ""
+    by_itself: bool = True
 
 
-def _passages(flow: Flow) -> list[str]:
+def _passages(flow: Flow, above: Mapping[str, str]) -> list[str]:
     """The layer calls that every gradient passes which reaches any layer before them, in order; and a first
     layer that is the only one that the data enter.
 
     In the tree of dominators, seen from the loss, a node is a passage if all nodes before it lie below it:
     if it stands at or above their lowest common ancestor, which is built up along the order of the graph.
+
+    Args:
+        flow: the record along its wiring.
+        above: immediate dominators of the graph, seen from the loss.
     """
     wires = flow.wiring
-    above = immediate_dominators(wires.preds, wires.loss)
     depth = {wires.loss: 0}
     for node in reversed(wires.order):
         if node in above and above[node] in depth:
@@ -174,7 +182,35 @@ def _taken(flow: Flow, node: str) -> int:
     return matrices[0].shape[1] if matrices and not flow.is_table(node) else 0
 
 
-def _waists(flow: Flow, passages: list[str], ratio: float) -> list[_Waist]:
+def _left(flow: Flow, node: str, above: Mapping[str, str]) -> tuple[str, int]:
+    """The operation behind a layer that leaves least of what it gives, of those that all of it passes before
+    the next layer, and how many numbers per sample that are; "" and the layer's own where none leaves less.
+
+    Elements are counted, for operations may put samples and positions into one axis.
+    """
+    given, wires = flow.wiring.nodes[node].shape, flow.wiring
+    number = int(np.prod(given, dtype=np.int64)) if given else 0
+    least, fewest, at = "", number, above.get(node, wires.loss)
+    while at not in flow.layers and at != wires.loss:
+        elements = int(np.prod(wires.nodes[at].shape, dtype=np.int64)) if wires.nodes[at].shape else 0
+        if number and 0 < elements < fewest:
+            least, fewest = at, elements
+        at = above.get(at, wires.loss)
+    if not least or at == wires.loss:  # what the loss itself makes of it is no passage
+        return "", _width(flow, node)
+    samples = min(given[0], wires.nodes[least].shape[0])  # one of the two may begin with time
+    return least, max(round(fewest / samples), 1)
+
+
+def _most_needed(flow: Flow, node: str) -> int:
+    """The largest effective rank that a gradient behind a layer call can have, by the shapes there."""
+    behind = (flow.layers[n].shape for n in flow.wiring.downstream(node) if n in flow.layers)
+    return max((size for shape in behind for size in shape[1:]), default=0)
+
+
+def _waists(
+    flow: Flow, passages: list[str], above: Mapping[str, str], ratio: float, rank_excess: float
+) -> list[_Waist]:
     wires = flow.wiring
     own = {node: 0 if _pairs_samples(flow, node) else _width(flow, node) for node in wires.order}
     taken = {node: _taken(flow, node) for node in passages}  # what a first layer takes is what is before it
@@ -185,11 +221,18 @@ def _waists(flow: Flow, passages: list[str], ratio: float) -> list[_Waist]:
             before[node] = taken.get(node, 0)
     for node in reversed(wires.order):
         behind[node] = max((max(behind[s], own[s]) for s in wires.succs[node]), default=0)
-    return [
-        _Waist(node=node, width=own[node], before=before[node], behind=behind[node])
-        for node in passages
-        if own[node] and flow.has_matrix(node) and min(before[node], behind[node]) >= ratio * own[node]
-    ]
+    found = []
+    for node in passages:
+        if own[node] and flow.has_matrix(node):
+            op, left = _left(flow, node, above)
+            if op and rank_excess * left >= _most_needed(flow, node):
+                op, left = "", own[node]
+            by_itself = min(before[node], behind[node]) >= ratio * own[node]
+            wide, after = max(before[node], own[node]) if op else before[node], behind[node]
+            if min(wide, after) >= ratio * left:
+                waist = _Waist(node=node, width=left, before=wide, behind=after, op=op, by_itself=by_itself)
+                found.append(waist)
+    return found
 
 
 def _narrow(flow: Flow, waists: list[_Waist], rank_excess: float, lost_samples: float) -> list[Issue]:
@@ -205,8 +248,10 @@ def _narrow(flow: Flow, waists: list[_Waist], rank_excess: float, lost_samples: 
     for waist in waists:
         by_design = same_size or _takes_data_too(flow, waist.node, calls) or _has_detour(flow, waist.node)
         told = same_size and (knows(flow.record) or learns(flow.record, most=0.4))
-        single = waist.width == 1 and most > 2 and not told
-        issues.append(_waist_issue(flow, waist, rank_excess, lost_samples, by_design, single))
+        single = waist.width == 1 and not waist.op and most > 2 and not told
+        issue = _waist_issue(flow, waist, rank_excess, lost_samples, by_design, single)
+        if issue.severity.is_serious or issue.evidence.undecided or waist.by_itself:
+            issues.append(issue)
     return issues
 
 
@@ -214,7 +259,8 @@ def _waist_issue(
     flow: Flow, waist: _Waist, rank_excess: float, lost_samples: float, by_design: bool, single: bool
 ) -> Issue:
     layer = flow.layers[waist.node]
-    needed = _rank_behind(flow, waist.node)
+    kept = f" (what `{waist.op.rpartition(':')[2]}` leaves of its output)" if waist.op else ""
+    needed = _rank_behind(flow, waist)
     lost, fired = _stopped(flow, waist)
     needs_more = needed > rank_excess * waist.width and not by_design
     if lost >= lost_samples:
@@ -245,9 +291,8 @@ def _waist_issue(
         layer_type=layer.type,
         issue_type=IssueType.BOTTLENECK,
         severity=severity,
-        description=f"Every gradient passes here, {waist.width} numbers per sample between {waist.before} "
-        f"before "
-        f"and {waist.behind} behind: {why}.",
+        description=f"Every gradient passes here, {waist.width} numbers per sample{kept} between "
+        f"{waist.before} before and {waist.behind} behind: {why}.",
         magnitude=min(waist.before, waist.behind) / waist.width,
         recommended_actions=actions,
         metrics={
@@ -261,16 +306,16 @@ def _waist_issue(
     )
 
 
-def _rank_behind(flow: Flow, node: str) -> float:
+def _rank_behind(flow: Flow, waist: _Waist) -> float:
     """Effective rank of the gradient at the nearest layers behind a waist that are wider than it."""
-    ranks, todo, seen = [], list(flow.wiring.after(node)), set[str]()
+    ranks, todo, seen = [], list(flow.wiring.after(waist.node)), set[str]()
     while todo and len(seen) < 8:
         here = todo.pop(0)
         if here in seen:
             continue
         seen.add(here)
         rank = flow.wiring.nodes[here].effective_rank
-        if len(rank) and np.isfinite(rank).any() and _width(flow, here) > _width(flow, node):
+        if len(rank) and np.isfinite(rank).any() and _width(flow, here) > waist.width:
             ranks.append(middle(rank))
         else:
             todo.extend(flow.wiring.after(here))

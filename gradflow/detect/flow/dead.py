@@ -15,6 +15,7 @@ from gradflow.detect.flow.ends.constants import constant_outputs
 from gradflow.detect.flow.ends.misgiven import out_of_reach
 from gradflow.detect.flow.readings.alternatives import is_resting, last_third
 from gradflow.detect.flow.readings.dropped import dropped
+from gradflow.detect.flow.readings.fallen import fallen_silent
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import came_knowing, has_learned
 from gradflow.detect.reach.unreached import loss_is_empty, sole_reason, unreached_parts
@@ -47,7 +48,8 @@ def dead(
        any of their parameters in any step.
     2. Exact zeros: layers all of whose parameters have a gradient of exactly zero, at the end of the run
        where an optimizer steps, in every step where none does; and what blocks it.
-    3. Rectifiers: the share of units that fired in no batch of the run.
+    3. Rectifiers: the share of units that fired in no batch of the run; and of those that did, and in none
+       of its last quarter, see `fallen_silent`.
     4. Parts, by the account of reach: rows, columns, blocks and single parameters that no gradient reached
        in any step, and why; terms of the loss without a graph; tensors that no module has registered.
 
@@ -274,7 +276,7 @@ def _silent_modules(flow: Flow, zero: Sequence[Issue]) -> list[Issue]:
 
 
 def _silent_units(flow: Flow, threshold: float, some: float, few: float) -> list[Issue]:
-    issues = []
+    issues, judged = [], []
     for uses in _rectifiers(flow).values():
         # A unit of a reused module is dead only if it is silent in all calls.
         share, now = min(u.never_fired for u in uses), max(late(u.fired_share) for u in uses)
@@ -285,7 +287,9 @@ def _silent_units(flow: Flow, threshold: float, some: float, few: float) -> list
             share = 1.0
         if share >= few:
             issues.append(_silent_issue(flow, uses[0], share, now, threshold, some))
-    return issues
+        if share < some and not _is_fed_by_frozen(flow, uses[0]):
+            judged.append(uses)
+    return [*issues, *fallen_silent(flow, judged, threshold)]
 
 
 def _feeders(flow: Flow, activation: ActivationRecord) -> list[str]:

@@ -12,6 +12,7 @@ from gradflow.detect.evidence import Shares, early, is_normed, kept_at_least, la
 from gradflow.detect.flow.ends.unheard import flat_scores, heard_below_a_tower, unheard
 from gradflow.detect.flow.forgetting import deep, fading, forgetful
 from gradflow.detect.flow.readings.falls import best_upstream, falls_of, lossy_operation
+from gradflow.detect.flow.readings.same_keys import never_asked
 from gradflow.detect.flow.readings.weakened import weakened
 from gradflow.detect.flow.readings.zeros import zeros_of
 from gradflow.detect.knowledge import AT_LEVEL, at_level, coped_with, differing, guesses, lowered
@@ -64,7 +65,7 @@ def vanishing(
     layer (policy heads at gain 0.01); a modest fall in a run that learns all the same, as where the slopes of
     probabilities near 0 and 1 tower (LOW); exact zeros, which are `dead`'s, unless they are what a decay
     comes to where the format of the numbers ends; zeros but for rounding behind a norm over one feature,
-    likewise.
+    likewise; and inside of attention that reads the same everywhere, which is told of what it reads.
 
     Args:
         threshold: what arrives, below which the verdict is at least MEDIUM whatever the kinds of layers, and
@@ -92,7 +93,7 @@ def vanishing(
         gone, fed = zeros.underflown(), best_upstream(flow, against)
         starved = _starved(against, plain, gone, threshold, share, local_share)
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
-        quiet = {*zeros.muted, *heard_below_a_tower(flow)}  # what comes to the former is rounding
+        quiet = {*zeros.muted, *never_asked(flow), *heard_below_a_tower(flow)}  # to the former two: rounding
         starved = [_heard_later(s, against, threshold, share) for s in starved if s.node not in quiet]
         found = [*_issues(flow, plain, starved, fed), *forgetful(flow, threshold), *fading(flow, faded)]
         found = found or deep(flow) or _uncured(flow, against, plain, threshold, share, local_share, bypass)

@@ -21,6 +21,7 @@ from gradflow.detect.recurrent.actions import (
     stuck_actions,
 )
 from gradflow.detect.recurrent.padded import behind_padding
+from gradflow.detect.recurrent.told import told_too_early
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
@@ -54,7 +55,8 @@ def fading(heard: float = 0.33, *, few: float = 0.1, some: float = 0.9, fresh: f
     told in the first step and asked for in the last is learned where the first step is heard, and not
     where it is not: `examples/forgetful_lstm.py`.
 
-    Where padding is read, and all that is heard is padding, that is told instead: see `behind_padding`.
+    Where padding is read, and all that is heard is padding, that is told instead: see `behind_padding`; where
+    the inputs tell what is asked for at steps out of reach alone, that is told as well: `told_too_early`.
 
     Looks alike and is not: a layer that is read at every step (or at most of them), where every step has a
     gradient of its own, however short its memory; a bidirectional layer, whose other direction hears the
@@ -81,6 +83,8 @@ def fading(heard: float = 0.33, *, few: float = 0.1, some: float = 0.9, fresh: f
                 continue
             share = late(r.heard_share)
             grows = any(late(growth_of(level)) >= _GROWN for level in r.levels)  # no loss: see `amplifying`
+            if not grows and (told := told_too_early(record, r)) is not None:
+                yield told
             if share < some and not late(r.read_share) > _READ_BY_MANY and not grows:
                 factor = fresh if _is_fresh(flow, r) else 1.0
                 yield _fading_issue(flow, r, share, factor * heard, factor * few)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradflow.functional.model.trees import wide_dtype
 from gradflow.functional.recurrent.cells import Level, State
-from gradflow.functional.recurrent.cotangents import heard_share
+from gradflow.functional.recurrent.cotangents import heard_share, tells
 from gradflow.functional.recurrent.course import Course, Gradients, carried_back, scaled
 from gradflow.functional.recurrent.fused import crawls
 from gradflow.functional.recurrent.numbers import Budget, CallNumbers, last_of, level_numbers, profile
@@ -103,6 +103,9 @@ def loop_numbers(chain: Sequence[CellCall], level: Level, *, budget: Budget) -> 
         subnormal_share=subnormal if crawls(chain[0].outputs[0]) else 0.0,
         cost=(computed + found.products * level.cell.weight_hh.numel()) / own,
         levels=[found],
+        told=tells(
+            torch.stack(_rows([heard.x for heard in chain])), torch.cat(list(parts), -1).sum(0), [at_drive]
+        ),
     )
 
 

@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import wide_dtype
-from gradflow.functional.recurrent.numbers import last_of
+from gradflow.functional.recurrent.numbers import Told, last_of
 from gradflow.records import Bools, Ints
 
 HEARD = 1e-6  # of a sample's largest: float32 keeps 7 digits, so what is smaller is lost in the sum
+FAINT = 1e-5  # the same, of steps that would take thousands of updates to be heard above the others
+_SHUFFLES, _FEWEST, _MOST = 32, 8, 64  # of samples; fewest and most samples
+_LEAST = 1e-15  # share of a tail: what is smaller is not told apart
+_STEPS = 256  # most steps at which inputs are held against what the loss asks for
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -55,6 +59,12 @@ class Cotangents:
             ends = np.zeros(len(final), np.int64) if reverse else self.lengths.numpy() - 1
             read[ends[final], np.flatnonzero(final)] = True
         return read
+
+    @property
+    def asked(self) -> Tensor:
+        """The gradients at all that is read, (samples, numbers); outputs are added up over the steps."""
+        last = [part.movedim(1, 0).flatten(1) for part in self.last]
+        return torch.cat([self.output.sum(0), *last], 1)
 
     def same(self, other: Cotangents) -> bool:
         """Whether these are the same gradients."""
@@ -100,6 +110,66 @@ def heard_share(drives: Sequence[Tensor], alive: Tensor | None, *, one_way: bool
         counted &= np.arange(len(joint))[:, None] <= last_of(joint != 0)
     counted &= joint.max(0) > 0
     return float((joint >= HEARD * joint.max(0))[counted].mean()) if counted.any() else math.nan
+
+
+def tells(x: Tensor, asked: Tensor, drives: Sequence[Tensor]) -> Told:
+    """Return how far inputs go with what the loss asks of the layer, at steps that are heard and at others.
+
+    ∂L/∂y at what is read holds, sample by sample, how far outputs are from their targets; while a model
+    guesses, that is the targets, shifted. Where an input x_t tells of them, samples alike in one are alike in
+    the other: Σ_ij ⟨x_ti, x_tj⟩ ⟨g_i, g_j⟩ of centred vectors (the Hilbert–Schmidt independence criterion of
+    Gretton et al., 2005, with linear kernels, each of norm one) is larger than of samples that are shuffled.
+
+    Args:
+        x: the input, (steps, samples, features).
+        asked: ∂L/∂y at all that is read, (samples, numbers).
+        drives: as for `heard_share`; a step is heard where it gets at least `FAINT` of a sample's largest.
+
+    Returns:
+        Of the heard steps up to the last one with a gradient, and of the others: by how many standard
+        deviations their sum, or their largest, is above that of shuffled samples; the larger of the two.
+        And how many of the steps are heard, as a share. NaN for less than eight samples, and where all are.
+    """
+    wide = wide_dtype(x.device)
+    joint = torch.stack([d.to(wide).square().sum(-1) for d in drives]).sum(0).sqrt()[:, :_MOST]
+    reached = torch.nonzero((joint > 0).any(1)).flatten()
+    if joint.shape[1] < _FEWEST or not len(reached):
+        return Told()
+    steps = torch.arange(int(reached[-1]) + 1, device=x.device)
+    steps = steps[torch.linspace(0, len(steps) - 1, min(len(steps), _STEPS)).long().to(x.device)]
+    heard = (joint[steps] >= FAINT * joint.max(0).values).any(1)
+    if bool(heard.all()):
+        return Told()
+    inputs, answers = _alike(x[steps, :_MOST]), _alike(asked[None, :_MOST])[0]
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(answers), generator=generator).to(x.device) for _ in range(_SHUFFLES)]
+    shuffled = torch.stack([answers, *(answers[order][:, order] for order in orders)])
+    found = torch.einsum("tij,sij->st", inputs, shuffled)
+    share = float(heard.double().mean())
+    return Told(_above_chance(found[:, heard]), _above_chance(found[:, ~heard]), share)
+
+
+def _alike(rows: Tensor) -> Tensor:
+    """Return Gram matrices of centred samples, of norm one, (steps, samples, samples)."""
+    rows = rows.to(wide_dtype(rows.device))
+    rows = rows - rows.mean(1, keepdim=True)
+    gram = rows @ rows.mT
+    return gram / torch.linalg.matrix_norm(gram).clamp_min(1e-30)[:, None, None]
+
+
+def _above_chance(found: Tensor) -> float:
+    """Return how far the first row is above the others, by its sum and by its largest number.
+
+    Of shuffled samples these are sums of squares, so a gamma distribution of their mean and deviation stands
+    for them; its tail is given as deviations of a normal one.
+    """
+    if not found.shape[1]:
+        return math.nan
+    measures = torch.stack([found.sum(1), found.amax(1)]).cpu().double()
+    real, mean, deviation = measures[:, 0], measures[:, 1:].mean(1), measures[:, 1:].std(1)
+    scale = (deviation.square() / mean.clamp_min(1e-300)).clamp_min(1e-300)
+    tail = torch.special.gammaincc((mean / scale).clamp_min(1e-12), (real / scale).clamp_min(0.0))
+    return float(-torch.special.ndtri(tail.clamp(_LEAST, 1 - _LEAST)).min())
 
 
 def still_end(x: Tensor, read: Bools) -> float:

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gradflow.functional.recurrent.cells import Level, levels_of, work_dtype
-from gradflow.functional.recurrent.cotangents import Cotangents, heard_share, still_end
+from gradflow.functional.recurrent.cotangents import Cotangents, heard_share, still_end, tells
 from gradflow.functional.recurrent.course import Course, Gradients, Mask, courses, sent_back
 from gradflow.functional.recurrent.numbers import (
     Budget,
     CallNumbers,
     LevelNumbers,
+    Told,
     level_numbers,
     profile,
     spread,
@@ -159,6 +160,7 @@ def fused_numbers(heard: FusedCall, budget: Budget) -> CallNumbers | None:
         for course, gradients in zip(found, back, strict=True)
         if gradients.drive is not None
     ]
+    told = tells(x[:, chosen], cotangents.asked, drives) if drives and alive is None else Told()
     return CallNumbers(
         num_steps=len(x),
         num_samples=len(chosen),
@@ -171,6 +173,7 @@ def fused_numbers(heard: FusedCall, budget: Budget) -> CallNumbers | None:
         levels=per_level,
         unmasked=not heard.masks_known,
         still_end=still_end(x[:, chosen], read),
+        told=told,
     )
 
 

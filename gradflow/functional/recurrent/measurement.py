@@ -243,6 +243,9 @@ class RecurrenceSession(Session):
             subnormal_share=np.array([n.subnormal_share for n in numbers]),
             cost=np.array([n.cost for n in numbers]),
             still_end=np.array([n.still_end for n in numbers]),
+            told_heard=np.array([n.told.heard for n in numbers]),
+            told_faint=np.array([n.told.faint for n in numbers]),
+            told_share=np.array([n.told.share for n in numbers]),
             levels=[level_record(levels) for levels in zip(*(n.levels for n in numbers), strict=True)],
             loss_share=self._loss_share,
         )

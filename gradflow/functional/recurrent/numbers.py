@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import attrs
 import numpy as np
@@ -69,6 +70,14 @@ class Budget:
 EXACT = Budget(numbers=2**28, points=32, vectors=2**10, steps=2**20, dense=256, tolerance=1e-4, looks=True)
 
 
+class Told(NamedTuple):
+    """How far inputs tell what the loss asks for, at heard steps and at others; and how many are heard."""
+
+    heard: float = math.nan
+    faint: float = math.nan
+    share: float = math.nan
+
+
 @attrs.frozen(eq=False, kw_only=True)
 class LevelNumbers:
     """What a `RecurrentLevelRecord` holds, of one measured step; and `products`, the rows that the transition
@@ -106,6 +115,7 @@ class CallNumbers:
     levels: list[LevelNumbers]
     unmasked: bool = False  # its dropout masks are not known
     still_end: float = math.nan
+    told: Told = attrs.field(factory=lambda: Told())
 
 
 def profile(norms: Floats, ends: Ints, total: int) -> Floats:

@@ -151,6 +151,7 @@ def activation_records(history: History) -> list[ActivationRecord]:
                 saturated_share=share("saturated", key),
                 input_rms=entering / np.sqrt(np.maximum(elements, 1)),
                 never_fired=NAN if peak is None else _share_of(~(peak > 0)),
+                fell_silent=history.fell_silent(key),
                 always_saturated=NAN if stuck is None else _share_of(stuck),
                 width=0 if np.isnan(width).all() else int(np.nanmax(width)),
             )

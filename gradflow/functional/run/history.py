@@ -27,6 +27,7 @@ from gradflow.records import Floats
 Mean = tuple[int, str]  # a step, and a layer call
 
 _MERGED = 8  # steps after which the peaks of rectifiers' units are merged, if no look comes first
+_RECENT = 16  # steps at the end, at most, in which it is seen which units of rectifiers still fire
 
 
 class Content(NamedTuple):
@@ -76,11 +77,13 @@ class History:
         parameters: the working parameters by name.
         taps: told how the sums of the next step are taken.
         exact_first: whether the first step's sums over parameters are in double precision.
+        ends: after how many steps the run ends; infinity where that is not known.
     """
 
     parameters: Tensors
     taps: TappedModel
     exact_first: bool = True
+    ends: float = math.inf
     rows: list[Row] = attrs.field(factory=list)
     calls: dict[str, Call] = attrs.field(factory=dict)  # by name, as last run, in the order first met
     out_of_range: set[Place] = attrs.field(factory=set)  # sums that were once unsafe; they stay exact
@@ -89,6 +92,7 @@ class History:
     rising: dict[ActivationKey, list[Tensor]] = attrs.field(factory=dict)  # peaks that are not merged yet
     settled: set[ActivationKey] = attrs.field(factory=set)  # rectifiers of which every unit has fired
     settling: bool = False  # whether the last step has settled any
+    recent: dict[ActivationKey, list[Tensor]] = attrs.field(factory=dict)  # peaks of the last steps
     stuck: dict[ActivationKey, Tensor | None] = attrs.field(factory=dict)
     means: dict[Mean, list[tuple[Tensor, int]]] = attrs.field(factory=dict)  # vectors, and rows behind them
     _form: Form | None = None  # of the last ordinary step
@@ -193,6 +197,8 @@ class History:
                 found = self.means.setdefault((step, recorder.calls[observation.key].name), [])
                 found.append((observation.value, observation.number))
             elif observation.kind == "peak":
+                if step >= self.recent_from:
+                    self.recent.setdefault(observation.key, []).append(observation.value)
                 if observation.key not in self.settled:
                     self.rising.setdefault(observation.key, []).append(observation.value)
             elif observation.kind == "stuck":
@@ -219,7 +225,7 @@ class History:
     ) -> None:
         """Go on with numbers that are those of several processes together."""
         self.rows, self.calls = list(rows), dict(calls)
-        self.peaks, self.stuck, self.means = dict(peaks), dict(stuck), {}
+        self.peaks, self.stuck, self.means, self.recent = dict(peaks), dict(stuck), {}, {}
         self._stacked = {}
 
     def stacked(self) -> dict[Layout, tuple[Any, Floats, Floats]]:
@@ -238,12 +244,24 @@ class History:
             }
         return self._stacked
 
-    def unsettled_rectifiers(self) -> list[ActivationKey]:
-        """Return the rectifiers with units that have not fired yet.
+    @property
+    def recent_from(self) -> float:
+        """The step from which on, in the last quarter of the run, it is kept which units fire."""
+        return self.ends - min(self.ends // 4, _RECENT) if self.ends < math.inf else math.inf
 
-        They are followed in every step; other activations, at looks.
-        """
-        return [key for key in self.peaks if key.kind == "rectifier" and key not in self.settled]
+    def followed_rectifiers(self, step: int) -> list[ActivationKey]:
+        """Return the rectifiers to follow in every step from this one on: those with units that have not
+        fired yet, and all of them at the end of a run. Other activations are seen at looks."""
+        every = [key for key in self.peaks if key.kind == "rectifier"]
+        return [key for key in every if step >= self.recent_from or key not in self.settled]
+
+    def fell_silent(self, key: ActivationKey) -> float:
+        """Return the share of a rectifier's units that have fired, and in none of the last steps."""
+        peak, steps = self.peaks.get(key), self.recent.get(key, [])
+        if peak is None or len(steps) < 2 or any(units.shape != peak.shape for units in steps):
+            return math.nan
+        gone = (peak > 0) & ~(functools.reduce(torch.fmax, steps) > 0)
+        return float(gone.double().mean())
 
     def merge_peaks(self) -> dict[ActivationKey, Tensor]:
         """Merge the peaks of the last steps; return the smallest of each rectifier that has any."""
@@ -251,9 +269,8 @@ class History:
         for key, steps in self.rising.items():
             kept = [self.peaks[key], *steps] if key in self.peaks else steps
             shapes = {None if units is None else units.shape for units in kept}
-            merged = None  # units that come and go cannot be told apart
-            if len(shapes) == 1 and None not in shapes:
-                merged = functools.reduce(torch.fmax, kept)  # type: ignore[arg-type]
+            alike = len(shapes) == 1 and None not in shapes  # units that come and go cannot be told apart
+            merged = functools.reduce(torch.fmax, kept) if alike else None  # type: ignore[arg-type]
             self.peaks[key] = merged
             if merged is not None:
                 least[key] = merged.min()

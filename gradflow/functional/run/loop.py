@@ -88,8 +88,8 @@ def run_plan(
             closer.look(run, outcome)
         if step == 0 and not plan.is_last(step) and outcome.structure is not None:
             program.learned.capture(_captured(run, outcome.structure))
-        if request.look or history.settling:
-            program.learned.follow(history.unsettled_rectifiers())
+        if request.look or history.settling or step + 1 == history.recent_from:
+            program.learned.follow(history.followed_rectifiers(step + 1))
         run.graph.add(step, outcome)
         if not row.finite and request.scale != 1.0:
             row = unscaled(run, request, row)

@@ -153,7 +153,7 @@ def _measured(
     for session in sessions:
         session.beside(given.stages.beside)
     reach = ReachFindings(state.trainable, state.originals, state.shards, line, given.stages)
-    history = History(state.parameters, taps, plan.closely)
+    history = History(state.parameters, taps, plan.closely, plan.end)
     run = Run(program, plan, *transform, sessions, history, reach, line=line, facts=facts)
     if not line.alone:
         taps.keep_means()

@@ -16,7 +16,7 @@ from gradflow.detect.wiring import layer_name
 from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, Role
 
 
-def dominating_heads(flow: Flow, dominance: float, off_scale: float) -> list[Issue]:
+def dominating_heads(flow: Flow, dominance: float = 100.0, off_scale: float = 30.0) -> list[Issue]:
     """A head that alone steers the layers that it shares with others, since its targets are far off.
 
     Where the run teaches the model nothing, less will do: each measure of its gradient (see `drowned_terms`)

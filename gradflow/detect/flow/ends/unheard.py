@@ -11,6 +11,7 @@ from gradflow.detect.actions import Actions, far_actions
 from gradflow.detect.evidence import heads, late, loss_fell
 from gradflow.detect.flow.ends.drowned import drowned_terms
 from gradflow.detect.flow.ends.loud import off_scale_of, over_silence, takes_scores
+from gradflow.detect.flow.ends.off_scale import dominating_heads
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.updates.readings import held, is_unmoved, layer_of, response, typical, whole_ratio
 from gradflow.detect.view import Flow
@@ -32,7 +33,8 @@ def unheard(flow: Flow, leverage: float, kept: float) -> list[Issue]:
     leave the loss where it is (see `is_unmoved`), it takes less to be told; and where such a loss depends on
     the outputs all the same, it is what is trained that hardly touches them. Where the operation that loses
     most is a smooth activation with one flat end, a softplus, it is there: a SATURATION. Of several terms of
-    a loss, those that another drowns; see `drowned_terms`.
+    a loss, those that another drowns; see `drowned_terms`. Alike and not: heads beside one whose targets are
+    so far off that it makes up the loss, of which no other is a part; that one is told (`dominating_heads`).
 
     Args:
         flow: the record along its wiring.
@@ -51,8 +53,10 @@ def unheard(flow: Flow, leverage: float, kept: float) -> list[Issue]:
     if not max(moved.values(), default=math.inf) < leverage:
         return []
     measured = flow.record.graph_record is not None and flow.record.graph_record.measured
-    found = []
+    found, louder = [], {issue.layer for issue in dominating_heads(flow)}
     for node, part in moved.items():
+        if louder and flow.layers[node].name not in louder:
+            continue
         share, op = _kept_behind(flow, node) if measured else (math.nan, "")
         if measured and not share < kept:
             continue
