@@ -18,7 +18,7 @@ from gradflow.detect.evidence import (
 )
 from gradflow.detect.flow.ends.alike import collapsed, constant
 from gradflow.detect.flow.ends.drowned import alike_outputs, drowned_inputs
-from gradflow.detect.flow.ends.misgiven import blind_losses, misgiven_losses
+from gradflow.detect.flow.ends.misgiven import blind_losses, choiceless, misgiven_losses
 from gradflow.detect.flow.ends.smoothed import smoothed, starved_before
 from gradflow.detect.flow.signal.quantised import quantised_away
 from gradflow.detect.knowledge import knows, learns
@@ -92,6 +92,7 @@ def bottleneck(
         smooth = smoothed(flow, passages, alike, alike_fall)
         starved = starved_before(flow, smooth)
         given = blind_losses(flow) or misgiven_losses(flow, IssueType.BOTTLENECK)
+        given = given or choiceless(flow, IssueType.BOTTLENECK)
         found = smooth or given or collapsed(flow, collapse) or constant(flow, same)
         return [
             *narrow,
