@@ -281,10 +281,25 @@ def _rank_behind(flow: Flow, node: str) -> float:
 def _takes_data_too(flow: Flow, node: str, calls: Mapping[str, Sequence[str]]) -> bool:
     """Whether what stands behind a waist is also called on something that does not come through it: a critic
     or a discriminator, which sees the data and its imitation. The data then set the width."""
-    behind = [n for n in flow.wiring.after(node) if n in flow.layers]
+    behind = _readers(flow, node)
     others = {n for b in behind for n in calls[flow.layers[b].module]}.difference(behind)
     same = set(calls[flow.layers[node].module])
     return any(not (same & flow.wiring.upstream(n)) for n in others)
+
+
+def _readers(flow: Flow, node: str) -> set[str]:
+    """The layers with parameters that take what a layer gives, past those without, as a tanh of an action."""
+    found, seen, todo = set[str](), {node}, [node]
+    while todo:
+        for behind in flow.wiring.after(todo.pop()):
+            if behind in seen or behind not in flow.layers:
+                continue
+            seen.add(behind)
+            if flow.parameters_of(behind):
+                found.add(behind)
+            else:
+                todo.append(behind)
+    return found
 
 
 def _has_detour(flow: Flow, node: str) -> bool:
