@@ -45,7 +45,9 @@ def slow_updates(swallowed: float = 0.9, *, idle: float = 0.5) -> Callable[[Flow
     What the model's own forward pass puts back, to the bit, the optimizer has changed for nothing: see
     `taken_back`.
 
-    Looks alike and is not: a warm-up (the rate rises, or is set by a scheduler below its own); fine-tuning
+    Looks alike and is not: a warm-up (the rate rises, or is set by a scheduler below its own; from an
+    optimizer alone nobody can tell whether that is advanced with every step or once an epoch, so that a rate
+    of zero is LOW, unless no scheduler is left that could raise it); fine-tuning
     with a small rate (the model knows already); a gradient that vanishes (plain descent at a usual rate, and
     updates that differ from layer to layer: where all are alike, it is the loss that is small); a trained
     model (it knows, and an optimizer may stop there); short dtypes that train all the same (the loss
