@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gradflow.detect.actions import Actions, initialisation
-from gradflow.detect.evidence import late, row_gain
+from gradflow.detect.evidence import early, late, row_gain
 from gradflow.detect.knowledge import INFORMED, falls, guesses, knows
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
@@ -33,11 +33,14 @@ def is_wanted(flow: Flow, activation: ActivationRecord, share: float = 0.9) -> b
     are: what takes scores would ask for more than any end.
 
     Of one that weights take, half of the pull leads outwards by chance: there half of the excess is enough,
-    in a run whose loss falls.
+    in a run whose loss falls. But where it was at its ends in the first steps already, it was put there by
+    the scale of what enters, and which end each sample is at was chance: an untrained critic then wants all
+    actions one way or the other, and may well have more of that half.
     """
     ends = [e for e in flow.record.parts.ends if (e.layer, e.op) == (activation.layer, activation.op)]
     hidden = flow.wiring.known and not flow.ends_weightless(node_name(activation.layer))
-    least = 0.5 + (share - 0.5) / 2 if hidden else share
+    began = early(activation.saturated_share) >= 0.5
+    least = 0.5 + (share - 0.5) / 2 if hidden and not began else share
     if not flow.wiring.known or not ends or not all(e.wanted_share >= least for e in ends):
         return False
     missed = late(flow.record.losses) >= 0 and guesses(flow.record)

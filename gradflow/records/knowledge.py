@@ -41,7 +41,9 @@ class KnowledgeRecord:
             probabilities by their meaning; empty where none was called.
         misgiven: what functions of PyTorch were given in the place of what they take: `probabilities as
             scores` (a cross entropy), `probabilities as logarithms`, `scores as logarithms`, `probabilities
-            over samples` (a softmax along the batch), `an error with a minus` (as the whole loss).
+            over samples` (a softmax along the batch), `scores masked but for one` (softmaxes that have
+            nothing to choose among, in nine of ten rows and more), `an error with a minus` (as the whole
+            loss).
         crossed: shapes of an output and of what the loss set it against crosswise, each element against all,
             although they are equally many, as (N, 1) and (N,); empty where it did not.
         by_mean: whether the loss sees no more of the outputs than their mean over the samples, and is not

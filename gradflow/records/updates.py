@@ -147,8 +147,10 @@ class UpdatesRecord:
         num_updates: how many updates were made.
         num_skipped: how many were not, because the loss or a gradient was not finite.
         stale: what the optimizer holds that belongs to no module of the model or the loss.
-        scheduled: whether a scheduler has set the rates that the optimizer came with; or they are zero,
-            and hooks on its step that may set them were left out of the run.
+        scheduled: whether a scheduler has set the rates that the optimizer came with; or they are zero, and
+            hooks on its step that may set them were left out of the run, or a scheduler holds it.
+        left_alone: whether a scheduler has set all rates of an optimizer to zero, and none that holds it is
+            left that could raise them.
         curves: how the loss bends along an update, where that was asked for.
     """
 
@@ -162,6 +164,7 @@ class UpdatesRecord:
     num_skipped: int = 0
     stale: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     scheduled: bool = False
+    left_alone: bool = False
     curves: tuple[CurvatureRecord, ...] = attrs.field(default=(), converter=to_tuple)
 
     def __getitem__(self, name: str) -> UpdateRecord:

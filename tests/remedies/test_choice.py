@@ -50,6 +50,20 @@ def test_sigmoids_make_room_for_gelu() -> None:
     assert names[1].startswith(names[0] + " + kaiming_normal_")
 
 
+@pytest.mark.parametrize("rate", [1e-8, 0.0])
+def test_a_rate_that_is_too_low_is_raised(rate: float) -> None:
+    torch.manual_seed(0)
+    net = stack(2, nn.ReLU, None)
+    x = torch.randn(64, 16)
+    optimizer = torch.optim.Adam(net.parameters(), rate)
+    report = gf.diagnose(net, [(x, x[:, :1])] * 20, nn.MSELoss(), optimizer=optimizer)
+    (cause,) = report.causes
+    assert (cause.issue_type, cause.layer) == (IssueType.UNSTABLE, "")
+    names = [remedy.name for remedy in remedies_for(cause, report.record)]
+    assert len(names) == (1 if rate else 0)
+    assert all(name.startswith("learning rate") for name in names), names
+
+
 def test_dead_units_get_weights_or_a_leak() -> None:
     net = stack(2, nn.ReLU, None)
     nn.init.constant_(net.fc0.bias, -9.0)

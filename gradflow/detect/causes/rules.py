@@ -156,7 +156,7 @@ RULES: tuple[Rule, ...] = (
         when=_if.shows_more, because="every layer on the way loses a little, and it shows there most",
     ),
     Rule(
-        cause=_T.VANISHING, victim=_T.VANISHING, where=_ANYWHERE, when=_if.left_at_zero,
+        cause=(_T.VANISHING, _T.UNSTABLE), victim=_T.VANISHING, where=_ANYWHERE, when=_if.left_at_zero,
         because="steps that are far too short do not lead out of a start at zero, which hands back nothing",
     ),
     Rule(

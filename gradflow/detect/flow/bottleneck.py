@@ -18,7 +18,7 @@ from gradflow.detect.evidence import (
 )
 from gradflow.detect.flow.ends.alike import collapsed, constant
 from gradflow.detect.flow.ends.drowned import alike_outputs, drowned_inputs
-from gradflow.detect.flow.ends.misgiven import blind_losses, misgiven_losses
+from gradflow.detect.flow.ends.misgiven import blind_losses, choiceless, misgiven_losses
 from gradflow.detect.flow.ends.smoothed import smoothed, starved_before
 from gradflow.detect.flow.signal.quantised import quantised_away
 from gradflow.detect.knowledge import knows, learns
@@ -94,6 +94,7 @@ def bottleneck(
         smooth = smoothed(flow, passages, alike, alike_fall)
         starved = starved_before(flow, smooth)
         given = blind_losses(flow) or misgiven_losses(flow, IssueType.BOTTLENECK)
+        given = given or choiceless(flow, IssueType.BOTTLENECK)
         found = smooth or given or collapsed(flow, collapse) or constant(flow, same)
         return [
             *narrow,
@@ -325,10 +326,25 @@ def _rank_behind(flow: Flow, waist: _Waist) -> float:
 def _takes_data_too(flow: Flow, node: str, calls: Mapping[str, Sequence[str]]) -> bool:
     """Whether what stands behind a waist is also called on something that does not come through it: a critic
     or a discriminator, which sees the data and its imitation. The data then set the width."""
-    behind = [n for n in flow.wiring.after(node) if n in flow.layers]
+    behind = _readers(flow, node)
     others = {n for b in behind for n in calls[flow.layers[b].module]}.difference(behind)
     same = set(calls[flow.layers[node].module])
     return any(not (same & flow.wiring.upstream(n)) for n in others)
+
+
+def _readers(flow: Flow, node: str) -> set[str]:
+    """The layers with parameters that take what a layer gives, past those without, as a tanh of an action."""
+    found, seen, todo = set[str](), {node}, [node]
+    while todo:
+        for behind in flow.wiring.after(todo.pop()):
+            if behind in seen or behind not in flow.layers:
+                continue
+            seen.add(behind)
+            if flow.parameters_of(behind):
+                found.add(behind)
+            else:
+                todo.append(behind)
+    return found
 
 
 def _has_detour(flow: Flow, node: str) -> bool:

@@ -12,7 +12,7 @@ from gradflow.detect.actions import rectifier_actions, zero_actions
 from gradflow.detect.evidence import RECTIFIERS, activations_of, late, typical_zero
 from gradflow.detect.flow.ends.alike import silenced
 from gradflow.detect.flow.ends.constants import constant_outputs
-from gradflow.detect.flow.ends.misgiven import out_of_reach
+from gradflow.detect.flow.ends.misgiven import choiceless, has_no_choice, out_of_reach
 from gradflow.detect.flow.readings.alternatives import is_resting, last_third
 from gradflow.detect.flow.readings.dropped import dropped
 from gradflow.detect.flow.readings.fallen import fallen_silent
@@ -91,7 +91,7 @@ def dead(
         told = {issue.layer for issue in zero if issue.evidence.plays(Role.BLOCKING)}
         silent = [i for i in _silent_units(flow, threshold, some, few) if i.layer not in told]
         found = [*never_called(flow), *cut_off(flow), *zero, *silent]
-        found += [*_silent_modules(flow, zero), *dropped(flow)]
+        found += [*_silent_modules(flow, zero), *dropped(flow), *choiceless(flow, IssueType.DEAD)]
         if not any(i.severity > IssueSeverity.MEDIUM for i in found):
             found += (
                 silenced(flow) or out_of_reach(flow, IssueType.DEAD) or constant_outputs(flow, min_updates)
@@ -108,7 +108,7 @@ def _all_zero(flow: Flow, min_updates: int) -> list[Issue]:
     issues = []
     told: set[str] = set()
     updates = flow.record.steps - 1 if flow.record.provenance.optimizer else 0
-    if _is_met(flow):
+    if has_no_choice(flow) or _is_met(flow):  # the former is told once, where it comes of
         return []
     zeros = zeros_of(flow)
     for node, layer in flow.layers.items():

@@ -20,7 +20,7 @@ from gradflow.detect.evidence import (
     row_gain,
     shares,
 )
-from gradflow.detect.flow.ends.drowned import loud_additions
+from gradflow.detect.flow.ends.drowned import derived_layers, loud_additions, swamping_residuals
 from gradflow.detect.flow.ends.exponential import exponentials
 from gradflow.detect.flow.ends.loud import (
     growing_signal,
@@ -113,9 +113,11 @@ def _others(flow: Flow, threshold: float, loud: float) -> list[Issue]:
         or growing_repeats(flow, threshold**1.5)
     )
     found = found or bursting_calls(flow, threshold**2)
-    outputs = loud_outputs(flow, threshold**2) if not found else []
+    outputs = swamping_residuals(flow, loud_outputs(flow, threshold**2)) if not found else []
     found = found or [*begun_before(flow, outputs), *outputs] or steep_outputs(flow, threshold**2)
-    found = found or lone_columns(flow) or unmet_targets(flow) or tiny_targets(flow, threshold**4)
+    found = found or lone_columns(flow) or unmet_targets(flow)
+    if not found and not derived_layers(flow):  # zeros solve an equation, and say nothing of its targets
+        found = tiny_targets(flow, threshold**4)
     return found or steep_parameters(flow, threshold**6)
 
 

@@ -92,6 +92,7 @@ def vanishing(
         zeros = zeros_of(flow)
         gone, fed = zeros.underflown(), best_upstream(flow, against)
         starved = _starved(against, plain, gone, threshold, share, local_share)
+        starved = [s for s in starved if s.node in gone or s.node not in zeros.why]  # as late steps told
         starved = [s for s in starved if not _by_the_way(s, fed[s.node], bypass)]
         quiet = {*zeros.muted, *never_asked(flow), *heard_below_a_tower(flow)}  # to the former two: rounding
         starved = [_heard_later(s, against, threshold, share) for s in starved if s.node not in quiet]

@@ -1,4 +1,8 @@
-"""VANISHING: updates that are next to nothing, or nothing at all; NUMERICAL: those that rounding swallows."""
+"""Updates that are next to nothing, or nothing at all.
+
+UNSTABLE where it is the rate that does not fit, VANISHING where the gradient is what is too small for it, or
+is not applied, NUMERICAL where rounding swallows the updates.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,8 @@ from gradflow.detect.updates.readings import held, is_adaptive, is_rising, rates
 from gradflow.detect.updates.undone import taken_back
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
+_T = IssueType
+_HIGHEST = 10.0  # a rate of plain descent above which it is the gradient that is small
 _SHORT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # what a dtype rounds away of a weight, at most
 
 
@@ -39,7 +45,9 @@ def slow_updates(swallowed: float = 0.9, *, idle: float = 0.5) -> Callable[[Flow
     What the model's own forward pass puts back, to the bit, the optimizer has changed for nothing: see
     `taken_back`.
 
-    Looks alike and is not: a warm-up (the rate rises, or is set by a scheduler below its own); fine-tuning
+    Looks alike and is not: a warm-up (the rate rises, or is set by a scheduler below its own; from an
+    optimizer alone nobody can tell whether that is advanced with every step or once an epoch, so that a rate
+    of zero is LOW, unless no scheduler is left that could raise it); fine-tuning
     with a small rate (the model knows already); a gradient that vanishes (plain descent at a usual rate, and
     updates that differ from layer to layer: where all are alike, it is the loss that is small); a trained
     model (it knows, and an optimizer may stop there); short dtypes that train all the same (the loss
@@ -90,17 +98,27 @@ def _nothing(record: FlowRecord) -> Issue | None:
     if not pairs or any(np.nanmax(np.nan_to_num(u.rms)) > 0 for u, _ in pairs):
         return None
     rate = max(rates(record), default=math.nan)
+    if rate == 0 and record.updates is not None and record.updates.left_alone:
+        return _issue(
+            record, IssueSeverity.HIGH,
+            "The learning rate is 0 in all of these steps, as a scheduler has set it, and no scheduler that "
+            "holds the optimizer is left to raise it: no step changes anything.",
+            ("Keep the scheduler, and advance it with every step: scheduler.step() behind optimizer.step().",
+             "Pass it as `scheduler=` too."), _T.UNSTABLE, rate=rate,
+        )  # fmt: skip
     if rate == 0 and is_rising(record):
         return _issue(
             record, IssueSeverity.LOW,
             "The learning rate is 0 in all of these steps, as a scheduler has set it: nothing changes yet.",
-            ("Pass `scheduler=` too, or diagnose later in the warm-up.",), rate=rate,
+            ("Pass `scheduler=` too, or diagnose later in the warm-up.",
+             "See that it is advanced with every step: a warm-up from 0 that is advanced once an epoch has "
+             "the rate 0 for all of the first."), _T.UNSTABLE, rate=rate,
         )  # fmt: skip
     if rate == 0:
         return _issue(
             record, IssueSeverity.HIGH,
             "The learning rate is 0: gradients arrive, and no step changes anything.",
-            ("Give the optimizer a rate; 1e-3 is usual for Adam.",), rate=rate,
+            ("Give the optimizer a rate; 1e-3 is usual for Adam.",), _T.UNSTABLE, rate=rate,
         )  # fmt: skip
     if not guesses(record):  # an optimizer that stops where the gradient is small enough has done its work
         return None
@@ -160,7 +178,7 @@ def _slow(record: FlowRecord, misfit: Misfit) -> Issue:
     curve = misfit.curve
     assert curve is not None
     gain, own = -min(curve.changes) / abs(curve.loss), -curve.actual / abs(curve.loss)
-    name = record.provenance.optimizer
+    name, kind = record.provenance.optimizer, _T.VANISHING
     text = (
         f"One update moves the weights by {misfit.ratio:.1e} of their size, and the loss stands still. Along "
         f"the update of step {curve.step}, the loss of its batch is lowest {curve.best:.0f} times as far "
@@ -177,17 +195,22 @@ def _slow(record: FlowRecord, misfit: Misfit) -> Issue:
             "so that it sets the steps, and they are as small as the gradients are."
         )
         actions = (f"Lower ε: eps=1e-8 is usual; or raise the rate by about {misfit.factor:.1g}.",)
-    elif not is_adaptive(record) and has_usual_rate(record):
+    elif not is_adaptive(record) and (has_usual_rate(record) or misfit.rate * misfit.factor > _HIGHEST):
+        usual = f"The learning rate, {misfit.rate:.3g}, is a usual one"
+        if not has_usual_rate(record):
+            usual = f"A rate of {misfit.rate * misfit.factor:.1g}, which would make up for it, is none"
         text += (
-            f" The learning rate, {misfit.rate:.3g}, is a usual one: it is the gradient of the whole model "
-            f"that is too small, by about {misfit.factor:.1g}, as the loss is, and the steps are of its size."
+            f" {usual}: it is the gradient of the whole model that is too small, by about "
+            f"{misfit.factor:.1g}, as the loss is, and the steps are of its size."
         )
         actions = (
             f"Multiply the loss by about {misfit.factor:.1g}: look for what makes it small (a mean over more "
             "than the samples, a temperature whose square is left out, a weight of its only term).",
-            f"Or use Adam, whose steps do not depend on it; or a rate of {misfit.rate * misfit.factor:.1g}.",
+            "Or use Adam, whose steps do not depend on it"
+            + (f"; or a rate of {misfit.rate * misfit.factor:.1g}." if has_usual_rate(record) else "."),
         )
     else:
+        kind = _T.UNSTABLE
         text += f" The learning rate, {misfit.rate:.3g}, is too low by a factor of about {misfit.factor:.1g}."
         actions = (
             f"Raise the learning rate of {name}: {misfit.rate:.3g} to about "
@@ -195,6 +218,6 @@ def _slow(record: FlowRecord, misfit: Misfit) -> Issue:
             "If this is the start of a warm-up, pass its `scheduler=`, or diagnose behind it.",
         )
     return _issue(
-        record, IssueSeverity.MEDIUM, text, actions, factor=misfit.factor, ratio=misfit.ratio,
+        record, IssueSeverity.MEDIUM, text, actions, kind, factor=misfit.factor, ratio=misfit.ratio,
         rate=misfit.rate, best=curve.best, slope=curve.slope, sharpness=curve.sharpness,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import gc
 import inspect
 import types
 import warnings
@@ -141,6 +142,46 @@ def runs_hooks(optimizer: Any) -> bool:
     plain = all(is_plain(function, known) for function in functions)
     known.update(map(id, functions))
     return plain and all(is_plain(value, known) for value in (*states, *hooks))
+
+
+def is_left_alone(optimizer: Any) -> bool:
+    """Whether a scheduler has set all rates of an optimizer to zero, and none is left that could raise them.
+
+    Whatever has a `step` and holds the optimizer may: a scheduler of PyTorch, of another library, of the
+    user's own. A schedule that nobody keeps, as it was made by a function that returned the optimizer alone,
+    stands where it began.
+    """
+    groups = optimizer.param_groups
+    built = [_number_of(group, "initial_lr") for group in groups]
+    if not groups or any(_number_of(group, "lr") != 0 for group in groups) or not max(built) > 0:
+        return False
+    held = [optimizer, *(v for v in vars(optimizer).values() if hasattr(v, "param_groups"))]
+    return not any(_steps_along(one, object) for one in held)
+
+
+def has_scheduler(optimizer: Any) -> bool:
+    """Whether a scheduler of PyTorch holds an optimizer."""
+    return _steps_along(optimizer, LRScheduler)
+
+
+def _number_of(group: Mapping[str, Any], name: str) -> float:
+    value = group.get(name)
+    return float(value) if isinstance(value, (int, float, Tensor)) else -1.0
+
+
+def _steps_along(optimizer: Any, kind: type, depth: int = 4) -> bool:
+    """Whether something of a kind that is no optimizer, and has a `step`, holds one, by itself or in lists
+    and dicts. What watches it for gradflow does not count."""
+    todo, seen = [optimizer], {id(optimizer)}
+    for _ in range(depth):
+        holders = [h for h in gc.get_referrers(*todo) if id(h) not in seen and h is not todo] if todo else []
+        seen.update(map(id, holders))
+        for holder in (h for h in holders if isinstance(h, kind)):
+            own = python_module(type(holder)).partition(".")[0] == "gradflow"
+            if callable(getattr(type(holder), "step", None)) and not (own or hasattr(holder, "param_groups")):
+                return True
+        todo = [h for h in holders if isinstance(h, (dict, list, tuple, types.CellType))]
+    return False
 
 
 def _rules(hook: Any) -> list[Any]:

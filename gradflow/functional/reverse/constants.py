@@ -3,9 +3,11 @@
 NOTE [Constants in a loss]
 An output without a graph may well be what others are held against: a target, a weight, a baseline. Then the
 slopes of the loss at the others change with it. Where no slope does, it is merely added: the loss tells of
-it, and nothing is learned by it. And an output with a graph that is zero for every sample after many steps
-is no start of one: the second derivative of a network of rectifiers is zero, whatever its weights. Where the
-loss is linear in such an output, as in the logarithm of a volume that a flow keeps, that may be by design.
+it, and nothing is learned by it. Beside outputs that have run away to many times its size, a target is
+rounded off: so the others are asked once more where they are smaller than it. And an output with a graph that
+is zero for every sample after many steps is no start of one: the second derivative of a network of rectifiers
+is zero, whatever its weights. Where the loss is linear in such an output, as in the logarithm of a volume
+that a flow keeps, that may be by design.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ _PART = 0.1  # of the largest slope at another output, that the loss must have a
 def merely_added(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
     """Return which outputs without a graph a loss adds up and does nothing else with.
 
-    It is asked where the others are, and near zero: sure outputs, and a margin that is met, have slopes that
-    depend on nothing, while a sum is one everywhere. Zeros add nothing: they hold the place of a term that
+    It is asked where the others are, and near zero, beside the size of what is held too: sure outputs, a
+    margin that is met, and outputs that have run away have slopes that depend on nothing, while a sum is one
+    everywhere. Zeros add nothing: they hold the place of a term that
     is switched off.
 
     Args:
@@ -47,11 +50,22 @@ def merely_added(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
     most = max(float(slope.norm()) for slope, has_graph in zip(slopes, own, strict=True) if has_graph)
     found = []
     for i in (i for i in wanted if float(slopes[i].norm()) >= _PART * most > 0):
-        if _is_alone(loss_of, parts, i) and _is_alone(
-            loss_of, [_NEAR * p if p.requires_grad else p for p in parts], i
-        ):
+        size = _size(parts[i])
+        near = [_nearer(p, size) if p.requires_grad else p for p in parts]
+        if _is_alone(loss_of, parts, i) and _is_alone(loss_of, near, i):
             found.append(i)
     return found
+
+
+def _nearer(part: Tensor, size: float) -> Tensor:
+    """Return an output nearer to zero, and no larger than what another one has of that size."""
+    own = _size(part)
+    return (_NEAR * min(1.0, size / own) if own > 0 else _NEAR) * part
+
+
+def _size(part: Tensor) -> float:
+    """The root mean square of an output, in double precision: the squares of what has run away overflow."""
+    return float(part.detach().abs().double().square().mean().sqrt())
 
 
 def _is_alone(loss_of: LossOf, parts: Sequence[Tensor], i: int) -> bool:

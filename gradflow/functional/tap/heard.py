@@ -18,7 +18,8 @@ NOTE [Alternatives left out]
 A contrastive loss leaves out what equals the right answer. Of outputs that are alike for all samples, as
 guesses are, it may leave out every wrong answer, and the right one alone costs nothing. So the alternatives
 that are not masked are counted: a guess that leaves less than half of those that the outputs do is asked of
-another loss, and tells nothing of what ignorance costs in this one.
+another loss, and tells nothing of what ignorance costs in this one. And where masks leave a row nothing but
+its right answer, that row costs nothing and teaches nothing, whatever the scores are: such rows are counted.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ _POOLS = ("sum", "mean")
 _LINEAR = ("add", "radd", "sub", "rsub", "neg", "mul", "rmul", "div", "truediv")
 _SQUASHES = ("sigmoid", "logsigmoid", "softplus", "tanh", "binary_cross_entropy_with_logits")
 _CHOOSES = ("cross_entropy", "log_softmax", "softmax")
+_ADDS_UP = "logsumexp"  # a cross entropy that is written out
 _MASKED = -9000.0  # masks are filled with the smallest float, -1e9 or -1e4
+_MOST = 0.9  # of the choices
 _FLAT = 0.01  # of the largest slope
 _SLACK = 1e-3  # what rounding may add
 
@@ -54,19 +57,29 @@ class Choices(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.alternatives = 0  # that are not masked, of all choices among scores
+        self._choices = self._forced = 0  # all choices, and those of which masks leave one alternative
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "").strip("_") in _CHOOSES:
-            self.count(kwargs.get("input", args[0] if args else None))
+        self.count(getattr(func, "__name__", "").strip("_"), args, kwargs)
         return func(*args, **kwargs)
 
-    def count(self, scores: Any) -> None:
-        """Count the alternatives that are not masked."""
-        if isinstance(scores, Tensor) and scores.is_floating_point():
-            self.alternatives += int((scores.detach() > _MASKED).sum())
+    def count(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Count the alternatives that are not masked, and the choices that are left but one."""
+        scores = kwargs.get("input", args[0] if args else None)
+        if not (name in _CHOOSES or name == _ADDS_UP):
+            return
+        if not isinstance(scores, Tensor) or not scores.is_floating_point() or not scores.dim():
+            return
+        left = scores.detach() > _MASKED
+        if name != _ADDS_UP:
+            self.alternatives += int(left.sum())
+        axis = _axis_of_choices(name, scores, args, kwargs)
+        if axis is not None and scores.shape[axis] > 1:
+            self._choices += left.numel() // left.shape[axis]
+            self._forced += int((left.sum(axis) == 1).sum())
 
 
 class Heard(Choices):
@@ -101,8 +114,7 @@ class Heard(Choices):
             self._hear_scores(kwargs.get("input", args[0] if args else None))
         elif name in _OF_LOGARITHMS:
             self._hear_logarithms(name, kwargs.get(_OF_LOGARITHMS[name], args[0] if args else None))
-        if name in _CHOOSES:
-            self.count(kwargs.get("input", args[0] if args else None))
+        self.count(name, args, kwargs)
         if name in _BY_ELEMENT and not self.crossed:
             self._hear_pair([x for x in given if isinstance(x, Tensor)])
         made = func(*args, **kwargs)
@@ -116,7 +128,10 @@ class Heard(Choices):
         return made
 
     def hear_whole(self, loss: float) -> None:
-        """Hear what the loss gives: an error with a minus asks for errors."""
+        """Hear what the loss gives, once it is done: an error with a minus asks for errors, and choices of
+        which masks leave one alternative ask for nothing."""
+        if self._forced >= _MOST * max(self._choices, 1):
+            self.misgiven["scores masked but for one"] = None
         if any(loss < 0 < error and math.isclose(loss, -error, rel_tol=1e-6) for error in self._errors):
             self.misgiven["an error with a minus"] = None
 
@@ -184,6 +199,17 @@ class Heard(Choices):
         if shape.numel() >= 2 * first.numel():
             output, other = (first, second) if id(first) in self._made else (second, first)
             self.crossed = (tuple(output.shape), tuple(other.shape))
+
+
+def _axis_of_choices(
+    name: str, scores: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> int | None:
+    """The axis that the alternatives lie along; None where that is none, or several."""
+    if name == "cross_entropy":
+        return 1 if scores.dim() > 1 else 0
+    axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    axis = axis[0] if isinstance(axis, (tuple, list)) and len(axis) == 1 else axis
+    return axis if isinstance(axis, int) and -scores.dim() <= axis < scores.dim() else None
 
 
 def _add_up(odds: Tensor, axis: int) -> bool:

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.model.optimizers import runs_hooks
+from gradflow.functional.model.optimizers import has_scheduler, is_left_alone, runs_hooks
 from gradflow.functional.updates.figures import UpdateFigures
 from gradflow.records import CurvatureRecord, UpdateRecord, UpdatesRecord
 
@@ -91,6 +91,7 @@ class UpdateLog:
                 if id(p) not in ids
             ],
             scheduled=any(map(_is_scheduled, optimizers)),
+            left_alone=any(map(is_left_alone, optimizers)),
             curves=self.curves,
         )
 
@@ -124,9 +125,9 @@ def _series(found: Mapping[int, float], num_steps: int) -> list[float]:
 
 def _is_scheduled(optimizer: Any) -> bool:
     """Whether a rate was set below what it was built with; or all are zero, and hooks that may set them have
-    not been run."""
+    not been run, or a scheduler holds the optimizer."""
     rates = [(_number(g.get("lr")), _number(g.get("initial_lr"))) for g in optimizer.param_groups]
-    idle = all(rate == 0 for rate, _ in rates) and not runs_hooks(optimizer)
+    idle = all(rate == 0 for rate, _ in rates) and (not runs_hooks(optimizer) or has_scheduler(optimizer))
     return idle or any(built > rate for rate, built in rates)
 
 

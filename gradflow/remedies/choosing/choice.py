@@ -122,6 +122,11 @@ def _zeros(target: Target) -> list[start.Init]:
 
 
 def _against_leaps(target: Target) -> Iterator[Remedy]:
+    known = target.cause.issues[0].metrics
+    if "best" in known:  # a rate that is too low
+        yield optimizing.rate_times(known["factor"])
+    if "best" in known or known.get("rate") == 0:
+        return
     stepper = target.flow.record.provenance.optimizer
     if stepper and not hasattr(torch.optim, stepper):
         yield optimizing.plain_adam()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,3 +77,50 @@ def test_a_first_layer_that_starts_steep(steep: float, span: float, sick: bool) 
     model = Spring(stiff=400.0, unit=400.0, steep=steep, span=span, bent=nn.Tanh)
     severity = found(model, weight=0.1)[IssueType.SATURATION]
     assert (severity >= IssueSeverity.MEDIUM) == sick
+
+
+class Poisson(nn.Module):
+    """The residual of -u'' = f inside, and the error of u at both ends, each with a weight."""
+
+    def __init__(self, bent: type[nn.Module], steep: float, waves: float, inside: float, edge: float) -> None:
+        super().__init__()
+        first = nn.Linear(1, 32)
+        first.weight.data *= steep
+        self.net = nn.Sequential(first, bent(), nn.Linear(32, 32), bent(), nn.Linear(32, 1))
+        self.wave, self.inside, self.edge = math.pi * waves, inside, edge
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+        residual = bend + self.wave**2 * torch.sin(self.wave * x)
+        ends = self.net(torch.tensor([[0.0], [1.0]])) - torch.tensor([[0.5], [-0.5]])
+        return self.inside * residual, self.edge * ends
+
+
+@pytest.mark.parametrize(
+    ("bent", "steep", "waves", "inside", "edge", "sick"),
+    [
+        (nn.Tanh, 4.0, 3.0, 1.0, 1.0, True),
+        (nn.Tanh, 4.0, 5.0, 1.0, 1.0, True),
+        (nn.Tanh, 4.0, 3.0, 1 / 16, 2.0, False),
+        (nn.SiLU, 4.0, 5.0, 1 / 200, 2.0, False),
+        (nn.Tanh, 4.0, 1.0, 1.0, 1.0, False),
+        (nn.Tanh, 1.0, 2.0, 1.0, 1.0, False),  # slow, and solved all the same
+    ],
+)
+def test_a_residual_far_above_what_zeros_cost(
+    bent: type[nn.Module], steep: float, waves: float, inside: float, edge: float, sick: bool
+) -> None:
+    """Zeros solve the equation, so that what they cost is no measure: the border is."""
+    torch.manual_seed(0)
+    model = Poisson(bent, steep, waves, inside, edge)
+
+    def loss(terms: tuple[Tensor, Tensor]) -> Tensor:
+        return terms[0].square().mean() + terms[1].square().mean()
+
+    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
+    report = gf.diagnose(model, lambda: torch.rand(64, 1), loss, optimizer=optimizer, seed=0)
+    told = [i for i in report.issues if i.severity.is_serious]
+    assert [i.issue_type for i in told] == ([IssueType.EXPLODING] if sick else [])
+    assert all("made of its derivatives" in i.description for i in told)

@@ -69,7 +69,7 @@ def test_a_rate_that_is_too_low(name: str, rate: float, best: float, scale: floa
     rate = rate if name == "Adam" else rate / scale
     optimizer = getattr(torch.optim, name)(model.parameters(), rate)
     found = gf.diagnose(model, clusters(), lambda y, t: scale * LOSS(y, t), optimizer=optimizer)
-    times = factor(found, V, "factor")
+    times = factor(found, U, "factor")
     assert 0.1 * best < rate * times * (scale if name == "SGD" else 1.0) < 10 * best
     (issue,) = found.issues
     assert issue.severity is gf.IssueSeverity.MEDIUM
@@ -79,7 +79,12 @@ def test_a_rate_that_is_too_low(name: str, rate: float, best: float, scale: floa
 
 @pytest.mark.parametrize(
     ("name", "rate", "scale", "sick"),
-    [("SGD", 0.05, 1e-5, True), ("SGD", 0.05, 1.0, False), ("Adam", 1e-3, 1e-5, False)],
+    [
+        ("SGD", 0.05, 1e-5, True),
+        ("SGD", 5e-4, 1e-4, True),
+        ("SGD", 0.05, 1.0, False),
+        ("Adam", 1e-3, 1e-5, False),
+    ],
 )
 def test_a_loss_that_is_too_small_for_plain_descent(name: str, rate: float, scale: float, sick: bool) -> None:
     """The rate is a usual one, and no layer gets less than its share: it is the loss that is small."""
@@ -128,7 +133,7 @@ def test_fine_tuning_with_any_small_rate(rate: float) -> None:
     model, _, draw = trained()
     found = report(torch.optim.AdamW(model.parameters(), rate), model, draw)
     assert found.ok, str(found)
-    assert math.isnan(factor(found, V, "factor"))
+    assert math.isnan(factor(found, U, "factor"))
 
 
 def test_a_trained_model_that_goes_on() -> None:
@@ -142,7 +147,8 @@ def test_a_warm_up(given: bool) -> None:
     model = net()
     adam = torch.optim.AdamW(model.parameters(), 1e-3)
     scheduler = lr_scheduler.LambdaLR(adam, lambda step: (step + 1) / 10**6)
-    found = report(adam, model, **({"scheduler": scheduler} if given else {}))
+    options: dict[str, Any] = {"scheduler": scheduler} if given else {}
+    found = report(adam, model, **options)
     assert found.issues == ()
     assert found.record.updates is not None
     assert found.record.updates.rates[0] == pytest.approx(1e-9)
@@ -151,12 +157,8 @@ def test_a_warm_up(given: bool) -> None:
 def test_a_rate_of_zero() -> None:
     model = net()
     (issue,) = report(torch.optim.SGD(model.parameters(), 0.0), model).issues
-    assert (issue.issue_type, issue.severity) == (V, gf.IssueSeverity.HIGH)
+    assert (issue.issue_type, issue.severity) == (U, gf.IssueSeverity.HIGH)
     assert issue.description.startswith("The learning rate is 0")
-    adam = torch.optim.Adam(model.parameters(), 1e-3)
-    lr_scheduler.LambdaLR(adam, lambda step: step / 1000)  # whose first rate is zero
-    (remark,) = report(adam, model).issues
-    assert remark.severity is gf.IssueSeverity.LOW
 
 
 def test_steps_that_are_never_applied() -> None:
@@ -348,6 +350,6 @@ def test_a_rate_that_leaves_what_begins_at_zero_there_is_what_explains_it(
         assert all(c.layer for c in told)
         return
     (cause,) = told
-    assert (cause.layer, cause.issue_type) == ("", V)
+    assert (cause.layer, cause.issue_type) == ("", U)
     assert cause.issues[0].metrics["rate"] == rate
     assert len(cause.issues) > 1

@@ -48,3 +48,10 @@ def test_an_output_that_is_zero(power: int, held: list[int]) -> None:
 def test_zeros_beside_zeros_tell_nothing() -> None:
     parts = [torch.zeros(6, 2, requires_grad=True), torch.zeros(6, 2, requires_grad=True)]
     assert held_at_zero(lambda y: (1 + y[0] + y[1]).square().mean(), parts) == []
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6, 1e30])
+def test_a_target_beside_outputs_that_have_run_away(size: float) -> None:
+    own, held, _ = outputs()
+    parts = [(size * own).detach().requires_grad_(), held]
+    assert merely_added(lambda y: (y[0] - y[1]).square().mean(), parts) == []

@@ -19,6 +19,7 @@ from gradflow.detect.evidence import (
 )
 from gradflow.detect.knowledge import differing, guesses
 from gradflow.detect.view import Flow
+from gradflow.detect.wiring import node_name
 from gradflow.records import (
     Evidence,
     Issue,
@@ -111,6 +112,8 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
     last = next((n for n in ends if flow.layers[n].module == flow.layers[ends[-1]].module), "")
     lost = _first_alike(flow, alike) or ((last, 1.0) if last else None)
     if lost is None:
+        return []
+    if _is_shut(flow, lost[0]):
         return []
     layer, before = flow.layers[lost[0]], lost[1]
     now, first = late(layer.output_variation), early(layer.output_variation)
@@ -226,6 +229,13 @@ def _is_another_illness(flow: Flow, node: str) -> bool:
             return True
     shut = (late(a.saturated_share) >= 0.5 or a.never_fired >= 0.9 for a in flow.record.activations)
     return any(shut)
+
+
+def _is_shut(flow: Flow, node: str) -> bool:
+    """Whether a module is itself a bounded activation at the same of its ends for every sample, which says
+    why what it gives is alike."""
+    of = (a for a in flow.record.activations if not a.functional and node_name(a.layer) == node)
+    return any(a.kind == "bounded" and a.always_saturated >= 0.9 for a in of)
 
 
 def _compares_samples(known: KnowledgeRecord) -> bool:

@@ -44,9 +44,58 @@ def drowned_terms(flow: Flow, times: float = 1e4) -> list[Issue]:
     joined = _joined(flow, strong) if weak else set[str]()
     apart = [n for n in weak if n not in joined][:_MOST]
     drowned = [n for n in apart if _trained(flow, n) & _trained(flow, strong)]
-    if drowned and any(flow.wiring.nodes[n].type.endswith("_backward") for n in joined):
-        return [_residual_issue(flow, strong, drowned[0], ratios[drowned[0]])]
+    if drowned and any(_is_backward(flow, n) for n in joined):
+        ratio = ratios[drowned[0]]
+        told = f"its gradient is {ratio:.2g} times as large or more, by the size of the outputs too"
+        return [_residual_issue(flow, strong, drowned[0], ratio, told)]
     return [_issue(flow, n, strong, ratios[n]) for n in drowned]
+
+
+def swamping_residuals(flow: Flow, loud: Sequence[Issue], times: float = 10.0) -> list[Issue]:
+    """What is told of outputs that are too loud, where they are made of derivatives of the model.
+
+    What comes out is the residual of a differential equation then: no signal that has grown on its way, and
+    zeros cost next to nothing as they are what solves it. Told is where the residual leaves next to nothing
+    to the conditions at the border, or to the data: by the gradient at each layer that both go through, in
+    every step. Alike and not: a residual in the unit of the other term; one without any other term.
+
+    Args:
+        flow: the record along its wiring.
+        loud: what is told of the outputs.
+        times: how much more gradient the passes must get that derivatives are taken of. Healthy ones get up
+            to twice as much in some step.
+    """
+    calls = dict[str, list[str]]()
+    for node, layer in flow.layers.items():
+        if not layer.composite and flow.trainable(node):
+            calls.setdefault(layer.module, []).append(node)
+    derived = derived_layers(flow) if loud else set[str]()
+    if not derived:
+        return list(loud)
+    ratios = []
+    for nodes in calls.values():
+        strong, weak = [n for n in nodes if n in derived], [n for n in nodes if n not in derived]
+        if strong and weak:
+            most = (np.fmax.reduce([flow.grad[n] for n in each]) for each in (strong, weak))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratios.append((float(np.nanmin(np.divide(*most))), strong[0], weak[0]))
+    ratio, strong, weak = min(ratios, default=(math.nan, "", ""))
+    told = f"at each layer that both go through, its gradient is {ratio:.2g} times as large or more"
+    return [_residual_issue(flow, strong, weak, ratio, told)] if times <= ratio < math.inf else []
+
+
+def derived_layers(flow: Flow) -> set[str]:
+    """Return the layer calls that derivatives are taken of, on the way to the loss, in one pass."""
+    wires, found = flow.wiring, set[str]()
+    for node in reversed(wires.order):
+        if any(n in found or _is_backward(flow, n) for n in wires.succs[node]):
+            found.add(node)
+    return found & flow.layers.keys()
+
+
+def _is_backward(flow: Flow, node: str) -> bool:
+    """Whether a node is the slope of an operation, as a derivative of the model is made of."""
+    return flow.wiring.nodes[node].type.endswith("_backward")
 
 
 def alike_outputs(flow: Flow, apart: float = 0.03) -> list[Issue]:
@@ -298,7 +347,7 @@ def _issue(flow: Flow, node: str, strong: str, ratio: float) -> Issue:
     )
 
 
-def _residual_issue(flow: Flow, strong: str, weak: str, ratio: float) -> Issue:
+def _residual_issue(flow: Flow, strong: str, weak: str, ratio: float, how: str) -> Issue:
     """Tell of a term made of derivatives of the model, whose gradient leaves next to nothing to another."""
     layer, other = flow.layers[strong], layer_name(weak)
     return Issue(
@@ -306,9 +355,9 @@ def _residual_issue(flow: Flow, strong: str, weak: str, ratio: float) -> Issue:
         layer_type=layer.type,
         issue_type=IssueType.EXPLODING,
         severity=IssueSeverity.HIGH,
-        description=f"The term of the loss that is made of its derivatives swamps that of {other}: its "
-        f"gradient is {ratio:.2g} times as large or more, by the size of the outputs too, and the weights "
-        "that both share are trained for it alone. Where zero solves the equation, zero is what is learnt.",
+        description=f"The term of the loss that is made of its derivatives swamps that of {other}: {how}, "
+        "and the weights that both share are trained for it alone. Where zero solves the equation, zero is "
+        "what is learnt.",
         magnitude=ratio,
         recommended_actions=(
             "Bring both terms to one unit: divide the residual of the equation by its largest coefficient "

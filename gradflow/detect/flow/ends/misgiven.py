@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 from gradflow.detect.actions import Actions
-from gradflow.detect.evidence import heads
+from gradflow.detect.evidence import heads, last_layers, late
 from gradflow.detect.view import Flow
 from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, KnowledgeRecord, LayerRecord, Role
 
@@ -144,6 +144,75 @@ def misgiven_losses(flow: Flow, kind: IssueType) -> list[Issue]:
         for name, (of, text, action) in _SAID.items()
         if name in known.misgiven and of is kind
     ]
+
+
+_NO_CHOICE = "scores masked but for one"
+
+
+def has_no_choice(flow: Flow) -> bool:
+    """Whether masks leave the softmaxes of a loss one alternative each, and the loss has come to zero."""
+    known = flow.record.knowledge
+    return known is not None and _NO_CHOICE in known.misgiven and late(flow.record.losses) == 0
+
+
+def choiceless(flow: Flow, kind: IssueType, alike: float = 0.3) -> list[Issue]:
+    """The last layer of a model of whose scores masks leave but one, the right one, to choose among.
+
+    A contrastive loss that leaves out what is too like the right answer leaves out every wrong one where all
+    are alike: the loss is zero, whatever the scores are, and nothing brings them apart. That is a BOTTLENECK,
+    at the layer whose rows are alike. Where none is, the mask itself is at fault: DEAD, at the last layer.
+    Alike and not: a model whose scores are right by a wide margin; masks that leave a few rows no choice.
+
+    Args:
+        flow: the record along its wiring.
+        kind: of issue.
+        alike: variation of a layer's output below which its rows are alike: of rows whose cosines are c it is
+            the root of 1 - c, and masks leave out cosines above 0.9 and more.
+    """
+    if not has_no_choice(flow):
+        return []
+    seen = {node: late(flow.layers[node].output_variation) for node in last_layers(flow)}
+    same = [node for node, value in seen.items() if value < alike]
+    if not seen or bool(same) is not (kind is IssueType.BOTTLENECK):
+        return []
+    node = min(same, key=lambda n: seen[n]) if same else max(seen, key=lambda n: flow.layers[n].order)
+    layer = flow.layers[node]
+    why = (
+        f" What this layer gives is much the same for all samples ({seen[node]:.1%} of it differs), so that "
+    )
+    why += "a mask of what is too like the right answer leaves out every wrong one."
+    return [
+        Issue(
+            layer=layer.name,
+            layer_type=layer.type,
+            issue_type=kind,
+            severity=IssueSeverity.HIGH,
+            description="Masks leave the softmax of the loss nothing but the right alternative, so the loss "
+            "is exactly zero whatever the scores are, and no gradient comes back." + (why if same else ""),
+            magnitude=1.0,
+            recommended_actions=_choice_actions(layer.name) if same else _mask_actions(),
+            metrics={"variation": seen[node], "loss": late(flow.record.losses)},
+            evidence=Evidence(roles=Role.BLOCKING),
+        )
+    ]
+
+
+def _choice_actions(layer: str) -> Actions:
+    """For vectors so alike that a mask of likeness takes all of them."""
+    return (
+        f"Take away what all samples have in common in {layer}: subtract the mean of what enters it over the "
+        "samples, or put a norm over the batch behind it.",
+        "Mask by identity (the same item, the same label) and not by likeness, or raise the likeness from "
+        "which it masks until most of the wrong alternatives stay.",
+    )
+
+
+def _mask_actions() -> Actions:
+    """For scores that a mask takes but for one."""
+    return (
+        "Print the mask of one batch: how many alternatives it leaves each row. Look for one that is the "
+        "wrong way round, or that masks by a label which all samples of a batch share.",
+    )
 
 
 def _softmax_of(flow: Flow, node: str) -> LayerRecord:
