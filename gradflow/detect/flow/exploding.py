@@ -27,6 +27,7 @@ from gradflow.detect.flow.ends.loud import (
     impossible_targets,
     loud_heads,
     loud_outputs,
+    over_silence,
     steep_outputs,
 )
 from gradflow.detect.flow.ends.misgiven import misgiven_losses
@@ -102,7 +103,7 @@ def exploding(
         if found and not all(issue.evidence.developed for issue in found):
             return found
         if not first and any(issue.severity.is_serious for issue in found):
-            first = multiplied_signal(flow, threshold**2)
+            first = multiplied_signal(flow, over_silence(flow), threshold**2)
             found = [i for i in found if all(i.layer != other.layer for other in first)]
         return [*found, *first] if found or first else _others(flow, threshold, loud)
 

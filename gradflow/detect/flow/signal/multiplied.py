@@ -8,7 +8,6 @@ from collections.abc import Iterable
 import attrs
 
 from gradflow.detect.evidence import at_look, heads
-from gradflow.detect.flow.ends.loud import over_silence
 from gradflow.detect.view import Flow
 from gradflow.records import Evidence, Issue, IssueSeverity, IssueType
 
@@ -24,7 +23,7 @@ class _Place:
     behind: float
 
 
-def multiplied_signal(flow: Flow, above: float, times: float = 3.0) -> list[Issue]:
+def multiplied_signal(flow: Flow, over: float, above: float, times: float = 3.0) -> list[Issue]:
     """Layers whose outputs are made larger on the way to the next layer, one after the other, until the loss
     is far above that of zeros before a step is made.
 
@@ -34,10 +33,10 @@ def multiplied_signal(flow: Flow, above: float, times: float = 3.0) -> list[Issu
 
     Args:
         flow: the record along its wiring.
-        above: how many times the cost of zeros the first loss must be.
+        over: how many times what zeros cost the first loss is.
+        above: how many times it must be.
         times: how many times larger the signal must become at a place.
     """
-    over = over_silence(flow)
     found: dict[str, list[_Place]] = {}
     for head in heads(flow) if above <= over < math.inf else ():
         before = flow.wiring.upstream(head)
