@@ -84,7 +84,8 @@ def left_at_zero(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """The cause is of steps that were measured as far too short, and the gradient that the victim lacks is
     lost at a matrix that began at zero, out of which they do not lead."""
     place = node_name(victim.layer if victim.evidence.origin is None else victim.evidence.origin)
-    if cause.layer or not math.isfinite(cause.metrics.get("best", math.nan)) or place not in flow.layers:
+    measured = "factor" in cause.metrics and math.isfinite(cause.metrics.get("best", math.nan))
+    if not measured or place not in flow.layers:
         return False
     weights = [p for p in flow.parameters_of(place) if len(p.shape) > 1 and len(p.norm)]
     return any(p.trainable and p.norm[0] == 0 for p in weights)
@@ -190,7 +191,8 @@ def starved_of_input(flow: Flow, cause: Issue, victim: Issue) -> bool:
 def shows_more(flow: Flow, cause: Issue, victim: Issue) -> bool:
     """No one layer loses the gradient, each a little: it is reported where it shows most."""
     gradual = cause.evidence.origin is None and victim.evidence.origin is None
-    return gradual and shown(flow, cause) < shown(flow, victim)
+    on_the_way = bool(cause.evidence.roles) or order(flow, cause) >= 0  # and not of all that is trained
+    return gradual and on_the_way and shown(flow, cause) < shown(flow, victim)
 
 
 def behind_the_cut(flow: Flow, cause: Issue, victim: Issue) -> bool:

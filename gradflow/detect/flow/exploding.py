@@ -27,6 +27,7 @@ from gradflow.detect.flow.ends.loud import (
     impossible_targets,
     loud_heads,
     loud_outputs,
+    over_silence,
     steep_outputs,
 )
 from gradflow.detect.flow.ends.misgiven import misgiven_losses
@@ -36,6 +37,7 @@ from gradflow.detect.flow.ends.unheard import tiny_targets, unmet_targets
 from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import LEVELS, bursting_calls, growing_repeats, levels_off
 from gradflow.detect.flow.signal.grown import begun_before
+from gradflow.detect.flow.signal.multiplied import multiplied_signal
 from gradflow.detect.knowledge import CAME, at_level, calm, came_knowing, coped_with, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name
@@ -55,8 +57,9 @@ def exploding(
     one: for a squared error that is half of (error / output), so how far its outputs are from its targets,
     in units of the outputs. (4) The same ratio at the first step of a run that its steps blow up, and whether
     what the last layer gives goes through an exponential there. (5) What new parts of a frozen model give in
-    the first step, beside what they are added to. (6) The slope of the loss along each parameter, over a
-    usual size of it and over the loss.
+    the first step, beside what they are added to; and how much larger what a layer is given then is than what
+    the layers that feed it give, see `multiplied_signal`. (6) The slope of the loss along each parameter,
+    over a usual size of it and over the loss.
 
     Why this is evidence: growth is a ratio of norms along one path, free of the scale of the loss. A healthy
     layer at any usual initialisation multiplies the gradient by 0.4 to 1.5; what doubles per layer or per
@@ -99,6 +102,9 @@ def exploding(
         found += exponentials(flow, loud)
         if found and not all(issue.evidence.developed for issue in found):
             return found
+        if not first and any(issue.severity.is_serious for issue in found):
+            first = multiplied_signal(flow, over_silence(flow), threshold**2)
+            found = [i for i in found if all(i.layer != other.layer for other in first)]
         return [*found, *first] if found or first else _others(flow, threshold, loud)
 
     return detector

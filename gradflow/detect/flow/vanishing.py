@@ -12,6 +12,7 @@ from gradflow.detect.evidence import Shares, early, is_normed, kept_at_least, la
 from gradflow.detect.flow.ends.unheard import flat_scores, heard_below_a_tower, unheard
 from gradflow.detect.flow.forgetting import deep, fading, forgetful
 from gradflow.detect.flow.readings.falls import best_upstream, falls_of, lossy_operation
+from gradflow.detect.flow.readings.idle import idle
 from gradflow.detect.flow.readings.same_keys import never_asked
 from gradflow.detect.flow.readings.weakened import weakened
 from gradflow.detect.flow.readings.zeros import zeros_of
@@ -52,7 +53,7 @@ def vanishing(
     A fused plain recurrent layer whose last step alone is read is judged by its recurrent weights, see
     `gradflow.detect.flow.readings.recurrent_weights`. Of a loop of operations over a sequence (a scan, a
     recurrence written out), the gradient is measured along the sequence, at what the loop takes step by step.
-    Of a stack that applies less of its weights than it holds, see `weakened`.
+    Of a stack that applies less of its weights than it holds, see `weakened`; whose steps miss it, `idle`.
 
     Where one layer accounts for half of the fall along a path, in logarithms, that layer is named, or the
     operation that its input goes through. Where none does, the fall is reported where it shows most, in the
@@ -99,7 +100,7 @@ def vanishing(
         found = [*_issues(flow, plain, starved, fed), *forgetful(flow, threshold), *fading(flow, faded)]
         found = found or deep(flow) or _uncured(flow, against, plain, threshold, share, local_share, bypass)
         found = found or _inexcusable(flow, plain, threshold, share, local_share, bypass)
-        found = found or weakened(flow, plain.share)
+        found = found or weakened(flow, plain.share) or idle(flow, plain)
         found = [lowered(i, AT_LEVEL) for i in found] if at_level(record) else coped_with(record, found)
         return [*found, *(unheard(flow, leverage, share) or flat_scores(flow))]
 

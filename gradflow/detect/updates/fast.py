@@ -10,7 +10,7 @@ import numpy as np
 
 from gradflow.detect.evidence import late, total_gradient
 from gradflow.detect.updates.rate import Misfit
-from gradflow.detect.updates.readings import has_stranded, has_undone, largest, layer_of
+from gradflow.detect.updates.readings import has_flattened, has_stranded, has_undone, largest, layer_of
 from gradflow.records import Evidence, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
 
@@ -19,8 +19,8 @@ def overshooting(record: FlowRecord, misfit: Misfit) -> Issue:
     name, _ = largest(record)
     layer, kind = layer_of(record, name)
     first, last = float(record.losses[0]), float(record.losses[-1])
-    undone, stranded = has_undone(record), has_stranded(record)
-    far = not np.isfinite(record.losses).all() or last >= 10 * first or undone or stranded
+    undone, stranded, flattened = has_undone(record), has_stranded(record), has_flattened(record)
+    far = not np.isfinite(record.losses).all() or last >= 10 * first or undone or stranded or flattened
     told = f"The updates make things worse: the loss goes from {first:.3g} to {last:.3g}"
     if undone:
         told += f", over {record.losses.max():.3g}, and all samples get the same answer"
@@ -30,6 +30,11 @@ def overshooting(record: FlowRecord, misfit: Misfit) -> Issue:
             "The updates carry the model to where its loss is flat: it guesses, the gradient is "
             f"{ended:.1e} of what it was on the way, and the loss, which was {record.losses.min():.3g}, "
             f"stays at {last:.3g}"
+        )
+    elif flattened and record.knowledge is not None:
+        told = (
+            "The updates throw the model to where it gives all samples much the same answer: the loss goes "
+            f"from {first:.3g} to {last:.3g}, and to know nothing costs {record.knowledge.ignorance:.3g}"
         )
     return with_rate(
         Issue(

@@ -17,6 +17,7 @@ import numpy as np
 from gradflow.detect.evidence import late, total_gradient
 from gradflow.detect.knowledge import calm, guesses, informed
 from gradflow.detect.updates.readings import (
+    has_flattened,
     has_stranded,
     has_undone,
     has_worsened,
@@ -77,6 +78,7 @@ def too_high(record: FlowRecord, *, jumps: bool) -> Misfit | None:
     """
     updates = record.updates
     worse = jumps or has_worsened(record) or has_undone(record) or has_stranded(record)
+    worse = worse or has_flattened(record)
     if updates is None or not updates.steps or calm(record) or not worse:
         return None
     ratios = whole_ratio(record)
@@ -86,7 +88,7 @@ def too_high(record: FlowRecord, *, jumps: bool) -> Misfit | None:
     rate = max(rates(record), default=math.nan)
     cold = _is_cold(record)
     curve = next((c for c in updates.curves if c.actual > 0 and c.best <= 0.25), None)
-    if _is_off_scale(record):
+    if _is_off_scale(record, each=has_flattened(record)):
         return None
     if ratio >= _FAR:
         return Misfit(factor=ratio / USUAL, ratio=ratio, rate=rate, cold=cold, curve=curve)
@@ -105,11 +107,13 @@ def too_high(record: FlowRecord, *, jumps: bool) -> Misfit | None:
     return None
 
 
-def _is_off_scale(record: FlowRecord) -> bool:
+def _is_off_scale(record: FlowRecord, *, each: bool) -> bool:
     """Whether inputs, weights or targets are off scale from the first step on, and the rate is not at fault.
 
     What the loss would lose over one size of the weights, |g|·|p| / L, is at most some multiples of the depth
-    in a network of usual scale, whatever the loss is multiplied by. Far targets make it next to nothing.
+    in a network of usual scale, whatever the loss is multiplied by. Far targets make it next to nothing. If
+    `each`, it is over one size of each parameter: what divides by the size of its weights is the steeper the
+    smaller they are.
     """
     gradient = total_gradient(record)
     trained = [p for p in record.parameters if p.trainable and p.optimized and len(p.norm)]
@@ -118,6 +122,8 @@ def _is_off_scale(record: FlowRecord) -> bool:
     if not len(gradient) or not loss > 0:
         return False
     known, fall = record.knowledge, float(gradient[0]) * size
+    if each:
+        fall = float(sum(p.grad_norm[0] * p.norm[0] for p in trained))
     # A trained model's own loss is next to nothing, so what ignorance costs counts where it is more.
     most = max(loss, known.ignorance) if known is not None and math.isfinite(known.ignorance) else loss
     return fall > _OFF * depth * most or fall < _FLAT * loss

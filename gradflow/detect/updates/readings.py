@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from gradflow.detect.evidence import early, late, middle, total_gradient
-from gradflow.detect.knowledge import guesses
+from gradflow.detect.evidence import early, heads, late, middle, total_gradient
+from gradflow.detect.knowledge import differing, guesses
+from gradflow.detect.view import flow_of
 from gradflow.records import Floats, FlowRecord, ParameterRecord, UpdateRecord
 
 _OPENING = 5.0  # times its least, that the response of the loss ends at where a gate opens
@@ -119,6 +120,48 @@ def has_undone(record: FlowRecord, kept: float = 0.02, apart: float = 0.1) -> bo
     return any(float(v[0]) >= apart and float(v[-1]) <= kept * float(v[0]) for v in seen)
 
 
+def has_flattened(record: FlowRecord, kept: float = 0.15, apart: float = 0.1, flung: float = 0.5) -> bool:
+    """Whether a step of the size of all the weights has thrown a model to where it gives much the same for
+    all samples, and from where the loss has come down to what ignorance costs, and no further.
+
+    Outputs that start too large cost more than to know nothing, so that a loss which ends below its start may
+    have come to nothing all the same. Weights that begin at next to nothing are as large as PyTorch would
+    have drawn them, for this: steps that make them so throw nothing away. Scale-invariant weights bear such a
+    step, so it is no illness by itself; a model that comes to one answer for all by smaller steps may leave
+    it.
+
+    Args:
+        record: the record.
+        kept: part of the variation between samples at the first step that may be left in the outputs.
+        apart: what that was, at least.
+        flung: size of one update over that of the weights.
+    """
+    losses, known = record.losses, record.knowledge
+    if known is None or len(losses) < 6 or not np.isfinite(losses).all() or not known.share_left >= 0.98:
+        return False
+    if not late(losses) >= 0.98 * known.ignorance > 0:
+        return False
+    if not float(np.fmax.reduce(_step_size(record), initial=0.0)) >= flung:
+        return False
+    flow = flow_of(record)
+    seen = [v for node in heads(flow) if len(v := flow.layers[node].output_variation)]
+    began, ended = (max((float(v[at]) for v in seen), default=math.nan) for at in (0, -1))
+    return began >= apart and ended <= 0.1 * began and differing(known) <= kept * began
+
+
+def _step_size(record: FlowRecord) -> Floats:
+    """Return, by look, the size of the update of all matrices over that of the weights, each of which is
+    taken to be no smaller than PyTorch would have drawn it, 1 / √(3 · inputs)."""
+    pairs = [(u, p) for u, p in held(record) if len(p.shape) >= 2 and len(u.rms)]
+    drawn = [1.0 / math.sqrt(3.0 * max(math.prod(p.shape[1:]), 1)) for _, p in pairs]
+    moved = _total((u.rms, p.num_elements) for u, p in pairs)
+    weight = _total(
+        (np.fmax(u.weight_rms, least), p.num_elements) for (u, p), least in zip(pairs, drawn, strict=True)
+    )
+    with np.errstate(all="ignore"):
+        return moved / weight
+
+
 def has_stranded(record: FlowRecord, left: float = 1e-3) -> bool:
     """Whether the steps have carried a model to where its loss is flat: it guesses, the gradient ends at
     `left` of what it was on the way, or less, and the loss no lower than it has been.
@@ -218,6 +261,22 @@ def _size_ratio(u: UpdateRecord, p: ParameterRecord) -> Floats:
         return u.ratio
     drawn = 1.0 / math.sqrt(3.0 * max(math.prod(p.shape[1:]), 1))
     return u.rms / np.fmax(u.weight_rms, drawn)
+
+
+def trained_part(record: FlowRecord) -> tuple[str, str]:
+    """Return the name and type of the deepest module that holds all that is trained, where more of the model
+    is not: a generator before a judge that is frozen, a new head. The model's own, if it is trained whole."""
+    held_names = {p.name for u, p in held(record) if p.trainable}
+    owners = [name.split(".")[:-1] for name in held_names]
+    shared = [parts[0] for parts in zip(*owners, strict=False) if len(set(parts)) == 1]
+    depth = next(
+        (i for i, parts in enumerate(zip(*owners, strict=False)) if len(set(parts)) > 1), len(shared)
+    )
+    place = ".".join(shared[:depth])
+    others = [p.name for p in record.parameters if p.name not in held_names]
+    if not place or not any(not name.startswith(f"{place}.") for name in others):
+        return "", record.provenance.model or "model"
+    return place, next((layer.type for layer in record.layers if layer.name == place), "Module")
 
 
 def layer_of(record: FlowRecord, parameter: str) -> tuple[str, str]:

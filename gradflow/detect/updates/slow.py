@@ -20,13 +20,28 @@ from gradflow.detect.updates.rate import (
     is_held_by_epsilon,
     too_low,
 )
-from gradflow.detect.updates.readings import held, is_adaptive, is_rising, rates, typical, unchanged
+from gradflow.detect.updates.readings import (
+    held,
+    is_adaptive,
+    is_rising,
+    rates,
+    trained_part,
+    typical,
+    unchanged,
+)
 from gradflow.detect.updates.undone import taken_back
 from gradflow.records import FlowRecord, Issue, IssueSeverity, IssueType
 
 _T = IssueType
 _HIGHEST = 10.0  # a rate of plain descent above which it is the gradient that is small
 _SHORT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}  # what a dtype rounds away of a weight, at most
+
+_FLAT_TOP = (
+    "Give it a loss that is steep where it is worst: where a judge that is sure judges it, "
+    "F.softplus(-score), which is -log D, in the place of log(1 - D).",
+    "Or train the judge less, with labels of 0.9 or a penalty on its slope: one that is perfect teaches "
+    "nothing.",
+)
 
 
 def slow_updates(swallowed: float = 0.9, *, idle: float = 0.5) -> Callable[[FlowRecord], Iterable[Issue]]:
@@ -80,9 +95,10 @@ def _issue(
     kind: IssueType = IssueType.VANISHING,
     **of: float,
 ) -> Issue:
+    place, module = trained_part(record)
     return Issue(
-        layer="",
-        layer_type=record.provenance.model or "model",
+        layer=place,
+        layer_type=module,
         issue_type=kind,
         severity=severity,
         description=text,
@@ -122,11 +138,12 @@ def _nothing(record: FlowRecord) -> Issue | None:
         )  # fmt: skip
     if not guesses(record):  # an optimizer that stops where the gradient is small enough has done its work
         return None
+    check = "Check that the step is made with this very optimizer and model, and that its rate is not tiny."
     return _issue(
         record, IssueSeverity.HIGH,
         "Gradients arrive, and no step changes a single number: they are never applied, or each update is "
-        f"rounded away (learning rate {rate:.3g}).",
-        ("Check that the step is made with this very optimizer and model, and that its rate is not tiny.",),
+        f"rounded away (learning rate {rate:.3g}).{_of_the_top(record)}",
+        (*_FLAT_TOP, check) if _is_at_its_top(record) else (check,),
         rate=rate,
     )  # fmt: skip
 
@@ -174,6 +191,24 @@ def _short_of_rate(record: FlowRecord) -> float:
     return sum(lost) / max(sum(p.num_elements for _, p in pairs), 1)
 
 
+def _is_at_its_top(record: FlowRecord, part: float = 0.01) -> bool:
+    """Whether the loss is below zero by next to nothing of what outputs of zero bring it to: a logarithm of
+    one minus a probability, where that is next to zero. What it could fall by is all before it, and its slope
+    is as small as it is itself."""
+    known = record.knowledge
+    return known is not None and known.silent < 0 and part * known.silent <= known.loss < 0
+
+
+def _of_the_top(record: FlowRecord) -> str:
+    known = record.knowledge
+    if known is None or not _is_at_its_top(record):
+        return ""
+    return (
+        f" The loss, {known.loss:.1e}, is next to the most that it can be, where it is flat: outputs of zero "
+        f"would bring it to {known.silent:.2g}."
+    )
+
+
 def _slow(record: FlowRecord, misfit: Misfit) -> Issue:
     curve = misfit.curve
     assert curve is not None
@@ -184,7 +219,10 @@ def _slow(record: FlowRecord, misfit: Misfit) -> Issue:
         f"the update of step {curve.step}, the loss of its batch is lowest {curve.best:.0f} times as far "
         f"({gain:.2g} of it gained, {own:.1g} by the update as it is)."
     )
-    if is_clipped_away(record):
+    if _is_at_its_top(record):
+        text += _of_the_top(record)
+        actions = _FLAT_TOP
+    elif is_clipped_away(record):
         share = typical(np.array(record.updates.clipping if record.updates is not None else ()))
         text += f" Clipping leaves {share:.1g} of the gradient."
         actions = (f"Clip to a norm about {misfit.factor:.1g} times as large, or raise the rate by as much.",)

@@ -109,3 +109,66 @@ def test_a_head_that_is_loud_by_its_own_weights_is_told_itself() -> None:
     with torch.no_grad():
         model[-1].weight.mul_(60)
     assert growths(model) == ("3", ["3"])
+
+
+class Neighbours(nn.Module):
+    """Layers that each take what a node and its neighbours give: their sum or mean, or a norm of the sum."""
+
+    def __init__(self, how: str, depth: int = 3) -> None:
+        super().__init__()
+        self.how = how
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(32 if i else 8, 32), nn.ReLU(), nn.Linear(32, 32)) for i in range(depth)
+        )
+        if how == "normed":
+            self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(depth))
+        self.out = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            near = edges @ x
+            near = near / edges.sum(2, keepdim=True).clamp_min(1) if self.how == "mean" else near
+            x = self.norms[i](layer(x + near)) if self.how == "normed" else layer(x + near)
+        return self.out(x.mean(1))
+
+
+def graphs(share: float) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """Return batches of graphs in which a share of all pairs of 64 nodes are neighbours."""
+    g = torch.Generator().manual_seed(0)
+    kinds, found = torch.randn(3, 8, generator=g), []
+    for _ in range(20):
+        kind = torch.randint(3, (8,), generator=g)
+        x = kinds[kind][:, None] + torch.randn(8, 64, 8, generator=g)
+        edges = (torch.rand(8, 64, 64, generator=g) < share).float().triu(1)
+        found.append(((x, edges + edges.mT), kind))
+    return found
+
+
+def of_graphs(how: str, rate: float, share: float, depth: int = 3) -> gf.Report:
+    torch.manual_seed(0)
+    model = Neighbours(how, depth)
+    optimizer = torch.optim.SGD(model.parameters(), rate, 0.9)
+    return gf.diagnose(model, graphs(share), F.cross_entropy, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(("rate", "share", "depth"), [(0.03, 0.8, 3), (1e-3, 0.9, 3), (0.1, 0.4, 4)])
+def test_sums_over_many_neighbours_are_told_before_the_steps_that_they_blow_up(
+    rate: float, share: float, depth: int
+) -> None:
+    report = of_graphs("sum", rate, share, depth)
+    cause = report.causes[0]
+    assert (cause.issue_type, cause.layer.startswith("layers.")) == (IssueType.EXPLODING, True)
+    (first, *_) = [i for i in report.issues if "num_places" in i.metrics]
+    assert first.metrics["num_places"] == depth - 1
+    # What a node and its neighbours give together is about as many times as large as they are many.
+    assert 0.5 < first.metrics["growth"] / (1 + 63 * share) < 2
+
+
+@pytest.mark.parametrize(("how", "share"), [("mean", 0.8), ("normed", 0.8)])
+def test_neighbours_that_keep_their_scale_are_not_told(how: str, share: float) -> None:
+    assert of_graphs(how, 0.03, share).ok
+
+
+def test_a_rate_that_is_too_high_stays_the_cause_where_nothing_grows_at_first() -> None:
+    report = of_graphs("mean", 100.0, 0.8)
+    assert report.causes[0].issue_type is IssueType.UNSTABLE

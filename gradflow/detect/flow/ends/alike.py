@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from gradflow.detect.evidence import (
     loss_fell,
     shares,
 )
+from gradflow.detect.flow.readings.rows import become_alike
 from gradflow.detect.knowledge import differing, guesses
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
@@ -258,7 +258,7 @@ def _stays_at_margin(flow: Flow, known: KnowledgeRecord) -> bool:
     if not known.drawn >= known.averaged * (1 - 1e-6) or known.num_samples < 4:
         return False
     losses = flow.record.losses
-    return bool((losses >= known.averaged).all()) and _become_alike(flow, heads(flow), 2.0, steady=False)
+    return bool((losses >= known.averaged).all()) and become_alike(flow, heads(flow), 2.0, steady=False)
 
 
 def _in_one_direction(known: KnowledgeRecord) -> bool:
@@ -279,20 +279,7 @@ def _is_collapsing(flow: Flow, known: KnowledgeRecord) -> bool:
     met = 0 <= late(flow.record.losses) <= 0.05 * flow.record.losses[0]
     if not 0 <= known.averaged <= (0.2 if met else 0.05) * known.loss or known.num_samples < 4:
         return False
-    return _become_alike(flow, heads(flow), 2.0 if met else 3.0)
-
-
-def _become_alike(flow: Flow, nodes: Iterable[str], times: float, *, steady: bool = True) -> bool:
-    """Whether what differs between the rows of each call has become so many times less, and less than at any
-    look before; if it should be steady, from each look to the next, but for noise."""
-    for node in nodes:
-        seen = flow.layers[node].output_variation
-        seen = seen[np.isfinite(seen)]
-        if len(seen) < 3 or not seen[-1] <= seen[0] / times or not seen[-1] <= 1.03 * seen.min():
-            return False
-        if steady and np.any(np.diff(seen) > 0.03 * seen[0]):
-            return False
-    return True
+    return become_alike(flow, heads(flow), 2.0 if met else 3.0)
 
 
 def _pulled_together(flow: Flow, known: KnowledgeRecord) -> list[float]:
@@ -311,7 +298,7 @@ def _pulled_together(flow: Flow, known: KnowledgeRecord) -> list[float]:
     calls = [n for n in ends if len(flow.layers[n].shape) > 1 and flow.layers[n].shape[-1] > 1]
     if len(calls) < 2 or len(calls) < len(ends) or len({flow.layers[n].module for n in calls}) > 1:
         return []
-    if not _become_alike(flow, calls, 2.0):
+    if not become_alike(flow, calls, 2.0):
         return []
     return [late(flow.layers[n].output_variation) for n in calls]
 
