@@ -37,6 +37,8 @@ _FAMILIES = """
     contact16b_1 contact16b_2 contact16b_3
     contact17a_1 contact17a_2 contact17a_3 contact17a_4
     contact17b_1 contact17b_2 contact17b_3 contact17b_4
+    contact18a_1 contact18a_2 contact18a_3
+    contact18b_1 contact18b_2 contact18b_3 contact18b_4 contact18b_5
 """
 for _name in _FAMILIES.split():
     import_module(f"{__name__}.{_name}")  # its cases register themselves
