@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -190,8 +191,11 @@ class _Dino(nn.Module):
         return -(target * (self.student(two) / 0.1).log_softmax(1)).sum(1).mean()
 
 
-def _views(g, pictures=textures(8, number=32)) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    x = pictures(g)[0]
+_pictures = textures(8, number=32)
+
+
+def _views(g) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    x = _pictures(g)[0]
     return (x + 0.2 * normal(g, *x.shape), x + 0.2 * normal(g, *x.shape)), torch.zeros(())
 
 
@@ -238,7 +242,7 @@ class _Graph(nn.Module):
         super().__init__()
         self.register_buffer("links", links)
         sizes = [16] + [width] * layers
-        self.convs = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.convs = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.head = nn.Linear(width, kinds)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -215,8 +215,11 @@ class _Variational(nn.Module):
         return self.decoder(mean + noise * (0.5 * spread).exp()), mean, spread
 
 
-def _with_noise(g, pictures=textures()) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    x = pictures(g)[0]
+_pictures = textures()
+
+
+def _with_noise(g) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    x = _pictures(g)[0]
     return (x, normal(g, len(x), 32)), x.flatten(1)
 
 
