@@ -68,6 +68,10 @@ class Shares:
     ahead: Mapping[str, str]
     flow: Flow
 
+    def at_first(self) -> Shares:
+        """Return the shares of the first step alone."""
+        return attrs.evolve(self, share={node: values[:1] for node, values in self.share.items()})
+
     def path(self, node: str) -> list[str]:
         """Return the measured layer calls from `node` to the loss along the path that should carry most.
 

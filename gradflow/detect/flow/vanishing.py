@@ -337,7 +337,7 @@ def _uncured(
     """
     if not flow.record.provenance.optimizer or not guesses(flow.record):
         return []
-    first, first_plain = (_at_first(shares) for shares in (against, plain))
+    first, first_plain = (shares.at_first() for shares in (against, plain))
     fed = best_upstream(flow, first)
     starved = _starved(first, first_plain, {}, threshold, share, local_share)
     starved = _stacked((s for s in starved if s.severity >= IssueSeverity.HIGH), fed, bypass)
@@ -391,11 +391,7 @@ def _is_free(flow: Flow, node: str) -> bool:
 
 def _stacked(starved: Iterable[_Starved], fed: Mapping[str, float], bypass: float) -> list[_Starved]:
     """Return, as MEDIUM, those that are starved with others behind them, and not by the way."""
-    far = (s for s in starved if s.severity >= IssueSeverity.MEDIUM and s.num_starved >= _STACK)
-    kept = (s for s in far if not _by_the_way(s, fed[s.node], bypass))
-    return [attrs.evolve(s, severity=IssueSeverity.MEDIUM) for s in kept]
-
-
-def _at_first(shares: Shares) -> Shares:
-    """Return the shares of the first step alone."""
-    return attrs.evolve(shares, share={node: values[:1] for node, values in shares.share.items()})
+    far = [s for s in starved if s.severity >= IssueSeverity.MEDIUM and s.num_starved >= _STACK]
+    return [
+        attrs.evolve(s, severity=IssueSeverity.MEDIUM) for s in far if not _by_the_way(s, fed[s.node], bypass)
+    ]

@@ -17,6 +17,8 @@ from gradflow.records import ActivationRecord, Evidence, Issue, IssueSeverity, I
 _DENSE = 0.1  # share of elements that fire at first: units that fire seldom are silent for a while by chance
 _SILENCES = ("fell_silent", "never_fired")
 _DEVIATIONS = 4.0  # of as many coins as there are units
+_BY_CHANCE = 0.05  # probability that a unit that fires as often as at first is silent for so many samples
+_LAST = 16  # steps at most, of the last quarter of a run, in which units are followed
 
 
 def fallen_silent(
@@ -28,7 +30,8 @@ def fallen_silent(
     no gradient there, so that only steps of what feeds them, by others' gradients, can bring them back. Alike
     and not: half of the units and what chance adds, for which all samples may ask (an offset of the targets
     switches off those that push the other way); codes that are sparse from the start, of which each fires
-    seldom; a model that came knowing; units fed by frozen layers.
+    seldom; so few samples in a batch that no unit need fire in the last of them; a model that came knowing;
+    units fed by frozen layers.
 
     Args:
         flow: the record along its wiring.
@@ -41,8 +44,17 @@ def fallen_silent(
         gone, never = (float(np.min([getattr(u, name) for u in uses])) for name in _SILENCES)
         silent, units = gone + never, max(uses[0].num_units, 1)
         by_chance = 0.5 + _DEVIATIONS * 0.5 / math.sqrt(units)
-        if gone >= 0.5 and silent > by_chance and max(early(u.fired_share) for u in uses) >= _DENSE:
-            yield _issue(flow, uses[0], gone, silent, threshold)
+        fired = max(early(u.fired_share) for u in uses)
+        if gone >= 0.5 and silent > by_chance and fired >= _DENSE:
+            if (1 - min(fired, 1.0)) ** _samples(flow, uses[0]) < _BY_CHANCE:
+                yield _issue(flow, uses[0], gone, silent, threshold)
+
+
+def _samples(flow: Flow, activation: ActivationRecord) -> int:
+    """How many samples the last steps have shown to a rectifier."""
+    layer = flow.layers.get(node_name(activation.layer))
+    batch = layer.shape[0] if layer is not None and len(layer.shape) > 1 else 1
+    return batch * min(flow.record.steps // 4, _LAST)
 
 
 def _issue(flow: Flow, activation: ActivationRecord, gone: float, silent: float, threshold: float) -> Issue:
