@@ -46,6 +46,10 @@ class KnowledgeRecord:
             although they are equally many, as (N, 1) and (N,); empty where it did not.
         by_mean: whether the loss sees no more of the outputs than their mean over the samples, and is not
             linear in them.
+        apart: whether the loss asks for each of two outputs of one shape by itself: changes of both do to
+            it add up, as of a mean and a spread that a penalty draws to where they belong.
+        raised: where it does so, by how much the loss rises as normal numbers of size one are added to each
+            of the outputs alone, in the order of `shapes`; empty elsewhere.
         against: where the loss squashes a sum or mean over all rows (a sigmoid, a log-sigmoid, a tanh), and
             its slope there is below 1 percent of the largest, the share of rows whose own part has the other
             sign; NaN where it does not.
@@ -76,6 +80,8 @@ class KnowledgeRecord:
     misgiven: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     crossed: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
     by_mean: bool = False
+    apart: bool = False
+    raised: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     against: float = float_field(NAN)
     lone: float = float_field(NAN)
     added: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import iter_tensors, map_floats, map_tensors, private_copy
-from gradflow.functional.reverse.constants import held_at_zero, merely_added
+from gradflow.functional.reverse.constants import asked_apart, held_at_zero, merely_added
 from gradflow.functional.reverse.floors import floors
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.step import Kept, Request
@@ -76,6 +76,10 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         )
         return float(kept.loss_of(guess))
 
+    def loss_of_parts(moved: Callable[[int, Tensor], Tensor]) -> float:
+        before.restore(program)
+        return float(kept.loss_of(map_floats(moved, private_copy(Tensor.clone, output))))
+
     told = _told(output)
     made = zip(iter_tensors(output), kept.ends, strict=True)
     made = [(t, end) for t, end in made if t.dtype.is_floating_point and rows.fit(t)]
@@ -90,6 +94,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
             guesses = [guess for guess, _ in asked]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
             drawn = _drawn(loss_of, loss, guesses)
+            raised = asked_apart(loss_of_parts, loss, output, told)
             by_mean = _sees_means(loss_of, (loss, *guesses), max(variations, default=0.0))
     except Exception as error:  # a loss that takes nothing but the model's own outputs
         _LOG.debug("the loss cannot be asked of guesses: %r", error)
@@ -114,6 +119,8 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         misgiven=tuple(heard.misgiven),
         crossed=heard.crossed,
         by_mean=by_mean,
+        apart=bool(raised),
+        raised=[raised.get(id(part), math.nan) for part in parts] if raised else (),
         against=heard.against,
         lone=_lone(program, kept) if far else math.nan,
         added=added,
