@@ -91,7 +91,19 @@ def test_all_classes_far_below_zero(make: Callable[[], nn.Module]) -> None:
     assert report.ok, str(report)
 
 
-def masks(bias: float, part: float, rate: float = 1e-3) -> Report:
+def focal(output: Tensor, target: Tensor) -> Tensor:
+    """Of what is told rightly next to nothing counts, and of the rare yes three times as much."""
+    odds = output.sigmoid()
+    weight = 3 * target * (1 - odds) ** 2 + (1 - target) * odds**2
+    return (weight * F.binary_cross_entropy_with_logits(output, target, reduction="none")).mean()
+
+
+def masks(
+    bias: float,
+    part: float,
+    rate: float = 1e-3,
+    loss: Callable[..., Tensor] = F.binary_cross_entropy_with_logits,
+) -> Report:
     """Return the report on a model that says yes or no to every pixel, of which a part is yes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
@@ -105,7 +117,7 @@ def masks(bias: float, part: float, rate: float = 1e-3) -> Report:
         return x, (x > level).float()
 
     adam = torch.optim.Adam(model.parameters(), rate)
-    return gradflow.diagnose(model, batch, F.binary_cross_entropy_with_logits, steps=16, optimizer=adam)
+    return gradflow.diagnose(model, batch, loss, steps=16, optimizer=adam)
 
 
 @pytest.mark.parametrize(("bias", "part"), [(10.0, 0.1), (-30.0, 0.3), (-10.0, 0.5), (100.0, 0.5)])
@@ -121,6 +133,13 @@ def test_odds_that_are_sure_whatever_the_sample(bias: float, part: float) -> Non
 @pytest.mark.parametrize(("bias", "part"), [(-4.6, 0.01), (-3.0, 0.05), (1.0, 0.5), (3.0, 0.95)])
 def test_odds_that_start_at_how_rare_a_yes_is(bias: float, part: float) -> None:
     assert masks(bias, part, rate=1e-2).ok
+
+
+def test_odds_that_the_run_brings_back_at_once() -> None:
+    """A focal loss weighs the rare yes so much that a bias from which it hardly hears a no is no harm."""
+    report = masks(-5.3, 0.3, rate=0.3, loss=focal)
+    assert [i.severity for i in report.issues if i.issue_type is IssueType.SATURATION] == [IssueSeverity.LOW]
+    assert report.ok
 
 
 @torch.no_grad()

@@ -84,8 +84,6 @@ def shifted_scores(flow: Flow, above: float = 3.0) -> list[Issue]:
         return []
     end = late(flow.record.losses) / known.silent
     severity = IssueSeverity.HIGH if over >= 2 * above else IssueSeverity.MEDIUM
-    if known.share_left <= 0.25 and end <= 1:  # the run has undone it
-        severity = IssueSeverity.LOW
     found = []
     for node in heads(flow):
         layer = flow.layers[node]
@@ -95,13 +93,14 @@ def shifted_scores(flow: Flow, above: float = 3.0) -> list[Issue]:
         classes = "nll_loss" in flow.wiring.ops_after(node)
         if not (classes or odds) or not trained or not size >= 3.0 or not is_shifted(flow, node):
             continue
+        undone = known.share_left <= 0.25 and (end <= 1 or odds)
         name, part = layer.name or "the model", float(layer.output_variation[0])
         found.append(
             Issue(
                 layer=layer.name,
                 layer_type=layer.type,
                 issue_type=IssueType.SATURATION,
-                severity=severity,
+                severity=IssueSeverity.LOW if undone else severity,
                 description=f"The {'softmax' if classes else 'sigmoid'} of the loss is at its ends, and for "
                 "all samples alike: the first "
                 f"loss is {over:.3g} times what it costs to know nothing ({flow.record.losses[0]:.3g}; zeros "
