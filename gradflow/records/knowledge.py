@@ -40,7 +40,8 @@ class KnowledgeRecord:
         odds: smallest and largest of the targets that binary cross entropies of PyTorch were given, which are
             probabilities by their meaning; empty where none was called.
         misgiven: what functions of PyTorch were given in the place of what they take: `probabilities as
-            scores` (a cross entropy), `probabilities as logarithms`, `scores as logarithms`, `probabilities
+            scores` (a cross entropy), `odds as scores` (one of yes and no that
+            makes them of scores), `probabilities as logarithms`, `scores as logarithms`, `probabilities
             over samples` (a softmax along the batch), `an error with a minus` (as the whole loss).
         crossed: shapes of an output and of what the loss set it against crosswise, each element against all,
             although they are equally many, as (N, 1) and (N,); empty where it did not.

@@ -21,6 +21,7 @@ from gradflow.detect.flow.ends.drowned import alike_outputs, drowned_inputs
 from gradflow.detect.flow.ends.misgiven import blind_losses, misgiven_losses
 from gradflow.detect.flow.ends.smoothed import drowned_in_dropout, smoothed, starved_before
 from gradflow.detect.flow.signal.quantised import quantised_away
+from gradflow.detect.flow.signal.rivals import mixed_samples, rivalling_samples
 from gradflow.detect.knowledge import knows, learns
 from gradflow.detect.view import Flow, flow_of
 from gradflow.graph.queries.dominators import immediate_dominators
@@ -92,6 +93,7 @@ def bottleneck(
         smooth = smoothed(flow, passages, alike, alike_fall)
         starved = starved_before(flow, smooth)
         given = blind_losses(flow) or misgiven_losses(flow, IssueType.BOTTLENECK)
+        given = given or rivalling_samples(flow) or mixed_samples(flow)
         found = smooth or given or collapsed(flow, collapse) or constant(flow, same)
         found = found or drowned_in_dropout(flow, passages, 10 * same)
         return [
