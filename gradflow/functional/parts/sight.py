@@ -104,7 +104,7 @@ class Rows:
                     squares /= squares.sum()
                     before, at, behind = squares[:row].sum(), squares[row], squares[row + 1 :].sum()
                     shares.setdefault(i, []).append((float(before), float(at), float(behind)))
-        own = {i: sorted(at for _, at, _ in found)[len(found) // 2] for i, found in sorted(shares.items())}
+        own = {i: sorted(at for _, at, _ in of)[(len(of) - 1) // 2] for i, of in sorted(shares.items())}
         mixed = [i for i, share in own.items() if share <= min(_CHANCE / number, _OWN)]
         if not mixed or mixed[0] != next(iter(own)):
             return ()

@@ -98,6 +98,13 @@ def hard_samples(output: Tensor) -> Tensor:
     return (errors.detach().softmax(0) * errors).sum() + (errors.softmax(0) * errors).sum()
 
 
+def of_actions(output: Tensor) -> Tensor:
+    """A policy whose actions are worth what their number is."""
+    policy = torch.distributions.Categorical(logits=output)
+    action = policy.sample()
+    return -(policy.log_prob(action) * (action - 1.5)).mean()
+
+
 def plain(net: Net, x: Tensor) -> Tensor:
     return net.head(net.body(x).relu())
 
@@ -109,6 +116,7 @@ def plain(net: Net, x: Tensor) -> Tensor:
         (lambda n, x: mixture(n, x, 0), (N, 5), classes, "score"),
         (by_module, (N, 5), classes, "softmax"),
         (plain, (N, 5), of_some(0), "head"),
+        (lambda n, x: plain(n, x).softmax(0), (N, 5), of_actions, "head"),
         (
             lambda n, x: plain(n, x).log_softmax(0),
             (N, 5),
@@ -133,6 +141,7 @@ def test_a_softmax_over_samples(
         (pooled, (N, 5), classes),
         (slots, (N, 5), classes),
         (plain, (N, 5), of_some(1)),
+        (plain, (N, 5), of_actions),
         (plain, (N, 5), both_ways),
         (plain, (N, 5), hard_samples),
     ],

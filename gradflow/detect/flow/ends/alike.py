@@ -91,7 +91,7 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
         return []
     drawn = False
     rows = [(s, v) for s, v in zip(known.shapes, known.variations, strict=True) if len(s) > 1 and s[-1] > 1]
-    same = [v for s, v in rows if sum(s == other for other, _ in rows) >= 2 and not known.apart]
+    same = [v for s, v in rows if sum(s == other for other, _ in rows) >= 2 and not known.raised]
     if len(known.shapes) == 1 and _compares_samples(known):
         same = [*known.variations] * 2
     elif drawn := _stays_at_margin(flow, known):
