@@ -23,6 +23,7 @@ class NodeRecord:
         parameters: names of the parameters that enter here.
         taken: for an op that takes one slice of an axis (`x[:, -1]`): the axis, the index from 0, and the
             size of the axis; empty for others.
+        along: for a softmax or its logarithm, or a layer that takes one: the axis, from 0; -1 for others.
         order: position in the order of execution; the loss has the largest.
         grad_norm: ‖g_v‖ of its output; empty if only the topology was taken.
         input_grad_norm: ‖c_v‖, all of its input cotangents together (parameters excluded).
@@ -40,6 +41,7 @@ class NodeRecord:
     num_elements: int = 0
     parameters: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     taken: tuple[int, ...] = attrs.field(default=(), converter=to_tuple)
+    along: int = -1
     order: int = 0
     grad_norm: Floats = array_field()
     input_grad_norm: Floats = array_field()

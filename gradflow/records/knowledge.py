@@ -40,7 +40,8 @@ class KnowledgeRecord:
         odds: smallest and largest of the targets that binary cross entropies of PyTorch were given, which are
             probabilities by their meaning; empty where none was called.
         misgiven: what functions of PyTorch were given in the place of what they take: `probabilities as
-            scores` (a cross entropy), `probabilities as logarithms`, `scores as logarithms`, `probabilities
+            scores` (a cross entropy), `odds as scores` (one of yes and no that
+            makes them of scores), `probabilities as logarithms`, `scores as logarithms`, `probabilities
             over samples` (a softmax along the batch), `scores masked but for one` (softmaxes that have
             nothing to choose among, in nine of ten rows and more), `an error with a minus` (as the whole
             loss).
@@ -48,16 +49,19 @@ class KnowledgeRecord:
             although they are equally many, as (N, 1) and (N,); empty where it did not.
         by_mean: whether the loss sees no more of the outputs than their mean over the samples, and is not
             linear in them.
+        raised: where the loss asks for each of two outputs of one shape by itself (what changes of both do to
+            it add up, as of a mean and a spread that a penalty draws to where they belong), by how much it
+            rises as normal numbers of size one are added to each alone, in the order of `shapes`; else empty.
         against: where the loss squashes a sum or mean over all rows (a sigmoid, a log-sigmoid, a tanh), and
             its slope there is below 1 percent of the largest, the share of rows whose own part has the other
             sign; NaN where it does not.
         lone: how many times the slope of the loss at one column of an output is that at the next (along the
             last axis, of images along that of channels), by root mean squares; the most of all outputs.
             NaN where the loss takes scores, or zeros cost nothing.
-        added: shapes of outputs without a graph that the loss adds up, and does nothing else with: no slope
-            at another output depends on them, and it has a slope at them.
-        zero: shapes of outputs with a graph that are zero for every sample, while others are not, in a loss
-            that bends with them.
+        constants: outputs that no weight moves the loss by, with their shape, as `added (64, 2)`: those
+            without a graph that the loss adds up, and does nothing else with, as no slope at another output
+            depends on them, and it has a slope at them (`added`); and those with a graph that are zero for
+            every sample, while others are not, in a loss that bends with them (`zero`).
         floors: the lowest losses found for outputs that are free, under "", and for those from `0 to 1`,
             `-1 to 1`, `above 0`, or, of a clamp, `as clamped`, where the outputs keep that range; empty where
             that was not asked.
@@ -78,10 +82,10 @@ class KnowledgeRecord:
     misgiven: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     crossed: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
     by_mean: bool = False
+    raised: tuple[float, ...] = attrs.field(default=(), converter=to_floats)
     against: float = float_field(NAN)
     lone: float = float_field(NAN)
-    added: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
-    zero: tuple[tuple[int, ...], ...] = attrs.field(default=(), converter=to_tuple)
+    constants: tuple[str, ...] = attrs.field(default=(), converter=to_tuple)
     floors: Mapping[str, float] = mapping_field()
 
     @property

@@ -270,6 +270,27 @@ class SightRecord:
 
 
 @attrs.frozen(kw_only=True)
+class SamplesRecord:
+    """Of which samples an output tells: where the gradient from one row of the outputs arrives.
+
+    Args:
+        layer: the first layer call whose output has a row for each sample.
+        rows: their number.
+        own: the part of the gradient's square that is at the sample's own row: the median of three.
+        both_sides: whether some of it is at rows before and some at rows behind it.
+        mixed: the last layer call of which no more than that is at its own row.
+        clean: the first one behind it of which more is; empty where there is none.
+    """
+
+    layer: str
+    rows: int
+    own: float
+    both_sides: bool
+    mixed: str
+    clean: str = ""
+
+
+@attrs.frozen(kw_only=True)
 class PartsRecord:
     """What was measured of a model's parts.
 
@@ -287,6 +308,7 @@ class PartsRecord:
         turns: sinusoids that embed what is given.
         scans: what loops of operations take apart step by step, where no module is called for each.
         sights: which positions each self-attention lets its outputs see.
+        samples: where outputs tell of other samples more than of their own.
         dropouts: dropout layers, and what drops in eval mode.
     """
 
@@ -303,6 +325,7 @@ class PartsRecord:
     turns: tuple[TurnsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     scans: tuple[ScanRecord, ...] = attrs.field(default=(), converter=to_tuple)
     sights: tuple[SightRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    samples: tuple[SamplesRecord, ...] = attrs.field(default=(), converter=to_tuple)
     dropouts: tuple[DropoutRecord, ...] = attrs.field(default=(), converter=to_tuple)
 
     def joined(self, other: PartsRecord) -> PartsRecord:

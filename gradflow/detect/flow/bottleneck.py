@@ -18,10 +18,11 @@ from gradflow.detect.evidence import (
 from gradflow.detect.flow.ends.alike import collapsed, constant
 from gradflow.detect.flow.ends.drowned import alike_outputs, drowned_inputs
 from gradflow.detect.flow.ends.misgiven import blind_losses, choiceless, misgiven_losses
-from gradflow.detect.flow.ends.smoothed import smoothed, starved_before
+from gradflow.detect.flow.ends.smoothed import drowned_in_dropout, smoothed, starved_before
 from gradflow.detect.flow.readings.waists import Waist, passages_of, waists_of, width_of
 from gradflow.detect.flow.signal.pulled import pulled_by_itself
 from gradflow.detect.flow.signal.quantised import quantised_away
+from gradflow.detect.flow.signal.rivals import mixed_samples, rivalling_samples
 from gradflow.detect.knowledge import knows, learns
 from gradflow.detect.view import Flow, flow_of
 from gradflow.graph.queries.dominators import immediate_dominators
@@ -57,7 +58,7 @@ def bottleneck(
        Where rows are mixed again and again (attention, neighbour averages), they become alike, while the
        norm of the gradient stays as it was.
     4. Outputs: the part of what comes out of the model that differs between samples, and whether the loss
-       holds them against targets of their own.
+       holds them against targets of their own; and of what enters a dropout, behind which all differs.
     5. Rounding: a layer that is fed a constant, though what is in front of a quantiser differs.
 
     Why this is evidence: what all gradients pass has no detour, and a rank above the width cannot pass.
@@ -96,7 +97,9 @@ def bottleneck(
         starved = starved_before(flow, smooth)
         given = blind_losses(flow) or misgiven_losses(flow, IssueType.BOTTLENECK)
         given = given or choiceless(flow, IssueType.BOTTLENECK)
+        given = given or rivalling_samples(flow) or mixed_samples(flow)
         found = smooth or given or collapsed(flow, collapse) or pulled_by_itself(flow) or constant(flow, same)
+        found = found or drowned_in_dropout(flow, passages, 10 * same)
         return [
             *narrow,
             *starved,

@@ -10,14 +10,10 @@ import attrs
 import numpy as np
 
 from gradflow.detect.evidence import early, late, loss_fell, middle, row_gain
-from gradflow.detect.flow.ends.misgiven import (
-    bounded_scores,
-    misgiven_losses,
-    out_of_reach,
-    pooled_before_squashed,
-)
+from gradflow.detect.flow.ends.misgiven import misgiven_losses, out_of_reach, pooled_before_squashed
 from gradflow.detect.flow.ends.sharp import sharp_scores, shifted_scores
 from gradflow.detect.flow.readings.recurrent_weights import gate_drive
+from gradflow.detect.flow.signal.bounded import bounded_scores, squashed_odds
 from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns, no_better
 from gradflow.detect.squashed import (
     STEEP,
@@ -98,7 +94,7 @@ def saturation(
                 found.setdefault(name, []).append(issue)
         worst = [_worst(calls, uses[name]) for name, calls in found.items()]
         given = misgiven_losses(flow, IssueType.SATURATION) or out_of_reach(flow, IssueType.SATURATION)
-        given = given or bounded_scores(flow) or pooled_before_squashed(flow)
+        given = given or squashed_odds(flow) or bounded_scores(flow) or pooled_before_squashed(flow)
         return [
             *worst,
             *_driven_gates(flow, share),

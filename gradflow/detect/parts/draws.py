@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from gradflow.detect.knowledge import guesses
+from gradflow.detect.knowledge import guesses, lowered
 from gradflow.detect.parts.peers import type_of
+from gradflow.detect.view import flow_of
+from gradflow.detect.wiring import node_name
 from gradflow.records import DrawRecord, Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType
+
+_CHEAP = "A code that told something would pay: a fresh decoder may come to hear it."
 
 
 def drowned_codes(
@@ -28,9 +32,12 @@ def drowned_codes(
     than half of what they were and to twice that share, are on their way: the pull to the prior is stronger
     than the other, as that weighs a thirtieth of it, or as the decoder never hears the means: MEDIUM.
 
-    Looks alike and is not: a mean that starts small and rises within the run; single numbers of a code that
-    are not used, beside others that are; a policy's actions, whose mean starts small beside its deviation;
-    outputs that know their samples by another way; a loss that asks nothing of which sample an output is of.
+    Looks alike and is not: a mean that starts small and rises within the run, or stays small while a fresh
+    decoder learns first what is common to all samples (LOW, where a code that tells two nats is cheap: the
+    loss takes its mean by itself, and asks less for those than there is to gain, and the decoder hears it);
+    single numbers of a code that are not used, beside others that are; a policy's actions, whose mean starts
+    small beside its deviation; outputs that know their samples by another way; a loss that asks nothing of
+    which sample an output is of.
 
     Args:
         share: of the noise, below which the means tell nothing. Fresh encoders have 0.1 and more.
@@ -54,9 +61,30 @@ def drowned_codes(
                 continue
             lost = shares.max() < share and shares[-1] <= rise * shares[0]
             if lost or shares[-1] <= fall * shares[0]:
-                yield _issue(record, found, shares, lost=lost)
+                issue = _issue(record, found, shares, lost=lost)
+                yield lowered(issue, _CHEAP) if _is_cheap(record, found.layer) else issue
 
     return detector
+
+
+def _is_cheap(record: FlowRecord, layer: str, nats: float = 2.0) -> bool:
+    """Whether a code that tells so much costs less than all that there is to gain, and what is behind hears
+    it, so that it may still come to be used.
+
+    A divergence from the prior costs half of its weight for each number of the mean that is as large as its
+    deviation, which is what the loss rises by as noise of size one is added to the mean.
+    """
+    known, flow, node = record.knowledge, flow_of(record), node_name(layer)
+    if known is None or not known.raised or node not in flow.layers:
+        return False
+    size = flow.layers[node].output_rms[-1]
+    rises = [
+        2 * nats * rise / math.prod(shape[1:])
+        for rise, shape, scale in zip(known.raised, known.shapes, known.scales, strict=True)
+        if math.isfinite(rise) and math.isclose(scale, size, rel_tol=1e-3)
+    ]
+    heard = any(flow.has_matrix(n) for n in flow.wiring.downstream(node) if n in flow.layers)
+    return len(rises) == 1 and 0 < rises[0] < known.averaged and heard
 
 
 def _issue(record: FlowRecord, found: DrawRecord, shares: Floats, *, lost: bool) -> Issue:

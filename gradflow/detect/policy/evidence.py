@@ -51,7 +51,8 @@ def sparing_policies(detector: Detector, *, by_state: float = 1.0) -> Detector:
         p = record.policy
         for issue in detector(record):
             why = ""
-            if p is not None and issue.issue_type is IssueType.BOTTLENECK and _is_in(issue, p.policy_heads):
+            narrow = issue.issue_type is IssueType.BOTTLENECK and "misgiven" not in issue.metrics
+            if p is not None and narrow and _is_in(issue, p.policy_heads):
                 why = "An action has few numbers, by design."
             elif (
                 p is not None

@@ -16,6 +16,7 @@ from gradflow.detect.reach.bounds import at_bounds, off_for_all
 from gradflow.detect.reach.cancelled import EQUAL_CALLS, EQUAL_OUTPUTS, OF_CALLS, last_to_cancel
 from gradflow.detect.reach.classes import OTHER_ACTIONS, OTHER_CLASSES, left_of_classes
 from gradflow.detect.reach.factors import OWN, forgetful, is_locked, is_silent_operation, is_state
+from gradflow.detect.reach.first import reads_first_step
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import (
@@ -189,6 +190,8 @@ def _cut(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
         of_all = part.num_elements / account.num_elements if account is not None else 0.0
         severity = IssueSeverity.MEDIUM if of_all >= 0.01 and part.share == 1 else IssueSeverity.LOW
         why = "nothing that leads to the loss uses it"
+    elif read := reads_first_step(flow, part):
+        return _issue(flow, part, IssueSeverity.HIGH, *read, Role.CUT)
     elif part.share < _PART or (part.op in _TAKES and not _makes_features(flow, part)):
         return None
     elif left := left_of_classes(flow, part, _TAKES):
@@ -228,6 +231,8 @@ def _zero_factor(flow: Flow, part: ReachRecord, updates: int) -> Issue | None:
     """Judge a parameter that is multiplied by something that is zero in every batch."""
     if _total(flow, part) < _WHOLE:
         return None
+    if read := reads_first_step(flow, part):
+        return _issue(flow, part, IssueSeverity.HIGH, *read, Role.CUT)
     if part.source == "parameter":
         if not updates or part.whose not in flow.parameters:
             return None  # a start, which the first steps end

@@ -145,9 +145,10 @@ def too_low(record: FlowRecord) -> Misfit | None:
     updates = record.updates
     if updates is None or not _seems_slow(record):
         return None
-    curve = next((c for c in reversed(updates.curves) if c.best >= _LONGER), None)
-    if curve is None or min(curve.changes) > -_GAIN * abs(curve.loss):
+    curves = [c for c in updates.curves if c.best >= _LONGER and min(c.changes) <= -_GAIN * abs(c.loss)]
+    if not curves:  # one batch of several may have it: where noise comes in, the next asks for something else
         return None
+    curve = curves[-1]
     if abs(curve.slope) * record.steps > _GAIN * abs(curve.loss) and not is_held_by_epsilon(record):
         return None  # as many steps get there
     ratio = largest_ratio(record)

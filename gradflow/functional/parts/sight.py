@@ -1,4 +1,4 @@
-"""`sight`: which positions each attention, and the whole model, lets an output see.
+"""`sight`: which positions each attention, and the whole model, lets an output see; and which samples.
 
 NOTE [What a position sees]
 An output position sees an input position if it has a derivative with respect to it. That is measured, not
@@ -7,6 +7,12 @@ respect to what enters it. Where the future is hidden, the gradient at later pos
 whatever way the mask is written; where it leaks, it is of the size of the others. Likewise from positions
 that hold words to those that hold padding. Only the graph of the module itself is walked, once, in the first
 step.
+
+NOTE [Whose output it is]
+A row of the outputs should tell of the sample in the same row. From three of them a vector-Jacobian
+product goes to what every layer with as many rows has given. Statistics of a batch, sums over neighbours and
+attention take some of it to other rows, and leave a good part where it belongs. Numbers that were laid out in
+one order and read in another, by a view in the place of a permutation, leave there no more than chance does.
 """
 
 from __future__ import annotations
@@ -24,8 +30,12 @@ from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.parts.texts import Texts, tells_order
 from gradflow.functional.tap.calls import Call
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.records import PartsRecord, SightRecord
+from gradflow.records import PartsRecord, SamplesRecord, SightRecord
 
+_FEW = 6  # rows, of which nothing is told
+_CHANCE = 4.0  # times what chance leaves at the own row
+_OWN = 0.2  # of the gradient, that is at the own row at most, of however few
+_SOME = 0.01  # of the gradient
 _ATTENTION = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward", "softmax"})
 
 
@@ -63,12 +73,60 @@ class _Entered:
     positions: int = 0  # of the self-attention that was seen in it; 0 if none was
 
 
+@attrs.define(eq=False)
+class Rows:
+    """What layers and the model have given in a step; see NOTE [Whose output it is]."""
+
+    given: list[tuple[str, Tensor]] = attrs.field(factory=list)
+    output: Tensor | None = None
+
+    def left(self, call: Call, output: Any) -> None:
+        """Keep what a layer gives, or the model."""
+        found = [t for t in iter_tensors(output) if t.is_floating_point() and t.requires_grad and t.dim() > 1]
+        if call.index == 0:
+            self.output = found[0] if found else None
+        if call.is_layer:
+            self.given += [(call.name, t) for t in found[:1]]
+
+    def read(self) -> tuple[SamplesRecord, ...]:
+        """Return where outputs tell of other samples more than of their own; nothing where they do not."""
+        y, number = self.output, 0 if self.output is None else len(self.output)
+        given = [(name, t) for name, t in self.given if len(t) == number]
+        if y is None or number < _FEW or not given:
+            return ()
+        shares: dict[int, list[tuple[float, float, float]]] = {}
+        for row in (number // 5, number // 2, number - 2):
+            cotangent = torch.zeros_like(y)
+            cotangent[row].copy_(_pattern(cotangent[row]))
+            for i, gradient in enumerate(gradients(y, [t for _, t in given], cotangent)):
+                if gradient is not None and bool(gradient.any()):
+                    squares = gradient.detach().float().flatten(1).square().sum(1)
+                    squares /= squares.sum()
+                    before, at, behind = squares[:row].sum(), squares[row], squares[row + 1 :].sum()
+                    shares.setdefault(i, []).append((float(before), float(at), float(behind)))
+        own = {i: sorted(at for _, at, _ in of)[(len(of) - 1) // 2] for i, of in sorted(shares.items())}
+        mixed = [i for i, share in own.items() if share <= min(_CHANCE / number, _OWN)]
+        if not mixed or mixed[0] != next(iter(own)):
+            return ()
+        clean = [i for i in own if i > mixed[-1]]
+        found = shares[mixed[-1]]
+        both = any(a > _SOME for a, _, _ in found) and any(b > _SOME for _, _, b in found)
+        names = [name for name, _ in given]
+        return (
+            SamplesRecord(
+                layer=names[mixed[0]], rows=number, own=own[mixed[-1]], both_sides=both,
+                mixed=names[mixed[-1]], clean=names[clean[0]] if clean else "",
+            ),
+        )  # fmt: skip
+
+
 class SightSession(Session):
     """Listens for self-attention in the first step; see `sight`."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._modules = modules
         self._records: tuple[SightRecord, ...] | None = None
+        self._samples: tuple[SamplesRecord, ...] = ()
         self._forget()
 
     def listens(self, *, end: bool) -> bool:
@@ -80,6 +138,7 @@ class SightSession(Session):
         self._pairs: list[tuple[Call, Tensor, Tensor, int]] = []
         self._found: list[SightRecord] = []
         self._texts = Texts(self._modules)
+        self._rows = Rows()
         self._recorder: Recorder | None = None
 
     def begin(self, step: int, recorder: Recorder) -> None:
@@ -117,6 +176,7 @@ class SightSession(Session):
         if self._recorder is None:
             return
         self._texts.left(call, output)
+        self._rows.left(call, output)
         entered = self._entered.pop(call.index, None)
         if entered is None or not entered.positions:
             return
@@ -128,6 +188,7 @@ class SightSession(Session):
         """Take the gradients from some output positions at all input positions."""
         if self._recorder is None:
             return
+        self._samples = self._rows.read()
         padding = self._texts.padding()
         for call, x, y, axis in self._pairs:
             future = _future(x, y, axis)
@@ -163,7 +224,7 @@ class SightSession(Session):
 
     def fields(self) -> Mapping[str, Any]:
         """Return the records."""
-        return {"parts": PartsRecord(sights=self._records or ())}
+        return {"parts": PartsRecord(sights=self._records or (), samples=self._samples)}
 
 
 def _mixes(call: Call) -> bool:

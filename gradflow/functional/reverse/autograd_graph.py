@@ -41,6 +41,8 @@ from gradflow.functional.tap.nodes import (
     of_parameters,
     operation,
     signature,
+    slice_taken,
+    softmax_axis,
     topological,
 )
 from gradflow.functional.tap.probes import is_probe
@@ -65,10 +67,15 @@ class Group:
     shape: tuple[int, ...] = ()
     parameters: dict[str, None] = attrs.field(factory=dict)
     taken: tuple[int, ...] = ()
+    along: int = -1
 
     def named(self, name: str) -> Group:
         """Return the node under a name."""
         return self if name == self.name else attrs.evolve(self, name=name)
+
+    def hold(self, node: Node) -> None:
+        """Note what is read off an autograd node that is contracted into it."""
+        self.along = max(self.along, softmax_axis(node))
 
     def use(self, parameters: Iterable[str]) -> None:
         """Note parameters, by name, that the node uses."""
@@ -237,6 +244,7 @@ def _group(
         if name not in structure.groups:
             order = call.start if not call.has_children else call.end
             structure.groups[name] = layer_group(name, call, order)
+        structure.groups[name].hold(node)
         return structure.groups[name]
     made = [structure.group_of[child] for child in below(node) if child in structure.group_of]
     if made and converts(node):  # the same tensor, in another form
@@ -250,7 +258,10 @@ def _group(
         name, number = f"{base}@{number}", number + 1
     taken[name] = taken[base] = max(number, 1)
     module = inside.module if inside is not None else ""
-    group = Group(name, "op", node_number(node), base, module, op, None, _shape(node), taken=_taken(node))
+    group = Group(
+        name, "op", node_number(node), base, module, op, None, _shape(node), taken=slice_taken(node)
+    )
+    group.hold(node)
     structure.groups[name] = group
     return group
 
@@ -263,16 +274,6 @@ def layer_group(name: str, call: Call, order: int) -> Group:
 def _shape(node: Node) -> tuple[int, ...]:
     metadata = input_metadata(node)
     return tuple(metadata[0].shape) if metadata else ()
-
-
-def _taken(node: Node) -> tuple[int, ...]:
-    """Return (axis, index from 0, size of the axis) where the node takes one slice of an axis, else ()."""
-    sizes, axis, index = (getattr(node, f"_saved_{key}", None) for key in ("self_sym_sizes", "dim", "index"))
-    if not isinstance(index, int) or not isinstance(axis, int) or not sizes:
-        return ()
-    axis, index = (v - 2**64 if v >= 2**63 else v for v in (axis, index))  # negative ones come unsigned
-    size = int(sizes[axis])
-    return (axis % len(sizes), index % size, size) if size else ()
 
 
 def _place_leaf(

@@ -1,23 +1,36 @@
-"""Outputs that a loss depends on, and that are constants to whoever trains the model.
+"""What a loss does with single outputs: which of them are constants to the optimizer, which it asks apart.
 
 NOTE [Constants in a loss]
 An output without a graph may well be what others are held against: a target, a weight, a baseline. Then the
 slopes of the loss at the others change with it. Where no slope does, it is merely added: the loss tells of
-it, and nothing is learned by it. Beside outputs that have run away to many times its size, a target is
-rounded off: so the others are asked once more where they are smaller than it. And an output with a graph that
-is zero for every sample after many steps is no start of one: the second derivative of a network of rectifiers
-is zero, whatever its weights. Where the loss is linear in such an output, as in the logarithm of a volume
-that a flow keeps, that may be by design.
+it, and nothing is learned by it. Not so where the loss looks at it with weights of its own, as a judge does
+that is shown real samples: then it is they that learn by it. Beside outputs that have run away to many times
+its size, a target is rounded off: so the others are asked once more where they are smaller than it. And an
+output with a graph that is zero for every sample after many steps is no start of one: the second derivative
+of a network of rectifiers is zero, whatever its weights. Where the loss is linear in such an output, as in
+the logarithm of a volume that a flow keeps, that may be by design.
+
+NOTE [Compared or apart]
+Two outputs of one shape may be two views of a sample, which the loss sets against each other, or two numbers
+of a distribution, each of which a penalty draws to where it belongs. What noise in both of them does to the
+loss is in the latter case the sum of what it does in each, to rounding; in the former it is not, wherever
+they are, also where both have collapsed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradflow.functional.model.trees import map_floats
+
 LossOf = Callable[[Sequence[Tensor]], Tensor]
+Moved = Callable[[int, Tensor], Tensor]
+_EXACT = 1e-5  # of the loss, by which a sum of changes may be off
+_HEARD = 1e-3  # of the larger change, that the smaller one must be
 _NEAR = 0.01  # of the others, where they are asked once more
 _PART = 0.1  # of the largest slope at another output, that the loss must have at one to be about it
 
@@ -27,8 +40,7 @@ def merely_added(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
 
     It is asked where the others are, and near zero, beside the size of what is held too: sure outputs, a
     margin that is met, and outputs that have run away have slopes that depend on nothing, while a sum is one
-    everywhere. Zeros add nothing: they hold the place of a term that
-    is switched off.
+    everywhere. Zeros add nothing: they hold the place of a term that is switched off.
 
     Args:
         loss_of: of outputs in the place of the model's; differentiable.
@@ -73,7 +85,38 @@ def _is_alone(loss_of: LossOf, parts: Sequence[Tensor], i: int) -> bool:
     slopes = _slopes(loss_of, parts)
     others = _slopes(loss_of, [torch.zeros_like(p) if k == i else p for k, p in enumerate(parts)])
     pairs = [(a, b) for a, b, part in zip(slopes, others, parts, strict=True) if part.requires_grad]
-    return all(torch.allclose(a, b, rtol=1e-5, atol=0.0) for a, b in pairs)
+    return all(torch.allclose(a, b, rtol=1e-5, atol=0.0) for a, b in pairs) and not _is_weighed(
+        loss_of, parts, i
+    )
+
+
+def _is_weighed(loss_of: LossOf, parts: Sequence[Tensor], i: int) -> bool:
+    """Whether the slopes of a loss at weights of its own change with output i."""
+    given = [part.detach().clone() for part in parts]
+    loss = loss_of(given)
+    weights = _leaves(loss)
+    if not weights:
+        return False
+    slopes = torch.autograd.grad(loss, weights)
+    given[i] = torch.zeros_like(given[i])
+    others = torch.autograd.grad(loss_of(given), weights, allow_unused=True)
+    return not all(
+        b is not None and torch.allclose(a, b, rtol=1e-5) for a, b in zip(slopes, others, strict=True)
+    )
+
+
+def _leaves(loss: Tensor) -> list[Tensor]:
+    """Return the leaves that a tensor is made of."""
+    found, seen, todo = list[Tensor](), set[object](), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None:
+            found.append(leaf)
+        todo.extend(child for child, _ in node.next_functions)
+    return found
 
 
 def _slopes(loss_of: LossOf, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -113,3 +156,52 @@ def held_at_zero(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
             if abs(up + down) > 1e-2 * max(abs(up), abs(down)) and abs(up + down) > 1e-5 * abs(own):
                 found.append(i)
     return found
+
+
+def asked_apart(
+    loss_of: Callable[[Moved], float], loss: float, output: Any, told: set[int]
+) -> dict[int, float]:
+    """Return by how much a loss rises as each of two outputs is given noise of size one, by the id of the
+    output; empty where it does not ask for the two apart, or there are no two of one shape.
+
+    Args:
+        loss_of: the loss of outputs that are changed by a function of their position and value.
+        loss: of the outputs as they are.
+        output: the model's.
+        told: positions of what it tells.
+
+    >>> a, b = torch.ones(4, 2), torch.zeros(4, 2)
+    >>> def loss_of(moved, by): return float(by(moved(0, a), moved(1, b)))
+    >>> alone = lambda a, b: a.square().mean() + b.exp().mean()
+    >>> sorted(asked_apart(lambda m: loss_of(m, alone), 2.0, (a, b), {0, 1})) == sorted((id(a), id(b)))
+    True
+    >>> asked_apart(lambda m: loss_of(m, lambda a, b: (a - b).square().mean()), 1.0, (a, b), {0, 1})
+    {}
+    """
+    shapes = dict[tuple[int, ...], dict[int, Tensor]]()
+
+    def note(at: int, tensor: Tensor) -> Tensor:
+        if at in told and tensor.dim() > 1 and tensor.shape[-1] > 1:
+            shapes.setdefault(tuple(tensor.shape), {})[at] = tensor
+        return tensor
+
+    map_floats(note, output)
+    pairs = [found for found in shapes.values() if len(found) > 1]
+    if len(pairs) != 1 or len(pairs[0]) != 2:
+        return {}
+
+    def rise(*moved: int) -> float:
+        def noisy(at: int, tensor: Tensor) -> Tensor:
+            if at not in moved:
+                return tensor
+            generator = torch.Generator().manual_seed(at)
+            return tensor + torch.randn(tensor.shape, generator=generator).to(tensor)
+
+        return loss_of(noisy) - loss
+
+    (one, of_one), (two, of_two) = pairs[0].items()
+    alone = rise(one), rise(two)
+    both, most = rise(one, two), max(map(abs, alone))
+    if not min(map(abs, alone)) > _HEARD * most or not abs(both - sum(alone)) <= _EXACT * (most + abs(loss)):
+        return {}
+    return {id(of_one): alone[0], id(of_two): alone[1]}

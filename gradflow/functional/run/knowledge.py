@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import iter_tensors, map_floats, map_tensors, private_copy
-from gradflow.functional.reverse.constants import held_at_zero, merely_added
+from gradflow.functional.reverse.constants import asked_apart, held_at_zero, merely_added
 from gradflow.functional.reverse.floors import floors
 from gradflow.functional.run.program import Before, Program
 from gradflow.functional.run.step import Kept, Request
@@ -43,7 +43,6 @@ _VARIED = 0.05  # part of the outputs that must differ, for a mean of them to be
 _MUCH_LOUDER = 16.0
 _TO_ITSELF = ("Exp", "Div")  # what is exactly one, of things that are equal: a ratio to what does not move
 _NEARER = (0.5, 0.125, 0.03125)
-Shapes = tuple[tuple[int, ...], ...]
 _LOG = logging.getLogger(__name__)
 
 
@@ -76,6 +75,10 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         )
         return float(kept.loss_of(guess))
 
+    def loss_of_parts(moved: Callable[[int, Tensor], Tensor]) -> float:
+        before.restore(program)
+        return float(kept.loss_of(map_floats(moved, private_copy(Tensor.clone, output))))
+
     told = _told(output)
     made = zip(iter_tensors(output), kept.ends, strict=True)
     made = [(t, end) for t, end in made if t.dtype.is_floating_point and rows.fit(t)]
@@ -90,12 +93,13 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
             guesses = [guess for guess, _ in asked]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
             drawn = _drawn(loss_of, loss, guesses)
+            raised = asked_apart(loss_of_parts, loss, output, told)
             by_mean = _sees_means(loss_of, (loss, *guesses), max(variations, default=0.0))
     except Exception as error:  # a loss that takes nothing but the model's own outputs
         _LOG.debug("the loss cannot be asked of guesses: %r", error)
         return None
     guesses = [guess if 2 * left >= heard.alternatives else math.nan for guess, left in asked]
-    added, zero = _constants(program, kept)
+    constants = _constants(program, kept)
     guessed = loss > 0.2 * _least(guesses)
     far = guessed and guesses[2] > 0 and not heard.scored
     return KnowledgeRecord(
@@ -114,10 +118,10 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         misgiven=tuple(heard.misgiven),
         crossed=heard.crossed,
         by_mean=by_mean,
+        raised=[raised.get(id(part), math.nan) for part in parts] if raised else (),
         against=heard.against,
         lone=_lone(program, kept) if far else math.nan,
-        added=added,
-        zero=zero,
+        constants=constants,
         floors=_floors(program, kept, heard.scored) if guessed else {},
     )
 
@@ -192,13 +196,13 @@ def _floors(program: Program, kept: Kept, scored: bool) -> dict[str, float]:
         return {}
 
 
-def _constants(program: Program, kept: Kept) -> tuple[Shapes, Shapes]:
-    """Return the shapes of outputs that the loss merely adds, and of those that are held at zero; see
-    `merely_added` and `held_at_zero`."""
+def _constants(program: Program, kept: Kept) -> tuple[str, ...]:
+    """Return the outputs that the loss merely adds, and those that are held at zero; see `merely_added` and
+    `held_at_zero`."""
     output, parts = kept.value, list[Tensor]()
     map_tensors(lambda tensor: (parts.append(tensor), tensor)[1], output)
     if len(parts) < 2 or all(part.requires_grad and bool(part.any()) for part in parts):
-        return (), ()
+        return ()
 
     def loss_of(guess: Sequence[Tensor]) -> Tensor:
         left = iter(guess)
@@ -212,8 +216,9 @@ def _constants(program: Program, kept: Kept) -> tuple[Shapes, Shapes]:
             zero = held_at_zero(loss_of, parts)
     except Exception as error:  # outputs that it does not take, or a loss without a slope
         _LOG.debug("the loss cannot be asked of constants: %r", error)
-        return (), ()
-    return tuple(tuple(parts[i].shape) for i in added), tuple(tuple(parts[i].shape) for i in zero)
+        return ()
+    told = [*(("added", i) for i in added), *(("zero", i) for i in zero)]
+    return tuple(f"{kind} {tuple(parts[i].shape)}" for kind, i in told)
 
 
 def _lone(program: Program, kept: Kept) -> float:

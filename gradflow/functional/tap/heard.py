@@ -3,11 +3,11 @@
 NOTE [What a loss cannot mean]
 Some functions of PyTorch take numbers of one meaning and check nothing. Targets of a binary cross entropy
 are probabilities, from 0 to 1. A cross entropy makes probabilities of scores itself: given some already,
-which never lie further apart than 1, it cannot fall to zero. `nll_loss`, `kl_div` and `ctc_loss` take
-logarithms of probabilities, none of which is above zero; those of one sample add up to one, and where those
-of one class do instead, the softmax ran over the wrong axis. And an operation of two tensors with equally
-many elements, (N, 1) and (N,), sets every element of one against every one of the other: no sample is held
-against its own target.
+which never lie further apart than 1, it cannot fall to zero; nor can a binary one that takes scores.
+`nll_loss`, `kl_div` and `ctc_loss` take logarithms of probabilities, none of which is above zero; those of
+one sample add up to one, and where those of one class do instead, the softmax ran over the wrong axis. And an
+operation of two tensors with equally many elements, (N, 1) and (N,), sets every element of one against every
+one of the other: no sample is held against its own target.
 
 NOTE [Pooled before it is squashed]
 A log-sigmoid of the sum over all pairs is not the sum of their log-sigmoids: once the sum is large, its slope
@@ -48,6 +48,7 @@ _ADDS_UP = "logsumexp"  # a cross entropy that is written out
 _MASKED = -9000.0  # masks are filled with the smallest float, -1e9 or -1e4
 _MOST = 0.9  # of the choices
 _FLAT = 0.01  # of the largest slope
+_SEVERAL = 16  # numbers, of which chance does not put all between 0 and 1
 _SLACK = 1e-3  # what rounding may add
 
 
@@ -110,6 +111,8 @@ class Heard(Choices):
         given = [*args, *kwargs.values()]
         if name in _OF_ODDS:
             self._hear_odds(kwargs.get("target", args[1] if len(args) > 1 else None))
+            if name.endswith("logits") and _are_odds(kwargs.get("input", args[0] if args else None)):
+                self.misgiven["odds as scores"] = None
         elif name == "cross_entropy":
             self._hear_scores(kwargs.get("input", args[0] if args else None))
         elif name in _OF_LOGARITHMS:
@@ -210,6 +213,14 @@ def _axis_of_choices(
     axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
     axis = axis[0] if isinstance(axis, (tuple, list)) and len(axis) == 1 else axis
     return axis if isinstance(axis, int) and -scores.dim() <= axis < scores.dim() else None
+
+
+def _are_odds(scores: Any) -> bool:
+    """Whether numbers that differ lie between 0 and 1, all of them."""
+    if not isinstance(scores, Tensor) or scores.numel() < _SEVERAL or not scores.is_floating_point():
+        return False
+    low, high = (float(x) for x in scores.detach().aminmax())
+    return 0 <= low < high <= 1
 
 
 def _add_up(odds: Tensor, axis: int) -> bool:

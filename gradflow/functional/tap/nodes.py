@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradflow.functional.tap.probes import is_probe, site_of
+from gradflow.functional.torch_private import input_metadata
 from gradflow.functional.torch_sharded import sees_through
 
 Node = Any  # an autograd node: a C++ one, or a BackwardCFunction
@@ -171,3 +172,32 @@ def of_parameters(nodes: Nodes) -> set[Node]:
         if known and known <= found and site_of(node) is None:
             found.add(node)
     return found
+
+
+def slice_taken(node: Node) -> tuple[int, ...]:
+    """Return (axis, index from 0, size of the axis) where the node takes one slice of an axis, else ()."""
+    sizes, axis, index = (getattr(node, f"_saved_{key}", None) for key in ("self_sym_sizes", "dim", "index"))
+    if not isinstance(index, int) or not isinstance(axis, int) or not sizes:
+        return ()
+    axis, index = _signed(axis), _signed(index)
+    size = int(sizes[axis])
+    return (axis % len(sizes), index % size, size) if size else ()
+
+
+def softmax_axis(node: Node) -> int:
+    """Return the axis from 0 along which the node is a softmax or its logarithm; -1 for other nodes.
+
+    >>> import torch
+    >>> softmax_axis(torch.ones(2, 3, 4, requires_grad=True).softmax(-2).grad_fn)
+    1
+    """
+    if not operation(node).endswith("softmax") or not isinstance(
+        dim := getattr(node, "_saved_dim", None), int
+    ):
+        return -1
+    return _signed(dim) % max(len(input_metadata(node)[0].shape), 1)
+
+
+def _signed(number: int) -> int:
+    """Return a number that may be negative, and come unsigned."""
+    return number - 2**64 if number >= 2**63 else number

@@ -101,3 +101,22 @@ HEALTHY: dict[str, Callable[[], nn.Module]] = {
 def test_healthy_models(name: str, optimized: bool) -> None:
     told = report(HEALTHY[name](), **({} if optimized else {"optimizer": None}))
     assert told.ok, [str(issue.description) for issue in told.issues]
+
+
+class FirstSteps(nn.Module):
+    """Reads the first step of an average over samples, so that recurrent weights get nothing either."""
+
+    def __init__(self, *, averaged: bool) -> None:
+        super().__init__()
+        self.rnn, self.head, self.averaged = nn.GRU(3, 12, batch_first=True), nn.Linear(12, 3), averaged
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.rnn(x.view(len(x), 4, 3))[0]
+        return self.head(h.mean(0)[:1].expand(len(x), -1) if self.averaged else h.mean(1))
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_a_matrix_without_gradient_beside_others_that_train_is_no_other_illness(averaged: bool) -> None:
+    found = report(FirstSteps(averaged=averaged))
+    told = [i.layer for i in found.issues if "the same for every sample" in i.description]
+    assert told == ["head"] * averaged

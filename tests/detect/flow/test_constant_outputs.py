@@ -143,3 +143,38 @@ def states() -> tuple[Tensor, Tensor]:
 def test_a_ratio_to_itself_is_one_for_every_sample_by_its_make(how: str) -> None:
     found = serious(Player(how), states, lambda ratio, reward: -(ratio * reward).mean())
     assert found == ({(IssueType.BOTTLENECK, "ratio")} if how == "rounded" else set())
+
+
+class Game(nn.Module):
+    """A maker and a judge; what comes out is what was made, and the real samples beside it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.maker = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+        self.judge = nn.Sequential(nn.Linear(3, width), nn.LeakyReLU(0.2), nn.Linear(width, 1))
+
+    def forward(self, z: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        return self.maker(z), real
+
+
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("held", [False, True])
+def test_real_samples_that_the_loss_shows_to_a_judge(width: int, held: bool) -> None:
+    """Its part of the loss is no constant to the judge; nor is it one that an optimizer could do without."""
+    torch.manual_seed(0)
+    model = Game(width)
+    odds = F.binary_cross_entropy_with_logits
+
+    def loss(output: tuple[Tensor, Tensor]) -> Tensor:
+        made, real = output
+        yes, no = torch.ones(len(real), 1), torch.zeros(len(real), 1)
+        judged = odds(model.judge(real), yes) + odds(model.judge(made.detach()), no)
+        return judged if held else judged + 0.1 * odds(model.judge(made), yes)
+
+    def sample() -> tuple[Tensor, Tensor]:
+        return torch.randn(32, 4), 2 + torch.randn(32, 3)
+
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    report = gf.diagnose(model, sample, loss, steps=8, optimizer=optimizer)
+    assert not [i for i in report.issues if "has no graph" in i.description]

@@ -32,6 +32,32 @@ def sample() -> tuple[Tensor, tuple[Tensor, Tensor]]:
     return x, (x[:, :3] * x[:, 3:6], x[:, 6:9].argmax(1))
 
 
+@pytest.mark.parametrize(
+    ("weights", "weak"), [((1.0, 1e-6), {"kind"}), ((1e-6, 1.0), {"value"}), ((1.0, 0.1), set())]
+)
+def test_a_task_that_another_one_drowns_while_it_is_learned(
+    weights: tuple[float, float], weak: set[str]
+) -> None:
+    """The loss falls to next to nothing of what guesses cost, and is the other term's alone."""
+    torch.manual_seed(0)
+    model = Tasks(shared=True, mixed=False)
+
+    def easy() -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        x = torch.randn(64, 10)
+        return x, (x[:, :3], 1 + x[:, 6:7].sign().long()[:, 0])
+
+    def loss(output: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> Tensor:
+        value, kind = F.mse_loss(output[0], target[0]), F.cross_entropy(output[1], target[1])
+        return weights[0] * value + weights[1] * kind
+
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    report = gf.diagnose(model, easy, loss, steps=40, optimizer=optimizer)
+    known = report.record.knowledge
+    assert known is not None
+    assert known.share_left < 0.25
+    assert {i.layer for i in report.issues if i.severity >= IssueSeverity.MEDIUM} == weak
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 @pytest.mark.parametrize(
     ("weights", "shared", "mixed", "weak"),

@@ -306,3 +306,49 @@ def test_bounded_scores_before_a_softmax(
 
     found = serious(Likely(bound, times, classes), F.nll_loss, sample)
     assert [(i.layer, i.severity) for i in found] == ([("net.2", severity)] if severity else [])
+
+
+class TwoHeads(nn.Module):
+    """A detector: whether something is there, and where; with what a test makes of the former."""
+
+    def __init__(self, squash: Callable[[Tensor], Tensor], *, apart: bool) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(4, 16), nn.ReLU()), nn.Linear(16, 5)
+        self.there, self.apart, self.squash = nn.Linear(16, 5), apart, [squash]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x)
+        if self.apart:
+            return self.squash[0](self.there(h)), self.head(h)
+        both = torch.cat([self.squash[0](self.head(h)[:, :1]), self.head(h)[:, 1:], self.there(h)], 1)
+        return both[:, :1], both[:, 1:]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize(
+    ("squash", "weigh", "twice"),
+    [
+        (torch.sigmoid, F.binary_cross_entropy_with_logits, True),
+        (lambda y: y.sigmoid().clone().view(y.shape), F.binary_cross_entropy_with_logits, True),
+        (torch.sigmoid, F.binary_cross_entropy, False),
+        (lambda y: 8 * y.sigmoid() - 4, F.binary_cross_entropy_with_logits, False),
+        (lambda y: y, F.binary_cross_entropy_with_logits, False),
+        (lambda y: 0.5 + 0.1 * y, F.binary_cross_entropy_with_logits, False),
+        (torch.tanh, F.binary_cross_entropy_with_logits, False),
+    ],
+)
+def test_a_sigmoid_before_one_of_the_losses_own(
+    squash: Callable[[Tensor], Tensor], weigh: Loss, twice: bool, apart: bool
+) -> None:
+    def loss(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        there, where = output
+        return weigh(there, target.expand_as(there)) + where.square().mean()
+
+    def sample() -> tuple[Tensor, Tensor]:
+        x = torch.randn(48, 4)
+        return x, (x[:, :1] > 0).float()
+
+    found = serious(TwoHeads(squash, apart=apart), loss, sample)
+    assert [(i.issue_type, i.layer) for i in found if i.metrics.get("misgiven") == "odds as scores"] == (
+        [(SURE, "there" if apart else "head")] if twice else []
+    )

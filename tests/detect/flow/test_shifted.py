@@ -91,6 +91,57 @@ def test_all_classes_far_below_zero(make: Callable[[], nn.Module]) -> None:
     assert report.ok, str(report)
 
 
+def focal(output: Tensor, target: Tensor) -> Tensor:
+    """Of what is told rightly next to nothing counts, and of the rare yes three times as much."""
+    odds = output.sigmoid()
+    weight = 3 * target * (1 - odds) ** 2 + (1 - target) * odds**2
+    return (weight * F.binary_cross_entropy_with_logits(output, target, reduction="none")).mean()
+
+
+def masks(
+    bias: float,
+    part: float,
+    rate: float = 1e-3,
+    loss: Callable[..., Tensor] = F.binary_cross_entropy_with_logits,
+) -> Report:
+    """Return the report on a model that says yes or no to every pixel, of which a part is yes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1))
+    with torch.no_grad():
+        model.get_parameter("2.bias").fill_(bias)
+    generator = torch.Generator().manual_seed(3)
+    level = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - part))
+
+    def batch() -> tuple[Tensor, Tensor]:
+        x = torch.randn(16, 1, 12, 12, generator=generator)
+        return x, (x > level).float()
+
+    adam = torch.optim.Adam(model.parameters(), rate)
+    return gradflow.diagnose(model, batch, loss, steps=16, optimizer=adam)
+
+
+@pytest.mark.parametrize(("bias", "part"), [(10.0, 0.1), (-30.0, 0.3), (-10.0, 0.5), (100.0, 0.5)])
+def test_odds_that_are_sure_whatever_the_sample(bias: float, part: float) -> None:
+    report = masks(bias, part)
+    (issue,) = serious(report, IssueType.SATURATION)
+    assert issue.severity is IssueSeverity.HIGH
+    assert issue.layer == "2"
+    assert "sigmoid of the loss is at its ends" in issue.description
+    assert report.causes[0].layer == "2"
+
+
+@pytest.mark.parametrize(("bias", "part"), [(-4.6, 0.01), (-3.0, 0.05), (1.0, 0.5), (3.0, 0.95)])
+def test_odds_that_start_at_how_rare_a_yes_is(bias: float, part: float) -> None:
+    assert masks(bias, part, rate=1e-2).ok
+
+
+def test_odds_that_the_run_brings_back_at_once() -> None:
+    """A focal loss weighs the rare yes so much that a bias from which it hardly hears a no is no harm."""
+    report = masks(-5.3, 0.3, rate=0.3, loss=focal)
+    assert [i.severity for i in report.issues if i.issue_type is IssueType.SATURATION] == [IssueSeverity.LOW]
+    assert report.ok
+
+
 @torch.no_grad()
 def test_weights_that_are_too_large_are_no_constant() -> None:
     model = net()

@@ -77,6 +77,17 @@ def test_a_rate_that_is_too_low(name: str, rate: float, best: float, scale: floa
     assert "is too low by a factor of about" in issue.description
 
 
+@pytest.mark.parametrize(("rate", "sick"), [(1e-7, True), (1e-6, True), (2e-3, False), (1e-4, False)])
+@pytest.mark.parametrize("share", [0.2, 0.5])
+def test_a_rate_that_is_too_low_for_a_model_with_dropout(rate: float, sick: bool, share: float) -> None:
+    """A long step down one batch's slope gains less in some steps than in others, as noise comes in."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Dropout(share), nn.Linear(64, 10))
+    found = report(torch.optim.Adam(model.parameters(), rate), model)
+    assert [(i.issue_type, i.layer) for i in found.issues if i.severity.is_serious] == [(V, "")] * sick
+
+
 @pytest.mark.parametrize(
     ("name", "rate", "scale", "sick"),
     [

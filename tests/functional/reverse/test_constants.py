@@ -1,12 +1,15 @@
-"""Which outputs a loss merely adds, and which are held at zero."""
+"""Which outputs a loss merely adds, which are held at zero, and which it asks for apart."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from gradflow.functional.reverse.constants import held_at_zero, merely_added
+from gradflow.functional.reverse.constants import asked_apart, held_at_zero, merely_added
 
 
 def outputs() -> list[Tensor]:
@@ -55,3 +58,50 @@ def test_a_target_beside_outputs_that_have_run_away(size: float) -> None:
     own, held, _ = outputs()
     parts = [(size * own).detach().requires_grad_(), held]
     assert merely_added(lambda y: (y[0] - y[1]).square().mean(), parts) == []
+
+
+@pytest.mark.parametrize(("judges", "added"), [(True, []), (False, [1])])
+def test_what_a_loss_looks_at_with_weights_of_its_own(judges: bool, added: list[int]) -> None:
+    """A judge learns by the real samples that it is shown, also where no other slope hangs on them."""
+    weight = torch.randn(2, 1, requires_grad=judges)
+
+    def loss(y: list[Tensor]) -> Tensor:
+        return y[0].square().mean() + (y[1] @ weight).sigmoid().log().neg().mean()
+
+    assert merely_added(lambda y: loss(list(y)), outputs()) == added
+
+
+def asked(loss: Callable[[Tensor, Tensor], Tensor], parts: list[Tensor]) -> list[float]:
+    def loss_of(moved: Callable[[int, Tensor], Tensor]) -> float:
+        return float(loss(moved(0, parts[0]), moved(1, parts[1])))
+
+    found = asked_apart(loss_of, float(loss(*parts)), tuple(parts), {0, 1})
+    return [found[id(part)] for part in parts] if found else []
+
+
+APART: dict[str, tuple[bool, Callable[[Tensor, Tensor], Tensor]]] = {
+    "a divergence": (True, lambda a, b: 0.5 * (a.square() + b.exp() - b).sum(1).mean()),
+    "a weighted one": (True, lambda a, b: 7.0 + 50 * a.square().mean() + 50 * (b.exp() - b).mean()),
+    "two views": (False, lambda a, b: (a - b).square().mean()),
+    "directions": (False, lambda a, b: -F.cosine_similarity(a, b).mean()),
+    "likenesses": (False, lambda a, b: F.cross_entropy(a @ b.T, torch.arange(len(a)))),
+    "a density": (False, lambda a, b: (b + 0.5 * ((3 - a) / b.exp()).square()).mean()),
+    "one of them": (False, lambda a, b: a.square().mean() + 0 * b.mean()),
+}
+
+
+@pytest.mark.parametrize("collapsed", [False, True])
+@pytest.mark.parametrize("kind", APART)
+def test_outputs_that_a_loss_asks_for_apart(kind: str, collapsed: bool) -> None:
+    torch.manual_seed(0)
+    parts = [torch.randn(64, 5), torch.randn(64, 5)]
+    if collapsed:
+        parts = [1 + 1e-6 * part for part in parts]
+    apart, loss = APART[kind]
+    assert bool(asked(loss, parts)) == apart
+
+
+def test_the_price_of_a_mean_is_half_its_weight_a_number() -> None:
+    parts = [torch.zeros(4000, 3), torch.zeros(4000, 3)]
+    rises = asked(lambda a, b: 8 * 0.5 * (a.square() + b.exp() - 1 - b).sum(1).mean(), parts)
+    assert rises[0] == pytest.approx(8 * 0.5 * 3, rel=0.05)

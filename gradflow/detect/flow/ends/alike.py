@@ -92,7 +92,7 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
         return []
     drawn = False
     rows = [(s, v) for s, v in zip(known.shapes, known.variations, strict=True) if len(s) > 1 and s[-1] > 1]
-    same = [v for s, v in rows if sum(s == other for other, _ in rows) >= 2]
+    same = [v for s, v in rows if sum(s == other for other, _ in rows) >= 2 and not known.raised]
     if len(known.shapes) == 1 and _compares_samples(known):
         same = [*known.variations] * 2
     elif drawn := _stays_at_margin(flow, known):
@@ -220,9 +220,12 @@ def _same_inputs(flow: Flow, known: KnowledgeRecord, alike: float) -> list[Issue
 def _is_another_illness(flow: Flow, node: str) -> bool:
     """Whether the same is given for all samples for a reason that another detector tells, or at the start."""
     upstream = {node, *flow.wiring.upstream(node)}
-    weights = [p for n in upstream if n in flow.layers for p in flow.trainable(n) if len(p.shape) > 1]
-    if any(late(p.norm) == 0 or not np.any(p.grad_norm > 0) for p in weights):
-        return True
+    for node in (n for n in upstream if n in flow.layers):
+        weights = [p for p in flow.trainable(node) if len(p.shape) > 1]
+        if any(late(p.norm) == 0 for p in weights):
+            return True
+        if weights and not any(np.any(p.grad_norm > 0) for p in weights):
+            return True
     for by_matrix, least in ((None, 1e-3), (1.0, 1e-6)):  # as `vanishing` weighs it: by kind, and absolutely
         kept = shares(flow, kept_at_least(flow, by_matrix=by_matrix)).share
         if any(late(kept[n]) < least for n in upstream if n in kept):

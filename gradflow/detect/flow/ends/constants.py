@@ -25,8 +25,9 @@ def constant_outputs(flow: Flow, min_updates: int) -> list[Issue]:
     if known is None or not ends or (account is not None and account.terms):  # a term is told with its reason
         return []
     updated = bool(flow.record.provenance.optimizer) and flow.record.steps > min_updates
-    told = [(shape, _added(shape)) for shape in known.added]
-    told += [(shape, _zero(shape)) for shape in known.zero if updated]
+    kinds = [text.partition(" ") for text in known.constants]
+    told = [(shape, _added(shape)) for kind, _, shape in kinds if kind == "added"]
+    told += [(shape, _zero(shape)) for kind, _, shape in kinds if kind == "zero" and updated]
     layer = flow.layers[ends[-1]]
     return [
         Issue(
@@ -37,14 +38,14 @@ def constant_outputs(flow: Flow, min_updates: int) -> list[Issue]:
             description=text,
             magnitude=1.0,
             recommended_actions=actions,
-            metrics={"shape": str(shape)},
+            metrics={"shape": shape},
             evidence=Evidence(roles=Role.CUT, origin=layer.name),
         )
         for shape, (text, actions) in told[:1]
     ]
 
 
-def _added(shape: tuple[int, ...]) -> tuple[str, Actions]:
+def _added(shape: str) -> tuple[str, Actions]:
     return (
         f"An output of shape {shape} has no graph, and the loss adds up what it costs: no slope at another "
         "output depends on it, so that part of the loss is a constant to the optimizer.",
@@ -56,7 +57,7 @@ def _added(shape: tuple[int, ...]) -> tuple[str, Actions]:
     )
 
 
-def _zero(shape: tuple[int, ...]) -> tuple[str, Actions]:
+def _zero(shape: str) -> tuple[str, Actions]:
     return (
         f"An output of shape {shape} is exactly zero for every sample, after all of the steps, and the loss "
         "bends with it: no weight moves it.",

@@ -9,7 +9,7 @@ import numpy as np
 
 from gradflow.detect.evidence import early, heads, late
 from gradflow.detect.flow.ends.loud import over_silence
-from gradflow.detect.knowledge import guesses, knows
+from gradflow.detect.knowledge import came_knowing, guesses
 from gradflow.detect.updates.readings import is_unmoved, response
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import layer_name
@@ -28,13 +28,13 @@ def drowned_terms(flow: Flow, times: float = 1e4) -> list[Issue]:
     of the model, as the residual of a differential equation is, that term is told, as EXPLODING: its unit is
     that of its largest coefficient. Alike and not: auxiliary terms of a small
     weight, some hundred times weaker; experts and branches, whose outputs are added up before the loss is
-    taken; a task that is solved.
+    taken; a task that was solved when the model came. What a run learns may be the loud term alone.
 
     Args:
         flow: the record along its wiring.
         times: by how much each measure must differ. Heads of healthy models differ by less than a hundred.
     """
-    if knows(flow.record):
+    if came_knowing(flow.record):
         return []
     found = {node: measures(flow, node) for node in heads(flow)}
     strong = max(found, key=lambda n: (float(np.nan_to_num(found[n][0])), n), default="")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable
 
 from gradflow.detect.actions import Actions
 from gradflow.detect.evidence import heads, last_layers, late
@@ -313,63 +312,6 @@ def pooled_before_squashed(flow: Flow, wrong: float = 0.1, slope: float = 0.01) 
             metrics={"against": known.against, "loss": known.loss},
         )
     ]
-
-
-_WIDTHS = {"sigmoid": 1.0, "hardsigmoid": 1.0, "tanh": 2.0, "hardtanh": 2.0, "softsign": 2.0}
-
-
-def bounded_scores(flow: Flow, left: float = 0.15) -> list[Issue]:
-    """The last layer of a model whose scores a bounded activation takes before the softmax of a likelihood.
-
-    Scores of k classes that lie no further apart than w leave ln(1 + (k − 1) e⁻ʷ) of the loss, whatever the
-    weights are: half of the loss of guesses for a hundred classes behind a tanh. Alike and not: bounded
-    scores that are multiplied by a temperature before the softmax.
-
-    Args:
-        flow: the record along its wiring.
-        left: of what guesses cost, ln k, the least that must be left.
-    """
-    found = []
-    for node in heads(flow):
-        layer, ops = flow.layers[node], flow.wiring.ops_after(node)
-        end, classes = _bounded_scores(flow, node), layer.shape[-1] if len(layer.shape) > 1 else 0
-        if not end or classes < 2 or not any("nll_loss" in op for op in ops):
-            continue
-        floor, guess = math.log1p((classes - 1) * math.exp(-_WIDTHS[end])), math.log(classes)
-        if floor < left * guess:
-            continue
-        found.append(
-            Issue(
-                layer=layer.name,
-                layer_type=layer.type,
-                issue_type=IssueType.SATURATION,
-                severity=IssueSeverity.HIGH if floor >= 2 * left * guess else IssueSeverity.MEDIUM,
-                description=f"A {end} takes its scores before the softmax does: they lie no further apart "
-                f"than {_WIDTHS[end]:.0f}, and of {classes} classes none gets a probability that costs less "
-                f"than {floor:.3g}, where guesses cost {guess:.3g}. On the way there, the {end} shuts.",
-                magnitude=floor / guess,
-                recommended_actions=(
-                    f"Leave out the {end} behind {layer.name}: a softmax takes scores as they are.",
-                    "Or multiply what it gives by a temperature, ten or so, if scores are to be bounded.",
-                ),
-                metrics={"floor": floor, "ignorance": guess, "op": end},
-            )
-        )
-    return found
-
-
-def _bounded_scores(flow: Flow, node: str) -> str:
-    """The bounded function whose result, without anything between, is what a softmax takes; else nothing."""
-    wires = flow.wiring
-
-    def types(nodes: Iterable[str]) -> dict[str, str]:
-        return {n: wires.nodes[n].type.lower().rstrip("_") for n in nodes}
-
-    for end, kind in types(wires.succs.get(node, ())).items():
-        behind = types(wires.succs.get(end, ())).values()
-        if kind in _WIDTHS and any(then in ("softmax", "log_softmax", "logsoftmax") for then in behind):
-            return kind
-    return ""
 
 
 def _end_of(flow: Flow, node: str) -> str:

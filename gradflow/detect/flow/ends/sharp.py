@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from gradflow.detect.actions import Actions
 from gradflow.detect.evidence import heads, late, row_gain
 from gradflow.detect.flow.ends.loud import is_shifted, over_silence, takes_scores
 from gradflow.detect.view import Flow
@@ -67,11 +68,12 @@ def _makes_scores(flow: Flow, node: str) -> bool:
 
 
 def shifted_scores(flow: Flow, above: float = 3.0) -> list[Issue]:
-    """Heads whose scores put the loss's softmax at its ends by a constant, the same for all samples.
+    """Heads whose scores put the loss's softmax or sigmoid at its ends by a constant, for all samples alike.
 
     A softmax does not see what it adds to all scores alike. Where some classes are left out of that, as a new
     word is whose row starts at zero beside old ones that lie far below, it gives them everything, or nothing,
-    whatever the sample: one answer for all, and nearly always a wrong one.
+    whatever the sample: one answer for all, and nearly always a wrong one. A sigmoid sees any constant; one
+    that stands for how rare a yes is costs less than zeros do.
 
     Args:
         flow: the record along its wiring.
@@ -82,35 +84,30 @@ def shifted_scores(flow: Flow, above: float = 3.0) -> list[Issue]:
         return []
     end = late(flow.record.losses) / known.silent
     severity = IssueSeverity.HIGH if over >= 2 * above else IssueSeverity.MEDIUM
-    if known.share_left <= 0.25 and end <= 1:  # the run has undone it
-        severity = IssueSeverity.LOW
     found = []
     for node in heads(flow):
         layer = flow.layers[node]
         size = float(layer.output_rms[0])
         trained = flow.trainable(node) or flow.is_tied(node)
-        if "nll_loss" not in flow.wiring.ops_after(node) or not trained or not size >= 3.0:
+        odds = any("binary_cross_entropy" in op.lower() for op in flow.wiring.ops_after(node))
+        classes = "nll_loss" in flow.wiring.ops_after(node)
+        if not (classes or odds) or not trained or not size >= 3.0 or not is_shifted(flow, node):
             continue
-        if not is_shifted(flow, node):
-            continue
+        undone = known.share_left <= 0.25 and (end <= 1 or odds)
         name, part = layer.name or "the model", float(layer.output_variation[0])
         found.append(
             Issue(
                 layer=layer.name,
                 layer_type=layer.type,
                 issue_type=IssueType.SATURATION,
-                severity=severity,
-                description="The softmax of the loss is at its ends, and for all samples alike: the first "
+                severity=IssueSeverity.LOW if undone else severity,
+                description=f"The {'softmax' if classes else 'sigmoid'} of the loss is at its ends, and for "
+                "all samples alike: the first "
                 f"loss is {over:.3g} times what it costs to know nothing ({flow.record.losses[0]:.3g}; zeros "
                 f"cost {known.silent:.3g}), the last {end:.3g} times. Of its scores, which have rms "
-                f"{size:.3g}, {part:.2g} differs between samples: a constant puts some classes far above the "
-                "others, and they get all the probability whatever the sample is.",
+                f"{size:.3g}, {part:.2g} differs between samples: " + (_CLASSES if classes else _ODDS),
                 magnitude=over,
-                recommended_actions=(
-                    f"Bring the classes to one level: start rows of {name} that were added (weight and bias) "
-                    "at the mean of the old ones, or all of them near zero.",
-                    f"Compare the mean score of each class over a batch: {name}(x).mean(0).",
-                ),
+                recommended_actions=_level_actions(name) if classes else _odds_actions(name),
                 metrics={
                     "over_silence": over,
                     "late_over_silence": end,
@@ -121,3 +118,28 @@ def shifted_scores(flow: Flow, above: float = 3.0) -> list[Issue]:
             )
         )
     return found
+
+
+_CLASSES = (
+    "a constant puts some classes far above the others, and they get all the probability whatever the "
+    "sample is."
+)
+_ODDS = "a constant makes all answers yes, or all of them no, whatever the sample is."
+
+
+def _level_actions(name: str) -> Actions:
+    """For classes of which some start far above others."""
+    return (
+        f"Bring the classes to one level: start rows of {name} that were added (weight and bias) at the mean "
+        "of the old ones, or all of them near zero.",
+        f"Compare the mean score of each class over a batch: {name}(x).mean(0).",
+    )
+
+
+def _odds_actions(name: str) -> Actions:
+    """For probabilities that start next to 0 or 1 for all samples."""
+    return (
+        f"Start the bias of {name} at the log odds of the targets, log(p / (1 - p)) where a part p of them "
+        "is one, or at zero.",
+        f"See what the first scores are: {name}(x).mean().",
+    )

@@ -1,4 +1,5 @@
-"""Rows that mixing has made alike: nodes of a graph, tokens under attention, neighbours that are averaged."""
+"""Rows that mixing has made alike: nodes of a graph, tokens under attention, averaged neighbours; and
+samples that are so where noise comes in."""
 
 from __future__ import annotations
 
@@ -9,13 +10,29 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import smoothing_actions
-from gradflow.detect.evidence import early, kept_at_least, late, shares
+from gradflow.detect.evidence import early, kept_at_least, late, loss_fell, shares
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
-from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, Role
+from gradflow.records import Evidence, Issue, IssueSeverity, IssueType, LayerRecord, Role
 
 MIXING = ("matmul", "mm", "attention", "scatter", "index_add", "sparse", "einsum", "mean")
+# Functions of each number by itself, or of none, that a layer's output may go through on its way.
+_EACH = frozenset(
+    (
+        "relu",
+        "leaky_relu",
+        "elu",
+        "gelu",
+        "silu",
+        "tanh",
+        "sigmoid",
+        "softplus",
+        "view",
+        "unsafeview",
+        "reshape",
+    )
+)
 
 
 def smoothed(flow: Flow, passages: list[str], alike: float, fall: float) -> list[Issue]:
@@ -115,4 +132,62 @@ def _smoothing_issue(flow: Flow, node: str, variation: float, most: float, times
         magnitude=variation,
         recommended_actions=smoothing_actions(layer.name, times),
         metrics={"variation": variation, "variation_before": most, "num_mixings": times},
+    )
+
+
+def drowned_in_dropout(flow: Flow, passages: Sequence[str], alike: float = 1e-3) -> list[Issue]:
+    """The layer of a model that guesses, whose output is the same for all samples where a dropout takes it.
+
+    Measured: the part that differs between samples of what enters a dropout which all data pass, in the last
+    look. Behind it samples differ, by what was dropped: noise of a third of their size and more, beside which
+    what tells them apart is a thousandth and less. So the outputs look as if they told samples apart.
+
+    Args:
+        flow: the record along its wiring.
+        passages: the layer calls that every gradient passes, in order.
+        alike: the part that differs, below which it is drowned.
+    """
+    wires = flow.wiring
+    if not guesses(flow.record) or loss_fell(flow.record):
+        return []
+    for node in passages:
+        before = wires.before(node)
+        if (
+            "dropout" not in flow.layers[node].type.lower()
+            or len(before) != 1
+            or before[0] not in flow.layers
+        ):
+            continue
+        varied = late(flow.layers[before[0]].output_variation)
+        between = {op.rstrip("_") for op in wires.ops_after(before[0])}
+        if not varied < alike or between - _EACH or not late(flow.layers[node].output_variation) > 0.1:
+            continue
+        return [_in_dropout(_made_by(flow, before[0]), flow.layers[node].name, varied)]
+    return []
+
+
+def _made_by(flow: Flow, node: str) -> LayerRecord:
+    """The layer with parameters that has made what a function gives."""
+    while not flow.parameters_of(node) and len(before := flow.wiring.before(node)) == 1:
+        node = before[0]
+    return flow.layers[node]
+
+
+def _in_dropout(layer: LayerRecord, dropout: str, varied: float) -> Issue:
+    return Issue(
+        layer=layer.name,
+        layer_type=layer.type,
+        issue_type=IssueType.BOTTLENECK,
+        severity=IssueSeverity.HIGH,
+        description=f"What it gives is the same for every sample, but for {varied:.1e} of it, and then "
+        f"{dropout} drops numbers at random: all that follows hears noise, a thousand times louder than what "
+        "tells samples apart, and the model guesses.",
+        magnitude=varied,
+        recommended_actions=(
+            "Look upstream for where samples become alike: inputs far from a mean of zero and a deviation of "
+            "one (standardise them), sigmoids one after another (use ReLU or GELU), weights too small for "
+            "the depth (He's initialisation, or a norm layer behind each).",
+            f"Take {dropout} out while you look: what the outputs differ by is then what the model knows.",
+        ),
+        metrics={"variation": varied, "dropout": dropout},
     )

@@ -45,9 +45,10 @@ def fallen_silent(
         silent, units = gone + never, max(uses[0].num_units, 1)
         by_chance = 0.5 + _DEVIATIONS * 0.5 / math.sqrt(units)
         fired = max(early(u.fired_share) for u in uses)
-        if gone >= 0.5 and silent > by_chance and fired >= _DENSE:
-            if (1 - min(fired, 1.0)) ** _samples(flow, uses[0]) < _BY_CHANCE:
-                yield _issue(flow, uses[0], gone, silent, threshold)
+        if not (gone >= 0.5 and silent > by_chance and fired >= _DENSE):
+            continue
+        if (1 - min(fired, 1.0)) ** _samples(flow, uses[0]) < _BY_CHANCE:
+            yield _issue(flow, uses[0], gone, silent, threshold)
 
 
 def _samples(flow: Flow, activation: ActivationRecord) -> int:

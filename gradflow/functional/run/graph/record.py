@@ -254,6 +254,7 @@ def _node(
         num_elements=math.prod(group.shape) if group.shape else 0,
         parameters=tuple(group.parameters),
         taken=group.taken,
+        along=group.along,
         order=rank,
         grad_norm=np.array(grads),
         input_grad_norm=np.array(incoming),
