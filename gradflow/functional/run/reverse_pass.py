@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import attrs
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
 from gradflow.functional.processes.shards import local, summed
+from gradflow.functional.reach.products import asked_edges
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.passing import Gradient, Passed
 from gradflow.functional.reverse.reverse import (
@@ -24,6 +26,7 @@ from gradflow.functional.reverse.reverse import (
     walked,
 )
 from gradflow.functional.run.program import Program
+from gradflow.functional.tap.nodes import Position
 from gradflow.functional.tap.probes import Site
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.sums import magnitude, magnitudes
@@ -39,12 +42,14 @@ class Gradients:
         outputs: Σg² of each probe, in the order of the recorder's sites; None where no gradient arrived.
         flows: on every edge, where they were asked for.
         wholes: by call and number of the probe, the gradients that are kept whole.
+        products: what products have handed back, where the graph is kept for a walk.
     """
 
     parameters: Mapping[str, Gradient | None]
     outputs: list[Tensor | None]
     flows: Flows | None = None
     wholes: Mapping[tuple[str, int], Tensor] = attrs.field(factory=dict)
+    products: Mapping[Position, Tensor] = attrs.field(factory=dict)
 
     @property
     def parts(self) -> dict[str, Gradient | None]:
@@ -123,7 +128,7 @@ def reverse_pass(
     number = len(trainable) + len(held)
     num_leaves = len(leaves) - len(held)
     back = [tensor for tensor in entering if tensor.requires_grad]
-    flows = None
+    flows, products = None, dict[Position, Tensor]()
     if full and structure is not None:
         hooked = program.taps.hooked
         found = fused(loss, [*back, *leaves], retain_graph=True) if hooked else []
@@ -140,8 +145,12 @@ def reverse_pass(
             gradients = [flows.leaves.get(id(p)) for p in (*trainable.values(), *held.values())]
             outputs = [flows.probes.get(id(site)) for site in recorder.sites]
     else:
-        found = fused(loss, [*back, *leaves], cotangent=_cotangent(loss, scale), retain_graph=keep)
+        edges = _edges_for_a_walk(program, structure) if keep and scale == 1.0 else {}
+        asked = [*edges.values(), *back, *leaves]
+        found = fused(loss, asked, cotangent=_cotangent(loss, scale), retain_graph=keep)
         _check_flat(recorder, trainable, num_leaves)
+        products, found = zip(edges, found, strict=False), found[len(edges) :]
+        products = {position: g for position, g in products if g is not None}
         handed, found = found[: len(back)], found[len(back) :]
         gradients, outputs = found[:number], _outputs(recorder, found[number:])
         if scale != 1.0:
@@ -151,7 +160,19 @@ def reverse_pass(
     _hand_back(program, [given.get(id(tensor)) for tensor in entering], scale if flows is None else 1.0)
     asked = found[number:] if flows is None else [_kept(flows, site) for site in recorder.sites]
     wholes = _wholes(program, recorder, asked)
-    return Gradients(_placed(_by_name(trainable, held, gradients), trainable), outputs, flows, wholes)
+    by_name = _placed(_by_name(trainable, held, gradients), trainable)
+    return Gradients(by_name, outputs, flows, wholes, products)
+
+
+def _edges_for_a_walk(program: Program, structure: Structure | None) -> dict[Position, GradientEdge]:
+    """Return the edges that spare a walk its products; see NOTE [Products that are not called].
+
+    None where what the pass hands out may be other than what its nodes hand back.
+    """
+    alone = program.given.stages.alone and not program.taps.exchanges and program.taps.whole_nodes is None
+    if structure is None or not alone or program.taps.hooked or program.learned.held:
+        return {}
+    return asked_edges(structure.nodes)
 
 
 def _hand_back(program: Program, gradients: Sequence[Tensor | None], scale: float = 1.0) -> None:
