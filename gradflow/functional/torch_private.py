@@ -22,6 +22,7 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `_C.DisableTorchFunction` | operations of ours that our watch need not see | an error |
 | `_C._functorch`, `_functorch.pyfunctorch` | transforms that are active, their tensors | an error |
 | `torch._foreach_norm` | the norms of many tensors in a few calls of a device | one by one |
+| `autograd.graph._engine_run_backward` | a reverse pass, without a look at each input | `autograd.grad` |
 | `_C._current_graph_task_id` | a reverse pass inside another | an error |
 | `utils._pytree` | nested values, those of Hugging Face included | an error |
 | `Module._parameters`, `Module._buffers` | swapping copies in | an error |
@@ -81,6 +82,7 @@ __all__ = [
     "num_writes",
     "outside_transforms",
     "own_memory",
+    "plain_gradients",
     "preserved_writes",
     "pytree",
     "sequence_number",
@@ -121,6 +123,24 @@ def node_class(function: type[torch.autograd.Function]) -> type:
 def in_reverse_pass() -> bool:
     """Whether this thread is in a reverse pass of autograd's."""
     return torch._C._current_graph_task_id() != -1
+
+
+_run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
+
+
+def plain_gradients(loss: Tensor, inputs: Sequence[Any], *, retain_graph: bool) -> Sequence[Tensor | None]:
+    """Return what `torch.autograd.grad` does for a scalar loss; None where no path leads.
+
+    Args:
+        loss: a plain tensor of one floating-point element, with a graph.
+        inputs: plain tensors, and edges of the graph.
+        retain_graph: whether the graph is kept.
+    """
+    if _run_backward is None or type(loss) is not Tensor or not inputs:
+        return torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True)  # type: ignore
+    return _run_backward(
+        (loss,), (torch.ones_like(loss),), retain_graph, False, tuple(inputs), True, accumulate_grad=False
+    )
 
 
 # ------------------------------------------------------------------------------------------- tensors

@@ -128,7 +128,8 @@ def reverse_pass(
     number = len(trainable) + len(held)
     num_leaves = len(leaves) - len(held)
     back = [tensor for tensor in entering if tensor.requires_grad]
-    flows, products = None, dict[Position, Tensor]()
+    flows: Flows | None = None
+    products: dict[Position, Tensor] = {}
     if full and structure is not None:
         hooked = program.taps.hooked
         found = fused(loss, [*back, *leaves], retain_graph=True) if hooked else []
@@ -149,8 +150,9 @@ def reverse_pass(
         asked = [*edges.values(), *back, *leaves]
         found = fused(loss, asked, cotangent=_cotangent(loss, scale), retain_graph=keep)
         _check_flat(recorder, trainable, num_leaves)
-        products, found = zip(edges, found, strict=False), found[len(edges) :]
-        products = {position: g for position, g in products if g is not None}
+        if edges:
+            products = {position: g for position, g in zip(edges, found, strict=False) if g is not None}
+            found = found[len(edges) :]
         handed, found = found[: len(back)], found[len(back) :]
         gradients, outputs = found[:number], _outputs(recorder, found[number:])
         if scale != 1.0:
@@ -206,14 +208,16 @@ def _unscaled(found: Tensor, scale: float) -> Tensor:
 
 def _outputs(recorder: Recorder, found: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the magnitude at each site, of what was found for its edge or its slot."""
-    outputs = [
-        magnitude(g, exact=True) if site.exact and site.edge is not None and g is not None else g
-        for site, g in zip(recorder.sites, found, strict=True)
-    ]
-    fast = [
-        i for i, site in enumerate(recorder.sites)
-        if not site.exact and site.edge is not None and found[i] is not None
-    ]  # fmt: skip
+    outputs = list(found)
+    fast: list[int] = []
+    for i, site in enumerate(recorder.sites):
+        g = found[i]
+        if g is None or site.edge is None:
+            continue
+        if site.exact:
+            outputs[i] = magnitude(g, exact=True)
+        else:
+            fast.append(i)
     for i, size in zip(fast, magnitudes([g for i in fast if (g := found[i]) is not None]), strict=True):
         outputs[i] = size
     return outputs
@@ -306,11 +310,14 @@ def _check_flat(recorder: Recorder, trainable: Tensors, num_leaves: int) -> None
 
     The inner pass has left its gradients in the `.grad` of our leaves, and has probed calls of its own.
     """
-    if len(recorder.sites) + len(trainable) > num_leaves or any(
-        p.grad is not None for p in trainable.values()
-    ):
-        _clear(trainable, recorder)
-        raise ReentrantCheckpoint
+    if len(recorder.sites) + len(trainable) <= num_leaves:
+        for parameter in trainable.values():
+            if parameter.grad is not None:
+                break
+        else:
+            return
+    _clear(trainable, recorder)
+    raise ReentrantCheckpoint
 
 
 def _clear(trainable: Tensors, recorder: Recorder) -> None:

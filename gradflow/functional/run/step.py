@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -266,12 +267,13 @@ def _reverse(
     whole = request.full or request.scale != 1.0 or program.learned.held or program.learned.reentrant
     leaves = {} if whole or not request.passing else program.state.trainable
     try:
-        with passing(leaves, closely=request.closely) as known:
+        held = passing(leaves, closely=request.closely) if leaves else contextlib.nullcontext()
+        with held as known:
             found = reverse_pass(
                 program, recorder, loss, structure, full=request.full, ranks=request.ranks,
                 keep=request.keep, scale=request.scale,
             )  # fmt: skip
-        if not leaves:
+        if known is None:
             return found
         return attrs.evolve(found, parameters={n: known(n, g) for n, g in found.parameters.items()})
     except (ReentrantCheckpoint, PassVoid, ProcessError):
