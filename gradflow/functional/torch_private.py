@@ -41,6 +41,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import operator
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -100,14 +101,12 @@ __all__ = [
 # ------------------------------------------------------------------------------------ nodes of autograd
 
 
-def sequence_number() -> int:
-    """Return the number that autograd gives to the next node of this thread."""
-    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+# Asked at every layer call: without a frame of Python's.
+sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
+"""Return the number that autograd gives to the next node of this thread."""
 
-
-def node_number(node: Any) -> int:
-    """Return the number that a node was given when it was made."""
-    return node._sequence_nr()
+node_number: Callable[[Any], int] = operator.methodcaller("_sequence_nr")
+"""Return the number that a node was given when it was made."""
 
 
 def input_metadata(node: Any) -> tuple[Any, ...]:
@@ -154,9 +153,8 @@ def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(together(list(tensors), 2, dtype=torch.float32))
 
 
-def num_writes(tensor: Tensor) -> int:
-    """Return how often a tensor, or another one on the same memory, has been written to."""
-    return tensor._version
+num_writes: Callable[[Tensor], int] = operator.attrgetter("_version")
+"""Return how often a tensor, or another one on the same memory, has been written to."""
 
 
 def is_view(tensor: Tensor) -> bool:

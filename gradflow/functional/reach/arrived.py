@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.functional.processes.shards import local
 from gradflow.functional.reach.masks import is_plain, nonzero_at, number, places, some
 from gradflow.functional.reverse.passing import Gradient, Passed
 
@@ -79,6 +80,8 @@ class Arrived:
             return
         for name in self.open:
             gradient, marks = gradients.get(name), self._marks.get(name)
+            if isinstance(gradient, Tensor):
+                gradient = local(gradient)
             if marks is not None and type(gradient) is Tensor and is_plain(gradient):
                 left, since = marks
                 np.logical_or(since, gradient.detach().numpy().reshape(-1).take(left), out=since)

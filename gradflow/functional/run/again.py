@@ -242,7 +242,7 @@ def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> 
         if not run.stages.alone:
             (largest,) = run.stages.largest([0.0 if np.isnan(largest) else largest])
         run.reach.arrived.doubt(norms, largest)
-    run.reach.arrived.add(outcome.gradients.parts, look=look)
+    run.reach.arrived.add(outcome.gradients.parameters, look=look)
 
 
 @attrs.frozen(eq=False)

@@ -82,7 +82,9 @@ class History:
     def _row(self, form: Form, scalars: list[Tensor], lasting: Callable[[], list[Lasting]]) -> Row:
         """Return the row of a step that gave the numbers of a form."""
         values = _norms(scalars, form.norms)
-        safe = all(low < n < high for low, n, high in zip(form.least, values, form.most, strict=True))
+        safe = False not in [
+            low < n < high for low, n, high in zip(form.least, values, form.most, strict=True)
+        ]
         if not safe:
             _repair(values, lasting())
         row = Row(form.layout, np.array(values), form.counts, form.content.sizes, safe)
@@ -354,8 +356,8 @@ def _sums(lasting: list[Lasting], *, exact: bool) -> list[Tensor]:
 
 def _norms(scalars: list[Tensor], are_norms: Iterable[bool]) -> list[float]:
     """Return numbers on the host, magnitudes as norms: see NOTE [Exact and fast] in tap/sums.py."""
-    numbers, single = zip(to_host(scalars), scalars, are_norms, strict=True), torch.float32
-    return [math.sqrt(n) if is_norm and scalar.dtype is single else n for n, scalar, is_norm in numbers]
+    numbers, single, root = zip(to_host(scalars), scalars, are_norms, strict=True), torch.float32, math.sqrt
+    return [root(n) if is_norm and scalar.dtype is single else n for n, scalar, is_norm in numbers]
 
 
 def _repair(values: list[float], lasting: list[Lasting]) -> None:

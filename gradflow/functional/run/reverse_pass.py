@@ -123,11 +123,11 @@ def reverse_pass(
     leaves = [
         *trainable.values(),
         *held.values(),
-        *(source for site in recorder.sites if (source := site.edge or site.slot) is not None),
+        *[source for site in recorder.sites if (source := site.edge or site.slot) is not None],
     ]
     number = len(trainable) + len(held)
     num_leaves = len(leaves) - len(held)
-    back = [tensor for tensor in entering if tensor.requires_grad]
+    back = [tensor for tensor in entering if tensor.requires_grad] if entering else []
     flows: Flows | None = None
     products: dict[Position, Tensor] = {}
     if full and structure is not None:
@@ -192,6 +192,8 @@ def _wholes(
     program: Program, recorder: Recorder, found: Sequence[Tensor | None]
 ) -> dict[tuple[str, int], Tensor]:
     """Return the gradients that were asked for by an edge, of the calls of which they are kept."""
+    if not program.taps.whole:
+        return {}
     return {
         (name, site.index): g
         for site, g in zip(recorder.sites, found, strict=True)

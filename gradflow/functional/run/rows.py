@@ -131,7 +131,7 @@ class Form:
 
 def to_host(values: Sequence[Tensor]) -> list[float]:
     """Return scalars (of shape ()) that may lie on several devices as floats: one transfer a device."""
-    if all(v.is_cpu for v in values):
+    if False not in [v.is_cpu for v in values]:
         return [float(v.item()) for v in values]
     found: list[float] = [0.0] * len(values)
     by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}

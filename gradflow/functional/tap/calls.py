@@ -55,7 +55,7 @@ class Call:
         """Forget an earlier, like call, and note the start of this one."""
         self.sites, self.num_elements = [], 0
         if self.is_layer:
-            self.versions = [version(a) for a in args]
+            self.versions = [version(args[0])] if len(args) == 1 else [version(a) for a in args]
         self.start = sequence_number()
 
     def note_inputs(self, inputs: Any) -> None:
@@ -208,7 +208,10 @@ def type_name(module: nn.Module) -> str:
 
 def version(value: Any) -> int:
     """Return how often a tensor has been written to; -1 for what keeps no count."""
-    return num_writes(value) if isinstance(value, Tensor) and not value.is_inference() else -1
+    try:
+        return num_writes(value) if isinstance(value, Tensor) else -1
+    except RuntimeError:  # a tensor of inference mode
+        return -1
 
 
 def split_of_output(calls: Sequence[Call], y: Tensor) -> dict[Ranks, int]:

@@ -382,6 +382,8 @@ class Recorder:
 
         Then the probe has cut the tie between the two in autograd's books, and gradients would be wrong.
         """
+        if not self._aliases:
+            return
         changed = {module for module, tensor, written in self._aliases if version(tensor) != written}
         if changed:
             self.model.leave_unprobed(changed)
