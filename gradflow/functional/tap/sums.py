@@ -127,7 +127,8 @@ def in_dtype(found: Tensor, dtype: torch.dtype) -> Tensor:
 def _double_norm(flat: Tensor) -> Tensor:
     """Return the norm of a vector in double precision, of a shorter dtype, whose squares it holds all."""
     if flat.numel() <= _CACHED:
-        return torch.linalg.vector_norm(flat, dtype=torch.float64)
+        wide = flat.double()
+        return torch.dot(wide, wide).sqrt()
     sums = []
     for piece in flat.split(_CACHED):
         wide = piece.double()
