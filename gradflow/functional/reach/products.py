@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from gradflow.functional.reach.masks import is_zero
 from gradflow.functional.reach.zeros import Zeros
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.passing import Gradient, Passed
@@ -132,7 +131,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _nonzero(x: Tensor) -> Bools:
-    return ~is_zero(x.detach()).numpy()
+    return x.detach().bool().numpy()  # a copy: FSDP cannot free memory that NumPy has seen
 
 
 def _bits(marks: Bools, axis: int) -> Any:
