@@ -20,7 +20,7 @@ from gradflow.functional.run.rows import LASTING_SUMS, NORMS, SUMS, Content, For
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.functional.tap.sums import careful_magnitude, is_safe, magnitudes, safe_range
+from gradflow.functional.tap.sums import careful_magnitude, is_safe, safe_range
 from gradflow.functional.tap.tapped import TappedModel
 from gradflow.records import Floats
 
@@ -67,7 +67,7 @@ class History:
         if not (look or noted or risen) and (tensors := self._tensors_again(outcome, moved)) is not None:
             assert self._form is not None
             self._formed = outcome.recorder.calls
-            scalars = [outcome.loss, *outcome.gradients.outputs, *magnitudes(tensors)]
+            scalars = [outcome.loss, *outcome.gradients.outputs, *_fast_sums(tensors)]
             return self._row(self._form, scalars, lambda: self._lasting(outcome, look, moved))
         content = self._content(outcome, moved)
         lasting = self._lasting(outcome, look, moved)
@@ -341,7 +341,7 @@ def _sums(lasting: list[Lasting], *, exact: bool) -> list[Tensor]:
         exact: whether gradients are summed in double precision.
     """
     if not exact:
-        sizes = iter(sizes_of([tensor for kind, _, tensor in lasting if kind != "pzeros"]))
+        sizes = iter(_fast_sums([tensor for kind, _, tensor in lasting if kind != "pzeros"]))
         return [zeros_in(tensor) if kind == "pzeros" else next(sizes) for kind, _, tensor in lasting]
     found: list[Tensor] = []
     for kind, _, tensor in lasting:
@@ -352,6 +352,11 @@ def _sums(lasting: list[Lasting], *, exact: bool) -> list[Tensor]:
         else:
             found.append(size_of(tensor, exact=True))
     return found
+
+
+def _fast_sums(gradients: Sequence[Gradient]) -> list[Tensor]:
+    """Return the magnitudes of parameters and their gradients, taken fast."""
+    return sizes_of(gradients)
 
 
 def _norms(scalars: list[Tensor], are_norms: Iterable[bool]) -> list[float]:
