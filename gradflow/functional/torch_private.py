@@ -22,6 +22,7 @@ release that it runs on. All are there in 2.6, the oldest release that gradflow 
 | `_C.DisableTorchFunction` | operations of ours that our watch need not see | an error |
 | `_C._functorch`, `_functorch.pyfunctorch` | transforms that are active, their tensors | an error |
 | `torch._foreach_norm` | the norms of many tensors in a few calls of a device | one by one |
+| `autograd.graph._engine_run_backward` | a reverse pass, without a look at each input | `autograd.grad` |
 | `_C._current_graph_task_id` | a reverse pass inside another | an error |
 | `utils._pytree` | nested values, those of Hugging Face included | an error |
 | `Module._parameters`, `Module._buffers` | swapping copies in | an error |
@@ -40,6 +41,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import operator
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -81,6 +83,7 @@ __all__ = [
     "num_writes",
     "outside_transforms",
     "own_memory",
+    "plain_gradients",
     "preserved_writes",
     "pytree",
     "sequence_number",
@@ -98,14 +101,12 @@ __all__ = [
 # ------------------------------------------------------------------------------------ nodes of autograd
 
 
-def sequence_number() -> int:
-    """Return the number that autograd gives to the next node of this thread."""
-    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+# Asked at every layer call: without a frame of Python's.
+sequence_number: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
+"""Return the number that autograd gives to the next node of this thread."""
 
-
-def node_number(node: Any) -> int:
-    """Return the number that a node was given when it was made."""
-    return node._sequence_nr()
+node_number: Callable[[Any], int] = operator.methodcaller("_sequence_nr")
+"""Return the number that a node was given when it was made."""
 
 
 def input_metadata(node: Any) -> tuple[Any, ...]:
@@ -123,6 +124,24 @@ def in_reverse_pass() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+_run_backward = getattr(torch.autograd.graph, "_engine_run_backward", None)
+
+
+def plain_gradients(loss: Tensor, inputs: Sequence[Any], *, retain_graph: bool) -> Sequence[Tensor | None]:
+    """Return what `torch.autograd.grad` does for a scalar loss; None where no path leads.
+
+    Args:
+        loss: a plain tensor of one floating-point element, with a graph.
+        inputs: plain tensors, and edges of the graph.
+        retain_graph: whether the graph is kept.
+    """
+    if _run_backward is None or type(loss) is not Tensor or not inputs:
+        return torch.autograd.grad(loss, inputs, retain_graph=retain_graph, allow_unused=True)  # type: ignore
+    return _run_backward(
+        (loss,), (torch.ones_like(loss),), retain_graph, False, tuple(inputs), True, accumulate_grad=False
+    )
+
+
 # ------------------------------------------------------------------------------------------- tensors
 
 
@@ -134,9 +153,8 @@ def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(together(list(tensors), 2, dtype=torch.float32))
 
 
-def num_writes(tensor: Tensor) -> int:
-    """Return how often a tensor, or another one on the same memory, has been written to."""
-    return tensor._version
+num_writes: Callable[[Tensor], int] = operator.attrgetter("_version")
+"""Return how often a tensor, or another one on the same memory, has been written to."""
 
 
 def is_view(tensor: Tensor) -> bool:

@@ -78,6 +78,7 @@ OWNERS = {
     "DataLoader": torch.utils.data.DataLoader([1]),
     "_C": torch._C,
     "autograd": torch.autograd,
+    "autograd.graph": torch.autograd.graph,
     "utils": torch.utils,
     "_functorch": importlib.import_module("torch._functorch"),
     "_BatchNorm": torch.nn.modules.batchnorm,

@@ -8,12 +8,15 @@ they are settled is asked at looks alone, in one transfer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradflow.functional.reach.masks import nonzero_at, number, places, some
+from gradflow.functional.processes.shards import local
+from gradflow.functional.reach.masks import is_plain, nonzero_at, number, places, some
 from gradflow.functional.reverse.passing import Gradient, Passed
 
 FAINT = 1e-4  # of the largest: rounding noise is below 1e-6 in float32
@@ -34,6 +37,7 @@ class Arrived:
     _masks: dict[str, Tensor] = attrs.field(factory=dict)  # of elements that were reached
     _left: dict[str, Tensor] = attrs.field(factory=dict)  # places of those that were not, where few
     _since: dict[str, Tensor] = attrs.field(factory=dict)  # of these, which were since the last look
+    _marks: dict[str, tuple[Any, Any]] = attrs.field(factory=dict)  # both, as arrays on the same memory
 
     @property
     def open(self) -> list[str]:
@@ -61,7 +65,7 @@ class Arrived:
     def settle(self, names: set[str]) -> None:
         """Hear that these were reached everywhere."""
         self.settled |= names
-        for kept in (self._masks, self._left, self._since):
+        for kept in (self._masks, self._left, self._since, self._marks):
             for name in names & kept.keys():
                 del kept[name]
 
@@ -75,8 +79,13 @@ class Arrived:
         if len(self.settled) == len(self.trainable):
             return
         for name in self.open:
-            gradient = gradients.get(name)
-            if isinstance(gradient, Passed) and gradient.mask is None:
+            gradient, marks = gradients.get(name), self._marks.get(name)
+            if isinstance(gradient, Tensor):
+                gradient = local(gradient)
+            if marks is not None and type(gradient) is Tensor and is_plain(gradient):
+                left, since = marks
+                np.logical_or(since, gradient.detach().numpy().reshape(-1).take(left), out=since)
+            elif isinstance(gradient, Passed) and gradient.mask is None:
                 self.settle({name})
             elif gradient is not None:
                 self._mark(name, gradient if isinstance(gradient, Passed) else gradient.detach())
@@ -88,12 +97,14 @@ class Arrived:
         if left is not None and isinstance(gradient, Tensor) and gradient.layout is torch.strided:
             found = nonzero_at(gradient, left)
             since = self._since.get(name)
-            self._since[name] = found if since is None else since.logical_or_(found)
+            self._since[name] = since = found if since is None else since.logical_or_(found)
+            if since.is_cpu:
+                self._marks[name] = left.numpy(), since.numpy()
             return
         if left is not None:
             self._masks[name] = self._mask(name)
-            del self._left[name]
-            self._since.pop(name, None)
+            for kept in (self._left, self._since, self._marks):
+                kept.pop(name, None)
         found = _mask_of(gradient)
         mask = self._masks.get(name)
         self._masks[name] = found if mask is None else mask.logical_or_(found)
@@ -102,7 +113,7 @@ class Arrived:
         """Ask which parameters are settled, and make short lists of what is left."""
         for name, since in self._since.items():
             self._left[name] = self._left[name][~since]
-        self._since = {}
+        self._since, self._marks = {}, {}
         names = list(self._masks)
         if names:
             for name, left in zip(names, self._numbers_left(names), strict=True):

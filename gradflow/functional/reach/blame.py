@@ -35,11 +35,12 @@ from gradflow.functional.processes.shards import is_distributed, like_parts, loc
 from gradflow.functional.reach.kinds import is_constant
 from gradflow.functional.reach.masks import is_label, is_zero, labelled, number_of_each, some
 from gradflow.functional.reach.masks import number as number_of
-from gradflow.functional.reach.reasons import Blame, Reasons
+from gradflow.functional.reach.products import MIXING, Product, handed_back
+from gradflow.functional.reach.reasons import Behind, Blame, Blamed, Part, Reasons
 from gradflow.functional.reach.zeros import RandomNumbers, Zeros
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.reverse import call_node, validated
-from gradflow.functional.tap.nodes import Node, converts, exchanges, is_leaf, operation
+from gradflow.functional.tap.nodes import Node, Position, converts, exchanges, is_leaf, operation
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.torch_private import input_metadata
 from gradflow.records import Reason
@@ -54,37 +55,6 @@ _RANK = (
 _MOVING = frozenset(
     ("alias", "clone", "permute", "squeeze", "t", "transpose", "unsafe_view", "unsqueeze", "view")
 )
-# Those whose zeros are seldom their own, and that a walk costs most to call: asked last what they do by
-# themselves, which is often not needed.
-_MIXING = frozenset(("addmm", "baddbmm", "bmm", "convolution", "mm"))
-
-Part = tuple[Tensor, Tensor | None]  # a cotangent, and the labels of its zeros; None if it has none
-
-
-@attrs.frozen(eq=False)
-class Blamed:
-    """What the walk found at the leaves.
-
-    Args:
-        labels: by id of a leaf tensor, the label of each of its elements, 0 where gradient arrived.
-        blames: what each label stands for; the first stands for none.
-    """
-
-    labels: dict[int, Tensor]
-    blames: list[Blame | None]
-
-
-@attrs.frozen(eq=False)
-class Behind:
-    """What the walk through the next stage of a pipeline has found at what this one has handed it.
-
-    Args:
-        parts: for each output to which a path leads, the cotangent and the labels of its zeros.
-        blames: what the labels stand for.
-    """
-
-    parts: Sequence[Part]
-    blames: Sequence[Blame | None]
 
 
 @attrs.define(eq=False)
@@ -95,17 +65,20 @@ class Walk:
         structure: the graph of the step.
         reasons: tells why a node hands back nothing.
         wanted: ids of the leaf tensors that are asked about.
+        known: what the reverse pass has handed back already: see NOTE [Products that are not called].
     """
 
     structure: Structure
     reasons: Reasons
     wanted: Collection[int]
+    known: Mapping[Position, Tensor] = attrs.field(factory=dict)
     blames: list[Blame | None] = attrs.field(factory=lambda: [None])
     _numbers: dict[tuple[Node, int, str], int] = attrs.field(factory=dict)
     _arriving: dict[Node, dict[int, list[Part]]] = attrs.field(factory=dict)
     _found: dict[int, Tensor] = attrs.field(factory=dict)
     _random: RandomNumbers = attrs.field(factory=RandomNumbers)
     _needed: set[Node] = attrs.field(factory=set)
+    _altered: set[Node] = attrs.field(factory=set)  # at which other than the real gradient arrives
 
     def run(self, loss: Tensor, behind: Behind | None = None) -> Blamed:
         """Return what made the zeros at the leaves that are asked about.
@@ -136,6 +109,8 @@ class Walk:
 
     def _visit(self, node: Node, arrived: Mapping[int, list[Part]]) -> None:
         gathered = {number: self._gather(node, parts) for number, parts in arrived.items()}
+        if node in self._altered:
+            self._altered.update(child for child, _ in self.structure.nodes[node] if child is not None)
         if is_leaf(node):
             gradient, labels = gathered[0]
             none = torch.zeros(local(gradient).shape, dtype=torch.int16, device=gradient.device)
@@ -146,7 +121,9 @@ class Walk:
             self._send(child, number, gathered[0])
             return
         gradients = {number: gradient for number, (gradient, _) in gathered.items()}
-        results = call_node(node, gradients)
+        wanted = [at if at[0] in self._needed else None for at in self.structure.nodes[node]]
+        known = {} if node in self._altered else self.known
+        results = handed_back(node, gradients, wanted, known) or call_node(node, gradients)
         if is_constant(node):  # what it hands back to what it normalises is rounding alone
             results = [None, *results[1:]]
         tensors = [*gradients.values(), *(r for r in results if r is not None)]
@@ -160,11 +137,13 @@ class Walk:
             given = results[j] if j < len(results) else None
             if given is None:
                 how = "own" if j == 0 and is_constant(node) else "nothing"
+                self._altered.add(child)
                 self._send(child, number, self._nothing(node, j, child, number, how))
                 continue
             cotangent, noise = self._fitted(given, child, number)
             zero = is_zero(cotangent)
             if noise is not None:
+                self._altered.add(child)
                 self._send(child, number, self._cancelled(node, j, cotangent, noise))
             elif some(zero):
                 pending[j] = cotangent
@@ -225,23 +204,19 @@ class Walk:
         for j, cotangent in pending.items():
             found[j] = Zeros.of(cotangent)
             left[j] = found[j].places
-        mixes = operation(node) in _MIXING
+        mixes = operation(node) in MIXING
+        product = Product.of(node, gathered[0][1]) if mixes else None
         if not (mixes or nothing):
             self._label_own(node, gathered, found, left)
         for label in labels:
             if not any(rest.numel() for rest in left.values()):
                 break
-            marked = {
-                n: torch.zeros_like(g) if at is None else self._like(g) * is_label(at, label).to(g.dtype)
-                for n, (g, at) in gathered.items()
-            }
-            reached = self._called(node, marked, pending)
+            hits = self._hits(node, gathered, found, left, product, label)
             for j, rest in left.items():
-                hit = found[j].reached(reached[j], rest)
-                found[j].label(rest[hit], label)
-                left[j] = rest[~hit]
+                found[j].label(rest[hits[j]], label)
+                left[j] = rest[~hits[j]]
         if mixes and not nothing and any(rest.numel() for rest in left.values()):
-            self._label_own(node, gathered, found, left)
+            self._label_own(node, gathered, found, left, product)
         if nothing:
             for j, rest in left.items():
                 found[j].label(rest, labels[0])
@@ -251,13 +226,42 @@ class Walk:
             child, at = self.structure.nodes[node][j]
             self._send(child, at, (cotangent, found[j].labels()))
 
+    def _hits(
+        self,
+        node: Node,
+        gathered: Mapping[int, Part],
+        found: Mapping[int, Zeros],
+        left: Mapping[int, Tensor],
+        product: Product | None,
+        label: int | None = None,
+    ) -> dict[int, Tensor]:
+        """Return which of the places that are left a node reaches with random numbers; see NOTE [Labels on
+        zeros]. They come in at the zeros of one label, or everywhere."""
+        told = None if product is None else product.told(found, left, label)
+        if told is not None:
+            return told
+        if label is None:
+            marked = {n: self._like(g) for n, (g, _) in gathered.items()}
+        else:
+            marked = {
+                n: torch.zeros_like(g) if at is None else self._like(g) * is_label(at, label).to(g.dtype)
+                for n, (g, at) in gathered.items()
+            }
+        reached = self._called(node, marked, left)
+        return {j: found[j].reached(reached[j], rest) for j, rest in left.items()}
+
     def _label_own(
-        self, node: Node, gathered: Mapping[int, Part], found: Mapping[int, Zeros], left: dict[int, Tensor]
+        self,
+        node: Node,
+        gathered: Mapping[int, Part],
+        found: Mapping[int, Zeros],
+        left: dict[int, Tensor],
+        product: Product | None = None,
     ) -> None:
         """Label what is zero because of this node, and take it from what is left."""
-        alone = self._called(node, {n: self._like(g) for n, (g, _) in gathered.items()}, left)
+        hits = self._hits(node, gathered, found, left, product)
         for j, rest in left.items():
-            own = ~found[j].reached(alone[j], rest)
+            own = ~hits[j]
             if some(own):
                 whole = number_of(own) == found[j].numel
                 found[j].label(rest[own], self._number(node, j, "own", whole=whole))
@@ -380,6 +384,7 @@ class Walk:
                 better = zero & (given > 0) & (rank < best)
                 labels, best = torch.where(better, given, labels), torch.where(better, rank, best)
         if some(noise):
+            self._altered.add(node)
             labels.masked_fill_(noise, self._number(node, -1, "cancels"))
         return like_parts(torch.where(noise, torch.zeros_like(total), total), whole), labels
 

@@ -16,14 +16,15 @@ from gradflow.functional.processes.line import Line
 from gradflow.functional.processes.shards import Shards, is_distributed, local
 from gradflow.functional.processes.stages import Stages
 from gradflow.functional.reach.arrived import Arrived
-from gradflow.functional.reach.blame import Behind, Blamed, Walk
+from gradflow.functional.reach.blame import Walk
 from gradflow.functional.reach.masks import is_label, number, number_of_each, relative_size, some
 from gradflow.functional.reach.origins import Origins
-from gradflow.functional.reach.reasons import Blame, Reasons, marked
+from gradflow.functional.reach.reasons import Behind, Blame, Blamed, Reasons, marked
 from gradflow.functional.reach.rounding import add_rounding
 from gradflow.functional.reach.slices import block, block_names, by_rows, parts
 from gradflow.functional.reach.terms import deaf_functions, has_own_functions
 from gradflow.functional.reverse.autograd_graph import Structure
+from gradflow.functional.tap.nodes import Position
 from gradflow.functional.torch_private import num_writes
 from gradflow.functional.torch_sharded import place_of
 from gradflow.records import DeafRecord, OutsideRecord, ReachAccount, ReachRecord, Reason, TermRecord
@@ -51,8 +52,7 @@ class Wires:
     Args:
         idle: modules that no step ran or used.
         called: modules that some step ran.
-        cuts: by layer call, the operation that cuts its output off, and the node that takes it; "" where
-            nobody takes it.
+        cuts: by layer call, the operation that cuts its output off, and the node that takes it, or "".
         modules: by qualified name.
         copied: names of modules that are like one that ran and is no part of the model.
     """
@@ -142,6 +142,7 @@ class ReachFindings:
         structure: Structure | None,
         origins: Origins,
         inputs: Mapping[str, Tensor],
+        known: Mapping[Position, Tensor] | None = None,
     ) -> None:
         """Find out why gradient did not arrive in a step.
 
@@ -150,12 +151,12 @@ class ReachFindings:
             structure: the graph, with the loss; None where there is none.
             origins: which heard of the step's functions.
             inputs: the tensors of the batch by name.
+            known: what the reverse pass has handed back; see NOTE [Products that are not called].
         """
-        behind = self._behind()
-        entering, blames = [], []
+        behind, entering, blames = self._behind(), [], []
         try:
             if structure is not None and structure.nodes:
-                entering, blames = self._look(step, structure, origins, inputs, behind)
+                entering, blames = self._look(step, structure, origins, inputs, behind, known or {})
         except ProcessError:
             raise
         except Exception as error:  # a backward pass of the user's that cannot be called on its own
@@ -188,6 +189,7 @@ class ReachFindings:
         origins: Origins,
         inputs: Mapping[str, Tensor],
         behind: Behind | None,
+        known: Mapping[Position, Tensor],
     ) -> tuple[list[Tensor | None], list[Blame | None]]:
         assert structure.root is not None
         leaves = {**self.trainable, **self.shards.leaves()}
@@ -197,7 +199,7 @@ class ReachFindings:
         wanted = {key for key, name in names.items() if name in asked}
         entering = self.stages.inputs
         wanted |= {id(tensor) for tensor in entering}
-        found = Walk(structure, reasons, wanted).run(structure.root, behind)
+        found = Walk(structure, reasons, wanted, known).run(structure.root, behind)
         at_entry = [found.labels.pop(id(tensor), None) for tensor in entering]
         labels = _by_name(found, names)
         few = sum(p.numel() for name, p in self.trainable.items() if name in labels) <= _CHUNK

@@ -65,6 +65,11 @@ def is_zero(x: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(x.numpy() == 0)) if x.is_cpu and x.dtype in _NUMPY else ~x.bool()
 
 
+def is_plain(x: Tensor) -> bool:
+    """Whether NumPy takes the elements of a tensor as they are."""
+    return x.is_cpu and x.dtype in _NUMPY and x.layout is torch.strided
+
+
 def nonzero_at(x: Tensor, at: Tensor) -> Tensor:
     """Return which elements of a dense tensor, at some places in it as a vector, are other than zero.
 
@@ -104,13 +109,12 @@ def number_of_each(labels: Tensor, where: Tensor | None = None) -> dict[int, int
         flat = found.int() + 1
         numbers = torch.bincount(flat if here is None else flat * here.int()).tolist()[1:]
         return {label: count for label, count in enumerate(numbers) if count}
-    found, chosen = found.numpy(), None if here is None else here.numpy()
+    found = found.numpy() if here is None else found.numpy().take(np.flatnonzero(here.numpy()))
     most = int(found.max(initial=0))
     if most < _MANY:
-        marks = ((label, found == label) for label in range(most + 1))
-        counts = {label: np.count_nonzero(m if chosen is None else m & chosen) for label, m in marks}
+        counts = {label: np.count_nonzero(found == label) for label in range(most + 1)}
     else:
-        counts = dict(enumerate(np.bincount(found if chosen is None else found[chosen]).tolist()))
+        counts = dict(enumerate(np.bincount(found).tolist()))
     return {label: int(count) for label, count in counts.items() if count}
 
 

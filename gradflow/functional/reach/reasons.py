@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -29,6 +29,35 @@ class Blame:
     whose: str = ""
     source: str = ""
     num_choices: int = 0
+
+
+Part = tuple[Tensor, Tensor | None]  # a cotangent, and the labels of its zeros; None if it has none
+
+
+@attrs.frozen(eq=False)
+class Blamed:
+    """What the walk found at the leaves.
+
+    Args:
+        labels: by id of a leaf tensor, the label of each of its elements, 0 where gradient arrived.
+        blames: what each label stands for; the first stands for none.
+    """
+
+    labels: dict[int, Tensor]
+    blames: list[Blame | None]
+
+
+@attrs.frozen(eq=False)
+class Behind:
+    """What the walk through the next stage of a pipeline has found at what this one has handed it.
+
+    Args:
+        parts: for each output to which a path leads, the cotangent and the labels of its zeros.
+        blames: what the labels stand for.
+    """
+
+    parts: Sequence[Part]
+    blames: Sequence[Blame | None]
 
 
 _MARK = "\x1f"

@@ -87,7 +87,10 @@ def size_of(gradient: Gradient, *, exact: bool) -> Tensor:
 
 def sizes_of(gradients: Sequence[Gradient]) -> list[Tensor]:
     """Return the magnitudes of gradients, taken fast."""
-    sizes = iter(magnitudes([g for g in gradients if isinstance(g, Tensor)]))
+    tensors = [g for g in gradients if isinstance(g, Tensor)]
+    if len(tensors) == len(gradients):
+        return magnitudes(tensors)
+    sizes = iter(magnitudes(tensors))
     return [next(sizes) if isinstance(g, Tensor) else g.size for g in gradients]
 
 

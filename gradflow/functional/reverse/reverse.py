@@ -31,7 +31,7 @@ from gradflow.functional.reverse.ranks import effective_rank, gram_matrix, packe
 from gradflow.functional.tap.nodes import Node, Position, feeds, is_leaf, of_parameters, topological
 from gradflow.functional.tap.probes import is_probe
 from gradflow.functional.tap.sums import as_norm, magnitude
-from gradflow.functional.torch_private import in_reverse_pass, input_metadata
+from gradflow.functional.torch_private import in_reverse_pass, input_metadata, plain_gradients
 
 
 def fused(
@@ -55,6 +55,8 @@ def fused(
     if loss.grad_fn is None:
         return [None] * len(leaves)
     try:
+        if cotangent is None:
+            return list(plain_gradients(loss, leaves, retain_graph=retain_graph))
         inputs: Any = leaves
         return list(
             torch.autograd.grad(loss, inputs, cotangent, retain_graph=retain_graph, allow_unused=True)

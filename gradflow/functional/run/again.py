@@ -13,6 +13,7 @@ from torch import Tensor
 from gradflow.errors import ProcessError
 from gradflow.functional.model.layers import owner
 from gradflow.functional.reach.origins import Origins
+from gradflow.functional.reach.products import known_cotangents
 from gradflow.functional.reach.terms import constant_terms, outside_records
 from gradflow.functional.reverse import numerics
 from gradflow.functional.reverse.autograd_graph import Structure
@@ -241,7 +242,7 @@ def follow_reach(run: Run, outcome: Outcome, row: Row | None, *, look: bool) -> 
         if not run.stages.alone:
             (largest,) = run.stages.largest([0.0 if np.isnan(largest) else largest])
         run.reach.arrived.doubt(norms, largest)
-    run.reach.arrived.add(outcome.gradients.parts, look=look)
+    run.reach.arrived.add(outcome.gradients.parameters, look=look)
 
 
 @attrs.frozen(eq=False)
@@ -263,9 +264,14 @@ class Closer:
         structure, program = outcome.structure, run.program
         run.reach.agree()
         if run.reach.is_open:
-            inputs = program.given.inputs_of(self.request.batch)
+            inputs, known = program.given.inputs_of(self.request.batch), {}
+            if structure is not None and outcome.gradients.products:
+                gradients = outcome.gradients
+                known = known_cotangents(
+                    structure, gradients.products, gradients.parameters, program.state.leaves
+                )
             with program.state.swapped():  # a checkpoint calls the model again
-                run.reach.look(self.request.step, structure, self.origins, inputs)
+                run.reach.look(self.request.step, structure, self.origins, inputs, known)
         if run.reach.asks:
             with program.state.swapped():
                 run.reach.ask(structure)

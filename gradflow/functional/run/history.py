@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any
 
 import attrs
 import numpy as np
@@ -16,7 +16,7 @@ from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
 from gradflow.functional.processes.shards import local
 from gradflow.functional.reverse.passing import Gradient, size_of, sizes_of, zeros_in
-from gradflow.functional.run.rows import LASTING_SUMS, NORMS, SUMS, Layout, Place, Row, to_host
+from gradflow.functional.run.rows import LASTING_SUMS, NORMS, SUMS, Content, Form, Layout, Place, Row, to_host
 from gradflow.functional.run.step import Outcome
 from gradflow.functional.tap.calls import ActivationKey, Call, Observation
 from gradflow.functional.tap.recorder import Recorder
@@ -25,48 +25,10 @@ from gradflow.functional.tap.tapped import TappedModel
 from gradflow.records import Floats
 
 Mean = tuple[int, str]  # a step, and a layer call
+Lasting = tuple[str, str, Gradient]  # kind of number, name of a parameter, tensor it is taken of
 
 _MERGED = 8  # steps after which the peaks of rectifiers' units are merged, if no look comes first
 _RECENT = 16  # steps at the end, at most, in which it is seen which units of rectifiers still fire
-
-
-class Content(NamedTuple):
-    """What the numbers of a step that is no look were taken of.
-
-    Args:
-        probed: indices of the calls whose output gradients were measured.
-        reached: names of the parameters that had a gradient.
-        moved: whether the norms of the parameters were taken.
-        sizes: number of output elements of each layer call.
-        shapes: of their first outputs.
-    """
-
-    probed: tuple[int, ...]
-    reached: tuple[str, ...]
-    moved: bool
-    sizes: tuple[int, ...]
-    shapes: tuple[tuple[int, ...], ...]
-
-
-@attrs.frozen(eq=False)
-class Form:
-    """The form of an ordinary step's row; a later step of the same content reuses it.
-
-    Args:
-        content: what its numbers were taken of.
-        layout: the layout of its row.
-        counts: element counts of its row.
-        norms: which of its numbers are norms.
-        least: a norm must be above this to be safe, and any other number to be finite.
-        most: and below this.
-    """
-
-    content: Content
-    layout: Layout
-    counts: Floats
-    norms: list[bool]
-    least: list[float]
-    most: list[float]
 
 
 @attrs.define(eq=False)
@@ -105,23 +67,50 @@ class History:
         noted = self._noted(outcome.recorder)
         merging = look or any(len(steps) >= _MERGED for steps in self.rising.values())
         risen = self.merge_peaks() if merging else {}
-        content = self._content(outcome, parameters_moved or not self.rows)
-        lasting = self._lasting(outcome, look, content.moved)
+        moved = parameters_moved or not self.rows
+        if not (look or noted or risen) and (tensors := self._tensors_again(outcome, moved)) is not None:
+            assert self._form is not None
+            self._formed = outcome.recorder.calls
+            scalars = [outcome.loss, *outcome.gradients.outputs, *_fast_sums(tensors)]
+            return self._row(self._form, scalars, lambda: self._lasting(outcome, look, moved))
+        content = self._content(outcome, moved)
+        lasting = self._lasting(outcome, look, moved)
         arrived = (size for size in outcome.gradients.outputs if size is not None)
         scalars = [outcome.loss, *arrived, *(observation.value for observation in noted), *risen.values()]
         scalars += _sums(lasting, exact=self.exact_first and not self.rows)
         form = self._same_form(outcome.recorder, content)
         if form is None or noted or risen or look:
             return self._read_anew(outcome.recorder, content, scalars, noted, risen, lasting)
+        return self._row(form, scalars, lambda: lasting)
+
+    def _row(self, form: Form, scalars: list[Tensor], lasting: Callable[[], list[Lasting]]) -> Row:
+        """Return the row of a step that gave the numbers of a form."""
         values = _norms(scalars, form.norms)
-        safe = all(low < n < high for low, n, high in zip(form.least, values, form.most, strict=True))
+        safe = False not in [
+            low < n < high for low, n, high in zip(form.least, values, form.most, strict=True)
+        ]
         if not safe:
-            _repair(values, lasting)
-        row = Row(form.layout, np.array(values), form.counts, content.sizes, safe)
+            _repair(values, lasting())
+        row = Row(form.layout, np.array(values), form.counts, form.content.sizes, safe)
         self.in_doubt = self.settling = False
         if not safe:
             self._choose_precision(row)
         return row
+
+    def _tensors_again(self, outcome: Outcome, moved: bool) -> list[Tensor] | None:
+        """Return what `_lasting` does for a step in which every call ran as in the last ordinary one, and
+        every output and parameter had a gradient in both; None of any other."""
+        form, recorder, gradients = self._form, outcome.recorder, outcome.gradients
+        if form is None or not recorder.repeats or recorder.known is not self._formed:
+            return None
+        content, found = form.content, gradients.parameters
+        if content.moved != moved or {*map(type, gradients.outputs), *map(type, found.values())} != {Tensor}:
+            return None
+        if len(content.probed) != len(gradients.outputs) or content.reached != (*found,):
+            return None
+        if not moved:
+            return [found[name] for name in self.parameters if name in found]  # type: ignore[misc]
+        return [tensor for _, _, tensor in self._lasting(outcome, False, moved)]  # type: ignore[misc]
 
     def _content(self, outcome: Outcome, moved: bool) -> Content:
         recorder, gradients = outcome.recorder, outcome.gradients
@@ -141,7 +130,7 @@ class History:
         scalars: list[Tensor],
         noted: list[Observation],
         risen: dict[ActivationKey, Tensor],
-        lasting: list[tuple[str, str, Gradient]],
+        lasting: list[Lasting],
     ) -> Row:
         """Return the row of a step that gives other numbers than the one before."""
         behind = [recorder.calls[i] for i in content.probed]
@@ -190,6 +179,8 @@ class History:
     def _noted(self, recorder: Recorder) -> list[Observation]:
         """Return what was noted and goes into the row; vectors over units are kept apart from it."""
         noted, step = [], len(self.rows)
+        if not (recorder.observations or self.means):
+            return noted
         for key in [key for key in self.means if key[0] == step]:  # of a step that is run again
             del self.means[key]
         for observation in recorder.observations:
@@ -295,9 +286,9 @@ class History:
             self._layouts[key] = Layout(*key)
         return self._layouts[key]
 
-    def _lasting(self, outcome: Outcome, look: bool, moved: bool) -> list[tuple[str, str, Gradient]]:
-        """Return (kind of number, name, tensor it is taken of) for the parameters and their gradients."""
-        found: list[tuple[str, str, Gradient]] = []
+    def _lasting(self, outcome: Outcome, look: bool, moved: bool) -> list[Lasting]:
+        """Return what numbers are taken of the parameters and their gradients."""
+        found: list[Lasting] = []
         gradients = outcome.gradients.parts
         for name, parameter in self.parameters.items():
             if moved:
@@ -359,7 +350,7 @@ def series(history: History, kind: str) -> dict[Hashable, tuple[Floats, Floats]]
     return found
 
 
-def _sums(lasting: list[tuple[str, str, Gradient]], *, exact: bool) -> list[Tensor]:
+def _sums(lasting: list[Lasting], *, exact: bool) -> list[Tensor]:
     """Return a number of each tensor: how many elements are zero, or its magnitude.
 
     Args:
@@ -367,7 +358,7 @@ def _sums(lasting: list[tuple[str, str, Gradient]], *, exact: bool) -> list[Tens
         exact: whether gradients are summed in double precision.
     """
     if not exact:
-        sizes = iter(sizes_of([tensor for kind, _, tensor in lasting if kind != "pzeros"]))
+        sizes = iter(_fast_sums([tensor for kind, _, tensor in lasting if kind != "pzeros"]))
         return [zeros_in(tensor) if kind == "pzeros" else next(sizes) for kind, _, tensor in lasting]
     found: list[Tensor] = []
     for kind, _, tensor in lasting:
@@ -380,13 +371,18 @@ def _sums(lasting: list[tuple[str, str, Gradient]], *, exact: bool) -> list[Tens
     return found
 
 
+def _fast_sums(gradients: Sequence[Gradient]) -> list[Tensor]:
+    """Return the magnitudes of parameters and their gradients, taken fast."""
+    return sizes_of(gradients)
+
+
 def _norms(scalars: list[Tensor], are_norms: Iterable[bool]) -> list[float]:
     """Return numbers on the host, magnitudes as norms: see NOTE [Exact and fast] in tap/sums.py."""
-    numbers, single = zip(to_host(scalars), scalars, are_norms, strict=True), torch.float32
-    return [math.sqrt(n) if is_norm and scalar.dtype is single else n for n, scalar, is_norm in numbers]
+    numbers, single, root = zip(to_host(scalars), scalars, are_norms, strict=True), torch.float32, math.sqrt
+    return [root(n) if is_norm and scalar.dtype is single else n for n, scalar, is_norm in numbers]
 
 
-def _repair(values: list[float], lasting: list[tuple[str, str, Gradient]]) -> None:
+def _repair(values: list[float], lasting: list[Lasting]) -> None:
     """Take again, exactly, what may have over- or underflowed of a row's last values, the lasting ones."""
     unsafe = []
     for position, (kind, _, tensor) in enumerate(lasting, len(values) - len(lasting)):

@@ -57,7 +57,7 @@ def run_plan(
     stepper = None if make_stepper is None else make_stepper(run.updates)
     request: Request | None = None
     first: Request | None = None
-    output = None
+    output, alone = None, run.everyone.alone
     for step in range(plan.steps):
         with program.state.swapped():  # closures that run the model see the parameters of this step
             batch = draw(step)
@@ -67,12 +67,13 @@ def run_plan(
             break
         last, request = request, _request(run, step, batch, stepper)
         first = request if first is None and stepper is not None else first
-        closer = closer_look(run, request)
+        closer = closer_look(run, request) if request.look else None  # the last step is a look
         request = request if closer is None else closer.request
-        if program.learned.reentrant or not run.everyone.alone:
+        if program.learned.reentrant or not alone:
             program.taps.sum_exactly()  # its steps are not run again where a fast sum fails
         try:
-            run.everyone.go_on()  # a model may exchange something itself
+            if not alone:
+                run.everyone.go_on()  # a model may exchange something itself
             outcome = _first_step(run, request) if step == 0 else _step(run, request)
             shared = averaged(run, outcome)
         except BatchesEnded:
@@ -139,7 +140,7 @@ def _asks_for_curves(run: Run, record: FlowRecord) -> bool:
 def _request(run: Run, step: int, batch: Any, stepper: Stepper | None) -> Request:
     """Return what the plan asks of a step."""
     plan, fused = run.plan, run.transform == "fused"
-    look, first = plan.is_look(step), step == 0
+    look, first = plan.is_look(step), step == 0  # the first step and the last are looks
     return Request(
         batch=batch,
         step=step,
@@ -150,11 +151,11 @@ def _request(run: Run, step: int, batch: Any, stepper: Stepper | None) -> Reques
         look=look,
         full=plan.detail == "full" and fused,
         scale=stepper.loss_scale if fused and stepper is not None else 1.0,
-        passing=fused and stepper is None and plan.end == 1 and run.everyone.alone,
+        passing=first and fused and stepper is None and plan.end == 1 and run.everyone.alone,
         closely=plan.closely,
-        ranks=plan.is_end(step),
+        ranks=look and plan.is_end(step),
         listeners=_listening(run, step) if look and fused else (),
-        keep_output=fused and plan.is_last(step),
+        keep_output=look and fused and plan.is_last(step),
     )
 
 
@@ -250,7 +251,7 @@ def structural_step(program: Program, request: Request) -> tuple[Outcome, DataFl
 
 def _end(run: Run, request: Request) -> None:
     """Have the sessions keep what they heard of a step, which now counts; its graph was let go of."""
-    for session in run.sessions:
+    for session in run.sessions if request.listeners or request.step == 0 else ():
         if request.step == 0 or any(session is heard for heard in request.listeners):
             session.end()
 

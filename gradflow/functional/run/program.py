@@ -120,7 +120,8 @@ class WorkingState:
     @property
     def trainable(self) -> Tensors:
         """All working parameters that require a gradient."""
-        return {name: p for name, p in self.every_parameter.items() if p.requires_grad}
+        every = self.every_parameter if self.loss_parameters else self.parameters
+        return {name: p for name, p in every.items() if p.requires_grad}
 
     @property
     def leaves(self) -> Tensors:

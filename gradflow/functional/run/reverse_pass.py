@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import attrs
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import summable
 from gradflow.functional.processes.shards import local, summed
+from gradflow.functional.reach.products import asked_edges
 from gradflow.functional.reverse.autograd_graph import Structure
 from gradflow.functional.reverse.passing import Gradient, Passed
 from gradflow.functional.reverse.reverse import (
@@ -24,6 +26,7 @@ from gradflow.functional.reverse.reverse import (
     walked,
 )
 from gradflow.functional.run.program import Program
+from gradflow.functional.tap.nodes import Position
 from gradflow.functional.tap.probes import Site
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.sums import magnitude, magnitudes
@@ -39,12 +42,14 @@ class Gradients:
         outputs: Σg² of each probe, in the order of the recorder's sites; None where no gradient arrived.
         flows: on every edge, where they were asked for.
         wholes: by call and number of the probe, the gradients that are kept whole.
+        products: what products have handed back, where the graph is kept for a walk.
     """
 
     parameters: Mapping[str, Gradient | None]
     outputs: list[Tensor | None]
     flows: Flows | None = None
     wholes: Mapping[tuple[str, int], Tensor] = attrs.field(factory=dict)
+    products: Mapping[Position, Tensor] = attrs.field(factory=dict)
 
     @property
     def parts(self) -> dict[str, Gradient | None]:
@@ -118,12 +123,13 @@ def reverse_pass(
     leaves = [
         *trainable.values(),
         *held.values(),
-        *(source for site in recorder.sites if (source := site.edge or site.slot) is not None),
+        *[source for site in recorder.sites if (source := site.edge or site.slot) is not None],
     ]
     number = len(trainable) + len(held)
     num_leaves = len(leaves) - len(held)
-    back = [tensor for tensor in entering if tensor.requires_grad]
-    flows = None
+    back = [tensor for tensor in entering if tensor.requires_grad] if entering else []
+    flows: Flows | None = None
+    products: dict[Position, Tensor] = {}
     if full and structure is not None:
         hooked = program.taps.hooked
         found = fused(loss, [*back, *leaves], retain_graph=True) if hooked else []
@@ -140,8 +146,13 @@ def reverse_pass(
             gradients = [flows.leaves.get(id(p)) for p in (*trainable.values(), *held.values())]
             outputs = [flows.probes.get(id(site)) for site in recorder.sites]
     else:
-        found = fused(loss, [*back, *leaves], cotangent=_cotangent(loss, scale), retain_graph=keep)
+        edges = _edges_for_a_walk(program, structure) if keep and scale == 1.0 else {}
+        asked = [*edges.values(), *back, *leaves]
+        found = fused(loss, asked, cotangent=_cotangent(loss, scale), retain_graph=keep)
         _check_flat(recorder, trainable, num_leaves)
+        if edges:
+            products = {position: g for position, g in zip(edges, found, strict=False) if g is not None}
+            found = found[len(edges) :]
         handed, found = found[: len(back)], found[len(back) :]
         gradients, outputs = found[:number], _outputs(recorder, found[number:])
         if scale != 1.0:
@@ -151,7 +162,19 @@ def reverse_pass(
     _hand_back(program, [given.get(id(tensor)) for tensor in entering], scale if flows is None else 1.0)
     asked = found[number:] if flows is None else [_kept(flows, site) for site in recorder.sites]
     wholes = _wholes(program, recorder, asked)
-    return Gradients(_placed(_by_name(trainable, held, gradients), trainable), outputs, flows, wholes)
+    by_name = _placed(_by_name(trainable, held, gradients), trainable)
+    return Gradients(by_name, outputs, flows, wholes, products)
+
+
+def _edges_for_a_walk(program: Program, structure: Structure | None) -> dict[Position, GradientEdge]:
+    """Return the edges that spare a walk its products; see NOTE [Products that are not called].
+
+    None where what the pass hands out may be other than what its nodes hand back.
+    """
+    alone = program.given.stages.alone and not program.taps.exchanges and program.taps.whole_nodes is None
+    if structure is None or not alone or program.taps.hooked or program.learned.held:
+        return {}
+    return asked_edges(structure.nodes)
 
 
 def _hand_back(program: Program, gradients: Sequence[Tensor | None], scale: float = 1.0) -> None:
@@ -169,6 +192,8 @@ def _wholes(
     program: Program, recorder: Recorder, found: Sequence[Tensor | None]
 ) -> dict[tuple[str, int], Tensor]:
     """Return the gradients that were asked for by an edge, of the calls of which they are kept."""
+    if not program.taps.whole:
+        return {}
     return {
         (name, site.index): g
         for site, g in zip(recorder.sites, found, strict=True)
@@ -185,14 +210,16 @@ def _unscaled(found: Tensor, scale: float) -> Tensor:
 
 def _outputs(recorder: Recorder, found: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Return the magnitude at each site, of what was found for its edge or its slot."""
-    outputs = [
-        magnitude(g, exact=True) if site.exact and site.edge is not None and g is not None else g
-        for site, g in zip(recorder.sites, found, strict=True)
-    ]
-    fast = [
-        i for i, site in enumerate(recorder.sites)
-        if not site.exact and site.edge is not None and found[i] is not None
-    ]  # fmt: skip
+    outputs = list(found)
+    fast: list[int] = []
+    for i, site in enumerate(recorder.sites):
+        g = found[i]
+        if g is None or site.edge is None:
+            continue
+        if site.exact:
+            outputs[i] = magnitude(g, exact=True)
+        else:
+            fast.append(i)
     for i, size in zip(fast, magnitudes([g for i in fast if (g := found[i]) is not None]), strict=True):
         outputs[i] = size
     return outputs
@@ -285,11 +312,14 @@ def _check_flat(recorder: Recorder, trainable: Tensors, num_leaves: int) -> None
 
     The inner pass has left its gradients in the `.grad` of our leaves, and has probed calls of its own.
     """
-    if len(recorder.sites) + len(trainable) > num_leaves or any(
-        p.grad is not None for p in trainable.values()
-    ):
-        _clear(trainable, recorder)
-        raise ReentrantCheckpoint
+    if len(recorder.sites) + len(trainable) <= num_leaves:
+        for parameter in trainable.values():
+            if parameter.grad is not None:
+                break
+        else:
+            return
+    _clear(trainable, recorder)
+    raise ReentrantCheckpoint
 
 
 def _clear(trainable: Tensors, recorder: Recorder) -> None:

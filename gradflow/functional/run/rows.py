@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
+from typing import NamedTuple
 
 import attrs
 import numpy as np
@@ -89,9 +90,48 @@ class Row:
         return bool(np.isfinite(self.values[self.layout.must_be_finite]).all())
 
 
+class Content(NamedTuple):
+    """What the numbers of a step that is no look were taken of.
+
+    Args:
+        probed: indices of the calls whose output gradients were measured.
+        reached: names of the parameters that had a gradient.
+        moved: whether the norms of the parameters were taken.
+        sizes: number of output elements of each layer call.
+        shapes: of their first outputs.
+    """
+
+    probed: tuple[int, ...]
+    reached: tuple[str, ...]
+    moved: bool
+    sizes: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+@attrs.frozen(eq=False)
+class Form:
+    """The form of an ordinary step's row; a later step of the same content reuses it.
+
+    Args:
+        content: what its numbers were taken of.
+        layout: the layout of its row.
+        counts: element counts of its row.
+        norms: which of its numbers are norms.
+        least: a norm must be above this to be safe, and any other number to be finite.
+        most: and below this.
+    """
+
+    content: Content
+    layout: Layout
+    counts: Floats
+    norms: list[bool]
+    least: list[float]
+    most: list[float]
+
+
 def to_host(values: Sequence[Tensor]) -> list[float]:
     """Return scalars (of shape ()) that may lie on several devices as floats: one transfer a device."""
-    if all(v.is_cpu for v in values):
+    if False not in [v.is_cpu for v in values]:
         return [float(v.item()) for v in values]
     found: list[float] = [0.0] * len(values)
     by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}

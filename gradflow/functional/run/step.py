@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -232,13 +233,14 @@ def _fused_step(program: Program, request: Request) -> Outcome:
         loss, output = evaluated(given, request, recorder)
         recorder.check_aliases()
         state.keep_buffers()
-        learned.saw_buffers_change(
-            [
-                name
-                for name, (buffer, version) in versions.items()
-                if state.buffers[name] is not buffer or num_writes(buffer) != version
-            ]
-        )
+        if versions:
+            learned.saw_buffers_change(
+                [
+                    name
+                    for name, (buffer, version) in versions.items()
+                    if state.buffers[name] is not buffer or num_writes(buffer) != version
+                ]
+            )
         recorder.start_backward()
         structure = None
         if recorder.asked.structural:
@@ -266,13 +268,14 @@ def _reverse(
     whole = request.full or request.scale != 1.0 or program.learned.held or program.learned.reentrant
     leaves = {} if whole or not request.passing else program.state.trainable
     try:
-        with passing(leaves, closely=request.closely) as known:
-            found = reverse_pass(
-                program, recorder, loss, structure, full=request.full, ranks=request.ranks,
-                keep=request.keep, scale=request.scale,
-            )  # fmt: skip
+        reverse = functools.partial(
+            reverse_pass, program, recorder, loss, structure, full=request.full, ranks=request.ranks,
+            keep=request.keep, scale=request.scale,
+        )  # fmt: skip
         if not leaves:
-            return found
+            return reverse()
+        with passing(leaves, closely=request.closely) as known:
+            found = reverse()
         return attrs.evolve(found, parameters={n: known(n, g) for n, g in found.parameters.items()})
     except (ReentrantCheckpoint, PassVoid, ProcessError):
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from gradflow.functional.model.layers import is_scripted
 from gradflow.functional.model.trees import iter_tensors
-from gradflow.functional.processes.shards import Ranks, local
-from gradflow.functional.tap.probes import Site
+from gradflow.functional.processes.shards import Ranks, is_distributed, local, split_of
+from gradflow.functional.tap.nodes import nodes_under
+from gradflow.functional.tap.probes import Site, site_of, tells_split
 from gradflow.functional.torch_private import checkpoint_segment, num_writes, sequence_number
 from gradflow.functional.torch_sharded import unsharded_class
 
@@ -54,7 +55,7 @@ class Call:
         """Forget an earlier, like call, and note the start of this one."""
         self.sites, self.num_elements = [], 0
         if self.is_layer:
-            self.versions = [version(a) for a in args]
+            self.versions = [version(args[0])] if len(args) == 1 else [version(a) for a in args]
         self.start = sequence_number()
 
     def note_inputs(self, inputs: Any) -> None:
@@ -207,7 +208,26 @@ def type_name(module: nn.Module) -> str:
 
 def version(value: Any) -> int:
     """Return how often a tensor has been written to; -1 for what keeps no count."""
-    return num_writes(value) if isinstance(value, Tensor) and not value.is_inference() else -1
+    try:
+        return num_writes(value) if isinstance(value, Tensor) else -1
+    except RuntimeError:  # a tensor of inference mode
+        return -1
+
+
+def split_of_output(calls: Sequence[Call], y: Tensor) -> dict[Ranks, int]:
+    """Return over which processes a layer's output is split; see NOTE [Tensor parallel].
+
+    A plain tensor is split as the DTensors were that it was made of.
+    """
+    if is_distributed(y):
+        return split_of(y.device_mesh, y.placements)  # type: ignore[attr-defined]
+    found: dict[Ranks, int] = {}
+    for node in nodes_under([] if y.grad_fn is None else [y.grad_fn], stops=tells_split):
+        if (site := site_of(node)) is not None:
+            found |= calls[site.call].split
+        elif hasattr(node, "dtensor_spec"):
+            found |= split_of(node.dtensor_spec.mesh, node.dtensor_spec.placements)
+    return found
 
 
 def counter(y: Tensor) -> Tensor:

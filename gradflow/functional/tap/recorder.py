@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from gradflow.functional.model.trees import is_differentiable, iter_tensors, map_tensors
-from gradflow.functional.processes.shards import Ranks, is_distributed, local, settled, split_of
+from gradflow.functional.processes.shards import local, settled
 from gradflow.functional.tap.asked import Asked, MoreSlots, NeedsRetry
 from gradflow.functional.tap.calls import (
     PASSING,
@@ -25,18 +25,16 @@ from gradflow.functional.tap.calls import (
     Given,
     Observation,
     counter,
+    split_of_output,
     unit_axis,
     version,
 )
-from gradflow.functional.tap.nodes import nodes_under
 from gradflow.functional.tap.probes import (
     Site,
     eager_probe,
     in_place_probe,
     is_custom,
     probe,
-    site_of,
-    tells_split,
 )
 from gradflow.functional.tap.sums import magnitude, num_positive, num_zero, statistics_dtype
 from gradflow.functional.tap.tapped import TappedModel
@@ -65,6 +63,7 @@ class Recorder:
     grad_enabled: bool = True  # the model's own grad mode, while listeners are told
     failure: tuple[BaseException, str] | None = None  # the latest exception, and the innermost call it left
     in_backward: bool = False
+    _again: int = 0  # outputs that were captured as in the step before
     _counts: dict[str, int] = attrs.field(factory=dict)
     _edges: set[tuple[int, int]] = attrs.field(factory=set)  # that are captured
     _aliases: list[tuple[str, Tensor, int]] = attrs.field(factory=list)
@@ -208,7 +207,7 @@ class Recorder:
                 if is_differentiable(tensor) and tensor.numel() and tensor.layout is torch.strided:
                     here = settled(tensor.detach())
                     if self.asked.structural and self.model.parallel:
-                        call.note_entering(self._split(tensor))
+                        call.note_entering(split_of_output(self.calls, tensor))
                     return self.entering_size(tensor, here, self._exactly(call, "input")), here.numel()
         return None, 0
 
@@ -242,7 +241,7 @@ class Recorder:
 
     def _is_captured_again(self, call: Call, y: Any) -> bool:
         """Do what `_observe` does where the only output is captured, as in the step before; else say no."""
-        if type(y) is not Tensor or call.name not in self.asked.captured or tuple(y.shape) != call.shape:
+        if type(y) is not Tensor or y.shape != call.shape or call.name not in self.asked.captured:
             return False
         number = y.numel()
         if call.split or not number or y.layout is not torch.strided or not self._capture(call, y):
@@ -250,6 +249,7 @@ class Recorder:
         call.note_size(number)
         if call.type not in PASSING:
             self.last_type = call.type
+        self._again += 1
         return True
 
     def _observe_tensor(self, call: Call, y: Tensor, args: Any, memo: dict[int, Tensor]) -> Tensor:
@@ -260,7 +260,7 @@ class Recorder:
         call.note_output(y)
         asked, size = self.asked, None
         if asked.structural and self.model.parallel:
-            call.note_split(self._split(y), tuple(local(y).shape))
+            call.note_split(split_of_output(self.calls, y), tuple(local(y).shape))
         if asked.look:
             size = self._forward_statistics(call, settled(y.detach()))
         if call.name in asked.captured and self._capture(call, y):
@@ -278,21 +278,6 @@ class Recorder:
             self._given = Given.of(probed, size, exact=self._exactly(call, "out"))
         memo[id(y)] = probed
         return probed
-
-    def _split(self, y: Tensor) -> dict[Ranks, int]:
-        """Return over which processes a layer's output is split; see NOTE [Tensor parallel].
-
-        A plain tensor is split as the DTensors were that it was made of.
-        """
-        if is_distributed(y):
-            return split_of(y.device_mesh, y.placements)  # type: ignore[attr-defined]
-        found: dict[Ranks, int] = {}
-        for node in nodes_under([] if y.grad_fn is None else [y.grad_fn], stops=tells_split):
-            if (site := site_of(node)) is not None:
-                found |= self.calls[site.call].split
-            elif hasattr(node, "dtensor_spec"):
-                found |= split_of(node.dtensor_spec.mesh, node.dtensor_spec.placements)
-        return found
 
     def _probe(self, call: Call, y: Tensor, *, in_place: bool = False) -> Tensor:
         if not y.requires_grad or not is_differentiable(y) or not torch.is_grad_enabled():
@@ -376,6 +361,11 @@ class Recorder:
 
     # ---------------------------------------------------------------- questions
 
+    @property
+    def repeats(self) -> bool:
+        """Whether every call was that of an earlier ordinary step, and its one output was captured again."""
+        return self.alike and self._again == len(self.calls) == len(self.known)
+
     def running(self) -> list[Call]:
         """Return the calls that are running, outermost first, containers included."""
         return [self.calls[index] for index in self.stack]
@@ -392,6 +382,8 @@ class Recorder:
 
         Then the probe has cut the tie between the two in autograd's books, and gradients would be wrong.
         """
+        if not self._aliases:
+            return
         changed = {module for module, tensor, written in self._aliases if version(tensor) != written}
         if changed:
             self.model.leave_unprobed(changed)

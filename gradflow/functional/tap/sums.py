@@ -69,16 +69,18 @@ def magnitudes(tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     found: dict[int, Tensor] = {}
     together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    single, strided, dot = torch.float32, torch.strided, torch.dot
     for i, x in enumerate(tensors):
-        if type(x) is not Tensor or x.layout is not torch.strided:
-            found[i] = magnitude(x, exact=False)
-        elif not x.is_cpu and x.dtype in _SHORT:
-            together.setdefault((x.device, x.dtype), []).append(i)
-        elif x.is_cpu and x.dtype is torch.float32 and x.is_contiguous():
+        plain = type(x) is Tensor and x.layout is strided
+        if plain and x.is_cpu and x.dtype is single and x.is_contiguous():
             flat = x.view(-1)
-            found[i] = torch.dot(flat, flat)
+            found[i] = dot(flat, flat)
+        elif plain and not x.is_cpu and x.dtype in _SHORT:
+            together.setdefault((x.device, x.dtype), []).append(i)
         else:
             found[i] = magnitude(x, exact=False)
+    if not together:
+        return list(found.values())
     for places in together.values():
         found |= zip(places, squares_of([tensors[i] for i in places]), strict=True)
     return [found[i] for i in range(len(tensors))]
