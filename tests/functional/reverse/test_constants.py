@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradflow.functional.reverse.constants import held_at_zero, merely_added
+from gradflow.functional.reverse.constants import held_at_zero, merely_added, zero_by_steps
 
 
 def outputs() -> list[Tensor]:
@@ -55,3 +55,24 @@ def test_a_target_beside_outputs_that_have_run_away(size: float) -> None:
     own, held, _ = outputs()
     parts = [(size * own).detach().requires_grad_(), held]
     assert merely_added(lambda y: (y[0] - y[1]).square().mean(), parts) == []
+
+
+@pytest.mark.parametrize("asked", [0.0, 1.0])
+def test_zeros_that_the_loss_asks_for_are_met(asked: float) -> None:
+    """Only what no weight can make other than zero is held there all the same."""
+
+    def loss(y: list[Tensor]) -> Tensor:
+        return y[0].square().mean() + (y[2] - asked).square().mean()
+
+    parts = outputs()
+    assert held_at_zero(lambda y: loss(list(y)), parts) == ([2] if asked else [])
+    assert held_at_zero(lambda y: loss(list(y)), parts, [2]) == [2]
+
+
+@pytest.mark.parametrize(("activation", "stepped"), [("relu", [1]), ("tanh", [])])
+def test_a_second_derivative_that_is_zero(activation: str, stepped: list[int]) -> None:
+    x = torch.randn(6, 1, requires_grad=True)
+    y = getattr(x * torch.randn(1, 4), activation)()
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+    assert zero_by_steps([y, bend if stepped else 0 * y]) == stepped
