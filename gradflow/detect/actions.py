@@ -266,7 +266,9 @@ def numerical_actions(birth: NumericalRecord | None) -> Actions:
     """For a NaN or an Inf, by the operation that bore it."""
     if birth is None:
         return ("Look at the loss: a division, log, sqrt or exp at the edge of its domain.",)
-    op, largest = birth.op.lower(), max(abs(birth.input_min), abs(birth.input_max))
+    # An infinity that enters was asked for, as a mask is: one that was born is told instead.
+    entered = (abs(x) for x in (birth.input_min, birth.input_max) if math.isfinite(x))
+    op, largest = birth.op.lower(), max(entered, default=0.0)
     if birth.phase == "input":
         return ("Clean the input: torch.nan_to_num, or drop the samples that hold a NaN.",)
     if birth.phase == "parameter":
@@ -359,8 +361,7 @@ def unstable_actions(flow: Flow, node: str, ratio: float) -> Actions:
         )
     return (
         f"Look for outliers in the batches: clip or rescale the targets of {name}, or use a Huber loss, "
-        f"whose "
-        "gradient is bounded.",
+        "whose gradient is bounded.",
         "Clip the gradient: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).",
     )
 

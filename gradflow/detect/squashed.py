@@ -116,6 +116,38 @@ def passed_by(flow: Flow, activation: ActivationRecord) -> bool:
     return flow.wiring.loss in seen
 
 
+def still_heard(flow: Flow, node: str, op: str, feeder: str, entering_rms: float) -> bool:
+    """Whether a probability that the model gives is at its end, and the loss still hears what enters it.
+
+    The slope of a logarithm is the larger the nearer its argument is to zero, and makes up for the one that
+    the sigmoid has lost, until the probability is exactly zero or one: as what enters changes by its size,
+    the loss changes by a tenth of itself and more, to first order.
+
+    Args:
+        flow: the record along its wiring.
+        node: of the activation.
+        op: it.
+        feeder: node of the layer before it.
+        entering_rms: of what enters it.
+    """
+    layer, losses = flow.layers.get(feeder), flow.record.losses
+    logarithm = {name.rstrip("_") for name in flow.wiring.ops_after(node)} & _LOGARITHMS
+    if op not in ("sigmoid", "softmax") or layer is None or not logarithm:
+        return False
+    if not flow.ends_weightless(node):
+        return False
+    sizes = layer.num_elements[layer.num_elements > 0]
+    entering = entering_rms * math.sqrt(float(sizes[-1])) if len(sizes) else math.nan
+    return bool(late(flow.grad[feeder]) * entering >= 0.1 * abs(late(losses)) > 0)
+
+
+_LOGARITHMS = frozenset(("log", "log2", "log10", "binary_cross_entropy"))
+MADE_UP = (
+    " But the loss takes its logarithm, whose slope makes up for it: what comes back is of the size of the "
+    "loss, the loss falls, and the outputs fit their own samples."
+)
+
+
 def saturation_actions(flow: Flow, activation: ActivationRecord, feeder: str) -> Actions:
     """For a saturated activation."""
     gain = row_gain(flow, node_name(feeder)) if node_name(feeder) in flow.layers else math.nan

@@ -61,7 +61,8 @@ class KnowledgeRecord:
         constants: outputs that no weight moves the loss by, with their shape, as `added (64, 2)`: those
             without a graph that the loss adds up, and does nothing else with, as no slope at another output
             depends on them, and it has a slope at them (`added`); and those with a graph that are zero for
-            every sample, while others are not, in a loss that bends with them (`zero`).
+            every sample, while others are not, in a loss that bends with them and is not met there, or by a
+            rectifier's derivative, which is zero whatever the weights are (`zero`).
         floors: the lowest losses found for outputs that are free, under "", and for those from `0 to 1`,
             `-1 to 1`, `above 0`, or, of a clamp, `as clamped`, where the outputs keep that range; empty where
             that was not asked.

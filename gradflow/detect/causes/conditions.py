@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from gradflow.detect import squashed
 from gradflow.detect.evidence import activations_of, late
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
@@ -13,7 +14,6 @@ from gradflow.records import AnyIssueType, Issue, IssueSeverity, IssueType, Role
 
 SILENT = (Role.SILENT, Role.PARTLY_SILENT)
 _MUCH_TOO_HIGH = 10.0  # by what factor a rate is, whose steps change what a model is
-_LOGARITHMS = frozenset(("log", "log2", "log10", "binary_cross_entropy"))
 _OVERFLOWING = 11.0  # of an exponent, in the format of the least range
 _THROWN = 10.0  # times its start: to where a loss was thrown before anything overflowed
 # Where two types could each explain the other: what is the more basic event. Types not named come last.
@@ -92,22 +92,12 @@ def left_at_zero(flow: Flow, cause: Issue, victim: Issue) -> bool:
 
 
 def still_heard(flow: Flow, issue: Issue) -> bool:
-    """Whether a probability that the model gives is at its end, and the loss still hears what enters it.
-
-    The slope of a logarithm is the larger the nearer its argument is to zero, and makes up for the one that
-    the sigmoid has lost, until the probability is exactly zero or one: as what enters changes by its size,
-    the loss changes by a tenth of itself and more, to first order.
-    """
-    node, known = node_name(issue.layer), issue.metrics
-    feeder, losses = flow.layers.get(node_name(str(known.get("fed_by", "")))), flow.record.losses
-    logarithm = {op.rstrip("_") for op in flow.wiring.ops_after(node)} & _LOGARITHMS
-    if known.get("op") not in ("sigmoid", "softmax") or feeder is None or not logarithm:
+    """Whether a probability that the model gives is at its end, and the loss still hears what enters it."""
+    known = issue.metrics
+    if not {"op", "fed_by", "input_rms"} <= known.keys():
         return False
-    if not flow.ends_weightless(node):
-        return False
-    sizes = feeder.num_elements[feeder.num_elements > 0]
-    entering = known["input_rms"] * math.sqrt(float(sizes[-1])) if len(sizes) else math.nan
-    return bool(late(flow.grad[node_name(feeder.name)]) * entering >= 0.1 * abs(late(losses)) > 0)
+    feeder, op = node_name(str(known["fed_by"])), str(known["op"])
+    return squashed.still_heard(flow, node_name(issue.layer), op, feeder, float(known["input_rms"]))
 
 
 def not_grown_into(flow: Flow, cause: Issue, victim: Issue) -> bool:

@@ -38,6 +38,7 @@ from gradflow.detect.flow.readings.recurrent_weights import memory
 from gradflow.detect.flow.repeats import LEVELS, bursting_calls, growing_repeats, levels_off
 from gradflow.detect.flow.signal.grown import begun_before
 from gradflow.detect.flow.signal.multiplied import multiplied_signal
+from gradflow.detect.flow.signal.uneven import uneven_inputs
 from gradflow.detect.knowledge import CAME, at_level, calm, came_knowing, coped_with, lowered
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import layer_name
@@ -58,7 +59,8 @@ def exploding(
     in units of the outputs. (4) The same ratio at the first step of a run that its steps blow up, and whether
     what the last layer gives goes through an exponential there. (5) What new parts of a frozen model give in
     the first step, beside what they are added to; and how much larger what a layer is given then is than what
-    the layers that feed it give, see `multiplied_signal`. (6) The slope of the loss along each parameter,
+    the layers that feed it give, see `multiplied_signal`; and what comes into one network from outside by
+    several calls, see `uneven_inputs`. (6) The slope of the loss along each parameter,
     over a usual size of it and over the loss.
 
     Why this is evidence: growth is a ratio of norms along one path, free of the scale of the loss. A healthy
@@ -124,7 +126,7 @@ def _others(flow: Flow, threshold: float, loud: float) -> list[Issue]:
     found = found or lone_columns(flow) or unmet_targets(flow)
     if not found and not derived_layers(flow):  # zeros solve an equation, and say nothing of its targets
         found = tiny_targets(flow, threshold**4)
-    return found or steep_parameters(flow, threshold**6)
+    return found or uneven_inputs(flow) or steep_parameters(flow, threshold**6)
 
 
 @attrs.frozen(kw_only=True)

@@ -93,6 +93,8 @@ def _issue(flow: Flow, layer: str, found: Sequence[NumericalRecord], broken: Boo
     steps = sorted({n.step for n in found})
     known = flow.layers.get(node_name(layer))
     finite = " The loss itself is finite." if first.loss_finite else ""
+    if finite and first.phase == "forward":
+        finite = " The loss leaves it out and is finite; the gradients of what was given it are not."
     line = f", called at {first.line}" if first.line else ""
     return Issue(
         layer=layer,

@@ -16,6 +16,7 @@ from gradflow.detect.flow.readings.recurrent_weights import gate_drive
 from gradflow.detect.flow.signal.bounded import bounded_scores, squashed_odds
 from gradflow.detect.knowledge import at_level, came_knowing, falls, guesses, has_learned, learns, no_better
 from gradflow.detect.squashed import (
+    MADE_UP,
     STEEP,
     WANTED,
     gate_actions,
@@ -24,6 +25,7 @@ from gradflow.detect.squashed import (
     is_wanted,
     passed_by,
     saturation_actions,
+    still_heard,
 )
 from gradflow.detect.view import Flow, flow_of
 from gradflow.detect.wiring import MOST_NEIGHBOURS, node_name
@@ -158,6 +160,8 @@ def _issue(
         severity, calm = IssueSeverity.LOW, STEEP
     if severity.is_serious and passed_by(flow, activation):
         severity, calm = IssueSeverity.LOW, _PASSED_BY
+    if severity.is_serious and _is_made_up_for(flow, activation, fed_by):
+        severity, calm = IssueSeverity.LOW, MADE_UP
     return Issue(
         layer=activation.layer,
         layer_type=layer.type if layer else activation.op,
@@ -179,6 +183,14 @@ def _issue(
         },
         evidence=Evidence(developed=seen > first + 0.2),
     )
+
+
+def _is_made_up_for(flow: Flow, activation: ActivationRecord, feeder: str) -> bool:
+    """Whether the loss takes the logarithm of a sigmoid at its end, and teaches by it: as the many classes of
+    a detector start, which are rare, and each as sure as its prior."""
+    entering = late(activation.input_rms)
+    heard = still_heard(flow, node_name(activation.layer), activation.op, feeder, entering)
+    return activation.op == "sigmoid" and heard and learns(flow.record)
 
 
 def _seen(flow: Flow, activation: ActivationRecord) -> float:

@@ -8,7 +8,9 @@ that is shown real samples: then it is they that learn by it. Beside outputs tha
 its size, a target is rounded off: so the others are asked once more where they are smaller than it. And an
 output with a graph that is zero for every sample after many steps is no start of one: the second derivative
 of a network of rectifiers is zero, whatever its weights. Where the loss is linear in such an output, as in
-the logarithm of a volume that a flow keeps, that may be by design.
+the logarithm of a volume that a flow keeps, that may be by design. So it may where the loss has no slope
+there: what it asks for is met, as a condition on an edge is by a factor that is zero on it. Then only a
+derivative through a rectifier tells that no weights could do otherwise.
 
 NOTE [Compared or apart]
 Two outputs of one shape may be two views of a sample, which the loss sets against each other, or two numbers
@@ -19,13 +21,14 @@ they are, also where both have collapsed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import map_floats
+from gradflow.functional.tap.nodes import nodes_under
 
 LossOf = Callable[[Sequence[Tensor]], Tensor]
 Moved = Callable[[int, Tensor], Tensor]
@@ -128,18 +131,21 @@ def _slopes(loss_of: LossOf, parts: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(p) if slope is None else slope for p, slope in zip(parts, slopes, strict=True)]
 
 
-def held_at_zero(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
+def held_at_zero(loss_of: LossOf, parts: Sequence[Tensor], stepped: Collection[int] = ()) -> list[int]:
     """Return which outputs with a graph are zero for all samples, while others are not, in a loss that bends
-    with them.
+    with them: and asks for something else, or the zeros are those of a rectifier's derivative.
 
     Args:
         loss_of: of outputs in the place of the model's.
         parts: the model's outputs; those with a graph require a gradient.
+        stepped: which of them are `zero_by_steps`.
 
     >>> a, b = torch.ones(4, requires_grad=True), torch.zeros(4, requires_grad=True)
     >>> held_at_zero(lambda y: (y[0] + y[1]).square().mean(), [a, b])
     [1]
     >>> held_at_zero(lambda y: y[0].square().mean() + y[1].mean(), [a, b])
+    []
+    >>> held_at_zero(lambda y: y[0].square().mean() + y[1].square().mean(), [a, b])
     []
     """
     zero = [i for i, part in enumerate(parts) if part.requires_grad and part.numel() > 1 and not part.any()]
@@ -155,7 +161,9 @@ def held_at_zero(loss_of: LossOf, parts: Sequence[Tensor]) -> list[int]:
             )
             if abs(up + down) > 1e-2 * max(abs(up), abs(down)) and abs(up + down) > 1e-5 * abs(own):
                 found.append(i)
-    return found
+    with torch.enable_grad():
+        slopes = _slopes(loss_of, parts) if found else []
+    return [i for i in found if bool(slopes[i].any()) or i in stepped]
 
 
 def asked_apart(
@@ -205,3 +213,22 @@ def asked_apart(
     if not min(map(abs, alone)) > _HEARD * most or not abs(both - sum(alone)) <= _EXACT * (most + abs(loss)):
         return {}
     return {id(of_one): alone[0], id(of_two): alone[1]}
+
+
+def zero_by_steps(parts: Sequence[Tensor]) -> list[int]:
+    """Return which outputs are zero for all samples and made of the derivative of a rectifier, which is
+    constant on either side of zero.
+
+    Args:
+        parts: the model's outputs, with their graph.
+
+    >>> x = torch.randn(4, requires_grad=True)
+    >>> (slope,) = torch.autograd.grad(x.relu().sum(), x, create_graph=True)
+    >>> zero_by_steps([x, 0 * slope, 0 * x])
+    [1]
+    """
+    zero = [i for i, p in enumerate(parts) if p.grad_fn is not None and p.numel() > 1 and not p.any()]
+    return [i for i in zero if any(n.name().startswith(_STEPS) for n in nodes_under([parts[i].grad_fn]))]
+
+
+_STEPS = ("ThresholdBackwardBackward", "LeakyReluBackwardBackward", "HardtanhBackwardBackward")

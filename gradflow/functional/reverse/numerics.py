@@ -11,6 +11,12 @@ or `nan_to_num` puts a number in its place. The loss is finite then, and so are 
 operation makes exactly zero. So a step that hands back nothing to a parameter is traced as well, and of a
 birth it is told which operation on the way of the gradient has swallowed it. A softmax is none: what is
 minus infinity there is a mask.
+
+NOTE [Left out]
+A loss may leave out the rows that are not finite (padding, an index to ignore) and be finite itself. Their
+gradient is zero then, and the first operation that takes a slope at them makes zero times NaN of it: a birth
+by the rule above, and an echo by its meaning. So an operation that was given what had been born before is no
+birth in the backward pass either: the forward one is named.
 """
 
 from __future__ import annotations
@@ -44,7 +50,7 @@ _CALLER = f"{_PACKAGE}.functional.run.step"  # where model and loss are called
 
 @attrs.frozen(eq=False)
 class Operation:
-    """One function call of the traced step."""
+    """One function call of the traced step; `entered` is the birth of what is not finite among its inputs."""
 
     name: str
     layer: str
@@ -53,6 +59,7 @@ class Operation:
     low: float
     high: float
     line: str
+    entered: tuple[Operation, str] | None = None
 
 
 class Tracer(Listener):
@@ -98,7 +105,7 @@ class Tracer(Listener):
 
         def end(out: Any) -> None:
             last = sequence_number()
-            done = Operation(name.strip("_"), layer, start, last, low, high, user_line())
+            done = Operation(name.strip("_"), layer, start, last, low, high, user_line(), known)
             self.operations.append(done)
             made = [tensor for tensor in iter_tensors(out) if tensor.is_floating_point()]
             for tensor in made:
@@ -286,6 +293,9 @@ def certificates(
         return []
     node, value = found
     done = tracer.behind(node)
+    if done is not None and done.entered is not None:  # see NOTE [Left out]
+        born, value = done.entered
+        return [record(born.layer, born.name, "forward", value, born)]
     call = Windows(recorder.calls).layer(node)
     layer = call.name if call is not None else done.layer if done is not None else _upstream(node, recorder)
     return [record(layer, done.name if done is not None else operation(node), "backward", value, done)]

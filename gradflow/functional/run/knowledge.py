@@ -213,7 +213,7 @@ def _constants(program: Program, kept: Kept) -> tuple[str, ...]:
         with _asking(program) as before:
             with torch.enable_grad():
                 added = merely_added(loss_of, parts)
-            zero = held_at_zero(loss_of, parts)
+            zero = held_at_zero(loss_of, parts, kept.stepped)
     except Exception as error:  # outputs that it does not take, or a loss without a slope
         _LOG.debug("the loss cannot be asked of constants: %r", error)
         return ()

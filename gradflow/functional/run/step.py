@@ -16,6 +16,7 @@ from gradflow.functional.model.state import Tensors
 from gradflow.functional.model.trees import iter_tensors, map_tensors, shapes
 from gradflow.functional.processes.stages import PassVoid
 from gradflow.functional.reverse.autograd_graph import Structure, build
+from gradflow.functional.reverse.constants import zero_by_steps
 from gradflow.functional.reverse.passing import passing
 from gradflow.functional.reverse.reverse import ReentrantCheckpoint
 from gradflow.functional.run.program import Before, Given, Program
@@ -170,17 +171,21 @@ class Kept:
         value: with leaves for tensors, that require a gradient where those had one.
         ends: names of the autograd nodes that made its tensors, but for views of what they made and probes.
         loss_of: such an output → its loss.
+        stepped: which of its tensors are `zero_by_steps`.
     """
 
     value: Any
     ends: tuple[str, ...]
     loss_of: Callable[[Any], Any]
+    stepped: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, output: Any, loss_of: Callable[[Any], Any]) -> Kept:
         """Return an output without its graph."""
-        ends = tuple(_maker(tensor.grad_fn) for tensor in iter_tensors(output))
-        return cls(map_tensors(_leaf, output), ends, loss_of)
+        parts = list(iter_tensors(output))
+        stepped = zero_by_steps(parts) if len(parts) > 1 else ()
+        ends = tuple(_maker(tensor.grad_fn) for tensor in parts)
+        return cls(map_tensors(_leaf, output), ends, loss_of, tuple(stepped))
 
 
 _VIEWS = (

@@ -178,3 +178,47 @@ def test_real_samples_that_the_loss_shows_to_a_judge(width: int, held: bool) -> 
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     report = gf.diagnose(model, sample, loss, steps=8, optimizer=optimizer)
     assert not [i for i in report.issues if "has no graph" in i.description]
+
+
+class Plate(nn.Module):
+    """A field on a line with the residual of its equation, and the field on the edge, zero there by a factor
+    or as the loss asks."""
+
+    def __init__(self, activation: type[nn.Module], *, hard: bool) -> None:
+        super().__init__()
+        self.hard = hard
+        self.net = nn.Sequential(
+            nn.Linear(1, 24), activation(), nn.Linear(24, 24), activation(), nn.Linear(24, 1)
+        )
+
+    def field(self, x: Tensor) -> Tensor:
+        return x * (1 - x) * self.net(x) if self.hard else self.net(x)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_(True)
+        slope = torch.autograd.grad(self.field(x).sum(), x, create_graph=True)[0]
+        bend = torch.autograd.grad(slope.sum(), x, create_graph=True)[0]
+        return bend - 3.0 if self.hard else bend, self.field(torch.tensor([[0.0], [1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("activation", "hard", "sick"),
+    [
+        (nn.Tanh, True, False),
+        (nn.Softplus, True, False),
+        (nn.SiLU, False, False),
+        (nn.ReLU, False, True),
+        (nn.LeakyReLU, False, True),
+    ],
+)
+def test_a_condition_that_is_met_by_its_form(activation: type[nn.Module], hard: bool, sick: bool) -> None:
+    """A field that is zero on the edge has nothing to learn there; a Laplacian of rectifiers is zero too, and
+    teaches nothing."""
+    torch.manual_seed(0)
+    edge = torch.tensor([[0.0], [0.0 if hard else 1.0]])
+
+    def loss(outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        return outputs[0].square().mean() + (outputs[1] - edge).square().mean()
+
+    found = serious(Plate(activation, hard=hard), lambda: (torch.rand(32, 1), torch.zeros(1)), loss)
+    assert {kind for kind, _ in found} == ({IssueType.DEAD} if sick else set())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gradflow.functional.reverse.constants import asked_apart, held_at_zero, merely_added
+from gradflow.functional.reverse.constants import asked_apart, held_at_zero, merely_added, zero_by_steps
 
 
 def outputs() -> list[Tensor]:
@@ -105,3 +105,24 @@ def test_the_price_of_a_mean_is_half_its_weight_a_number() -> None:
     parts = [torch.zeros(4000, 3), torch.zeros(4000, 3)]
     rises = asked(lambda a, b: 8 * 0.5 * (a.square() + b.exp() - 1 - b).sum(1).mean(), parts)
     assert rises[0] == pytest.approx(8 * 0.5 * 3, rel=0.05)
+
+
+@pytest.mark.parametrize("asked", [0.0, 1.0])
+def test_zeros_that_the_loss_asks_for_are_met(asked: float) -> None:
+    """Only what no weight can make other than zero is held there all the same."""
+
+    def loss(y: list[Tensor]) -> Tensor:
+        return y[0].square().mean() + (y[2] - asked).square().mean()
+
+    parts = outputs()
+    assert held_at_zero(lambda y: loss(list(y)), parts) == ([2] if asked else [])
+    assert held_at_zero(lambda y: loss(list(y)), parts, [2]) == [2]
+
+
+@pytest.mark.parametrize(("activation", "stepped"), [("relu", [1]), ("tanh", [])])
+def test_a_second_derivative_that_is_zero(activation: str, stepped: list[int]) -> None:
+    x = torch.randn(6, 1, requires_grad=True)
+    y = getattr(x * torch.randn(1, 4), activation)()
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+    assert zero_by_steps([y, bend if stepped else 0 * y]) == stepped

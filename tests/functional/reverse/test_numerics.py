@@ -364,3 +364,36 @@ def test_what_a_module_computes_before_it_calls_anything_is_born_in_it(
     record = analyze(model, [torch.randn(5, 4)], lambda out: out.square().mean())
     (birth,) = record.numerics
     assert (birth.layer, birth.op) == (place, "div")
+
+
+class LeftOut(nn.Module):
+    """Attention over rows of which the first sees no key, or sees itself, in front of a classifier."""
+
+    def __init__(self, how: str, *, own: bool) -> None:
+        super().__init__()
+        self.key, self.head, self.how, self.own = nn.Linear(4, 4), nn.Linear(4, 3), how, own
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.ones(6, 6).tril().bool()
+        seen[0, 0] = self.own
+        scores = self.key(x) @ x.T
+        masked = scores.masked_fill(~seen, -INF)
+        if self.how == "added":
+            masked = scores + torch.zeros(6, 6).masked_fill(~seen, -INF)
+        y = self.head(x + masked.softmax(-1) @ x)
+        return torch.where(torch.arange(6)[:, None] > 0, y, 0.0) if self.how == "where" else y
+
+
+@pytest.mark.parametrize("how", ["filled", "added", "where", "chosen"])
+def test_what_the_loss_leaves_out_is_born_where_it_was_made_and_not_where_it_comes_back(how: str) -> None:
+    target = torch.tensor([-100, 0, 1, 2, 0, 1])
+
+    def loss(y: Tensor) -> Tensor:
+        if how == "chosen":
+            return nn.functional.cross_entropy(y[1:], target[1:])
+        return nn.functional.cross_entropy(y, target)
+
+    found = born(analyze(LeftOut(how, own=False), lambda: X, loss, steps=1))
+    assert (found.layer, found.op, found.phase, found.value) == ("key", "softmax", "forward", "nan")
+    assert found.loss_finite
+    assert not analyze(LeftOut(how, own=True), lambda: X, loss, steps=1).numerics
