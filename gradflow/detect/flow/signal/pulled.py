@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradflow.detect.evidence import early, heads, late
-from gradflow.detect.flow.readings.rows import become_alike
+from gradflow.detect.flow.readings.rows import become_alike, come_nearer
 from gradflow.detect.view import Flow
 from gradflow.records import Issue, IssueSeverity, IssueType
 
@@ -78,13 +78,7 @@ def _is_told_more(flow: Flow) -> bool:
 
 
 def _is_pulled(flow: Flow, node: str) -> bool:
-    layer = flow.layers[node]
-    if not become_alike(flow, [node], _TIMES):
-        return False
-    apart = layer.output_variation * layer.output_rms[: len(layer.output_variation)]
-    apart = apart[np.isfinite(apart)]
-    directions = any("norm" in op.lower() or "cosine" in op.lower() for op in flow.wiring.ops_after(node))
-    return directions or bool(apart[-1] <= apart[0] / _TIMES)
+    return become_alike(flow, [node], _TIMES) and come_nearer(flow, node, _TIMES)
 
 
 def _issue(flow: Flow, node: str) -> Issue:
