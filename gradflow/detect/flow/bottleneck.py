@@ -9,17 +9,12 @@ import attrs
 import numpy as np
 
 from gradflow.detect.actions import narrow_actions, rectified_actions
-from gradflow.detect.evidence import (
-    RECTIFIERS,
-    activations_of,
-    heads,
-    late,
-    middle,
-)
+from gradflow.detect.evidence import RECTIFIERS, activations_of, heads, late, middle
 from gradflow.detect.flow.ends.alike import collapsed, constant
 from gradflow.detect.flow.ends.drowned import alike_outputs, drowned_inputs
 from gradflow.detect.flow.ends.misgiven import blind_losses, choiceless, misgiven_losses
 from gradflow.detect.flow.ends.smoothed import smoothed, starved_before
+from gradflow.detect.flow.signal.answers import agreed_with_itself
 from gradflow.detect.flow.signal.pulled import pulled_by_itself
 from gradflow.detect.flow.signal.quantised import quantised_away
 from gradflow.detect.knowledge import knows, learns
@@ -96,7 +91,8 @@ def bottleneck(
         starved = starved_before(flow, smooth)
         given = blind_losses(flow) or misgiven_losses(flow, IssueType.BOTTLENECK)
         given = given or choiceless(flow, IssueType.BOTTLENECK)
-        found = smooth or given or collapsed(flow, collapse) or pulled_by_itself(flow) or constant(flow, same)
+        pulled = collapsed(flow, collapse) or pulled_by_itself(flow) or agreed_with_itself(flow)
+        found = smooth or given or pulled or constant(flow, same)
         return [
             *narrow,
             *starved,

@@ -37,7 +37,7 @@ def pulled_by_itself(flow: Flow) -> list[Issue]:
         return []
     if len(losses) < 6 or not np.isfinite(losses).all() or losses.min() < 0:
         return []
-    if not late(losses) <= _MET * losses[0] or _is_told_more(flow):
+    if not late(losses) <= _MET * losses[0] or is_told_more(flow):
         return []
     found = [node for node in _compared(flow) if _is_pulled(flow, node)]
     return [_issue(flow, min(found, key=lambda n: flow.layers[n].order))] if found else []
@@ -70,7 +70,7 @@ def _size(flow: Flow, node: str) -> int:
     return max(int(flow.layers[node].num_elements.max()), 1)
 
 
-def _is_told_more(flow: Flow) -> bool:
+def is_told_more(flow: Flow) -> bool:
     """Whether anything that enters the model comes to its loss past the layers that the loss is made of."""
     wires = flow.wiring
     behind = {n for head in heads(flow) for n in wires.downstream(head) if n not in flow.layers}
