@@ -183,11 +183,17 @@ class DrawRecord:
         layer: the layer call that gives it.
         signal: root mean square of what it gives less its mean over the samples.
         noise: root mean square of what is added.
+        pull: cosine of the gradient that comes to what it gives, and of that itself: 1 where a step down the
+            loss does nothing but shrink it, as the pull to a prior does; NaN where none comes, or all by way
+            of the code with its noise.
+        given: whether the noise came with the batch: what is added has no gradient but that of its scale.
     """
 
     layer: str
     signal: Floats = array_field()
     noise: Floats = array_field()
+    pull: Floats = array_field(unknown="signal")
+    given: bool = False
 
 
 @attrs.frozen(kw_only=True)

@@ -215,6 +215,10 @@ class PartsSession(Session):
             found = gradients(loss, outputs)
             with torch.no_grad():
                 self._at_ends.weigh(found)
+        if not self._spread and (codes := self._draws.codes()):
+            found = gradients(loss, codes)
+            with torch.no_grad():
+                self._draws.weigh(found)
         if self._last is not None and not self._spread:
             self._hold_rows(loss, *self._last)
         if self._suspects:
