@@ -9,7 +9,16 @@ import numpy as np
 
 from gradflow.detect.knowledge import guesses
 from gradflow.detect.parts.peers import type_of
-from gradflow.records import DrawRecord, Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType
+from gradflow.records import (
+    DrawRecord,
+    Evidence,
+    Floats,
+    FlowRecord,
+    Issue,
+    IssueSeverity,
+    IssueType,
+    KnowledgeRecord,
+)
 
 _PRESSED = (
     0.7  # cosine of gradient and means from which the pull to the prior is nearly all; 0.4 where balanced
@@ -53,21 +62,29 @@ def drowned_codes(
         known = record.knowledge
         if record.policy is not None or not record.provenance.optimizer:
             return
-        unheard = known is not None and guesses(record, 0.95) and known.averaged < known.loss
-        unheard = unheard and not math.isclose(known.shuffled, known.loss, rel_tol=1e-6)
+        unheard = known is not None and _is_unheard(record, known)
         all_pressed = all(map(_is_pressed, record.parts.draws))
         for found in record.parts.draws:
             shares = found.signal / found.noise
             shares = shares[np.isfinite(shares)]
-            plain = unheard and not found.given and not _is_outweighed(found)
-            most = 3 * share if all_pressed else 2 * share
-            if not (plain or all_pressed) or len(shares) < 2 or not 0 < shares[-1] < most:
+            if len(shares) < 2:
                 continue
-            lost = shares.max() < share and shares[-1] <= rise * shares[0]
-            if lost or shares[-1] <= fall * shares[0]:
+            fell = bool(shares[-1] <= fall * shares[0])
+            plain = unheard and not found.given and (fell or not _is_outweighed(found))
+            if not (plain or all_pressed) or not 0 < shares[-1] < (3 if all_pressed else 2) * share:
+                continue
+            lost = bool(shares.max() < share and shares[-1] <= rise * shares[0])
+            if lost or fell:
                 yield _issue(record, found, shares, lost=lost, unheard=plain)
 
     return detector
+
+
+def _is_unheard(record: FlowRecord, known: KnowledgeRecord) -> bool:
+    """Whether outputs fit other samples as well, one for all costs less, and the loss asks whose they are."""
+    if not guesses(record, 0.95) or not known.averaged < known.loss:
+        return False
+    return not math.isclose(known.shuffled, known.loss, rel_tol=1e-6)
 
 
 def _is_pressed(found: DrawRecord) -> bool:
@@ -78,7 +95,8 @@ def _is_pressed(found: DrawRecord) -> bool:
 
 
 def _is_outweighed(found: DrawRecord) -> bool:
-    """Whether the gradient at the means holds a pull to a prior, and more of what else comes to them."""
+    """Whether the gradient at the means holds a pull to a prior, and more of what else comes to them. It tells
+    of means that start small; of those that a run has taken down, hardly more than noise is left."""
     return len(found.pull) > 0 and bool(found.pull[-1] < _HALF)
 
 

@@ -24,21 +24,26 @@ def signal(width: int) -> nn.Module:
     return nn.Sequential(nn.Unflatten(1, (1, 20)), *conv, nn.Linear(4 * width, 24))
 
 
+def halves(output: Tensor) -> tuple[Tensor, Tensor]:
+    one, two = output.chunk(2)
+    return one, two
+
+
 def cosine(output: Tensor, _: Tensor) -> Tensor:
-    return (1 - F.cosine_similarity(*output.chunk(2))).mean()
+    return (1 - F.cosine_similarity(*halves(output))).mean()
 
 
 def labelled_cosine(output: Tensor, same: Tensor) -> Tensor:
-    return F.mse_loss(F.cosine_similarity(*output.chunk(2)), same)
+    return F.mse_loss(F.cosine_similarity(*halves(output)), same)
 
 
 def labelled_distance(output: Tensor, same: Tensor) -> Tensor:
-    far = torch.linalg.vector_norm(torch.sub(*output.chunk(2)), dim=1)
+    far = torch.linalg.vector_norm(torch.sub(*halves(output)), dim=1)
     return (same * far.square() + (1 - same) * (1 - far).relu().square()).mean()
 
 
 def embedding_loss(output: Tensor, same: Tensor) -> Tensor:
-    return F.cosine_embedding_loss(*output.chunk(2), 2 * same - 1)
+    return F.cosine_embedding_loss(*halves(output), 2 * same - 1)
 
 
 def ranked(output: Tensor, _: Tensor) -> Tensor:
@@ -47,7 +52,7 @@ def ranked(output: Tensor, _: Tensor) -> Tensor:
 
 
 def spread(output: Tensor, _: Tensor) -> Tensor:
-    return F.mse_loss(*output.chunk(2)) + (1 - (output.var(0) + 1e-4).sqrt()).relu().mean()
+    return F.mse_loss(*halves(output)) + (1 - (output.var(0) + 1e-4).sqrt()).relu().mean()
 
 
 def to_a_centre(output: Tensor, _: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ def encoder(kind: str, out: int) -> nn.Sequential:
 class Taught(nn.Module):
     """A student held against a teacher: how it is kept from one answer for all, and how the teacher moves."""
 
+    centre: Tensor
+
     def __init__(self, kept: str, *, kind: str = "rows", follow: float = 0.1, out: int = 16) -> None:
         super().__init__()
         self.student = encoder(kind, out)
@@ -88,7 +90,7 @@ def test_a_teacher_that_stands_still() -> None:
     torch.manual_seed(0)
     model = Taught("", follow=0.0)
     with torch.no_grad():
-        model.teacher[-1].bias[3] = 5.0
+        model.teacher.get_parameter("4.bias")[3] = 5.0
     found = report(model, 1e-2)
     (answers,) = found.record.parts.answers
     assert answers.largest[-1] > 0.95
@@ -98,9 +100,9 @@ def test_a_teacher_that_stands_still() -> None:
 class Labelled(Taught):
     """The same student with labels, of which nearly all are one, and with its teacher beside them."""
 
-    def forward(self, x: Tensor, kind: Tensor) -> Tensor:
-        told = super().forward(x, x)
-        return 0.1 * told + F.nll_loss(self.student(x).log_softmax(1), kind)
+    def forward(self, one: Tensor, two: Tensor) -> Tensor:
+        told = super().forward(one, one)
+        return 0.1 * told + F.nll_loss(self.student(one).log_softmax(1), two)
 
 
 def test_labels_of_which_nearly_all_are_one() -> None:
