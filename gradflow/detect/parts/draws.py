@@ -65,7 +65,7 @@ def drowned_codes(
         unheard = known is not None and _is_unheard(record, known)
         all_pressed = all(map(_is_pressed, record.parts.draws))
         for found in record.parts.draws:
-            shares = found.signal / found.noise
+            shares = found.signal[found.noise > 0] / found.noise[found.noise > 0]
             shares = shares[np.isfinite(shares)]
             if len(shares) < 2:
                 continue
@@ -95,8 +95,9 @@ def _is_pressed(found: DrawRecord) -> bool:
 
 
 def _is_outweighed(found: DrawRecord) -> bool:
-    """Whether the gradient at the means holds a pull to a prior, and more of what else comes to them. It tells
-    of means that start small; of those that a run has taken down, hardly more than noise is left."""
+    """Whether the gradient at the means holds a pull to a prior, and more of what else comes to them.
+
+    So it tells of means that start small; of those that a run has taken down, noise is most that is left."""
     return len(found.pull) > 0 and bool(found.pull[-1] < _HALF)
 
 

@@ -93,8 +93,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
             guesses = [guess for guess, _ in asked]
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
             drawn = _drawn(loss_of, loss, guesses)
-            if _asks_for_agreement(loss_of, loss, guesses[1]):
-                heard.misgiven["nothing but one another"] = None
+            agreeing = _asks_for_agreement(loss_of, loss, guesses[1])
             by_mean = _sees_means(loss_of, (loss, *guesses), max(variations, default=0.0))
     except Exception as error:  # a loss that takes nothing but the model's own outputs
         _LOG.debug("the loss cannot be asked of guesses: %r", error)
@@ -116,7 +115,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         variations=variations,
         scales=[float(part.detach().double().square().mean().sqrt()) for part in parts],
         odds=heard.odds,
-        misgiven=tuple(heard.misgiven),
+        misgiven=(*heard.misgiven, *(["nothing but one another"] if agreeing else [])),
         crossed=heard.crossed,
         by_mean=by_mean,
         against=heard.against,
