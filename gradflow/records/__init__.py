@@ -44,6 +44,7 @@ from gradflow.records.issues import (
 from gradflow.records.knowledge import KnowledgeRecord
 from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
 from gradflow.records.parts import (
+    AnswersRecord,
     BlockRecord,
     ChoiceRecord,
     DrawRecord,
@@ -102,6 +103,7 @@ __all__ = [
     "ActionDeviation",
     "ActionDistribution",
     "ActivationRecord",
+    "AnswersRecord",
     "AnyIssueType",
     "AttentionGradients",
     "AttentionRecord",

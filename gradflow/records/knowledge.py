@@ -44,7 +44,8 @@ class KnowledgeRecord:
             makes them of scores), `probabilities as logarithms`, `scores as logarithms`, `probabilities
             over samples` (a softmax along the batch), `scores masked but for one` (softmaxes that have
             nothing to choose among, in nine of ten rows and more), `an error with a minus` (as the whole
-            loss).
+            loss); and `nothing but one another`, where outputs are held against no target: their mean for all
+            costs at most a fifth of what they do, and so does any other answer for all, drawn at random.
         crossed: shapes of an output and of what the loss set it against crosswise, each element against all,
             although they are equally many, as (N, 1) and (N,); empty where it did not.
         by_mean: whether the loss sees no more of the outputs than their mean over the samples, and is not

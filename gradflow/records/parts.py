@@ -183,11 +183,33 @@ class DrawRecord:
         layer: the layer call that gives it.
         signal: root mean square of what it gives less its mean over the samples.
         noise: root mean square of what is added.
+        pull: cosine of the gradient that comes to what it gives, and of that itself: 1 where a step down the
+            loss does nothing but shrink it, as the pull to a prior does; NaN where none comes, or all by way
+            of the code with its noise.
+        given: whether the noise came with the batch: what is added has no gradient but that of its scale.
     """
 
     layer: str
     signal: Floats = array_field()
     noise: Floats = array_field()
+    pull: Floats = array_field(unknown="signal")
+    given: bool = False
+
+
+@attrs.frozen(kw_only=True)
+class AnswersRecord:
+    """What a layer says as a softmax of its own outputs, a row to a sample. Arrays have shape (looks,).
+
+    Args:
+        layer: the layer call that gives the scores.
+        num_alternatives: among how many it chooses.
+        largest: the mean over the samples of the probability of that alternative which gets most: one over
+            their number where all get alike, 1 where every sample gets the same for certain.
+    """
+
+    layer: str
+    num_alternatives: int
+    largest: Floats = array_field()
 
 
 @attrs.frozen(kw_only=True)
@@ -304,6 +326,7 @@ class PartsRecord:
         quotients: divisions outside of layers, in the order of execution.
         choices: tables without gradient from which the model picks by itself.
         draws: codes that the model draws, by where random numbers are added.
+        answers: what layers say by a softmax of what they give, of which the gradient is taken.
         ends: sigmoids and tanhs at their ends, and whether the loss wants them there.
         turns: sinusoids that embed what is given.
         scans: what loops of operations take apart step by step, where no module is called for each.
@@ -321,6 +344,7 @@ class PartsRecord:
     quotients: tuple[QuotientRecord, ...] = attrs.field(default=(), converter=to_tuple)
     choices: tuple[ChoiceRecord, ...] = attrs.field(default=(), converter=to_tuple)
     draws: tuple[DrawRecord, ...] = attrs.field(default=(), converter=to_tuple)
+    answers: tuple[AnswersRecord, ...] = attrs.field(default=(), converter=to_tuple)
     ends: tuple[EndsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     turns: tuple[TurnsRecord, ...] = attrs.field(default=(), converter=to_tuple)
     scans: tuple[ScanRecord, ...] = attrs.field(default=(), converter=to_tuple)

@@ -8,18 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from gradflow.detect.actions import narrow_actions, rectified_actions
-from gradflow.detect.evidence import (
-    RECTIFIERS,
-    activations_of,
-    heads,
-    late,
-    middle,
-)
+from gradflow.detect.evidence import RECTIFIERS, activations_of, heads, late, middle
 from gradflow.detect.flow.ends.alike import collapsed, constant
 from gradflow.detect.flow.ends.drowned import alike_outputs, drowned_inputs
 from gradflow.detect.flow.ends.misgiven import blind_losses, choiceless, misgiven_losses
 from gradflow.detect.flow.ends.smoothed import drowned_in_dropout, smoothed, starved_before
 from gradflow.detect.flow.readings.waists import Waist, passages_of, waists_of, width_of
+from gradflow.detect.flow.signal.answers import agreed_with_itself
 from gradflow.detect.flow.signal.pulled import pulled_by_itself
 from gradflow.detect.flow.signal.quantised import quantised_away
 from gradflow.detect.flow.signal.rivals import mixed_samples, rivalling_samples
@@ -98,7 +93,8 @@ def bottleneck(
         given = blind_losses(flow) or misgiven_losses(flow, IssueType.BOTTLENECK)
         given = given or choiceless(flow, IssueType.BOTTLENECK)
         given = given or rivalling_samples(flow) or mixed_samples(flow)
-        found = smooth or given or collapsed(flow, collapse) or pulled_by_itself(flow) or constant(flow, same)
+        pulled = collapsed(flow, collapse) or pulled_by_itself(flow) or agreed_with_itself(flow)
+        found = smooth or given or pulled or constant(flow, same)
         found = found or drowned_in_dropout(flow, passages, 10 * same)
         return [
             *narrow,

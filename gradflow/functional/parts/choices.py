@@ -1,4 +1,5 @@
-"""Codes that a model picks for itself, by an argmin or its like, from a table that no gradient teaches."""
+"""What a model chooses: codes that it picks for itself, by an argmin or its like, from a table that no
+gradient teaches; and alternatives that it gives probabilities, by a softmax of what a layer gives."""
 
 from __future__ import annotations
 
@@ -7,16 +8,20 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
+from gradflow.functional.processes.shards import is_distributed
 from gradflow.functional.tap.recorder import Recorder
-from gradflow.records import ChoiceRecord
+from gradflow.functional.tap.watch import source_calls
+from gradflow.records import AnswersRecord, ChoiceRecord
 
 _PICK = frozenset(("argmin", "argmax", "min", "max", "topk"))  # of which the positions are taken
 _SAME = frozenset(
     ("float", "to", "type", "type_as", "double", "half", "scatter_", "scatter", "view", "reshape", "flatten")
 )
+_SOFT = frozenset(("softmax", "log_softmax"))
 _PRODUCTS = frozenset(("matmul", "mm", "__matmul__", "bmm"))
 
 
@@ -144,6 +149,56 @@ class Choices:
                 by_step=[int(step.sum()) for step in self.by_step[place]],
             )
             for place, hit in self.picked.items()
+        ]
+
+
+@attrs.define(eq=False)
+class Answers:
+    """Hears the softmaxes of matrices that one layer call feeds, a row to a sample, over the steps."""
+
+    found: dict[tuple[str, int], list[Tensor]] = attrs.field(factory=dict)
+    _recorder: Recorder | None = None
+    _heard: dict[tuple[str, int], Tensor] = attrs.field(factory=dict)
+
+    def begin(self, recorder: Recorder) -> None:
+        """Start a step, or start it again."""
+        self._recorder, self._heard = recorder, {}
+
+    def hear(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Callable[[Any], None] | None:
+        """Return what takes in the output of a softmax over the last axis of a matrix; None for all else."""
+        name = getattr(func, "__name__", "")
+        x = args[0] if args else kwargs.get("input")
+        if name not in _SOFT or not isinstance(x, Tensor) or x.dim() != 2 or not x.requires_grad:
+            return None
+        axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if axis not in (1, -1) or len(x) < 4 or x.shape[1] < 3 or is_distributed(x):
+            return None
+        return lambda out: self._note(x, out, logarithms=name == "log_softmax")
+
+    def _note(self, x: Tensor, out: Any, *, logarithms: bool) -> None:
+        sources = source_calls(x)
+        if self._recorder is None or len(sources) != 1 or not isinstance(out, Tensor):
+            return
+        with torch.no_grad():
+            odds = out.detach().float()
+            largest = (odds.exp() if logarithms else odds).mean(0).max()
+        self._heard[self._recorder.calls[sources[0]].name, x.shape[1]] = largest
+
+    def end(self) -> None:
+        """Take in what was said in the step, which now counts; of one layer, the last."""
+        for key, largest in self._heard.items():
+            self.found.setdefault(key, []).append(largest)
+        self._recorder, self._heard = None, {}
+
+    def read(self) -> list[AnswersRecord]:
+        """Return the numbers, at the end of the run."""
+        return [
+            AnswersRecord(
+                layer=layer, num_alternatives=number, largest=np.array(torch.stack(steps).double().tolist())
+            )
+            for (layer, number), steps in self.found.items()
         ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradflow.functional.measurement import Session, gradients
 from gradflow.functional.model.trees import iter_tensors
 from gradflow.functional.parts.blocks import passes, siblings
-from gradflow.functional.parts.choices import Choices
+from gradflow.functional.parts.choices import Answers, Choices
 from gradflow.functional.parts.draws import Draws
 from gradflow.functional.parts.ends import Ends
 from gradflow.functional.parts.quotients import Quotients
@@ -88,7 +88,7 @@ class PartsSession(Session):
         self._ends: list[EndsRecord] = []
         self._rows: list[RowsRecord] = []
         self._kinds: Rows | None = None
-        self._choices, self._draws = Choices(), Draws()
+        self._choices, self._draws, self._answers = Choices(), Draws(), Answers()
         self._forget()
 
     def listens(self, *, end: bool) -> bool:
@@ -127,6 +127,7 @@ class PartsSession(Session):
         self._turned = Turns(recorder)
         self._choices.begin(recorder)
         self._draws.begin(recorder)
+        self._answers.begin(recorder)
         # A pass over what is spread exchanges: what one process alone sees may not ask for one.
         self._spread = any(map(is_distributed, self._model.parameters()))
         self._at_ends = None if self._spread else Ends(recorder)
@@ -190,7 +191,8 @@ class PartsSession(Session):
             self._scanned.hear(func, args, kwargs)
         if self._turned is not None:
             self._turned.hear(func, args)
-        heard = [self._choices.hear(func, args, kwargs), self._draws.hear(func, args, kwargs)]
+        listeners = (self._choices, self._draws, self._answers)
+        heard = [one.hear(func, args, kwargs) for one in listeners]
         if self._at_ends is not None:
             heard.append(self._at_ends.hear(func, args, kwargs))
         if heard[0] is None and self._divided is not None:
@@ -213,6 +215,10 @@ class PartsSession(Session):
             found = gradients(loss, outputs)
             with torch.no_grad():
                 self._at_ends.weigh(found)
+        if not self._spread and (codes := self._draws.codes()):
+            found = gradients(loss, codes)
+            with torch.no_grad():
+                self._draws.weigh(found)
         if self._last is not None and not self._spread:
             self._hold_rows(loss, *self._last)
         if self._suspects:
@@ -253,6 +259,7 @@ class PartsSession(Session):
         self._looks.append(read)
         self._choices.end()
         self._draws.end()
+        self._answers.end()
         self._turns = self._turned.read() if self._turned else []
         self._ends = self._at_ends.read() if self._at_ends else []
         self._quotients, self._divided = self._divided.read() if self._divided else [], None
@@ -301,6 +308,7 @@ class PartsSession(Session):
                 quotients=self._quotients,
                 choices=self._choices.read(),
                 draws=self._draws.read(),
+                answers=self._answers.read(),
                 ends=self._ends,
                 turns=self._turns,
                 scans=self._scans,

@@ -13,7 +13,9 @@ outputs (a gradient penalty, a residual of a differential equation) cannot be as
 computes, the loss function is asked that gave it, if one alone did, of what that took. While it is asked of
 the outputs as they are, what it does with them is heard; see `heard`. Where a mean for all samples costs what
 the outputs do, although these differ, it is asked of larger ones as well: a critic's loss is linear in them
-and may ask for no more than means, another loss sees nothing else.
+and may ask for no more than means, another loss sees nothing else. Where that mean costs next to nothing,
+it is asked of another answer for all, drawn at random: if that costs as little, outputs are held against one
+another alone.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ _FEW = 8  # samples below which positions are shuffled as well
 _VARIED = 0.05  # part of the outputs that must differ, for a mean of them to be something else
 _MUCH_LOUDER = 16.0
 _TO_ITSELF = ("Exp", "Div")  # what is exactly one, of things that are equal: a ratio to what does not move
+_LITTLE = 0.2  # of the loss, at or below which an answer for all meets it
 _NEARER = (0.5, 0.125, 0.03125)
 _LOG = logging.getLogger(__name__)
 
@@ -94,6 +97,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
             louder = loss_of(lambda flat: _LOUDER * flat) if loss < 0 else math.nan
             drawn = _drawn(loss_of, loss, guesses)
             raised = asked_apart(loss_of_parts, loss, output, told)
+            agreeing = _asks_for_agreement(loss_of, loss, guesses[1])
             by_mean = _sees_means(loss_of, (loss, *guesses), max(variations, default=0.0))
     except Exception as error:  # a loss that takes nothing but the model's own outputs
         _LOG.debug("the loss cannot be asked of guesses: %r", error)
@@ -115,7 +119,7 @@ def knowledge(program: Program, request: Request, kept: Kept | None, loss: float
         variations=variations,
         scales=[float(part.detach().double().square().mean().sqrt()) for part in parts],
         odds=heard.odds,
-        misgiven=tuple(heard.misgiven),
+        misgiven=(*heard.misgiven, *(["nothing but one another"] if agreeing else [])),
         crossed=heard.crossed,
         by_mean=by_mean,
         raised=[raised.get(id(part), math.nan) for part in parts] if raised else (),
@@ -268,6 +272,25 @@ def _drawn(loss_of: Callable[..., float], loss: float, guesses: Sequence[float])
         return loss_of(lambda flat: flat.mean(0) + part * (flat - flat.mean(0)))
 
     return min(map(nearer, _NEARER))
+
+
+def _asks_for_agreement(loss_of: Callable[..., float], loss: float, averaged: float) -> bool:
+    """Whether any answer that is the same for all samples meets a loss, to a fifth of what the outputs cost:
+    their mean, and one that is drawn at random, as large as they are.
+
+    A loss that holds outputs against one another alone asks no more of them. One that holds them against
+    targets is met by one answer where targets are alike, and by those alone. Outputs of one shape get the
+    same."""
+    if not abs(averaged) <= _LITTLE * loss:  # rounding leaves less than nothing
+        return False
+
+    def drawn(flat: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(flat[0].numel())
+        row = torch.randn(flat[0].shape, generator=generator, dtype=torch.float64)
+        size = flat.double().square().mean().sqrt()
+        return (size * row.to(size.device)).to(flat.dtype).expand_as(flat)
+
+    return abs(loss_of(drawn)) <= _LITTLE * loss
 
 
 def _sees_means(loss_of: Callable[..., float], known: Sequence[float], varied: float) -> bool:

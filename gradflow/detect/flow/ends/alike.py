@@ -16,7 +16,7 @@ from gradflow.detect.evidence import (
     loss_fell,
     shares,
 )
-from gradflow.detect.flow.readings.rows import become_alike
+from gradflow.detect.flow.readings.rows import become_alike, come_nearer
 from gradflow.detect.knowledge import differing, guesses
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
@@ -28,6 +28,8 @@ from gradflow.records import (
     KnowledgeRecord,
     Role,
 )
+
+_AGREEMENT = "nothing but one another"  # what outputs are held against
 
 
 def silenced(flow: Flow) -> list[Issue]:
@@ -100,6 +102,10 @@ def collapsed(flow: Flow, alike: float) -> list[Issue]:
         alike = 1.2 * max(same)
     elif not rows and (pulled := _pulled_together(flow, known)):
         same, alike = pulled, 1.2 * max(pulled)
+    elif not same and _AGREEMENT in known.misgiven:
+        same = [*known.variations] * 2
+        if _is_drawn_together(flow, known):
+            alike = max(alike, 1.2 * max(same))
     elif _in_one_direction(known):
         alike = 1.2 * max(same, default=0.0)
     elif guesses(flow.record) and _agree(known):
@@ -273,6 +279,21 @@ def _in_one_direction(known: KnowledgeRecord) -> bool:
     """
     met = 0 <= known.loss <= known.shuffled <= 0.02 * known.silent
     return met and known.share_left >= 0.1 and known.averaged <= 0.1 * known.loss
+
+
+def _is_drawn_together(flow: Flow, known: KnowledgeRecord) -> bool:
+    """Whether a loss of embeddings that it holds against one another alone is on its way to be met, at a
+    fifth of what it was, as they become alike, to half.
+
+    Where zeros cost more than any other answer for all, it looks at directions; else what differs must itself
+    have become less, and not merely beside a mean that grows. As any answer for all meets such a loss, that
+    is all that it teaches; a batch that has no pairs to be kept apart by chance draws nothing together.
+    """
+    ends, losses = heads(flow), flow.record.losses
+    if not 0 <= late(losses) <= 0.2 * losses[0] or not become_alike(flow, ends, 2.0):
+        return False
+    directions = known.silent > known.loss + abs(known.averaged)
+    return directions or all(come_nearer(flow, node, 2.0) for node in ends)
 
 
 def _is_collapsing(flow: Flow, known: KnowledgeRecord) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from gradflow.detect.actions import rectifier_actions
 from gradflow.detect.evidence import early, late
 from gradflow.detect.knowledge import came_knowing
+from gradflow.detect.updates.readings import whole_ratio
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
 from gradflow.records import ActivationRecord, Evidence, Issue, IssueSeverity, IssueType, Role
@@ -18,6 +19,7 @@ _DENSE = 0.1  # share of elements that fire at first: units that fire seldom are
 _SILENCES = ("fell_silent", "never_fired")
 _DEVIATIONS = 4.0  # of as many coins as there are units
 _BY_CHANCE = 0.05  # probability that a unit that fires as often as at first is silent for so many samples
+_STEP = 0.1  # of the weights, in some step: smaller ones turn units off and on as the data ask
 _LAST = 16  # steps at most, of the last quarter of a run, in which units are followed
 
 
@@ -30,8 +32,8 @@ def fallen_silent(
     no gradient there, so that only steps of what feeds them, by others' gradients, can bring them back. Alike
     and not: half of the units and what chance adds, for which all samples may ask (an offset of the targets
     switches off those that push the other way); codes that are sparse from the start, of which each fires
-    seldom; so few samples in a batch that no unit need fire in the last of them; a model that came knowing;
-    units fed by frozen layers.
+    seldom; so few samples in a batch that no unit need fire in the last of them; steps that are small beside
+    the weights; a model that came knowing; units fed by frozen layers.
 
     Args:
         flow: the record along its wiring.
@@ -39,6 +41,9 @@ def fallen_silent(
         threshold: share of silent units from which it is HIGH.
     """
     if not flow.record.provenance.optimizer or came_knowing(flow.record):
+        return
+    steps = whole_ratio(flow.record)
+    if np.isfinite(steps).any() and np.nanmax(steps) < _STEP:
         return
     for uses in rectifiers:
         gone, never = (float(np.min([getattr(u, name) for u in uses])) for name in _SILENCES)

@@ -20,3 +20,13 @@ def become_alike(flow: Flow, nodes: Iterable[str], times: float, *, steady: bool
         if steady and np.any(np.diff(seen) > 0.03 * seen[0]):
             return False
     return True
+
+
+def come_nearer(flow: Flow, node: str, times: float) -> bool:
+    """Whether what differs between the rows of a call has become so many times less in size; or operations
+    behind it look at directions alone, where a mean that grows makes rows alike too."""
+    layer = flow.layers[node]
+    apart = layer.output_variation * layer.output_rms[: len(layer.output_variation)]
+    apart = apart[np.isfinite(apart)]
+    directions = any("norm" in op.lower() or "cosine" in op.lower() for op in flow.wiring.ops_after(node))
+    return directions or bool(apart[-1] <= apart[0] / times)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradflow.detect.evidence import early, heads, late
-from gradflow.detect.flow.readings.rows import become_alike
+from gradflow.detect.flow.readings.rows import become_alike, come_nearer
 from gradflow.detect.view import Flow
 from gradflow.records import Issue, IssueSeverity, IssueType
 
@@ -37,7 +37,7 @@ def pulled_by_itself(flow: Flow) -> list[Issue]:
         return []
     if len(losses) < 6 or not np.isfinite(losses).all() or losses.min() < 0:
         return []
-    if not late(losses) <= _MET * losses[0] or _is_told_more(flow):
+    if not late(losses) <= _MET * losses[0] or is_told_more(flow):
         return []
     found = [node for node in _compared(flow) if _is_pulled(flow, node)]
     return [_issue(flow, min(found, key=lambda n: flow.layers[n].order))] if found else []
@@ -70,7 +70,7 @@ def _size(flow: Flow, node: str) -> int:
     return max(int(flow.layers[node].num_elements.max()), 1)
 
 
-def _is_told_more(flow: Flow) -> bool:
+def is_told_more(flow: Flow) -> bool:
     """Whether anything that enters the model comes to its loss past the layers that the loss is made of."""
     wires = flow.wiring
     behind = {n for head in heads(flow) for n in wires.downstream(head) if n not in flow.layers}
@@ -78,13 +78,7 @@ def _is_told_more(flow: Flow) -> bool:
 
 
 def _is_pulled(flow: Flow, node: str) -> bool:
-    layer = flow.layers[node]
-    if not become_alike(flow, [node], _TIMES):
-        return False
-    apart = layer.output_variation * layer.output_rms[: len(layer.output_variation)]
-    apart = apart[np.isfinite(apart)]
-    directions = any("norm" in op.lower() or "cosine" in op.lower() for op in flow.wiring.ops_after(node))
-    return directions or bool(apart[-1] <= apart[0] / _TIMES)
+    return become_alike(flow, [node], _TIMES) and come_nearer(flow, node, _TIMES)
 
 
 def _issue(flow: Flow, node: str) -> Issue:
