@@ -68,7 +68,7 @@ def test_a_pipeline_sees_what_the_default_one_does_not(capsys: pytest.CaptureFix
     assert run(capsys, "diagnose", example, "--quiet", "--fail-on", "MEDIUM")[0] == 0
     status, out, _ = run(capsys, "diagnose", example, "--pipeline", "recurrent", "--fail-on", "MEDIUM")
     assert status == 1
-    assert "of its 200 steps teach it nothing" in out
+    assert "is told at steps that teach it nothing" in " ".join(out.split())
 
 
 def test_every_pipeline_runs(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

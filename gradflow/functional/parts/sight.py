@@ -13,12 +13,14 @@ A row of the outputs should tell of the sample in the same row. From three of th
 product goes to what every layer with as many rows has given. Statistics of a batch, sums over neighbours and
 attention take some of it to other rows, and leave a good part where it belongs. Numbers that were laid out in
 one order and read in another, by a view in the place of a permutation, leave there no more than chance does.
+So it is asked only where a view has made rows of what had them along another axis.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -36,6 +38,7 @@ _FEW = 6  # rows, of which nothing is told
 _CHANCE = 4.0  # times what chance leaves at the own row
 _OWN = 0.2  # of the gradient, that is at the own row at most, of however few
 _SOME = 0.01  # of the gradient
+_VIEWS = frozenset({"view", "reshape", "flatten"})
 _ATTENTION = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward", "softmax"})
 
 
@@ -79,6 +82,7 @@ class Rows:
 
     given: list[tuple[str, Tensor]] = attrs.field(factory=list)
     output: Tensor | None = None
+    turned: set[int] = attrs.field(factory=set)  # numbers of rows that views made of other axes
 
     def left(self, call: Call, output: Any) -> None:
         """Keep what a layer gives, or the model."""
@@ -88,11 +92,18 @@ class Rows:
         if call.is_layer:
             self.given += [(call.name, t) for t in found[:1]]
 
+    def viewed(self, before: Sequence[int], output: Any) -> None:
+        """Hear what a view has made of a tensor of some shape."""
+        if isinstance(output, Tensor) and output.dim():
+            number = len(output)
+            if number != before[0] and number in before[1:]:
+                self.turned.add(number)
+
     def read(self) -> tuple[SamplesRecord, ...]:
         """Return where outputs tell of other samples more than of their own; nothing where they do not."""
         y, number = self.output, 0 if self.output is None else len(self.output)
         given = [(name, t) for name, t in self.given if len(t) == number]
-        if y is None or number < _FEW or not given:
+        if y is None or number < _FEW or number not in self.turned or not given:
             return ()
         shares: dict[int, list[tuple[float, float, float]]] = {}
         for row in (number // 5, number // 2, number - 2):
@@ -161,15 +172,18 @@ class SightSession(Session):
     ) -> Callable[[Any], None] | None:
         """Look whether a function is self-attention, and mark the module that it is the matter of."""
         if self._recorder is None:
-            return
+            return None
         name = getattr(func, "__name__", "")
         self._texts.function(name, args, kwargs)
+        if name in _VIEWS and isinstance(x := args[0] if args else None, Tensor) and x.dim() > 1:
+            return functools.partial(self._rows.viewed, tuple(x.shape))
         if name in _ATTENTION and (number := _positions(name, args, kwargs)):
             for call in reversed(self._recorder.running()):
                 entered = self._entered.get(call.index)
                 if entered is not None and entered.x.shape[entered.axis] == number and _mixes(call):
                     entered.positions = number
-                    return
+                    break
+        return None
 
     def left(self, call: Call, output: Any) -> None:
         """Keep what leaves a module with self-attention."""

@@ -21,6 +21,7 @@ another alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import warnings
@@ -276,21 +277,21 @@ def _drawn(loss_of: Callable[..., float], loss: float, guesses: Sequence[float])
 
 def _asks_for_agreement(loss_of: Callable[..., float], loss: float, averaged: float) -> bool:
     """Whether any answer that is the same for all samples meets a loss, to a fifth of what the outputs cost:
-    their mean, and one that is drawn at random, as large as they are.
+    their mean, one that is drawn at random, as large as they are, and its opposite.
 
     A loss that holds outputs against one another alone asks no more of them. One that holds them against
-    targets is met by one answer where targets are alike, and by those alone. Outputs of one shape get the
-    same."""
+    targets is met by one answer where targets are alike, and by those alone; one that asks which of two
+    numbers is larger, by an answer or by its opposite. Outputs of one shape get the same."""
     if not abs(averaged) <= _LITTLE * loss:  # rounding leaves less than nothing
         return False
 
-    def drawn(flat: Tensor) -> Tensor:
+    def drawn(flat: Tensor, sign: float) -> Tensor:
         generator = torch.Generator().manual_seed(flat[0].numel())
         row = torch.randn(flat[0].shape, generator=generator, dtype=torch.float64)
         size = flat.double().square().mean().sqrt()
-        return (size * row.to(size.device)).to(flat.dtype).expand_as(flat)
+        return (sign * size * row.to(size.device)).to(flat.dtype).expand_as(flat)
 
-    return abs(loss_of(drawn)) <= _LITTLE * loss
+    return all(abs(loss_of(functools.partial(drawn, sign=sign))) <= _LITTLE * loss for sign in (1.0, -1.0))
 
 
 def _sees_means(loss_of: Callable[..., float], known: Sequence[float], varied: float) -> bool:
