@@ -37,9 +37,7 @@ class Case:
 
 
 GUESSES = 4  # of which the loss is asked after the last step: outputs as they are, shuffled, averaged, silent
-ANSWERS = (
-    2  # at most, beside these, where one output for all meets the loss: one drawn at random, its opposite
-)
+ANSWERS = 2  # more at most, where one output for all meets the loss: one drawn at random, and its opposite
 
 
 def squares(output: Tensor) -> Tensor:
