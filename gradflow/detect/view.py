@@ -56,6 +56,12 @@ class Flow:
         """Return the parameters of a layer call that training is meant to change."""
         return tuple(p for p in self.parameters_of(node) if p.trainable and p.optimized)
 
+    def layer_at(self, node: str) -> LayerRecord | None:
+        """Return the layer that a node is, or the nearest one before it; None where none is, as behind a
+        parameter or the data."""
+        near = (n for n in (node, *self.wiring.before(node)) if n in self.layers)
+        return next((self.layers[n] for n in near), None)
+
     def modules_below(self, module: str) -> set[str]:
         """Return the names of the layers that ran inside of a module."""
         return {x.module for x in self.layers.values() if x.module.startswith(f"{module}.")}

@@ -150,3 +150,24 @@ def test_a_softmax_over_what_is_added_up(
     forward: Forward, shape: tuple[int, ...], loss: Callable[[Tensor], Tensor]
 ) -> None:
     assert told(forward, shape, loss) == []
+
+
+class Placed(nn.Module):
+    """Weights of no layer, as many as there are samples, of which a softmax is taken along the first axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Parameter(torch.randn(N, 5)), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x * self.places.softmax(0))
+
+
+def test_a_softmax_that_no_layer_stands_before() -> None:
+    torch.manual_seed(0)
+    model = Placed()
+    report = gf.diagnose(
+        model, lambda: torch.randn(N, 5), lambda y: (y - 1).square().mean(),
+        optimizer=torch.optim.Adam(model.parameters(), 1e-3), steps=6,
+    )  # fmt: skip
+    assert not [i for i in report.issues if i.metrics.get("misgiven") == "softmax over samples"]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from gradflow.detect.evidence import heads
 from gradflow.detect.flow.signal.rivals import ROUTES
 from gradflow.detect.view import Flow
-from gradflow.records import Issue, IssueSeverity, IssueType, KnowledgeRecord
+from gradflow.records import Issue, IssueSeverity, IssueType, KnowledgeRecord, LayerRecord
 
 _ODDS = ("sigmoid", "hardsigmoid", "softmax")
 _WIDTHS = {"sigmoid": 1.0, "hardsigmoid": 1.0, "tanh": 2.0, "hardtanh": 2.0, "softsign": 2.0}
@@ -85,18 +85,15 @@ def squashed_odds(flow: Flow) -> list[Issue]:
         while todo:
             for behind in wires.succs.get(todo.pop(), ()):
                 kind = wires.nodes[behind].type.lower().rstrip("_")
-                if kind == "binary_cross_entropy_with_logits":
-                    return [_odds_issue(flow, name, known)]
+                if kind == "binary_cross_entropy_with_logits" and (layer := flow.layer_at(name)) is not None:
+                    return [_odds_issue(layer, wires.nodes[name].type.lower().rstrip("_"), known)]
                 if kind in ROUTES and behind not in met:
                     met.add(behind)
                     todo.append(behind)
     return []
 
 
-def _odds_issue(flow: Flow, squash: str, known: KnowledgeRecord) -> Issue:
-    before = [n for n in flow.wiring.before(squash) if n in flow.layers]
-    layer = flow.layers[squash if squash in flow.layers or not before else before[0]]
-    op = flow.wiring.nodes[squash].type.lower().rstrip("_")
+def _odds_issue(layer: LayerRecord, op: str, known: KnowledgeRecord) -> Issue:
     return Issue(
         layer=layer.name,
         layer_type=layer.type,

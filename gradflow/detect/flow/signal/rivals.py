@@ -8,7 +8,7 @@ from gradflow.detect.evidence import loss_fell
 from gradflow.detect.knowledge import differing, guesses, knows
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
-from gradflow.records import Issue, IssueSeverity, IssueType, SamplesRecord
+from gradflow.records import Issue, IssueSeverity, IssueType, LayerRecord, NodeRecord, SamplesRecord
 
 # Operations that pick or arrange numbers, and change none.
 ROUTES = frozenset(
@@ -45,9 +45,10 @@ def rivalling_samples(flow: Flow) -> list[Issue]:
             continue
         sources = set(wires.preds[name])
         both = any(n.along > 0 and sources & {*wires.preds[k], k} for k, n in wires.nodes.items())
-        if both or _joins_rows(flow, name):
+        layer = flow.layer_at(name)
+        if both or layer is None or _joins_rows(flow, name):
             continue
-        return [_rivals(flow, name)]
+        return [_rivals(layer, node)]
     return []
 
 
@@ -61,9 +62,7 @@ def _joins_rows(flow: Flow, name: str) -> bool:
     return False
 
 
-def _rivals(flow: Flow, name: str) -> Issue:
-    node, before = flow.wiring.nodes[name], [n for n in flow.wiring.before(name) if n in flow.layers]
-    layer = flow.layers[name if name in flow.layers or not before else before[0]]
+def _rivals(layer: LayerRecord, node: NodeRecord) -> Issue:
     rows, rest = node.shape[0], node.shape[1:]
     return Issue(
         layer=layer.name,
