@@ -113,7 +113,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "forward pass and loss": (step_module, "evaluated"),
     "reverse pass": (reverse_module, "fused"),
     "sums over output gradients": (reverse_module, "_outputs"),
-    "sums over parameter gradients": (history_module, "_fast_sums"),
+    "sums over parameter gradients": (history_module, "sizes_of"),
     "transfer": (history_module, "to_host"),
 }
 

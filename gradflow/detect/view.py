@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -61,6 +61,13 @@ class Flow:
         parameter or the data."""
         near = (n for n in (node, *self.wiring.before(node)) if n in self.layers)
         return next((self.layers[n] for n in near), None)
+
+    def by_module(self, nodes: Iterable[str]) -> dict[str, list[str]]:
+        """Return layer calls by the module that was called."""
+        found: dict[str, list[str]] = {}
+        for node in nodes:
+            found.setdefault(self.layers[node].module, []).append(node)
+        return found
 
     def modules_below(self, module: str) -> set[str]:
         """Return the names of the layers that ran inside of a module."""

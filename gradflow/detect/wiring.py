@@ -55,6 +55,10 @@ class Wiring:
         """Whether a node is a layer call."""
         return name in self.nodes and self.nodes[name].kind == "layer"
 
+    def kind_of(self, name: str) -> str:
+        """Return the type of a node in small letters, without the mark of what works in place."""
+        return self.nodes[name].type.lower().rstrip("_")
+
     def before(self, name: str) -> tuple[str, ...]:
         """Return the nearest layer calls upstream, across the functional ops between."""
         return tuple(itertools.islice(self._nearest(name, self.preds), MOST_NEIGHBOURS))

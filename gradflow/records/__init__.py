@@ -42,7 +42,13 @@ from gradflow.records.issues import (
     type_place,
 )
 from gradflow.records.knowledge import KnowledgeRecord
-from gradflow.records.measured import ActivationRecord, LayerRecord, NumericalRecord, ParameterRecord
+from gradflow.records.measured import (
+    ActivationRecord,
+    LayerRecord,
+    NumericalRecord,
+    ParameterRecord,
+    num_last,
+)
 from gradflow.records.parts import (
     AnswersRecord,
     BlockRecord,
@@ -191,6 +197,7 @@ __all__ = [
     "issue_type",
     "mapping_field",
     "mean_profile",
+    "num_last",
     "read",
     "register_record",
     "text_lines",

@@ -111,6 +111,15 @@ class ParameterRecord:
         return int(math.prod(self.shape))
 
 
+def num_last(steps: int) -> int:
+    """Return in how many steps at the end of a run units of rectifiers are followed: see `fell_silent`.
+
+    >>> num_last(20), num_last(200)
+    (5, 16)
+    """
+    return min(steps // 4, 16)
+
+
 @attrs.frozen(kw_only=True)
 class ActivationRecord:
     """What was measured at one use of an activation, module or functional alike.

@@ -111,9 +111,7 @@ def _narrow(flow: Flow, waists: list[Waist], rank_excess: float, lost_samples: f
     same_size = _gives_back_its_input(flow)
     # One number is narrow by no design, unless no more comes out: it can put things in a row, and no more.
     most = max((width_of(flow, n) for n in heads(flow)), default=0)
-    calls: dict[str, list[str]] = {}  # by module
-    for node, layer in flow.layers.items():
-        calls.setdefault(layer.module, []).append(node)
+    calls = flow.by_module(flow.layers)
     issues = []
     for waist in waists:
         by_design = same_size or _takes_data_too(flow, waist.node, calls) or _has_detour(flow, waist.node)

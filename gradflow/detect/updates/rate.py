@@ -77,8 +77,8 @@ def too_high(record: FlowRecord, *, jumps: bool) -> Misfit | None:
         jumps: whether loss or gradient were seen to jump.
     """
     updates = record.updates
-    worse = jumps or has_worsened(record) or has_undone(record) or has_stranded(record)
-    worse = worse or has_flattened(record)
+    flattened = has_flattened(record)
+    worse = jumps or has_worsened(record) or has_undone(record) or has_stranded(record) or flattened
     if updates is None or not updates.steps or calm(record) or not worse:
         return None
     ratios = whole_ratio(record)
@@ -88,7 +88,7 @@ def too_high(record: FlowRecord, *, jumps: bool) -> Misfit | None:
     rate = max(rates(record), default=math.nan)
     cold = _is_cold(record)
     curve = next((c for c in updates.curves if c.actual > 0 and c.best <= 0.25), None)
-    if _is_off_scale(record, each=has_flattened(record)):
+    if _is_off_scale(record, each=flattened):
         return None
     if ratio >= _FAR:
         return Misfit(factor=ratio / USUAL, ratio=ratio, rate=rate, cold=cold, curve=curve)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -267,12 +268,8 @@ def trained_part(record: FlowRecord) -> tuple[str, str]:
     """Return the name and type of the deepest module that holds all that is trained, where more of the model
     is not: a generator before a judge that is frozen, a new head. The model's own, if it is trained whole."""
     held_names = {p.name for u, p in held(record) if p.trainable}
-    owners = [name.split(".")[:-1] for name in held_names]
-    shared = [parts[0] for parts in zip(*owners, strict=False) if len(set(parts)) == 1]
-    depth = next(
-        (i for i, parts in enumerate(zip(*owners, strict=False)) if len(set(parts)) > 1), len(shared)
-    )
-    place = ".".join(shared[:depth])
+    owners = zip(*(name.split(".")[:-1] for name in held_names), strict=False)
+    place = ".".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, owners))
     others = [p.name for p in record.parameters if p.name not in held_names]
     if not place or not any(not name.startswith(f"{place}.") for name in others):
         return "", record.provenance.model or "model"

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import gc
 import inspect
+import math
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -152,8 +153,8 @@ def is_left_alone(optimizer: Any) -> bool:
     stands where it began.
     """
     groups = optimizer.param_groups
-    built = [_number_of(group, "initial_lr") for group in groups]
-    if not groups or any(_number_of(group, "lr") != 0 for group in groups) or not max(built) > 0:
+    built = any(number_of(group, "initial_lr") > 0 for group in groups)
+    if not built or any(number_of(group, "lr") != 0 for group in groups):
         return False
     held = [optimizer, *(v for v in vars(optimizer).values() if hasattr(v, "param_groups"))]
     return not any(_steps_along(one, object) for one in held)
@@ -164,9 +165,10 @@ def has_scheduler(optimizer: Any) -> bool:
     return _steps_along(optimizer, LRScheduler)
 
 
-def _number_of(group: Mapping[str, Any], name: str) -> float:
+def number_of(group: Mapping[str, Any], name: str) -> float:
+    """Return a number that a parameter group holds; NaN where it holds none of that name."""
     value = group.get(name)
-    return float(value) if isinstance(value, (int, float, Tensor)) else -1.0
+    return float(value) if isinstance(value, (int, float, Tensor)) else math.nan
 
 
 def _steps_along(optimizer: Any, kind: type, depth: int = 4) -> bool:

@@ -115,7 +115,7 @@ class CallNumbers:
     levels: list[LevelNumbers]
     unmasked: bool = False  # its dropout masks are not known
     still_end: float = math.nan
-    told: Told = attrs.field(factory=lambda: Told())
+    told: Told = attrs.field(factory=Told)
 
 
 def profile(norms: Floats, ends: Ints, total: int) -> Floats:

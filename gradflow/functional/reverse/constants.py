@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from gradflow.functional.model.trees import map_floats
-from gradflow.functional.tap.nodes import nodes_under
+from gradflow.functional.tap.nodes import is_leaf, nodes_under
 
 LossOf = Callable[[Sequence[Tensor]], Tensor]
 Moved = Callable[[int, Tensor], Tensor]
@@ -97,7 +97,8 @@ def _is_weighed(loss_of: LossOf, parts: Sequence[Tensor], i: int) -> bool:
     """Whether the slopes of a loss at weights of its own change with output i."""
     given = [part.detach().clone() for part in parts]
     loss = loss_of(given)
-    weights = _leaves(loss)
+    nodes = nodes_under([] if loss.grad_fn is None else [loss.grad_fn])
+    weights = [node.variable for node in nodes if is_leaf(node)]
     if not weights:
         return False
     slopes = torch.autograd.grad(loss, weights)
@@ -106,20 +107,6 @@ def _is_weighed(loss_of: LossOf, parts: Sequence[Tensor], i: int) -> bool:
     return not all(
         b is not None and torch.allclose(a, b, rtol=1e-5) for a, b in zip(slopes, others, strict=True)
     )
-
-
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """Return the leaves that a tensor is made of."""
-    found, seen, todo = list[Tensor](), set[object](), [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            found.append(leaf)
-        todo.extend(child for child, _ in node.next_functions)
-    return found
 
 
 def _slopes(loss_of: LossOf, parts: Sequence[Tensor]) -> list[Tensor]:

@@ -22,13 +22,12 @@ from gradflow.functional.tap.calls import ActivationKey, Call, Observation
 from gradflow.functional.tap.recorder import Recorder
 from gradflow.functional.tap.sums import careful_magnitude, is_safe, safe_range
 from gradflow.functional.tap.tapped import TappedModel
-from gradflow.records import Floats
+from gradflow.records import Floats, num_last
 
 Mean = tuple[int, str]  # a step, and a layer call
 Lasting = tuple[str, str, Gradient]  # kind of number, name of a parameter, tensor it is taken of
 
 _MERGED = 8  # steps after which the peaks of rectifiers' units are merged, if no look comes first
-_RECENT = 16  # steps at the end, at most, in which it is seen which units of rectifiers still fire
 
 
 @attrs.define(eq=False)
@@ -71,7 +70,7 @@ class History:
         if not (look or noted or risen) and (tensors := self._tensors_again(outcome, moved)) is not None:
             assert self._form is not None
             self._formed = outcome.recorder.calls
-            scalars = [outcome.loss, *outcome.gradients.outputs, *_fast_sums(tensors)]
+            scalars = [outcome.loss, *outcome.gradients.outputs, *sizes_of(tensors)]
             return self._row(self._form, scalars, lambda: self._lasting(outcome, look, moved))
         content = self._content(outcome, moved)
         lasting = self._lasting(outcome, look, moved)
@@ -238,7 +237,7 @@ class History:
     @property
     def recent_from(self) -> float:
         """The step from which on, in the last quarter of the run, it is kept which units fire."""
-        return self.ends - min(self.ends // 4, _RECENT) if self.ends < math.inf else math.inf
+        return self.ends - num_last(int(self.ends)) if self.ends < math.inf else math.inf
 
     def followed_rectifiers(self, step: int) -> list[ActivationKey]:
         """Return the rectifiers to follow in every step from this one on: those with units that have not
@@ -358,7 +357,7 @@ def _sums(lasting: list[Lasting], *, exact: bool) -> list[Tensor]:
         exact: whether gradients are summed in double precision.
     """
     if not exact:
-        sizes = iter(_fast_sums([tensor for kind, _, tensor in lasting if kind != "pzeros"]))
+        sizes = iter(sizes_of([tensor for kind, _, tensor in lasting if kind != "pzeros"]))
         return [zeros_in(tensor) if kind == "pzeros" else next(sizes) for kind, _, tensor in lasting]
     found: list[Tensor] = []
     for kind, _, tensor in lasting:
@@ -369,11 +368,6 @@ def _sums(lasting: list[Lasting], *, exact: bool) -> list[Tensor]:
         else:
             found.append(size_of(tensor, exact=True))
     return found
-
-
-def _fast_sums(gradients: Sequence[Gradient]) -> list[Tensor]:
-    """Return the magnitudes of parameters and their gradients, taken fast."""
-    return sizes_of(gradients)
 
 
 def _norms(scalars: list[Tensor], are_norms: Iterable[bool]) -> list[float]:

@@ -169,7 +169,7 @@ def reverse_pass(
 def _edges_for_a_walk(program: Program, structure: Structure | None) -> dict[Position, GradientEdge]:
     """Return the edges that spare a walk its products; see NOTE [Products that are not called].
 
-    None where what the pass hands out may be other than what its nodes hand back.
+    Empty where what the pass hands out may be other than what its nodes hand back.
     """
     alone = program.given.stages.alone and not program.taps.exchanges and program.taps.whole_nodes is None
     if structure is None or not alone or program.taps.hooked or program.learned.held:

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from gradflow.functional.model.optimizers import has_scheduler, is_left_alone, runs_hooks
+from gradflow.functional.model.optimizers import has_scheduler, is_left_alone, number_of, runs_hooks
 from gradflow.functional.updates.figures import UpdateFigures
 from gradflow.records import CurvatureRecord, UpdateRecord, UpdatesRecord
 
@@ -126,10 +126,6 @@ def _series(found: Mapping[int, float], num_steps: int) -> list[float]:
 def _is_scheduled(optimizer: Any) -> bool:
     """Whether a rate was set below what it was built with; or all are zero, and hooks that may set them have
     not been run, or a scheduler holds the optimizer."""
-    rates = [(_number(g.get("lr")), _number(g.get("initial_lr"))) for g in optimizer.param_groups]
+    rates = [(number_of(g, "lr"), number_of(g, "initial_lr")) for g in optimizer.param_groups]
     idle = all(rate == 0 for rate, _ in rates) and (not runs_hooks(optimizer) or has_scheduler(optimizer))
     return idle or any(built > rate for rate, built in rates)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float, Tensor)) else math.nan

@@ -46,12 +46,16 @@ class Crossed(nn.Module):
         return y[0] + y[1]
 
 
-class Twice(nn.Module):
-    """A layer that is called once or twice, and every third step not in the graph."""
+class Pair(nn.Module):
+    """Two layers, and a count of the steps."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.step = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), 0
+
+
+class Twice(Pair):
+    """A layer that is called once or twice, and every third step not in the graph."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.step += 1
@@ -61,12 +65,8 @@ class Twice(nn.Module):
         return self.b(self.a(y).relu() if self.step % 4 == 0 else y)
 
 
-class Hooked(nn.Module):
+class Hooked(Pair):
     """A hook on a tensor changes the gradient, in every other step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.step = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.step += 1
@@ -76,12 +76,8 @@ class Hooked(nn.Module):
         return self.b(y)
 
 
-class Frozen(nn.Module):
+class Frozen(Pair):
     """Which of two layers trains changes from step to step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.step = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.step += 1

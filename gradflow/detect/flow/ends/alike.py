@@ -226,8 +226,8 @@ def _same_inputs(flow: Flow, known: KnowledgeRecord, alike: float) -> list[Issue
 def _is_another_illness(flow: Flow, node: str) -> bool:
     """Whether the same is given for all samples for a reason that another detector tells, or at the start."""
     upstream = {node, *flow.wiring.upstream(node)}
-    for node in (n for n in upstream if n in flow.layers):
-        weights = [p for p in flow.trainable(node) if len(p.shape) > 1]
+    for above in (n for n in upstream if n in flow.layers):
+        weights = [p for p in flow.trainable(above) if len(p.shape) > 1]
         if any(late(p.norm) == 0 for p in weights):
             return True
         if weights and not any(np.any(p.grad_norm > 0) for p in weights):

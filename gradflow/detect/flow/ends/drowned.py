@@ -11,7 +11,7 @@ from gradflow.detect.evidence import early, heads, late
 from gradflow.detect.flow.ends.loud import over_silence
 from gradflow.detect.knowledge import came_knowing, guesses
 from gradflow.detect.updates.readings import is_unmoved, response
-from gradflow.detect.view import Flow
+from gradflow.detect.view import Flow, read_once
 from gradflow.detect.wiring import layer_name
 from gradflow.records import Evidence, Floats, FlowRecord, Issue, IssueSeverity, IssueType, Role
 
@@ -65,15 +65,12 @@ def swamping_residuals(flow: Flow, loud: Sequence[Issue], times: float = 10.0) -
         times: how much more gradient the passes must get that derivatives are taken of. Healthy ones get up
             to twice as much in some step.
     """
-    calls = dict[str, list[str]]()
-    for node, layer in flow.layers.items():
-        if not layer.composite and flow.trainable(node):
-            calls.setdefault(layer.module, []).append(node)
     derived = derived_layers(flow) if loud else set[str]()
     if not derived:
         return list(loud)
     ratios = []
-    for nodes in calls.values():
+    trained = (n for n, layer in flow.layers.items() if not layer.composite and flow.trainable(n))
+    for nodes in flow.by_module(trained).values():
         strong, weak = [n for n in nodes if n in derived], [n for n in nodes if n not in derived]
         if strong and weak:
             most = (np.fmax.reduce([flow.grad[n] for n in each]) for each in (strong, weak))
@@ -84,6 +81,7 @@ def swamping_residuals(flow: Flow, loud: Sequence[Issue], times: float = 10.0) -
     return [_residual_issue(flow, strong, weak, ratio, told)] if times <= ratio < math.inf else []
 
 
+@read_once
 def derived_layers(flow: Flow) -> set[str]:
     """Return the layer calls that derivatives are taken of, on the way to the loss, in one pass."""
     wires, found = flow.wiring, set[str]()

@@ -59,7 +59,7 @@ def _unbounded(flow: Flow, head: str) -> bool:
         for after in wires.succs[node]:
             if after == wires.loss and raised:
                 return True
-            kind = wires.nodes[after].type.lower().rstrip("_")
+            kind = wires.kind_of(after)
             if after not in flow.layers and not any(bound in kind for bound in _BOUNDS):
                 todo.append((after, raised or kind in _EXPONENTIALS))
     return False

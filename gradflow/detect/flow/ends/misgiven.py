@@ -178,8 +178,8 @@ def choiceless(flow: Flow, kind: IssueType, alike: float = 0.3) -> list[Issue]:
     layer = flow.layers[node]
     why = (
         f" What this layer gives is much the same for all samples ({seen[node]:.1%} of it differs), so that "
+        "a mask of what is too like the right answer leaves out every wrong one."
     )
-    why += "a mask of what is too like the right answer leaves out every wrong one."
     return [
         Issue(
             layer=layer.name,

@@ -13,14 +13,13 @@ from gradflow.detect.knowledge import came_knowing
 from gradflow.detect.updates.readings import whole_ratio
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
-from gradflow.records import ActivationRecord, Evidence, Issue, IssueSeverity, IssueType, Role
+from gradflow.records import ActivationRecord, Evidence, Issue, IssueSeverity, IssueType, Role, num_last
 
 _DENSE = 0.1  # share of elements that fire at first: units that fire seldom are silent for a while by chance
 _SILENCES = ("fell_silent", "never_fired")
 _DEVIATIONS = 4.0  # of as many coins as there are units
 _BY_CHANCE = 0.05  # probability that a unit that fires as often as at first is silent for so many samples
 _STEP = 0.1  # of the weights, in some step: smaller ones turn units off and on as the data ask
-_LAST = 16  # steps at most, of the last quarter of a run, in which units are followed
 
 
 def fallen_silent(
@@ -60,7 +59,7 @@ def _samples(flow: Flow, activation: ActivationRecord) -> int:
     """How many samples the last steps have shown to a rectifier."""
     layer = flow.layers.get(node_name(activation.layer))
     batch = layer.shape[0] if layer is not None and len(layer.shape) > 1 else 1
-    return batch * min(flow.record.steps // 4, _LAST)
+    return batch * num_last(flow.record.steps)
 
 
 def _issue(flow: Flow, activation: ActivationRecord, gone: float, silent: float, threshold: float) -> Issue:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from gradflow.detect.evidence import heads
 from gradflow.detect.flow.signal.rivals import ROUTES
@@ -58,11 +57,8 @@ def _bounded_scores(flow: Flow, node: str) -> str:
     """The bounded function whose result, without anything between, is what a softmax takes; else nothing."""
     wires = flow.wiring
 
-    def types(nodes: Iterable[str]) -> dict[str, str]:
-        return {n: wires.nodes[n].type.lower().rstrip("_") for n in nodes}
-
-    for end, kind in types(wires.succs.get(node, ())).items():
-        behind = types(wires.succs.get(end, ())).values()
+    for end in wires.succs.get(node, ()):
+        kind, behind = wires.kind_of(end), map(wires.kind_of, wires.succs.get(end, ()))
         if kind in _WIDTHS and any(then in ("softmax", "log_softmax", "logsoftmax") for then in behind):
             return kind
     return ""
@@ -80,13 +76,13 @@ def squashed_odds(flow: Flow) -> list[Issue]:
     known, wires = flow.record.knowledge, flow.wiring
     if known is None or "odds as scores" not in known.misgiven:
         return []
-    for name in (n for n in wires.order if wires.nodes[n].type.lower().rstrip("_") in _ODDS):
+    for name in (n for n in wires.order if wires.kind_of(n) in _ODDS):
         todo, met = [name], {name}
         while todo:
             for behind in wires.succs.get(todo.pop(), ()):
-                kind = wires.nodes[behind].type.lower().rstrip("_")
+                kind = wires.kind_of(behind)
                 if kind == "binary_cross_entropy_with_logits" and (layer := flow.layer_at(name)) is not None:
-                    return [_odds_issue(layer, wires.nodes[name].type.lower().rstrip("_"), known)]
+                    return [_odds_issue(layer, wires.kind_of(name), known)]
                 if kind in ROUTES and behind not in met:
                     met.add(behind)
                     todo.append(behind)

@@ -11,7 +11,7 @@ from gradflow.detect.actions import Actions
 from gradflow.detect.evidence import at_look, heads
 from gradflow.detect.view import Flow
 from gradflow.detect.wiring import node_name
-from gradflow.records import Evidence, Floats, Issue, IssueSeverity, IssueType
+from gradflow.records import Evidence, Issue, IssueSeverity, IssueType
 
 
 @attrs.frozen
@@ -53,17 +53,17 @@ def begun_before(flow: Flow, loud: Iterable[Issue], times: float = 3.0, least: f
 
 
 def _place(flow: Flow, head: str, times: float, least: float) -> _Place | None:
-    entering, given = _entering(flow, head), _first(flow.layers[head].input_rms)
-    if not given >= least * entering or _first(flow.layers[head].output_rms) >= times * given:
+    entering, given = _entering(flow, head), at_look(flow.layers[head].input_rms, 0)
+    if not given >= least * entering or at_look(flow.layers[head].output_rms, 0) >= times * given:
         return None
     upstream = flow.wiring.upstream(head)
     for node in sorted(
         (n for n in flow.layers if n in upstream or n == head), key=lambda n: flow.layers[n].order
     ):
         layer = flow.layers[node]
-        enters, gives = _first(layer.input_rms), _first(layer.output_rms)
+        enters, gives = at_look(layer.input_rms, 0), at_look(layer.output_rms, 0)
         feeding = [n for n in flow.wiring.before(node) if n in flow.layers and not flow.layers[n].composite]
-        fed = max((_first(flow.layers[n].output_rms) for n in feeding), default=math.nan)
+        fed = max((at_look(flow.layers[n].output_rms, 0) for n in feeding), default=math.nan)
         if layer.composite:
             continue
         if enters >= times * max(fed, entering):
@@ -77,22 +77,19 @@ def _entering(flow: Flow, head: str) -> float:
     """The rms of what enters the model, or of what its tables give, and no less than the usual one."""
     upstream = flow.wiring.upstream(head)
     firsts = [flow.layers[n] for n in flow.layers if n in upstream and flow.wiring.is_first(n)]
-    sizes = [_first(x.output_rms if "mbedding" in x.type else x.input_rms) for x in firsts]
+    sizes = [at_look(x.output_rms if "mbedding" in x.type else x.input_rms, 0) for x in firsts]
     return max([1.0, *(size for size in sizes if math.isfinite(size))])
 
 
 def _steepness(flow: Flow, node: str) -> float:
-    slope = _first(flow.grad[node]) * _first(flow.layers[node].output_rms)
+    slope = at_look(flow.grad[node], 0) * at_look(flow.layers[node].output_rms, 0)
     slope *= math.sqrt(max(int(flow.layers[node].num_elements[0]), 1))
     return slope if math.isfinite(slope) else -1.0
 
 
-def _first(values: Floats) -> float:
-    return at_look(values, 0)
-
-
 def _issue(flow: Flow, place: _Place, head: str, loud: Issue) -> Issue:
     layer, last = flow.layers[place.node], flow.layers[head]
+    given = at_look(last.input_rms, 0)
     where = "in the operations that take its output" if place.operations else "here"
     growth = place.behind / place.before if place.before > 0 else math.inf
     return Issue(
@@ -101,11 +98,11 @@ def _issue(flow: Flow, place: _Place, head: str, loud: Issue) -> Issue:
         issue_type=IssueType.EXPLODING,
         severity=max(loud.severity, IssueSeverity.MEDIUM),
         description=f"In the first step the signal begins to grow {where}, from rms {place.before:.3g} to "
-        f"{place.behind:.3g}, and {last.name or 'the last layer'} is given rms {_first(last.input_rms):.3g}. "
+        f"{place.behind:.3g}, and {last.name or 'the last layer'} is given rms {given:.3g}. "
         "It is of usual size itself, and its outputs are as loud as what it is given.",
         magnitude=growth,
         recommended_actions=_actions(flow, place, growth),
-        metrics={"growth": growth, "head": last.name, "head_input_rms": _first(last.input_rms)},
+        metrics={"growth": growth, "head": last.name, "head_input_rms": given},
         evidence=Evidence(growth=max(growth, loud.evidence.growth)),
     )
 

@@ -57,7 +57,7 @@ def _joins_rows(flow: Flow, name: str) -> bool:
     wires, rows = flow.wiring, flow.wiring.nodes[name].shape[0]
     for behind in wires.downstream(name):
         node = wires.nodes[behind]
-        if node.shape and node.shape[0] != rows and node.type.lower().rstrip("_") not in ROUTES:
+        if node.shape and node.shape[0] != rows and wires.kind_of(behind) not in ROUTES:
             return True
     return False
 
@@ -114,7 +114,7 @@ def mixed_samples(flow: Flow, same: float = 1e-3) -> list[Issue]:
     found = []
     for sample in record.parts.samples:
         behind = wires.downstream(node_name(sample.layer))
-        types = {wires.nodes[n].type.lower().rstrip("_") for n in behind if wires.nodes[n].kind == "op"}
+        types = {wires.kind_of(n) for n in behind if wires.nodes[n].kind == "op"}
         if sample.both_sides and not types & _MIXING:
             found.append(_mixed(flow, sample))
     return found

@@ -27,15 +27,12 @@ def uneven_inputs(flow: Flow, times: float = 30.0) -> list[Issue]:
         flow: the record along its wiring.
         times: how far apart inputs must be, and what comes of them.
     """
-    calls: dict[str, list[str]] = {}
-    for node, layer in flow.layers.items():
-        if flow.wiring.is_first(node) and flow.trainable(node) and flow.has_matrix(node):
-            calls.setdefault(layer.module, []).append(node)
     if not flow.wiring.known or learns(flow.record):
         return []
+    first = (n for n in flow.layers if flow.wiring.is_first(n) and flow.trainable(n) and flow.has_matrix(n))
     return [
         issue
-        for module, nodes in calls.items()
+        for module, nodes in flow.by_module(first).items()
         if len(nodes) > 1 and not flow.is_table(nodes[0])
         for issue in _uneven(flow, module, nodes, times)
     ]
