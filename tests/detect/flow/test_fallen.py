@@ -127,6 +127,7 @@ def run(
 
 @pytest.mark.parametrize("rate", [3e-3, 0.1])
 def test_the_share_is_that_of_a_plain_count(rate: float) -> None:
+    torch.manual_seed(1)
     report, counted = run(Coder(), rate)
     (relu,) = report.record.activations
     assert relu.fell_silent == counted
